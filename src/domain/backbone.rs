@@ -1,0 +1,289 @@
+//! A backbone: a frozen, pre-trained Vision Transformer in a folder of its own.
+//!
+//! The folder holds `config.json` ([`BackboneConfig`]) and `model.safetensors` with timm's names.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use safetensors::{SafeTensorError, SafeTensors};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use super::digest::{Digest, DigestBuilder};
+use super::tensor::{Element, read_f32};
+
+pub const CONFIG_FILE: &str = "config.json";
+pub const MODEL_FILE: &str = "model.safetensors";
+
+/// `config.json`: what the tensors alone do not say.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct BackboneConfig {
+    /// timm-style name, e.g. `vit_small_patch14_dinov2`.
+    pub architecture: String,
+    /// d, the width of tokens and features.
+    pub embed_dim: usize,
+    /// Number of transformer blocks.
+    pub depth: usize,
+    pub num_heads: usize,
+    /// Edge of a patch in pixels.
+    pub patch_size: usize,
+    /// Edge of the stored position-embedding grid, in patches.
+    pub pos_grid: usize,
+    /// LayerNorm epsilon; timm's ViTs have 1e-6.
+    #[serde(default = "default_norm_eps")]
+    pub norm_eps: f64,
+    pub preprocessing: Preprocessing,
+}
+
+fn default_norm_eps() -> f64 {
+    1e-6
+}
+
+/// How an image becomes the backbone's input.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Preprocessing {
+    /// Edge of the square input in pixels; a multiple of the patch size.
+    pub size: usize,
+    pub filter: Filter,
+    /// Whether the filter's support grows when shrinking (Pillow's rule).
+    pub antialias: bool,
+    /// Per channel, RGB, on a scale of 0..=1.
+    pub mean: [f64; 3],
+    pub std: [f64; 3],
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Filter {
+    Bicubic,
+    Bilinear,
+}
+
+impl Preprocessing {
+    /// A readable name, e.g. `98-bicubic-imagenet`. Equal names mean equal preprocessing.
+    pub fn id(&self) -> String {
+        let filter = match self.filter {
+            Filter::Bicubic => "bicubic",
+            Filter::Bilinear => "bilinear",
+        };
+        let antialias = if self.antialias { "" } else { "-no-antialias" };
+        let normalisation = match (self.mean, self.std) {
+            ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]) => "imagenet".to_owned(),
+            ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5]) => "half".to_owned(),
+            (mean, std) => {
+                let digest = Digest::of(format!("{mean:?}{std:?}").as_bytes());
+                digest.hex()[..8].to_owned()
+            }
+        };
+        format!("{}-{filter}{antialias}-{normalisation}", self.size)
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum BackboneError {
+    #[error("cannot read `{path}`")]
+    Read {
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    #[error("`{path}` is not a backbone's config.json")]
+    Config {
+        path: PathBuf,
+        source: serde_json::Error,
+    },
+    #[error("`{path}` is not a safetensors file")]
+    Model {
+        path: PathBuf,
+        source: SafeTensorError,
+    },
+    #[error("config.json: {0}")]
+    Inconsistent(String),
+    #[error("tensor `{tensor}` has dtype {dtype}, expected f32, f16 or bf16")]
+    Dtype { tensor: String, dtype: String },
+    #[error("tensor `{0}` is missing")]
+    MissingTensor(String),
+    #[error("tensor `{0}` is not part of this architecture")]
+    UnknownTensor(String),
+    #[error("tensor `{tensor}` has shape {shape:?}, expected {expected:?}")]
+    Shape {
+        tensor: String,
+        shape: Vec<usize>,
+        expected: Vec<usize>,
+    },
+}
+
+/// A backbone folder whose two files were read and agree with each other.
+#[derive(Clone, Debug)]
+pub struct Backbone {
+    pub dir: PathBuf,
+    pub config: BackboneConfig,
+    /// sha256 over (name, shape, f32 bytes) of the tensors in name order, the head left out.
+    pub digest: Digest,
+}
+
+impl Backbone {
+    /// Reads the folder and checks every tensor's name, shape and dtype against `config.json`.
+    pub fn open(dir: &Path) -> Result<Self, BackboneError> {
+        let read = |name: &str| {
+            let path = dir.join(name);
+            match fs::read(&path) {
+                Ok(bytes) => Ok((path, bytes)),
+                Err(source) => Err(BackboneError::Read { path, source }),
+            }
+        };
+        let (path, json) = read(CONFIG_FILE)?;
+        let config: BackboneConfig = serde_json::from_slice(&json)
+            .map_err(|source| BackboneError::Config { path, source })?;
+        config.check()?;
+        let (path, bytes) = read(MODEL_FILE)?;
+        let model = SafeTensors::deserialize(&bytes)
+            .map_err(|source| BackboneError::Model { path, source })?;
+        check_tensors(&config, &model)?;
+        Ok(Self {
+            dir: dir.to_owned(),
+            digest: digest(&model)?,
+            config,
+        })
+    }
+
+    pub fn model_path(&self) -> PathBuf {
+        self.dir.join(MODEL_FILE)
+    }
+}
+
+impl BackboneConfig {
+    fn check(&self) -> Result<(), BackboneError> {
+        let fail = |text: String| Err(BackboneError::Inconsistent(text));
+        let Preprocessing { size, std, .. } = self.preprocessing;
+        if [
+            self.embed_dim,
+            self.depth,
+            self.num_heads,
+            self.patch_size,
+            self.pos_grid,
+        ]
+        .contains(&0)
+        {
+            return fail("every size must be at least 1".into());
+        }
+        if !self.embed_dim.is_multiple_of(self.num_heads) {
+            return fail(format!(
+                "embed_dim {} is not a multiple of num_heads {}",
+                self.embed_dim, self.num_heads
+            ));
+        }
+        if size == 0 || !size.is_multiple_of(self.patch_size) {
+            return fail(format!(
+                "preprocessing.size {size} is not a multiple of patch_size {}",
+                self.patch_size
+            ));
+        }
+        if std.iter().any(|s| !(s.is_finite() && *s > 0.0)) {
+            return fail("preprocessing.std must be positive".into());
+        }
+        Ok(())
+    }
+}
+
+fn is_head(name: &str) -> bool {
+    name.starts_with("head.") || name.starts_with("pre_logits.")
+}
+
+fn digest(model: &SafeTensors<'_>) -> Result<Digest, BackboneError> {
+    let mut names: Vec<_> = model.names().into_iter().filter(|n| !is_head(n)).collect();
+    names.sort_unstable();
+    let mut digest = DigestBuilder::default();
+    for name in names {
+        let view = model.tensor(name).expect("listed");
+        let values = read_f32(&view).ok_or_else(|| BackboneError::Dtype {
+            tensor: name.to_owned(),
+            dtype: format!("{:?}", view.dtype()).to_lowercase(),
+        })?;
+        digest.update(format!("{name}{:?}", view.shape()).as_bytes());
+        digest.update(&f32::bytes(&values));
+    }
+    Ok(digest.finish())
+}
+
+/// Every tensor a ViT of this configuration has, with its shape. LayerScale (`ls1`, `ls2`) is the
+/// one optional part: present in all blocks or in none.
+pub fn expected_tensors(
+    config: &BackboneConfig,
+    mlp_dim: usize,
+    layer_scale: bool,
+) -> BTreeMap<String, Vec<usize>> {
+    let d = config.embed_dim;
+    let mut expected = BTreeMap::from([
+        ("cls_token".to_owned(), vec![1, 1, d]),
+        (
+            "pos_embed".to_owned(),
+            vec![1, 1 + config.pos_grid.pow(2), d],
+        ),
+        (
+            "patch_embed.proj.weight".to_owned(),
+            vec![d, 3, config.patch_size, config.patch_size],
+        ),
+        ("patch_embed.proj.bias".to_owned(), vec![d]),
+        ("norm.weight".to_owned(), vec![d]),
+        ("norm.bias".to_owned(), vec![d]),
+    ]);
+    for block in 0..config.depth {
+        let mut insert = |name: &str, shape: Vec<usize>| {
+            expected.insert(format!("blocks.{block}.{name}"), shape);
+        };
+        for norm in ["norm1", "norm2"] {
+            insert(&format!("{norm}.weight"), vec![d]);
+            insert(&format!("{norm}.bias"), vec![d]);
+        }
+        for (linear, rows, columns) in [
+            ("attn.qkv", 3 * d, d),
+            ("attn.proj", d, d),
+            ("mlp.fc1", mlp_dim, d),
+            ("mlp.fc2", d, mlp_dim),
+        ] {
+            insert(&format!("{linear}.weight"), vec![rows, columns]);
+            insert(&format!("{linear}.bias"), vec![rows]);
+        }
+        if layer_scale {
+            insert("ls1.gamma", vec![d]);
+            insert("ls2.gamma", vec![d]);
+        }
+    }
+    expected
+}
+
+fn check_tensors(config: &BackboneConfig, model: &SafeTensors<'_>) -> Result<(), BackboneError> {
+    // The MLP's width is read off the file; all blocks must then agree with it.
+    let mlp_dim = model
+        .tensor("blocks.0.mlp.fc1.weight")
+        .ok()
+        .and_then(|t| t.shape().first().copied())
+        .ok_or_else(|| BackboneError::MissingTensor("blocks.0.mlp.fc1.weight".into()))?;
+    let layer_scale = model.tensor("blocks.0.ls1.gamma").is_ok();
+    let expected = expected_tensors(config, mlp_dim, layer_scale);
+    for (name, shape) in &expected {
+        let view = model
+            .tensor(name)
+            .map_err(|_| BackboneError::MissingTensor(name.to_owned()))?;
+        if view.shape() != shape {
+            return Err(BackboneError::Shape {
+                tensor: name.clone(),
+                shape: view.shape().to_vec(),
+                expected: shape.clone(),
+            });
+        }
+    }
+    let mut extra: Vec<_> = model
+        .names()
+        .into_iter()
+        .filter(|name| !is_head(name) && !expected.contains_key(*name))
+        .collect();
+    extra.sort_unstable();
+    match extra.first() {
+        Some(name) => Err(BackboneError::UnknownTensor((*name).to_owned())),
+        None => Ok(()),
+    }
+}

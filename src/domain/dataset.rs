@@ -1,0 +1,477 @@
+//! Labelled images on disk, in the two layouts people have, as one listing.
+//!
+//! * **VTAB-1k list files**: `train800val200.txt` (or `train.txt`), `val200.txt` (or `val.txt`),
+//!   `test.txt`; each line is a path relative to the folder, white space, and a label. Class names
+//!   come from `meta.json` (`{"classes": [...]}`); without it a class is named by its number.
+//! * **Image folder**: `train/<class>/<image>`, `val/…`, `test/…`; without those sub-folders,
+//!   `<class>/<image>` is all `train`.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use super::digest::Digest;
+
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema,
+)]
+#[serde(rename_all = "snake_case")]
+pub enum Split {
+    Train,
+    Val,
+    Test,
+}
+
+impl Split {
+    pub const ALL: [Self; 3] = [Self::Train, Self::Val, Self::Test];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Train => "train",
+            Self::Val => "val",
+            Self::Test => "test",
+        }
+    }
+
+    /// The list files that hold this split; the first that exists is read.
+    fn list_files(self) -> [&'static str; 2] {
+        match self {
+            Self::Train => ["train800val200.txt", "train.txt"],
+            Self::Val => ["val200.txt", "val.txt"],
+            Self::Test => ["test.txt", "test.txt"],
+        }
+    }
+}
+
+/// One image and what it shows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LabelledImage {
+    /// Relative to the data set's folder, with `/` between parts; never leaves the folder.
+    pub path: String,
+    /// Index into [`LabelledImages::classes`].
+    pub label: usize,
+}
+
+/// A resolved data set folder. Every label is within `classes`; `train` is never empty.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LabelledImages {
+    pub root: PathBuf,
+    pub classes: Vec<String>,
+    pub splits: BTreeMap<Split, Vec<LabelledImage>>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum DatasetError {
+    #[error("cannot read `{path}`")]
+    Read { path: PathBuf, source: io::Error },
+    #[error("`{path}` is not a data set's meta.json")]
+    Meta {
+        path: PathBuf,
+        source: serde_json::Error,
+    },
+    #[error("{file}:{line}: expected `path label`, found `{text}`")]
+    Line {
+        file: String,
+        line: usize,
+        text: String,
+    },
+    #[error("{file}:{line}: label {label} is outside the {classes} classes (0..={})", classes - 1)]
+    Label {
+        file: String,
+        line: usize,
+        label: usize,
+        classes: usize,
+    },
+    #[error("{file}:{line}: path `{path}` leaves the data set's folder")]
+    Outside {
+        file: String,
+        line: usize,
+        path: String,
+    },
+    #[error(
+        "`{0}` holds no training images: expected train800val200.txt or train.txt with \
+         `path label` lines, or folders of images named by class"
+    )]
+    Empty(PathBuf),
+    #[error("the data set has no split `{}`; it has {}", .wanted.name(), names(.present))]
+    NoSplit { wanted: Split, present: Vec<Split> },
+}
+
+fn names(splits: &[Split]) -> String {
+    splits
+        .iter()
+        .map(|s| format!("`{}`", s.name()))
+        .collect::<Vec<_>>()
+        .join(", ")
+}
+
+#[derive(Deserialize)]
+struct Meta {
+    classes: Vec<String>,
+}
+
+impl LabelledImages {
+    /// Lists a folder in either layout. Images are not opened.
+    pub fn read(root: &Path) -> Result<Self, DatasetError> {
+        fs::read_dir(root).map_err(|source| read_error(root, source))?;
+        let has_lists = Split::Train
+            .list_files()
+            .iter()
+            .any(|f| root.join(f).is_file());
+        let listed = if has_lists {
+            Self::read_lists(root)
+        } else {
+            Self::read_folders(root)
+        }?;
+        match listed.splits.get(&Split::Train) {
+            Some(train) if !train.is_empty() => Ok(listed),
+            _ => Err(DatasetError::Empty(root.to_owned())),
+        }
+    }
+
+    /// The images of a split, in the order of the list file or sorted by path.
+    pub fn split(&self, split: Split) -> Result<&[LabelledImage], DatasetError> {
+        self.splits
+            .get(&split)
+            .map(Vec::as_slice)
+            .ok_or_else(|| DatasetError::NoSplit {
+                wanted: split,
+                present: self.splits.keys().copied().collect(),
+            })
+    }
+
+    pub fn image_path(&self, image: &LabelledImage) -> PathBuf {
+        self.root.join(&image.path)
+    }
+
+    fn read_lists(root: &Path) -> Result<Self, DatasetError> {
+        let mut splits = BTreeMap::new();
+        let classes = read_class_names(root)?;
+        for split in Split::ALL {
+            let Some(file) = split
+                .list_files()
+                .into_iter()
+                .find(|f| root.join(f).is_file())
+            else {
+                continue;
+            };
+            splits.insert(
+                split,
+                read_list(root, file, classes.as_ref().map(Vec::len))?,
+            );
+        }
+        let classes = classes.unwrap_or_else(|| {
+            let largest = splits.values().flatten().map(|image| image.label).max();
+            (0..=largest.unwrap_or(0))
+                .map(|label| label.to_string())
+                .collect()
+        });
+        Ok(Self {
+            root: root.to_owned(),
+            classes,
+            splits,
+        })
+    }
+
+    fn read_folders(root: &Path) -> Result<Self, DatasetError> {
+        let mut folders: Vec<(Split, String)> = Split::ALL
+            .into_iter()
+            .filter(|split| root.join(split.name()).is_dir())
+            .map(|split| (split, format!("{}/", split.name())))
+            .collect();
+        if folders.is_empty() {
+            folders.push((Split::Train, String::new()));
+        }
+        let mut found: BTreeMap<Split, Vec<(String, String)>> = BTreeMap::new();
+        let mut classes = BTreeSet::new();
+        for (split, prefix) in folders {
+            let images = found.entry(split).or_default();
+            for class in sorted_names(&root.join(&prefix), fs::FileType::is_dir)? {
+                let folder = root.join(&prefix).join(&class);
+                for name in sorted_names(&folder, fs::FileType::is_file)? {
+                    if is_image_name(&name) {
+                        images.push((format!("{prefix}{class}/{name}"), class.clone()));
+                        classes.insert(class.clone());
+                    }
+                }
+            }
+        }
+        let classes: Vec<String> = classes.into_iter().collect();
+        let label = |class: &String| classes.binary_search(class).expect("collected above");
+        let splits = found
+            .into_iter()
+            .map(|(split, images)| {
+                let labelled = images
+                    .into_iter()
+                    .map(|(path, class)| LabelledImage {
+                        label: label(&class),
+                        path,
+                    })
+                    .collect();
+                (split, labelled)
+            })
+            .collect();
+        Ok(Self {
+            root: root.to_owned(),
+            classes,
+            splits,
+        })
+    }
+}
+
+fn read_error(path: &Path, source: io::Error) -> DatasetError {
+    DatasetError::Read {
+        path: path.to_owned(),
+        source,
+    }
+}
+
+fn read_class_names(root: &Path) -> Result<Option<Vec<String>>, DatasetError> {
+    let path = root.join("meta.json");
+    match fs::read(&path) {
+        Ok(json) => match serde_json::from_slice::<Meta>(&json) {
+            Ok(meta) => Ok(Some(meta.classes)),
+            Err(source) => Err(DatasetError::Meta { path, source }),
+        },
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(read_error(&path, source)),
+    }
+}
+
+fn read_list(
+    root: &Path,
+    file: &str,
+    classes: Option<usize>,
+) -> Result<Vec<LabelledImage>, DatasetError> {
+    let path = root.join(file);
+    let text = fs::read_to_string(&path).map_err(|source| read_error(&path, source))?;
+    let mut images = Vec::new();
+    for (index, text) in text
+        .lines()
+        .enumerate()
+        .filter(|(_, l)| !l.trim().is_empty())
+    {
+        let (file, line) = (file.to_owned(), index + 1);
+        let parsed = text
+            .trim()
+            .rsplit_once(char::is_whitespace)
+            .and_then(|(path, label)| Some((path.trim_end(), label.parse::<usize>().ok()?)));
+        let Some((path, label)) = parsed else {
+            return Err(DatasetError::Line {
+                file,
+                line,
+                text: text.to_owned(),
+            });
+        };
+        if !stays_inside(path) {
+            return Err(DatasetError::Outside {
+                file,
+                line,
+                path: path.to_owned(),
+            });
+        }
+        if let Some(classes) = classes.filter(|classes| label >= *classes) {
+            return Err(DatasetError::Label {
+                file,
+                line,
+                label,
+                classes,
+            });
+        }
+        images.push(LabelledImage {
+            path: path.to_owned(),
+            label,
+        });
+    }
+    Ok(images)
+}
+
+/// Whether a relative path names something under its root, by its text alone.
+pub fn stays_inside(path: &str) -> bool {
+    use std::path::Component::Normal;
+    !path.is_empty()
+        && Path::new(path)
+            .components()
+            .all(|part| matches!(part, Normal(_)))
+}
+
+fn sorted_names(dir: &Path, keep: fn(&fs::FileType) -> bool) -> Result<Vec<String>, DatasetError> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(dir).map_err(|source| read_error(dir, source))? {
+        let entry = entry.map_err(|source| read_error(dir, source))?;
+        let kind = entry
+            .file_type()
+            .map_err(|source| read_error(dir, source))?;
+        if keep(&kind)
+            && let Ok(name) = entry.file_name().into_string()
+        {
+            names.push(name);
+        }
+    }
+    names.sort_unstable();
+    Ok(names)
+}
+
+fn is_image_name(name: &str) -> bool {
+    let extension = Path::new(name)
+        .extension()
+        .and_then(|e| e.to_str())
+        .unwrap_or("");
+    ["jpg", "jpeg", "png", "bmp", "gif", "webp"]
+        .iter()
+        .any(|known| extension.eq_ignore_ascii_case(known))
+}
+
+/// A seeded, stratified choice of at most `max_samples` of `labels`, as sorted positions.
+///
+/// Classes keep their share (largest remainder) and every class keeps at least one sample where
+/// `max_samples` allows. Within a class the samples with the smallest sha256(seed, position) are
+/// taken, so that the choice depends on no random generator's version, and a larger `max_samples`
+/// only adds samples to a class.
+pub fn stratified_subset(labels: &[usize], max_samples: usize, seed: u64) -> Vec<usize> {
+    if labels.len() <= max_samples {
+        return (0..labels.len()).collect();
+    }
+    let mut by_class: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+    for (position, label) in labels.iter().enumerate() {
+        by_class.entry(*label).or_default().push(position);
+    }
+    let key = |position: usize| {
+        let mut text = seed.to_le_bytes().to_vec();
+        text.extend((position as u64).to_le_bytes());
+        Digest::of(&text)
+    };
+    let sizes: Vec<usize> = by_class.values().map(Vec::len).collect();
+    let mut chosen: Vec<usize> = by_class
+        .into_values()
+        .zip(shares(&sizes, max_samples))
+        .flat_map(|(mut positions, share)| {
+            positions.sort_by_cached_key(|p| key(*p));
+            positions.truncate(share);
+            positions
+        })
+        .collect();
+    chosen.sort_unstable();
+    chosen
+}
+
+/// Splits `total` (less than the sum of `sizes`) in proportion to `sizes`: floor of the exact share
+/// (but 1 where that is 0), then one more for the largest remainders; what the ones cost is taken
+/// from the largest shares.
+fn shares(sizes: &[usize], total: usize) -> Vec<usize> {
+    let all: usize = sizes.iter().sum();
+    let mut shares: Vec<usize> = sizes.iter().map(|s| (s * total / all).max(1)).collect();
+    let mut by_remainder: Vec<usize> = (0..sizes.len()).collect();
+    by_remainder.sort_by_key(|&c| (std::cmp::Reverse(sizes[c] * total % all), c));
+    for &class in by_remainder.iter().cycle().take(sizes.len() * 2) {
+        if shares.iter().sum::<usize>() < total && shares[class] < sizes[class] {
+            shares[class] += 1;
+        }
+    }
+    while shares.iter().sum::<usize>() > total {
+        let largest = (0..shares.len())
+            .rev()
+            .max_by_key(|&c| shares[c])
+            .expect("not empty");
+        shares[largest] -= 1;
+    }
+    shares
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn folder(files: &[(&str, &str)]) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        for (path, content) in files {
+            let path = dir.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, content).unwrap();
+        }
+        dir
+    }
+
+    #[test]
+    fn list_files_are_read_with_their_class_names() {
+        let dir = folder(&[
+            ("meta.json", r#"{"classes": ["cat", "dog"], "source": "x"}"#),
+            (
+                "train800val200.txt",
+                "images/a b.png 1\nimages/c.png\t0\n\n",
+            ),
+            ("test.txt", "images/d.png 1\n"),
+        ]);
+        let set = LabelledImages::read(dir.path()).unwrap();
+        assert_eq!(set.classes, ["cat", "dog"]);
+        let train = set.split(Split::Train).unwrap();
+        assert_eq!(
+            (train[0].path.as_str(), train[0].label),
+            ("images/a b.png", 1)
+        );
+        assert_eq!(
+            (train[1].path.as_str(), train[1].label),
+            ("images/c.png", 0)
+        );
+        assert_eq!(set.split(Split::Test).unwrap().len(), 1);
+        assert_eq!(
+            set.split(Split::Val).unwrap_err().to_string(),
+            "the data set has no split `val`; it has `train`, `test`"
+        );
+    }
+
+    #[test]
+    fn image_folders_are_read_with_and_without_splits() {
+        let dir = folder(&[("dog/2.jpg", ""), ("cat/1.PNG", ""), ("cat/notes.txt", "")]);
+        let set = LabelledImages::read(dir.path()).unwrap();
+        assert_eq!(set.classes, ["cat", "dog"]);
+        assert_eq!(set.split(Split::Train).unwrap()[1].path, "dog/2.jpg");
+
+        let dir = folder(&[("train/dog/2.jpg", ""), ("test/cat/1.png", "")]);
+        let set = LabelledImages::read(dir.path()).unwrap();
+        assert_eq!(set.classes, ["cat", "dog"]);
+        assert_eq!(set.split(Split::Test).unwrap()[0].label, 0);
+    }
+
+    #[test]
+    fn a_bad_listing_names_the_line() {
+        let refusal = |list: &str| {
+            let dir = folder(&[
+                ("meta.json", r#"{"classes": ["cat", "dog"]}"#),
+                ("train.txt", list),
+            ]);
+            LabelledImages::read(dir.path()).unwrap_err().to_string()
+        };
+        assert_eq!(
+            refusal("a.png 0\nb.png 2\n"),
+            "train.txt:2: label 2 is outside the 2 classes (0..=1)"
+        );
+        assert_eq!(
+            refusal("../../etc/passwd 0\n"),
+            "train.txt:1: path `../../etc/passwd` leaves the data set's folder"
+        );
+        assert!(refusal("b.png\n").starts_with("train.txt:1: expected `path label`"));
+        assert!(refusal("\n").contains("holds no training images"));
+    }
+
+    #[test]
+    fn the_subset_keeps_every_class_and_its_share() {
+        let labels: Vec<usize> = (0..1000).map(|i| if i < 5 { 2 } else { i % 2 }).collect();
+        let subset = stratified_subset(&labels, 100, 7);
+        assert_eq!(subset.len(), 100);
+        assert!(subset.is_sorted());
+        let count = |class| subset.iter().filter(|&&i| labels[i] == class).count();
+        assert_eq!(count(2), 1);
+        assert!(count(0).abs_diff(count(1)) <= 1);
+        assert_eq!(subset, stratified_subset(&labels, 100, 7));
+        assert_ne!(subset, stratified_subset(&labels, 100, 8));
+        assert_eq!(
+            stratified_subset(&labels[..10], 100, 7),
+            (0..10).collect::<Vec<_>>()
+        );
+    }
+}

@@ -1,0 +1,54 @@
+//! Image bytes to square RGB pixels, the way Pillow does it.
+
+use fast_image_resize as fir;
+use image::{ImageReader, Limits, RgbImage};
+use std::io::Cursor;
+
+use super::backbone::{Filter, Preprocessing};
+
+/// Largest edge accepted, in pixels; a small file can claim a huge picture.
+const MAX_EDGE: u32 = 8192;
+const MAX_ALLOC: u64 = 256 << 20;
+
+#[derive(Debug, thiserror::Error)]
+#[error("unreadable image")]
+pub struct UnreadableImage(#[from] image::ImageError);
+
+/// Decodes PNG, JPEG, BMP, GIF or WebP, recognised by content; alpha is dropped.
+pub fn decode(bytes: &[u8]) -> Result<RgbImage, UnreadableImage> {
+    let mut limits = Limits::default();
+    limits.max_image_width = Some(MAX_EDGE);
+    limits.max_image_height = Some(MAX_EDGE);
+    limits.max_alloc = Some(MAX_ALLOC);
+    let mut reader = ImageReader::new(Cursor::new(bytes))
+        .with_guessed_format()
+        .map_err(image::ImageError::IoError)?;
+    reader.limits(limits);
+    Ok(reader.decode()?.into_rgb8())
+}
+
+/// Resizes directly to `size` × `size` and returns RGB bytes, row by row.
+///
+/// Pillow's rule: a horizontal then a vertical pass, each rounded and clamped to u8; bicubic with
+/// a = -0.5; with `antialias` the filter's support is scaled when shrinking.
+pub fn resize(image: &RgbImage, preprocessing: &Preprocessing) -> Vec<u8> {
+    let edge = preprocessing.size as u32;
+    let filter = match preprocessing.filter {
+        Filter::Bicubic => fir::FilterType::CatmullRom,
+        Filter::Bilinear => fir::FilterType::Bilinear,
+    };
+    let algorithm = if preprocessing.antialias {
+        fir::ResizeAlg::Convolution(filter)
+    } else {
+        fir::ResizeAlg::Interpolation(filter)
+    };
+    let mut resized = fir::images::Image::new(edge, edge, fir::PixelType::U8x3);
+    fir::Resizer::new()
+        .resize(
+            image,
+            &mut resized,
+            &fir::ResizeOptions::new().resize_alg(algorithm),
+        )
+        .expect("both are RGB with 8 bits");
+    resized.into_vec()
+}

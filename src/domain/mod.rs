@@ -1,0 +1,12 @@
+//! Plain data and rules: what a prompt, a backbone, a data set, a job and a composition *are*.
+//!
+//! Nothing here knows SQL, HTTP, an async runtime or tensors. The engine depends on this module
+//! and on nothing else of the crate; so do the registry, the queue and the API.
+
+pub mod backbone;
+pub mod composition;
+pub mod dataset;
+pub mod digest;
+pub mod image;
+pub mod prompt_file;
+pub mod tensor;

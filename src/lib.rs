@@ -1,0 +1,9 @@
+//! promptweave: a registry for visual prompts, with workers that learn which of them help a new
+//! task, and how much of each.
+//!
+//! ```text
+//! HTTP request ─► http/ ─► registry/ or jobs/ ─► Postgres ◄─ jobs/ ◄─ worker/ ─► engine/ ─► α + composed prompt ─► registry/
+//!                                    (the offline commands enter at engine/ directly: no HTTP, no Postgres)
+//! ```
+
+pub mod domain;
