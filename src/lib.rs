@@ -6,4 +6,10 @@
 //!                                    (the offline commands enter at engine/ directly: no HTTP, no Postgres)
 //! ```
 
+pub mod cli;
+pub mod clock;
+pub mod config;
 pub mod domain;
+pub mod healthcheck;
+pub mod shutdown;
+pub mod telemetry;

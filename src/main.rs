@@ -1,1 +1,24 @@
-fn main() {}
+use std::process::ExitCode;
+
+use clap::Parser;
+use promptweave::cli::{Cli, Command};
+use promptweave::{healthcheck, telemetry};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let outcome = telemetry::init(&cli.log).and_then(|()| dispatch(cli.command));
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // On a terminal the answer to a command, not a log record.
+            eprintln!("error: {}", telemetry::chain(error.as_ref()));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn dispatch(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Healthcheck(args) => healthcheck::check(args.address, &args.path),
+    }
+}

@@ -1,0 +1,102 @@
+//! The command line: one binary, its roles are subcommands.
+
+use std::net::SocketAddr;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::{
+    DatabaseOptions, HttpOptions, LogOptions, PoolOptions, PrivatePostgresOptions, ShutdownOptions,
+    StorageOptions, WorkerOptions,
+};
+
+/// A registry for visual prompts, with workers that learn which of them help a new task.
+#[derive(Debug, Parser)]
+#[command(name = "promptweave", version)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+    #[command(flatten)]
+    pub log: LogOptions,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Ask a running server whether it is ready; for containers.
+    Healthcheck(HealthcheckArgs),
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct UpArgs {
+    #[command(flatten)]
+    pub http: HttpOptions,
+    #[command(flatten)]
+    pub storage: StorageOptions,
+    #[command(flatten)]
+    pub worker: WorkerOptions,
+    #[command(flatten)]
+    pub postgres: PrivatePostgresOptions,
+    #[command(flatten)]
+    pub pool: PoolOptions,
+    #[command(flatten)]
+    pub shutdown: ShutdownOptions,
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct ServeArgs {
+    #[command(flatten)]
+    pub http: HttpOptions,
+    #[command(flatten)]
+    pub database: DatabaseOptions,
+    #[command(flatten)]
+    pub storage: StorageOptions,
+    #[command(flatten)]
+    pub shutdown: ShutdownOptions,
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct WorkerArgs {
+    #[command(flatten)]
+    pub worker: WorkerOptions,
+    #[command(flatten)]
+    pub database: DatabaseOptions,
+    #[command(flatten)]
+    pub storage: StorageOptions,
+    #[command(flatten)]
+    pub shutdown: ShutdownOptions,
+    /// Stop when stdin ends: how `up` makes sure that no worker outlives it.
+    #[arg(long, hide = true)]
+    pub stop_with_stdin: bool,
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct HealthcheckArgs {
+    /// Where the server listens.
+    #[arg(long, env = "PROMPTWEAVE_LISTEN", default_value = "127.0.0.1:8080")]
+    pub address: SocketAddr,
+    /// What is asked.
+    #[arg(long, env = "PROMPTWEAVE_HEALTHCHECK_PATH", default_value = "/readyz")]
+    pub path: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent_and_every_option_has_a_variable() {
+        let command = Cli::command();
+        command.clone().debug_assert();
+        for sub in command.get_subcommands() {
+            for option in sub.get_arguments().filter(|a| !a.is_hide_set()) {
+                let env = option
+                    .get_env()
+                    .and_then(|e| e.to_str())
+                    .unwrap_or_default();
+                let named = env == "DATABASE_URL" || env.starts_with("PROMPTWEAVE_");
+                assert!(named, "{} --{}", sub.get_name(), option.get_id());
+            }
+        }
+    }
+}

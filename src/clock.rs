@@ -1,0 +1,77 @@
+//! The one place that asks for the time or a new id, so that tests can answer instead.
+//!
+//! The queue does not use it: leases and retries go by the database's clock alone.
+
+use std::fmt::Debug;
+use std::sync::Mutex;
+use std::time::Duration;
+
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+pub trait Clock: Debug + Send + Sync {
+    fn now(&self) -> OffsetDateTime;
+    /// A UUID version 7: sorts by the time it was made.
+    fn new_id(&self) -> Uuid;
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SystemClock;
+
+impl Clock for SystemClock {
+    fn now(&self) -> OffsetDateTime {
+        OffsetDateTime::now_utc()
+    }
+
+    fn new_id(&self) -> Uuid {
+        Uuid::now_v7()
+    }
+}
+
+/// Stands still until told otherwise; its ids count up.
+#[derive(Debug)]
+pub struct MockClock(Mutex<(OffsetDateTime, u64)>);
+
+impl Default for MockClock {
+    fn default() -> Self {
+        let start = OffsetDateTime::from_unix_timestamp(1_800_000_000).expect("within range");
+        Self(Mutex::new((start, 0)))
+    }
+}
+
+impl MockClock {
+    pub fn advance(&self, by: Duration) {
+        self.0.lock().expect("never poisoned").0 += by;
+    }
+}
+
+impl Clock for MockClock {
+    fn now(&self) -> OffsetDateTime {
+        self.0.lock().expect("never poisoned").0
+    }
+
+    fn new_id(&self) -> Uuid {
+        let mut state = self.0.lock().expect("never poisoned");
+        state.1 += 1;
+        let millis = state.0.unix_timestamp() as u64 * 1000 + u64::from(state.0.millisecond());
+        let mut counter = [0; 10];
+        counter[2..].copy_from_slice(&state.1.to_be_bytes());
+        uuid::Builder::from_unix_timestamp_millis(millis, &counter).into_uuid()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_of_both_clocks_are_version_7_and_sort_by_time() {
+        let mock = MockClock::default();
+        let first = mock.new_id();
+        assert!(first < mock.new_id());
+        mock.advance(Duration::from_millis(1));
+        assert!(first < mock.new_id());
+        assert_eq!(first.get_version_num(), 7);
+        assert_eq!(SystemClock.new_id().get_version_num(), 7);
+    }
+}

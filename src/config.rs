@@ -1,0 +1,240 @@
+//! Every option, grouped: a flag is an environment variable (`PROMPTWEAVE_…`) is a line of `--help`.
+//! Where a number can be too low or too high, its text says what happens then.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+use secrecy::SecretString;
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    #[default]
+    Pretty,
+    Json,
+}
+
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Logging")]
+pub struct LogOptions {
+    /// What is logged, by module and level: `debug`, `info,sqlx=warn`, …
+    #[arg(long, global = true, env = "PROMPTWEAVE_LOG", default_value = "info")]
+    pub log: String,
+    /// `pretty` for people, `json` for machines; always on stderr.
+    #[arg(
+        long,
+        global = true,
+        env = "PROMPTWEAVE_LOG_FORMAT",
+        default_value = "pretty"
+    )]
+    pub log_format: LogFormat,
+}
+
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Database")]
+pub struct DatabaseOptions {
+    /// `postgres://user:password@host/database`, PostgreSQL 15 or newer.
+    #[arg(long, env = "DATABASE_URL", hide_env_values = true)]
+    pub database_url: SecretString,
+    #[command(flatten)]
+    pub pool: PoolOptions,
+}
+
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Database")]
+pub struct PoolOptions {
+    /// Connections held open at most. Too low and requests wait for one another (503 after
+    /// `--database-wait-s`); too high and several servers together exceed `max_connections`.
+    #[arg(long, env = "PROMPTWEAVE_DATABASE_CONNECTIONS", default_value_t = 10)]
+    pub database_connections: u32,
+    /// Seconds a request waits for a connection before it is answered 503. Too low and a short
+    /// peak fails requests; too high and clients hang while the database is gone.
+    #[arg(long, env = "PROMPTWEAVE_DATABASE_WAIT_S", default_value_t = 3)]
+    pub database_wait_s: u64,
+}
+
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Storage")]
+pub struct StorageOptions {
+    /// Where files are kept: the blob store (`blobs/`), a worker's cache (`cache/`) and, for `up`,
+    /// the private database (`postgres/`). Server and workers share the blob store.
+    /// Default: `/var/lib/promptweave` as root, else `$XDG_DATA_HOME/promptweave`.
+    #[arg(long, env = "PROMPTWEAVE_DATA_DIR", value_name = "DIR")]
+    pub data_dir: Option<PathBuf>,
+}
+
+impl StorageOptions {
+    pub fn data_dir(&self) -> PathBuf {
+        if let Some(dir) = &self.data_dir {
+            return dir.clone();
+        }
+        if rustix::process::geteuid().is_root() {
+            return "/var/lib/promptweave".into();
+        }
+        let home = || PathBuf::from(std::env::var_os("HOME").unwrap_or_default());
+        std::env::var_os("XDG_DATA_HOME")
+            .filter(|dir| !dir.is_empty())
+            .map_or_else(|| home().join(".local/share"), PathBuf::from)
+            .join("promptweave")
+    }
+
+    /// The blob store's directory.
+    pub fn blob_dir(&self) -> PathBuf {
+        self.data_dir().join("blobs")
+    }
+
+    /// Files a worker fetched, by digest; safe to delete while no worker runs.
+    pub fn cache_dir(&self) -> PathBuf {
+        self.data_dir().join("cache")
+    }
+}
+
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "HTTP")]
+pub struct HttpOptions {
+    /// Address to listen on; port 0 takes a free one. There is no authentication yet, so anything
+    /// but a loopback address also needs `--allow-public`.
+    #[arg(long, env = "PROMPTWEAVE_LISTEN", default_value = "127.0.0.1:8080")]
+    pub listen: SocketAddr,
+    /// Listen on an address that others can reach, although anyone who can is let in.
+    #[arg(long, env = "PROMPTWEAVE_ALLOW_PUBLIC")]
+    pub allow_public: bool,
+    /// A directory whose sub-directories may be registered as data sets; may be given several times
+    /// (`:` between them in the environment). Without one, no data set can be registered.
+    #[arg(
+        long,
+        env = "PROMPTWEAVE_DATASET_ROOT",
+        value_name = "DIR",
+        value_delimiter = ':'
+    )]
+    pub dataset_root: Vec<PathBuf>,
+    /// Likewise for backbones.
+    #[arg(
+        long,
+        env = "PROMPTWEAVE_BACKBONE_ROOT",
+        value_name = "DIR",
+        value_delimiter = ':'
+    )]
+    pub backbone_root: Vec<PathBuf>,
+    /// Largest request body in MiB; a larger one is answered 413. Too low and prompts with many
+    /// tokens are refused; too high and a few uploads at once fill the memory.
+    #[arg(long, env = "PROMPTWEAVE_MAX_BODY_MIB", default_value_t = 64)]
+    pub max_body_mib: usize,
+    /// Seconds until an unanswered request ends with 503. Too low and a large data set cannot be
+    /// registered; too high and stuck requests pile up.
+    #[arg(long, env = "PROMPTWEAVE_REQUEST_TIMEOUT_S", default_value_t = 300)]
+    pub request_timeout_s: u64,
+}
+
+impl HttpOptions {
+    pub fn validate(&self) -> anyhow::Result<()> {
+        anyhow::ensure!(
+            self.allow_public || self.listen.ip().is_loopback(),
+            "--listen {}: this address can be reached from outside and there is no authentication \
+             yet; add --allow-public if that is what you want, or listen on 127.0.0.1",
+            self.listen
+        );
+        anyhow::ensure!(
+            self.max_body_mib > 0,
+            "--max-body-mib 0 would refuse every upload"
+        );
+        anyhow::ensure!(
+            self.request_timeout_s > 0,
+            "--request-timeout-s 0 would end every request"
+        );
+        for (option, roots) in [
+            ("--dataset-root", &self.dataset_root),
+            ("--backbone-root", &self.backbone_root),
+        ] {
+            for root in roots {
+                anyhow::ensure!(
+                    root.is_dir(),
+                    "{option} {}: no such directory",
+                    root.display()
+                );
+            }
+        }
+        Ok(())
+    }
+
+    pub fn request_timeout(&self) -> Duration {
+        Duration::from_secs(self.request_timeout_s)
+    }
+}
+
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Queue")]
+pub struct QueueOptions {
+    /// Seconds a worker owns a job without renewing. Too low and a busy machine loses jobs it is
+    /// working on; too high and a dead worker's job waits that long.
+    #[arg(long, env = "PROMPTWEAVE_LEASE_S", default_value_t = 30)]
+    pub lease_s: u32,
+    /// Seconds without progress after which an attempt is given up. Too low and a slow step (a
+    /// large backbone on few cores) is mistaken for a stall; too high and a hung device goes
+    /// unnoticed. There is no limit on the whole: honest jobs take hours on a CPU.
+    #[arg(long, env = "PROMPTWEAVE_STALL_S", default_value_t = 600)]
+    pub stall_s: u32,
+}
+
+impl QueueOptions {
+    pub fn validate(&self) -> anyhow::Result<()> {
+        anyhow::ensure!(
+            self.lease_s >= 1,
+            "--lease-s 0: a lease must last at least 1 s"
+        );
+        anyhow::ensure!(
+            self.stall_s >= self.lease_s,
+            "--stall-s {} is shorter than --lease-s {}",
+            self.stall_s,
+            self.lease_s
+        );
+        Ok(())
+    }
+
+    pub fn lease(&self) -> Duration {
+        Duration::from_secs(self.lease_s.into())
+    }
+
+    pub fn stall(&self) -> Duration {
+        Duration::from_secs(self.stall_s.into())
+    }
+}
+
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Worker")]
+pub struct WorkerOptions {
+    /// `auto`, `cpu` or `cuda:N`; `auto` takes a GPU where there is one.
+    #[arg(long, env = "PROMPTWEAVE_DEVICE", default_value = "auto")]
+    pub device: String,
+    /// CPU threads of the engine; 0 takes one per core. More than there are cores is slower, and
+    /// results are the same bit by bit only for the same number.
+    #[arg(long, env = "PROMPTWEAVE_THREADS", default_value_t = 0)]
+    pub threads: usize,
+    #[command(flatten)]
+    pub queue: QueueOptions,
+}
+
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Stopping")]
+pub struct ShutdownOptions {
+    /// Seconds between the first signal and a hard stop. Too low and requests are cut off; too
+    /// high and a supervisor that waits less kills the process first.
+    #[arg(long, env = "PROMPTWEAVE_GRACE_S", default_value_t = 20)]
+    pub grace_s: u64,
+}
+
+impl ShutdownOptions {
+    pub fn grace(&self) -> Duration {
+        Duration::from_secs(self.grace_s)
+    }
+}
+
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Private database")]
+pub struct PrivatePostgresOptions {
+    /// Directory of `initdb` and `postgres`, version 15 or newer. Default: the newest of
+    /// `/usr/lib/postgresql/*/bin` and PATH.
+    #[arg(long, env = "PROMPTWEAVE_POSTGRES_BIN", value_name = "DIR")]
+    pub postgres_bin: Option<PathBuf>,
+}

@@ -1,0 +1,49 @@
+//! Logs for people (`pretty`) or machines (`json`), on stderr; stdout is for a command's answer.
+
+use std::error::Error;
+use std::fmt::Write;
+use std::io::IsTerminal;
+
+use tracing_subscriber::EnvFilter;
+
+use crate::config::{LogFormat, LogOptions};
+
+/// Installs the subscriber of the process. Call once, first.
+pub fn init(options: &LogOptions) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_new(&options.log)
+        .map_err(|error| anyhow::anyhow!("--log `{}`: {error}", options.log))?;
+    let subscriber = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
+    match options.log_format {
+        LogFormat::Pretty => subscriber
+            .with_ansi(std::io::stderr().is_terminal())
+            .with_target(false)
+            .init(),
+        LogFormat::Json => subscriber.json().flatten_event(true).init(),
+    }
+    Ok(())
+}
+
+/// An error and what is behind it, on one line: errors here never print their own source.
+pub fn chain(error: &(dyn Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        write!(text, ": {error}").expect("writing to a String");
+        source = error.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn a_chain_names_every_cause_once() {
+        let error = anyhow::anyhow!("disk full")
+            .context("cannot write `x`")
+            .context("job 7 failed");
+        let text = super::chain(error.as_ref());
+        assert_eq!(text, "job 7 failed: cannot write `x`: disk full");
+    }
+}
