@@ -1,0 +1,33 @@
+# `make demo` and `make test` need nothing before them: they set up what is missing.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo up test fmt clippy openapi sqlx
+
+help: ## list these targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+setup: ## libtorch, the demo's backbone, and a look at the system packages
+	@scripts/setup.sh
+
+demo: setup ## the main job, end to end, on real images; results in demo/out
+	cargo build --release
+	python3 demo/run.py
+
+up: setup ## keep the service running: http://127.0.0.1:8080/docs
+	cargo run --release -- up --backbone-root .assets --dataset-root demo
+
+test: ## every check: formatting, lints, tests, the demo on a handful of images
+	@scripts/test.sh
+
+fmt: ## format the code
+	cargo fmt
+
+clippy: ## lints, with and without libtorch
+	cargo clippy --release --all-targets -- -D warnings
+	cargo clippy --release --all-targets --no-default-features -- -D warnings
+
+openapi: ## write openapi/openapi.json anew after a change of the API
+	cargo run --release --quiet -- openapi >openapi/openapi.json.new
+	mv openapi/openapi.json.new openapi/openapi.json
+
+sqlx: ## write .sqlx anew after a change of a query or a migration
+	scripts/with_postgres.sh scripts/prepare_queries.sh

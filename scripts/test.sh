@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# Everything that has to hold before a change lands; `make test` and CI run this. Stops at the first failure and says
+# how long each part took.
+#
+# One cargo profile (release) serves lints, tests and the demo, so that nothing is built twice.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+summary=()
+part() {
+    local name=$1 started=$SECONDS
+    shift
+    printf '\n=== %s\n' "$name"
+    if "$@"; then
+        summary+=("$(printf '%5d s  %s' $((SECONDS - started)) "$name")")
+    else
+        summary+=("$(printf '%5d s  %s: FAILED' $((SECONDS - started)) "$name")")
+        exit 1
+    fi
+}
+print_summary() {
+    printf '\n=== time\n'
+    [ ${#summary[@]} -eq 0 ] || printf '%s\n' "${summary[@]}"
+    printf '%5d s  in all\n' "$SECONDS"
+}
+trap print_summary EXIT
+
+cargo_components() {
+    cargo fmt --version && cargo clippy --version && return
+    echo "rustfmt or clippy is missing: rustup component add rustfmt clippy" >&2
+    return 1
+}
+
+demo_on_a_handful() {
+    python3 demo/run.py --limit 48 --out "$(mktemp -d)"
+}
+
+part "set-up" scripts/setup.sh
+part "rustfmt and clippy" cargo_components
+part "formatting" cargo fmt --check
+part "lints" cargo clippy --release --all-targets -- -D warnings
+part "lints without libtorch" cargo clippy --release --all-targets --no-default-features -- -D warnings
+part "build" cargo build --release
+if cargo nextest --version >/dev/null 2>&1; then
+    part "build of the tests" cargo nextest run --release --no-run
+    part "tests" scripts/with_postgres.sh cargo nextest run --release
+    part "documentation tests" cargo test --release --doc
+else
+    part "build of the tests" cargo test --release --no-run
+    part "tests" scripts/with_postgres.sh cargo test --release
+fi
+if cargo deny --version >/dev/null 2>&1; then
+    part "dependencies" cargo deny --log-level error check bans licenses sources
+else
+    printf '\n=== dependencies: skipped, cargo-deny is not installed (cargo install cargo-deny)\n'
+fi
+part "the demo on a handful of images" demo_on_a_handful
