@@ -11,5 +11,6 @@ pub mod clock;
 pub mod config;
 pub mod domain;
 pub mod healthcheck;
+pub mod private_postgres;
 pub mod shutdown;
 pub mod telemetry;

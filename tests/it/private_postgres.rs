@@ -1,0 +1,154 @@
+//! The private cluster of `up`, for real: as root (then it runs as `postgres`) and as anybody else.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use promptweave::private_postgres::{PrivatePostgres, PrivatePostgresError};
+use rustix::process::{Pid, Signal, kill_process};
+use sqlx::{Connection, PgConnection};
+use tempfile::TempDir;
+
+/// A directory everybody may enter, whatever the umask.
+fn reachable() -> TempDir {
+    with_mode(0o755)
+}
+
+fn with_mode(mode: u32) -> TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(mode)).unwrap();
+    dir
+}
+
+async fn connect(postgres: &PrivatePostgres) -> PgConnection {
+    PgConnection::connect(&postgres.url()).await.unwrap()
+}
+
+async fn count(postgres: &PrivatePostgres) -> i64 {
+    let mut db = connect(postgres).await;
+    sqlx::query_scalar("SELECT count(*) FROM kept")
+        .fetch_one(&mut db)
+        .await
+        .unwrap()
+}
+
+#[tokio::test]
+async fn what_is_stored_is_there_after_a_stop_and_after_a_kill() {
+    let dir = reachable();
+    let first = PrivatePostgres::start(dir.path(), None).await.unwrap();
+    let mut db = connect(&first).await;
+    sqlx::raw_sql("CREATE TABLE kept (x int); INSERT INTO kept VALUES (1)")
+        .execute(&mut db)
+        .await
+        .unwrap();
+    drop(db);
+
+    // A second one on the same directory is refused, and says by whom it is held.
+    match PrivatePostgres::start(dir.path(), None).await {
+        Err(PrivatePostgresError::Locked { pid, .. }) => assert_eq!(pid, Some(std::process::id())),
+        other => panic!("{other:?}"),
+    }
+    first.stop().await.unwrap();
+
+    let second = PrivatePostgres::start(dir.path(), None).await.unwrap();
+    assert_eq!(count(&second).await, 1);
+    // The machine loses power, as far as PostgreSQL can tell: the pid file stays.
+    let pid = second.process_id().unwrap();
+    kill_process(Pid::from_raw(pid as i32).unwrap(), Signal::KILL).unwrap();
+    let mut second = second;
+    second.exited().await.unwrap();
+    assert!(second.directory().join("postmaster.pid").exists());
+    drop(second);
+
+    let third = PrivatePostgres::start(dir.path(), None).await.unwrap();
+    assert_eq!(count(&third).await, 1);
+    third.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_postmaster_left_running_is_stopped_and_a_stranger_with_its_number_is_not() {
+    let dir = reachable();
+    let up = PrivatePostgres::start(dir.path(), None).await.unwrap();
+    let (data, orphan) = (up.directory().to_owned(), up.process_id().unwrap());
+    // As after `kill -9` of `up`: no destructor runs, only the lock is let go of.
+    std::mem::forget(up);
+    fs::remove_file(dir.path().join("up.lock")).unwrap();
+
+    let next = PrivatePostgres::start(dir.path(), None).await.unwrap();
+    assert_ne!(next.process_id(), Some(orphan));
+    next.stop().await.unwrap();
+
+    // The number in a stale pid file may belong to anybody by now: here, to this very process.
+    fs::write(
+        data.join("postmaster.pid"),
+        format!("{}\n", std::process::id()),
+    )
+    .unwrap();
+    let last = PrivatePostgres::start(dir.path(), None).await.unwrap();
+    last.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_long_path_gets_a_short_socket() {
+    let dir = reachable();
+    let long = dir.path().join("d".repeat(120));
+    let postgres = PrivatePostgres::start(&long, None).await.unwrap();
+    let mut db = connect(&postgres).await;
+    let socket: String = sqlx::query_scalar("SHOW unix_socket_directories")
+        .fetch_one(&mut db)
+        .await
+        .unwrap();
+    let tcp: String = sqlx::query_scalar("SHOW listen_addresses")
+        .fetch_one(&mut db)
+        .await
+        .unwrap();
+    assert_eq!(tcp, "");
+    drop(db);
+    postgres.stop().await.unwrap();
+    let socket = Path::new(socket.trim_matches('"'));
+    assert_eq!(
+        fs::metadata(socket).unwrap().permissions().mode() & 0o777,
+        0o700
+    );
+    fs::remove_dir(socket).unwrap();
+}
+
+#[tokio::test]
+async fn a_data_directory_that_the_clusters_user_cannot_reach_still_works_for_root() {
+    if !rustix::process::geteuid().is_root() {
+        return; // Everybody reaches their own directories.
+    }
+    let dir = with_mode(0o700); // root's own
+    let data_dir = dir.path().join("data");
+    let postgres = PrivatePostgres::start(&data_dir, None).await.unwrap();
+    let base = postgres.directory().parent().unwrap().to_owned();
+    assert!(
+        base.starts_with("/var/lib/promptweave"),
+        "{}",
+        base.display()
+    );
+    postgres.stop().await.unwrap();
+    // The data directory remembers it.
+    let again = PrivatePostgres::start(&data_dir, None).await.unwrap();
+    assert_eq!(again.directory().parent(), Some(base.as_path()));
+    again.stop().await.unwrap();
+    fs::remove_dir_all(base).unwrap();
+}
+
+#[tokio::test]
+async fn missing_programs_are_named_with_the_way_out() {
+    let (dir, empty) = (reachable(), reachable());
+    let error = PrivatePostgres::start(dir.path(), Some(empty.path()))
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(error, PrivatePostgresError::Unsuitable(_)),
+        "{error}"
+    );
+    let started = Instant::now();
+    // The lock was let go of: the failure does not block the next start.
+    let postgres = PrivatePostgres::start(dir.path(), None).await.unwrap();
+    assert!(started.elapsed() < Duration::from_secs(60));
+    postgres.stop().await.unwrap();
+}
