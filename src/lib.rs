@@ -6,11 +6,14 @@
 //!                                    (the offline commands enter at engine/ directly: no HTTP, no Postgres)
 //! ```
 
+pub mod blobs;
 pub mod cli;
 pub mod clock;
 pub mod config;
+pub mod db;
 pub mod domain;
 pub mod healthcheck;
 pub mod private_postgres;
+pub mod registry;
 pub mod shutdown;
 pub mod telemetry;

@@ -9,4 +9,5 @@ pub mod dataset;
 pub mod digest;
 pub mod image;
 pub mod prompt_file;
+pub mod reference;
 pub mod tensor;

@@ -1,0 +1,261 @@
+//! The blob store: large immutable files by the sha256 of their bytes.
+//!
+//! Backbones, packed data sets and statistics live here (prompt files, which are small, live in
+//! Postgres). A key is made from a digest and from nothing else, so no name that a client sends
+//! ever becomes part of a path. A file appears under its key whole or not at all.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures::StreamExt;
+use object_store::local::LocalFileSystem;
+use object_store::path::Path as Key;
+use object_store::{ObjectStore, ObjectStoreExt, PutPayload, WriteMultipart};
+
+use crate::domain::digest::{Digest, DigestBuilder};
+
+/// Files pass through memory in pieces of this size.
+const CHUNK: usize = 8 << 20;
+
+#[derive(Clone, Debug)]
+pub struct BlobStore {
+    store: Arc<dyn ObjectStore>,
+}
+
+/// What was stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StoredBlob {
+    pub digest: Digest,
+    /// Bytes.
+    pub size: u64,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum BlobError {
+    #[error("the blob store failed")]
+    Store(#[from] object_store::Error),
+    #[error("cannot read or write `{path}`")]
+    File { path: PathBuf, source: io::Error },
+    #[error("the blob store has no {0}")]
+    Missing(Digest),
+    #[error("the blob store's {expected} holds other bytes, {found}")]
+    Corrupt { expected: Digest, found: Digest },
+    #[error("a thread of the blob store stopped")]
+    Stopped,
+}
+
+impl BlobStore {
+    /// A store in a directory, which is made where it does not exist.
+    pub fn directory(dir: &Path) -> Result<Self, BlobError> {
+        let failed = |source| BlobError::File {
+            path: dir.to_owned(),
+            source,
+        };
+        std::fs::create_dir_all(dir).map_err(failed)?;
+        // With fsync: what a row in the database points to must survive a power cut.
+        let store = LocalFileSystem::new_with_prefix(dir)?.with_fsync(true);
+        Ok(Self {
+            store: Arc::new(store),
+        })
+    }
+
+    pub async fn put_bytes(&self, bytes: impl Into<Bytes>) -> Result<StoredBlob, BlobError> {
+        let bytes: Bytes = bytes.into();
+        let stored = StoredBlob {
+            digest: Digest::of(&bytes),
+            size: bytes.len() as u64,
+        };
+        if !self.exists(&stored.digest).await? {
+            let payload = PutPayload::from(bytes);
+            self.store.put(&key(&stored.digest), payload).await?;
+        }
+        Ok(stored)
+    }
+
+    /// Stores a file that nobody changes meanwhile; it is read twice, first for its digest.
+    pub async fn put_file(&self, path: &Path) -> Result<StoredBlob, BlobError> {
+        let stored = {
+            let path = path.to_owned();
+            blocking(move || digest_of_file(&path)).await?
+        };
+        if self.exists(&stored.digest).await? {
+            return Ok(stored);
+        }
+        let upload = self.store.put_multipart(&key(&stored.digest)).await?;
+        let mut upload = WriteMultipart::new_with_chunk_size(upload, CHUNK);
+        match copy_in(path, &mut upload).await {
+            Ok(()) => upload.finish().await?,
+            Err(error) => {
+                upload.abort().await?;
+                return Err(error);
+            }
+        };
+        Ok(stored)
+    }
+
+    /// Writes a blob to `path`, checking its digest on the way. The file appears whole or not at
+    /// all, so several processes may fetch into one cache directory.
+    pub async fn get_to_file(&self, digest: &Digest, path: &Path) -> Result<(), BlobError> {
+        let failed = |source| BlobError::File {
+            path: path.to_owned(),
+            source,
+        };
+        let mut chunks = self.open(digest).await?.into_stream();
+        let dir = path.parent().unwrap_or(Path::new("."));
+        let mut file = tempfile::NamedTempFile::new_in(dir).map_err(failed)?;
+        let mut found = DigestBuilder::default();
+        while let Some(chunk) = chunks.next().await {
+            let chunk = chunk?;
+            found.update(&chunk);
+            file.write_all(&chunk).map_err(failed)?;
+        }
+        check(digest, found)?;
+        file.persist(path).map_err(|error| failed(error.error))?;
+        Ok(())
+    }
+
+    /// A small blob (statistics, say), whole in memory.
+    pub async fn get_bytes(&self, digest: &Digest) -> Result<Bytes, BlobError> {
+        let bytes = self.open(digest).await?.bytes().await?;
+        let mut found = DigestBuilder::default();
+        found.update(&bytes);
+        check(digest, found)?;
+        Ok(bytes)
+    }
+
+    pub async fn exists(&self, digest: &Digest) -> Result<bool, BlobError> {
+        match self.store.head(&key(digest)).await {
+            Ok(_) => Ok(true),
+            Err(object_store::Error::NotFound { .. }) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    async fn open(&self, digest: &Digest) -> Result<object_store::GetResult, BlobError> {
+        match self.store.get(&key(digest)).await {
+            Err(object_store::Error::NotFound { .. }) => Err(BlobError::Missing(*digest)),
+            other => Ok(other?),
+        }
+    }
+}
+
+/// `sha256/ab/ab12…`: two levels, so that no directory grows too large.
+fn key(digest: &Digest) -> Key {
+    let hex = digest.hex();
+    Key::from_iter(["sha256", &hex[..2], &hex])
+}
+
+fn check(expected: &Digest, found: DigestBuilder) -> Result<(), BlobError> {
+    let found = found.finish();
+    if found == *expected {
+        Ok(())
+    } else {
+        Err(BlobError::Corrupt {
+            expected: *expected,
+            found,
+        })
+    }
+}
+
+fn digest_of_file(path: &Path) -> Result<StoredBlob, BlobError> {
+    let failed = |source| BlobError::File {
+        path: path.to_owned(),
+        source,
+    };
+    let mut file = File::open(path).map_err(failed)?;
+    let mut digest = DigestBuilder::default();
+    let mut size = 0;
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        match file.read(&mut buffer).map_err(failed)? {
+            0 => break,
+            read => {
+                digest.update(&buffer[..read]);
+                size += read as u64;
+            }
+        }
+    }
+    Ok(StoredBlob {
+        digest: digest.finish(),
+        size,
+    })
+}
+
+async fn copy_in(path: &Path, upload: &mut WriteMultipart) -> Result<(), BlobError> {
+    use tokio::io::AsyncReadExt;
+    let failed = |source| BlobError::File {
+        path: path.to_owned(),
+        source,
+    };
+    let mut file = tokio::fs::File::open(path).await.map_err(failed)?;
+    loop {
+        let mut buffer = Vec::with_capacity(CHUNK);
+        let read = (&mut file).take(CHUNK as u64);
+        if tokio::io::BufReader::new(read)
+            .read_to_end(&mut buffer)
+            .await
+            .map_err(failed)?
+            == 0
+        {
+            return Ok(());
+        }
+        // One part in flight at a time bounds memory to two chunks.
+        upload.wait_for_capacity(1).await?;
+        upload.put(buffer.into());
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, BlobError> + Send + 'static,
+) -> Result<T, BlobError> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|_| BlobError::Stopped)?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn bytes_and_files_come_back_by_their_digest() {
+        let dir = tempfile::tempdir().unwrap();
+        let blobs = BlobStore::directory(&dir.path().join("blobs")).unwrap();
+        let stored = blobs.put_bytes("abc").await.unwrap();
+        assert_eq!((stored.digest, stored.size), (Digest::of(b"abc"), 3));
+        assert_eq!(
+            blobs.get_bytes(&stored.digest).await.unwrap(),
+            "abc".as_bytes()
+        );
+
+        // Larger than a chunk, and stored twice: the second time it is already there.
+        let source = dir.path().join("large");
+        let bytes: Vec<u8> = (0..CHUNK + 5).map(|i| (i % 251) as u8).collect();
+        std::fs::write(&source, &bytes).unwrap();
+        let stored = blobs.put_file(&source).await.unwrap();
+        assert_eq!(blobs.put_file(&source).await.unwrap(), stored);
+        let copy = dir.path().join("copy");
+        blobs.get_to_file(&stored.digest, &copy).await.unwrap();
+        assert!(std::fs::read(&copy).unwrap() == bytes);
+    }
+
+    #[tokio::test]
+    async fn missing_and_corrupt_blobs_are_told_apart_and_leave_no_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let blobs = BlobStore::directory(dir.path()).unwrap();
+        let copy = dir.path().join("copy");
+        let missing = Digest::of(b"never stored");
+        let error = blobs.get_to_file(&missing, &copy).await.unwrap_err();
+        assert!(matches!(error, BlobError::Missing(d) if d == missing));
+
+        let stored = blobs.put_bytes("abc").await.unwrap();
+        let path = dir.path().join(key(&stored.digest).to_string());
+        std::fs::write(path, "abd").unwrap();
+        let error = blobs.get_to_file(&stored.digest, &copy).await.unwrap_err();
+        assert!(matches!(error, BlobError::Corrupt { .. }));
+        assert!(!copy.exists());
+    }
+}

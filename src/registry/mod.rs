@@ -1,0 +1,58 @@
+//! The registry in Postgres: prompts, backbones and data sets, immutable and versioned.
+//!
+//! Functions take a connection, so that handlers and the worker compose transactions of them; they
+//! answer `Ok(None)` for what is not there. Large files go to the [blob store](crate::blobs) before
+//! a row points to them.
+
+pub mod backbones;
+pub mod datasets;
+pub mod pack;
+pub mod prompts;
+pub mod roots;
+
+use uuid::Uuid;
+
+use crate::blobs::BlobError;
+use crate::db::DbError;
+use crate::domain::digest::Digest;
+use crate::domain::reference::ResourceName;
+
+/// The one project there is until projects have an API; the first migration makes it.
+pub const DEFAULT_PROJECT: Uuid = Uuid::from_u128(0x0000_0000_0000_7000_8000_0000_0000_0001);
+
+#[derive(Debug, thiserror::Error)]
+pub enum RegistryError {
+    #[error(transparent)]
+    Db(#[from] DbError),
+    #[error(transparent)]
+    Blob(#[from] BlobError),
+    #[error("a {kind} named `{name}` exists already")]
+    NameTaken {
+        kind: &'static str,
+        name: ResourceName,
+    },
+    /// Same weights and preprocessing under another name.
+    #[error("these weights with this preprocessing are registered as `{0}` already")]
+    BackboneExists(ResourceName),
+    /// A second publication of one job's result: the caller's attempt has been overtaken.
+    #[error("job {0} has published its prompt already")]
+    AlreadyProduced(Uuid),
+}
+
+impl From<sqlx::Error> for RegistryError {
+    fn from(error: sqlx::Error) -> Self {
+        Self::Db(error.into())
+    }
+}
+
+fn read_digest(table: &'static str, column: &'static str, bytes: &[u8]) -> Result<Digest, DbError> {
+    match bytes.try_into() {
+        Ok(bytes) => Ok(Digest::from_bytes(bytes)),
+        Err(_) => Err(DbError::unreadable(table, column, bytes)),
+    }
+}
+
+fn read_name(table: &'static str, name: String) -> Result<ResourceName, DbError> {
+    name.parse()
+        .map_err(|_| DbError::unreadable(table, "name", name))
+}

@@ -1,0 +1,618 @@
+//! Prompt assets: a name, immutable versions under it, and the lineage between versions.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+use serde_json::Value;
+use sqlx::PgConnection;
+use sqlx::types::Json;
+use time::OffsetDateTime;
+use utoipa::ToSchema;
+use uuid::Uuid;
+
+use super::{RegistryError, read_digest, read_name};
+use crate::db::{DbError, OnConstraint, expect_one_row};
+use crate::domain::digest::Digest;
+use crate::domain::prompt_file::{Origin, PromptFile, PromptMetadata};
+use crate::domain::reference::{Reference, ResourceName, VersionSelector};
+
+/// A name that versions are published under.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct Prompt {
+    #[serde(skip)]
+    pub id: Uuid,
+    #[schema(value_type = String, example = "dtd")]
+    pub name: ResourceName,
+    pub description: String,
+    pub tags: BTreeMap<String, String>,
+    /// What the bare name refers to; null while there is no version that is not deprecated.
+    pub newest_version: Option<i32>,
+    #[serde(with = "time::serde::rfc3339")]
+    pub created_at: OffsetDateTime,
+}
+
+/// An immutable visual prompt: the facts about a file. The file is [`content`].
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct PromptVersion {
+    #[serde(skip)]
+    pub id: Uuid,
+    #[schema(value_type = String, example = "dtd")]
+    pub prompt: ResourceName,
+    /// Counted from 1 within the prompt.
+    pub version: i32,
+    /// sha256 of the file.
+    #[schema(value_type = String, example = "sha256:…")]
+    pub digest: Digest,
+    /// Of the file, in bytes.
+    pub size: i64,
+    pub origin: Origin,
+    /// m, the prompt's length.
+    pub num_tokens: i32,
+    /// d, the prompt's width.
+    pub embed_dim: i32,
+    pub depth: Depth,
+    /// Of the stored tensor: `f32`, `f16` or `bf16`.
+    pub dtype: String,
+    #[schema(value_type = Option<String>, example = "sha256:…")]
+    pub backbone_digest: Option<Digest>,
+    #[schema(example = "98-bicubic-imagenet")]
+    pub preprocessing_id: Option<String>,
+    /// Seed of the initial prompt; prompts from one seed keep their tokens in a common order.
+    pub init_seed: Option<u64>,
+    pub task: Option<String>,
+    /// Class names of that task, in label order.
+    pub classes: Option<Vec<String>>,
+    /// The training record; free-form.
+    pub training: Option<Value>,
+    /// The ensemble that made it.
+    pub produced_by_job: Option<Uuid>,
+    #[serde(with = "time::serde::rfc3339")]
+    pub created_at: OffsetDateTime,
+    /// Set on versions that a bare name no longer refers to.
+    #[serde(with = "time::serde::rfc3339::option")]
+    pub deprecated_at: Option<OffsetDateTime>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Depth {
+    /// Tokens at the input alone.
+    Shallow,
+    /// Tokens at every block.
+    Deep,
+}
+
+/// A version to be published. What the file says and what `metadata` says agree by then.
+#[derive(Clone, Copy, Debug)]
+pub struct NewVersion<'a> {
+    pub prompt_id: Uuid,
+    pub bytes: &'a [u8],
+    /// `bytes`, read and checked.
+    pub file: &'a PromptFile,
+    /// The file's own, or the request's where the file has none.
+    pub metadata: &'a PromptMetadata,
+    pub produced_by_job: Option<Uuid>,
+    /// What it was composed of.
+    pub parents: &'a [Parent],
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct Parent {
+    /// [`PromptVersion::id`].
+    pub version_id: Uuid,
+    /// α, in 0..=1.
+    pub weight: f64,
+}
+
+/// An edge of the lineage, seen from one of its ends: the version at the other end.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct LineageEdge {
+    #[schema(value_type = String, example = "dtd")]
+    pub prompt: ResourceName,
+    pub version: i32,
+    #[schema(value_type = String, example = "sha256:…")]
+    pub digest: Digest,
+    /// α of the parent in the child.
+    #[schema(minimum = 0, maximum = 1)]
+    pub weight: f64,
+}
+
+// ---- Names ---------------------------------------------------------------------------------
+
+pub async fn create(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    name: &ResourceName,
+    description: &str,
+    tags: &BTreeMap<String, String>,
+) -> Result<Prompt, RegistryError> {
+    let id = Uuid::now_v7();
+    let created_at = sqlx::query_scalar!(
+        r#"
+        INSERT INTO prompt (id, project_id, name, description, tags)
+        VALUES ($1, $2, $3, $4, $5)
+        RETURNING created_at
+        "#,
+        id,
+        project_id,
+        name.as_str(),
+        description,
+        Json(tags) as _,
+    )
+    .fetch_one(conn)
+    .await
+    .on_constraint("prompt_name_key", || RegistryError::NameTaken {
+        kind: "prompt",
+        name: name.clone(),
+    })?;
+    Ok(Prompt {
+        id,
+        name: name.clone(),
+        description: description.to_owned(),
+        tags: tags.clone(),
+        newest_version: None,
+        created_at,
+    })
+}
+
+/// The prompt of that name, made where there is none; for results that are published under a name
+/// chosen when the job was posted.
+pub async fn find_or_create(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    name: &ResourceName,
+    description: &str,
+) -> Result<Prompt, RegistryError> {
+    // Inserting first settles the race: whoever comes second waits for the first one's commit.
+    sqlx::query!(
+        r#"
+        INSERT INTO prompt (id, project_id, name, description)
+        VALUES ($1, $2, $3, $4)
+        ON CONFLICT ON CONSTRAINT prompt_name_key DO NOTHING
+        "#,
+        Uuid::now_v7(),
+        project_id,
+        name.as_str(),
+        description,
+    )
+    .execute(&mut *conn)
+    .await?;
+    find(conn, project_id, name)
+        .await?
+        .ok_or_else(|| DbError::RowCount(0).into())
+}
+
+pub async fn find(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    name: &ResourceName,
+) -> Result<Option<Prompt>, RegistryError> {
+    let found = select_prompts(conn, project_id, Some(name), None, 1).await?;
+    Ok(found.into_iter().next())
+}
+
+/// Prompts by name, those after `after`.
+pub async fn list(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    after: Option<&ResourceName>,
+    limit: i64,
+) -> Result<Vec<Prompt>, RegistryError> {
+    select_prompts(conn, project_id, None, after, limit).await
+}
+
+async fn select_prompts(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    name: Option<&ResourceName>,
+    after: Option<&ResourceName>,
+    limit: i64,
+) -> Result<Vec<Prompt>, RegistryError> {
+    let rows = sqlx::query!(
+        r#"
+        SELECT
+            p.id,
+            p.name,
+            p.description,
+            p.tags AS "tags: Json<BTreeMap<String, String>>",
+            p.created_at,
+            (SELECT max(v.version)
+               FROM prompt_version v
+              WHERE v.project_id = p.project_id
+                AND v.prompt_id = p.id
+                AND v.deprecated_at IS NULL) AS newest_version
+        FROM prompt p
+        WHERE p.project_id = $1
+          AND ($2::text IS NULL OR p.name = $2)
+          AND ($3::text IS NULL OR p.name COLLATE "C" > $3)
+        ORDER BY p.name COLLATE "C"
+        LIMIT $4
+        "#,
+        project_id,
+        name.map(ResourceName::as_str),
+        after.map(ResourceName::as_str),
+        limit,
+    )
+    .fetch_all(conn)
+    .await?;
+    rows.into_iter()
+        .map(|row| {
+            Ok(Prompt {
+                id: row.id,
+                name: read_name("prompt", row.name)?,
+                description: row.description,
+                tags: row.tags.0,
+                newest_version: row.newest_version,
+                created_at: row.created_at,
+            })
+        })
+        .collect()
+}
+
+// ---- Versions ------------------------------------------------------------------------------
+
+/// Publishes a version. The same bytes in the same prompt are the same version: then the existing
+/// one is returned, with `false` for "created", and nothing is written.
+pub async fn insert_version(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    new: NewVersion<'_>,
+) -> Result<(PromptVersion, bool), RegistryError> {
+    let digest = Digest::of(new.bytes);
+    // The prompt's row is locked until the transaction ends, so versions are numbered one by one.
+    let name = sqlx::query_scalar!(
+        "SELECT name FROM prompt WHERE project_id = $1 AND id = $2 FOR UPDATE",
+        project_id,
+        new.prompt_id,
+    )
+    .fetch_optional(&mut *conn)
+    .await?
+    .ok_or(DbError::RowCount(0))?;
+    let reference = Reference {
+        name: read_name("prompt", name)?,
+        version: VersionSelector::Digest(digest),
+    };
+    if let Some(existing) = resolve(conn, project_id, &reference).await? {
+        return Ok((existing, false));
+    }
+    sqlx::query!(
+        "INSERT INTO blob (sha256, bytes) VALUES ($1, $2) ON CONFLICT (sha256) DO NOTHING",
+        digest.as_bytes(),
+        new.bytes,
+    )
+    .execute(&mut *conn)
+    .await?;
+    let id = Uuid::now_v7();
+    let depth = match new.file.deep_prompt_embeddings {
+        None => Depth::Shallow,
+        Some(_) => Depth::Deep,
+    };
+    sqlx::query!(
+        r#"
+        INSERT INTO prompt_version (
+            id, project_id, prompt_id, version, sha256, origin, num_tokens, embed_dim, depth,
+            dtype, backbone_digest, preprocessing_id, init_seed, task, classes, training,
+            produced_by_job
+        )
+        SELECT $1, $2, $3, coalesce(max(version), 0) + 1, $4, $5, $6, $7, $8,
+               $9, $10, $11, $12::text::numeric, $13, $14, $15,
+               $16
+        FROM prompt_version
+        WHERE project_id = $2 AND prompt_id = $3
+        "#,
+        id,
+        project_id,
+        new.prompt_id,
+        digest.as_bytes(),
+        origin_name(new.metadata.origin),
+        new.file.num_tokens() as i32,
+        new.file.embed_dim() as i32,
+        depth.name(),
+        new.file.dtype,
+        new.metadata
+            .backbone_digest
+            .as_ref()
+            .map(|d| d.as_bytes() as &[u8]),
+        new.metadata.preprocessing_id.as_deref(),
+        new.metadata.init_seed.map(|seed| seed.to_string()),
+        new.metadata.task.as_deref(),
+        new.metadata.classes.as_ref().map(Json) as _,
+        new.metadata.training.as_ref(),
+        new.produced_by_job,
+    )
+    .execute(&mut *conn)
+    .await
+    .on_constraint("prompt_version_produced_by_job_key", || {
+        RegistryError::AlreadyProduced(new.produced_by_job.unwrap_or_default())
+    })?;
+    for parent in new.parents {
+        sqlx::query!(
+            "INSERT INTO lineage (project_id, child, parent, weight) VALUES ($1, $2, $3, $4)",
+            project_id,
+            id,
+            parent.version_id,
+            parent.weight,
+        )
+        .execute(&mut *conn)
+        .await?;
+    }
+    let version = resolve(conn, project_id, &reference).await?;
+    Ok((version.ok_or(DbError::RowCount(0))?, true))
+}
+
+/// The version a reference means.
+pub async fn resolve(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    reference: &Reference,
+) -> Result<Option<PromptVersion>, RegistryError> {
+    let found = select_versions(
+        conn,
+        project_id,
+        &reference.name,
+        Some(reference.version),
+        None,
+        1,
+    );
+    Ok(found.await?.into_iter().next())
+}
+
+/// Versions of a prompt, newest first, those before `before`.
+pub async fn list_versions(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    name: &ResourceName,
+    before: Option<i32>,
+    limit: i64,
+) -> Result<Vec<PromptVersion>, RegistryError> {
+    select_versions(conn, project_id, name, None, before, limit).await
+}
+
+/// The bytes of a prompt file.
+pub async fn content(
+    conn: &mut PgConnection,
+    digest: &Digest,
+) -> Result<Option<Vec<u8>>, RegistryError> {
+    Ok(sqlx::query_scalar!(
+        "SELECT bytes FROM blob WHERE sha256 = $1",
+        digest.as_bytes()
+    )
+    .fetch_optional(conn)
+    .await?)
+}
+
+/// Hides a version from its bare name; a second time changes nothing.
+pub async fn deprecate(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    version_id: Uuid,
+) -> Result<(), RegistryError> {
+    let updated = sqlx::query!(
+        r#"
+        UPDATE prompt_version
+        SET deprecated_at = coalesce(deprecated_at, now())
+        WHERE project_id = $1 AND id = $2
+        "#,
+        project_id,
+        version_id,
+    )
+    .execute(conn)
+    .await?;
+    Ok(expect_one_row(updated)?)
+}
+
+/// `selector: None` is every version, deprecated or not.
+async fn select_versions(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    name: &ResourceName,
+    selector: Option<VersionSelector>,
+    before: Option<i32>,
+    limit: i64,
+) -> Result<Vec<PromptVersion>, RegistryError> {
+    let (number, digest) = match selector {
+        Some(VersionSelector::Number(number)) => (Some(number), None),
+        Some(VersionSelector::Digest(digest)) => (None, Some(digest)),
+        Some(VersionSelector::Newest) | None => (None, None),
+    };
+    let rows = sqlx::query_as!(
+        VersionRow,
+        r#"
+        SELECT
+            v.id,
+            p.name,
+            v.version,
+            v.sha256,
+            b.size AS "size!",
+            v.origin,
+            v.num_tokens,
+            v.embed_dim,
+            v.depth,
+            v.dtype,
+            v.backbone_digest,
+            v.preprocessing_id,
+            v.init_seed::text AS init_seed,
+            v.task,
+            v.classes AS "classes: Json<Vec<String>>",
+            v.training,
+            v.produced_by_job,
+            v.created_at,
+            v.deprecated_at
+        FROM prompt p
+        JOIN prompt_version v ON v.project_id = p.project_id AND v.prompt_id = p.id
+        JOIN blob b ON b.sha256 = v.sha256
+        WHERE p.project_id = $1
+          AND p.name = $2
+          AND ($3::int IS NULL OR v.version = $3)
+          AND ($4::bytea IS NULL OR v.sha256 = $4)
+          AND ($5 OR v.deprecated_at IS NULL)
+          AND ($6::int IS NULL OR v.version < $6)
+        ORDER BY v.version DESC
+        LIMIT $7
+        "#,
+        project_id,
+        name.as_str(),
+        number,
+        digest.as_ref().map(|d| d.as_bytes() as &[u8]),
+        selector != Some(VersionSelector::Newest),
+        before,
+        limit,
+    )
+    .fetch_all(conn)
+    .await?;
+    rows.into_iter()
+        .map(|row| Ok(PromptVersion::try_from(row)?))
+        .collect()
+}
+
+struct VersionRow {
+    id: Uuid,
+    name: String,
+    version: i32,
+    sha256: Vec<u8>,
+    size: i64,
+    origin: String,
+    num_tokens: i32,
+    embed_dim: i32,
+    depth: String,
+    dtype: String,
+    backbone_digest: Option<Vec<u8>>,
+    preprocessing_id: Option<String>,
+    init_seed: Option<String>,
+    task: Option<String>,
+    classes: Option<Json<Vec<String>>>,
+    training: Option<Value>,
+    produced_by_job: Option<Uuid>,
+    created_at: OffsetDateTime,
+    deprecated_at: Option<OffsetDateTime>,
+}
+
+impl TryFrom<VersionRow> for PromptVersion {
+    type Error = DbError;
+
+    fn try_from(row: VersionRow) -> Result<Self, DbError> {
+        const TABLE: &str = "prompt_version";
+        Ok(Self {
+            id: row.id,
+            prompt: read_name("prompt", row.name)?,
+            version: row.version,
+            digest: read_digest(TABLE, "sha256", &row.sha256)?,
+            size: row.size,
+            origin: match row.origin.as_str() {
+                "uploaded" => Origin::Uploaded,
+                "tuned" => Origin::Tuned,
+                "composed" => Origin::Composed,
+                other => return Err(DbError::unreadable(TABLE, "origin", other)),
+            },
+            num_tokens: row.num_tokens,
+            embed_dim: row.embed_dim,
+            depth: match row.depth.as_str() {
+                "shallow" => Depth::Shallow,
+                "deep" => Depth::Deep,
+                other => return Err(DbError::unreadable(TABLE, "depth", other)),
+            },
+            dtype: row.dtype,
+            backbone_digest: row
+                .backbone_digest
+                .map(|bytes| read_digest(TABLE, "backbone_digest", &bytes))
+                .transpose()?,
+            preprocessing_id: row.preprocessing_id,
+            init_seed: match row.init_seed {
+                None => None,
+                Some(text) => match text.parse() {
+                    Ok(seed) => Some(seed),
+                    Err(_) => return Err(DbError::unreadable(TABLE, "init_seed", text)),
+                },
+            },
+            task: row.task,
+            classes: row.classes.map(|json| json.0),
+            training: row.training,
+            produced_by_job: row.produced_by_job,
+            created_at: row.created_at,
+            deprecated_at: row.deprecated_at,
+        })
+    }
+}
+
+impl Depth {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Shallow => "shallow",
+            Self::Deep => "deep",
+        }
+    }
+}
+
+fn origin_name(origin: Origin) -> &'static str {
+    match origin {
+        Origin::Uploaded => "uploaded",
+        Origin::Tuned => "tuned",
+        Origin::Composed => "composed",
+    }
+}
+
+// ---- Lineage -------------------------------------------------------------------------------
+
+/// What a version was composed of, the largest weight first.
+pub async fn parents(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    version_id: Uuid,
+) -> Result<Vec<LineageEdge>, RegistryError> {
+    sqlx::query!(
+        r#"
+        SELECT p.name, v.version, v.sha256, l.weight
+        FROM lineage l
+        JOIN prompt_version v ON v.project_id = l.project_id AND v.id = l.parent
+        JOIN prompt p ON p.project_id = v.project_id AND p.id = v.prompt_id
+        WHERE l.project_id = $1 AND l.child = $2
+        ORDER BY l.weight DESC, p.name, v.version
+        "#,
+        project_id,
+        version_id,
+    )
+    .fetch_all(conn)
+    .await?
+    .into_iter()
+    .map(|row| edge(row.name, row.version, &row.sha256, row.weight))
+    .collect()
+}
+
+/// What was composed with a version, the newest first.
+pub async fn children(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    version_id: Uuid,
+) -> Result<Vec<LineageEdge>, RegistryError> {
+    sqlx::query!(
+        r#"
+        SELECT p.name, v.version, v.sha256, l.weight
+        FROM lineage l
+        JOIN prompt_version v ON v.project_id = l.project_id AND v.id = l.child
+        JOIN prompt p ON p.project_id = v.project_id AND p.id = v.prompt_id
+        WHERE l.project_id = $1 AND l.parent = $2
+        ORDER BY v.created_at DESC, v.id DESC
+        "#,
+        project_id,
+        version_id,
+    )
+    .fetch_all(conn)
+    .await?
+    .into_iter()
+    .map(|row| edge(row.name, row.version, &row.sha256, row.weight))
+    .collect()
+}
+
+fn edge(
+    name: String,
+    version: i32,
+    sha256: &[u8],
+    weight: f64,
+) -> Result<LineageEdge, RegistryError> {
+    Ok(LineageEdge {
+        prompt: read_name("prompt", name)?,
+        version,
+        digest: read_digest("prompt_version", "sha256", sha256)?,
+        weight,
+    })
+}
