@@ -32,7 +32,7 @@ cargo_components() {
 }
 
 demo_on_a_handful() {
-    python3 demo/run.py --limit 48 --out "$(mktemp -d)"
+    python3 demo/run.py --limit 48 --compare-offline --out "$(mktemp -d)"
 }
 
 part "set-up" scripts/setup.sh

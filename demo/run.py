@@ -1,0 +1,307 @@
+#!/usr/bin/env python3
+"""promptweave's main job, end to end, over HTTP; `make demo` runs this.
+
+Starts `promptweave up` with a fresh data directory, registers the backbone and the target images, uploads the
+source prompts of demo/prompts, POSTs an ensemble, waits for it, shows what came out and leaves it in demo/out.
+Whatever happens, it stops what it started. Python's standard library is enough.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import pathlib
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+
+DEMO = pathlib.Path(__file__).resolve().parent
+ROOT = DEMO.parent
+BACKBONE = "vit_s14_focus"  # under .assets
+TARGET = "target"  # under demo
+START_TIMEOUT_S = 120
+STOP_TIMEOUT_S = 40
+FINISHED = ("succeeded", "failed", "cancelled")
+
+
+class DemoError(Exception):
+    pass
+
+
+def say(text):
+    print(text, flush=True)
+
+
+# ---- The service --------------------------------------------------------------------------------------
+
+
+class Service:
+    """A `promptweave up` of our own, and its API."""
+
+    def __init__(self, binary, data_dir, log_path, backbone_root, dataset_root):
+        self.log_path = log_path
+        self.log = open(log_path, "wb")
+        command = [binary, "up", "--listen", "127.0.0.1:0", "--data-dir", data_dir]
+        command += ["--backbone-root", backbone_root, "--dataset-root", dataset_root]
+        # A session of its own: Ctrl-C reaches us, and we stop it in order.
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=self.log, stdin=subprocess.DEVNULL, start_new_session=True, text=True
+        )
+
+    def __enter__(self):
+        try:
+            self.url = self.wait_until_it_listens()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
+
+    def wait_until_it_listens(self):
+        # An alarm, because readline() has no timeout of its own.
+        def too_late(*_):
+            raise DemoError(f"`promptweave up` did not listen within {START_TIMEOUT_S} s; see {self.log_path}")
+
+        previous = signal.signal(signal.SIGALRM, too_late)
+        signal.alarm(START_TIMEOUT_S)
+        try:
+            for line in self.process.stdout:
+                found = re.search(r"promptweave is listening on (http://\S+)", line)
+                if found:
+                    return found[1].rstrip("/")
+        finally:
+            signal.alarm(0)
+            signal.signal(signal.SIGALRM, previous)
+        self.process.wait()
+        self.log.flush()
+        tail = "".join(self.log_path.read_text(errors="replace").splitlines(True)[-20:])
+        raise DemoError(f"`promptweave up` ended with status {self.process.returncode}:\n{tail}")
+
+    def stop(self):
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+            try:
+                self.process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        self.process.stdout.close()
+        self.log.close()
+
+    def call(self, method, path, body=None, content_type="application/json"):
+        """Sends a request; answers the body: JSON as Python objects, other content as bytes."""
+        data = json.dumps(body).encode() if content_type == "application/json" and body is not None else body
+        url = path if path.startswith("http") else self.url + path
+        request = urllib.request.Request(url, data, {"content-type": content_type} if data else {}, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=300) as response:
+                content = response.read()
+                is_json = response.headers.get_content_type() == "application/json"
+                return json.loads(content) if is_json else content
+        except urllib.error.HTTPError as error:
+            raise DemoError(f"{method} {path}: {problem(error)}") from None
+        except urllib.error.URLError as error:
+            raise DemoError(f"{method} {path}: {error.reason}; see {self.log_path}") from None
+
+
+def problem(error):
+    """What an `application/problem+json` answer says."""
+    text = error.read().decode(errors="replace")
+    try:
+        body = json.loads(text)
+    except ValueError:
+        return f"{error.code} {text[:500]}"
+    fields = "".join(f"; {e.get('pointer')}: {e.get('detail')}" for e in body.get("errors", []))
+    return f"{error.code} {body.get('code', '')}: {body.get('detail') or body.get('title')}{fields}"
+
+
+# ---- The steps ----------------------------------------------------------------------------------------
+
+
+def limited_target(folder, limit):
+    """A copy of the target with the first `limit` images of each list."""
+    copy = folder / TARGET
+    copy.mkdir(parents=True)
+    shutil.copy(DEMO / TARGET / "meta.json", copy)
+    for name in ("train.txt", "test.txt"):
+        lines = (DEMO / TARGET / name).read_text().splitlines(True)[:limit]
+        (copy / name).write_text("".join(lines))
+        for line in lines:
+            image = line.split()[0]
+            (copy / image).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(DEMO / TARGET / image, copy / image)
+    return folder
+
+
+def upload(service, prompt_files):
+    backbone = service.call("POST", "/v1/backbones", {"name": "vit-s14", "directory": BACKBONE})
+    say(f"registered backbone vit-s14, {backbone['digest'][:19]}…")
+    dataset = service.call("POST", "/v1/datasets", {"name": "clipart", "directory": TARGET})
+    counts = ", ".join(f"{count} {split}" for split, count in dataset["split_counts"].items())
+    say(f"registered data set clipart: {len(dataset['classes'])} classes, {counts} images")
+    for file in prompt_files:
+        service.call("POST", "/v1/prompts", {"name": file.stem})
+        version = service.call(
+            "POST", f"/v1/prompts/{file.stem}/versions", file.read_bytes(), "application/vnd.prompt+safetensors"
+        )
+        say(f"uploaded prompt {file.stem}:{version['version']}, {version['num_tokens']} tokens")
+
+
+def run_ensemble(service, sources, output):
+    job = service.call(
+        "POST",
+        "/v1/ensembles",
+        {
+            "backbone": "vit-s14",
+            "target": {"dataset": "clipart", "split": "train", "eval_split": "test"},
+            "sources": [{"prompt": name} for name in sources],
+            "output": {"name": output},
+        },
+    )
+    say(f"ensemble {job['id']} of {len(sources)} sources is {job['state']}")
+    shown = None
+    while job["state"] not in FINISHED:
+        time.sleep(0.5)
+        job = service.call("GET", f"/v1/ensembles/{job['id']}")
+        shown = show_progress(job, shown)
+    if sys.stdout.isatty():
+        print("\r\033[K", end="")
+    if job["state"] != "succeeded":
+        raise DemoError(f"the ensemble {job['state']}: {json.dumps(job.get('error'))}")
+    return job
+
+
+def show_progress(job, shown):
+    """One line that changes on a terminal, one line a phase elsewhere."""
+    phase, progress = job.get("phase") or job["state"], job.get("progress") or {}
+    done, total = progress.get("done", 0), progress.get("total", 0)
+    if sys.stdout.isatty():
+        share = done / total if total else 0
+        bar = "█" * round(30 * share)
+        print(f"\r\033[K  {phase:10s} {bar:30s} {share:4.0%}", end="", flush=True)
+    elif phase != shown:
+        say(f"  {phase} …")
+    return phase
+
+
+# ---- What came out ------------------------------------------------------------------------------------
+
+
+def show(result, num_test):
+    diagnostics = result["diagnostics"]
+    width = max(len("best single (" + source["prompt"] + ")") for source in result["source_weights"])
+    say(f"\n{'source':{width}s}  {'weight':>7s}  {'its own H':>9s}")
+    for source, own in zip(result["source_weights"], diagnostics["per_source"]):
+        say(f"{source['prompt']:{width}s}  {source['weight']:7.3f}  {own['h_score']:9.3f}")
+
+    baselines = diagnostics["baselines"]
+    rows = [
+        ("composed prompt", diagnostics["composed"]),
+        ("uniform average", baselines["uniform"]),
+        (f"best single ({baselines['best_single_prompt']})", baselines["best_single"]),
+    ]
+    say(f"\n{'prompt':{width}s}  {'H':>7s}  {'held-out accuracy':>17s}")
+    for name, score in rows:
+        accuracy = score["eval_accuracy"]
+        error = math.sqrt(accuracy * (1 - accuracy) / num_test)
+        say(f"{name:{width}s}  {score['h_score']:7.3f}  {accuracy:9.1%} ± {error:.1%}")
+    say(f"(closed-form heads fitted on {diagnostics['num_samples']} images, tried on {num_test} others; ± is one standard error)")
+    for warning in result["warnings"]:
+        say(f"warning: {warning['code']}: {warning['detail']}")
+
+
+def compare_offline(binary, prompt_files, target, result, out):
+    """`promptweave compose` on the same files must find the same weights."""
+    say("\ncomposing the same files offline")
+    command = [binary, "compose", "--backbone", ROOT / ".assets" / BACKBONE, "--target", target, "--eval-split", "test"]
+    for file in prompt_files:
+        command += ["--source", f"{file.stem}={file}"]
+    subprocess.run([*command, "--out", out], check=True)
+    offline = json.loads((out / "result.json").read_text())
+    weights = {source["prompt"]: source["weight"] for source in offline["source_weights"]}
+    difference = max(abs(weights[source["prompt"]] - source["weight"]) for source in result["source_weights"])
+    say(f"largest difference of a weight between service and `promptweave compose`: {difference:.1e}")
+    if difference > 1e-6:
+        raise DemoError("service and offline command disagree by more than 1e-6")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="promptweave's main job, end to end")
+    target_dir = os.environ.get("CARGO_TARGET_DIR", ROOT / "target")
+    parser.add_argument("--binary", type=pathlib.Path, default=pathlib.Path(target_dir) / "release" / "promptweave")
+    parser.add_argument("--out", type=pathlib.Path, default=DEMO / "out", help="where the results go [demo/out]")
+    parser.add_argument("--limit", type=int, help="use only the first LIMIT images of each list")
+    parser.add_argument(
+        "--compare-offline", action="store_true", help="also run `promptweave compose` and compare the weights"
+    )
+    arguments = parser.parse_args()
+    prompt_files = sorted((DEMO / "prompts").glob("*.safetensors"))
+    for path in (arguments.binary, ROOT / ".assets" / BACKBONE / "config.json"):
+        if not path.exists():
+            raise DemoError(f"{path} is not there; `make demo` makes it")
+    if len(prompt_files) < 2:
+        raise DemoError(f"{DEMO / 'prompts'} holds {len(prompt_files)} prompt files; two are the least")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    # As absolute paths: a service has a working directory of its own.
+    binary, out = arguments.binary.resolve(), arguments.out.resolve()
+
+    with contextlib.ExitStack() as stack:
+        folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="promptweave-demo-")))
+        os.chmod(folder, 0o755)  # as root, the database runs as another user, who has to get in
+        dataset_root = limited_target(folder / "datasets", arguments.limit) if arguments.limit else DEMO
+        num_test = len((dataset_root / TARGET / "test.txt").read_text().splitlines())
+
+        say("starting promptweave (a private database, the API, a worker)")
+        service = stack.enter_context(
+            Service(binary, folder / "data", out / "service.log", ROOT / ".assets", dataset_root)
+        )
+        say(f"it listens on {service.url}; its log is {out / 'service.log'}")
+        upload(service, prompt_files)
+        started = time.monotonic()
+        job = run_ensemble(service, [file.stem for file in prompt_files], "clipart-composed")
+        say(f"the ensemble took {time.monotonic() - started:.1f} s")
+
+        result = service.call("GET", f"/v1/ensembles/{job['id']}/result")
+        (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        composed = result["composed"]
+        content = service.call("GET", f"/v1/prompts/{composed['prompt']}/versions/{composed['version']}/content")
+        (out / "composed.safetensors").write_bytes(content)
+        statistics = service.call("GET", f"/v1/ensembles/{job['id']}/statistics")
+        (out / "statistics.safetensors").write_bytes(statistics)
+        show(result, num_test)
+        if arguments.compare_offline:
+            compare_offline(binary, prompt_files, dataset_root / TARGET, result, folder / "offline")
+        say("\nstopping promptweave")
+
+    peak_mb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    say(f"its largest process used {peak_mb:.0f} MB of memory at most")
+    say("\nrecomputing both terms from the statistics, by code of its own (scripts/verify_statistics.py)")
+    verify = ROOT / "scripts" / "verify_statistics.py"
+    subprocess.run([sys.executable, verify, out / "result.json", out / "statistics.safetensors"], check=True)
+    subprocess.run([binary, "plot", out / "result.json", "--out", out], check=True, stdout=subprocess.DEVNULL)
+    say(f"\nin {out}:")
+    for name in ("result.json", "composed.safetensors", "statistics.safetensors", "weights.svg", "path.svg"):
+        say(f"  {name}, {(out / name).stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    # A polite kill ends like Ctrl-C: by unwinding, which stops the service.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        main()
+    except DemoError as error:
+        sys.exit(f"demo: {error}")
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"demo: `{' '.join(map(str, error.cmd[:2]))}` ended with status {error.returncode}")
+    except KeyboardInterrupt:
+        sys.exit("\ndemo: interrupted")
