@@ -8,6 +8,7 @@ pub mod composition;
 pub mod dataset;
 pub mod digest;
 pub mod image;
+pub mod job;
 pub mod prompt_file;
 pub mod reference;
 pub mod tensor;

@@ -1,0 +1,274 @@
+//! A job: its states, their legal moves, and the specification of an ensemble with everything in it
+//! resolved, so that what was asked for stays what it was whatever is published later.
+//!
+//! ```text
+//!            claim                     finish
+//!  queued ─────────► running ─┬──────────────► succeeded
+//!    ▲ │               │      ├─ refused, ─────► failed
+//!    │ │ cancel        │      │  attempts exhausted
+//!    │ └──────────┐    │      │
+//!    │            ▼    │      │ cancel requested
+//!    │        cancelled◄──────┘ and noticed
+//!    └─────────────────┘
+//!      lease lost, retry, graceful stop
+//! ```
+
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use utoipa::ToSchema;
+use uuid::Uuid;
+
+use super::backbone::BackboneConfig;
+use super::composition::{Objective, Phase, TargetSamples};
+use super::digest::Digest;
+
+/// Attempts of a job before it ends as `attempts_exhausted`.
+pub const MAX_ATTEMPTS: i32 = 5;
+/// Jobs with a smaller number are claimed first.
+pub const DEFAULT_PRIORITY: i32 = 100;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum JobState {
+    Queued,
+    Running,
+    Succeeded,
+    Failed,
+    Cancelled,
+}
+
+impl JobState {
+    pub const ALL: [Self; 5] = [
+        Self::Queued,
+        Self::Running,
+        Self::Succeeded,
+        Self::Failed,
+        Self::Cancelled,
+    ];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Queued => "queued",
+            Self::Running => "running",
+            Self::Succeeded => "succeeded",
+            Self::Failed => "failed",
+            Self::Cancelled => "cancelled",
+        }
+    }
+
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|state| state.name() == name)
+    }
+
+    pub fn is_terminal(self) -> bool {
+        matches!(self, Self::Succeeded | Self::Failed | Self::Cancelled)
+    }
+
+    /// The one list of legal moves. The statements of `jobs::queue` make these and no others.
+    pub fn may_become(self, next: Self) -> bool {
+        use JobState::{Cancelled, Failed, Queued, Running, Succeeded};
+        matches!(
+            (self, next),
+            (Queued, Running | Cancelled) | (Running, Queued | Succeeded | Failed | Cancelled)
+        )
+    }
+}
+
+/// How one attempt at a job ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum AttemptOutcome {
+    Succeeded,
+    /// A permanent error: another try would not help.
+    Failed,
+    /// An error after which the job waits for another attempt.
+    Retried,
+    Cancelled,
+    /// The lease ran out without a word from the worker.
+    Lost,
+    /// The worker was stopped and gave the job back; the attempt does not count.
+    Released,
+}
+
+impl AttemptOutcome {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Succeeded => "succeeded",
+            Self::Failed => "failed",
+            Self::Retried => "retried",
+            Self::Cancelled => "cancelled",
+            Self::Lost => "lost",
+            Self::Released => "released",
+        }
+    }
+}
+
+/// How far the current phase is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Progress {
+    pub phase: Phase,
+    /// Units of work finished, of `total`.
+    pub done: u64,
+    pub total: u64,
+}
+
+/// Why a job (or one attempt at it) failed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct JobError {
+    /// Stable, snake_case.
+    pub code: String,
+    pub detail: String,
+}
+
+impl JobError {
+    pub fn new(code: &str, detail: impl Into<String>) -> Self {
+        Self {
+            code: code.to_owned(),
+            detail: detail.into(),
+        }
+    }
+}
+
+/// What an ensemble job computes. Names are for people; digests decide.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EnsembleSpec {
+    pub target: TargetSpec,
+    /// In the order of the request.
+    pub sources: Vec<SourceSpec>,
+    pub backbone: BackboneSpec,
+    pub objective: Objective,
+    /// Name of the prompt the result is published under.
+    pub output: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TargetSpec {
+    pub dataset: String,
+    pub version: i32,
+    /// Of the packed images in the blob store.
+    pub digest: Digest,
+    #[serde(flatten)]
+    pub samples: TargetSamples,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SourceSpec {
+    /// Of the prompt version.
+    pub id: Uuid,
+    pub prompt: String,
+    pub version: i32,
+    pub digest: Digest,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct BackboneSpec {
+    pub name: String,
+    pub digest: Digest,
+    pub preprocessing_id: String,
+    /// Of `model.safetensors` in the blob store.
+    pub model_digest: Digest,
+    pub config: BackboneConfig,
+}
+
+impl EnsembleSpec {
+    /// Equal digests mean equal answers: what is computed, without any name, and by which version.
+    pub fn digest(&self) -> Digest {
+        let sources: Vec<_> = self.sources.iter().map(|source| source.digest).collect();
+        // `json!` sorts keys, so the text is canonical.
+        let computed = json!({
+            "target": self.target.digest,
+            "samples": self.target.samples,
+            "sources": sources,
+            "backbone": self.backbone.digest,
+            "preprocessing_id": self.backbone.preprocessing_id,
+            "objective": self.objective,
+            "promptweave": env!("CARGO_PKG_VERSION"),
+        });
+        Digest::of(computed.to_string().as_bytes())
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::domain::backbone::{Filter, Preprocessing};
+    use crate::domain::dataset::Split;
+
+    pub(crate) fn spec() -> EnsembleSpec {
+        let preprocessing = Preprocessing {
+            size: 98,
+            filter: Filter::Bicubic,
+            antialias: true,
+            mean: [0.485, 0.456, 0.406],
+            std: [0.229, 0.224, 0.225],
+        };
+        let source = |name: &str| SourceSpec {
+            id: Uuid::nil(),
+            prompt: name.to_owned(),
+            version: 1,
+            digest: Digest::of(name.as_bytes()),
+        };
+        EnsembleSpec {
+            target: TargetSpec {
+                dataset: "emoji".into(),
+                version: 1,
+                digest: Digest::of(b"emoji"),
+                samples: TargetSamples {
+                    split: Split::Train,
+                    eval_split: Some(Split::Test),
+                    max_samples: 2000,
+                    seed: 0,
+                    skip_bad: false,
+                },
+            },
+            sources: vec![source("digits"), source("flowers")],
+            backbone: BackboneSpec {
+                name: "tiny".into(),
+                digest: Digest::of(b"backbone"),
+                preprocessing_id: preprocessing.id(),
+                model_digest: Digest::of(b"model"),
+                config: BackboneConfig {
+                    architecture: "vit_tiny".into(),
+                    embed_dim: 8,
+                    depth: 1,
+                    num_heads: 1,
+                    patch_size: 14,
+                    pos_grid: 7,
+                    norm_eps: 1e-6,
+                    preprocessing,
+                },
+            },
+            objective: Objective::default(),
+            output: "emoji-1".into(),
+        }
+    }
+
+    #[test]
+    fn nothing_leaves_a_terminal_state_and_every_other_state_can_be_left() {
+        for state in JobState::ALL {
+            let leaves = JobState::ALL.iter().any(|next| state.may_become(*next));
+            assert_eq!(leaves, !state.is_terminal(), "{state:?}");
+            assert!(!state.may_become(state));
+            assert_eq!(JobState::from_name(state.name()), Some(state));
+        }
+        assert!(!JobState::Queued.may_become(JobState::Succeeded));
+    }
+
+    #[test]
+    fn the_digest_is_of_what_is_computed_and_not_of_what_it_is_called() {
+        let spec = spec();
+        let read: EnsembleSpec =
+            serde_json::from_value(serde_json::to_value(&spec).unwrap()).unwrap();
+        assert_eq!(read, spec);
+        let mut renamed = spec.clone();
+        renamed.output = "other".into();
+        renamed.sources[0].prompt = "numbers".into();
+        assert_eq!(renamed.digest(), spec.digest());
+        let mut changed = spec.clone();
+        changed.target.samples.seed = 1;
+        assert_ne!(changed.digest(), spec.digest());
+        let mut swapped = spec.clone();
+        swapped.sources.reverse();
+        assert_ne!(swapped.digest(), spec.digest());
+    }
+}

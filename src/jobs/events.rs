@@ -1,0 +1,73 @@
+//! What happened to a job, in order: numbered from 1 without gaps.
+
+use serde::Serialize;
+use serde_json::Value;
+use sqlx::PgConnection;
+use time::OffsetDateTime;
+use utoipa::ToSchema;
+use uuid::Uuid;
+
+use crate::db::DbError;
+
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct JobEvent {
+    /// Counted from 1 within the job.
+    pub seq: i32,
+    #[serde(with = "time::serde::rfc3339")]
+    pub at: OffsetDateTime,
+    /// `queued`, `started`, `phase`, `retried`, `lost`, `released`, `cancel_requested`,
+    /// `cancelled`, `failed` or `succeeded`.
+    #[schema(example = "started")]
+    pub kind: String,
+    /// What belongs to that kind: the attempt, the phase, the error.
+    pub data: Value,
+}
+
+/// Adds an event within the transaction that makes it true; the caller holds the job's row.
+pub(super) async fn record(
+    conn: &mut PgConnection,
+    job_id: Uuid,
+    kind: &str,
+    data: Value,
+) -> Result<(), DbError> {
+    sqlx::query!(
+        r#"
+        INSERT INTO job_event (job_id, seq, kind, data)
+        SELECT $1, coalesce(max(seq), 0) + 1, $2, $3 FROM job_event WHERE job_id = $1
+        "#,
+        job_id,
+        kind,
+        data,
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// The events of a job after number `after`.
+pub async fn list(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    job_id: Uuid,
+    after: i32,
+    limit: i64,
+) -> Result<Vec<JobEvent>, DbError> {
+    let events = sqlx::query_as!(
+        JobEvent,
+        r#"
+        SELECT e.seq, e.at, e.kind, e.data
+        FROM job_event e
+        JOIN job j ON j.id = e.job_id
+        WHERE j.project_id = $1 AND e.job_id = $2 AND e.seq > $3
+        ORDER BY e.seq
+        LIMIT $4
+        "#,
+        project_id,
+        job_id,
+        after,
+        limit,
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(events)
+}

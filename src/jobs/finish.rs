@@ -1,0 +1,79 @@
+//! The one transaction that makes a result: composed prompt, lineage, answer and state, under the
+//! lease's token. A worker that lost its lease rolls all of it back.
+
+use sqlx::{Connection, PgConnection};
+
+use super::queue::{Claimed, Held, Leaving, QueueError};
+use crate::db::DbError;
+use crate::domain::composition::CompositionResult;
+use crate::domain::digest::Digest;
+use crate::domain::prompt_file::{PromptFile, PromptMetadata};
+use crate::domain::reference::ResourceName;
+use crate::registry::prompts::{self, NewVersion, Parent};
+
+/// What a composition left to be stored; the statistics are in the blob store already.
+#[derive(Clone, Copy, Debug)]
+pub struct Finished<'a> {
+    pub result: &'a CompositionResult,
+    /// The composed prompt's file: its bytes, the same read, and what it says about itself.
+    pub composed: &'a [u8],
+    pub file: &'a PromptFile,
+    pub metadata: &'a PromptMetadata,
+    pub output: &'a ResourceName,
+    pub statistics: Digest,
+}
+
+/// Ends the job as succeeded and publishes its prompt.
+pub async fn finish(
+    conn: &mut PgConnection,
+    claimed: &Claimed,
+    finished: Finished<'_>,
+) -> Result<(), QueueError> {
+    let mut tx = conn.begin().await?;
+    let held = Held::lock(&mut tx, claimed.lease).await?;
+    // A lease that has run out is nobody's, even before it is reaped.
+    let valid = sqlx::query_scalar!(
+        r#"SELECT lease_until > now() AS "valid!" FROM job WHERE id = $1"#,
+        claimed.lease.job_id,
+    )
+    .fetch_one(&mut *tx)
+    .await?;
+    if !valid {
+        return Err(QueueError::LeaseLost(claimed.lease.job_id));
+    }
+    let description = format!(
+        "composed for {}:{} by ensemble {}",
+        claimed.spec.target.dataset, claimed.spec.target.version, claimed.lease.job_id
+    );
+    let prompt =
+        prompts::find_or_create(&mut tx, claimed.project_id, finished.output, &description).await?;
+    let parents: Vec<Parent> = claimed
+        .spec
+        .sources
+        .iter()
+        .zip(&finished.result.source_weights)
+        .map(|(source, weighed)| Parent {
+            version_id: source.id,
+            weight: weighed.weight,
+        })
+        .collect();
+    let new = NewVersion {
+        prompt_id: prompt.id,
+        bytes: finished.composed,
+        file: finished.file,
+        metadata: finished.metadata,
+        produced_by_job: Some(claimed.lease.job_id),
+        parents: &parents,
+    };
+    // The same composition once more under the same name is the version that is there.
+    let (version, _) = prompts::insert_version(&mut tx, claimed.project_id, new).await?;
+    let mut result = finished.result.clone();
+    result.composed.prompt = Some(version.prompt.to_string());
+    result.composed.version = Some(version.version);
+    held.leave(&mut tx, Leaving::with_result(&result, finished.statistics))
+        .await?;
+    // Also where the deferred constraint on the weights speaks up.
+    tx.commit()
+        .await
+        .map_err(|error| DbError::from(error).into())
+}

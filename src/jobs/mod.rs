@@ -1,0 +1,144 @@
+//! The queue, directly on Postgres: a job's row is the public resource and the lock in one.
+//!
+//! [`queue`] holds the statements of the state machine ([`crate::domain::job`] draws it), [`finish`]
+//! the one transaction that makes a result, [`events`] what happened, [`workers`] who is there, and
+//! [`listener`] the wake-up.
+
+pub mod events;
+pub mod finish;
+pub mod listener;
+pub mod queue;
+pub mod workers;
+
+use sqlx::PgConnection;
+use sqlx::types::Json;
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+use crate::db::DbError;
+use crate::domain::composition::CompositionResult;
+use crate::domain::digest::Digest;
+use crate::domain::job::{EnsembleSpec, JobError, JobState, Progress};
+
+/// The kind of job that composes prompts; others join with their own specifications.
+pub const ENSEMBLE: &str = "ensemble";
+
+/// A job as its row says.
+#[derive(Clone, Debug)]
+pub struct Job {
+    pub id: Uuid,
+    pub state: JobState,
+    pub priority: i32,
+    /// Attempts begun, of `max_attempts`.
+    pub attempt: i32,
+    pub max_attempts: i32,
+    pub cancel_requested: bool,
+    pub progress: Option<Progress>,
+    pub spec: EnsembleSpec,
+    pub spec_digest: Digest,
+    /// Of a job that succeeded.
+    pub result: Option<CompositionResult>,
+    pub statistics_digest: Option<Digest>,
+    /// Of a job that failed, or of the last attempt of one that waits for another.
+    pub error: Option<JobError>,
+    /// When a queued job may be claimed.
+    pub run_at: OffsetDateTime,
+    pub created_at: OffsetDateTime,
+    pub started_at: Option<OffsetDateTime>,
+    pub finished_at: Option<OffsetDateTime>,
+}
+
+pub async fn find(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    id: Uuid,
+) -> Result<Option<Job>, DbError> {
+    Ok(select(conn, project_id, Some(id), None, None, 1)
+        .await?
+        .into_iter()
+        .next())
+}
+
+/// Jobs, the newest first: those before `before`, in `state` if one is given.
+pub async fn list(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    state: Option<JobState>,
+    before: Option<Uuid>,
+    limit: i64,
+) -> Result<Vec<Job>, DbError> {
+    select(conn, project_id, None, state, before, limit).await
+}
+
+async fn select(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    id: Option<Uuid>,
+    state: Option<JobState>,
+    before: Option<Uuid>,
+    limit: i64,
+) -> Result<Vec<Job>, DbError> {
+    let rows = sqlx::query!(
+        r#"
+        SELECT
+            id, state, priority, attempt, max_attempts, run_at, created_at, started_at, finished_at,
+            cancel_requested_at IS NOT NULL AS "cancel_requested!",
+            progress AS "progress: Json<Progress>",
+            spec AS "spec: Json<EnsembleSpec>",
+            spec_digest,
+            result AS "result: Json<CompositionResult>",
+            statistics_digest,
+            error AS "error: Json<JobError>"
+        FROM job
+        WHERE project_id = $1
+          AND kind = $2
+          AND ($3::uuid IS NULL OR id = $3)
+          AND ($4::text IS NULL OR state = $4)
+          AND ($5::uuid IS NULL OR id < $5)
+        -- Ids are made in the order of time.
+        ORDER BY id DESC
+        LIMIT $6
+        "#,
+        project_id,
+        ENSEMBLE,
+        id,
+        state.map(JobState::name),
+        before,
+        limit,
+    )
+    .fetch_all(conn)
+    .await?;
+    rows.into_iter()
+        .map(|row| {
+            Ok(Job {
+                id: row.id,
+                state: JobState::from_name(&row.state)
+                    .ok_or_else(|| DbError::unreadable("job", "state", &row.state))?,
+                priority: row.priority,
+                attempt: row.attempt,
+                max_attempts: row.max_attempts,
+                cancel_requested: row.cancel_requested,
+                progress: row.progress.map(|json| json.0),
+                spec: row.spec.0,
+                spec_digest: read_digest("spec_digest", &row.spec_digest)?,
+                result: row.result.map(|json| json.0),
+                statistics_digest: row
+                    .statistics_digest
+                    .map(|bytes| read_digest("statistics_digest", &bytes))
+                    .transpose()?,
+                error: row.error.map(|json| json.0),
+                run_at: row.run_at,
+                created_at: row.created_at,
+                started_at: row.started_at,
+                finished_at: row.finished_at,
+            })
+        })
+        .collect()
+}
+
+fn read_digest(column: &'static str, bytes: &[u8]) -> Result<Digest, DbError> {
+    match bytes.try_into() {
+        Ok(bytes) => Ok(Digest::from_bytes(bytes)),
+        Err(_) => Err(DbError::unreadable("job", column, bytes)),
+    }
+}

@@ -1,0 +1,665 @@
+//! The statements of the state machine. Long work holds a lease, never a transaction; everything a
+//! worker writes names the token of its attempt, so that one who lost the job changes nothing.
+//!
+//! Time is the database's `now()` throughout. Each function that makes a move is one transaction and
+//! locks the job's row before anything else.
+
+use std::time::Duration;
+
+use serde_json::json;
+use sqlx::types::Json;
+use sqlx::{Connection, PgConnection, PgTransaction};
+use uuid::Uuid;
+
+use super::events::record;
+use crate::db::{DbError, expect_one_row};
+use crate::domain::composition::{CompositionResult, Phase};
+use crate::domain::digest::Digest;
+use crate::domain::job::{
+    AttemptOutcome, EnsembleSpec, JobError, JobState, MAX_ATTEMPTS, Progress,
+};
+use crate::registry::RegistryError;
+
+/// Where workers listen for "there may be work"; a hint, never the only way.
+pub const WORK_CHANNEL: &str = "promptweave_work";
+
+#[derive(Debug, thiserror::Error)]
+pub enum QueueError {
+    #[error(transparent)]
+    Db(#[from] DbError),
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    /// Another attempt has the job, or it is over; nothing was written.
+    #[error("the lease of job {0} is lost")]
+    LeaseLost(Uuid),
+}
+
+impl From<sqlx::Error> for QueueError {
+    fn from(error: sqlx::Error) -> Self {
+        Self::Db(error.into())
+    }
+}
+
+/// The right to work on a job, for one attempt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lease {
+    pub job_id: Uuid,
+    pub token: Uuid,
+}
+
+/// A claimed job.
+#[derive(Clone, Debug)]
+pub struct Claimed {
+    pub lease: Lease,
+    pub project_id: Uuid,
+    pub attempt: i32,
+    pub spec: EnsembleSpec,
+}
+
+#[derive(Clone, Debug)]
+pub struct NewJob<'a> {
+    pub id: Uuid,
+    pub project_id: Uuid,
+    pub kind: &'a str,
+    pub priority: i32,
+    pub spec: &'a EnsembleSpec,
+}
+
+/// Puts a job into the queue, with one shard a phase.
+pub async fn enqueue(conn: &mut PgConnection, new: NewJob<'_>) -> Result<(), QueueError> {
+    let spec_digest = new.spec.digest();
+    let mut tx = conn.begin().await?;
+    sqlx::query!(
+        r#"
+        INSERT INTO job (id, project_id, kind, priority, max_attempts, spec, spec_digest)
+        VALUES ($1, $2, $3, $4, $5, $6, $7)
+        "#,
+        new.id,
+        new.project_id,
+        new.kind,
+        new.priority,
+        MAX_ATTEMPTS,
+        Json(new.spec) as _,
+        spec_digest.as_bytes(),
+    )
+    .execute(&mut *tx)
+    .await?;
+    let phases: Vec<String> = Phase::ALL
+        .iter()
+        .map(|phase| phase.name().to_owned())
+        .collect();
+    sqlx::query!(
+        "INSERT INTO job_shard (job_id, phase, index) SELECT $1, phase, 0 FROM unnest($2::text[]) phase",
+        new.id,
+        &phases,
+    )
+    .execute(&mut *tx)
+    .await?;
+    record(&mut tx, new.id, "queued", json!({})).await?;
+    notify(&mut tx).await?;
+    Ok(tx.commit().await?)
+}
+
+/// Takes the next job: smallest priority number first, then the longest waiting.
+pub async fn claim(
+    conn: &mut PgConnection,
+    worker_id: Uuid,
+    lease: Duration,
+) -> Result<Option<Claimed>, QueueError> {
+    let token = Uuid::new_v4();
+    let mut tx = conn.begin().await?;
+    let row = sqlx::query!(
+        r#"
+        WITH next AS (
+            SELECT id
+            FROM job
+            WHERE state = 'queued' AND run_at <= now()
+            ORDER BY priority, run_at, id
+            LIMIT 1
+            -- Two workers never wait for the same row: the second takes the next one.
+            FOR UPDATE SKIP LOCKED
+        )
+        UPDATE job
+        SET state       = 'running',
+            attempt     = attempt + 1,
+            lease_token = $1,
+            lease_until = now() + make_interval(secs => $2),
+            worker_id   = $3,
+            phase       = NULL,
+            progress    = NULL,
+            progress_at = now(),
+            started_at  = coalesce(started_at, now())
+        FROM next
+        WHERE job.id = next.id
+        RETURNING job.id, job.project_id, job.attempt, job.spec AS "spec: Json<EnsembleSpec>"
+        "#,
+        token,
+        lease.as_secs_f64(),
+        worker_id,
+    )
+    .fetch_optional(&mut *tx)
+    .await?;
+    let Some(row) = row else {
+        return Ok(None);
+    };
+    sqlx::query!(
+        "INSERT INTO job_attempt (lease_token, job_id, attempt, worker_id) VALUES ($1, $2, $3, $4)",
+        token,
+        row.id,
+        row.attempt,
+        worker_id,
+    )
+    .execute(&mut *tx)
+    .await?;
+    let data = json!({"attempt": row.attempt, "worker": worker_id});
+    record(&mut tx, row.id, "started", data).await?;
+    tx.commit().await?;
+    Ok(Some(Claimed {
+        lease: Lease {
+            job_id: row.id,
+            token,
+        },
+        project_id: row.project_id,
+        attempt: row.attempt,
+        spec: row.spec.0,
+    }))
+}
+
+/// What a worker learns whenever it writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Renewal {
+    Held,
+    /// Somebody wants the job to stop; the lease still holds.
+    CancelRequested,
+}
+
+/// Moves the end of the lease. One that has run out but was not reaped yet is taken back.
+pub async fn renew(
+    conn: &mut PgConnection,
+    lease: Lease,
+    length: Duration,
+) -> Result<Renewal, QueueError> {
+    let cancel = sqlx::query_scalar!(
+        r#"
+        UPDATE job
+        SET lease_until = now() + make_interval(secs => $3)
+        WHERE id = $1 AND lease_token = $2 AND state = 'running'
+        RETURNING cancel_requested_at IS NOT NULL AS "cancel!"
+        "#,
+        lease.job_id,
+        lease.token,
+        length.as_secs_f64(),
+    )
+    .fetch_optional(conn)
+    .await?;
+    renewal(lease, cancel)
+}
+
+/// Stores how far the work is; a new phase closes the shards before it and makes an event.
+pub async fn progress(
+    conn: &mut PgConnection,
+    lease: Lease,
+    progress: Progress,
+) -> Result<Renewal, QueueError> {
+    let mut tx = conn.begin().await?;
+    let row = sqlx::query!(
+        r#"
+        UPDATE job
+        SET phase = $3, progress = $4, progress_at = now()
+        FROM (SELECT id, phase FROM job WHERE id = $1 FOR UPDATE) before
+        WHERE job.id = before.id AND lease_token = $2 AND state = 'running'
+        RETURNING
+            job.attempt,
+            before.phase IS DISTINCT FROM job.phase AS "new_phase!",
+            job.cancel_requested_at IS NOT NULL AS "cancel!"
+        "#,
+        lease.job_id,
+        lease.token,
+        progress.phase.name(),
+        Json(progress) as _,
+    )
+    .fetch_optional(&mut *tx)
+    .await?;
+    if let Some(row) = &row
+        && row.new_phase
+    {
+        let before: Vec<String> = Phase::ALL
+            .iter()
+            .filter(|phase| **phase < progress.phase)
+            .map(|phase| phase.name().to_owned())
+            .collect();
+        sqlx::query!(
+            r#"
+            UPDATE job_shard
+            SET state       = CASE WHEN phase = $2 THEN 'running' ELSE 'succeeded' END,
+                attempt     = $4,
+                started_at  = coalesce(started_at, now()),
+                finished_at = CASE WHEN phase = $2 THEN NULL ELSE now() END
+            WHERE job_id = $1 AND state <> 'succeeded' AND (phase = $2 OR phase = ANY ($3))
+            "#,
+            lease.job_id,
+            progress.phase.name(),
+            &before,
+            row.attempt,
+        )
+        .execute(&mut *tx)
+        .await?;
+        record(
+            &mut tx,
+            lease.job_id,
+            "phase",
+            json!({"phase": progress.phase}),
+        )
+        .await?;
+    }
+    tx.commit().await?;
+    renewal(lease, row.map(|row| row.cancel))
+}
+
+fn renewal(lease: Lease, cancel: Option<bool>) -> Result<Renewal, QueueError> {
+    match cancel {
+        None => Err(QueueError::LeaseLost(lease.job_id)),
+        Some(true) => Ok(Renewal::CancelRequested),
+        Some(false) => Ok(Renewal::Held),
+    }
+}
+
+/// Ends the attempt with an error. `backoff` says that another attempt may help, and after how long;
+/// the last attempt fails the job all the same. Returns the job's new state.
+pub async fn fail(
+    conn: &mut PgConnection,
+    lease: Lease,
+    error: JobError,
+    backoff: Option<Duration>,
+) -> Result<JobState, QueueError> {
+    let mut tx = conn.begin().await?;
+    let held = Held::lock(&mut tx, lease).await?;
+    let leaving = match backoff {
+        None => Leaving::to(JobState::Failed, AttemptOutcome::Failed).because(error),
+        Some(_) if held.cancel_requested => {
+            Leaving::to(JobState::Cancelled, AttemptOutcome::Cancelled)
+        }
+        Some(_) if held.is_last() => {
+            Leaving::to(JobState::Failed, AttemptOutcome::Failed).because(held.exhausted(&error))
+        }
+        Some(delay) => Leaving {
+            delay,
+            ..Leaving::to(JobState::Queued, AttemptOutcome::Retried).because(error)
+        },
+    };
+    let state = leaving.state;
+    held.leave(&mut tx, leaving).await?;
+    tx.commit().await?;
+    Ok(state)
+}
+
+/// Gives the job back from a worker that stops; the attempt does not count.
+pub async fn release(conn: &mut PgConnection, lease: Lease) -> Result<(), QueueError> {
+    let mut tx = conn.begin().await?;
+    let held = Held::lock(&mut tx, lease).await?;
+    let leaving = if held.cancel_requested {
+        Leaving::to(JobState::Cancelled, AttemptOutcome::Cancelled)
+    } else {
+        Leaving {
+            uncount: true,
+            ..Leaving::to(JobState::Queued, AttemptOutcome::Released)
+        }
+    };
+    held.leave(&mut tx, leaving).await?;
+    Ok(tx.commit().await?)
+}
+
+/// Ends a job whose cancellation the worker has noticed.
+pub async fn finish_cancelled(conn: &mut PgConnection, lease: Lease) -> Result<(), QueueError> {
+    let mut tx = conn.begin().await?;
+    let held = Held::lock(&mut tx, lease).await?;
+    held.leave(
+        &mut tx,
+        Leaving::to(JobState::Cancelled, AttemptOutcome::Cancelled),
+    )
+    .await?;
+    Ok(tx.commit().await?)
+}
+
+/// What asking for a cancellation did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cancellation {
+    /// It was waiting, and is cancelled now.
+    Cancelled,
+    /// Its worker will notice.
+    Requested,
+    /// It had ended before.
+    AlreadyOver(JobState),
+}
+
+/// Cancels a waiting job at once, asks the worker of a running one. None: there is no such job.
+pub async fn cancel(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    id: Uuid,
+) -> Result<Option<Cancellation>, QueueError> {
+    let mut tx = conn.begin().await?;
+    let row = sqlx::query!(
+        r#"
+        SELECT state, cancel_requested_at IS NOT NULL AS "requested!"
+        FROM job WHERE project_id = $1 AND id = $2 FOR UPDATE
+        "#,
+        project_id,
+        id,
+    )
+    .fetch_optional(&mut *tx)
+    .await?;
+    let Some(row) = row else {
+        return Ok(None);
+    };
+    let state = JobState::from_name(&row.state)
+        .ok_or_else(|| DbError::unreadable("job", "state", &row.state))?;
+    let (done, event) = match state {
+        JobState::Queued => (Cancellation::Cancelled, "cancelled"),
+        JobState::Running if row.requested => return Ok(Some(Cancellation::Requested)),
+        JobState::Running => (Cancellation::Requested, "cancel_requested"),
+        over => return Ok(Some(Cancellation::AlreadyOver(over))),
+    };
+    let changed = sqlx::query!(
+        r#"
+        UPDATE job
+        SET cancel_requested_at = now(),
+            state       = CASE state WHEN 'queued' THEN 'cancelled' ELSE state END,
+            finished_at = CASE state WHEN 'queued' THEN now() END
+        WHERE id = $1
+        "#,
+        id,
+    )
+    .execute(&mut *tx)
+    .await?;
+    expect_one_row(changed)?;
+    record(&mut tx, id, event, json!({})).await?;
+    tx.commit().await?;
+    Ok(Some(done))
+}
+
+/// A job whose worker was not heard of in time, and where it went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reaped {
+    pub job_id: Uuid,
+    pub state: JobState,
+}
+
+/// Puts jobs whose lease has run out back into the queue, at once. Any process may do this at any
+/// time; a row that somebody else reaps at the same moment is left to them.
+pub async fn reap(conn: &mut PgConnection) -> Result<Vec<Reaped>, QueueError> {
+    let mut tx = conn.begin().await?;
+    let lost = sqlx::query_as!(
+        Held,
+        r#"
+        SELECT
+            id AS job_id,
+            lease_token AS "token!",
+            attempt,
+            max_attempts,
+            cancel_requested_at IS NOT NULL AS "cancel_requested!"
+        FROM job
+        WHERE state = 'running' AND lease_until < now()
+        ORDER BY lease_until
+        LIMIT 100
+        FOR UPDATE SKIP LOCKED
+        "#,
+    )
+    .fetch_all(&mut *tx)
+    .await?;
+    let mut reaped = Vec::with_capacity(lost.len());
+    for held in lost {
+        let error = JobError::new(
+            "worker_lost",
+            "the worker was not heard of within its lease",
+        );
+        let to = |state| Leaving::to(state, AttemptOutcome::Lost);
+        let leaving = if held.cancel_requested {
+            to(JobState::Cancelled)
+        } else if held.is_last() {
+            to(JobState::Failed).because(held.exhausted(&error))
+        } else {
+            to(JobState::Queued).because(error)
+        };
+        reaped.push(Reaped {
+            job_id: held.job_id,
+            state: leaving.state,
+        });
+        held.leave(&mut tx, leaving).await?;
+    }
+    tx.commit().await?;
+    Ok(reaped)
+}
+
+/// A running job whose row this transaction holds.
+pub(super) struct Held {
+    job_id: Uuid,
+    token: Uuid,
+    attempt: i32,
+    max_attempts: i32,
+    cancel_requested: bool,
+}
+
+/// How a job leaves `running`.
+pub(super) struct Leaving<'a> {
+    state: JobState,
+    outcome: AttemptOutcome,
+    error: Option<JobError>,
+    /// Until a queued job may be claimed again.
+    delay: Duration,
+    /// The attempt does not count.
+    uncount: bool,
+    /// Of a job that succeeded: the answer and the digest of its statistics.
+    result: Option<(&'a CompositionResult, Digest)>,
+}
+
+impl<'a> Leaving<'a> {
+    fn to(state: JobState, outcome: AttemptOutcome) -> Self {
+        assert!(JobState::Running.may_become(state));
+        Self {
+            state,
+            outcome,
+            error: None,
+            delay: Duration::ZERO,
+            uncount: false,
+            result: None,
+        }
+    }
+
+    fn because(self, error: JobError) -> Self {
+        Self {
+            error: Some(error),
+            ..self
+        }
+    }
+
+    pub(super) fn with_result(result: &'a CompositionResult, statistics: Digest) -> Self {
+        Self {
+            result: Some((result, statistics)),
+            ..Self::to(JobState::Succeeded, AttemptOutcome::Succeeded)
+        }
+    }
+}
+
+impl Held {
+    /// Locks the row if the lease's token is still the one it holds.
+    pub(super) async fn lock(tx: &mut PgTransaction<'_>, lease: Lease) -> Result<Self, QueueError> {
+        sqlx::query_as!(
+            Self,
+            r#"
+            SELECT
+                id AS job_id,
+                lease_token AS "token!",
+                attempt,
+                max_attempts,
+                cancel_requested_at IS NOT NULL AS "cancel_requested!"
+            FROM job
+            WHERE id = $1 AND lease_token = $2 AND state = 'running'
+            FOR UPDATE
+            "#,
+            lease.job_id,
+            lease.token,
+        )
+        .fetch_optional(&mut **tx)
+        .await?
+        .ok_or(QueueError::LeaseLost(lease.job_id))
+    }
+
+    fn is_last(&self) -> bool {
+        self.attempt >= self.max_attempts
+    }
+
+    fn exhausted(&self, last: &JobError) -> JobError {
+        let detail = format!(
+            "{} attempts failed, the last with {}: {}",
+            self.attempt, last.code, last.detail
+        );
+        JobError::new("attempts_exhausted", detail)
+    }
+
+    /// The one statement by which a job leaves `running`, with all that belongs to it.
+    pub(super) async fn leave(
+        self,
+        tx: &mut PgTransaction<'_>,
+        leaving: Leaving<'_>,
+    ) -> Result<(), QueueError> {
+        let Leaving {
+            state,
+            outcome,
+            error,
+            delay,
+            uncount,
+            result,
+        } = leaving;
+        let error = error.map(Json);
+        let statistics = result
+            .as_ref()
+            .map(|(_, digest)| digest.as_bytes() as &[u8]);
+        let changed = sqlx::query!(
+            r#"
+            UPDATE job
+            SET state             = $3,
+                lease_token       = NULL,
+                lease_until       = NULL,
+                attempt           = attempt - $4,
+                run_at            = CASE $3 WHEN 'queued' THEN now() + make_interval(secs => $5)
+                                            ELSE run_at END,
+                finished_at       = CASE $3 WHEN 'queued' THEN NULL ELSE now() END,
+                error             = $6,
+                result            = $7,
+                statistics_digest = $8
+            WHERE id = $1 AND lease_token = $2 AND state = 'running'
+            "#,
+            self.job_id,
+            self.token,
+            state.name(),
+            i32::from(uncount),
+            delay.as_secs_f64(),
+            error.as_ref() as _,
+            result.as_ref().map(|(result, _)| Json(result)) as _,
+            statistics,
+        )
+        .execute(&mut **tx)
+        .await?;
+        expect_one_row(changed)?;
+        let changed = sqlx::query!(
+            "UPDATE job_attempt SET ended_at = now(), outcome = $2, error = $3 WHERE lease_token = $1",
+            self.token,
+            outcome.name(),
+            error.as_ref() as _,
+        )
+        .execute(&mut **tx)
+        .await?;
+        expect_one_row(changed)?;
+        self.leave_shards(tx, state).await?;
+        let mut data = json!({"attempt": self.attempt});
+        if let Some(Json(error)) = error {
+            data["error"] = json!(error);
+        }
+        record(tx, self.job_id, event_name(state, outcome), data).await?;
+        if state == JobState::Queued {
+            notify(tx).await?;
+        }
+        Ok(())
+    }
+
+    /// Shards are done with the job, or begin anew with its next attempt.
+    async fn leave_shards(
+        &self,
+        tx: &mut PgTransaction<'_>,
+        state: JobState,
+    ) -> Result<(), QueueError> {
+        match state {
+            JobState::Succeeded => {
+                sqlx::query!(
+                    r#"
+                    UPDATE job_shard
+                    SET state = 'succeeded', attempt = $2,
+                        started_at = coalesce(started_at, now()), finished_at = now()
+                    WHERE job_id = $1 AND state <> 'succeeded'
+                    "#,
+                    self.job_id,
+                    self.attempt,
+                )
+                .execute(&mut **tx)
+                .await?;
+            }
+            JobState::Queued => {
+                sqlx::query!(
+                    r#"
+                    UPDATE job_shard
+                    SET state = 'queued', started_at = NULL, finished_at = NULL
+                    WHERE job_id = $1
+                    "#,
+                    self.job_id,
+                )
+                .execute(&mut **tx)
+                .await?;
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+/// The event that a move makes: where it went, or why it waits again.
+fn event_name(state: JobState, outcome: AttemptOutcome) -> &'static str {
+    if state == JobState::Queued {
+        outcome.name()
+    } else {
+        state.name()
+    }
+}
+
+/// Wakes the workers once the transaction commits.
+async fn notify(tx: &mut PgTransaction<'_>) -> Result<(), sqlx::Error> {
+    sqlx::query!("SELECT pg_notify($1, '')", WORK_CHANNEL)
+        .fetch_one(&mut **tx)
+        .await?;
+    Ok(())
+}
+
+/// How long to wait before attempt `attempt` + 1: 2, 4, 8 … seconds up to five minutes, give or take
+/// half, so that jobs that failed together do not come back together.
+pub fn backoff(attempt: i32) -> Duration {
+    let exponent = attempt.clamp(1, 9) as u32;
+    let seconds = f64::from(2u32.pow(exponent)).min(300.0);
+    Duration::from_secs_f64(seconds * rand::random_range(0.5..1.5))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_backoff_grows_and_is_bounded() {
+        for attempt in 1..50 {
+            let seconds = backoff(attempt).as_secs_f64();
+            let middle = 2f64.powi(attempt).min(300.0);
+            assert!(
+                (middle * 0.5..middle * 1.5).contains(&seconds),
+                "{attempt}: {seconds}"
+            );
+        }
+    }
+}

@@ -1,0 +1,236 @@
+//! Things to test with: a tiny spec whose prompts are in the registry, and its answer.
+
+use std::collections::BTreeMap;
+
+use promptweave::domain::backbone::{BackboneConfig, Filter, Preprocessing};
+use promptweave::domain::composition::{
+    ComposedPrompt, Composition, CompositionResult, Diagnostics, Objective, ObjectiveValue,
+    PromptScore, Provenance, SolverReport, SourceWeight, StopReason, TargetSamples,
+};
+use promptweave::domain::dataset::Split;
+use promptweave::domain::digest::Digest;
+use promptweave::domain::job::{
+    BackboneSpec, DEFAULT_PRIORITY, EnsembleSpec, SourceSpec, TargetSpec,
+};
+use promptweave::domain::prompt_file::{FORMAT, Origin, PromptFile, PromptMetadata};
+use promptweave::domain::tensor::Tensor;
+use promptweave::jobs::queue::{self, NewJob};
+use promptweave::jobs::{self, ENSEMBLE, Job};
+use promptweave::registry::DEFAULT_PROJECT;
+use promptweave::registry::prompts::{self, NewVersion};
+use sqlx::PgConnection;
+use uuid::Uuid;
+
+pub const EMBED_DIM: usize = 8;
+
+/// A prompt file of two tokens of `value`, for the backbone of [`spec`].
+pub fn prompt_file(origin: Origin, value: f32) -> PromptFile {
+    PromptFile {
+        metadata: Some(PromptMetadata {
+            format: FORMAT,
+            backbone_digest: Some(Digest::of(b"backbone")),
+            preprocessing_id: Some(preprocessing().id()),
+            init_seed: Some(0),
+            task: None,
+            classes: None,
+            origin,
+            training: None,
+        }),
+        prompt_embeddings: Tensor::new([2, EMBED_DIM], vec![value; 2 * EMBED_DIM]),
+        deep_prompt_embeddings: None,
+        head: None,
+        sketch: None,
+        dtype: "f32",
+    }
+}
+
+pub fn preprocessing() -> Preprocessing {
+    Preprocessing {
+        size: 14,
+        filter: Filter::Bicubic,
+        antialias: true,
+        mean: [0.5; 3],
+        std: [0.5; 3],
+    }
+}
+
+pub fn backbone_config() -> BackboneConfig {
+    BackboneConfig {
+        architecture: "vit_tiny_test".into(),
+        embed_dim: EMBED_DIM,
+        depth: 1,
+        num_heads: 1,
+        patch_size: 14,
+        pos_grid: 1,
+        norm_eps: 1e-6,
+        preprocessing: preprocessing(),
+    }
+}
+
+/// Publishes a source prompt.
+pub async fn publish(db: &mut PgConnection, name: &str, value: f32) -> SourceSpec {
+    let file = prompt_file(Origin::Tuned, value);
+    let bytes = file.to_bytes();
+    let name = name.parse().unwrap();
+    let prompt = prompts::find_or_create(db, DEFAULT_PROJECT, &name, "")
+        .await
+        .unwrap();
+    let new = NewVersion {
+        prompt_id: prompt.id,
+        bytes: &bytes,
+        file: &file,
+        metadata: file.metadata.as_ref().unwrap(),
+        produced_by_job: None,
+        parents: &[],
+    };
+    let (version, _) = prompts::insert_version(db, DEFAULT_PROJECT, new)
+        .await
+        .unwrap();
+    SourceSpec {
+        id: version.id,
+        prompt: name.to_string(),
+        version: version.version,
+        digest: version.digest,
+    }
+}
+
+/// An ensemble of two published prompts; the target and the backbone are names alone.
+pub async fn spec(db: &mut PgConnection) -> EnsembleSpec {
+    EnsembleSpec {
+        target: TargetSpec {
+            dataset: "emoji".into(),
+            version: 1,
+            digest: Digest::of(b"emoji"),
+            samples: TargetSamples {
+                split: Split::Train,
+                eval_split: None,
+                max_samples: 2000,
+                seed: 0,
+                skip_bad: false,
+            },
+        },
+        sources: vec![
+            publish(db, "digits", 1.0).await,
+            publish(db, "flowers", 2.0).await,
+        ],
+        backbone: BackboneSpec {
+            name: "tiny".into(),
+            digest: Digest::of(b"backbone"),
+            preprocessing_id: preprocessing().id(),
+            model_digest: Digest::of(b"model"),
+            config: backbone_config(),
+        },
+        objective: Objective::default(),
+        output: "emoji-composed".into(),
+    }
+}
+
+pub async fn enqueue(db: &mut PgConnection, spec: &EnsembleSpec) -> Uuid {
+    enqueue_with_priority(db, spec, DEFAULT_PRIORITY).await
+}
+
+pub async fn enqueue_with_priority(
+    db: &mut PgConnection,
+    spec: &EnsembleSpec,
+    priority: i32,
+) -> Uuid {
+    let id = Uuid::now_v7();
+    let new = NewJob {
+        id,
+        project_id: DEFAULT_PROJECT,
+        kind: ENSEMBLE,
+        priority,
+        spec,
+    };
+    queue::enqueue(db, new).await.unwrap();
+    id
+}
+
+pub async fn job(db: &mut PgConnection, id: Uuid) -> Job {
+    jobs::find(db, DEFAULT_PROJECT, id)
+        .await
+        .unwrap()
+        .expect("the job exists")
+}
+
+/// The answer with these weights: numbers of the right shape that mean nothing.
+pub fn composition(input_sources: &[(String, i32, Digest)], weights: &[f64]) -> Composition {
+    let score = PromptScore {
+        h_score: 1.0,
+        train_accuracy: 0.9,
+        eval_accuracy: None,
+    };
+    let source_weights = input_sources
+        .iter()
+        .zip(weights)
+        .map(|((prompt, version, digest), weight)| SourceWeight {
+            prompt: prompt.clone(),
+            version: Some(*version),
+            digest: *digest,
+            weight: *weight,
+        })
+        .collect();
+    let value = weights
+        .iter()
+        .zip(1..)
+        .map(|(w, i)| *w as f32 * i as f32)
+        .sum();
+    let composed = prompt_file(Origin::Composed, value).to_bytes();
+    Composition {
+        result: CompositionResult {
+            source_weights,
+            objective: ObjectiveValue {
+                h_score: 1.0,
+                gradient_alignment: 0.1,
+                alignment_weight: Some(1.0),
+                trade_off: Some(0.5),
+                total: Some(-0.9),
+            },
+            path: vec![],
+            optima: vec![],
+            solver: SolverReport {
+                starts: 1,
+                iterations: 1,
+                evaluations: 1,
+                stop_reason: StopReason::Converged,
+            },
+            diagnostics: Diagnostics {
+                num_samples: 4,
+                num_classes: 2,
+                skipped_images: 0,
+                head_folds: 1,
+                per_source: vec![],
+                composed: score,
+                surrogate_gap: 0.0,
+                baselines: None,
+            },
+            composed: ComposedPrompt {
+                prompt: None,
+                version: None,
+                digest: Digest::of(&composed),
+            },
+            provenance: Provenance {
+                backbone_digest: Digest::of(b"backbone"),
+                preprocessing_id: preprocessing().id(),
+                sample_digest: Digest::of(b"samples"),
+                seed: 0,
+                device: "fake".into(),
+                num_threads: 1,
+                libtorch: "none".into(),
+                version: "0".into(),
+            },
+            warnings: vec![],
+            timings: BTreeMap::new(),
+        },
+        composed,
+        statistics: b"statistics".to_vec(),
+    }
+}
+
+/// The sources of a spec as [`composition`] takes them.
+pub fn sources_of(spec: &EnsembleSpec) -> Vec<(String, i32, Digest)> {
+    spec.sources
+        .iter()
+        .map(|s| (s.prompt.clone(), s.version, s.digest))
+        .collect()
+}
