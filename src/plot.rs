@@ -27,6 +27,7 @@ const PALETTE: [RGBColor; 8] = [
     RGBColor(240, 228, 66),
 ];
 const INK: RGBColor = RGBColor(40, 40, 40);
+const GRID: RGBColor = RGBColor(225, 225, 225);
 const GREY: RGBColor = RGBColor(120, 120, 120);
 
 /// Reads `result`, writes both pictures into `out` and returns their paths.
@@ -75,7 +76,7 @@ fn weights_svg(result: &CompositionResult) -> Result<String> {
             let weight = format!("{:.3}", source.weight);
             write(&weight, end + 8, y, 14, &INK, HPos::Left)?;
             if let Some(alone) = result.diagnostics.per_source.get(row) {
-                let h = number(alone.h_score);
+                let h = format!("{:.3}", alone.h_score);
                 write(&h, RIGHT, y, 13, &GREY, HPos::Right)?;
             }
         }
@@ -117,6 +118,7 @@ fn draw_front(area: &Area<'_>, result: &CompositionResult) -> Result<()> {
     chart
         .configure_mesh()
         .light_line_style(WHITE)
+        .bold_line_style(GRID)
         .x_labels(5)
         .y_labels(6)
         .x_label_formatter(&|v| number(*v))
@@ -159,7 +161,7 @@ fn draw_front(area: &Area<'_>, result: &CompositionResult) -> Result<()> {
         Some(t) => format!("chosen, t = {}", number(t)),
         None => "chosen".to_owned(),
     };
-    label(text, chosen, &PALETTE[3], -12)?;
+    label(text, chosen, &PALETTE[3], 16)?;
     Ok(())
 }
 
@@ -173,6 +175,7 @@ fn draw_weights_over_t(area: &Area<'_>, result: &CompositionResult) -> Result<()
     chart
         .configure_mesh()
         .light_line_style(WHITE)
+        .bold_line_style(GRID)
         .x_labels(6)
         .y_labels(6)
         .x_label_formatter(&|v| number(*v))
@@ -240,12 +243,17 @@ fn number(value: f64) -> String {
         return "0".to_owned();
     }
     if !(1e-3..1e5).contains(&size) {
-        return format!("{value:.2e}");
+        let text = format!("{value:.2e}");
+        let (digits, exponent) = text.split_once('e').expect("of this format");
+        return format!("{}e{exponent}", without_trailing_zeros(digits));
     }
     let decimals = (2 - size.log10().floor() as i32).clamp(0, 5) as usize;
-    let text = format!("{value:.decimals$}");
+    without_trailing_zeros(&format!("{value:.decimals$}")).to_owned()
+}
+
+fn without_trailing_zeros(text: &str) -> &str {
     if text.contains('.') {
-        text.trim_end_matches('0').trim_end_matches('.').to_owned()
+        text.trim_end_matches('0').trim_end_matches('.')
     } else {
         text
     }
@@ -359,7 +367,8 @@ mod tests {
             (120.0, "120"),
             (8.6249, "8.62"),
             (1234.0, "1234"),
-            (0.00004, "4.00e-5"),
+            (0.00004, "4e-5"),
+            (-1.25e7, "-1.25e7"),
         ] {
             assert_eq!(number(value), text);
         }
