@@ -30,12 +30,12 @@ def dot(a, b):
 
 
 def read_tensors(path):
-    """name → (shape, flat array)."""
+    """(name → (shape, flat array), what the job's file says about itself)."""
     codes = {"F32": "f", "F64": "d", "I64": "q"}
     with open(path, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header, data = json.loads(file.read(length)), file.read()
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
     tensors = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
@@ -43,7 +43,7 @@ def read_tensors(path):
         if sys.byteorder == "big":
             values.byteswap()
         tensors[name] = entry["shape"], values
-    return tensors
+    return tensors, json.loads(metadata.get("promptweave", "{}"))
 
 
 # ---- H ------------------------------------------------------------------------------------------------
@@ -133,13 +133,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("result", help="result.json")
     parser.add_argument("statistics", help="statistics.safetensors")
-    parser.add_argument("--shrinkage", type=float, default=0.01, help="the job's h_score.shrinkage, ρ [0.01]")
     arguments = parser.parse_args()
 
     with open(arguments.result) as file:
         result = json.load(file)
     alpha = [source["weight"] for source in result["source_weights"]]
-    tensors = read_tensors(arguments.statistics)
+    tensors, metadata = read_tensors(arguments.statistics)
+    rho = metadata["objective"]["h_score"]["shrinkage"]
     shape, features = tensors["features"]
     labels = list(tensors["labels"][1])
     gram_shape, gram = tensors["gradient_gram"]
@@ -149,7 +149,7 @@ def main():
 
     columns = mixed_features(features, shape, alpha)
     recomputed = {
-        "h_score": h_score(columns, labels, arguments.shrinkage),
+        "h_score": h_score(columns, labels, rho),
         "gradient_alignment": gradient_alignment(gram, alpha),
     }
     agree = True
