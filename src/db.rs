@@ -57,6 +57,9 @@ pub enum DbError {
     /// Nothing is wrong with the request: the same one may pass in a moment.
     #[error("the database cannot be reached")]
     Unavailable(#[source] sqlx::Error),
+    /// Valid in JSON and in UTF-8, and yet Postgres stores it nowhere.
+    #[error("a text holds the character U+0000")]
+    NulCharacter(#[source] sqlx::Error),
     #[error("a statement failed")]
     Statement(#[source] sqlx::Error),
     /// A value that only a bug or a hand in the database can have put there.
@@ -82,8 +85,13 @@ impl From<sqlx::Error> for DbError {
             }),
             _ => false,
         };
+        let code = error.as_database_error().and_then(|e| e.code());
+        // 22021: in a text; 22P05: in a jsonb.
+        let nul_character = matches!(code.as_deref(), Some("22021" | "22P05"));
         if unavailable {
             Self::Unavailable(error)
+        } else if nul_character {
+            Self::NulCharacter(error)
         } else {
             Self::Statement(error)
         }

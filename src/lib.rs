@@ -13,6 +13,7 @@ pub mod config;
 pub mod db;
 pub mod domain;
 pub mod healthcheck;
+pub mod http;
 pub mod jobs;
 pub mod plot;
 pub mod private_postgres;

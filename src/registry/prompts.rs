@@ -11,7 +11,7 @@ use utoipa::ToSchema;
 use uuid::Uuid;
 
 use super::{RegistryError, read_digest, read_name};
-use crate::db::{DbError, OnConstraint, expect_one_row};
+use crate::db::{DbError, OnConstraint};
 use crate::domain::digest::Digest;
 use crate::domain::prompt_file::{Origin, PromptFile, PromptMetadata};
 use crate::domain::reference::{Reference, ResourceName, VersionSelector};
@@ -381,24 +381,25 @@ pub async fn content(
     .await?)
 }
 
-/// Hides a version from its bare name; a second time changes nothing.
+/// Hides a version from its bare name, and says since when; a second time changes nothing.
 pub async fn deprecate(
     conn: &mut PgConnection,
     project_id: Uuid,
     version_id: Uuid,
-) -> Result<(), RegistryError> {
-    let updated = sqlx::query!(
+) -> Result<OffsetDateTime, RegistryError> {
+    let deprecated_at = sqlx::query_scalar!(
         r#"
         UPDATE prompt_version
         SET deprecated_at = coalesce(deprecated_at, now())
         WHERE project_id = $1 AND id = $2
+        RETURNING deprecated_at AS "deprecated_at!"
         "#,
         project_id,
         version_id,
     )
-    .execute(conn)
+    .fetch_optional(conn)
     .await?;
-    Ok(expect_one_row(updated)?)
+    Ok(deprecated_at.ok_or(DbError::RowCount(0))?)
 }
 
 /// `selector: None` is every version, deprecated or not.

@@ -1,5 +1,11 @@
 //! The one integration binary: a module per area.
 
+mod app;
+mod backbones;
+mod datasets;
 mod fixtures;
+mod openapi;
 mod private_postgres;
+mod problems;
+mod prompts;
 mod queue;

@@ -1,0 +1,129 @@
+//! `/v1/backbones`: frozen vision transformers, registered from the operator's directories.
+
+use axum::Json as JsonResponse;
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::IntoResponse;
+use serde::Deserialize;
+use utoipa::ToSchema;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::AppState;
+use super::error::Problem;
+use super::extract::{Json, Path, Query};
+use super::page::{Page, PageQuery};
+use crate::domain::backbone::{Backbone, BackboneError};
+use crate::domain::reference::ResourceName;
+use crate::registry::DEFAULT_PROJECT;
+use crate::registry::backbones::{self, RegisteredBackbone};
+
+pub fn router() -> OpenApiRouter<AppState> {
+    OpenApiRouter::new()
+        .routes(routes!(register_backbone, list_backbones))
+        .routes(routes!(get_backbone))
+}
+
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct RegisterBackbone {
+    #[schema(value_type = String, pattern = "^[a-z0-9][a-z0-9._-]{0,127}$", example = "vit-s14")]
+    name: ResourceName,
+    /// A directory that the server lists under its `--backbone-root`, with `config.json` and
+    /// `model.safetensors`.
+    #[schema(example = "vit_s14_focus")]
+    directory: String,
+}
+
+/// Register a backbone from a directory of the operator's
+#[utoipa::path(
+    post,
+    path = "/backbones",
+    tag = "backbones",
+    request_body = RegisterBackbone,
+    responses(
+        (status = 201, body = RegisteredBackbone, headers(("location" = String))),
+        (status = 200, description = "It is registered already", body = RegisteredBackbone),
+        (status = 409, description = "`name_taken`, `backbone_exists`"),
+        (status = 422, description = "`unknown_directory`, `invalid_backbone`"),
+    )
+)]
+async fn register_backbone(
+    State(state): State<AppState>,
+    Json(body): Json<RegisterBackbone>,
+) -> Result<impl IntoResponse, Problem> {
+    let RegisterBackbone { name, directory } = body;
+    let dir = super::directory(&state.settings.backbone_roots, &directory)?;
+    // Reads and digests the whole file.
+    let opened = tokio::task::spawn_blocking(move || Backbone::open(&dir).map_err(|e| (e, dir)));
+    let backbone = opened
+        .await
+        .map_err(Problem::internal)?
+        .map_err(|(error, dir)| {
+            let detail = super::chain_for_client(&error, &dir, &directory);
+            let problem = Problem::field("invalid_backbone", "/directory", detail);
+            match error {
+                BackboneError::Read { .. } => problem.caused_by(error),
+                _ => problem,
+            }
+        })?;
+    let model = state.blobs.put_file(&backbone.model_path()).await?;
+    let mut transaction = state.pool.begin().await?;
+    let (registered, created) =
+        backbones::insert(&mut transaction, DEFAULT_PROJECT, &name, &backbone, model).await?;
+    transaction.commit().await?;
+    let status = if created {
+        StatusCode::CREATED
+    } else {
+        StatusCode::OK
+    };
+    let location = format!("/v1/backbones/{name}");
+    Ok((
+        status,
+        [(header::LOCATION, location)],
+        JsonResponse(registered),
+    ))
+}
+
+/// List backbones by name
+#[utoipa::path(
+    get,
+    path = "/backbones",
+    tag = "backbones",
+    params(PageQuery),
+    responses((status = 200, body = Page<RegisteredBackbone>))
+)]
+async fn list_backbones(
+    State(state): State<AppState>,
+    Query(page): Query<PageQuery>,
+) -> Result<JsonResponse<Page<RegisteredBackbone>>, Problem> {
+    let (after, limit) = (page.after::<ResourceName>()?, page.limit()?);
+    let mut conn = state.pool.acquire().await?;
+    let found = backbones::list(&mut conn, DEFAULT_PROJECT, after.as_ref(), limit).await?;
+    Ok(JsonResponse(
+        page.page(found, |backbone| backbone.name.to_string())?,
+    ))
+}
+
+/// A backbone by name
+#[utoipa::path(
+    get,
+    path = "/backbones/{name}",
+    tag = "backbones",
+    params(("name" = String, Path)),
+    responses(
+        (status = 200, body = RegisteredBackbone),
+        (status = 404, description = "`backbone_not_found`"),
+    )
+)]
+async fn get_backbone(
+    State(state): State<AppState>,
+    Path(name): Path<ResourceName>,
+) -> Result<JsonResponse<RegisteredBackbone>, Problem> {
+    let mut conn = state.pool.acquire().await?;
+    let found = backbones::find(&mut conn, DEFAULT_PROJECT, &name).await?;
+    found.map(JsonResponse).ok_or_else(|| {
+        let detail = format!("there is no backbone `{name}`");
+        Problem::not_found("backbone_not_found", detail)
+    })
+}

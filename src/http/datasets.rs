@@ -1,0 +1,181 @@
+//! `/v1/datasets`: labelled images, registered from the operator's directories.
+
+use axum::Json as JsonResponse;
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::IntoResponse;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::AppState;
+use super::error::Problem;
+use super::extract::{Json, Path, Query};
+use super::page::{Page, PageQuery};
+use crate::domain::dataset::DatasetError;
+use crate::domain::reference::{Reference, ResourceName, VersionSelector};
+use crate::registry::DEFAULT_PROJECT;
+use crate::registry::datasets::{self, DatasetVersion, NewDatasetVersion, PackError};
+
+/// Most names of left-out images in an answer; the count is always whole.
+const MAX_SKIPPED_NAMES: usize = 100;
+
+pub fn router() -> OpenApiRouter<AppState> {
+    OpenApiRouter::new()
+        .routes(routes!(register_dataset, list_datasets))
+        .routes(routes!(get_dataset))
+}
+
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct RegisterDataset {
+    #[schema(value_type = String, pattern = "^[a-z0-9][a-z0-9._-]{0,127}$", example = "food")]
+    name: ResourceName,
+    /// A directory that the server lists under its `--dataset-root`: VTAB-1k list files, or
+    /// folders of images named by class.
+    #[schema(example = "target")]
+    directory: String,
+    /// Leave unreadable images out, and count them, instead of refusing the data set.
+    #[serde(default)]
+    skip_bad: bool,
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+struct RegisteredDataset {
+    #[serde(flatten)]
+    dataset: DatasetVersion,
+    /// Names of the first hundred images that were left out.
+    skipped_images: Vec<String>,
+}
+
+/// Register a directory of labelled images as the next version of a data set
+///
+/// Every image is decoded once as a check, and the original files are stored. The same images
+/// under the same name once more answer 200 with the version that exists.
+#[utoipa::path(
+    post,
+    path = "/datasets",
+    tag = "datasets",
+    request_body = RegisterDataset,
+    responses(
+        (status = 201, body = RegisteredDataset, headers(("location" = String))),
+        (status = 200, description = "These images are a version already", body = RegisteredDataset),
+        (status = 422, description = "`unknown_directory`, `invalid_dataset`, `empty_dataset`, \
+            `label_out_of_range`, `unreadable_image` (names the file; see `skip_bad`)"),
+    )
+)]
+async fn register_dataset(
+    State(state): State<AppState>,
+    Json(body): Json<RegisterDataset>,
+) -> Result<impl IntoResponse, Problem> {
+    let RegisterDataset {
+        name,
+        directory,
+        skip_bad,
+    } = body;
+    let dir = super::directory(&state.settings.dataset_roots, &directory)?;
+    let scratch = tempfile::Builder::new()
+        .prefix("promptweave-pack-")
+        .tempfile_in(&state.settings.scratch_dir)
+        .map_err(Problem::internal)?
+        .into_temp_path();
+    // Reads and decodes every image. The scratch file goes with the closure and comes back.
+    let packing = tokio::task::spawn_blocking(move || {
+        let packed = datasets::pack(&dir, skip_bad, &scratch);
+        (packed.map_err(|error| (error, dir)), scratch)
+    });
+    let (packed, scratch) = packing.await.map_err(Problem::internal)?;
+    let packed = packed.map_err(|(error, dir)| refuse(error, &dir, &directory))?;
+    let pack = state.blobs.put_file(&scratch).await?;
+    drop(scratch);
+
+    let new = NewDatasetVersion {
+        pack,
+        classes: &packed.classes,
+        class_counts: &packed.class_counts,
+        skipped: packed.skipped.len(),
+    };
+    let mut transaction = state.pool.begin().await?;
+    let (dataset, created) =
+        datasets::insert_version(&mut transaction, DEFAULT_PROJECT, &name, new).await?;
+    transaction.commit().await?;
+    let status = if created {
+        StatusCode::CREATED
+    } else {
+        StatusCode::OK
+    };
+    let location = format!("/v1/datasets/{name}");
+    let mut skipped_images = packed.skipped;
+    skipped_images.truncate(MAX_SKIPPED_NAMES);
+    let answer = RegisteredDataset {
+        dataset,
+        skipped_images,
+    };
+    Ok((status, [(header::LOCATION, location)], JsonResponse(answer)))
+}
+
+fn refuse(error: PackError, dir: &std::path::Path, directory: &str) -> Problem {
+    if let PackError::Io(_) | PackError::Foreign(_) = error {
+        return Problem::internal(error);
+    }
+    let detail = super::chain_for_client(&error, dir, directory);
+    if let Some(image) = error.bad_image() {
+        let pointer = format!("/directory/{}", super::extract::escape(image));
+        let detail = format!("{detail}; repair it, or send `\"skip_bad\": true` to leave it out");
+        return Problem::field("unreadable_image", pointer, detail);
+    }
+    let code = match error {
+        PackError::NothingLeft(_) | PackError::Listing(DatasetError::Empty(_)) => "empty_dataset",
+        PackError::Listing(DatasetError::Label { .. }) => "label_out_of_range",
+        _ => "invalid_dataset",
+    };
+    Problem::field(code, "/directory", detail)
+}
+
+/// List data sets by name, each with its newest version
+#[utoipa::path(
+    get,
+    path = "/datasets",
+    tag = "datasets",
+    params(PageQuery),
+    responses((status = 200, body = Page<DatasetVersion>))
+)]
+async fn list_datasets(
+    State(state): State<AppState>,
+    Query(page): Query<PageQuery>,
+) -> Result<JsonResponse<Page<DatasetVersion>>, Problem> {
+    let (after, limit) = (page.after::<ResourceName>()?, page.limit()?);
+    let mut conn = state.pool.acquire().await?;
+    let found = datasets::list(&mut conn, DEFAULT_PROJECT, after.as_ref(), limit).await?;
+    Ok(JsonResponse(
+        page.page(found, |dataset| dataset.name.to_string())?,
+    ))
+}
+
+/// The newest version of a data set
+#[utoipa::path(
+    get,
+    path = "/datasets/{name}",
+    tag = "datasets",
+    params(("name" = String, Path)),
+    responses(
+        (status = 200, body = DatasetVersion),
+        (status = 404, description = "`dataset_not_found`"),
+    )
+)]
+async fn get_dataset(
+    State(state): State<AppState>,
+    Path(name): Path<ResourceName>,
+) -> Result<JsonResponse<DatasetVersion>, Problem> {
+    let mut conn = state.pool.acquire().await?;
+    let reference = Reference {
+        name,
+        version: VersionSelector::Newest,
+    };
+    let found = datasets::resolve(&mut conn, DEFAULT_PROJECT, &reference).await?;
+    found.map(JsonResponse).ok_or_else(|| {
+        let detail = format!("there is no data set `{reference}`");
+        Problem::not_found("dataset_not_found", detail)
+    })
+}

@@ -1,0 +1,249 @@
+//! Errors as clients see them: RFC 9457 problem documents with a stable `code`.
+//!
+//! A handler returns a [`Problem`]; the [boundary](super::boundary) adds the request's id and path,
+//! logs the chain of causes once, and writes the body.
+
+use std::error::Error;
+use std::sync::Arc;
+
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use crate::blobs::BlobError;
+use crate::db::DbError;
+use crate::registry::RegistryError;
+use crate::telemetry;
+
+/// An error, as `application/problem+json`.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct ProblemDocument {
+    /// A URN made of `code`.
+    #[serde(rename = "type")]
+    #[schema(example = "urn:promptweave:problem:prompt_not_found")]
+    type_uri: String,
+    /// The status in words.
+    #[schema(example = "Not Found")]
+    title: String,
+    /// The HTTP status once more.
+    #[schema(example = 404)]
+    status: u16,
+    /// What a program branches on; stable.
+    #[schema(example = "prompt_not_found")]
+    code: &'static str,
+    /// What happened to what, and the way out; for people.
+    #[schema(example = "there is no prompt `dtd`")]
+    detail: String,
+    /// The path that was asked for.
+    #[schema(example = "/v1/prompts/dtd")]
+    instance: String,
+    /// Also in the `x-request-id` header, and in the server's log.
+    request_id: String,
+    /// The parts of the request at fault.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    errors: Vec<FieldError>,
+}
+
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct FieldError {
+    /// JSON pointer into the body; for a file, `/` and the tensor; else `/` and the parameter.
+    #[schema(example = "/prompt_embeddings")]
+    pointer: String,
+    detail: String,
+}
+
+/// What handlers fail with. Boxed, so that `Result<_, Problem>` stays small.
+#[derive(Clone, Debug)]
+pub struct Problem(Box<Parts>);
+
+#[derive(Clone, Debug)]
+struct Parts {
+    status: StatusCode,
+    code: &'static str,
+    detail: String,
+    errors: Vec<FieldError>,
+    /// Seconds after which another try makes sense.
+    retry_after: Option<u32>,
+    /// For the log, never for the client.
+    cause: Option<Arc<dyn Error + Send + Sync>>,
+}
+
+impl Problem {
+    pub fn new(status: StatusCode, code: &'static str, detail: impl Into<String>) -> Self {
+        Self(Box::new(Parts {
+            status,
+            code,
+            detail: detail.into(),
+            errors: Vec::new(),
+            retry_after: None,
+            cause: None,
+        }))
+    }
+
+    /// 422: understood, and not acceptable.
+    pub fn unprocessable(code: &'static str, detail: impl Into<String>) -> Self {
+        Self::new(StatusCode::UNPROCESSABLE_ENTITY, code, detail)
+    }
+
+    /// 404, e.g. `not_found("prompt_not_found", "there is no prompt `dtd`")`.
+    pub fn not_found(code: &'static str, detail: impl Into<String>) -> Self {
+        Self::new(StatusCode::NOT_FOUND, code, detail)
+    }
+
+    /// 409: the state of things forbids it now.
+    pub fn conflict(code: &'static str, detail: impl Into<String>) -> Self {
+        Self::new(StatusCode::CONFLICT, code, detail)
+    }
+
+    /// 500: ours. The cause is logged and not told.
+    pub fn internal(cause: impl Error + Send + Sync + 'static) -> Self {
+        Self::of_status(StatusCode::INTERNAL_SERVER_ERROR).caused_by(cause)
+    }
+
+    /// 422 for one part of the request, which `pointer` names.
+    pub fn field(
+        code: &'static str,
+        pointer: impl Into<String>,
+        detail: impl Into<String>,
+    ) -> Self {
+        let detail = detail.into();
+        Self::unprocessable(code, detail.clone()).with_error(pointer, detail)
+    }
+
+    pub fn with_error(mut self, pointer: impl Into<String>, detail: impl Into<String>) -> Self {
+        self.0.errors.push(FieldError {
+            pointer: pointer.into(),
+            detail: detail.into(),
+        });
+        self
+    }
+
+    pub fn retry_after(mut self, seconds: u32) -> Self {
+        self.0.retry_after = Some(seconds);
+        self
+    }
+
+    pub fn caused_by(mut self, cause: impl Error + Send + Sync + 'static) -> Self {
+        self.0.cause = Some(Arc::new(cause));
+        self
+    }
+
+    /// For a status that a library answered without saying more.
+    pub(super) fn of_status(status: StatusCode) -> Self {
+        let (code, detail) = match status {
+            StatusCode::NOT_FOUND => (
+                "route_not_found",
+                "there is nothing at this path; see /docs",
+            ),
+            StatusCode::METHOD_NOT_ALLOWED => (
+                "method_not_allowed",
+                "this path has other methods; see the `allow` header",
+            ),
+            StatusCode::PAYLOAD_TOO_LARGE => ("body_too_large", "the request's body is too large"),
+            StatusCode::SERVICE_UNAVAILABLE => (
+                "request_timeout",
+                "the server did not finish in the time it gives a request",
+            ),
+            status if status.is_client_error() => ("bad_request", "the request cannot be read"),
+            _ => (
+                "internal_error",
+                "the server failed; its log has the reason under this request id",
+            ),
+        };
+        Self::new(status, code, detail)
+    }
+
+    pub(super) fn status(&self) -> StatusCode {
+        self.0.status
+    }
+
+    pub(super) fn code(&self) -> &'static str {
+        self.0.code
+    }
+
+    /// The causes, outermost first, in one line.
+    pub(super) fn causes(&self) -> Option<String> {
+        let cause: &(dyn Error + 'static) = self.0.cause.as_deref()?;
+        Some(telemetry::chain(cause))
+    }
+
+    pub(super) fn document(&self, instance: &str, request_id: &str) -> ProblemDocument {
+        ProblemDocument {
+            type_uri: format!("urn:promptweave:problem:{}", self.0.code),
+            title: self
+                .0
+                .status
+                .canonical_reason()
+                .unwrap_or("Error")
+                .to_owned(),
+            status: self.0.status.as_u16(),
+            code: self.0.code,
+            detail: self.0.detail.clone(),
+            instance: instance.to_owned(),
+            request_id: request_id.to_owned(),
+            errors: self.0.errors.clone(),
+        }
+    }
+}
+
+/// Status, headers, and the problem itself for the boundary to write.
+impl IntoResponse for Problem {
+    fn into_response(self) -> Response {
+        let mut response = self.0.status.into_response();
+        if let Some(seconds) = self.0.retry_after {
+            let headers = response.headers_mut();
+            headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        response.extensions_mut().insert(self);
+        response
+    }
+}
+
+impl From<RegistryError> for Problem {
+    fn from(error: RegistryError) -> Self {
+        let detail = error.to_string();
+        match error {
+            RegistryError::Db(error) => error.into(),
+            RegistryError::Blob(error) => error.into(),
+            RegistryError::NameTaken { .. } => {
+                Self::conflict("name_taken", format!("{detail}; choose another name"))
+            }
+            RegistryError::BackboneExists(_) => {
+                Self::conflict("backbone_exists", format!("{detail}; use that name"))
+            }
+            RegistryError::AlreadyProduced(_) => Self::conflict("already_produced", detail),
+        }
+    }
+}
+
+impl From<DbError> for Problem {
+    fn from(error: DbError) -> Self {
+        match error {
+            DbError::Unavailable(_) => Self::new(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "database_unavailable",
+                "the database cannot be reached; nothing was changed, try again",
+            )
+            .retry_after(5)
+            .caused_by(error),
+            DbError::NulCharacter(_) => Self::unprocessable(
+                "nul_character",
+                "a text holds the character U+0000, which cannot be stored; leave it out",
+            ),
+            error => Self::internal(error),
+        }
+    }
+}
+
+impl From<sqlx::Error> for Problem {
+    fn from(error: sqlx::Error) -> Self {
+        DbError::from(error).into()
+    }
+}
+
+impl From<BlobError> for Problem {
+    fn from(error: BlobError) -> Self {
+        Self::internal(error)
+    }
+}

@@ -1,0 +1,148 @@
+//! axum's extractors, with problems for rejections.
+
+use axum::RequestPartsExt;
+use axum::body::Bytes;
+use axum::extract::path::ErrorKind;
+use axum::extract::rejection::{BytesRejection, PathRejection};
+use axum::extract::{FromRequest, FromRequestParts, Request};
+use axum::http::{HeaderMap, StatusCode, header, request};
+use serde::de::DeserializeOwned;
+
+use super::error::Problem;
+
+/// A JSON body. Unreadable JSON is 400, JSON of another shape is 422 with a pointer to the place.
+pub struct Json<T>(pub T);
+
+/// Parameters of the path.
+pub struct Path<T>(pub T);
+
+/// Parameters of the query.
+pub struct Query<T>(pub T);
+
+/// The whole body, within the route's limit.
+pub struct Body(pub Bytes);
+
+/// The media type without its parameters, in lower case.
+pub fn media_type(headers: &HeaderMap) -> Option<String> {
+    let value = headers.get(header::CONTENT_TYPE)?.to_str().ok()?;
+    Some(value.split(';').next()?.trim().to_ascii_lowercase())
+}
+
+pub fn unsupported_media_type(found: Option<&str>, expected: &str) -> Problem {
+    let found = found.map_or("none".to_owned(), |found| format!("`{found}`"));
+    Problem::new(
+        StatusCode::UNSUPPORTED_MEDIA_TYPE,
+        "unsupported_media_type",
+        format!("the content type is {found}, expected {expected}"),
+    )
+}
+
+impl<S: Send + Sync> FromRequest<S> for Body {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
+        match Bytes::from_request(request, state).await {
+            Ok(bytes) => Ok(Self(bytes)),
+            Err(BytesRejection::FailedToBufferBody(error))
+                if error.status() == StatusCode::PAYLOAD_TOO_LARGE =>
+            {
+                Err(Problem::of_status(StatusCode::PAYLOAD_TOO_LARGE))
+            }
+            Err(error) => Err(Problem::new(
+                StatusCode::BAD_REQUEST,
+                "body_interrupted",
+                "the request's body ended before it was complete",
+            )
+            .caused_by(error)),
+        }
+    }
+}
+
+impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Json<T> {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
+        let kind = media_type(request.headers());
+        let is_json = kind
+            .as_deref()
+            .is_some_and(|k| k == "application/json" || k.ends_with("+json"));
+        if !is_json {
+            return Err(unsupported_media_type(
+                kind.as_deref(),
+                "`application/json`",
+            ));
+        }
+        let Body(bytes) = Body::from_request(request, state).await?;
+        let mut json = serde_json::Deserializer::from_slice(&bytes);
+        let value = serde_path_to_error::deserialize(&mut json).map_err(|error| {
+            let pointer = json_pointer(error.path());
+            let error = error.into_inner();
+            match error.classify() {
+                serde_json::error::Category::Data => {
+                    Problem::field("invalid_body", pointer, error.to_string())
+                }
+                _ => malformed(&error),
+            }
+        })?;
+        json.end().map_err(|error| malformed(&error))?;
+        Ok(Self(value))
+    }
+}
+
+fn malformed(error: &serde_json::Error) -> Problem {
+    let detail = format!("the body is not JSON: {error}");
+    Problem::new(StatusCode::BAD_REQUEST, "malformed_json", detail)
+}
+
+fn json_pointer(path: &serde_path_to_error::Path) -> String {
+    use serde_path_to_error::Segment;
+    path.iter()
+        .map(|segment| match segment {
+            Segment::Seq { index } => format!("/{index}"),
+            Segment::Map { key } => format!("/{}", escape(key)),
+            Segment::Enum { variant } => format!("/{}", escape(variant)),
+            Segment::Unknown => String::new(),
+        })
+        .collect()
+}
+
+/// A name as one part of a JSON pointer (RFC 6901).
+pub fn escape(name: &str) -> String {
+    name.replace('~', "~0").replace('/', "~1")
+}
+
+impl<T: DeserializeOwned + Send + 'static, S: Send + Sync> FromRequestParts<S> for Path<T> {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut request::Parts, _: &S) -> Result<Self, Problem> {
+        match parts.extract::<axum::extract::Path<T>>().await {
+            Ok(axum::extract::Path(value)) => Ok(Self(value)),
+            Err(PathRejection::FailedToDeserializePathParams(error)) => {
+                let (pointer, detail) = match error.into_kind() {
+                    ErrorKind::DeserializeError { key, message, .. } => {
+                        (format!("/{}", escape(&key)), message)
+                    }
+                    kind => (String::new(), kind.to_string()),
+                };
+                Err(Problem::field("invalid_path", pointer, detail))
+            }
+            Err(error) => Err(Problem::internal(error)),
+        }
+    }
+}
+
+impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for Query<T> {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut request::Parts, _: &S) -> Result<Self, Problem> {
+        match axum::extract::Query::try_from_uri(&parts.uri) {
+            Ok(axum::extract::Query(value)) => Ok(Self(value)),
+            Err(error) => {
+                // The text under axum's own ("Failed to deserialize query string").
+                let cause = std::error::Error::source(&error).map(ToString::to_string);
+                let detail = cause.unwrap_or_else(|| error.to_string());
+                Err(Problem::unprocessable("invalid_query", detail))
+            }
+        }
+    }
+}

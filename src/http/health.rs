@@ -1,0 +1,69 @@
+//! `/livez`: the process answers. `/readyz`: it can work, that is, the database is there and has
+//! this program's schema.
+
+use axum::extract::State;
+use axum::http::StatusCode;
+use serde::Serialize;
+use utoipa::ToSchema;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::AppState;
+use super::error::Problem;
+use crate::db::MIGRATOR;
+
+pub fn router() -> OpenApiRouter<AppState> {
+    OpenApiRouter::new()
+        .routes(routes!(livez))
+        .routes(routes!(readyz))
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+struct Health {
+    #[schema(example = "ok")]
+    status: &'static str,
+}
+
+const OK: axum::Json<Health> = axum::Json(Health { status: "ok" });
+
+/// Whether the process answers
+#[utoipa::path(get, path = "/livez", tag = "health", responses((status = 200, body = Health)))]
+async fn livez() -> axum::Json<Health> {
+    OK
+}
+
+/// Whether the server can work: its database is reachable and migrated
+#[utoipa::path(
+    get,
+    path = "/readyz",
+    tag = "health",
+    responses(
+        (status = 200, body = Health),
+        (status = 503, description = "`database_unavailable`, `not_migrated`"),
+    )
+)]
+async fn readyz(State(state): State<AppState>) -> Result<axum::Json<Health>, Problem> {
+    let newest = MIGRATOR.iter().map(|m| m.version).max();
+    // Not a checked query: the table is sqlx's own and is missing before the first migration.
+    let applied: Result<Option<i64>, sqlx::Error> =
+        sqlx::query_scalar("SELECT max(version) FROM _sqlx_migrations WHERE success")
+            .fetch_one(&state.pool)
+            .await;
+    const UNDEFINED_TABLE: &str = "42P01";
+    let applied = match applied {
+        Err(sqlx::Error::Database(error)) if error.code().as_deref() == Some(UNDEFINED_TABLE) => {
+            None
+        }
+        other => other?,
+    };
+    // A newer schema is fine: migrations only go forward, and the next release may be starting.
+    if applied >= newest {
+        return Ok(OK);
+    }
+    Err(Problem::new(
+        StatusCode::SERVICE_UNAVAILABLE,
+        "not_migrated",
+        "the database lacks migrations of this version; run `promptweave migrate`",
+    )
+    .retry_after(5))
+}

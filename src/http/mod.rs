@@ -1,0 +1,116 @@
+//! The API: one file per resource with its types, handlers and `router()`. Handlers extract, call
+//! and map; SQL is in [`crate::registry`], rules are in [`crate::domain`].
+
+pub mod backbones;
+pub mod boundary;
+pub mod datasets;
+pub mod error;
+pub mod extract;
+pub mod health;
+pub mod openapi;
+pub mod page;
+pub mod prompts;
+
+use std::any::Any;
+use std::error::Error;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::DefaultBodyLimit;
+use axum::http::StatusCode;
+use axum::middleware::from_fn_with_state;
+use axum::response::{IntoResponse, Response};
+use sqlx::PgPool;
+use tower::ServiceBuilder;
+use tower_http::catch_panic::CatchPanicLayer;
+use tower_http::timeout::TimeoutLayer;
+use utoipa_swagger_ui::SwaggerUi;
+
+use crate::blobs::BlobStore;
+use crate::clock::Clock;
+use crate::registry::roots::AllowedRoots;
+use crate::telemetry;
+
+/// Bodies of JSON requests; uploads have [`HttpSettings::max_upload_bytes`].
+const MAX_JSON_BYTES: usize = 1 << 20;
+
+/// What handlers work with.
+#[derive(Clone, Debug)]
+pub struct AppState {
+    pub pool: PgPool,
+    pub blobs: BlobStore,
+    pub clock: Arc<dyn Clock>,
+    pub settings: Arc<HttpSettings>,
+}
+
+#[derive(Clone, Debug)]
+pub struct HttpSettings {
+    /// Largest uploaded file.
+    pub max_upload_bytes: usize,
+    /// A request that takes longer is answered 503. It bounds the registration of data sets too.
+    pub request_timeout: Duration,
+    /// Where data sets may be registered from.
+    pub dataset_roots: AllowedRoots,
+    /// Where backbones may be registered from.
+    pub backbone_roots: AllowedRoots,
+    /// Packs are made here before they go to the blob store; must have room for a data set.
+    pub scratch_dir: PathBuf,
+}
+
+impl Default for HttpSettings {
+    fn default() -> Self {
+        Self {
+            max_upload_bytes: 64 << 20,
+            request_timeout: Duration::from_secs(300),
+            dataset_roots: AllowedRoots::default(),
+            backbone_roots: AllowedRoots::default(),
+            scratch_dir: std::env::temp_dir(),
+        }
+    }
+}
+
+/// The whole service, ready to be served.
+pub fn router(state: AppState) -> Router {
+    let (routes, document) = openapi::routes(&state.settings).split_for_parts();
+    // The first layer is the outermost.
+    let layers = ServiceBuilder::new()
+        .layer(from_fn_with_state(state.clone(), boundary::boundary))
+        .layer(CatchPanicLayer::custom(panicked))
+        .layer(TimeoutLayer::with_status_code(
+            StatusCode::SERVICE_UNAVAILABLE,
+            state.settings.request_timeout,
+        ))
+        .layer(DefaultBodyLimit::max(MAX_JSON_BYTES));
+    routes
+        .merge(SwaggerUi::new("/docs").url("/openapi.json", document))
+        .layer(layers)
+        .with_state(state)
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("a handler panicked: {0}")]
+struct Panicked(String);
+
+fn panicked(payload: Box<dyn Any + Send>) -> Response {
+    let text = payload.downcast_ref::<String>().cloned().or_else(|| {
+        payload
+            .downcast_ref::<&str>()
+            .map(|text| (*text).to_owned())
+    });
+    error::Problem::internal(Panicked(text.unwrap_or_default())).into_response()
+}
+
+/// The directory a client named, under one of the operator's roots.
+fn directory(roots: &AllowedRoots, name: &str) -> Result<PathBuf, error::Problem> {
+    roots.find(name).map_err(|unknown| {
+        error::Problem::field("unknown_directory", "/directory", unknown.to_string())
+    })
+}
+
+/// An error and its causes about a registered directory, with the client's name for it in place of
+/// the server's path.
+fn chain_for_client(error: &(dyn Error + 'static), dir: &Path, name: &str) -> String {
+    telemetry::chain(error).replace(&dir.display().to_string(), name)
+}
