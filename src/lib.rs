@@ -20,3 +20,4 @@ pub mod private_postgres;
 pub mod registry;
 pub mod shutdown;
 pub mod telemetry;
+pub mod worker;

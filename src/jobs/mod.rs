@@ -8,6 +8,7 @@ pub mod events;
 pub mod finish;
 pub mod listener;
 pub mod queue;
+pub mod reaper;
 pub mod workers;
 
 use sqlx::PgConnection;

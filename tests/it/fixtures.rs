@@ -1,11 +1,14 @@
 //! Things to test with: a tiny spec whose prompts are in the registry, and its answer.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use promptweave::domain::backbone::{BackboneConfig, Filter, Preprocessing};
 use promptweave::domain::composition::{
-    ComposedPrompt, Composition, CompositionResult, Diagnostics, Objective, ObjectiveValue,
-    PromptScore, Provenance, SolverReport, SourceWeight, StopReason, TargetSamples,
+    ComposedPrompt, Composer, Composition, CompositionError, CompositionInput, CompositionResult,
+    Diagnostics, Objective, ObjectiveValue, Observer, Phase, PromptScore, Provenance, SolverReport,
+    SourceWeight, StopReason, TargetSamples,
 };
 use promptweave::domain::dataset::Split;
 use promptweave::domain::digest::Digest;
@@ -18,6 +21,7 @@ use promptweave::jobs::queue::{self, NewJob};
 use promptweave::jobs::{self, ENSEMBLE, Job};
 use promptweave::registry::DEFAULT_PROJECT;
 use promptweave::registry::prompts::{self, NewVersion};
+use promptweave::worker::composer_thread::NewComposer;
 use sqlx::PgConnection;
 use uuid::Uuid;
 
@@ -233,4 +237,128 @@ pub fn sources_of(spec: &EnsembleSpec) -> Vec<(String, i32, Digest)> {
         .iter()
         .map(|s| (s.prompt.clone(), s.version, s.digest))
         .collect()
+}
+
+/// Likewise of an engine's input.
+pub fn sources_of_input(input: &CompositionInput) -> Vec<(String, i32, Digest)> {
+    let version = |v: Option<i32>| v.expect("from the registry");
+    input
+        .sources
+        .iter()
+        .map(|s| (s.prompt.clone(), version(s.version), s.digest))
+        .collect()
+}
+
+/// What the fake engine is to do with a job.
+#[derive(Clone, Copy, Debug)]
+pub enum Script {
+    Succeed,
+    Refuse,
+    Retry,
+    Panic,
+    /// Report progress until told to stop.
+    UntilStopped,
+    /// Report progress until stopped or until the gate opens, then succeed.
+    UntilOpened,
+}
+
+/// An engine without libtorch: plays its scripts one by one, then succeeds for ever.
+#[derive(Clone, Default)]
+pub struct FakeComposer {
+    pub scripts: Arc<Mutex<VecDeque<Script>>>,
+    pub gate: Arc<AtomicBool>,
+    /// Compositions begun, and of those the stopped ones.
+    pub begun: Arc<AtomicUsize>,
+    pub stopped: Arc<AtomicUsize>,
+    /// Composers made.
+    pub made: Arc<AtomicUsize>,
+}
+
+impl FakeComposer {
+    pub fn playing(scripts: impl IntoIterator<Item = Script>) -> Self {
+        let scripts = Arc::new(Mutex::new(scripts.into_iter().collect()));
+        Self {
+            scripts,
+            ..Self::default()
+        }
+    }
+
+    pub fn factory(&self) -> NewComposer {
+        let fake = self.clone();
+        Box::new(move || {
+            fake.made.fetch_add(1, Ordering::SeqCst);
+            Ok(Box::new(fake.clone()))
+        })
+    }
+}
+
+impl Composer for FakeComposer {
+    fn compose(
+        &mut self,
+        input: &CompositionInput,
+        observer: &mut dyn Observer,
+    ) -> Result<Composition, CompositionError> {
+        self.begun.fetch_add(1, Ordering::SeqCst);
+        // The files are there, and are what the engine reads.
+        assert!(input.backbone_dir.join("config.json").is_file());
+        assert!(input.target_dir.join("meta.json").is_file());
+        let script = self
+            .scripts
+            .lock()
+            .unwrap()
+            .pop_front()
+            .unwrap_or(Script::Succeed);
+        for phase in Phase::ALL {
+            if observer.progress(phase, 0, 1).is_break() {
+                self.stopped.fetch_add(1, Ordering::SeqCst);
+                return Err(CompositionError::Stopped);
+            }
+            if phase != Phase::Gradients {
+                continue;
+            }
+            match script {
+                Script::Succeed => {}
+                Script::Refuse => {
+                    let detail = "sample 3 has NaN".to_owned();
+                    return Err(CompositionError::Refused {
+                        code: "not_finite",
+                        detail,
+                    });
+                }
+                Script::Retry => {
+                    let detail = "no room".to_owned();
+                    return Err(CompositionError::Retry {
+                        code: "out_of_memory",
+                        detail,
+                    });
+                }
+                Script::Panic => panic!("a kernel failed"),
+                Script::UntilStopped | Script::UntilOpened => {
+                    let mut done = 0;
+                    let open = || {
+                        matches!(script, Script::UntilOpened) && self.gate.load(Ordering::SeqCst)
+                    };
+                    while !open() {
+                        done += 1;
+                        if observer.progress(phase, done, u64::MAX >> 1).is_break() {
+                            self.stopped.fetch_add(1, Ordering::SeqCst);
+                            return Err(CompositionError::Stopped);
+                        }
+                        // A batch of work, as far as the worker can tell.
+                        std::thread::sleep(std::time::Duration::from_millis(5));
+                    }
+                }
+            }
+        }
+        let sources = sources_of_input(input);
+        let rest = 0.75 / (sources.len() - 1) as f64;
+        let weights: Vec<f64> = (0..sources.len())
+            .map(|i| if i == 0 { 0.25 } else { rest })
+            .collect();
+        Ok(composition(&sources, &weights))
+    }
+
+    fn device(&self) -> String {
+        "fake".to_owned()
+    }
 }

@@ -9,3 +9,4 @@ mod private_postgres;
 mod problems;
 mod prompts;
 mod queue;
+mod worker;

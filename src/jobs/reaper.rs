@@ -1,0 +1,33 @@
+//! Reaping, every second, in whatever process runs: a lost lease needs no particular one to notice.
+
+use std::time::Duration;
+
+use sqlx::PgPool;
+use tokio_util::sync::CancellationToken;
+
+use super::queue::{QueueError, Reaped, reap};
+
+const EVERY: Duration = Duration::from_secs(1);
+
+/// Reaps until `stop`. A database that is gone is not news here: whoever has work with it says so.
+pub async fn run(pool: PgPool, stop: CancellationToken) {
+    while stop
+        .run_until_cancelled(tokio::time::sleep(EVERY))
+        .await
+        .is_some()
+    {
+        match once(&pool).await {
+            Ok(reaped) => {
+                for Reaped { job_id, state } in reaped {
+                    let state = state.name();
+                    tracing::warn!(job.id = %job_id, job.state = state, "a lease ran out");
+                }
+            }
+            Err(error) => tracing::debug!(error = crate::telemetry::chain(&error), "cannot reap"),
+        }
+    }
+}
+
+async fn once(pool: &PgPool) -> Result<Vec<Reaped>, QueueError> {
+    reap(&mut *pool.acquire().await?).await
+}

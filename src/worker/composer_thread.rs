@@ -1,0 +1,203 @@
+//! The one OS thread that owns the composer. An engine's tensors may not be shared between threads,
+//! and its calls block for seconds, which no async task may do.
+
+use std::any::Any;
+use std::ops::ControlFlow;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::mpsc;
+use std::sync::{Arc, OnceLock};
+use std::thread;
+
+use tokio::sync::{oneshot, watch};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::domain::composition::{
+    Composer, Composition, CompositionError, CompositionInput, Observer, Phase,
+};
+use crate::domain::job::Progress;
+
+/// Makes a composer on the thread that will own it; called again after a panic.
+pub type NewComposer =
+    Box<dyn Fn() -> Result<Box<dyn Composer>, CompositionError> + Send + Sync + 'static>;
+
+/// Why a composition is to stop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StopReason {
+    Cancelled,
+    LeaseLost,
+    Shutdown,
+    Stalled,
+}
+
+/// Asks a composition to stop; the first reason given stays.
+#[derive(Clone, Debug, Default)]
+pub struct Stop {
+    reason: Arc<OnceLock<StopReason>>,
+    asked: CancellationToken,
+}
+
+impl Stop {
+    pub fn because(&self, reason: StopReason) {
+        if self.reason.set(reason).is_ok() {
+            self.asked.cancel();
+        }
+    }
+
+    pub fn reason(&self) -> Option<StopReason> {
+        self.reason.get().copied()
+    }
+
+    pub async fn asked(&self) {
+        self.asked.cancelled().await;
+    }
+}
+
+/// The latest progress and when it was made.
+pub type Watched = (Option<Progress>, Instant);
+
+/// The observer on the composer's thread: tells how far it is, and when to stop.
+struct Watcher {
+    stop: Stop,
+    progress: watch::Sender<Watched>,
+}
+
+impl Observer for Watcher {
+    fn progress(&mut self, phase: Phase, done: u64, total: u64) -> ControlFlow<()> {
+        let progress = Progress { phase, done, total };
+        self.progress.send_replace((Some(progress), Instant::now()));
+        match self.stop.reason() {
+            Some(_) => ControlFlow::Break(()),
+            None => ControlFlow::Continue(()),
+        }
+    }
+}
+
+enum Request {
+    Compose {
+        input: Box<CompositionInput>,
+        watcher: Watcher,
+        answer: oneshot::Sender<Result<Composition, CompositionError>>,
+    },
+    /// Does the thread take requests at all?
+    Ping { answer: oneshot::Sender<()> },
+}
+
+/// The thread is gone: its composer could not be made anew after a panic.
+#[derive(Debug, thiserror::Error)]
+#[error("the engine's thread has ended")]
+pub struct ThreadEnded;
+
+#[derive(Debug)]
+pub struct ComposerThread {
+    requests: mpsc::Sender<Request>,
+    device: String,
+}
+
+impl ComposerThread {
+    /// Starts the thread and waits until its composer is made.
+    pub async fn start(new: NewComposer) -> Result<Self, CompositionError> {
+        let (requests, queue) = mpsc::channel();
+        let (made, device) = oneshot::channel();
+        thread::Builder::new()
+            .name("composer".to_owned())
+            .spawn(move || own(&new, made, &queue))
+            .expect("the system lets a process start one thread");
+        let ended = |_| Err(panicked(&"the engine's constructor panicked"));
+        let device = device.await.unwrap_or_else(ended)?;
+        Ok(Self { requests, device })
+    }
+
+    /// e.g. `cpu`.
+    pub fn device(&self) -> &str {
+        &self.device
+    }
+
+    /// Hands over a composition. Progress and answer come through the channels that are returned.
+    pub fn compose(
+        &self,
+        input: CompositionInput,
+        stop: Stop,
+    ) -> (
+        watch::Receiver<Watched>,
+        oneshot::Receiver<Result<Composition, CompositionError>>,
+    ) {
+        let (progress, watched) = watch::channel((None, Instant::now()));
+        let (answer, answered) = oneshot::channel();
+        let watcher = Watcher { stop, progress };
+        // A thread that is gone drops the request, which the receiver of the answer notices.
+        let _ = self.requests.send(Request::Compose {
+            input: Box::new(input),
+            watcher,
+            answer,
+        });
+        (watched, answered)
+    }
+
+    /// Waits until the thread answers.
+    pub async fn ping(&self) -> Result<(), ThreadEnded> {
+        let (answer, answered) = oneshot::channel();
+        self.requests
+            .send(Request::Ping { answer })
+            .map_err(|_| ThreadEnded)?;
+        answered.await.map_err(|_| ThreadEnded)
+    }
+}
+
+/// The thread's life.
+fn own(
+    new: &NewComposer,
+    made: oneshot::Sender<Result<String, CompositionError>>,
+    queue: &mpsc::Receiver<Request>,
+) {
+    let mut composer = match new() {
+        Ok(composer) => composer,
+        Err(error) => {
+            let _ = made.send(Err(error));
+            return;
+        }
+    };
+    let _ = made.send(Ok(composer.device()));
+    while let Ok(request) = queue.recv() {
+        match request {
+            Request::Ping { answer } => {
+                let _ = answer.send(());
+            }
+            Request::Compose {
+                input,
+                mut watcher,
+                answer,
+            } => {
+                let composed =
+                    catch_unwind(AssertUnwindSafe(|| composer.compose(&input, &mut watcher)));
+                let panic = composed.is_err();
+                let outcome = composed.unwrap_or_else(|payload| Err(panicked(payload.as_ref())));
+                // The receiver may have given up waiting; then nobody wants the answer.
+                let _ = answer.send(outcome);
+                if panic {
+                    // What it left behind is not to be trusted.
+                    match new() {
+                        Ok(fresh) => composer = fresh,
+                        Err(error) => {
+                            let error = crate::telemetry::chain(&error);
+                            tracing::error!(error, "the engine cannot be started again");
+                            return;
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn panicked(payload: &(dyn Any + Send)) -> CompositionError {
+    let text = payload
+        .downcast_ref::<String>()
+        .map(String::as_str)
+        .or_else(|| payload.downcast_ref::<&str>().copied())
+        .unwrap_or("no message");
+    CompositionError::Refused {
+        code: "engine_panicked",
+        detail: format!("the engine failed: {text}"),
+    }
+}

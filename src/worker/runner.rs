@@ -1,0 +1,313 @@
+//! One job: fetch its files, compose, write the result. Whatever happens in between, the job's row
+//! says so, unless the lease is lost: then this worker writes nothing more.
+
+use std::time::{Duration, Instant};
+
+use sqlx::PgPool;
+use tokio::time::MissedTickBehavior;
+
+use super::composer_thread::{ComposerThread, Stop, StopReason};
+use super::inputs::{InputError, Inputs};
+use super::renewal::Renewal;
+use crate::blobs::BlobError;
+use crate::db::DbError;
+use crate::domain::composition::{Composition, CompositionError, CompositionInput};
+use crate::domain::job::{JobError, Progress};
+use crate::domain::prompt_file::PromptFile;
+use crate::jobs::finish::{Finished, finish};
+use crate::jobs::queue::{self, Claimed, QueueError, Renewal as Answer};
+use crate::registry::RegistryError;
+use crate::shutdown::Shutdown;
+use crate::telemetry::chain;
+
+/// How often progress is stored, and a wish to cancel read.
+const PROGRESS_EVERY: Duration = Duration::from_millis(500);
+/// Between two tries to write an outcome while the database is gone.
+const WRITE_AGAIN_AFTER: Duration = Duration::from_millis(500);
+
+/// How an attempt went wrong.
+#[derive(Debug, thiserror::Error)]
+enum AttemptError {
+    /// On request; [`Stop::reason`] has whose.
+    #[error("stopped")]
+    Stopped,
+    /// The engine does not move; only the end of this process stops it.
+    #[error("no progress for {} s", .0.as_secs())]
+    Stalled(Duration),
+    /// As [`Self::Stalled`], because its thread is gone.
+    #[error("the engine's thread has ended")]
+    EngineGone,
+    #[error(transparent)]
+    Input(#[from] InputError),
+    #[error(transparent)]
+    Composition(CompositionError),
+    #[error("the blob store failed")]
+    Statistics(#[source] BlobError),
+    #[error("the composed prompt cannot be stored: {0}")]
+    Unusable(String),
+    #[error(transparent)]
+    Queue(#[from] QueueError),
+}
+
+impl AttemptError {
+    /// What the job's row says, and whether another attempt may help.
+    fn verdict(&self) -> (JobError, bool) {
+        let (code, passing) = match self {
+            Self::Stalled(_) => ("stalled", true),
+            Self::EngineGone => ("engine_gone", true),
+            Self::Input(error) => ("input_unavailable", error.is_passing()),
+            Self::Composition(CompositionError::Retry { code, .. }) => (*code, true),
+            Self::Composition(CompositionError::Refused { code, .. }) => (*code, false),
+            Self::Statistics(_) => ("blob_store_failed", true),
+            Self::Unusable(_) => ("unusable_result", false),
+            Self::Queue(_) => ("not_stored", false),
+            Self::Stopped | Self::Composition(CompositionError::Stopped) => ("stopped", true),
+        };
+        (JobError::new(code, chain(self)), passing)
+    }
+}
+
+/// The engine is not to be used again; the process ends and its supervisor starts another.
+#[derive(Debug, thiserror::Error)]
+#[error("the engine is stuck")]
+pub struct EngineStuck;
+
+#[derive(Debug)]
+pub struct Runner {
+    pub inputs: Inputs,
+    pub composer: ComposerThread,
+    pub lease: Duration,
+    pub stall: Duration,
+}
+
+impl Runner {
+    /// Works on a claimed job until its row says how it ended, or the lease is lost.
+    pub async fn run(
+        &self,
+        claimed: &Claimed,
+        claimed_at: Instant,
+        shutdown: &Shutdown,
+    ) -> Result<(), EngineStuck> {
+        let stop = Stop::default();
+        let options = (*self.pool().connect_options()).clone();
+        let renewal = Renewal::start(options, claimed.lease, self.lease, claimed_at, stop.clone());
+        let outcome = {
+            let attempt = self.attempt(claimed, &stop, &renewal);
+            tokio::pin!(attempt);
+            tokio::select! {
+                outcome = &mut attempt => outcome,
+                () = shutdown.soft.cancelled() => {
+                    stop.because(StopReason::Shutdown);
+                    tokio::select! {
+                        outcome = &mut attempt => outcome,
+                        () = shutdown.hard.cancelled() => Err(AttemptError::Stopped),
+                    }
+                }
+            }
+        };
+        let stuck = matches!(
+            outcome,
+            Err(AttemptError::Stalled(_) | AttemptError::EngineGone)
+        );
+        if let Err(error) = outcome {
+            self.write_failure(claimed, &stop, &renewal, &error).await;
+        }
+        if stuck { Err(EngineStuck) } else { Ok(()) }
+    }
+
+    fn pool(&self) -> &PgPool {
+        &self.inputs.pool
+    }
+
+    async fn attempt(
+        &self,
+        claimed: &Claimed,
+        stop: &Stop,
+        renewal: &Renewal,
+    ) -> Result<(), AttemptError> {
+        let input = tokio::select! {
+            input = self.inputs.fetch(&claimed.spec) => input?,
+            () = stop.asked() => return Err(AttemptError::Stopped),
+        };
+        let composition = self.compose(claimed, input, stop).await?;
+        self.store(claimed, renewal, &composition).await
+    }
+
+    /// Lets the composer work, storing its progress and passing on wishes to stop.
+    async fn compose(
+        &self,
+        claimed: &Claimed,
+        input: CompositionInput,
+        stop: &Stop,
+    ) -> Result<Composition, AttemptError> {
+        let (watched, mut answer) = self.composer.compose(input, stop.clone());
+        let mut tick = tokio::time::interval(PROGRESS_EVERY);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut stored = None;
+        loop {
+            tokio::select! {
+                answer = &mut answer => return match answer {
+                    Ok(Ok(composition)) => Ok(composition),
+                    Ok(Err(CompositionError::Stopped)) => Err(AttemptError::Stopped),
+                    Ok(Err(error)) => Err(AttemptError::Composition(error)),
+                    Err(_) => Err(AttemptError::EngineGone),
+                },
+                _ = tick.tick() => {}
+            }
+            let (progress, at) = *watched.borrow();
+            if at.elapsed() > self.stall {
+                stop.because(StopReason::Stalled);
+                return Err(AttemptError::Stalled(self.stall));
+            }
+            if let Some(progress) = progress.filter(|progress| stored != Some(*progress)) {
+                stored = Some(progress);
+                self.store_progress(claimed, progress, stop).await;
+            }
+        }
+    }
+
+    async fn store_progress(&self, claimed: &Claimed, progress: Progress, stop: &Stop) {
+        let write = async {
+            let mut connection = self.pool().acquire().await?;
+            queue::progress(&mut connection, claimed.lease, progress).await
+        };
+        match write.await {
+            Ok(Answer::Held) => {}
+            Ok(Answer::CancelRequested) => stop.because(StopReason::Cancelled),
+            Err(QueueError::LeaseLost(_)) => stop.because(StopReason::LeaseLost),
+            // Progress is for people; the renewal decides whether the job is still ours.
+            Err(error) => {
+                tracing::warn!(job.id = %claimed.lease.job_id, error = chain(&error),
+                    "progress was not stored");
+            }
+        }
+    }
+
+    /// Statistics first: they are addressed by content, so without the row they are only litter.
+    async fn store(
+        &self,
+        claimed: &Claimed,
+        renewal: &Renewal,
+        composition: &Composition,
+    ) -> Result<(), AttemptError> {
+        let file = PromptFile::parse(&composition.composed)
+            .map_err(|error| AttemptError::Unusable(chain(&error)))?;
+        let metadata = file
+            .metadata
+            .as_ref()
+            .ok_or_else(|| AttemptError::Unusable("it has no metadata".to_owned()))?;
+        let output = claimed
+            .spec
+            .output
+            .parse()
+            .map_err(|error| AttemptError::Unusable(chain(&error)))?;
+        let statistics = self
+            .inputs
+            .blobs
+            .put_bytes(composition.statistics.clone())
+            .await
+            .map_err(AttemptError::Statistics)?;
+        let finished = Finished {
+            result: &composition.result,
+            composed: &composition.composed,
+            file: &file,
+            metadata,
+            output: &output,
+            statistics: statistics.digest,
+        };
+        self.write(claimed, renewal, &Outcome::Finished(finished))
+            .await?;
+        tracing::info!(job.id = %claimed.lease.job_id, "succeeded");
+        Ok(())
+    }
+
+    /// Tells the row how the attempt ended, unless it is no longer ours to tell.
+    async fn write_failure(
+        &self,
+        claimed: &Claimed,
+        stop: &Stop,
+        renewal: &Renewal,
+        error: &AttemptError,
+    ) {
+        let job_id = claimed.lease.job_id;
+        let lost = matches!(error, AttemptError::Queue(QueueError::LeaseLost(_)));
+        let outcome = match (error, stop.reason()) {
+            (_, Some(StopReason::LeaseLost)) => return,
+            _ if lost => return,
+            (AttemptError::Stopped, Some(StopReason::Cancelled)) => {
+                tracing::info!(job.id = %job_id, "cancelled");
+                Outcome::Cancelled
+            }
+            (AttemptError::Stopped, _) => {
+                tracing::info!(job.id = %job_id, "given back");
+                Outcome::Released
+            }
+            (error, _) => {
+                let (error, passing) = error.verdict();
+                tracing::warn!(job.id = %job_id, error.code = error.code, error = error.detail,
+                    retry = passing, "the attempt failed");
+                Outcome::Failed {
+                    error,
+                    backoff: passing.then(|| queue::backoff(claimed.attempt)),
+                }
+            }
+        };
+        if let Err(error) = self.write(claimed, renewal, &outcome).await {
+            tracing::warn!(job.id = %job_id, error = chain(&error),
+                "the outcome was not stored; the job returns with the end of its lease");
+        }
+    }
+
+    /// Writes an outcome, waiting for a database that is gone for as long as the lease holds. A
+    /// commit whose acknowledgement got lost shows as a lost lease the second time, with the
+    /// outcome in place.
+    async fn write(
+        &self,
+        claimed: &Claimed,
+        renewal: &Renewal,
+        outcome: &Outcome<'_>,
+    ) -> Result<(), QueueError> {
+        loop {
+            let written = self.write_once(claimed, outcome).await;
+            let gone = match &written {
+                Err(QueueError::Db(error) | QueueError::Registry(RegistryError::Db(error))) => {
+                    matches!(error, DbError::Unavailable(_))
+                }
+                _ => false,
+            };
+            if !gone {
+                return written;
+            }
+            tokio::select! {
+                () = renewal.lost() => return written,
+                () = tokio::time::sleep(WRITE_AGAIN_AFTER) => {}
+            }
+        }
+    }
+
+    async fn write_once(&self, claimed: &Claimed, outcome: &Outcome<'_>) -> Result<(), QueueError> {
+        let mut connection = self.pool().acquire().await?;
+        let lease = claimed.lease;
+        match outcome {
+            Outcome::Finished(finished) => finish(&mut connection, claimed, *finished).await,
+            Outcome::Cancelled => queue::finish_cancelled(&mut connection, lease).await,
+            Outcome::Released => queue::release(&mut connection, lease).await,
+            Outcome::Failed { error, backoff } => {
+                queue::fail(&mut connection, lease, error.clone(), *backoff)
+                    .await
+                    .map(drop)
+            }
+        }
+    }
+}
+
+/// What is written at the end of an attempt.
+enum Outcome<'a> {
+    Finished(Finished<'a>),
+    Cancelled,
+    Released,
+    Failed {
+        error: JobError,
+        backoff: Option<Duration>,
+    },
+}
