@@ -74,6 +74,11 @@ impl Default for HttpSettings {
 /// The whole service, ready to be served.
 pub fn router(state: AppState) -> Router {
     let (routes, document) = openapi::routes(&state.settings).split_for_parts();
+    let docs = SwaggerUi::new("/docs").url("/openapi.json", document);
+    layered(routes.merge(docs), state)
+}
+
+fn layered(routes: Router<AppState>, state: AppState) -> Router {
     // The first layer is the outermost.
     let layers = ServiceBuilder::new()
         .layer(from_fn_with_state(state.clone(), boundary::boundary))
@@ -83,10 +88,7 @@ pub fn router(state: AppState) -> Router {
             state.settings.request_timeout,
         ))
         .layer(DefaultBodyLimit::max(MAX_JSON_BYTES));
-    routes
-        .merge(SwaggerUi::new("/docs").url("/openapi.json", document))
-        .layer(layers)
-        .with_state(state)
+    routes.layer(layers).with_state(state)
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -113,4 +115,44 @@ fn directory(roots: &AllowedRoots, name: &str) -> Result<PathBuf, error::Problem
 /// the server's path.
 fn chain_for_client(error: &(dyn Error + 'static), dir: &Path, name: &str) -> String {
     telemetry::chain(error).replace(&dir.display().to_string(), name)
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::body::Body;
+    use axum::http::Request;
+    use axum::routing::get;
+    use http_body_util::BodyExt;
+    use tower::ServiceExt;
+
+    use super::*;
+    use crate::clock::MockClock;
+    use crate::db;
+
+    async fn panics() {
+        panic!("the secret of the panic");
+    }
+
+    #[tokio::test]
+    async fn a_panic_is_a_problem_that_tells_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = AppState {
+            // Never connected to.
+            pool: db::pool(
+                "postgres://127.0.0.1:1".parse().unwrap(),
+                &Default::default(),
+            ),
+            blobs: BlobStore::directory(dir.path()).unwrap(),
+            clock: Arc::new(MockClock::default()),
+            settings: Arc::default(),
+        };
+        let router = layered(Router::new().route("/panics", get(panics)), state);
+        let request = Request::get("/panics").body(Body::empty()).unwrap();
+        let response = router.oneshot(request).await.unwrap();
+        assert_eq!(response.status(), StatusCode::INTERNAL_SERVER_ERROR);
+        let body = response.into_body().collect().await.unwrap().to_bytes();
+        let text = String::from_utf8(body.to_vec()).unwrap();
+        assert!(text.contains(r#""code":"internal_error""#), "{text}");
+        assert!(!text.contains("secret"), "{text}");
+    }
 }

@@ -4,7 +4,7 @@ use axum::body::Body;
 use axum::http::{Request, header};
 use promptweave::db::MIGRATOR;
 use promptweave::domain::digest::Digest;
-use promptweave::domain::prompt_file::{Origin, PromptFile};
+use promptweave::domain::prompt_file::Origin;
 use promptweave::domain::tensor::{Stored, Tensor};
 use promptweave::registry::prompts::{NewVersion, Parent};
 use promptweave::registry::{DEFAULT_PROJECT, RegistryError, prompts};
@@ -394,23 +394,27 @@ async fn a_composed_version_has_its_lineage_and_one_job_publishes_once(pool: PgP
         version_id: spec.sources[usize::from(weight > 0.5)].id,
         weight,
     });
-    let mut publish = async |seed: u64| {
+    let publish = async |seed: u64| {
         let mut file = prompt_file(seed);
         let mut metadata = file.metadata.clone().unwrap();
         metadata.origin = Origin::Composed;
         file.metadata = Some(metadata.clone());
         let bytes = file.to_bytes();
         let name = "mix".parse().unwrap();
-        let prompt = prompts::find_or_create(&mut conn, DEFAULT_PROJECT, &name, "").await?;
+        // The weights are summed up when the transaction ends.
+        let mut db = app.state.pool.begin().await?;
+        let prompt = prompts::find_or_create(&mut db, DEFAULT_PROJECT, &name, "").await?;
         let new = NewVersion {
             prompt_id: prompt.id,
             bytes: &bytes,
-            file: &PromptFile::parse(&bytes).unwrap(),
+            file: &file,
             metadata: &metadata,
             produced_by_job: Some(job),
             parents: &parents,
         };
-        prompts::insert_version(&mut conn, DEFAULT_PROJECT, new).await
+        let published = prompts::insert_version(&mut db, DEFAULT_PROJECT, new).await?;
+        db.commit().await?;
+        Ok::<_, RegistryError>(published)
     };
     let (version, created) = publish(3).await.unwrap();
     assert_eq!((version.produced_by_job, created), (Some(job), true));
