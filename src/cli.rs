@@ -22,6 +22,15 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Train one visual prompt on a labelled image set with a frozen backbone (VPT).
+    #[cfg(feature = "torch")]
+    Tune(crate::offline::tune::Args),
+    /// Learn source weights for a target task from local files, and compose the prompt.
+    #[cfg(feature = "torch")]
+    Compose(crate::offline::compose::Args),
+    /// Accuracy of a prompt on a labelled image set with its closed-form head.
+    #[cfg(feature = "torch")]
+    Evaluate(crate::offline::evaluate::Args),
     /// Ask a running server whether it is ready; for containers.
     Healthcheck(HealthcheckArgs),
     /// Draw a result: its weights, and its path of trade-offs.

@@ -12,9 +12,13 @@ pub mod clock;
 pub mod config;
 pub mod db;
 pub mod domain;
+#[cfg(feature = "torch")]
+pub mod engine;
 pub mod healthcheck;
 pub mod http;
 pub mod jobs;
+#[cfg(feature = "torch")]
+pub mod offline;
 pub mod plot;
 pub mod private_postgres;
 pub mod registry;

@@ -2,6 +2,8 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use promptweave::cli::{Cli, Command};
+#[cfg(feature = "torch")]
+use promptweave::offline;
 use promptweave::{healthcheck, plot, telemetry};
 
 fn main() -> ExitCode {
@@ -19,6 +21,12 @@ fn main() -> ExitCode {
 
 fn dispatch(command: Command) -> anyhow::Result<()> {
     match command {
+        #[cfg(feature = "torch")]
+        Command::Tune(args) => offline::tune::run(&args),
+        #[cfg(feature = "torch")]
+        Command::Compose(args) => offline::compose::run(&args),
+        #[cfg(feature = "torch")]
+        Command::Evaluate(args) => offline::evaluate::run(&args),
         Command::Healthcheck(args) => healthcheck::check(args.address, &args.path),
         Command::Plot(args) => {
             for path in plot::plot(&args.result, &args.out)? {

@@ -42,13 +42,17 @@ pub fn resize(image: &RgbImage, preprocessing: &Preprocessing) -> Vec<u8> {
     } else {
         fir::ResizeAlg::Interpolation(filter)
     };
+    let options = fir::ResizeOptions::new().resize_alg(algorithm);
+    // One call an axis: in one call the crate takes the vertical pass first, and the rounding between
+    // the passes then moves pixels at hard edges by several levels from Pillow's.
+    let mut wide = fir::images::Image::new(edge, image.height(), fir::PixelType::U8x3);
     let mut resized = fir::images::Image::new(edge, edge, fir::PixelType::U8x3);
-    fir::Resizer::new()
-        .resize(
-            image,
-            &mut resized,
-            &fir::ResizeOptions::new().resize_alg(algorithm),
-        )
+    let mut resizer = fir::Resizer::new();
+    resizer
+        .resize(image, &mut wide, &options)
+        .expect("both are RGB with 8 bits");
+    resizer
+        .resize(&wide, &mut resized, &options)
         .expect("both are RGB with 8 bits");
     resized.into_vec()
 }

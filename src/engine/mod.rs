@@ -1,0 +1,202 @@
+//! The engine: HGPrompt (arXiv 2504.12311) on files at hand.
+//!
+//! [`Engine::compose`] reads as the method's pseudo-code; each step is a module:
+//!
+//! ```text
+//! samples ─► features f_{Pᵢ} ─► heads ─► per-sample gradients ─► Γ ─┐
+//!                   └──────────► H(α) ────────────────────────────┴─► solve α ─► P_T = Σ αᵢ Pᵢ ─► verify
+//! ```
+//!
+//! It knows files and tensors; nothing of databases, HTTP or jobs (only [`crate::domain`]).
+
+pub mod alignment;
+pub mod checkpoint;
+pub mod evaluate;
+pub mod features;
+pub mod gradients;
+pub mod h_score;
+pub mod head;
+pub mod images;
+pub mod objective;
+pub mod optimizer;
+pub mod samples;
+pub mod statistics;
+pub mod tuning;
+pub mod vit;
+
+mod compose;
+pub use compose::check_sources;
+#[cfg(test)]
+mod testing;
+
+use std::path::{Path, PathBuf};
+
+use tch::{Device, Kind, TchError, Tensor};
+
+use self::vit::Vit;
+use crate::domain::backbone::{Backbone, BackboneError};
+use crate::domain::composition::{
+    Composer, Composition, CompositionError, CompositionInput, Observer,
+};
+use crate::domain::dataset::DatasetError;
+use crate::domain::prompt_file::PromptFile;
+
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    #[error("stopped")]
+    Stopped,
+    #[error("the backbone cannot be used")]
+    Backbone(#[from] BackboneError),
+    #[error("the data set cannot be used")]
+    Dataset(#[from] DatasetError),
+    #[error("cannot read image `{path}`")]
+    ReadImage {
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    #[error(
+        "{count} of the images cannot be decoded, the first is `{first}`; leave them out with \
+         --skip-bad (`skip_bad` in a request), or repair them"
+    )]
+    UnreadableImages { first: PathBuf, count: usize },
+    #[error("the target has no readable images")]
+    NoSamples,
+    #[error("the target's samples are all of class `{0}`; at least two classes are needed")]
+    OneClass(String),
+    #[error("no source prompts were given")]
+    NoSources,
+    #[error("sources `{first}` and `{second}` are the same prompt ({digest})")]
+    SameSource {
+        first: String,
+        second: String,
+        digest: String,
+    },
+    #[error("source `{prompt}` is {what}, but {expected}")]
+    Incompatible {
+        prompt: String,
+        what: String,
+        expected: String,
+    },
+    #[error(transparent)]
+    Objective(#[from] crate::domain::composition::InvalidObjective),
+    #[error("{0} are not finite")]
+    NotFinite(&'static str),
+    #[error("libtorch failed")]
+    Torch(#[from] TchError),
+}
+
+impl EngineError {
+    /// A stable snake_case name.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Stopped => "stopped",
+            Self::Backbone(_) => "backbone_unusable",
+            Self::Dataset(_) => "dataset_unusable",
+            Self::ReadImage { .. } | Self::UnreadableImages { .. } => "unreadable_image",
+            Self::NoSamples => "empty_target",
+            Self::OneClass(_) => "one_class",
+            Self::NoSources => "no_sources",
+            Self::SameSource { .. } => "same_source",
+            Self::Incompatible { .. } => "incompatible_source",
+            Self::Objective(_) => "invalid_objective",
+            Self::NotFinite(_) => "not_finite",
+            Self::Torch(_) => "libtorch",
+        }
+    }
+}
+
+impl From<EngineError> for CompositionError {
+    fn from(error: EngineError) -> Self {
+        let code = error.code();
+        let mut detail = error.to_string();
+        let mut source = std::error::Error::source(&error);
+        while let Some(cause) = source {
+            detail = format!("{detail}: {cause}");
+            source = cause.source();
+        }
+        match error {
+            EngineError::Stopped => Self::Stopped,
+            // Out of memory or a device that failed: the next attempt may meet a better machine.
+            EngineError::Torch(_) | EngineError::ReadImage { .. } => Self::Retry { code, detail },
+            _ => Self::Refused { code, detail },
+        }
+    }
+}
+
+/// The device, and the backbone loaded last: it stays loaded between compositions.
+pub struct Engine {
+    device: Device,
+    loaded: Option<(Backbone, Vit)>,
+}
+
+impl Engine {
+    pub fn new(device: Device) -> Self {
+        Self {
+            device,
+            loaded: None,
+        }
+    }
+
+    /// `auto` (CUDA where there is one), `cpu` or `cuda:<n>`.
+    pub fn device_named(name: &str) -> Option<Device> {
+        match name {
+            "auto" => Some(Device::cuda_if_available()),
+            "cpu" => Some(Device::Cpu),
+            _ => name.strip_prefix("cuda:")?.parse().ok().map(Device::Cuda),
+        }
+    }
+
+    /// The backbone of a folder, in f32; read again only when the folder's content changed.
+    pub fn backbone(&mut self, dir: &Path) -> Result<(&Backbone, &Vit), EngineError> {
+        let backbone = Backbone::open(dir)?;
+        let same = |(loaded, _): &(Backbone, Vit)| {
+            loaded.digest == backbone.digest && loaded.config == backbone.config
+        };
+        if !self.loaded.as_ref().is_some_and(same) {
+            self.loaded = None;
+            let vit = Vit::load(&backbone, self.device, Kind::Float)?;
+            self.loaded = Some((backbone, vit));
+        }
+        let (backbone, vit) = self.loaded.as_ref().expect("just loaded");
+        Ok((backbone, vit))
+    }
+}
+
+impl Composer for Engine {
+    fn compose(
+        &mut self,
+        input: &CompositionInput,
+        observer: &mut dyn Observer,
+    ) -> Result<Composition, CompositionError> {
+        let (backbone, vit) = self.backbone(&input.backbone_dir)?;
+        Ok(compose::compose(backbone, vit, input, observer)?)
+    }
+
+    fn device(&self) -> String {
+        device_name(self.device)
+    }
+}
+
+pub fn device_name(device: Device) -> String {
+    match device {
+        Device::Cuda(index) => format!("cuda:{index}"),
+        _ => "cpu".to_owned(),
+    }
+}
+
+/// A file's prompt [m, d] where the model is.
+pub fn prompt_tensor(file: &PromptFile, vit: &Vit) -> Tensor {
+    let shape: Vec<i64> = file
+        .prompt_embeddings
+        .shape
+        .iter()
+        .map(|s| *s as i64)
+        .collect();
+    Tensor::from_slice(&file.prompt_embeddings.values)
+        .view(shape.as_slice())
+        .to_device(vit.device)
+        .to_kind(vit.kind)
+}
+
+#[cfg(test)]
+mod tests;

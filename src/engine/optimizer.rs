@@ -1,0 +1,176 @@
+//! Minimising a smooth function over the simplex: projected gradient with Barzilai-Borwein steps and
+//! Armijo backtracking (Birgin, Martínez & Raydan 2000). It reaches exact zeros, which softmax
+//! parametrisations cannot, and it is deterministic.
+
+use crate::domain::composition::StopReason;
+
+/// Largest move of a unit projected-gradient step at which a point counts as stationary. The function
+/// is expected on a scale of order 1.
+const TOLERANCE: f64 = 1e-9;
+const MAX_ITERATIONS: usize = 500;
+/// Rounding error of one evaluation, relative to its value; a rise below it is not a rise.
+const NOISE: f64 = 1e-14;
+/// A step never moves a weight by more than this before the projection, whose rounding error grows
+/// with it; the simplex is 1.5 across.
+const LONGEST_MOVE: f64 = 1e3;
+
+/// Where one start ended.
+#[derive(Clone, Debug)]
+pub struct Descent {
+    pub alpha: Vec<f64>,
+    pub value: f64,
+    pub iterations: usize,
+    pub stop_reason: StopReason,
+}
+
+/// The nearest point with every entry ≥ 0 and sum 1 (exact, by sorting).
+pub fn project_to_simplex(v: &[f64]) -> Vec<f64> {
+    let mut sorted = v.to_vec();
+    sorted.sort_unstable_by(|a, b| b.total_cmp(a));
+    let (mut sum, mut shift) = (0.0, 0.0);
+    for (count, value) in sorted.iter().enumerate() {
+        sum += value;
+        let candidate = (sum - 1.0) / (count + 1) as f64;
+        if value - candidate > 0.0 {
+            shift = candidate;
+        }
+    }
+    v.iter().map(|value| (value - shift).max(0.0)).collect()
+}
+
+/// Descends from `start` (on the simplex). `function` gives value and gradient.
+pub fn minimise<E>(
+    mut function: impl FnMut(&[f64]) -> Result<(f64, Vec<f64>), E>,
+    start: &[f64],
+) -> Result<Descent, E> {
+    // Only the gradient's part along Σα = 1 counts; without the rest the projection sees small numbers.
+    let mut function = |alpha: &[f64]| -> Result<(f64, Vec<f64>), E> {
+        let (value, mut gradient) = function(alpha)?;
+        let mean = gradient.iter().sum::<f64>() / gradient.len() as f64;
+        gradient.iter_mut().for_each(|g| *g -= mean);
+        Ok((value, gradient))
+    };
+    let mut alpha = project_to_simplex(start);
+    let (mut value, mut gradient) = function(&alpha)?;
+    let mut step = 1.0 / largest(&gradient).max(1e-10);
+    let mut iterations = 0;
+    let stop_reason = loop {
+        if largest(&difference(&ahead(&alpha, &gradient, 1.0), &alpha)) < TOLERANCE {
+            break StopReason::Converged;
+        }
+        if iterations == MAX_ITERATIONS {
+            break StopReason::MaxIterations;
+        }
+        let target = ahead(&alpha, &gradient, step);
+        let direction = difference(&target, &alpha);
+        let slope = dot(&gradient, &direction);
+        let mut accepted = None;
+        let mut fraction = 1.0;
+        while slope < 0.0 && fraction > 1e-12 {
+            // The full step lands on `target` itself, so that its zeros stay exact.
+            let candidate = if fraction == 1.0 {
+                target.clone()
+            } else {
+                alpha
+                    .iter()
+                    .zip(&direction)
+                    .map(|(a, d)| a + fraction * d)
+                    .collect()
+            };
+            let (candidate_value, candidate_gradient) = function(&candidate)?;
+            let noise = NOISE * (1.0 + value.abs());
+            if candidate_value <= value + 1e-4 * fraction * slope + noise {
+                accepted = Some((candidate, candidate_value, candidate_gradient));
+                break;
+            }
+            fraction *= 0.5;
+        }
+        let Some((next, next_value, next_gradient)) = accepted else {
+            break StopReason::NoDescent;
+        };
+        let moved = difference(&next, &alpha);
+        let turned = difference(&next_gradient, &gradient);
+        let curvature = dot(&moved, &turned);
+        // Along negative curvature the longest step is as good a guess as any.
+        let longest = LONGEST_MOVE / largest(&next_gradient).max(1e-10);
+        step = if curvature > 0.0 {
+            dot(&moved, &moved) / curvature
+        } else {
+            longest
+        };
+        step = step.clamp(1e-10, longest);
+        (alpha, value, gradient) = (next, next_value, next_gradient);
+        iterations += 1;
+    };
+    Ok(Descent {
+        alpha: without_dust(&alpha),
+        value,
+        iterations,
+        stop_reason,
+    })
+}
+
+/// Weights that are rounding errors become exact zeros; the sum becomes 1 again.
+fn without_dust(alpha: &[f64]) -> Vec<f64> {
+    let kept = alpha.iter().map(|a| if *a < 1e-15 { 0.0 } else { *a });
+    let sum: f64 = kept.clone().sum();
+    kept.map(|a| a / sum).collect()
+}
+
+fn ahead(alpha: &[f64], gradient: &[f64], step: f64) -> Vec<f64> {
+    let moved: Vec<f64> = alpha
+        .iter()
+        .zip(gradient)
+        .map(|(a, g)| a - step * g)
+        .collect();
+    project_to_simplex(&moved)
+}
+
+fn difference(a: &[f64], b: &[f64]) -> Vec<f64> {
+    a.iter().zip(b).map(|(a, b)| a - b).collect()
+}
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+fn largest(v: &[f64]) -> f64 {
+    v.iter().fold(0.0, |most, value| most.max(value.abs()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::convert::Infallible;
+
+    #[test]
+    fn the_projection_is_on_the_simplex_and_leaves_its_points_alone() {
+        assert_eq!(project_to_simplex(&[0.25, 0.75, 0.0]), [0.25, 0.75, 0.0]);
+        assert_eq!(project_to_simplex(&[5.0, 0.0, 0.0]), [1.0, 0.0, 0.0]);
+        let projected = project_to_simplex(&[0.9, 0.8, -3.0, 0.1]);
+        assert!((projected.iter().sum::<f64>() - 1.0).abs() < 1e-15);
+        assert!(projected.iter().all(|value| *value >= 0.0));
+    }
+
+    #[test]
+    fn a_quadratic_is_minimised_inside_and_on_the_boundary() {
+        // ‖α - c‖² with c outside the simplex: the projection of c.
+        let centre = [0.7, 0.6, -0.4];
+        let descent = minimise::<Infallible>(
+            |a| {
+                let difference = difference(a, &centre);
+                Ok((
+                    dot(&difference, &difference),
+                    difference.iter().map(|d| 2.0 * d).collect(),
+                ))
+            },
+            &[1.0 / 3.0; 3],
+        )
+        .unwrap();
+        assert_eq!(descent.stop_reason, StopReason::Converged);
+        for (found, expected) in descent.alpha.iter().zip([0.55, 0.45, 0.0]) {
+            assert!((found - expected).abs() < 1e-9, "{descent:?}");
+        }
+        assert_eq!(descent.alpha[2], 0.0);
+    }
+}

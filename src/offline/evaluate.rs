@@ -1,0 +1,88 @@
+//! `promptweave evaluate`: accuracy of a prompt on a labelled image set with its closed-form head.
+
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+
+use super::progress::bar;
+use super::{EngineOptions, parse_split, read_prompt};
+use crate::domain::composition::Source;
+use crate::domain::dataset::{LabelledImages, Split};
+use crate::engine::evaluate::Evaluation;
+use crate::engine::samples::{Samples, Selection};
+use crate::engine::{check_sources, prompt_tensor};
+
+#[derive(Clone, Debug, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    pub engine: EngineOptions,
+    /// The prompt file.
+    #[arg(long, value_name = "FILE")]
+    pub prompt: PathBuf,
+    /// Folder of labelled images: an image folder or VTAB-1k list files.
+    #[arg(long, value_name = "DIR")]
+    pub target: PathBuf,
+    /// Split the head is fitted on.
+    #[arg(long, default_value = "train", value_parser = parse_split)]
+    pub split: Split,
+    /// Split that accuracy is measured on.
+    #[arg(long, default_value = "test", value_parser = parse_split)]
+    pub eval_split: Split,
+    /// At most this many samples to fit the head on.
+    #[arg(long, default_value_t = 2000)]
+    pub max_samples: usize,
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// ρ of the reported H-score.
+    #[arg(long, default_value_t = 0.01)]
+    pub h_score_shrinkage: f64,
+    /// ρ of the head.
+    #[arg(long, default_value_t = 0.3)]
+    pub head_shrinkage: f64,
+}
+
+/// Prints `{"h_score": …, "train_accuracy": …, "eval_accuracy": …}`.
+pub fn run(args: &Args) -> anyhow::Result<()> {
+    let (digest, file) = read_prompt(&args.prompt)?;
+    let mut engine = args.engine.engine()?;
+    let (backbone, vit) = engine.backbone(&args.engine.backbone)?;
+    let prompt = prompt_tensor(&file, vit);
+    let name = args.prompt.display().to_string();
+    check_sources(
+        &[Source {
+            prompt: name,
+            version: None,
+            digest,
+            file,
+        }],
+        backbone,
+    )?;
+
+    let dataset = LabelledImages::read(&args.target)?;
+    let load = |split, max_samples| {
+        let selection = Selection {
+            split,
+            max_samples,
+            seed: args.seed,
+            skip_bad: args.engine.skip_bad,
+        };
+        Samples::load(&dataset, &selection, &backbone.config.preprocessing)
+    };
+    let train = load(args.split, Some(args.max_samples))?;
+    let eval = load(args.eval_split, None)?;
+    let evaluation = Evaluation {
+        vit,
+        train: &train,
+        eval: Some(&eval),
+        num_classes: dataset.classes.len(),
+        h_score_shrinkage: args.h_score_shrinkage,
+        head_shrinkage: args.head_shrinkage,
+    };
+    let bar = bar("evaluate", evaluation.work(false));
+    let evaluated = evaluation.run(&prompt, None, |done| {
+        bar.inc(done);
+        ControlFlow::Continue(())
+    })?;
+    bar.finish();
+    println!("{}", serde_json::to_string_pretty(&evaluated.score)?);
+    Ok(())
+}
