@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains the demo's source prompts: demo/prompts/<task>.safetensors.
 #
-#   demo/tune_sources.sh MINI_VTAB_DIR      (about 2 minutes a task on two free cores)
+#   demo/tune_sources.sh MINI_VTAB_DIR      (about a minute a task on two free cores)
 #
 # MINI_VTAB_DIR holds the mini-VTAB's tasks in the VTAB-1k layout. All prompts start from one initial
 # prompt (--init-seed 0), so that their tokens are in one order.
@@ -11,5 +11,5 @@ cd "$(dirname "$0")/.."
 promptweave=${PROMPTWEAVE:-target/release/promptweave}
 for task in emoji fashion digits_scene clevr_count dsprites_ori smallnorb_azi; do
   "$promptweave" tune --backbone .assets/vit_s14_focus --data "$data/$task" \
-    --out "demo/prompts/$task.safetensors" --max-samples 600 --epochs 6 --threads 2
+    --out "demo/prompts/$task.safetensors" --max-samples 400 --epochs 5 --threads 2
 done
