@@ -43,7 +43,7 @@ part "lints without libtorch" cargo clippy --release --all-targets --no-default-
 part "build" cargo build --release
 if cargo nextest --version >/dev/null 2>&1; then
     part "build of the tests" cargo nextest run --release --no-run
-    part "tests" scripts/with_postgres.sh cargo nextest run --release
+    part "tests" scripts/with_postgres.sh cargo nextest run --release --no-fail-fast
     part "documentation tests" cargo test --release --doc
 else
     part "build of the tests" cargo test --release --no-run
