@@ -8,7 +8,7 @@ use axum::extract::{Request, State};
 use axum::http::{HeaderName, HeaderValue, header};
 use axum::middleware::Next;
 use axum::response::Response;
-use tracing::{Instrument, error, info, info_span, warn};
+use tracing::{Instrument, debug, error, info, info_span, warn};
 
 use super::AppState;
 use super::error::Problem;
@@ -38,11 +38,14 @@ pub(super) async fn boundary(
         }
         let header = HeaderValue::from_str(&id).expect("plain characters");
         response.headers_mut().insert(REQUEST_ID, header);
-        info!(
-            http.status = response.status().as_u16(),
-            duration_ms = started.elapsed().as_millis() as u64,
-            "request answered"
-        );
+        let status = response.status().as_u16();
+        let duration_ms = started.elapsed().as_millis() as u64;
+        // Probes come every few seconds and say nothing new while they succeed.
+        if status < 400 && (path == "/livez" || path.starts_with("/readyz")) {
+            debug!(http.status = status, duration_ms, "request answered");
+        } else {
+            info!(http.status = status, duration_ms, "request answered");
+        }
         response
     }
     .instrument(span)

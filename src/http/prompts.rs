@@ -18,6 +18,7 @@ use super::error::Problem;
 use super::extract::{Body, Json, Path, Query, escape, media_type, unsupported_media_type};
 use super::page::{Page, PageQuery};
 use super::{AppState, HttpSettings};
+use crate::db::DbError;
 use crate::domain::digest::Digest;
 use crate::domain::prompt_file::{FORMAT, Origin, PromptFile, PromptFileError, PromptMetadata};
 use crate::domain::reference::{Reference, ResourceName, VersionSelector};
@@ -233,8 +234,10 @@ fn agree<T: PartialEq + std::fmt::Display>(
 
 /// Publish a version: the body is a prompt file
 ///
-/// The file is safetensors with `prompt_embeddings` [m, d] in f32, f16 or bf16; see the README for
-/// the optional tensors. The same bytes once more answer 200 with the version that exists.
+/// The file is safetensors with `prompt_embeddings` [m, d] in f32, f16 or bf16, and optionally
+/// `deep_prompt_embeddings` [L-1, m, d], `head.weight` [K, d] with `head.bias` [K], and
+/// `sketch.features` [n, d] with `sketch.labels` [n]. The same bytes once more answer 200 with the
+/// version that exists.
 #[utoipa::path(
     post,
     path = "/prompts/{name}/versions",
@@ -486,7 +489,7 @@ async fn get_content(
     }
     let bytes = prompts::content(&mut conn, &version.digest)
         .await?
-        .ok_or_else(|| Problem::internal(sqlx::Error::RowNotFound))?;
+        .ok_or(DbError::RowCount(0))?;
     let sha256 = STANDARD.encode(version.digest.as_bytes());
     let file = format!("{}-{}.safetensors", version.prompt, version.version);
     let content = [
