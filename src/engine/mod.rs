@@ -20,12 +20,14 @@ pub mod images;
 pub mod objective;
 pub mod optimizer;
 pub mod samples;
+pub mod sources;
 pub mod statistics;
+mod steps;
 pub mod tuning;
 pub mod vit;
 
 mod compose;
-pub use compose::check_sources;
+mod report;
 #[cfg(test)]
 mod testing;
 

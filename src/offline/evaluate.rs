@@ -8,8 +8,9 @@ use super::{EngineOptions, parse_split, read_prompt};
 use crate::domain::composition::Source;
 use crate::domain::dataset::{LabelledImages, Split};
 use crate::engine::evaluate::Evaluation;
+use crate::engine::prompt_tensor;
 use crate::engine::samples::{Samples, Selection};
-use crate::engine::{check_sources, prompt_tensor};
+use crate::engine::sources::check_sources;
 
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {

@@ -1,0 +1,125 @@
+//! Source prompts: which go together, and their weighted sum.
+
+use std::collections::{BTreeSet, HashMap};
+
+use super::EngineError;
+use crate::domain::backbone::Backbone;
+use crate::domain::composition::Source;
+use crate::domain::dataset::LabelledImages;
+use crate::domain::digest::Digest;
+use crate::domain::prompt_file::{FORMAT, Origin, PromptFile, PromptMetadata};
+use crate::domain::tensor::Tensor;
+
+/// Refuses sources that cannot be summed or are the same, by name.
+pub fn check_sources(sources: &[Source], backbone: &Backbone) -> Result<(), EngineError> {
+    let first = sources.first().ok_or(EngineError::NoSources)?;
+    let mut seen: HashMap<Digest, &str> = HashMap::new();
+    let num_tokens = first.file.num_tokens();
+    for source in sources {
+        if let Some(earlier) = seen.insert(source.digest, &source.prompt) {
+            return Err(EngineError::SameSource {
+                first: earlier.to_owned(),
+                second: source.prompt.clone(),
+                digest: source.digest.to_string(),
+            });
+        }
+        let refuse = |what: String, expected: String| {
+            Err(EngineError::Incompatible {
+                prompt: source.prompt.clone(),
+                what,
+                expected,
+            })
+        };
+        let file = &source.file;
+        if file.embed_dim() != backbone.config.embed_dim {
+            return refuse(
+                format!("{} wide", file.embed_dim()),
+                format!("the backbone is {} wide", backbone.config.embed_dim),
+            );
+        }
+        if file.num_tokens() != num_tokens {
+            return refuse(
+                format!("{} tokens long", file.num_tokens()),
+                format!("`{}` has {num_tokens}", first.prompt),
+            );
+        }
+        if file.deep_prompt_embeddings.is_some() {
+            return refuse(
+                "a deep prompt".into(),
+                "only shallow prompts can be composed".into(),
+            );
+        }
+        let Some(metadata) = &file.metadata else {
+            continue;
+        };
+        if let Some(digest) = metadata.backbone_digest.filter(|d| *d != backbone.digest) {
+            return refuse(
+                format!("made for backbone {digest}"),
+                format!("this one is {}", backbone.digest),
+            );
+        }
+        let here = backbone.config.preprocessing.id();
+        if let Some(id) = metadata.preprocessing_id.as_ref().filter(|id| **id != here) {
+            return refuse(
+                format!("made with preprocessing `{id}`"),
+                format!("the backbone's is `{here}`"),
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Σ αᵢ Pᵢ in f64, rounded once. A prompt at weight 1 comes out bit by bit.
+pub fn mix(sources: &[Source], alpha: &[f64]) -> Vec<f32> {
+    let mut sum = vec![0f64; sources[0].file.prompt_embeddings.values.len()];
+    for (source, weight) in sources.iter().zip(alpha) {
+        for (total, value) in sum.iter_mut().zip(&source.file.prompt_embeddings.values) {
+            *total += weight * f64::from(*value);
+        }
+    }
+    sum.into_iter().map(|value| value as f32).collect()
+}
+
+/// A prompt file of mixed values, as yet without a head.
+pub fn composed_prompt(
+    sources: &[Source],
+    values: Vec<f32>,
+    backbone: &Backbone,
+    dataset: &LabelledImages,
+) -> PromptFile {
+    PromptFile {
+        metadata: Some(PromptMetadata {
+            format: FORMAT,
+            backbone_digest: Some(backbone.digest),
+            preprocessing_id: Some(backbone.config.preprocessing.id()),
+            init_seed: common_init_seed(sources),
+            task: None,
+            classes: Some(dataset.classes.clone()),
+            origin: Origin::Composed,
+            training: None,
+        }),
+        prompt_embeddings: Tensor::new(sources[0].file.prompt_embeddings.shape.clone(), values),
+        deep_prompt_embeddings: None,
+        head: None,
+        sketch: None,
+        dtype: "f32",
+    }
+}
+
+/// The init seed all sources share, if they do and say so.
+pub fn common_init_seed(sources: &[Source]) -> Option<u64> {
+    let seeds: BTreeSet<Option<u64>> = sources
+        .iter()
+        .map(|source| {
+            source
+                .file
+                .metadata
+                .as_ref()
+                .and_then(|metadata| metadata.init_seed)
+        })
+        .collect();
+    match seeds.into_iter().collect::<Vec<_>>().as_slice() {
+        [seed] => *seed,
+        _ => None,
+    }
+}
