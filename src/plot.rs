@@ -109,20 +109,21 @@ fn draw_front(area: &Area<'_>, result: &CompositionResult) -> Result<()> {
     );
     let all = || result.path.iter().map(point).chain([chosen]);
     let x_range = padded(all().map(|p| p.0));
+    let y_range = padded(all().map(|p| p.1));
     let mut chart = ChartBuilder::on(area)
         .caption("H-score against gradient alignment", style_caption())
         .margin(12)
         .x_label_area_size(46)
         .y_label_area_size(64)
-        .build_cartesian_2d(x_range.clone(), padded(all().map(|p| p.1)))?;
+        .build_cartesian_2d(x_range.clone(), y_range.clone())?;
     chart
         .configure_mesh()
         .light_line_style(WHITE)
         .bold_line_style(GRID)
         .x_labels(5)
         .y_labels(6)
-        .x_label_formatter(&|v| number(*v))
-        .y_label_formatter(&|v| number(*v))
+        .x_label_formatter(&|v| tick(*v, &x_range))
+        .y_label_formatter(&|v| tick(*v, &y_range))
         .x_desc("L_align (lower is better)")
         .y_desc("H (higher is better)")
         .draw()?;
@@ -233,6 +234,16 @@ fn padded(values: impl Iterator<Item = f64>) -> Range<f64> {
         0.5 * high.abs().max(1e-12)
     };
     low - margin..high + margin
+}
+
+/// A position on an axis, with the decimals that tell it from its neighbours.
+fn tick(value: f64, axis: &Range<f64>) -> String {
+    let step = (axis.end - axis.start) / 10.0;
+    let decimals = (-step.log10().floor()).max(0.0) as usize;
+    if decimals > 4 && axis.end.abs() < 1e-2 {
+        return number(value);
+    }
+    format!("{value:.decimals$}")
 }
 
 /// Three significant digits, without trailing zeros.
@@ -372,6 +383,14 @@ mod tests {
         ] {
             assert_eq!(number(value), text);
         }
+    }
+
+    #[test]
+    fn neighbouring_ticks_differ() {
+        assert_eq!(tick(14.1, &(14.083..14.142)), "14.100");
+        assert_eq!(tick(14.11, &(14.083..14.142)), "14.110");
+        assert_eq!(tick(50.0, &(-8.0..115.0)), "50");
+        assert_eq!(tick(4e-6, &(1e-6..1e-5)), "4e-6");
     }
 
     #[test]
