@@ -22,6 +22,18 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Run everything: a private database, the API and one worker.
+    #[cfg(feature = "torch")]
+    Up(UpArgs),
+    /// Run the API against a database.
+    Serve(ServeArgs),
+    /// Run a worker against a database.
+    #[cfg(feature = "torch")]
+    Worker(WorkerArgs),
+    /// Bring a database's tables up to date.
+    Migrate(DatabaseOptions),
+    /// Print the OpenAPI document.
+    Openapi,
     /// Train one visual prompt on a labelled image set with a frozen backbone (VPT).
     #[cfg(feature = "torch")]
     Tune(crate::offline::tune::Args),

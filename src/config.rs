@@ -5,8 +5,13 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use anyhow::Context;
 use clap::{Args, ValueEnum};
-use secrecy::SecretString;
+use secrecy::{ExposeSecret, SecretString};
+use sqlx::PgPool;
+use sqlx::postgres::PgConnectOptions;
+
+use crate::db::{self, PoolSettings};
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
@@ -54,6 +59,28 @@ pub struct PoolOptions {
     pub database_wait_s: u64,
 }
 
+impl DatabaseOptions {
+    /// A pool that connects on first use.
+    pub fn pool(&self) -> anyhow::Result<PgPool> {
+        let options: PgConnectOptions = self
+            .database_url
+            .expose_secret()
+            .parse()
+            .context("DATABASE_URL is not a postgres:// URL")?;
+        Ok(db::pool(options, &self.pool.settings()))
+    }
+}
+
+impl PoolOptions {
+    pub fn settings(&self) -> PoolSettings {
+        PoolSettings {
+            max_connections: self.database_connections.max(2),
+            acquire_timeout: Duration::from_secs(self.database_wait_s),
+            ..PoolSettings::default()
+        }
+    }
+}
+
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Storage")]
 pub struct StorageOptions {
@@ -82,6 +109,11 @@ impl StorageOptions {
     /// The blob store's directory.
     pub fn blob_dir(&self) -> PathBuf {
         self.data_dir().join("blobs")
+    }
+
+    /// Packs in the making.
+    pub fn scratch_dir(&self) -> PathBuf {
+        self.data_dir().join("scratch")
     }
 
     /// Files a worker fetched, by digest; safe to delete while no worker runs.

@@ -22,6 +22,8 @@ pub mod offline;
 pub mod plot;
 pub mod private_postgres;
 pub mod registry;
+pub mod roles;
 pub mod shutdown;
 pub mod telemetry;
+pub mod up;
 pub mod worker;

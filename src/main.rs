@@ -2,9 +2,10 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use promptweave::cli::{Cli, Command};
+use promptweave::http::openapi::openapi;
+use promptweave::{healthcheck, plot, roles, telemetry};
 #[cfg(feature = "torch")]
-use promptweave::offline;
-use promptweave::{healthcheck, plot, telemetry};
+use promptweave::{offline, up, worker};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -22,6 +23,19 @@ fn main() -> ExitCode {
 fn dispatch(command: Command) -> anyhow::Result<()> {
     match command {
         #[cfg(feature = "torch")]
+        Command::Up(args) => block_on(up::run(args)),
+        Command::Serve(args) => block_on(roles::serve(args)),
+        #[cfg(feature = "torch")]
+        Command::Worker(args) => {
+            let engine = worker::engine::factory(&args.worker)?;
+            block_on(roles::worker(args, engine))
+        }
+        Command::Migrate(options) => block_on(roles::migrate(options)),
+        Command::Openapi => {
+            println!("{}", openapi().to_pretty_json()?);
+            Ok(())
+        }
+        #[cfg(feature = "torch")]
         Command::Tune(args) => offline::tune::run(&args),
         #[cfg(feature = "torch")]
         Command::Compose(args) => offline::compose::run(&args),
@@ -35,4 +49,8 @@ fn dispatch(command: Command) -> anyhow::Result<()> {
             Ok(())
         }
     }
+}
+
+fn block_on(role: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    tokio::runtime::Runtime::new()?.block_on(role)
 }

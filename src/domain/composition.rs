@@ -157,7 +157,7 @@ impl Objective {
 }
 
 /// Which of a data set's images are the target samples.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct TargetSamples {
     pub split: Split,
     /// Labelled images the result is evaluated on; never used to choose α.

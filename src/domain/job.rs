@@ -130,7 +130,7 @@ impl JobError {
 }
 
 /// What an ensemble job computes. Names are for people; digests decide.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct EnsembleSpec {
     pub target: TargetSpec,
     /// In the order of the request.
@@ -141,31 +141,35 @@ pub struct EnsembleSpec {
     pub output: String,
 }
 
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct TargetSpec {
     pub dataset: String,
     pub version: i32,
     /// Of the packed images in the blob store.
+    #[schema(value_type = String, example = "sha256:…")]
     pub digest: Digest,
     #[serde(flatten)]
     pub samples: TargetSamples,
 }
 
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct SourceSpec {
     /// Of the prompt version.
     pub id: Uuid,
     pub prompt: String,
     pub version: i32,
+    #[schema(value_type = String, example = "sha256:…")]
     pub digest: Digest,
 }
 
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct BackboneSpec {
     pub name: String,
+    #[schema(value_type = String, example = "sha256:…")]
     pub digest: Digest,
     pub preprocessing_id: String,
     /// Of `model.safetensors` in the blob store.
+    #[schema(value_type = String, example = "sha256:…")]
     pub model_digest: Digest,
     pub config: BackboneConfig,
 }

@@ -4,12 +4,14 @@
 pub mod backbones;
 pub mod boundary;
 pub mod datasets;
+pub mod ensembles;
 pub mod error;
 pub mod extract;
 pub mod health;
 pub mod openapi;
 pub mod page;
 pub mod prompts;
+pub mod workers;
 
 use std::any::Any;
 use std::error::Error;

@@ -6,7 +6,7 @@ use utoipa::openapi::{OpenApi, Ref, RefOr, ResponseBuilder};
 use utoipa_axum::router::OpenApiRouter;
 
 use super::error::ProblemDocument;
-use super::{AppState, HttpSettings, backbones, datasets, health, prompts};
+use super::{AppState, HttpSettings, backbones, datasets, ensembles, health, prompts, workers};
 
 #[derive(utoipa::OpenApi)]
 #[openapi(
@@ -21,6 +21,8 @@ use super::{AppState, HttpSettings, backbones, datasets, health, prompts};
         (name = "prompts", description = "Prompt assets and their immutable versions"),
         (name = "backbones", description = "Frozen vision transformers that prompts are made for"),
         (name = "datasets", description = "Labelled images, the targets of ensembles"),
+        (name = "ensembles", description = "Jobs that weigh prompts for a target and compose them"),
+        (name = "workers", description = "The processes that run jobs"),
         (name = "health", description = "Whether the server answers, and whether it can work"),
     )
 )]
@@ -31,9 +33,12 @@ pub(super) fn routes(settings: &HttpSettings) -> OpenApiRouter<AppState> {
     let v1 = OpenApiRouter::new()
         .merge(prompts::router(settings))
         .merge(backbones::router())
-        .merge(datasets::router());
+        .merge(datasets::router())
+        .merge(ensembles::router())
+        .merge(workers::router());
     let mut routes = OpenApiRouter::with_openapi(Document::openapi())
         .merge(health::router())
+        .merge(workers::health_router())
         .nest("/v1", v1);
     document_problems(routes.get_openapi_mut());
     routes

@@ -7,6 +7,7 @@
 pub mod events;
 pub mod finish;
 pub mod listener;
+pub mod plan;
 pub mod queue;
 pub mod reaper;
 pub mod workers;

@@ -1,6 +1,8 @@
 //! A worker: wait → claim → run → next. It needs the database and the blob store, nothing else.
 
 pub mod composer_thread;
+#[cfg(feature = "torch")]
+pub mod engine;
 mod inputs;
 mod renewal;
 mod runner;

@@ -3,10 +3,12 @@
 mod app;
 mod backbones;
 mod datasets;
+mod ensembles;
 mod fixtures;
 mod openapi;
 mod private_postgres;
 mod problems;
 mod prompts;
 mod queue;
+mod up;
 mod worker;

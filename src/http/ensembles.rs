@@ -1,0 +1,505 @@
+//! `/v1/ensembles`: jobs that learn source weights for a target and compose the prompt.
+
+use axum::Json as JsonResponse;
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde::{Deserialize, Serialize};
+use sqlx::PgConnection;
+use time::OffsetDateTime;
+use utoipa::{IntoParams, ToSchema};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+use uuid::Uuid;
+
+use super::AppState;
+use super::error::Problem;
+use super::extract::{Json, Path, Query};
+use super::page::{Page, PageQuery};
+use crate::domain::composition::{CompositionResult, Objective, Phase, TargetSamples};
+use crate::domain::dataset::Split;
+use crate::domain::digest::Digest;
+use crate::domain::job::{DEFAULT_PRIORITY, EnsembleSpec, JobError, JobState};
+use crate::domain::reference::{Reference, ResourceName};
+use crate::jobs::events::{self, JobEvent};
+use crate::jobs::plan::{EnsembleRequest, PlanError, plan};
+use crate::jobs::queue::{self, Cancellation, NewJob, QueueError};
+use crate::jobs::{self, ENSEMBLE, Job};
+use crate::registry::DEFAULT_PROJECT;
+
+/// Seconds between two looks at a job.
+const LOOK_AGAIN_AFTER: u32 = 1;
+const MAX_EVENTS: i64 = 200;
+
+pub fn router() -> OpenApiRouter<AppState> {
+    OpenApiRouter::new()
+        .routes(routes!(create_ensemble, list_ensembles))
+        .routes(routes!(get_ensemble))
+        .routes(routes!(get_ensemble_result))
+        .routes(routes!(get_ensemble_statistics))
+        .routes(routes!(list_ensemble_events))
+        .routes(routes!(cancel_ensemble))
+}
+
+// ---- Requests ------------------------------------------------------------------------------
+
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct CreateEnsemble {
+    target: Target,
+    /// The prompts to weigh, each once; all of one shape and made for one backbone.
+    #[schema(min_items = 1, max_items = 64)]
+    sources: Vec<Source>,
+    /// May be left out where only one registered backbone fits the sources.
+    #[schema(value_type = Option<String>, example = "vit-s14")]
+    backbone: Option<ResourceName>,
+    #[serde(default)]
+    objective: Objective,
+    #[serde(default)]
+    output: Output,
+    /// Jobs with a smaller number go first; 100 by default.
+    #[serde(default = "default_priority")]
+    #[schema(minimum = 0, maximum = 1000, default = 100)]
+    priority: i32,
+}
+
+fn default_priority() -> i32 {
+    DEFAULT_PRIORITY
+}
+
+/// Whose images the weights are learned on.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct Target {
+    /// `name`, `name:2` or `name@sha256:…`.
+    #[schema(value_type = String, example = "food:1")]
+    dataset: Reference,
+    #[serde(default = "default_split")]
+    #[schema(default = "train")]
+    split: Split,
+    /// Labelled images the result is tried on; never used to choose weights.
+    eval_split: Option<Split>,
+    /// At most this many images, a seeded stratified choice; no fewer than classes.
+    #[serde(default = "default_max_samples")]
+    #[schema(minimum = 2, maximum = 1_000_000, default = 2000)]
+    max_samples: usize,
+    #[serde(default)]
+    seed: u64,
+    /// Leave unreadable images out, and count them, instead of failing.
+    #[serde(default)]
+    skip_bad: bool,
+}
+
+fn default_split() -> Split {
+    Split::Train
+}
+
+fn default_max_samples() -> usize {
+    2000
+}
+
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct Source {
+    /// `name`, `name:2` or `name@sha256:…`.
+    #[schema(value_type = String, example = "dtd")]
+    prompt: Reference,
+}
+
+#[derive(Debug, Default, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct Output {
+    /// The prompt the result becomes a version of; `<dataset>-<short id>` by default.
+    #[schema(value_type = Option<String>, example = "food-composed")]
+    name: Option<ResourceName>,
+}
+
+// ---- Answers -------------------------------------------------------------------------------
+
+#[derive(Debug, Serialize, ToSchema)]
+struct Ensemble {
+    id: Uuid,
+    state: JobState,
+    /// The phase in work, or the one it stopped in.
+    phase: Option<Phase>,
+    progress: Option<EnsembleProgress>,
+    /// Attempts begun, of `max_attempts`.
+    attempt: i32,
+    max_attempts: i32,
+    /// Somebody asked it to stop.
+    cancel_requested: bool,
+    priority: i32,
+    /// What is computed, with every reference resolved when it was posted.
+    spec: EnsembleSpec,
+    /// Equal digests mean equal answers.
+    #[schema(value_type = String, example = "sha256:…")]
+    spec_digest: Digest,
+    /// Of a failed job, or of the last attempt of one that waits for another.
+    error: Option<JobError>,
+    #[serde(with = "time::serde::rfc3339")]
+    created_at: OffsetDateTime,
+    #[serde(with = "time::serde::rfc3339::option")]
+    started_at: Option<OffsetDateTime>,
+    #[serde(with = "time::serde::rfc3339::option")]
+    finished_at: Option<OffsetDateTime>,
+    urls: Urls,
+}
+
+/// How far the phase is.
+#[derive(Debug, Serialize, ToSchema)]
+struct EnsembleProgress {
+    done: u64,
+    total: u64,
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+struct Urls {
+    #[serde(rename = "self")]
+    this: String,
+    events: String,
+    cancel: String,
+    result: String,
+    statistics: String,
+    /// The composed prompt's file, once there is one.
+    composed: Option<String>,
+}
+
+impl From<Job> for Ensemble {
+    fn from(job: Job) -> Self {
+        let this = path(job.id);
+        let composed = job.result.as_ref().and_then(|result| {
+            let (prompt, version) = (result.composed.prompt.as_ref()?, result.composed.version?);
+            Some(format!("/v1/prompts/{prompt}/versions/{version}/content"))
+        });
+        Self {
+            id: job.id,
+            state: job.state,
+            phase: job.progress.map(|progress| progress.phase),
+            progress: job.progress.map(|progress| EnsembleProgress {
+                done: progress.done,
+                total: progress.total,
+            }),
+            attempt: job.attempt,
+            max_attempts: job.max_attempts,
+            cancel_requested: job.cancel_requested,
+            priority: job.priority,
+            spec: job.spec,
+            spec_digest: job.spec_digest,
+            error: job.error,
+            created_at: job.created_at,
+            started_at: job.started_at,
+            finished_at: job.finished_at,
+            urls: Urls {
+                events: format!("{this}/events"),
+                cancel: format!("{this}/cancel"),
+                result: format!("{this}/result"),
+                statistics: format!("{this}/statistics"),
+                composed,
+                this,
+            },
+        }
+    }
+}
+
+fn path(id: Uuid) -> String {
+    format!("/v1/ensembles/{id}")
+}
+
+impl From<PlanError> for Problem {
+    fn from(error: PlanError) -> Self {
+        match error {
+            PlanError::Registry(error) => error.into(),
+            PlanError::Refused(refusal) => {
+                Problem::field(refusal.code, refusal.pointer, refusal.detail)
+            }
+        }
+    }
+}
+
+impl From<QueueError> for Problem {
+    fn from(error: QueueError) -> Self {
+        match error {
+            QueueError::Db(error) => error.into(),
+            QueueError::Registry(error) => error.into(),
+            // No handler holds a lease.
+            QueueError::LeaseLost(_) => Problem::internal(error),
+        }
+    }
+}
+
+// ---- Handlers ------------------------------------------------------------------------------
+
+/// Learn how much of each source prompt helps a target, and compose the prompt
+///
+/// Everything is resolved and checked here; the work is a job that a worker takes.
+#[utoipa::path(
+    post,
+    path = "/ensembles",
+    tag = "ensembles",
+    request_body = CreateEnsemble,
+    responses(
+        (status = 202, body = Ensemble, headers(("location" = String), ("retry-after" = u32))),
+        (status = 422, description = "`unknown_dataset`, `unknown_split`, `empty_target`, \
+            `one_class`, `empty_split`, `same_split`, `invalid_max_samples`, `no_sources`, \
+            `too_many_sources`, `unknown_prompt`, `same_source`, `deep_prompt_not_composable`, \
+            `width_mismatch`, `length_mismatch`, `unknown_backbone`, `backbone_required`, \
+            `backbone_ambiguous`, `backbone_mismatch`, `preprocessing_mismatch`, \
+            `invalid_objective`, `invalid_priority`"),
+    )
+)]
+async fn create_ensemble(
+    State(state): State<AppState>,
+    Json(body): Json<CreateEnsemble>,
+) -> Result<impl IntoResponse, Problem> {
+    let CreateEnsemble {
+        target,
+        sources,
+        backbone,
+        objective,
+        output,
+        priority,
+    } = body;
+    if !(0..=1000).contains(&priority) {
+        let detail = format!("is {priority}; it must lie in 0..=1000");
+        return Err(Problem::field("invalid_priority", "/priority", detail));
+    }
+    let request = EnsembleRequest {
+        dataset: target.dataset,
+        samples: TargetSamples {
+            split: target.split,
+            eval_split: target.eval_split,
+            max_samples: target.max_samples,
+            seed: target.seed,
+            skip_bad: target.skip_bad,
+        },
+        sources: sources.into_iter().map(|source| source.prompt).collect(),
+        backbone,
+        objective,
+        output: output.name,
+    };
+    let id = state.clock.new_id();
+    let mut conn = state.pool.acquire().await?;
+    let spec = plan(&mut conn, id, &request).await?;
+    let new = NewJob {
+        id,
+        project_id: DEFAULT_PROJECT,
+        kind: ENSEMBLE,
+        priority,
+        spec: &spec,
+    };
+    queue::enqueue(&mut conn, new).await?;
+    let ensemble = Ensemble::from(existing(&mut conn, id).await?);
+    let headers = [
+        (header::LOCATION, path(id)),
+        (header::RETRY_AFTER, LOOK_AGAIN_AFTER.to_string()),
+    ];
+    Ok((StatusCode::ACCEPTED, headers, JsonResponse(ensemble)))
+}
+
+/// List ensembles, the newest first
+#[utoipa::path(
+    get,
+    path = "/ensembles",
+    tag = "ensembles",
+    params(PageQuery),
+    responses((status = 200, body = Page<Ensemble>))
+)]
+async fn list_ensembles(
+    State(state): State<AppState>,
+    Query(query): Query<PageQuery>,
+) -> Result<JsonResponse<Page<Ensemble>>, Problem> {
+    let (before, limit) = (query.after()?, query.limit()?);
+    let mut conn = state.pool.acquire().await?;
+    let jobs = jobs::list(&mut conn, DEFAULT_PROJECT, None, before, limit).await?;
+    let ensembles = jobs.into_iter().map(Ensemble::from).collect();
+    Ok(JsonResponse(
+        query.page(ensembles, |ensemble: &Ensemble| ensemble.id.to_string())?,
+    ))
+}
+
+async fn existing(conn: &mut PgConnection, id: Uuid) -> Result<Job, Problem> {
+    jobs::find(conn, DEFAULT_PROJECT, id)
+        .await?
+        .ok_or_else(|| not_found(id))
+}
+
+fn not_found(id: Uuid) -> Problem {
+    Problem::not_found("ensemble_not_found", format!("there is no ensemble `{id}`"))
+}
+
+/// An ensemble's state and progress
+///
+/// `Retry-After` is there as long as another look makes sense.
+#[utoipa::path(
+    get,
+    path = "/ensembles/{id}",
+    tag = "ensembles",
+    params(("id" = Uuid, Path)),
+    responses(
+        (status = 200, body = Ensemble),
+        (status = 404, description = "`ensemble_not_found`"),
+    )
+)]
+async fn get_ensemble(
+    State(state): State<AppState>,
+    Path(id): Path<Uuid>,
+) -> Result<Response, Problem> {
+    let job = existing(&mut *state.pool.acquire().await?, id).await?;
+    let mut response = JsonResponse(Ensemble::from(job.clone())).into_response();
+    if !job.state.is_terminal() {
+        response
+            .headers_mut()
+            .insert(header::RETRY_AFTER, LOOK_AGAIN_AFTER.into());
+    }
+    Ok(response)
+}
+
+/// The job once it succeeded; otherwise why it has no result.
+async fn succeeded(state: &AppState, id: Uuid) -> Result<(CompositionResult, Digest), Problem> {
+    let job = existing(&mut *state.pool.acquire().await?, id).await?;
+    match (job.state, job.result, job.statistics_digest) {
+        (JobState::Succeeded, Some(result), Some(statistics)) => Ok((result, statistics)),
+        (JobState::Failed, ..) => {
+            let reason = job.error.map(|e| format!(": {}: {}", e.code, e.detail));
+            let detail = format!("ensemble `{id}` failed{}", reason.unwrap_or_default());
+            Err(Problem::conflict("ensemble_failed", detail))
+        }
+        (JobState::Cancelled, ..) => {
+            let detail = format!("ensemble `{id}` was cancelled; post it again");
+            Err(Problem::conflict("ensemble_cancelled", detail))
+        }
+        (other, ..) => {
+            let detail = format!("ensemble `{id}` is {}; ask again", other.name());
+            Err(Problem::conflict("ensemble_not_finished", detail).retry_after(LOOK_AGAIN_AFTER))
+        }
+    }
+}
+
+/// Source weights, both terms, the path of trade-offs, diagnostics
+#[utoipa::path(
+    get,
+    path = "/ensembles/{id}/result",
+    tag = "ensembles",
+    params(("id" = Uuid, Path)),
+    responses(
+        (status = 200, body = CompositionResult),
+        (status = 404, description = "`ensemble_not_found`"),
+        (status = 409, description = "`ensemble_not_finished`, `ensemble_failed`, \
+            `ensemble_cancelled`"),
+    )
+)]
+async fn get_ensemble_result(
+    State(state): State<AppState>,
+    Path(id): Path<Uuid>,
+) -> Result<JsonResponse<CompositionResult>, Problem> {
+    Ok(JsonResponse(succeeded(&state, id).await?.0))
+}
+
+/// What the numbers were computed from, as safetensors
+#[utoipa::path(
+    get,
+    path = "/ensembles/{id}/statistics",
+    tag = "ensembles",
+    params(("id" = Uuid, Path)),
+    responses(
+        (status = 200, content_type = "application/octet-stream", body = Vec<u8>,
+         headers(("etag" = String))),
+        (status = 404, description = "`ensemble_not_found`"),
+        (status = 409, description = "`ensemble_not_finished`, `ensemble_failed`, \
+            `ensemble_cancelled`"),
+    )
+)]
+async fn get_ensemble_statistics(
+    State(state): State<AppState>,
+    Path(id): Path<Uuid>,
+) -> Result<impl IntoResponse, Problem> {
+    let (_, digest) = succeeded(&state, id).await?;
+    let bytes = state.blobs.get_bytes(&digest).await?;
+    let headers = [
+        (header::CONTENT_TYPE, "application/octet-stream".to_owned()),
+        (
+            header::CONTENT_DISPOSITION,
+            format!("attachment; filename=\"{id}-statistics.safetensors\""),
+        ),
+        (header::ETAG, format!("\"{digest}\"")),
+    ];
+    Ok((headers, bytes))
+}
+
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+struct EventQuery {
+    /// Only events with a larger number.
+    #[serde(default)]
+    #[param(minimum = 0)]
+    after: i32,
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+struct Events {
+    /// At most 200, in order.
+    items: Vec<JobEvent>,
+    /// `after` of the next request.
+    last_seq: i32,
+}
+
+/// What happened to an ensemble, in order
+#[utoipa::path(
+    get,
+    path = "/ensembles/{id}/events",
+    tag = "ensembles",
+    params(("id" = Uuid, Path), EventQuery),
+    responses(
+        (status = 200, body = Events),
+        (status = 404, description = "`ensemble_not_found`"),
+    )
+)]
+async fn list_ensemble_events(
+    State(state): State<AppState>,
+    Path(id): Path<Uuid>,
+    Query(EventQuery { after }): Query<EventQuery>,
+) -> Result<JsonResponse<Events>, Problem> {
+    let mut conn = state.pool.acquire().await?;
+    existing(&mut conn, id).await?;
+    let items = events::list(&mut conn, DEFAULT_PROJECT, id, after, MAX_EVENTS).await?;
+    let last_seq = items.last().map_or(after, |event| event.seq);
+    Ok(JsonResponse(Events { items, last_seq }))
+}
+
+/// Cancel an ensemble
+///
+/// One that waits is cancelled at once; one that runs stops at its next step.
+#[utoipa::path(
+    post,
+    path = "/ensembles/{id}/cancel",
+    tag = "ensembles",
+    params(("id" = Uuid, Path)),
+    responses(
+        (status = 200, description = "It is cancelled", body = Ensemble),
+        (status = 202, description = "It was asked to stop", body = Ensemble),
+        (status = 404, description = "`ensemble_not_found`"),
+        (status = 409, description = "`ensemble_over`: it has succeeded or failed"),
+    )
+)]
+async fn cancel_ensemble(
+    State(state): State<AppState>,
+    Path(id): Path<Uuid>,
+) -> Result<impl IntoResponse, Problem> {
+    let mut conn = state.pool.acquire().await?;
+    let status = match queue::cancel(&mut conn, DEFAULT_PROJECT, id).await? {
+        None => return Err(not_found(id)),
+        Some(Cancellation::Requested) => StatusCode::ACCEPTED,
+        Some(Cancellation::Cancelled | Cancellation::AlreadyOver(JobState::Cancelled)) => {
+            StatusCode::OK
+        }
+        Some(Cancellation::AlreadyOver(state)) => {
+            let detail = format!("ensemble `{id}` has {} already", state.name());
+            return Err(Problem::conflict("ensemble_over", detail));
+        }
+    };
+    Ok((
+        status,
+        JsonResponse(Ensemble::from(existing(&mut conn, id).await?)),
+    ))
+}

@@ -1,0 +1,377 @@
+//! From a request for an ensemble to its specification: every reference resolved, everything that
+//! cannot be composed refused before it is queued, with the place in the request.
+
+use std::collections::BTreeSet;
+
+use sqlx::PgConnection;
+use uuid::Uuid;
+
+use crate::db::DbError;
+use crate::domain::composition::{Objective, TargetSamples};
+use crate::domain::dataset::Split;
+use crate::domain::digest::Digest;
+use crate::domain::job::{BackboneSpec, EnsembleSpec, SourceSpec, TargetSpec};
+use crate::domain::reference::{Reference, ResourceName};
+use crate::registry::backbones::{self, RegisteredBackbone};
+use crate::registry::datasets::{self, DatasetVersion};
+use crate::registry::prompts::{self, Depth, PromptVersion};
+use crate::registry::{DEFAULT_PROJECT, RegistryError};
+
+/// Gradient statistics grow with the square of the pairs of sources; the method's own paper ends at 11.
+pub const MAX_SOURCES: usize = 64;
+/// More images than this are a data set to be sampled from.
+pub const MAX_SAMPLES: usize = 1_000_000;
+
+/// What was asked for, in names.
+#[derive(Clone, Debug)]
+pub struct EnsembleRequest {
+    pub dataset: Reference,
+    pub samples: TargetSamples,
+    pub sources: Vec<Reference>,
+    /// May be left out where only one backbone fits the prompts.
+    pub backbone: Option<ResourceName>,
+    pub objective: Objective,
+    /// `<dataset>-<short id of the job>` by default.
+    pub output: Option<ResourceName>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum PlanError {
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    #[error("{}", .0.detail)]
+    Refused(Refusal),
+}
+
+/// Why a request cannot become a job.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    /// Stable, snake_case.
+    pub code: &'static str,
+    /// JSON pointer into the request.
+    pub pointer: String,
+    pub detail: String,
+}
+
+fn refuse<T>(
+    code: &'static str,
+    pointer: impl Into<String>,
+    detail: impl Into<String>,
+) -> Result<T, PlanError> {
+    let (pointer, detail) = (pointer.into(), detail.into());
+    Err(PlanError::Refused(Refusal {
+        code,
+        pointer,
+        detail,
+    }))
+}
+
+/// Resolves and checks a request for the job `job_id`.
+pub async fn plan(
+    conn: &mut PgConnection,
+    job_id: Uuid,
+    request: &EnsembleRequest,
+) -> Result<EnsembleSpec, PlanError> {
+    if let Err(invalid) = request.objective.weighing() {
+        let pointer = format!("/objective/{}", invalid.field.replace('.', "/"));
+        return refuse("invalid_objective", pointer, invalid.to_string());
+    }
+    let target = target(conn, request).await?;
+    let sources = sources(conn, &request.sources).await?;
+    let backbone = backbone(conn, request.backbone.as_ref(), &sources).await?;
+    for (index, source) in sources.iter().enumerate() {
+        check_fits(source, &backbone, &source_pointer(index))?;
+    }
+    Ok(EnsembleSpec {
+        target: TargetSpec {
+            dataset: target.name.to_string(),
+            version: target.version,
+            digest: target.digest,
+            samples: request.samples.clone(),
+        },
+        sources: sources
+            .iter()
+            .map(|source| SourceSpec {
+                id: source.id,
+                prompt: source.prompt.to_string(),
+                version: source.version,
+                digest: source.digest,
+            })
+            .collect(),
+        backbone: BackboneSpec {
+            name: backbone.name.to_string(),
+            digest: backbone.digest,
+            preprocessing_id: backbone.preprocessing_id,
+            model_digest: backbone.model_digest,
+            config: backbone.config,
+        },
+        objective: request.objective.clone(),
+        output: match &request.output {
+            Some(name) => name.to_string(),
+            None => default_output(&target.name, job_id),
+        },
+    })
+}
+
+/// `<dataset>-<short id>`: the end of the id, since its beginning is the time.
+fn default_output(dataset: &ResourceName, job_id: Uuid) -> String {
+    let id = job_id.simple().to_string();
+    let dataset: String = dataset.as_str().chars().take(128 - 9).collect();
+    format!("{dataset}-{}", &id[id.len() - 8..])
+}
+
+// ---- The target ----------------------------------------------------------------------------
+
+async fn target(
+    conn: &mut PgConnection,
+    request: &EnsembleRequest,
+) -> Result<DatasetVersion, PlanError> {
+    let samples = &request.samples;
+    let Some(dataset) = datasets::resolve(conn, DEFAULT_PROJECT, &request.dataset).await? else {
+        let detail = format!("there is no data set `{}`", request.dataset);
+        return refuse("unknown_dataset", "/target/dataset", detail);
+    };
+    let classes = classes_in(&dataset, samples.split, "/target/split")?;
+    match classes.as_slice() {
+        [] => {
+            let detail = format!("split `{}` holds no images", samples.split.name());
+            return refuse("empty_target", "/target/split", detail);
+        }
+        [class] => {
+            let detail = format!(
+                "all images of split `{}` are of class `{class}`; at least two classes are needed",
+                samples.split.name()
+            );
+            return refuse("one_class", "/target/split", detail);
+        }
+        _ => {}
+    }
+    if let Some(eval) = samples.eval_split {
+        if eval == samples.split {
+            let detail = "is the split the weights are chosen on; evaluate on another";
+            return refuse("same_split", "/target/eval_split", detail);
+        }
+        if classes_in(&dataset, eval, "/target/eval_split")?.is_empty() {
+            let detail = format!("split `{}` holds no images", eval.name());
+            return refuse("empty_split", "/target/eval_split", detail);
+        }
+    }
+    if !(classes.len()..=MAX_SAMPLES).contains(&samples.max_samples) {
+        let detail = format!(
+            "is {}; it must be at least the number of classes, {}, and at most {MAX_SAMPLES}",
+            samples.max_samples,
+            classes.len()
+        );
+        return refuse("invalid_max_samples", "/target/max_samples", detail);
+    }
+    Ok(dataset)
+}
+
+/// The classes that a split has images of.
+fn classes_in<'a>(
+    dataset: &'a DatasetVersion,
+    split: Split,
+    pointer: &str,
+) -> Result<Vec<&'a str>, PlanError> {
+    let Some(counts) = dataset.class_counts.get(&split) else {
+        let there: Vec<_> = dataset
+            .class_counts
+            .keys()
+            .map(|split| format!("`{}`", split.name()))
+            .collect();
+        let detail = format!(
+            "`{}:{}` has no split `{}`; it has {}",
+            dataset.name,
+            dataset.version,
+            split.name(),
+            there.join(", ")
+        );
+        return refuse("unknown_split", pointer, detail);
+    };
+    let classes = dataset.classes.iter().zip(counts);
+    Ok(classes
+        .filter(|(_, count)| **count > 0)
+        .map(|(class, _)| class.as_str())
+        .collect())
+}
+
+// ---- The sources ---------------------------------------------------------------------------
+
+fn source_pointer(index: usize) -> String {
+    format!("/sources/{index}/prompt")
+}
+
+async fn sources(
+    conn: &mut PgConnection,
+    references: &[Reference],
+) -> Result<Vec<PromptVersion>, PlanError> {
+    if references.is_empty() {
+        return refuse(
+            "no_sources",
+            "/sources",
+            "names no prompt; at least one is needed",
+        );
+    }
+    if references.len() > MAX_SOURCES {
+        let detail = format!("names {} prompts; at most {MAX_SOURCES}", references.len());
+        return refuse("too_many_sources", "/sources", detail);
+    }
+    let mut sources: Vec<PromptVersion> = Vec::with_capacity(references.len());
+    for (index, reference) in references.iter().enumerate() {
+        let pointer = source_pointer(index);
+        let Some(source) = prompts::resolve(conn, DEFAULT_PROJECT, reference).await? else {
+            let detail = format!("there is no prompt version `{reference}`");
+            return refuse("unknown_prompt", pointer, detail);
+        };
+        if source.depth == Depth::Deep {
+            let detail =
+                format!("`{reference}` is a deep prompt; only shallow prompts can be composed");
+            return refuse("deep_prompt_not_composable", pointer, detail);
+        }
+        if let Some(other) = sources
+            .iter()
+            .position(|other| other.digest == source.digest)
+        {
+            let other = &sources[other];
+            let detail = format!(
+                "`{reference}` has the same bytes as `{}:{}`; name each prompt once",
+                other.prompt, other.version
+            );
+            return refuse("same_source", pointer, detail);
+        }
+        if let Some(first) = sources.first() {
+            check_alike(first, &source, &pointer)?;
+        }
+        sources.push(source);
+    }
+    Ok(sources)
+}
+
+/// Prompts are summed number by number, so they must have one shape.
+fn check_alike(
+    first: &PromptVersion,
+    source: &PromptVersion,
+    pointer: &str,
+) -> Result<(), PlanError> {
+    if source.embed_dim != first.embed_dim {
+        let detail = format!(
+            "`{}` is {} wide and `{}` is {}; prompts of one width can be composed",
+            source.prompt, source.embed_dim, first.prompt, first.embed_dim
+        );
+        return refuse("width_mismatch", pointer, detail);
+    }
+    if source.num_tokens != first.num_tokens {
+        let detail = format!(
+            "`{}` has {} tokens and `{}` has {}; prompts of one length can be composed",
+            source.prompt, source.num_tokens, first.prompt, first.num_tokens
+        );
+        return refuse("length_mismatch", pointer, detail);
+    }
+    Ok(())
+}
+
+// ---- The backbone --------------------------------------------------------------------------
+
+async fn backbone(
+    conn: &mut PgConnection,
+    name: Option<&ResourceName>,
+    sources: &[PromptVersion],
+) -> Result<RegisteredBackbone, PlanError> {
+    const POINTER: &str = "/backbone";
+    if let Some(name) = name {
+        return match backbones::find(conn, DEFAULT_PROJECT, name).await? {
+            Some(backbone) => Ok(backbone),
+            None => {
+                let detail = format!("there is no backbone `{name}`");
+                refuse("unknown_backbone", POINTER, detail)
+            }
+        };
+    }
+    let digests: BTreeSet<Digest> = sources.iter().filter_map(|s| s.backbone_digest).collect();
+    let digest = match digests.len() {
+        0 => {
+            let detail = "no source says which backbone it was made for; name one";
+            return refuse("backbone_required", POINTER, detail);
+        }
+        1 => digests
+            .into_iter()
+            .next()
+            .ok_or(RegistryError::Db(DbError::RowCount(0)))?,
+        _ => {
+            let detail = "the sources were made for different backbones and cannot be composed";
+            return refuse("backbone_mismatch", "/sources", detail);
+        }
+    };
+    let said = |backbone: &RegisteredBackbone| {
+        let ids = sources
+            .iter()
+            .filter_map(|source| source.preprocessing_id.as_ref());
+        ids.into_iter().all(|id| *id == backbone.preprocessing_id)
+    };
+    let mut fitting = backbones::find_by_digest(conn, DEFAULT_PROJECT, &digest).await?;
+    if fitting.len() > 1 {
+        fitting.retain(said);
+    }
+    if fitting.len() > 1 {
+        let names: Vec<_> = fitting.iter().map(|b| format!("`{}`", b.name)).collect();
+        let detail = format!("several backbones fit; name one of {}", names.join(", "));
+        return refuse("backbone_ambiguous", POINTER, detail);
+    }
+    match fitting.pop() {
+        Some(backbone) => Ok(backbone),
+        None => {
+            let detail = format!("no registered backbone is the sources' {digest}; register it");
+            refuse("unknown_backbone", POINTER, detail)
+        }
+    }
+}
+
+fn check_fits(
+    source: &PromptVersion,
+    backbone: &RegisteredBackbone,
+    pointer: &str,
+) -> Result<(), PlanError> {
+    let (prompt, name) = (&source.prompt, &backbone.name);
+    if source.embed_dim != backbone.embed_dim {
+        let detail = format!(
+            "`{prompt}` is {} wide and backbone `{name}` is {}",
+            source.embed_dim, backbone.embed_dim
+        );
+        return refuse("width_mismatch", pointer, detail);
+    }
+    if let Some(digest) = source
+        .backbone_digest
+        .filter(|digest| *digest != backbone.digest)
+    {
+        let detail = format!(
+            "`{prompt}` was made for backbone {digest}, and `{name}` is {}",
+            backbone.digest
+        );
+        return refuse("backbone_mismatch", pointer, detail);
+    }
+    match &source.preprocessing_id {
+        Some(id) if *id != backbone.preprocessing_id => {
+            let detail = format!(
+                "`{prompt}` was made with preprocessing `{id}`, and backbone `{name}` has `{}`",
+                backbone.preprocessing_id
+            );
+            refuse("preprocessing_mismatch", pointer, detail)
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_default_name_is_always_a_name() {
+        let id = Uuid::now_v7();
+        for dataset in ["food", &"d".repeat(128)] {
+            let name = default_output(&dataset.parse().unwrap(), id);
+            assert!(name.parse::<ResourceName>().is_ok(), "{name}");
+            assert!(name.ends_with(&id.simple().to_string()[24..]));
+        }
+    }
+}

@@ -1,0 +1,131 @@
+//! The roles against a given database: `serve`, `worker`, `migrate`. Each reads its options, builds
+//! what it needs and runs until it is told to stop.
+
+use std::io::Read;
+use std::sync::Arc;
+use std::thread;
+
+use anyhow::Context;
+use sqlx::PgPool;
+use tokio::net::TcpListener;
+
+use crate::blobs::BlobStore;
+use crate::cli::{ServeArgs, WorkerArgs};
+use crate::clock::SystemClock;
+use crate::config::{DatabaseOptions, HttpOptions, StorageOptions};
+use crate::db::MIGRATOR;
+use crate::http::{AppState, HttpSettings, router};
+use crate::jobs::reaper;
+use crate::registry::roots::AllowedRoots;
+use crate::shutdown::Shutdown;
+use crate::worker::composer_thread::NewComposer;
+use crate::worker::{self, WorkerSettings};
+
+/// `promptweave serve`.
+pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
+    args.http.validate()?;
+    let shutdown = Shutdown::on_signals(args.shutdown.grace())?;
+    let state = app_state(&args.http, &args.storage, args.database.pool()?)?;
+    serve_until(bind(&args.http).await?, state, &shutdown).await
+}
+
+/// `promptweave worker`, with the engine it is to use.
+pub async fn worker(args: WorkerArgs, new_composer: NewComposer) -> anyhow::Result<()> {
+    args.worker.queue.validate()?;
+    let shutdown = Shutdown::on_signals(args.shutdown.grace())?;
+    if args.stop_with_stdin {
+        stop_with_stdin(shutdown.clone());
+    }
+    let settings = WorkerSettings {
+        lease: args.worker.queue.lease(),
+        stall: args.worker.queue.stall(),
+        cache_dir: args.storage.cache_dir(),
+    };
+    let blobs = BlobStore::directory(&args.storage.blob_dir())?;
+    worker::run(
+        settings,
+        args.database.pool()?,
+        blobs,
+        new_composer,
+        shutdown,
+    )
+    .await?;
+    Ok(())
+}
+
+/// `promptweave migrate`.
+pub async fn migrate(options: DatabaseOptions) -> anyhow::Result<()> {
+    let pool = options.pool()?;
+    MIGRATOR
+        .run(&pool)
+        .await
+        .context("the database cannot be brought up to date")?;
+    tracing::info!("the database is up to date");
+    Ok(())
+}
+
+/// What the API works with.
+pub(crate) fn app_state(
+    http: &HttpOptions,
+    storage: &StorageOptions,
+    pool: PgPool,
+) -> anyhow::Result<AppState> {
+    let scratch_dir = storage.scratch_dir();
+    std::fs::create_dir_all(&scratch_dir)
+        .with_context(|| format!("cannot make `{}`", scratch_dir.display()))?;
+    let settings = HttpSettings {
+        max_upload_bytes: http.max_body_mib << 20,
+        request_timeout: http.request_timeout(),
+        dataset_roots: AllowedRoots::new(http.dataset_root.clone()),
+        backbone_roots: AllowedRoots::new(http.backbone_root.clone()),
+        scratch_dir,
+    };
+    Ok(AppState {
+        pool,
+        blobs: BlobStore::directory(&storage.blob_dir())?,
+        clock: Arc::new(SystemClock),
+        settings: Arc::new(settings),
+    })
+}
+
+pub(crate) async fn bind(http: &HttpOptions) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(http.listen).await.with_context(|| {
+        format!(
+            "cannot listen on {}; name another address with --listen",
+            http.listen
+        )
+    })
+}
+
+/// Answers requests, and reaps, until told to stop.
+pub(crate) async fn serve_until(
+    listener: TcpListener,
+    state: AppState,
+    shutdown: &Shutdown,
+) -> anyhow::Result<()> {
+    // For people and for programs that asked for port 0: one line, the actual address.
+    println!(
+        "promptweave is listening on http://{}",
+        listener.local_addr()?
+    );
+    let reaper = tokio::spawn(reaper::run(state.pool.clone(), shutdown.soft.clone()));
+    let served = axum::serve(listener, router(state))
+        .with_graceful_shutdown(shutdown.soft.clone().cancelled_owned());
+    tokio::select! {
+        served = served => served.context("the server failed")?,
+        () = shutdown.hard.cancelled() => tracing::warn!("requests were cut off"),
+    }
+    reaper.await?;
+    Ok(())
+}
+
+/// Asks for the end when stdin ends, as it does when the process at its other end is gone, however
+/// it went.
+fn stop_with_stdin(shutdown: Shutdown) {
+    thread::spawn(move || {
+        let mut byte = [0];
+        while matches!(std::io::stdin().read(&mut byte), Ok(1..)) {}
+        tracing::info!("stopping with the process that started this one");
+        shutdown.soft.cancel();
+    });
+}

@@ -1,0 +1,146 @@
+//! `promptweave up`: everything in one go, and all of it stopped in order.
+//!
+//! ```text
+//! private database ─► migrations ─► API (this process) + one worker (a child)
+//! ```
+//! The worker is a process of its own, since a CUDA fault or an out-of-memory kill must never take
+//! the API down. It holds the other end of a pipe: when `up` is gone, even by `kill -9`, it stops.
+
+use std::process::{ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use tokio::process::{Child, Command};
+
+use crate::cli::UpArgs;
+use crate::config::WorkerOptions;
+use crate::db::{MIGRATOR, pool};
+use crate::private_postgres::PrivatePostgres;
+use crate::roles::{app_state, bind, serve_until};
+use crate::shutdown::Shutdown;
+
+/// A worker that lived this long has started well; its next failure is not a second one in a row.
+const STARTED_WELL: Duration = Duration::from_secs(60);
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+
+/// `promptweave up` with `promptweave worker` as its worker.
+pub async fn run(args: UpArgs) -> anyhow::Result<()> {
+    let program = std::env::current_exe().context("cannot find this program's own file")?;
+    let mut worker = Command::new(program);
+    worker.args(["worker", "--stop-with-stdin"]);
+    set_options(&mut worker, &args);
+    let shutdown = Shutdown::on_signals(args.shutdown.grace())?;
+    run_with(args, worker, shutdown).await
+}
+
+/// Hands the options of `up` on as variables, as a worker reads them.
+fn set_options(worker: &mut Command, args: &UpArgs) {
+    let WorkerOptions {
+        device,
+        threads,
+        queue,
+    } = &args.worker;
+    worker
+        .env("PROMPTWEAVE_DATA_DIR", args.storage.data_dir())
+        .env("PROMPTWEAVE_DEVICE", device)
+        .env("PROMPTWEAVE_THREADS", threads.to_string())
+        .env("PROMPTWEAVE_LEASE_S", queue.lease_s.to_string())
+        .env("PROMPTWEAVE_STALL_S", queue.stall_s.to_string())
+        .env("PROMPTWEAVE_GRACE_S", args.shutdown.grace_s.to_string());
+}
+
+/// The same with any worker program; it finds the database in `DATABASE_URL`.
+pub async fn run_with(args: UpArgs, mut worker: Command, shutdown: Shutdown) -> anyhow::Result<()> {
+    args.http.validate()?;
+    args.worker.queue.validate()?;
+    // First of all, as it is what fails most often and costs nothing.
+    let listener = bind(&args.http).await?;
+    let data_dir = args.storage.data_dir();
+    let start = PrivatePostgres::start(&data_dir, args.postgres.postgres_bin.as_deref());
+    let mut postgres = match shutdown.soft.run_until_cancelled(start).await {
+        Some(started) => started.context("cannot start the private database")?,
+        None => return Ok(()),
+    };
+    let pool = pool(postgres.url().parse()?, &args.pool.settings());
+    MIGRATOR
+        .run(&pool)
+        .await
+        .context("the private database cannot be brought up to date")?;
+    let state = app_state(&args.http, &args.storage, pool.clone())?;
+    if let Ok(address) = listener.local_addr() {
+        tracing::info!(
+            data_dir = %data_dir.display(),
+            "the API's description is at http://{address}/docs"
+        );
+    }
+    worker.env("DATABASE_URL", postgres.url());
+    let supervised = tokio::spawn(supervise(worker, shutdown.clone()));
+
+    let served = tokio::select! {
+        served = serve_until(listener, state, &shutdown) => served,
+        status = postgres.exited() => {
+            let status = status?;
+            Err(anyhow::anyhow!("the private database has ended by itself ({status})"))
+        }
+    };
+    shutdown.soft.cancel();
+    supervised.await?;
+    pool.close().await;
+    postgres
+        .stop()
+        .await
+        .context("the private database did not stop")?;
+    served
+}
+
+/// Keeps one worker running until `shutdown`, then waits for its end.
+async fn supervise(mut program: Command, shutdown: Shutdown) {
+    // A group of its own: Ctrl-C in a terminal is for `up`, which stops its worker itself.
+    program
+        .stdin(Stdio::piped())
+        .process_group(0)
+        .kill_on_drop(true);
+    let mut pause = Duration::from_secs(1);
+    loop {
+        let started = Instant::now();
+        match program.spawn() {
+            Ok(child) => {
+                let Some(status) = run_one(child, &shutdown).await else {
+                    return;
+                };
+                tracing::error!(worker.status = %status, "the worker has ended, starting another");
+            }
+            Err(error) => {
+                tracing::error!(error = %error, "the worker cannot be started, trying again");
+            }
+        }
+        if started.elapsed() > STARTED_WELL {
+            pause = Duration::from_secs(1);
+        }
+        let sleep = tokio::time::sleep(pause);
+        if shutdown.soft.run_until_cancelled(sleep).await.is_none() {
+            return;
+        }
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+}
+
+/// Waits for a worker that ends by itself, and answers how; None: it was asked to stop, and has.
+async fn run_one(mut child: Child, shutdown: &Shutdown) -> Option<ExitStatus> {
+    // Not `child.wait()` alone: that would close stdin, which asks the worker to stop.
+    let stdin = child.stdin.take();
+    tokio::select! {
+        status = child.wait() => return status.ok(),
+        () = shutdown.soft.cancelled() => {}
+    }
+    drop(stdin);
+    tokio::select! {
+        _ = child.wait() => {}
+        () = shutdown.hard.cancelled() => {
+            tracing::warn!("the worker did not stop in time, killing it");
+            // It may have ended just now.
+            let _ = child.kill().await;
+        }
+    }
+    None
+}
