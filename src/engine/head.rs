@@ -5,7 +5,7 @@
 //! b_c = log π_c - ½ μ_cᵀ S⁻¹ μ_c. ρ_h = 0.3 and a temperature keep it from saturating: a sharp head
 //! leaves a handful of samples with nearly all of the gradient.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::EngineError;
 use crate::domain::prompt_file::Head;
@@ -64,18 +64,10 @@ impl ClosedFormHead {
         let shift = centre.matmul(&solved).squeeze_dim(0);
         let fitted_bias = Tensor::from_slice(&priors).log() - quadratic - shift;
 
-        let rows = Tensor::from_slice(&classes.iter().map(|c| *c as i64).collect::<Vec<_>>());
-        let k = num_classes as i64;
-        let weight = Tensor::zeros([k, d], (Kind::Double, within_device())).index_copy(
-            0,
-            &rows,
-            &solved.tr(),
-        );
-        let bias = Tensor::full([k], ABSENT, (Kind::Double, within_device())).index_copy(
-            0,
-            &rows,
-            &fitted_bias,
-        );
+        let rows = row_tensor(&classes);
+        let (k, on_cpu) = (num_classes as i64, (Kind::Double, Device::Cpu));
+        let weight = Tensor::zeros([k, d], on_cpu).index_copy(0, &rows, &solved.tr());
+        let bias = Tensor::full([k], ABSENT, on_cpu).index_copy(0, &rows, &fitted_bias);
         if !bool::try_from(weight.isfinite().all())? {
             return Err(EngineError::NotFinite("the closed-form head"));
         }
@@ -113,10 +105,6 @@ impl ClosedFormHead {
             bias: PlainTensor::new([k as usize], plain(&self.bias)?),
         })
     }
-}
-
-fn within_device() -> tch::Device {
-    tch::Device::Cpu
 }
 
 fn plain(tensor: &Tensor) -> Result<Vec<f32>, EngineError> {
@@ -200,13 +188,18 @@ impl SourceHead {
             temperature: 1.0,
             loss: 0.0,
         };
-        let mut logits: Vec<(Vec<f64>, usize)> = Vec::with_capacity(labels.len());
-        for (row, label) in labels.iter().enumerate() {
-            if head.heads[folds[row]].present[*label] {
-                let of_row = head.heads[folds[row]].logits(&features.narrow(0, row as i64, 1));
-                logits.push((Vec::try_from(of_row.flatten(0, -1))?, *label));
-            }
-        }
+        let of_head = head
+            .heads
+            .iter()
+            .map(|head| Ok(Vec::try_from(head.logits(features).flatten(0, -1))?))
+            .collect::<Result<Vec<Vec<f64>>, EngineError>>()?;
+        let logits: Vec<(Vec<f64>, usize)> = (0..labels.len())
+            .filter(|row| head.heads[folds[*row]].present[labels[*row]])
+            .map(|row| {
+                let of_row = &of_head[folds[row]][row * num_classes..(row + 1) * num_classes];
+                (of_row.to_vec(), labels[row])
+            })
+            .collect();
         head.temperature = fit_temperature(&logits);
         let total: f64 = logits
             .iter()
