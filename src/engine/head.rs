@@ -225,7 +225,7 @@ impl SourceHead {
             let selected = features.index_select(0, &row_tensor(&rows).to_device(device));
             let log_p = (head.logits(&selected) / self.temperature).log_softmax(-1, None);
             let own = row_tensor(&of_rows).to_device(device).unsqueeze(1);
-            total = total - log_p.gather(1, &own, false).sum(Kind::Double);
+            total -= log_p.gather(1, &own, false).sum(Kind::Double);
         }
         total
     }
