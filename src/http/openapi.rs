@@ -6,7 +6,10 @@ use utoipa::openapi::{OpenApi, Ref, RefOr, ResponseBuilder};
 use utoipa_axum::router::OpenApiRouter;
 
 use super::error::ProblemDocument;
-use super::{AppState, HttpSettings, backbones, datasets, ensembles, health, prompts, workers};
+use super::{
+    AppState, HttpSettings, backbones, datasets, ensembles, health, prompt_versions, prompts,
+    workers,
+};
 
 #[derive(utoipa::OpenApi)]
 #[openapi(
@@ -31,7 +34,8 @@ struct Document;
 /// Every route with its documentation; a new resource is added here and as a tag above.
 pub(super) fn routes(settings: &HttpSettings) -> OpenApiRouter<AppState> {
     let v1 = OpenApiRouter::new()
-        .merge(prompts::router(settings))
+        .merge(prompts::router())
+        .merge(prompt_versions::router(settings))
         .merge(backbones::router())
         .merge(datasets::router())
         .merge(ensembles::router())

@@ -3,13 +3,15 @@
 
 use sqlx::{Connection, PgConnection};
 
-use super::queue::{Claimed, Held, Leaving, QueueError};
+use super::leaving::{Held, Leaving};
+use super::queue::{Claimed, QueueError};
 use crate::db::DbError;
 use crate::domain::composition::CompositionResult;
 use crate::domain::digest::Digest;
 use crate::domain::prompt_file::{PromptFile, PromptMetadata};
 use crate::domain::reference::ResourceName;
-use crate::registry::prompts::{self, NewVersion, Parent};
+use crate::registry::prompt_versions::{self, NewVersion, Parent};
+use crate::registry::prompts;
 
 /// What a composition left to be stored; the statistics are in the blob store already.
 #[derive(Clone, Copy, Debug)]
@@ -66,7 +68,7 @@ pub async fn finish(
         parents: &parents,
     };
     // The same composition once more under the same name is the version that is there.
-    let (version, _) = prompts::insert_version(&mut tx, claimed.project_id, new).await?;
+    let (version, _) = prompt_versions::insert(&mut tx, claimed.project_id, new).await?;
     let mut result = finished.result.clone();
     result.composed.prompt = Some(version.prompt.to_string());
     result.composed.version = Some(version.version);

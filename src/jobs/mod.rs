@@ -1,11 +1,13 @@
 //! The queue, directly on Postgres: a job's row is the public resource and the lock in one.
 //!
-//! [`queue`] holds the statements of the state machine ([`crate::domain::job`] draws it), [`finish`]
-//! the one transaction that makes a result, [`events`] what happened, [`workers`] who is there, and
+//! [`queue`] holds the statements of the state machine ([`crate::domain::job`] draws it), `leaving`
+//! the one by which a job leaves `running`, [`finish`] the one transaction that makes a result,
+//! [`events`] what happened, [`workers`] who is there, and
 //! [`listener`] the wake-up.
 
 pub mod events;
 pub mod finish;
+mod leaving;
 pub mod listener;
 pub mod plan;
 pub mod queue;

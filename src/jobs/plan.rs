@@ -14,7 +14,7 @@ use crate::domain::job::{BackboneSpec, EnsembleSpec, SourceSpec, TargetSpec};
 use crate::domain::reference::{Reference, ResourceName};
 use crate::registry::backbones::{self, RegisteredBackbone};
 use crate::registry::datasets::{self, DatasetVersion};
-use crate::registry::prompts::{self, Depth, PromptVersion};
+use crate::registry::prompt_versions::{self, Depth, PromptVersion};
 use crate::registry::{DEFAULT_PROJECT, RegistryError};
 
 /// Gradient statistics grow with the square of the pairs of sources; the method's own paper ends at 11.
@@ -219,7 +219,7 @@ async fn sources(
     let mut sources: Vec<PromptVersion> = Vec::with_capacity(references.len());
     for (index, reference) in references.iter().enumerate() {
         let pointer = source_pointer(index);
-        let Some(source) = prompts::resolve(conn, DEFAULT_PROJECT, reference).await? else {
+        let Some(source) = prompt_versions::resolve(conn, DEFAULT_PROJECT, reference).await? else {
             let detail = format!("there is no prompt version `{reference}`");
             return refuse("unknown_prompt", pointer, detail);
         };

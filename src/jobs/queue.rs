@@ -12,9 +12,9 @@ use sqlx::{Connection, PgConnection, PgTransaction};
 use uuid::Uuid;
 
 use super::events::record;
+use super::leaving::{Held, Leaving};
 use crate::db::{DbError, expect_one_row};
-use crate::domain::composition::{CompositionResult, Phase};
-use crate::domain::digest::Digest;
+use crate::domain::composition::Phase;
 use crate::domain::job::{
     AttemptOutcome, EnsembleSpec, JobError, JobState, MAX_ATTEMPTS, Progress,
 };
@@ -282,10 +282,9 @@ pub async fn fail(
         Some(_) if held.is_last() => {
             Leaving::to(JobState::Failed, AttemptOutcome::Failed).because(held.exhausted(&error))
         }
-        Some(delay) => Leaving {
-            delay,
-            ..Leaving::to(JobState::Queued, AttemptOutcome::Retried).because(error)
-        },
+        Some(delay) => Leaving::to(JobState::Queued, AttemptOutcome::Retried)
+            .because(error)
+            .after(delay),
     };
     let state = leaving.state;
     held.leave(&mut tx, leaving).await?;
@@ -300,10 +299,7 @@ pub async fn release(conn: &mut PgConnection, lease: Lease) -> Result<(), QueueE
     let leaving = if held.cancel_requested {
         Leaving::to(JobState::Cancelled, AttemptOutcome::Cancelled)
     } else {
-        Leaving {
-            uncount: true,
-            ..Leaving::to(JobState::Queued, AttemptOutcome::Released)
-        }
+        Leaving::to(JobState::Queued, AttemptOutcome::Released).uncounted()
     };
     held.leave(&mut tx, leaving).await?;
     Ok(tx.commit().await?)
@@ -431,208 +427,8 @@ pub async fn reap(conn: &mut PgConnection) -> Result<Vec<Reaped>, QueueError> {
     Ok(reaped)
 }
 
-/// A running job whose row this transaction holds.
-pub(super) struct Held {
-    job_id: Uuid,
-    token: Uuid,
-    attempt: i32,
-    max_attempts: i32,
-    cancel_requested: bool,
-}
-
-/// How a job leaves `running`.
-pub(super) struct Leaving<'a> {
-    state: JobState,
-    outcome: AttemptOutcome,
-    error: Option<JobError>,
-    /// Until a queued job may be claimed again.
-    delay: Duration,
-    /// The attempt does not count.
-    uncount: bool,
-    /// Of a job that succeeded: the answer and the digest of its statistics.
-    result: Option<(&'a CompositionResult, Digest)>,
-}
-
-impl<'a> Leaving<'a> {
-    fn to(state: JobState, outcome: AttemptOutcome) -> Self {
-        assert!(JobState::Running.may_become(state));
-        Self {
-            state,
-            outcome,
-            error: None,
-            delay: Duration::ZERO,
-            uncount: false,
-            result: None,
-        }
-    }
-
-    fn because(self, error: JobError) -> Self {
-        Self {
-            error: Some(error),
-            ..self
-        }
-    }
-
-    pub(super) fn with_result(result: &'a CompositionResult, statistics: Digest) -> Self {
-        Self {
-            result: Some((result, statistics)),
-            ..Self::to(JobState::Succeeded, AttemptOutcome::Succeeded)
-        }
-    }
-}
-
-impl Held {
-    /// Locks the row if the lease's token is still the one it holds.
-    pub(super) async fn lock(tx: &mut PgTransaction<'_>, lease: Lease) -> Result<Self, QueueError> {
-        sqlx::query_as!(
-            Self,
-            r#"
-            SELECT
-                id AS job_id,
-                lease_token AS "token!",
-                attempt,
-                max_attempts,
-                cancel_requested_at IS NOT NULL AS "cancel_requested!"
-            FROM job
-            WHERE id = $1 AND lease_token = $2 AND state = 'running'
-            FOR UPDATE
-            "#,
-            lease.job_id,
-            lease.token,
-        )
-        .fetch_optional(&mut **tx)
-        .await?
-        .ok_or(QueueError::LeaseLost(lease.job_id))
-    }
-
-    fn is_last(&self) -> bool {
-        self.attempt >= self.max_attempts
-    }
-
-    fn exhausted(&self, last: &JobError) -> JobError {
-        let detail = format!(
-            "{} attempts failed, the last with {}: {}",
-            self.attempt, last.code, last.detail
-        );
-        JobError::new("attempts_exhausted", detail)
-    }
-
-    /// The one statement by which a job leaves `running`, with all that belongs to it.
-    pub(super) async fn leave(
-        self,
-        tx: &mut PgTransaction<'_>,
-        leaving: Leaving<'_>,
-    ) -> Result<(), QueueError> {
-        let Leaving {
-            state,
-            outcome,
-            error,
-            delay,
-            uncount,
-            result,
-        } = leaving;
-        let error = error.map(Json);
-        let statistics = result
-            .as_ref()
-            .map(|(_, digest)| digest.as_bytes() as &[u8]);
-        let changed = sqlx::query!(
-            r#"
-            UPDATE job
-            SET state             = $3,
-                lease_token       = NULL,
-                lease_until       = NULL,
-                attempt           = attempt - $4,
-                run_at            = CASE $3 WHEN 'queued' THEN now() + make_interval(secs => $5)
-                                            ELSE run_at END,
-                finished_at       = CASE $3 WHEN 'queued' THEN NULL ELSE now() END,
-                error             = $6,
-                result            = $7,
-                statistics_digest = $8
-            WHERE id = $1 AND lease_token = $2 AND state = 'running'
-            "#,
-            self.job_id,
-            self.token,
-            state.name(),
-            i32::from(uncount),
-            delay.as_secs_f64(),
-            error.as_ref() as _,
-            result.as_ref().map(|(result, _)| Json(result)) as _,
-            statistics,
-        )
-        .execute(&mut **tx)
-        .await?;
-        expect_one_row(changed)?;
-        let changed = sqlx::query!(
-            "UPDATE job_attempt SET ended_at = now(), outcome = $2, error = $3 WHERE lease_token = $1",
-            self.token,
-            outcome.name(),
-            error.as_ref() as _,
-        )
-        .execute(&mut **tx)
-        .await?;
-        expect_one_row(changed)?;
-        self.leave_shards(tx, state).await?;
-        let mut data = json!({"attempt": self.attempt});
-        if let Some(Json(error)) = error {
-            data["error"] = json!(error);
-        }
-        record(tx, self.job_id, event_name(state, outcome), data).await?;
-        if state == JobState::Queued {
-            notify(tx).await?;
-        }
-        Ok(())
-    }
-
-    /// Shards are done with the job, or begin anew with its next attempt.
-    async fn leave_shards(
-        &self,
-        tx: &mut PgTransaction<'_>,
-        state: JobState,
-    ) -> Result<(), QueueError> {
-        match state {
-            JobState::Succeeded => {
-                sqlx::query!(
-                    r#"
-                    UPDATE job_shard
-                    SET state = 'succeeded', attempt = $2,
-                        started_at = coalesce(started_at, now()), finished_at = now()
-                    WHERE job_id = $1 AND state <> 'succeeded'
-                    "#,
-                    self.job_id,
-                    self.attempt,
-                )
-                .execute(&mut **tx)
-                .await?;
-            }
-            JobState::Queued => {
-                sqlx::query!(
-                    r#"
-                    UPDATE job_shard
-                    SET state = 'queued', started_at = NULL, finished_at = NULL
-                    WHERE job_id = $1
-                    "#,
-                    self.job_id,
-                )
-                .execute(&mut **tx)
-                .await?;
-            }
-            _ => {}
-        }
-        Ok(())
-    }
-}
-
-/// The event that a move makes: where it went, or why it waits again.
-fn event_name(state: JobState, outcome: AttemptOutcome) -> &'static str {
-    if state == JobState::Queued {
-        outcome.name()
-    } else {
-        state.name()
-    }
-}
-
 /// Wakes the workers once the transaction commits.
-async fn notify(tx: &mut PgTransaction<'_>) -> Result<(), sqlx::Error> {
+pub(super) async fn notify(tx: &mut PgTransaction<'_>) -> Result<(), sqlx::Error> {
     sqlx::query!("SELECT pg_notify($1, '')", WORK_CHANNEL)
         .fetch_one(&mut **tx)
         .await?;

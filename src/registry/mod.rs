@@ -6,7 +6,9 @@
 
 pub mod backbones;
 pub mod datasets;
+pub mod lineage;
 pub mod pack;
+pub mod prompt_versions;
 pub mod prompts;
 pub mod roots;
 

@@ -15,7 +15,7 @@ use crate::domain::digest::Digest;
 use crate::domain::job::{BackboneSpec, EnsembleSpec, SourceSpec, TargetSpec};
 use crate::domain::prompt_file::{PromptFile, PromptFileError};
 use crate::registry::datasets::{self, PackError};
-use crate::registry::{RegistryError, prompts};
+use crate::registry::{RegistryError, prompt_versions};
 
 #[derive(Debug, thiserror::Error)]
 pub enum InputError {
@@ -82,7 +82,7 @@ impl Inputs {
 
     async fn source(&self, source: &SourceSpec) -> Result<Source, InputError> {
         let mut connection = self.pool.acquire().await.map_err(RegistryError::from)?;
-        let bytes = prompts::content(&mut connection, &source.digest)
+        let bytes = prompt_versions::content(&mut connection, &source.digest)
             .await?
             .ok_or_else(|| InputError::MissingPrompt {
                 prompt: source.prompt.clone(),

@@ -20,7 +20,8 @@ use promptweave::domain::tensor::Tensor;
 use promptweave::jobs::queue::{self, NewJob};
 use promptweave::jobs::{self, ENSEMBLE, Job};
 use promptweave::registry::DEFAULT_PROJECT;
-use promptweave::registry::prompts::{self, NewVersion};
+use promptweave::registry::prompt_versions::{self, NewVersion};
+use promptweave::registry::prompts;
 use promptweave::worker::composer_thread::NewComposer;
 use sqlx::PgConnection;
 use uuid::Uuid;
@@ -87,7 +88,7 @@ pub async fn publish(db: &mut PgConnection, name: &str, value: f32) -> SourceSpe
         produced_by_job: None,
         parents: &[],
     };
-    let (version, _) = prompts::insert_version(db, DEFAULT_PROJECT, new)
+    let (version, _) = prompt_versions::insert(db, DEFAULT_PROJECT, new)
         .await
         .unwrap();
     SourceSpec {

@@ -6,7 +6,7 @@ use promptweave::db::MIGRATOR;
 use promptweave::domain::digest::Digest;
 use promptweave::domain::prompt_file::Origin;
 use promptweave::domain::tensor::{Stored, Tensor};
-use promptweave::registry::prompts::{NewVersion, Parent};
+use promptweave::registry::prompt_versions::{self, NewVersion, Parent};
 use promptweave::registry::{DEFAULT_PROJECT, RegistryError, prompts};
 use safetensors::serialize;
 use serde_json::{Value, json};
@@ -380,7 +380,8 @@ async fn a_deprecated_version_is_hidden_from_its_bare_name_alone(pool: PgPool) {
     app.get("/v1/prompts/dtd/versions/2").await.ok(200);
 
     let mut conn = app.state.pool.acquire().await.unwrap();
-    let newest = prompts::resolve(&mut conn, DEFAULT_PROJECT, &"dtd".parse().unwrap()).await;
+    let newest =
+        prompt_versions::resolve(&mut conn, DEFAULT_PROJECT, &"dtd".parse().unwrap()).await;
     assert_eq!(newest.unwrap().unwrap().version, 1);
 }
 
@@ -412,7 +413,7 @@ async fn a_composed_version_has_its_lineage_and_one_job_publishes_once(pool: PgP
             produced_by_job: Some(job),
             parents: &parents,
         };
-        let published = prompts::insert_version(&mut db, DEFAULT_PROJECT, new).await?;
+        let published = prompt_versions::insert(&mut db, DEFAULT_PROJECT, new).await?;
         db.commit().await?;
         Ok::<_, RegistryError>(published)
     };

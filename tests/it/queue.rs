@@ -12,7 +12,7 @@ use promptweave::jobs::events;
 use promptweave::jobs::finish::{Finished, finish};
 use promptweave::jobs::queue::{self, Cancellation, Claimed, QueueError, Renewal};
 use promptweave::jobs::workers::{self, NewWorker, WorkerState};
-use promptweave::registry::{DEFAULT_PROJECT, prompts};
+use promptweave::registry::{DEFAULT_PROJECT, lineage, prompt_versions};
 use sqlx::pool::PoolConnection;
 use sqlx::{PgConnection, PgPool, Postgres};
 use uuid::Uuid;
@@ -136,13 +136,13 @@ async fn a_job_goes_through_its_phases_and_its_result_is_published(
     assert_eq!(result.composed.prompt.as_deref(), Some("emoji-composed"));
     assert_eq!(result.composed.version, Some(1));
     let reference = "emoji-composed:1".parse().unwrap();
-    let version = prompts::resolve(&mut db, DEFAULT_PROJECT, &reference)
+    let version = prompt_versions::resolve(&mut db, DEFAULT_PROJECT, &reference)
         .await
         .unwrap()
         .unwrap();
     assert_eq!(version.produced_by_job, Some(id));
     assert_eq!(version.digest, result.composed.digest);
-    let parents = prompts::parents(&mut db, DEFAULT_PROJECT, version.id)
+    let parents = lineage::parents(&mut db, DEFAULT_PROJECT, version.id)
         .await
         .unwrap();
     let edges: Vec<_> = parents

@@ -1,0 +1,444 @@
+//! `/v1/prompts/{name}/versions`: the immutable versions published under a name.
+
+use axum::Json as JsonResponse;
+use axum::extract::{DefaultBodyLimit, State};
+use axum::http::{HeaderMap, HeaderName, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use serde::{Deserialize, Serialize};
+use sqlx::PgConnection;
+use utoipa::{IntoParams, ToSchema};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::error::Problem;
+use super::extract::{Body, Path, Query, escape, media_type, unsupported_media_type};
+use super::page::{Page, PageQuery};
+use super::prompts::existing;
+use super::{AppState, HttpSettings};
+use crate::db::DbError;
+use crate::domain::digest::Digest;
+use crate::domain::prompt_file::{FORMAT, Origin, PromptFile, PromptFileError, PromptMetadata};
+use crate::domain::reference::{Reference, ResourceName, VersionSelector};
+use crate::registry::lineage::{self, LineageEdge};
+use crate::registry::prompt_versions::{self, NewVersion, PromptVersion};
+use crate::registry::{DEFAULT_PROJECT, backbones};
+
+const PROMPT_FILE: &str = "application/vnd.prompt+safetensors";
+
+pub fn router(settings: &HttpSettings) -> OpenApiRouter<AppState> {
+    let upload = OpenApiRouter::new()
+        .routes(routes!(publish_version, list_versions))
+        .layer(DefaultBodyLimit::max(settings.max_upload_bytes));
+    OpenApiRouter::new()
+        .routes(routes!(get_version))
+        .routes(routes!(get_content))
+        .routes(routes!(get_lineage))
+        .routes(routes!(deprecate_version))
+        .merge(upload)
+}
+
+/// A safetensors file.
+#[derive(ToSchema)]
+#[schema(value_type = String, format = Binary)]
+#[expect(dead_code, reason = "it exists for the API document alone")]
+struct PromptFileBytes(Vec<u8>);
+
+/// What a file without promptweave's own metadata (PEFT, VPT) does not say. A field that the file
+/// does have must agree.
+#[derive(Debug, Default, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+struct MissingMetadata {
+    /// Digest of the backbone it was trained for, as `GET /v1/backbones` gives it.
+    #[param(value_type = Option<String>, example = "sha256:…")]
+    backbone_digest: Option<Digest>,
+    /// Likewise, e.g. `98-bicubic-imagenet`.
+    preprocessing_id: Option<String>,
+    /// Seed of the initial prompt.
+    init_seed: Option<u64>,
+    /// The task it was trained on.
+    task: Option<String>,
+}
+
+impl MissingMetadata {
+    fn complete(self, file: Option<&PromptMetadata>) -> Result<PromptMetadata, Problem> {
+        let file = file.cloned().unwrap_or(PromptMetadata {
+            format: FORMAT,
+            backbone_digest: None,
+            preprocessing_id: None,
+            init_seed: None,
+            task: None,
+            classes: None,
+            origin: Origin::Uploaded,
+            training: None,
+        });
+        Ok(PromptMetadata {
+            backbone_digest: agree(
+                "backbone_digest",
+                file.backbone_digest,
+                self.backbone_digest,
+            )?,
+            preprocessing_id: agree(
+                "preprocessing_id",
+                file.preprocessing_id,
+                self.preprocessing_id,
+            )?,
+            init_seed: agree("init_seed", file.init_seed, self.init_seed)?,
+            task: agree("task", file.task, self.task)?,
+            ..file
+        })
+    }
+}
+
+fn agree<T: PartialEq + std::fmt::Display>(
+    field: &str,
+    file: Option<T>,
+    request: Option<T>,
+) -> Result<Option<T>, Problem> {
+    match (file, request) {
+        (Some(file), Some(request)) if file != request => Err(Problem::field(
+            "metadata_conflict",
+            format!("/{field}"),
+            format!("`{field}` is `{file}` in the file and `{request}` in the request"),
+        )),
+        (file, request) => Ok(file.or(request)),
+    }
+}
+
+/// Publish a version: the body is a prompt file
+///
+/// The file is safetensors with `prompt_embeddings` [m, d] in f32, f16 or bf16, and optionally
+/// `deep_prompt_embeddings` [L-1, m, d], `head.weight` [K, d] with `head.bias` [K], and
+/// `sketch.features` [n, d] with `sketch.labels` [n]. The same bytes once more answer 200 with the
+/// version that exists.
+#[utoipa::path(
+    post,
+    path = "/prompts/{name}/versions",
+    tag = "prompts",
+    params(("name" = String, Path), MissingMetadata),
+    request_body(
+        content_type = "application/vnd.prompt+safetensors",
+        description = "The file; `application/octet-stream` is accepted too",
+        content = PromptFileBytes,
+    ),
+    responses(
+        (status = 201, body = PromptVersion, headers(("location" = String), ("etag" = String))),
+        (status = 200, description = "These bytes are a version already", body = PromptVersion),
+        (status = 404, description = "`prompt_not_found`"),
+        (status = 413, description = "`body_too_large`"),
+        (status = 415, description = "`unsupported_file_format` (pickle, zip, NumPy), \
+            `unsupported_media_type`"),
+        (status = 422, description = "`not_safetensors`, `unknown_tensor`, `missing_tensor`, \
+            `wrong_dtype`, `wrong_shape`, `not_finite`, `invalid_metadata`, \
+            `unsupported_format_version`, `metadata_conflict`, `width_mismatch`"),
+    )
+)]
+async fn publish_version(
+    State(state): State<AppState>,
+    Path(name): Path<ResourceName>,
+    Query(missing): Query<MissingMetadata>,
+    headers: HeaderMap,
+    Body(bytes): Body,
+) -> Result<impl IntoResponse, Problem> {
+    let kind = media_type(&headers);
+    if let Some(other) = kind.as_deref()
+        && ![PROMPT_FILE, "application/octet-stream"].contains(&other)
+    {
+        return Err(unsupported_media_type(
+            Some(other),
+            &format!("`{PROMPT_FILE}`"),
+        ));
+    }
+    let (bytes, file) = tokio::task::spawn_blocking(move || (PromptFile::parse(&bytes), bytes))
+        .await
+        .map_err(Problem::internal)
+        .and_then(|(file, bytes)| Ok((bytes, file.map_err(refuse_file)?)))?;
+    let metadata = missing.complete(file.metadata.as_ref())?;
+
+    let mut transaction = state.pool.begin().await?;
+    let prompt = existing(&mut transaction, &name).await?;
+    check_width(&mut transaction, &file, &metadata).await?;
+    let new = NewVersion {
+        prompt_id: prompt.id,
+        bytes: &bytes,
+        file: &file,
+        metadata: &metadata,
+        produced_by_job: None,
+        parents: &[],
+    };
+    let (version, created) =
+        prompt_versions::insert(&mut transaction, DEFAULT_PROJECT, new).await?;
+    transaction.commit().await?;
+
+    let headers = [
+        (
+            header::LOCATION,
+            format!("/v1/prompts/{name}/versions/{}", version.version),
+        ),
+        (header::ETAG, etag(&version.digest)),
+    ];
+    let status = if created {
+        StatusCode::CREATED
+    } else {
+        StatusCode::OK
+    };
+    Ok((status, headers, JsonResponse(version)))
+}
+
+fn refuse_file(error: PromptFileError) -> Problem {
+    use PromptFileError as E;
+    let code = match &error {
+        E::OtherFormat(_) => {
+            return Problem::new(
+                StatusCode::UNSUPPORTED_MEDIA_TYPE,
+                "unsupported_file_format",
+                error.to_string(),
+            );
+        }
+        E::NotSafetensors(_) => "not_safetensors",
+        E::UnknownTensor(_) => "unknown_tensor",
+        E::MissingTensor(_) => "missing_tensor",
+        E::Dtype { .. } => "wrong_dtype",
+        E::Shape { .. } => "wrong_shape",
+        E::NotFinite { .. } => "not_finite",
+        E::Metadata(_) => "invalid_metadata",
+        E::Format(_) => "unsupported_format_version",
+    };
+    // The reader's own words (which byte, which key) are the client's to see: it is their file.
+    let detail = match std::error::Error::source(&error) {
+        Some(source) => format!("{error}: {source}"),
+        None => error.to_string(),
+    };
+    match error.subject() {
+        Some(subject) => Problem::field(code, format!("/{}", escape(subject)), detail),
+        None => Problem::unprocessable(code, detail),
+    }
+}
+
+/// A prompt must be as wide as its backbone, where that one is registered.
+async fn check_width(
+    conn: &mut PgConnection,
+    file: &PromptFile,
+    metadata: &PromptMetadata,
+) -> Result<(), Problem> {
+    let Some(digest) = &metadata.backbone_digest else {
+        return Ok(());
+    };
+    let known = backbones::find_by_digest(conn, DEFAULT_PROJECT, digest).await?;
+    match known.first() {
+        Some(backbone) if backbone.embed_dim as usize != file.embed_dim() => Err(Problem::field(
+            "width_mismatch",
+            "/prompt_embeddings",
+            format!(
+                "`prompt_embeddings` is {} wide, and backbone `{}` is {} wide",
+                file.embed_dim(),
+                backbone.name,
+                backbone.embed_dim
+            ),
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// List a prompt's versions, newest first, deprecated ones included
+#[utoipa::path(
+    get,
+    path = "/prompts/{name}/versions",
+    tag = "prompts",
+    params(("name" = String, Path), PageQuery),
+    responses(
+        (status = 200, body = Page<PromptVersion>),
+        (status = 404, description = "`prompt_not_found`"),
+    )
+)]
+async fn list_versions(
+    State(state): State<AppState>,
+    Path(name): Path<ResourceName>,
+    Query(page): Query<PageQuery>,
+) -> Result<JsonResponse<Page<PromptVersion>>, Problem> {
+    let (before, limit) = (page.after::<i32>()?, page.limit()?);
+    let mut conn = state.pool.acquire().await?;
+    existing(&mut conn, &name).await?;
+    let found = prompt_versions::list(&mut conn, DEFAULT_PROJECT, &name, before, limit).await?;
+    Ok(JsonResponse(
+        page.page(found, |version| version.version.to_string())?,
+    ))
+}
+
+// ---- One version ---------------------------------------------------------------------------
+
+/// The two parameters of every path below.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Path)]
+struct VersionPath {
+    #[param(value_type = String)]
+    name: ResourceName,
+    /// A number, or `sha256:` and 64 hex digits.
+    #[serde(rename = "ref")]
+    #[param(example = "1")]
+    selector: String,
+}
+
+impl VersionPath {
+    async fn resolve(self, conn: &mut PgConnection) -> Result<PromptVersion, Problem> {
+        let version: VersionSelector = self.selector.parse().map_err(
+            |error: crate::domain::reference::InvalidReference| {
+                Problem::field("invalid_reference", "/ref", error.to_string())
+            },
+        )?;
+        let reference = Reference {
+            name: self.name,
+            version,
+        };
+        if let Some(found) = prompt_versions::resolve(conn, DEFAULT_PROJECT, &reference).await? {
+            return Ok(found);
+        }
+        existing(conn, &reference.name).await?;
+        Err(Problem::not_found(
+            "version_not_found",
+            format!("there is no version `{reference}`"),
+        ))
+    }
+}
+
+/// A version by number or digest
+#[utoipa::path(
+    get,
+    path = "/prompts/{name}/versions/{ref}",
+    tag = "prompts",
+    params(VersionPath),
+    responses(
+        (status = 200, body = PromptVersion),
+        (status = 404, description = "`prompt_not_found`, `version_not_found`"),
+    )
+)]
+async fn get_version(
+    State(state): State<AppState>,
+    Path(path): Path<VersionPath>,
+) -> Result<JsonResponse<PromptVersion>, Problem> {
+    let mut conn = state.pool.acquire().await?;
+    Ok(JsonResponse(path.resolve(&mut conn).await?))
+}
+
+/// The file of a version
+#[utoipa::path(
+    get,
+    path = "/prompts/{name}/versions/{ref}/content",
+    tag = "prompts",
+    params(
+        VersionPath,
+        ("if-none-match" = Option<String>, Header, description = "ETag of a copy at hand"),
+    ),
+    responses(
+        (status = 200, description = "safetensors", content_type = PROMPT_FILE, body = PromptFileBytes,
+         headers(("etag" = String), ("content-digest" = String))),
+        (status = 304, description = "The copy at hand is this one"),
+        (status = 404, description = "`prompt_not_found`, `version_not_found`"),
+    )
+)]
+async fn get_content(
+    State(state): State<AppState>,
+    Path(path): Path<VersionPath>,
+    request: HeaderMap,
+) -> Result<Response, Problem> {
+    let mut conn = state.pool.acquire().await?;
+    let version = path.resolve(&mut conn).await?;
+    let etag = etag(&version.digest);
+    let known = request.get_all(header::IF_NONE_MATCH).iter();
+    let at_hand = known.filter_map(|value| value.to_str().ok()).any(|value| {
+        value
+            .split(',')
+            .any(|tag| ["*", &etag].contains(&tag.trim().trim_start_matches("W/")))
+    });
+    let caching = [
+        (header::ETAG, etag),
+        (
+            header::CACHE_CONTROL,
+            "private, max-age=31536000, immutable".to_owned(),
+        ),
+    ];
+    if at_hand {
+        return Ok((StatusCode::NOT_MODIFIED, caching).into_response());
+    }
+    let bytes = prompt_versions::content(&mut conn, &version.digest)
+        .await?
+        .ok_or(DbError::RowCount(0))?;
+    let sha256 = STANDARD.encode(version.digest.as_bytes());
+    let file = format!("{}-{}.safetensors", version.prompt, version.version);
+    let content = [
+        (header::CONTENT_TYPE, PROMPT_FILE.to_owned()),
+        (
+            header::CONTENT_DISPOSITION,
+            format!("attachment; filename=\"{file}\""),
+        ),
+        (
+            HeaderName::from_static("content-digest"),
+            format!("sha-256=:{sha256}:"),
+        ),
+    ];
+    Ok((caching, content, bytes).into_response())
+}
+
+fn etag(digest: &Digest) -> String {
+    format!("\"{digest}\"")
+}
+
+/// What a version was made of, and what was made with it.
+#[derive(Debug, Serialize, ToSchema)]
+struct Lineage {
+    /// Its sources with their weights α, the largest first; empty unless it was composed.
+    parents: Vec<LineageEdge>,
+    /// Prompts composed with it, the newest first; `weight` is its α in them.
+    children: Vec<LineageEdge>,
+}
+
+/// What a version was made of, and what was made with it
+#[utoipa::path(
+    get,
+    path = "/prompts/{name}/versions/{ref}/lineage",
+    tag = "prompts",
+    params(VersionPath),
+    responses(
+        (status = 200, body = Lineage),
+        (status = 404, description = "`prompt_not_found`, `version_not_found`"),
+    )
+)]
+async fn get_lineage(
+    State(state): State<AppState>,
+    Path(path): Path<VersionPath>,
+) -> Result<JsonResponse<Lineage>, Problem> {
+    let mut conn = state.pool.acquire().await?;
+    let version = path.resolve(&mut conn).await?;
+    Ok(JsonResponse(Lineage {
+        parents: lineage::parents(&mut conn, DEFAULT_PROJECT, version.id).await?,
+        children: lineage::children(&mut conn, DEFAULT_PROJECT, version.id).await?,
+    }))
+}
+
+/// Hide a version from its bare name; it stays readable by number and digest
+#[utoipa::path(
+    post,
+    path = "/prompts/{name}/versions/{ref}/deprecate",
+    tag = "prompts",
+    params(VersionPath),
+    responses(
+        (status = 200, body = PromptVersion),
+        (status = 404, description = "`prompt_not_found`, `version_not_found`"),
+    )
+)]
+async fn deprecate_version(
+    State(state): State<AppState>,
+    Path(path): Path<VersionPath>,
+) -> Result<JsonResponse<PromptVersion>, Problem> {
+    let mut transaction = state.pool.begin().await?;
+    let version = path.resolve(&mut transaction).await?;
+    let deprecated =
+        prompt_versions::deprecate(&mut transaction, DEFAULT_PROJECT, version.id).await?;
+    transaction.commit().await?;
+    Ok(JsonResponse(PromptVersion {
+        deprecated_at: Some(deprecated),
+        ..version
+    }))
+}
