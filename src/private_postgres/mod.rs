@@ -26,6 +26,8 @@ use programs::{Owner, Programs};
 
 /// User and database of the cluster.
 const NAME: &str = "promptweave";
+/// How the names of folders begin that `initdb` works in.
+const UNFINISHED: &str = "data.unfinished-";
 /// Names the socket's file; nothing listens on TCP.
 const PORT: u16 = 5432;
 /// sockaddr_un holds 108 bytes, the last of them 0.
@@ -92,7 +94,8 @@ fn at(path: &Path) -> impl FnOnce(io::Error) -> Error {
 struct Layout {
     /// PGDATA.
     data: PathBuf,
-    /// `initdb` works here, so that an interrupted one leaves no half-made `data`.
+    /// `initdb` works here, so that an interrupted one leaves no half-made `data`. A new name every
+    /// time: what an interrupted one started may write on for a moment.
     unfinished: PathBuf,
     /// The socket's directory.
     run: PathBuf,
@@ -125,19 +128,56 @@ impl PrivatePostgres {
         if !layout.data.exists() {
             programs.initdb(&layout).await?;
         }
-        stop_orphan(&layout.data).await?;
-        let mut postmaster = programs.postgres(&layout)?;
+        stop_orphan(&layout).await?;
         let options = PgConnectOptions::new_without_pgpass()
             .socket(&layout.run)
             .port(PORT)
-            .username(NAME);
-        wait_until_ready(&mut postmaster, &options, &layout).await?;
-        Ok(Self {
-            postmaster,
-            options: options.database(NAME),
+            .username(NAME)
+            .database(NAME);
+        // Whole before the first wait: dropped at any time from here on, the postmaster stops.
+        let mut postgres = Self {
+            postmaster: programs.postgres(&layout)?,
+            options,
             layout,
             _lock: lock,
-        })
+        };
+        postgres.wait_until_ready().await?;
+        Ok(postgres)
+    }
+
+    /// Returns once the database [`NAME`] answers, having created it where it is missing.
+    async fn wait_until_ready(&mut self) -> Result<(), Error> {
+        let layout = self.layout.clone();
+        let not_started = || Error::NotStarted {
+            log: layout.log.clone(),
+            tail: fs::read_to_string(&layout.log)
+                .ok()
+                .and_then(|log| log.trim_end().lines().last().map(str::to_owned))
+                .unwrap_or_default(),
+        };
+        let started = Instant::now();
+        let maintenance = self.options.clone().database("postgres");
+        let mut connection = loop {
+            match maintenance.connect().await {
+                Ok(connection) => break connection,
+                Err(_) if started.elapsed() > START_TIMEOUT => return Err(not_started()),
+                Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+            }
+            if let Ok(Some(_)) = self.postmaster.try_wait() {
+                return Err(not_started());
+            }
+        };
+        // CREATE DATABASE has no IF NOT EXISTS; a lost race is impossible, as the lock is ours.
+        let exists = sqlx::query_scalar!("SELECT true FROM pg_database WHERE datname = $1", NAME)
+            .fetch_optional(&mut connection)
+            .await?;
+        if exists.is_none() {
+            sqlx::raw_sql("CREATE DATABASE promptweave")
+                .execute(&mut connection)
+                .await?;
+        }
+        connection.close().await?;
+        Ok(())
     }
 
     /// For `DATABASE_URL`; works for this user (and root) alone.
@@ -228,7 +268,7 @@ impl Layout {
         let base = Self::base(data_dir, owner)?;
         private_dir(&base, owner)?;
         let mut run = base.join("run");
-        let socket = run.join(format!(".s.PGSQL.{PORT}"));
+        let socket = socket(&run);
         if socket.as_os_str().len() > MAX_SOCKET_PATH {
             let name = Digest::of(base.as_os_str().as_encoded_bytes()).hex();
             run = PathBuf::from("/tmp").join(format!("{NAME}-{}", &name[..12]));
@@ -236,7 +276,7 @@ impl Layout {
         private_dir(&run, owner)?;
         Ok(Self {
             data: base.join("data"),
-            unfinished: base.join("data.unfinished"),
+            unfinished: base.join(format!("{UNFINISHED}{}", uuid::Uuid::now_v7())),
             run,
             log: base.join("server.log"),
         })
@@ -283,21 +323,56 @@ fn private_dir(dir: &Path, owner: &Owner) -> Result<(), Error> {
     Ok(())
 }
 
-/// Ends the postmaster that an `up` which was killed has left in `data`, if there is one.
-async fn stop_orphan(data: &Path) -> Result<(), Error> {
+/// The socket's file in its directory `run`, as PostgreSQL names it.
+fn socket(run: &Path) -> PathBuf {
+    run.join(format!(".s.PGSQL.{PORT}"))
+}
+
+/// Ends the postmaster that an `up` which was killed has left, if there is one, and clears what
+/// would keep the next one from starting.
+async fn stop_orphan(layout: &Layout) -> Result<(), Error> {
+    let data = &layout.data;
     let pid_file = data.join("postmaster.pid");
-    let Ok(text) = fs::read_to_string(&pid_file) else {
-        return Ok(());
-    };
-    let id: Option<u32> = text
-        .lines()
-        .next()
-        .and_then(|line| line.trim().parse().ok());
-    let Some(id) = id.filter(|id| is_postmaster_of(*id, data)) else {
-        // Left by a crash. PostgreSQL would take any living process of that number for its own
-        // and refuse to start, so the file goes.
-        return fs::remove_file(&pid_file).map_err(at(&pid_file));
-    };
+    if let Some(Ok(id)) = holder(&pid_file)
+        && is_postgres_of(id, data)
+    {
+        end_postmaster(id, data).await?;
+    }
+    // The sessions of a killed postmaster end by themselves, a moment later.
+    let asked = Instant::now();
+    while asked.elapsed() < STOP_TIMEOUT && any_postgres_of(data) {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let mut socket_lock = socket(&layout.run).into_os_string();
+    socket_lock.push(".lock");
+    release_from_stranger(&pid_file)?;
+    release_from_stranger(Path::new(&socket_lock))
+}
+
+/// The process number a lock file of PostgreSQL's begins with; None: there is no such file, Err:
+/// nothing that can be read as one.
+fn holder(lock_file: &Path) -> Option<Result<u32, ()>> {
+    let text = fs::read_to_string(lock_file).ok()?;
+    let id = text.lines().next().map(|line| line.trim().parse());
+    Some(id.and_then(Result::ok).ok_or(()))
+}
+
+/// Removes a lock file that a crash has left and whose number some other process has got since:
+/// PostgreSQL would take that one for its own and refuse to start. Where no process has the number,
+/// PostgreSQL knows better than we do what to make of the file.
+fn release_from_stranger(lock_file: &Path) -> Result<(), Error> {
+    match holder(lock_file) {
+        None => Ok(()),
+        Some(Ok(id)) if !Path::new(&format!("/proc/{id}")).exists() => Ok(()),
+        Some(_) => match fs::remove_file(lock_file) {
+            // Its postmaster was ending, and has.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            removed => removed.map_err(at(lock_file)),
+        },
+    }
+}
+
+async fn end_postmaster(id: u32, data: &Path) -> Result<(), Error> {
     tracing::warn!(
         pid = id,
         "stopping the database that a killed `up` has left running"
@@ -308,7 +383,7 @@ async fn stop_orphan(data: &Path) -> Result<(), Error> {
         }
         let asked = Instant::now();
         while asked.elapsed() < STOP_TIMEOUT {
-            if !is_postmaster_of(id, data) {
+            if !is_postgres_of(id, data) {
                 return Ok(());
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
@@ -320,62 +395,48 @@ async fn stop_orphan(data: &Path) -> Result<(), Error> {
     })
 }
 
-/// A postmaster works in its data directory, so its `cwd` tells whose it is.
-fn is_postmaster_of(pid: u32, data: &Path) -> bool {
+/// A postmaster and its sessions work in the data directory, so their `cwd` tells whose they are.
+fn is_postgres_of(pid: u32, data: &Path) -> bool {
     let link = |name| fs::read_link(format!("/proc/{pid}/{name}"));
     link("cwd").is_ok_and(|cwd| cwd == data)
         && link("exe").is_ok_and(|exe| exe.file_name().is_some_and(|name| name == "postgres"))
 }
 
-/// Returns once the database [`NAME`] answers, having created it where it is missing.
-async fn wait_until_ready(
-    postmaster: &mut Child,
-    options: &PgConnectOptions,
-    layout: &Layout,
-) -> Result<(), Error> {
-    let not_started = || Error::NotStarted {
-        log: layout.log.clone(),
-        tail: fs::read_to_string(&layout.log)
-            .ok()
-            .and_then(|log| log.trim_end().lines().last().map(str::to_owned))
-            .unwrap_or_default(),
-    };
-    let started = Instant::now();
-    let mut connection = loop {
-        match options.clone().database("postgres").connect().await {
-            Ok(connection) => break connection,
-            Err(_) if started.elapsed() > START_TIMEOUT => return Err(not_started()),
-            Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+fn any_postgres_of(data: &Path) -> bool {
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    processes
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .any(|id| is_postgres_of(id, data))
+}
+
+/// Removes what interrupted runs of `initdb` have left next to `layout.data`.
+fn remove_unfinished(layout: &Layout) {
+    let base = layout.data.parent().into_iter();
+    for entry in base
+        .filter_map(|base| fs::read_dir(base).ok())
+        .flatten()
+        .flatten()
+    {
+        if entry.file_name().to_string_lossy().starts_with(UNFINISHED)
+            && let Err(error) = fs::remove_dir_all(entry.path())
+        {
+            // In nobody's way but the disk's; the next start tries again.
+            tracing::warn!(path = %entry.path().display(), %error, "cannot be removed");
         }
-        if let Ok(Some(_)) = postmaster.try_wait() {
-            return Err(not_started());
-        }
-    };
-    // CREATE DATABASE has no IF NOT EXISTS; a lost race is impossible, as the lock is ours.
-    let exists = sqlx::query_scalar!("SELECT true FROM pg_database WHERE datname = $1", NAME)
-        .fetch_optional(&mut connection)
-        .await?;
-    if exists.is_none() {
-        sqlx::raw_sql("CREATE DATABASE promptweave")
-            .execute(&mut connection)
-            .await?;
     }
-    connection.close().await?;
-    Ok(())
 }
 
 impl Programs {
     async fn initdb(&self, layout: &Layout) -> Result<(), Error> {
         tracing::info!(directory = %layout.data.display(), "making the private database");
-        if layout.unfinished.exists() {
-            fs::remove_dir_all(&layout.unfinished).map_err(at(&layout.unfinished))?;
-        }
+        remove_unfinished(layout);
         let output = self
             .command("initdb")
             .arg("--pgdata")
             .arg(&layout.unfinished)
             .args(["--username", NAME, "--auth", "trust", "--no-instructions"])
             .args(["--encoding", "UTF8", "--locale", "C"])
+            .kill_on_drop(true)
             .output()
             .await
             .map_err(at(&self.dir.join("initdb")))?;

@@ -66,6 +66,50 @@ async fn what_is_stored_is_there_after_a_stop_and_after_a_kill() {
     third.stop().await.unwrap();
 }
 
+/// Waits until `condition` holds.
+async fn until(what: &str, mut condition: impl FnMut() -> bool) {
+    let patience = async {
+        while !condition() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), patience)
+        .await
+        .expect(what);
+}
+
+#[tokio::test]
+async fn a_start_that_is_given_up_leaves_no_process_and_no_half_made_cluster() {
+    let dir = reachable();
+    let base = dir.path().join("postgres");
+    let unfinished = || {
+        let names = fs::read_dir(&base).into_iter().flatten().flatten();
+        let names = names.map(|entry| entry.file_name().into_string().unwrap());
+        names
+            .filter(|name| name.starts_with("data.unfinished-"))
+            .collect::<Vec<_>>()
+    };
+    // Given up while `initdb` works.
+    tokio::select! {
+        started = PrivatePostgres::start(dir.path(), None) => panic!("{started:?}"),
+        () = until("initdb's folder", || !unfinished().is_empty()) => {}
+    }
+    let left = unfinished();
+    assert!(!base.join("data").exists());
+
+    // Given up while the postmaster starts, which then stops in order.
+    let pid_file = base.join("data/postmaster.pid");
+    tokio::select! {
+        started = PrivatePostgres::start(dir.path(), None) => panic!("{started:?}"),
+        () = until("a postmaster", || pid_file.exists()) => {}
+    }
+    until("its end", || !pid_file.exists()).await;
+    assert!(unfinished().is_empty(), "{left:?} was removed");
+
+    let postgres = PrivatePostgres::start(dir.path(), None).await.unwrap();
+    postgres.stop().await.unwrap();
+}
+
 #[tokio::test]
 async fn a_postmaster_left_running_is_stopped_and_a_stranger_with_its_number_is_not() {
     let dir = reachable();
@@ -79,12 +123,11 @@ async fn a_postmaster_left_running_is_stopped_and_a_stranger_with_its_number_is_
     assert_ne!(next.process_id(), Some(orphan));
     next.stop().await.unwrap();
 
-    // The number in a stale pid file may belong to anybody by now: here, to this very process.
-    fs::write(
-        data.join("postmaster.pid"),
-        format!("{}\n", std::process::id()),
-    )
-    .unwrap();
+    // The number in a stale lock file may belong to anybody by now: here, to this very process.
+    let lock = format!("{}\n", std::process::id());
+    fs::write(data.join("postmaster.pid"), &lock).unwrap();
+    let socket_lock = data.with_file_name("run").join(".s.PGSQL.5432.lock");
+    fs::write(socket_lock, lock).unwrap();
     let last = PrivatePostgres::start(dir.path(), None).await.unwrap();
     last.stop().await.unwrap();
 }
