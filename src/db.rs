@@ -55,7 +55,7 @@ pub fn pool(options: PgConnectOptions, settings: &PoolSettings) -> PgPool {
 #[derive(Debug, thiserror::Error)]
 pub enum DbError {
     /// Nothing is wrong with the request: the same one may pass in a moment.
-    #[error("the database cannot be reached")]
+    #[error("the database is not available")]
     Unavailable(#[source] sqlx::Error),
     /// Valid in JSON and in UTF-8, and yet Postgres stores it nowhere.
     #[error("a text holds the character U+0000")]
@@ -78,11 +78,7 @@ impl From<sqlx::Error> for DbError {
         use sqlx::Error::{Database, Io, PoolClosed, PoolTimedOut, Tls, WorkerCrashed};
         let unavailable = match &error {
             Io(_) | Tls(_) | PoolTimedOut | PoolClosed | WorkerCrashed => true,
-            // 08: connection exceptions; 57P01..57P03: shut down, crashed, starting up;
-            // 53300: too many connections.
-            Database(database) => database.code().is_some_and(|code| {
-                code.starts_with("08") || code.starts_with("57P0") || code == "53300"
-            }),
+            Database(database) => database.code().is_some_and(|code| is_passing(&code)),
             _ => false,
         };
         let code = error.as_database_error().and_then(|e| e.code());
@@ -98,7 +94,38 @@ impl From<sqlx::Error> for DbError {
     }
 }
 
+/// Whether an SQLSTATE speaks of the server's state, and not of the statement.
+fn is_passing(code: &str) -> bool {
+    const CLASSES: [&str; 3] = [
+        "08", // connection exceptions
+        "53", // insufficient resources: disk full, out of memory, too many connections
+        "58", // errors outside of PostgreSQL: I/O
+    ];
+    const CODES: [&str; 9] = [
+        "25P03", // idle in a transaction for too long
+        "40001", // serialization failure
+        "40P01", // deadlock
+        "55P03", // lock not available
+        "57014", // query cancelled, also by `statement_timeout`
+        "57P01", // shut down by an administrator
+        "57P02", // shut down by a crash
+        "57P03", // starting up
+        "57P05", // idle session timeout
+    ];
+    CODES.contains(&code) || CLASSES.iter().any(|class| code.starts_with(class))
+}
+
 impl DbError {
+    /// A constraint (SQLSTATE class 23) refused the rows; it will refuse them again.
+    pub fn is_refused_by_constraint(&self) -> bool {
+        match self {
+            Self::Statement(sqlx::Error::Database(database)) => {
+                database.code().is_some_and(|code| code.starts_with("23"))
+            }
+            _ => false,
+        }
+    }
+
     pub fn unreadable(
         table: &'static str,
         column: &'static str,
@@ -139,5 +166,34 @@ pub fn expect_one_row(result: PgQueryResult) -> Result<(), DbError> {
     match result.rows_affected() {
         1 => Ok(()),
         other => Err(DbError::RowCount(other)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_passes_by_itself_is_told_from_what_a_statement_did_wrong() {
+        let passing = [
+            "08006", "25P03", "40001", "40P01", "53100", "53200", "53300", "55P03", "57014",
+            "57P01", "57P02", "57P03", "58030",
+        ];
+        for code in passing {
+            assert!(is_passing(code), "{code}");
+        }
+        // A constraint, a text with U+0000, no such table, a database that was dropped.
+        for code in ["23505", "23514", "22021", "42P01", "57P04"] {
+            assert!(!is_passing(code), "{code}");
+        }
+    }
+
+    #[test]
+    fn a_lost_connection_is_unavailable_and_a_missing_row_is_not() {
+        let lost = sqlx::Error::Io(std::io::ErrorKind::ConnectionReset.into());
+        assert!(matches!(DbError::from(lost), DbError::Unavailable(_)));
+        let missing = DbError::from(sqlx::Error::RowNotFound);
+        assert!(matches!(missing, DbError::Statement(_)));
+        assert!(!missing.is_refused_by_constraint());
     }
 }

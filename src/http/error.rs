@@ -223,7 +223,8 @@ impl From<DbError> for Problem {
             DbError::Unavailable(_) => Self::new(
                 StatusCode::SERVICE_UNAVAILABLE,
                 "database_unavailable",
-                "the database cannot be reached; nothing was changed, try again",
+                "the database is not available; try again, and after a POST look first whether what \
+                 it asked for is there",
             )
             .retry_after(5)
             .caused_by(error),

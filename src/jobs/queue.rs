@@ -34,6 +34,24 @@ pub enum QueueError {
     LeaseLost(Uuid),
 }
 
+impl QueueError {
+    /// The database refused what was to be stored, and will do so again.
+    pub fn is_refused_by_constraint(&self) -> bool {
+        match self {
+            Self::Db(error) | Self::Registry(RegistryError::Db(error)) => {
+                error.is_refused_by_constraint()
+            }
+            // Constraints too, by name.
+            Self::Registry(
+                RegistryError::NameTaken { .. }
+                | RegistryError::BackboneExists(_)
+                | RegistryError::AlreadyProduced(_),
+            ) => true,
+            Self::Registry(RegistryError::Blob(_)) | Self::LeaseLost(_) => false,
+        }
+    }
+}
+
 impl From<sqlx::Error> for QueueError {
     fn from(error: sqlx::Error) -> Self {
         Self::Db(error.into())

@@ -60,7 +60,7 @@ impl AttemptError {
             Self::Composition(CompositionError::Refused { code, .. }) => (*code, false),
             Self::Statistics(_) => ("blob_store_failed", true),
             Self::Unusable(_) => ("unusable_result", false),
-            Self::Queue(_) => ("not_stored", false),
+            Self::Queue(error) => ("not_stored", !error.is_refused_by_constraint()),
             Self::Stopped | Self::Composition(CompositionError::Stopped) => ("stopped", true),
         };
         (JobError::new(code, chain(self)), passing)
