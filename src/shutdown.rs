@@ -1,4 +1,4 @@
-//! Stop softly, then hard: the first SIGTERM or SIGINT asks, a second or the grace period insists.
+//! Stop softly, then hard: the first SIGTERM, SIGINT or SIGHUP asks, a second or the grace period insists.
 
 use std::time::Duration;
 
@@ -18,19 +18,36 @@ impl Shutdown {
     pub fn on_signals(grace: Duration) -> std::io::Result<Self> {
         let terminate = signal(SignalKind::terminate())?;
         let interrupt = signal(SignalKind::interrupt())?;
+        // Not under `nohup`, which is there for a process to outlive its terminal.
+        let hang_up = match hang_up_is_ignored() {
+            true => None,
+            false => Some(signal(SignalKind::hangup())?),
+        };
         let shutdown = Self::default();
-        tokio::spawn(shutdown.clone().follow(terminate, interrupt, grace));
+        tokio::spawn(
+            shutdown
+                .clone()
+                .follow(terminate, interrupt, hang_up, grace),
+        );
         Ok(shutdown)
     }
 
-    async fn follow(self, mut terminate: Signal, mut interrupt: Signal, grace: Duration) {
+    async fn follow(
+        self,
+        mut terminate: Signal,
+        mut interrupt: Signal,
+        mut hang_up: Option<Signal>,
+        grace: Duration,
+    ) {
         // Either a signal, or something in the process asked for the end itself.
         tokio::select! {
             _ = terminate.recv() => tracing::info!("stopping on SIGTERM"),
             _ = interrupt.recv() => tracing::info!("stopping on SIGINT; once more to stop at once"),
+            () = received(&mut hang_up) => tracing::info!("stopping on SIGHUP"),
             () = self.soft.cancelled() => {}
         }
         self.soft.cancel();
+        // SIGHUP does not insist: a terminal that closes may send it more than once.
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
@@ -40,4 +57,22 @@ impl Shutdown {
         }
         self.hard.cancel();
     }
+}
+
+async fn received(signal: &mut Option<Signal>) {
+    match signal {
+        Some(signal) => {
+            signal.recv().await;
+        }
+        None => std::future::pending().await,
+    }
+}
+
+/// Whether whoever started this process has it ignore SIGHUP.
+fn hang_up_is_ignored() -> bool {
+    const HANG_UP: u64 = 1; // bit 0, as the signal's number is 1
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let ignored = ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    ignored.is_some_and(|mask| mask & HANG_UP != 0)
 }
