@@ -1,4 +1,5 @@
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Parser;
 use promptweave::cli::{Cli, Command};
@@ -9,7 +10,7 @@ use promptweave::{offline, up, worker};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let outcome = telemetry::init(&cli.log).and_then(|()| dispatch(cli.command));
+    let outcome = telemetry::init(&cli.log).and_then(|()| dispatch(cli));
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -20,10 +21,10 @@ fn main() -> ExitCode {
     }
 }
 
-fn dispatch(command: Command) -> anyhow::Result<()> {
-    match command {
+fn dispatch(cli: Cli) -> anyhow::Result<()> {
+    match cli.command {
         #[cfg(feature = "torch")]
-        Command::Up(args) => block_on(up::run(args)),
+        Command::Up(args) => block_on(up::run(args, &cli.log)),
         Command::Serve(args) => block_on(roles::serve(args)),
         #[cfg(feature = "torch")]
         Command::Worker(args) => {
@@ -52,5 +53,9 @@ fn dispatch(command: Command) -> anyhow::Result<()> {
 }
 
 fn block_on(role: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
-    tokio::runtime::Runtime::new()?.block_on(role)
+    let runtime = tokio::runtime::Runtime::new()?;
+    let outcome = runtime.block_on(role);
+    // Dropping it would wait for blocking work (a pack half written, say) however long it takes.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    outcome
 }

@@ -6,14 +6,16 @@
 //! The worker is a process of its own, since a CUDA fault or an out-of-memory kill must never take
 //! the API down. It holds the other end of a pipe: when `up` is gone, even by `kill -9`, it stops.
 
+use std::io;
 use std::process::{ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use clap::ValueEnum;
 use tokio::process::{Child, Command};
 
 use crate::cli::UpArgs;
-use crate::config::WorkerOptions;
+use crate::config::{LogOptions, PoolOptions, WorkerOptions};
 use crate::db::{MIGRATOR, pool};
 use crate::private_postgres::PrivatePostgres;
 use crate::roles::{app_state, bind, serve_until};
@@ -22,25 +24,40 @@ use crate::shutdown::Shutdown;
 /// A worker that lived this long has started well; its next failure is not a second one in a row.
 const STARTED_WELL: Duration = Duration::from_secs(60);
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+/// Connections that are still at work after this long end with the database.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// `promptweave up` with `promptweave worker` as its worker.
-pub async fn run(args: UpArgs) -> anyhow::Result<()> {
+pub async fn run(args: UpArgs, log: &LogOptions) -> anyhow::Result<()> {
     let program = std::env::current_exe().context("cannot find this program's own file")?;
     let mut worker = Command::new(program);
     worker.args(["worker", "--stop-with-stdin"]);
-    set_options(&mut worker, &args);
+    set_options(&mut worker, &args, log);
     let shutdown = Shutdown::on_signals(args.shutdown.grace())?;
     run_with(args, worker, shutdown).await
 }
 
 /// Hands the options of `up` on as variables, as a worker reads them.
-fn set_options(worker: &mut Command, args: &UpArgs) {
+fn set_options(worker: &mut Command, args: &UpArgs, log: &LogOptions) {
     let WorkerOptions {
         device,
         threads,
         queue,
     } = &args.worker;
+    let PoolOptions {
+        database_connections,
+        database_wait_s,
+    } = &args.pool;
+    if let Some(format) = log.log_format.to_possible_value() {
+        worker.env("PROMPTWEAVE_LOG_FORMAT", format.get_name());
+    }
     worker
+        .env("PROMPTWEAVE_LOG", &log.log)
+        .env(
+            "PROMPTWEAVE_DATABASE_CONNECTIONS",
+            database_connections.to_string(),
+        )
+        .env("PROMPTWEAVE_DATABASE_WAIT_S", database_wait_s.to_string())
         .env("PROMPTWEAVE_DATA_DIR", args.storage.data_dir())
         .env("PROMPTWEAVE_DEVICE", device)
         .env("PROMPTWEAVE_THREADS", threads.to_string())
@@ -85,7 +102,12 @@ pub async fn run_with(args: UpArgs, mut worker: Command, shutdown: Shutdown) -> 
     };
     shutdown.soft.cancel();
     supervised.await?;
-    pool.close().await;
+    if tokio::time::timeout(CLOSE_TIMEOUT, pool.close())
+        .await
+        .is_err()
+    {
+        tracing::warn!("connections to the database are cut off");
+    }
     postgres
         .stop()
         .await
@@ -104,12 +126,16 @@ async fn supervise(mut program: Command, shutdown: Shutdown) {
     loop {
         let started = Instant::now();
         match program.spawn() {
-            Ok(child) => {
-                let Some(status) = run_one(child, &shutdown).await else {
-                    return;
-                };
-                tracing::error!(worker.status = %status, "the worker has ended, starting another");
-            }
+            Ok(child) => match run_one(child, &shutdown).await {
+                None => return,
+                Some(Ok(status)) => tracing::error!(
+                    worker.status = %status,
+                    "the worker has ended, starting another"
+                ),
+                Some(Err(error)) => {
+                    tracing::error!(%error, "the worker is lost, starting another");
+                }
+            },
             Err(error) => {
                 tracing::error!(error = %error, "the worker cannot be started, trying again");
             }
@@ -126,11 +152,11 @@ async fn supervise(mut program: Command, shutdown: Shutdown) {
 }
 
 /// Waits for a worker that ends by itself, and answers how; None: it was asked to stop, and has.
-async fn run_one(mut child: Child, shutdown: &Shutdown) -> Option<ExitStatus> {
+async fn run_one(mut child: Child, shutdown: &Shutdown) -> Option<io::Result<ExitStatus>> {
     // Not `child.wait()` alone: that would close stdin, which asks the worker to stop.
     let stdin = child.stdin.take();
     tokio::select! {
-        status = child.wait() => return status.ok(),
+        status = child.wait() => return Some(status),
         () = shutdown.soft.cancelled() => {}
     }
     drop(stdin);
@@ -143,4 +169,68 @@ async fn run_one(mut child: Child, shutdown: &Shutdown) -> Option<ExitStatus> {
         }
     }
     None
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Options {
+        #[command(flatten)]
+        up: UpArgs,
+        #[command(flatten)]
+        log: LogOptions,
+    }
+
+    #[test]
+    fn the_worker_gets_the_options_of_up() {
+        let given = Options::parse_from([
+            "up",
+            "--data-dir",
+            "/data",
+            "--device",
+            "cpu",
+            "--threads",
+            "3",
+            "--lease-s",
+            "5",
+            "--stall-s",
+            "50",
+            "--grace-s",
+            "4",
+            "--database-connections",
+            "6",
+            "--database-wait-s",
+            "7",
+            "--log",
+            "debug",
+            "--log-format",
+            "json",
+        ]);
+        let mut worker = Command::new("worker");
+        set_options(&mut worker, &given.up, &given.log);
+        let passed: BTreeMap<_, _> = worker
+            .as_std()
+            .get_envs()
+            .filter_map(|(name, value)| Some((name.to_str()?, value?.to_str()?)))
+            .collect();
+        let expected = BTreeMap::from([
+            ("PROMPTWEAVE_DATABASE_CONNECTIONS", "6"),
+            ("PROMPTWEAVE_DATABASE_WAIT_S", "7"),
+            ("PROMPTWEAVE_DATA_DIR", "/data"),
+            ("PROMPTWEAVE_DEVICE", "cpu"),
+            ("PROMPTWEAVE_GRACE_S", "4"),
+            ("PROMPTWEAVE_LEASE_S", "5"),
+            ("PROMPTWEAVE_LOG", "debug"),
+            ("PROMPTWEAVE_LOG_FORMAT", "json"),
+            ("PROMPTWEAVE_STALL_S", "50"),
+            ("PROMPTWEAVE_THREADS", "3"),
+        ]);
+        assert_eq!(passed, expected);
+    }
 }
