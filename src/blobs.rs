@@ -43,6 +43,8 @@ pub enum BlobError {
     Missing(Digest),
     #[error("the blob store's {expected} holds other bytes, {found}")]
     Corrupt { expected: Digest, found: Digest },
+    #[error("`{}` changed while it was stored", .0.display())]
+    Changed(PathBuf),
     #[error("a thread of the blob store stopped")]
     Stopped,
 }
@@ -75,25 +77,32 @@ impl BlobStore {
         Ok(stored)
     }
 
-    /// Stores a file that nobody changes meanwhile; it is read twice, first for its digest.
+    /// Stores a file that nobody may change meanwhile; it is read twice, first for its digest.
     pub async fn put_file(&self, path: &Path) -> Result<StoredBlob, BlobError> {
         let stored = {
             let path = path.to_owned();
             blocking(move || digest_of_file(&path)).await?
         };
-        if self.exists(&stored.digest).await? {
-            return Ok(stored);
+        if !self.exists(&stored.digest).await? {
+            self.put_as(&stored.digest, path).await?;
         }
-        let upload = self.store.put_multipart(&key(&stored.digest)).await?;
-        let mut upload = WriteMultipart::new_with_chunk_size(upload, CHUNK);
-        match copy_in(path, &mut upload).await {
-            Ok(()) => upload.finish().await?,
-            Err(error) => {
-                upload.abort().await?;
-                return Err(error);
-            }
-        };
         Ok(stored)
+    }
+
+    /// Stores a file under the digest it should have, or not at all.
+    async fn put_as(&self, digest: &Digest, path: &Path) -> Result<(), BlobError> {
+        let upload = self.store.put_multipart(&key(digest)).await?;
+        let mut upload = WriteMultipart::new_with_chunk_size(upload, CHUNK);
+        let refused = match copy_in(path, &mut upload).await {
+            Ok(found) if found == *digest => {
+                upload.finish().await?;
+                return Ok(());
+            }
+            Ok(_) => BlobError::Changed(path.to_owned()),
+            Err(error) => error,
+        };
+        upload.abort().await?;
+        Err(refused)
     }
 
     /// Writes a blob to `path`, checking its digest on the way. The file appears whole or not at
@@ -184,13 +193,15 @@ fn digest_of_file(path: &Path) -> Result<StoredBlob, BlobError> {
     })
 }
 
-async fn copy_in(path: &Path, upload: &mut WriteMultipart) -> Result<(), BlobError> {
+/// Sends a file's bytes, and answers the digest of those it sent.
+async fn copy_in(path: &Path, upload: &mut WriteMultipart) -> Result<Digest, BlobError> {
     use tokio::io::AsyncReadExt;
     let failed = |source| BlobError::File {
         path: path.to_owned(),
         source,
     };
     let mut file = tokio::fs::File::open(path).await.map_err(failed)?;
+    let mut sent = DigestBuilder::default();
     loop {
         let mut buffer = Vec::with_capacity(CHUNK);
         let read = (&mut file).take(CHUNK as u64);
@@ -200,8 +211,9 @@ async fn copy_in(path: &Path, upload: &mut WriteMultipart) -> Result<(), BlobErr
             .map_err(failed)?
             == 0
         {
-            return Ok(());
+            return Ok(sent.finish());
         }
+        sent.update(&buffer);
         // One part in flight at a time bounds memory to two chunks.
         upload.wait_for_capacity(1).await?;
         upload.put(buffer.into());
@@ -240,6 +252,19 @@ mod tests {
         let copy = dir.path().join("copy");
         blobs.get_to_file(&stored.digest, &copy).await.unwrap();
         assert!(std::fs::read(&copy).unwrap() == bytes);
+    }
+
+    #[tokio::test]
+    async fn a_file_that_changes_while_it_is_stored_is_not_stored() {
+        let dir = tempfile::tempdir().unwrap();
+        let blobs = BlobStore::directory(&dir.path().join("blobs")).unwrap();
+        let path = dir.path().join("file");
+        std::fs::write(&path, "abd").unwrap();
+        // As if it had held `abc` when its digest was taken.
+        let before = Digest::of(b"abc");
+        let error = blobs.put_as(&before, &path).await.unwrap_err();
+        assert!(matches!(error, BlobError::Changed(changed) if changed == path));
+        assert!(!blobs.exists(&before).await.unwrap());
     }
 
     #[tokio::test]

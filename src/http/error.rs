@@ -245,6 +245,13 @@ impl From<sqlx::Error> for Problem {
 
 impl From<BlobError> for Problem {
     fn from(error: BlobError) -> Self {
-        Self::internal(error)
+        match error {
+            BlobError::Changed(_) => Self::conflict(
+                "file_changed",
+                "a file changed while it was read; try again when nobody writes to it",
+            )
+            .caused_by(error),
+            error => Self::internal(error),
+        }
     }
 }
