@@ -24,6 +24,9 @@ use super::tensor::{Stored, Tensor, read_f32, read_i64};
 
 pub const METADATA_KEY: &str = "promptweave";
 pub const FORMAT: u32 = 1;
+/// Longest metadata accepted, in bytes (it is kept with every version and sent in every list;
+/// a thousand class names take some 20 KiB).
+pub const MAX_METADATA_BYTES: usize = 256 << 10;
 /// Longest prompt accepted, in tokens (VPT's own grid ends at 200).
 pub const MAX_TOKENS: usize = 4096;
 /// Widest prompt accepted (the largest public ViT, 22 B parameters, has 6144).
@@ -128,6 +131,11 @@ pub enum PromptFileError {
     },
     #[error("metadata key `promptweave` cannot be read")]
     Metadata(#[source] serde_json::Error),
+    #[error(
+        "metadata key `promptweave` has {0} bytes, more than {MAX_METADATA_BYTES}; shorten the \
+         training record or the class names"
+    )]
+    MetadataTooLong(usize),
     #[error("metadata key `promptweave` has format {0}; this version reads format 1")]
     Format(u32),
 }
@@ -141,7 +149,7 @@ impl PromptFileError {
             | Self::Shape { tensor, .. }
             | Self::NotFinite { tensor, .. } => Some(tensor),
             Self::MissingTensor(tensor) => Some(tensor),
-            Self::Metadata(_) | Self::Format(_) => Some(METADATA_KEY),
+            Self::Metadata(_) | Self::MetadataTooLong(_) | Self::Format(_) => Some(METADATA_KEY),
             Self::OtherFormat(_) | Self::NotSafetensors(_) => None,
         }
     }
@@ -182,6 +190,9 @@ impl PromptFile {
             SafeTensors::read_metadata(bytes).map_err(PromptFileError::NotSafetensors)?;
         let metadata = match header.metadata().as_ref().and_then(|m| m.get(METADATA_KEY)) {
             None => None,
+            Some(json) if json.len() > MAX_METADATA_BYTES => {
+                return Err(PromptFileError::MetadataTooLong(json.len()));
+            }
             Some(json) => {
                 let read: PromptMetadata =
                     serde_json::from_str(json).map_err(PromptFileError::Metadata)?;
@@ -475,6 +486,20 @@ pub(crate) mod tests {
             refusal(narrow),
             "tensor `head.weight` has shape [2, 7], expected [K, 8]"
         );
+    }
+
+    #[test]
+    fn metadata_may_be_long_but_not_endless() {
+        let with_record = |length: usize| {
+            let mut file = prompt_file(2, 4, 1);
+            let metadata = file.metadata.as_mut().unwrap();
+            metadata.training = Some(Value::String("x".repeat(length)));
+            PromptFile::parse(&file.to_bytes())
+        };
+        assert!(with_record(MAX_METADATA_BYTES - 1024).is_ok());
+        let error = with_record(MAX_METADATA_BYTES).unwrap_err();
+        assert_eq!(error.subject(), Some(METADATA_KEY));
+        assert!(matches!(error, PromptFileError::MetadataTooLong(n) if n > MAX_METADATA_BYTES));
     }
 
     #[test]

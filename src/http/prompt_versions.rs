@@ -203,7 +203,7 @@ fn refuse_file(error: PromptFileError) -> Problem {
         E::Dtype { .. } => "wrong_dtype",
         E::Shape { .. } => "wrong_shape",
         E::NotFinite { .. } => "not_finite",
-        E::Metadata(_) => "invalid_metadata",
+        E::Metadata(_) | E::MetadataTooLong(_) => "invalid_metadata",
         E::Format(_) => "unsupported_format_version",
     };
     // The reader's own words (which byte, which key) are the client's to see: it is their file.
