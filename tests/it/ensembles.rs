@@ -291,6 +291,31 @@ async fn what_cannot_be_composed_is_refused_with_its_place(pool: PgPool) {
         let problem = post(&app, &request).await.problem(422, code);
         assert_eq!(problem["errors"][0]["pointer"], pointer, "{problem}");
     }
+
+    // A data set without `val`, and with nothing readable in `test`.
+    write_files(
+        &app.root("gaps"),
+        &[
+            ("train/cat/1.png", &png(1)),
+            ("train/dog/1.png", &png(2)),
+            ("test/cat/1.png", b"not an image"),
+        ],
+    );
+    let gaps = json!({"name": "gaps", "directory": "gaps", "skip_bad": true});
+    app.post("/v1/datasets", &gaps).await.ok(201);
+    for (split, value, code) in [
+        ("split", "val", "unknown_split"),
+        ("split", "test", "empty_target"),
+        ("eval_split", "val", "unknown_split"),
+        ("eval_split", "test", "empty_split"),
+    ] {
+        let target = json!({"dataset": "gaps", split: value});
+        let problem = post(&app, &with("/target", target))
+            .await
+            .problem(422, code);
+        let pointer = format!("/target/{split}");
+        assert_eq!(problem["errors"][0]["pointer"], pointer, "{problem}");
+    }
     let list = app.get("/v1/ensembles").await.ok(200);
     assert_eq!(list["items"], json!([]), "nothing was queued");
 }
