@@ -6,8 +6,11 @@
 # The cluster forgets everything, so it never waits for the disk. No other cluster is touched.
 set -euo pipefail
 
-bin=${PROMPTWEAVE_POSTGRES_BIN:-$(printf '%s\n' /usr/lib/postgresql/*/bin | sort -V | tail -n 1)}
-[ -x "$bin/initdb" ] || bin=$(dirname "$(command -v initdb)")
+bin=${PROMPTWEAVE_POSTGRES_BIN:-}
+# The newest with a server; a newer client may be installed beside it.
+for dir in $(dirname "$(command -v initdb || echo /)") $(printf '%s\n' /usr/lib/postgresql/*/bin /usr/pgsql-*/bin | sort -V); do
+    if [ -z "${PROMPTWEAVE_POSTGRES_BIN:-}" ] && [ -x "$dir/initdb" ] && [ -x "$dir/pg_ctl" ]; then bin=$dir; fi
+done
 
 # PostgreSQL refuses to run as root; Debian's package brings a user for it.
 as_owner=()

@@ -169,6 +169,17 @@ impl BackboneConfig {
         {
             return fail("every size must be at least 1".into());
         }
+        // Far beyond any ViT there is, and small enough that nothing below overflows.
+        let largest = [
+            self.embed_dim,
+            self.num_heads,
+            self.patch_size,
+            self.pos_grid,
+            size,
+        ];
+        if self.depth > 1000 || largest.iter().any(|size| *size > 65_536) {
+            return fail("depth is at most 1000, every other size at most 65536".into());
+        }
         if !self.embed_dim.is_multiple_of(self.num_heads) {
             return fail(format!(
                 "embed_dim {} is not a multiple of num_heads {}",

@@ -46,9 +46,9 @@ pub enum Weighing {
 #[serde(deny_unknown_fields, default)]
 pub struct HScoreOptions {
     pub mode: HScoreMode,
-    /// ρ in (0, 1): Σ_ρ = (1-ρ)Σ + ρ(tr Σ/d)I. Too low and noise directions score near d ≥ N; too
+    /// ρ in [1e-6, 1): Σ_ρ = (1-ρ)Σ + ρ(tr Σ/d)I. Too low and noise directions score near d ≥ N; too
     /// high and α collapses to one source.
-    #[schema(exclusive_minimum = 0, exclusive_maximum = 1)]
+    #[schema(minimum = 1e-6, exclusive_maximum = 1)]
     pub shrinkage: f64,
 }
 
@@ -95,9 +95,9 @@ pub enum GradientNorm {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct HeadOptions {
-    /// ρ_h in (0, 1), the shrinkage of the closed-form head that defines the loss. Too low and the
+    /// ρ_h in [1e-6, 1), the shrinkage of the closed-form head that defines the loss. Too low and the
     /// head saturates, so that a few samples make up all of the gradient.
-    #[schema(exclusive_minimum = 0, exclusive_maximum = 1)]
+    #[schema(minimum = 1e-6, exclusive_maximum = 1)]
     pub shrinkage: f64,
 }
 
@@ -123,6 +123,15 @@ pub struct InvalidObjective {
     pub problem: String,
 }
 
+/// Below 1e-6 a covariance of fewer samples than dimensions is singular in floating point.
+pub fn check_shrinkage(field: &'static str, rho: f64) -> Result<(), InvalidObjective> {
+    if (1e-6..1.0).contains(&rho) {
+        return Ok(());
+    }
+    let problem = format!("is {rho}; it must be at least 1e-6 and below 1");
+    Err(InvalidObjective { field, problem })
+}
+
 impl Objective {
     /// Checks ranges and says how the terms are weighed.
     pub fn weighing(&self) -> Result<Weighing, InvalidObjective> {
@@ -131,12 +140,7 @@ impl Objective {
             ("h_score.shrinkage", self.h_score.shrinkage),
             ("head.shrinkage", self.head.shrinkage),
         ] {
-            if !(rho > 0.0 && rho < 1.0) {
-                return refuse(
-                    field,
-                    format!("is {rho}; it must lie strictly between 0 and 1"),
-                );
-            }
+            check_shrinkage(field, rho)?;
         }
         match (self.trade_off, self.alignment_weight) {
             (Some(_), Some(_)) => refuse(
@@ -312,7 +316,8 @@ pub struct ObjectiveValue {
     pub h_score: f64,
     /// L_align ≥ 0.
     pub gradient_alignment: f64,
-    /// The effective λ, whichever way it was asked for. Null at trade-off 1, where it is infinite.
+    /// The effective λ, whichever way it was asked for. Null where it is infinite: at trade-off 1, or where H does
+    /// not depend on α.
     pub alignment_weight: Option<f64>,
     /// Null when a raw `alignment_weight` was asked for.
     pub trade_off: Option<f64>,
@@ -472,7 +477,7 @@ mod tests {
         );
         assert_eq!(
             refusal(r#"{"h_score": {"shrinkage": 0}}"#),
-            "`h_score.shrinkage` is 0; it must lie strictly between 0 and 1"
+            "`h_score.shrinkage` is 0; it must be at least 1e-6 and below 1"
         );
         assert_eq!(
             refusal(r#"{"trade_off": 0.5, "alignment_weight": 1.0}"#),

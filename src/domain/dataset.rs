@@ -47,6 +47,9 @@ impl Split {
     }
 }
 
+/// Most classes a data set may have; a label without class names sizes nothing beyond it.
+pub const MAX_CLASSES: usize = 100_000;
+
 /// One image and what it shows.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LabelledImage {
@@ -97,6 +100,8 @@ pub enum DatasetError {
          `path label` lines, or folders of images named by class"
     )]
     Empty(PathBuf),
+    #[error("`{path}` names {classes} classes; at most {MAX_CLASSES} are accepted")]
+    TooManyClasses { path: PathBuf, classes: usize },
     #[error("the data set has no split `{}`; it has {}", .wanted.name(), names(.present))]
     NoSplit { wanted: Split, present: Vec<Split> },
 }
@@ -161,7 +166,7 @@ impl LabelledImages {
             };
             splits.insert(
                 split,
-                read_list(root, file, classes.as_ref().map(Vec::len))?,
+                read_list(root, file, classes.as_ref().map_or(MAX_CLASSES, Vec::len))?,
             );
         }
         let classes = classes.unwrap_or_else(|| {
@@ -234,6 +239,10 @@ fn read_class_names(root: &Path) -> Result<Option<Vec<String>>, DatasetError> {
     let path = root.join("meta.json");
     match fs::read(&path) {
         Ok(json) => match serde_json::from_slice::<Meta>(&json) {
+            Ok(meta) if meta.classes.len() > MAX_CLASSES => Err(DatasetError::TooManyClasses {
+                path,
+                classes: meta.classes.len(),
+            }),
             Ok(meta) => Ok(Some(meta.classes)),
             Err(source) => Err(DatasetError::Meta { path, source }),
         },
@@ -242,11 +251,7 @@ fn read_class_names(root: &Path) -> Result<Option<Vec<String>>, DatasetError> {
     }
 }
 
-fn read_list(
-    root: &Path,
-    file: &str,
-    classes: Option<usize>,
-) -> Result<Vec<LabelledImage>, DatasetError> {
+fn read_list(root: &Path, file: &str, classes: usize) -> Result<Vec<LabelledImage>, DatasetError> {
     let path = root.join(file);
     let text = fs::read_to_string(&path).map_err(|source| read_error(&path, source))?;
     let mut images = Vec::new();
@@ -274,7 +279,7 @@ fn read_list(
                 path: path.to_owned(),
             });
         }
-        if let Some(classes) = classes.filter(|classes| label >= *classes) {
+        if label >= classes {
             return Err(DatasetError::Label {
                 file,
                 line,
@@ -456,6 +461,13 @@ mod tests {
         );
         assert!(refusal("b.png\n").starts_with("train.txt:1: expected `path label`"));
         assert!(refusal("\n").contains("holds no training images"));
+
+        let dir = folder(&[("train.txt", "a.png 1000000000000\n")]);
+        let refusal = LabelledImages::read(dir.path()).unwrap_err().to_string();
+        assert!(
+            refusal.contains("is outside the 100000 classes"),
+            "{refusal}"
+        );
     }
 
     #[test]

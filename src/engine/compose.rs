@@ -38,9 +38,6 @@ pub fn compose(
     let weighing = objective.weighing()?;
     check_sources(sources, backbone)?;
     let dataset = LabelledImages::read(&input.target_dir)?;
-    if let Some(split) = target.eval_split {
-        dataset.split(split)?;
-    }
     let num_classes = dataset.classes.len();
 
     steps.begin(Phase::Features)?;
@@ -52,6 +49,22 @@ pub fn compose(
     };
     let samples = Samples::load(&dataset, &selection, &backbone.config.preprocessing)?;
     check_classes(&samples, &dataset)?;
+    // Now and not when it is needed: what is wrong with these images should not show after hours.
+    let eval = match target.eval_split {
+        None => None,
+        Some(split) => {
+            let all = Selection {
+                split,
+                max_samples: None,
+                ..selection
+            };
+            Some(Samples::load(
+                &dataset,
+                &all,
+                &backbone.config.preprocessing,
+            )?)
+        }
+    };
     let prompts: Vec<Tensor> = sources
         .iter()
         .map(|s| prompt_tensor(&s.file, vit))
@@ -97,21 +110,6 @@ pub fn compose(
         .collect::<Result<Vec<_>, _>>()?;
 
     steps.begin(Phase::Verify)?;
-    let eval = match target.eval_split {
-        None => None,
-        Some(split) => {
-            let all = Selection {
-                split,
-                max_samples: None,
-                ..selection
-            };
-            Some(Samples::load(
-                &dataset,
-                &all,
-                &backbone.config.preprocessing,
-            )?)
-        }
-    };
     let evaluation = Evaluation {
         vit,
         train: &samples,
@@ -209,11 +207,9 @@ fn verify(
 
 /// At least two classes must be present: with one, nothing can be told apart.
 fn check_classes(samples: &Samples, dataset: &LabelledImages) -> Result<(), EngineError> {
-    let Some(first) = samples.labels.first() else {
-        return Err(EngineError::NoSamples);
-    };
-    if samples.labels.iter().all(|label| label == first) {
-        return Err(EngineError::OneClass(dataset.classes[*first].clone()));
+    let first = samples.labels[0];
+    if samples.labels.iter().all(|label| *label == first) {
+        return Err(EngineError::OneClass(dataset.classes[first].clone()));
     }
     Ok(())
 }

@@ -6,8 +6,8 @@
 
 use tch::{Kind, Tensor};
 
-use super::EngineError;
 use super::head::class_means;
+use super::{EngineError, cholesky};
 
 /// Where every Σ αᵢ f_{Pᵢ} is (numerically) constant, Σ is 0: this share of the largest source's
 /// variance keeps H finite there. Far below ρ, so it changes no digit that counts elsewhere.
@@ -115,7 +115,7 @@ impl HScore {
         let mean_variance = f64::try_from(covariance.trace())? / d as f64;
         let shrunk = covariance * (1.0 - rho)
             + Tensor::eye(d, (Kind::Double, tch::Device::Cpu)) * (rho * mean_variance + self.floor);
-        let (factor, _) = shrunk.linalg_cholesky_ex(false, false);
+        let factor = cholesky(&shrunk, "the mixed features")?;
         let solved = means.tr().cholesky_solve(&factor, false);
         let per_class = (means.tr() * &solved).sum_dim_intlist(0, false, Kind::Double);
         let value = (1.0 - rho) * f64::try_from(per_class.dot(&self.class_weights))?;

@@ -7,7 +7,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::EngineError;
+use super::{EngineError, cholesky};
 use crate::domain::prompt_file::Head;
 use crate::domain::tensor::Tensor as PlainTensor;
 
@@ -54,7 +54,7 @@ impl ClosedFormHead {
         let shrunk = within * (1.0 - shrinkage) + identity * (shrinkage * trace + floor);
         let solved = means
             .tr()
-            .cholesky_solve(&shrunk.linalg_cholesky(false), false);
+            .cholesky_solve(&cholesky(&shrunk, "the features")?, false);
 
         let priors: Vec<f64> = classes
             .iter()

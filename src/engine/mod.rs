@@ -11,6 +11,7 @@
 
 pub mod alignment;
 pub mod checkpoint;
+pub mod device;
 pub mod evaluate;
 pub mod features;
 pub mod gradients;
@@ -51,18 +52,13 @@ pub enum EngineError {
     Backbone(#[from] BackboneError),
     #[error("the data set cannot be used")]
     Dataset(#[from] DatasetError),
-    #[error("cannot read image `{path}`")]
-    ReadImage {
-        path: PathBuf,
-        source: std::io::Error,
-    },
     #[error(
-        "{count} of the images cannot be decoded, the first is `{first}`; leave them out with \
+        "{count} of the images cannot be read, the first is `{first}`; leave them out with \
          --skip-bad (`skip_bad` in a request), or repair them"
     )]
     UnreadableImages { first: PathBuf, count: usize },
-    #[error("the target has no readable images")]
-    NoSamples,
+    #[error("the split `{0}` has no readable images")]
+    NoSamples(&'static str),
     #[error("the target's samples are all of class `{0}`; at least two classes are needed")]
     OneClass(String),
     #[error("no source prompts were given")]
@@ -94,8 +90,8 @@ impl EngineError {
             Self::Stopped => "stopped",
             Self::Backbone(_) => "backbone_unusable",
             Self::Dataset(_) => "dataset_unusable",
-            Self::ReadImage { .. } | Self::UnreadableImages { .. } => "unreadable_image",
-            Self::NoSamples => "empty_target",
+            Self::UnreadableImages { .. } => "unreadable_image",
+            Self::NoSamples(_) => "empty_split",
             Self::OneClass(_) => "one_class",
             Self::NoSources => "no_sources",
             Self::SameSource { .. } => "same_source",
@@ -119,7 +115,7 @@ impl From<EngineError> for CompositionError {
         match error {
             EngineError::Stopped => Self::Stopped,
             // Out of memory or a device that failed: the next attempt may meet a better machine.
-            EngineError::Torch(_) | EngineError::ReadImage { .. } => Self::Retry { code, detail },
+            EngineError::Torch(_) => Self::Retry { code, detail },
             _ => Self::Refused { code, detail },
         }
     }
@@ -136,15 +132,6 @@ impl Engine {
         Self {
             device,
             loaded: None,
-        }
-    }
-
-    /// `auto` (CUDA where there is one), `cpu` or `cuda:<n>`.
-    pub fn device_named(name: &str) -> Option<Device> {
-        match name {
-            "auto" => Some(Device::cuda_if_available()),
-            "cpu" => Some(Device::Cpu),
-            _ => name.strip_prefix("cuda:")?.parse().ok().map(Device::Cuda),
         }
     }
 
@@ -175,14 +162,16 @@ impl Composer for Engine {
     }
 
     fn device(&self) -> String {
-        device_name(self.device)
+        device::name_of(self.device)
     }
 }
 
-pub fn device_name(device: Device) -> String {
-    match device {
-        Device::Cuda(index) => format!("cuda:{index}"),
-        _ => "cpu".to_owned(),
+/// L of a positive definite matrix [d, d] = L Lᵀ; `what` is to blame where it is not.
+fn cholesky(matrix: &Tensor, what: &'static str) -> Result<Tensor, EngineError> {
+    let (factor, failed_at) = matrix.f_linalg_cholesky_ex(false, false)?;
+    match i64::try_from(failed_at)? {
+        0 => Ok(factor),
+        _ => Err(EngineError::NotFinite(what)),
     }
 }
 

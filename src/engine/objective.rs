@@ -105,7 +105,7 @@ impl Ranges {
     }
 }
 
-/// Solves for α. `tick` is asked between descents and stops the solve with `Break`.
+/// Solves for α. `tick` is asked before every evaluation; its error ends the solve.
 pub struct Solver<'a> {
     pub h_score: &'a HScore,
     pub alignment: &'a GradientAlignment,
@@ -226,11 +226,11 @@ impl Solver<'_> {
     ) -> Result<Vec<(Descent, Candidate)>, EngineError> {
         let mut ends = Vec::with_capacity(starts.len());
         for start in starts {
-            (self.tick)()?;
             let descent = minimise(
                 |alpha| {
+                    (self.tick)()?;
                     evaluations.set(evaluations.get() + 1);
-                    self.evaluate(scale, alpha)
+                    evaluate(self.h_score, self.alignment, scale, alpha)
                 },
                 start,
             )?;
@@ -244,28 +244,34 @@ impl Solver<'_> {
         }
         Ok(ends)
     }
+}
 
-    fn evaluate(&self, scale: Scale, alpha: &[f64]) -> Result<(f64, Vec<f64>), EngineError> {
-        let mut value = 0.0;
-        let mut gradient = vec![0.0; alpha.len()];
-        if scale.h > 0.0 {
-            let (h, dh) = self.h_score.value_and_gradient(alpha)?;
-            value -= scale.h * h;
-            gradient
-                .iter_mut()
-                .zip(dh)
-                .for_each(|(g, d)| *g -= scale.h * d);
-        }
-        if scale.l > 0.0 {
-            let (l, dl) = self.alignment.value_and_gradient(alpha);
-            value += scale.l * l;
-            gradient
-                .iter_mut()
-                .zip(dl)
-                .for_each(|(g, d)| *g += scale.l * d);
-        }
-        Ok((value, gradient))
+/// The minimised function and its gradient.
+fn evaluate(
+    h_score: &HScore,
+    alignment: &GradientAlignment,
+    scale: Scale,
+    alpha: &[f64],
+) -> Result<(f64, Vec<f64>), EngineError> {
+    let mut value = 0.0;
+    let mut gradient = vec![0.0; alpha.len()];
+    if scale.h > 0.0 {
+        let (h, dh) = h_score.value_and_gradient(alpha)?;
+        value -= scale.h * h;
+        gradient
+            .iter_mut()
+            .zip(dh)
+            .for_each(|(g, d)| *g -= scale.h * d);
     }
+    if scale.l > 0.0 {
+        let (l, dl) = alignment.value_and_gradient(alpha);
+        value += scale.l * l;
+        gradient
+            .iter_mut()
+            .zip(dl)
+            .for_each(|(g, d)| *g += scale.l * d);
+    }
+    Ok((value, gradient))
 }
 
 /// The candidate of least value; among equals (to rounding) the one of largest entropy, so that where

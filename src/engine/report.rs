@@ -11,7 +11,7 @@ use super::samples::Samples;
 use super::sources::common_init_seed;
 use super::statistics::{Metadata, SourceName, Statistics};
 use super::vit::Vit;
-use super::{EngineError, device_name};
+use super::{EngineError, device};
 use crate::domain::backbone::Backbone;
 use crate::domain::composition::{
     ComposedPrompt, Composition, CompositionInput, CompositionResult, Diagnostics, ObjectiveValue,
@@ -21,7 +21,7 @@ use crate::domain::dataset::LabelledImages;
 use crate::domain::digest::Digest;
 use crate::domain::prompt_file::FORMAT;
 
-/// libtorch's version; torch-sys refuses to link another one.
+/// The version that the set-up fetches and this tch is made for.
 const LIBTORCH: &str = "2.11.0";
 
 /// Everything a composition found.
@@ -106,7 +106,7 @@ impl Evidence<'_> {
             preprocessing_id: self.backbone.config.preprocessing.id(),
             sample_digest: self.samples.digest,
             seed: self.input.target.seed,
-            device: device_name(self.vit.device),
+            device: device::name_of(self.vit.device),
             num_threads: tch::get_num_threads() as usize,
             libtorch: LIBTORCH.to_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),

@@ -13,7 +13,7 @@ use crate::domain::dataset::{LabelledImages, Split, stratified_subset};
 use crate::domain::digest::{Digest, DigestBuilder};
 use crate::domain::image::{decode, resize};
 
-/// Decoded images at the backbone's input size, with their labels. Every image is decoded once; at
+/// Decoded images, at least one, at the backbone's input size, with their labels. Every image is decoded once; at
 /// 98 px it takes 29 KB here, at 224 px 150 KB.
 pub struct Samples {
     preprocessing: Preprocessing,
@@ -61,19 +61,16 @@ impl Samples {
         for index in chosen {
             let image = &images[index];
             let path = dataset.image_path(image);
-            let bytes = fs::read(&path).map_err(|source| EngineError::ReadImage {
-                path: path.clone(),
-                source,
-            })?;
-            match decode(&bytes) {
-                Ok(decoded) => {
+            let decoded = fs::read(&path).map(|bytes| (decode(&bytes), bytes));
+            match decoded {
+                Ok((Ok(decoded), bytes)) => {
                     digest.update(&bytes);
                     digest.update(&(image.label as u64).to_le_bytes());
                     samples.pixels.push(resize(&decoded, preprocessing));
                     samples.labels.push(image.label);
                     samples.indices.push(index);
                 }
-                Err(_) => bad.push(path),
+                Ok((Err(_), _)) | Err(_) => bad.push(path),
             }
         }
         if let Some(first) = bad.first().filter(|_| !selection.skip_bad) {
@@ -82,17 +79,17 @@ impl Samples {
                 count: bad.len(),
             });
         }
+        if samples.labels.is_empty() {
+            return Err(EngineError::NoSamples(selection.split.name()));
+        }
         samples.skipped = bad.len();
         samples.digest = digest.finish();
         Ok(samples)
     }
 
+    #[expect(clippy::len_without_is_empty, reason = "it never is")]
     pub fn len(&self) -> usize {
         self.labels.len()
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.labels.is_empty()
     }
 
     /// These rows alone.

@@ -487,6 +487,14 @@ fn input_that_cannot_be_composed_is_refused_by_name() {
     std::fs::copy(&image, one_class.target_dir.join("red/a.png")).unwrap();
     assert_eq!(refusal(&one_class).0, "one_class");
 
+    let mut empty = good.clone();
+    empty.target.max_samples = 0;
+    assert_eq!(refusal(&empty).0, "empty_split");
+
+    let mut singular = good.clone();
+    singular.objective.head.shrinkage = 1e-9;
+    assert_eq!(refusal(&singular).0, "invalid_objective");
+
     let mut broken = good.clone();
     std::fs::write(dir.path().join("target/train/red/0002.png"), "no image").unwrap();
     let (code, detail) = refusal(&broken);

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use super::progress::bar;
 use super::{EngineOptions, parse_split, read_prompt};
-use crate::domain::composition::Source;
+use crate::domain::composition::{Source, check_shrinkage};
 use crate::domain::dataset::{LabelledImages, Split};
 use crate::engine::evaluate::Evaluation;
 use crate::engine::prompt_tensor;
@@ -43,6 +43,8 @@ pub struct Args {
 
 /// Prints `{"h_score": …, "train_accuracy": …, "eval_accuracy": …}`.
 pub fn run(args: &Args) -> anyhow::Result<()> {
+    check_shrinkage("--h-score-shrinkage", args.h_score_shrinkage)?;
+    check_shrinkage("--head-shrinkage", args.head_shrinkage)?;
     let (digest, file) = read_prompt(&args.prompt)?;
     let mut engine = args.engine.engine()?;
     let (backbone, vit) = engine.backbone(&args.engine.backbone)?;

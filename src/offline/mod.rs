@@ -11,13 +11,13 @@ use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use clap::Args;
 
 use crate::domain::dataset::Split;
 use crate::domain::digest::Digest;
 use crate::domain::prompt_file::PromptFile;
-use crate::engine::Engine;
+use crate::engine::{Engine, device};
 
 /// Options every offline command has.
 #[derive(Clone, Debug, Args)]
@@ -39,12 +39,7 @@ pub struct EngineOptions {
 
 impl EngineOptions {
     fn engine(&self) -> anyhow::Result<Engine> {
-        let Some(device) = Engine::device_named(&self.device) else {
-            bail!(
-                "`{}` is not a device; use auto, cpu or cuda:<n>",
-                self.device
-            );
-        };
+        let device = device::named(&self.device)?;
         if let Some(threads) = self.threads {
             tch::set_num_threads(i32::try_from(threads.max(1))?);
         }

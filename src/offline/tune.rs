@@ -58,6 +58,7 @@ pub struct Args {
 pub fn run(args: &Args) -> anyhow::Result<()> {
     anyhow::ensure!(args.num_tokens > 0, "--num-tokens must be at least 1");
     anyhow::ensure!(args.batch_size > 0, "--batch-size must be at least 1");
+    anyhow::ensure!(args.epochs > 0, "--epochs must be at least 1");
     let mut engine = args.engine.engine()?;
     let (backbone, vit) = engine.backbone(&args.engine.backbone)?;
     let dataset = LabelledImages::read(&args.data)?;

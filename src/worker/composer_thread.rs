@@ -196,8 +196,44 @@ fn panicked(payload: &(dyn Any + Send)) -> CompositionError {
         .map(String::as_str)
         .or_else(|| payload.downcast_ref::<&str>().copied())
         .unwrap_or("no message");
+    let detail = format!("the engine failed: {text}");
+    // libtorch's errors arrive as panics; those of memory and device are not the input's fault.
+    let passing = [
+        "out of memory",
+        "can't allocate memory",
+        "CUDA error",
+        "cuDNN error",
+    ];
+    if passing.iter().any(|words| text.contains(words)) {
+        return CompositionError::Retry {
+            code: "device_failed",
+            detail,
+        };
+    }
     CompositionError::Refused {
         code: "engine_panicked",
-        detail: format!("the engine failed: {text}"),
+        detail,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_is_the_devices_fault_or_the_inputs() {
+        let of = |text: &str| panicked(&text.to_owned());
+        assert!(matches!(
+            of("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+            CompositionError::Retry { .. }
+        ));
+        assert!(matches!(
+            of("CUDA error: unspecified launch failure"),
+            CompositionError::Retry { .. }
+        ));
+        assert!(matches!(
+            of("index out of bounds"),
+            CompositionError::Refused { .. }
+        ));
     }
 }
