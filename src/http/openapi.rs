@@ -17,7 +17,7 @@ use super::{
         title = "promptweave",
         description = "A registry for visual prompts, with workers that learn which of them help \
                        a new task, and how much of each.",
-        license(name = "MIT OR Apache-2.0"),
+        license(name = "MIT", identifier = "MIT"),
     ),
     components(schemas(ProblemDocument)),
     tags(
