@@ -4,7 +4,7 @@ use tch::Tensor;
 
 use super::alignment::GradientAlignment;
 use super::evaluate::Evaluation;
-use super::features::{MICRO_BATCH, extract};
+use super::features::extract;
 use super::gradients::accumulate;
 use super::h_score::HScore;
 use super::head::{SourceHead, folds};
@@ -71,7 +71,7 @@ pub fn compose(
         .collect();
     let m = prompts.len();
     let pairs = (samples.len() * m) as u64;
-    let features = extract(vit, &samples, &prompts, MICRO_BATCH, steps.counter(pairs))?;
+    let features = extract(vit, &samples, &prompts, steps.counter(pairs))?;
 
     steps.begin(Phase::Heads)?;
     let folds = folds(&samples.labels, vit.config.embed_dim);
@@ -92,7 +92,7 @@ pub fn compose(
 
     steps.begin(Phase::Gradients)?;
     let count = steps.counter(pairs);
-    let gradients = accumulate(vit, &samples, &prompts, &heads, &folds, MICRO_BATCH, count)?;
+    let gradients = accumulate(vit, &samples, &prompts, &heads, &folds, count)?;
 
     steps.begin(Phase::Solve)?;
     let h_score = HScore::new(&features, &samples.labels, objective.h_score.shrinkage)?;

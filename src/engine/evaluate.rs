@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use tch::{Kind, Tensor};
 
 use super::EngineError;
-use super::features::{MICRO_BATCH, extract};
+use super::features::extract;
 use super::h_score::HScore;
 use super::head::ClosedFormHead;
 use super::samples::Samples;
@@ -47,7 +47,7 @@ impl Evaluation<'_> {
     ) -> Result<Evaluated, EngineError> {
         let mut features_of = |samples: &Samples| -> Result<Tensor, EngineError> {
             let prompts = std::slice::from_ref(prompt);
-            Ok(extract(self.vit, samples, prompts, MICRO_BATCH, &mut progress)?.get(0))
+            Ok(extract(self.vit, samples, prompts, &mut progress)?.get(0))
         };
         let train_features = match train_features {
             Some(features) => features,

@@ -8,23 +8,17 @@ use super::EngineError;
 use super::samples::Samples;
 use super::vit::Vit;
 
-/// Samples a forward or backward pass takes at once. Bounded by memory (34 bytes a token, channel and
-/// block for the backward pass: 150 MB at 16 × 60 × 384 × 12) and by about a second of work on two
-/// CPU cores, so that a stop is noticed in time.
-pub const MICRO_BATCH: usize = 16;
-
 /// Features [M, N, d] in f32 on the CPU, for M prompts [m, d]. `progress` hears how many sample ×
 /// prompt pairs each step finished.
 pub fn extract(
     vit: &Vit,
     samples: &Samples,
     prompts: &[Tensor],
-    micro_batch: usize,
     mut progress: impl FnMut(u64) -> ControlFlow<()>,
 ) -> Result<Tensor, EngineError> {
     let _no_grad = tch::no_grad_guard();
     let mut batches = Vec::new();
-    for rows in samples.micro_batches(micro_batch) {
+    for rows in samples.micro_batches(vit.micro_batch(prompts)) {
         let patch_tokens = vit.patch_tokens(&samples.images(&rows, vit));
         let mut of_batch = Vec::with_capacity(prompts.len());
         for prompt in prompts {

@@ -96,12 +96,11 @@ pub fn accumulate(
     prompts: &[Tensor],
     heads: &[SourceHead],
     folds: &[usize],
-    micro_batch: usize,
     mut progress: impl FnMut(u64) -> ControlFlow<()>,
 ) -> Result<GradientStatistics, EngineError> {
     let num_params = prompts.first().map_or(0, |prompt| prompt.numel() as i64);
     let mut statistics = GradientStatistics::new(prompts.len(), num_params, vit.device);
-    for rows in samples.micro_batches(micro_batch) {
+    for rows in samples.micro_batches(vit.micro_batch(prompts)) {
         let patch_tokens = tch::no_grad(|| vit.patch_tokens(&samples.images(&rows, vit)));
         let labels: Vec<usize> = rows.iter().map(|row| samples.labels[*row]).collect();
         let folds: Vec<usize> = rows.iter().map(|row| folds[*row]).collect();

@@ -9,7 +9,7 @@ use tch::nn::{self, OptimizerConfig};
 use tch::{Kind, Tensor};
 
 use super::EngineError;
-use super::features::{MICRO_BATCH, extract};
+use super::features::extract;
 use super::samples::Samples;
 use super::vit::Vit;
 use crate::domain::backbone::Backbone;
@@ -182,9 +182,7 @@ fn sketch(
     }
     let few = train.only(&rows);
     let prompts = [prompt.to_device(vit.device)];
-    let features = extract(vit, &few, &prompts, MICRO_BATCH, |_| {
-        ControlFlow::Continue(())
-    })?;
+    let features = extract(vit, &few, &prompts, |_| ControlFlow::Continue(()))?;
     let labels: Vec<i64> = few.labels.iter().map(|label| *label as i64).collect();
     Ok(Some(Sketch {
         features: PlainTensor::new([rows.len(), vit.config.embed_dim], plain(&features)?),

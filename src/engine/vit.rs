@@ -53,6 +53,33 @@ impl Vit {
         self.config.embed_dim as i64
     }
 
+    /// How many samples to pass forward and backward at once: about a second of work, so that a stop is
+    /// noticed in time, and no more activations than a modest machine holds. It depends on the model
+    /// and the kind of device alone, so that equal inputs are cut equally everywhere.
+    pub fn micro_batch(&self, prompts: &[Tensor]) -> usize {
+        let (work_a_second, memory) = match self.device {
+            // Multiply-adds of two CPU cores; bytes.
+            Device::Cpu => (50_000_000_000, 256 << 20),
+            _ => (5_000_000_000_000, 8 << 30),
+        };
+        let BackboneConfig {
+            embed_dim: d,
+            depth,
+            patch_size,
+            ..
+        } = self.config;
+        let grid = self.config.preprocessing.size / patch_size;
+        let num_tokens = prompts
+            .first()
+            .map_or(0, |prompt| prompt.size()[0] as usize);
+        let n = 1 + num_tokens + grid * grid;
+        // A block's forward pass is 12nd² + 2n²d multiply-adds, its backward pass 12nd² + 4n²d; the
+        // backward pass keeps about 34 bytes a token and channel.
+        let work = depth * (24 * n * d * d + 6 * n * n * d);
+        let bytes = depth * 34 * n * d;
+        (work_a_second / work).min(memory / bytes).clamp(1, 256)
+    }
+
     /// Patch embeddings with positions of normalised images: [B, 3, s, s] → [B, g², d]. They are the
     /// same for every prompt.
     pub fn patch_tokens(&self, images: &Tensor) -> Tensor {
@@ -321,6 +348,9 @@ mod tests {
             .map(|i| (1.0 + i as f32).sin() / 16.0)
             .collect();
         let prompt = Tensor::from_slice(&prompt).view([2, 384]);
+        // About a second of work and far less than a gigabyte, on the demo's backbone.
+        let prompts = [prompt.shallow_clone()];
+        assert!((8..=32).contains(&vit.micro_batch(&prompts)));
         for (expected, prompt) in [
             (reference.features, None),
             (reference.prompted, Some(&prompt)),
