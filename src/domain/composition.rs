@@ -11,154 +11,10 @@ use utoipa::ToSchema;
 
 use super::dataset::Split;
 use super::digest::Digest;
+use super::objective::{Objective, TradeOffRule};
 use super::prompt_file::PromptFile;
 
 // ---- What is asked -------------------------------------------------------------------------
-
-/// The method's settings. Everything has a default.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct Objective {
-    /// t in [0, 1]: 0 weighs transferability alone, 1 gradient alignment alone. Scale-free: both
-    /// terms are normalised by their range between their own optima. Default 0.5; excludes
-    /// `alignment_weight`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(minimum = 0, maximum = 1)]
-    pub trade_off: Option<f64>,
-    /// λ ≥ 0 in L(α) = -H(α) + λ L_align(α), taken as it is. Excludes `trade_off`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(minimum = 0)]
-    pub alignment_weight: Option<f64>,
-    pub h_score: HScoreOptions,
-    pub alignment: AlignmentOptions,
-    pub head: HeadOptions,
-    pub align_tokens: AlignTokens,
-}
-
-/// How the two terms are weighed.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Weighing {
-    TradeOff(f64),
-    AlignmentWeight(f64),
-}
-
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct HScoreOptions {
-    pub mode: HScoreMode,
-    /// ρ in [1e-6, 1): Σ_ρ = (1-ρ)Σ + ρ(tr Σ/d)I. Too low and noise directions score near d ≥ N; too
-    /// high and α collapses to one source.
-    #[schema(minimum = 1e-6, exclusive_maximum = 1)]
-    pub shrinkage: f64,
-}
-
-impl Default for HScoreOptions {
-    fn default() -> Self {
-        Self {
-            mode: HScoreMode::Inv,
-            shrinkage: 0.01,
-        }
-    }
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum HScoreMode {
-    /// tr(cov(f)⁻¹ cov(E[f|y])), the definition (Bao et al. 2019).
-    #[default]
-    Inv,
-}
-
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct AlignmentOptions {
-    pub reading: AlignmentReading,
-    pub gradient_norm: GradientNorm,
-}
-
-/// Which reading of the gradient-alignment term.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub enum AlignmentReading {
-    /// Variances about the mixed gradient, against their α-weighted mean.
-    #[default]
-    R1,
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum GradientNorm {
-    /// Gradients enter as they are.
-    #[default]
-    None,
-}
-
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct HeadOptions {
-    /// ρ_h in [1e-6, 1), the shrinkage of the closed-form head that defines the loss. Too low and the
-    /// head saturates, so that a few samples make up all of the gradient.
-    #[schema(minimum = 1e-6, exclusive_maximum = 1)]
-    pub shrinkage: f64,
-}
-
-impl Default for HeadOptions {
-    fn default() -> Self {
-        Self { shrinkage: 0.3 }
-    }
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum AlignTokens {
-    /// Token i of every prompt is summed with token i of the others.
-    #[default]
-    Off,
-}
-
-#[derive(Debug, thiserror::Error, PartialEq)]
-#[error("`{field}` {problem}")]
-pub struct InvalidObjective {
-    /// Dotted, e.g. `h_score.shrinkage`.
-    pub field: &'static str,
-    pub problem: String,
-}
-
-/// Below 1e-6 a covariance of fewer samples than dimensions is singular in floating point.
-pub fn check_shrinkage(field: &'static str, rho: f64) -> Result<(), InvalidObjective> {
-    if (1e-6..1.0).contains(&rho) {
-        return Ok(());
-    }
-    let problem = format!("is {rho}; it must be at least 1e-6 and below 1");
-    Err(InvalidObjective { field, problem })
-}
-
-impl Objective {
-    /// Checks ranges and says how the terms are weighed.
-    pub fn weighing(&self) -> Result<Weighing, InvalidObjective> {
-        let refuse = |field, problem: String| Err(InvalidObjective { field, problem });
-        for (field, rho) in [
-            ("h_score.shrinkage", self.h_score.shrinkage),
-            ("head.shrinkage", self.head.shrinkage),
-        ] {
-            check_shrinkage(field, rho)?;
-        }
-        match (self.trade_off, self.alignment_weight) {
-            (Some(_), Some(_)) => refuse(
-                "alignment_weight",
-                "excludes `trade_off`: give one of the two".into(),
-            ),
-            (Some(t), None) if !(0.0..=1.0).contains(&t) => {
-                refuse("trade_off", format!("is {t}; it must lie in 0..=1"))
-            }
-            (None, Some(lambda)) if !(lambda.is_finite() && lambda >= 0.0) => refuse(
-                "alignment_weight",
-                format!("is {lambda}; it must be finite and ≥ 0"),
-            ),
-            (None, Some(lambda)) => Ok(Weighing::AlignmentWeight(lambda)),
-            (t, None) => Ok(Weighing::TradeOff(t.unwrap_or(0.5))),
-        }
-    }
-}
 
 /// Which of a data set's images are the target samples.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -192,6 +48,16 @@ pub struct CompositionInput {
     /// A folder [`super::dataset::LabelledImages::read`] reads.
     pub target_dir: PathBuf,
     pub target: TargetSamples,
+    pub sources: Vec<Source>,
+    pub objective: Objective,
+}
+
+/// Solving again: what a composition was computed from stands in for backbone and images.
+#[derive(Clone, Debug)]
+pub struct ResolveInput {
+    /// The bytes of a `statistics.safetensors`.
+    pub statistics: Vec<u8>,
+    /// Sources of that file, all of them or some, in any order.
     pub sources: Vec<Source>,
     pub objective: Objective,
 }
@@ -250,6 +116,13 @@ pub trait Composer: Send {
         observer: &mut dyn Observer,
     ) -> Result<Composition, CompositionError>;
 
+    /// Solves for α again from the statistics of an earlier composition; phases are `solve` alone.
+    fn resolve(
+        &mut self,
+        input: &ResolveInput,
+        observer: &mut dyn Observer,
+    ) -> Result<Composition, CompositionError>;
+
     /// e.g. `cpu` or `cuda:0`.
     fn device(&self) -> String;
 }
@@ -261,7 +134,7 @@ pub struct Composition {
     pub result: CompositionResult,
     /// A prompt file.
     pub composed: Vec<u8>,
-    /// `statistics.safetensors`.
+    /// `statistics.safetensors`; of a [`ResolveInput`] the part of it that was used.
     pub statistics: Vec<u8>,
 }
 
@@ -285,6 +158,9 @@ pub struct CompositionResult {
     /// α: every weight ≥ 0, their sum 1. In the order of the request.
     pub source_weights: Vec<SourceWeight>,
     pub objective: ObjectiveValue,
+    /// How tokens were put into a common order; null with `align_tokens` off.
+    #[serde(default)]
+    pub token_alignment: Option<TokenAlignment>,
     /// The Pareto path over `trade_off` from 0 to 1.
     pub path: Vec<PathPoint>,
     /// The distinct local optima found at the chosen weighing, best first.
@@ -307,20 +183,31 @@ pub struct SourceWeight {
     pub digest: Digest,
     #[schema(minimum = 0, maximum = 1)]
     pub weight: f64,
+    /// Of the weight, by leaving out one of ten folds of the samples at a time (jackknife), λ and heads held.
+    /// Null where a fold less leaves too little to solve.
+    #[serde(default)]
+    pub standard_error: Option<f64>,
 }
 
 /// L(α) = -H(α) + λ L_align(α) and its parts at the returned α.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct ObjectiveValue {
-    /// H of the mixed features Σ αᵢ f_{Pᵢ}; 0 ≤ H ≤ min(d, K-1).
+    /// H of the mixed features Σ αᵢ f_{Pᵢ}; 0 ≤ H ≤ min(d, K-1), and ≤ 1 with `trace_ratio`.
     pub h_score: f64,
+    /// H less its chance level, over what is left above it: 0 for features that know nothing of the
+    /// labels, 1 at the most; comparable across data sets.
+    #[serde(default)]
+    pub h_score_adjusted: f64,
     /// L_align ≥ 0.
     pub gradient_alignment: f64,
     /// The effective λ, whichever way it was asked for. Null where it is infinite: at trade-off 1, or where H does
     /// not depend on α.
     pub alignment_weight: Option<f64>,
-    /// Null when a raw `alignment_weight` was asked for.
+    /// t; null when a raw `alignment_weight` was asked for.
     pub trade_off: Option<f64>,
+    /// What chose `trade_off`, if not the request.
+    #[serde(default)]
+    pub trade_off_rule: Option<TradeOffRule>,
     /// -H + λ L_align; null where λ is infinite.
     pub total: Option<f64>,
 }
@@ -332,8 +219,20 @@ pub struct PathPoint {
     pub alignment_weight: Option<f64>,
     pub h_score: f64,
     pub gradient_alignment: f64,
+    /// Cross-fitted accuracy of the composed prompt; with `trade_off: "validation"`.
+    #[serde(default)]
+    pub validation_accuracy: Option<f64>,
     /// α in the order of `source_weights`.
     pub weights: Vec<f64>,
+}
+
+/// Row k of source i's aligned prompt is row `permutations[i][k]` of its file.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct TokenAlignment {
+    /// The source whose order the others were given.
+    pub reference: String,
+    /// In the order of `source_weights`.
+    pub permutations: Vec<Vec<usize>>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -376,11 +275,24 @@ pub struct Diagnostics {
     pub skipped_images: usize,
     /// Samples heads were fitted without, fold by fold (2), or none (1).
     pub head_folds: usize,
+    /// ρ of the H-score as it was used; null with `trace_ratio`.
+    #[serde(default)]
+    pub h_score_shrinkage: Option<f64>,
     pub per_source: Vec<SourceDiagnostics>,
-    /// One forward pass with the composed prompt itself.
-    pub composed: PromptScore,
+    /// Share of the pairs of sources whose mean gradients have a negative cosine; null with one source.
+    #[serde(default)]
+    pub conflict_rate: Option<f64>,
+    /// Cosines of the sources' mean gradients, [M, M], in the order of `source_weights`.
+    #[serde(default)]
+    pub gradient_cosines: Vec<Vec<f64>>,
+    /// One forward pass with the composed prompt itself; null where α was solved for again from
+    /// statistics, without the backbone.
+    pub composed: Option<PromptScore>,
     /// H(f of the composed prompt) minus H(mixed features), over the latter.
-    pub surrogate_gap: f64,
+    pub surrogate_gap: Option<f64>,
+    /// What `refine` steps found.
+    #[serde(default)]
+    pub refinement: Option<Refinement>,
     /// What α is to be compared with; present when `eval_split` was given.
     pub baselines: Option<Baselines>,
 }
@@ -390,10 +302,30 @@ pub struct SourceDiagnostics {
     pub prompt: String,
     /// H of this source's features alone.
     pub h_score: f64,
+    /// As `objective.h_score_adjusted`.
+    #[serde(default)]
+    pub h_score_adjusted: f64,
+    /// Log of the maximum evidence a sample and class (You et al. 2021).
+    #[serde(default)]
+    pub log_me: Option<f64>,
+    /// Log expected empirical prediction ≤ 0 (Nguyen et al. 2020); where the prompt file has its source head.
+    #[serde(default)]
+    pub leep: Option<f64>,
+    /// Negative conditional entropy ≤ 0 (Tran et al. 2019); where the prompt file has its source head.
+    #[serde(default)]
+    pub nce: Option<f64>,
+    /// -H(Y_target | Y_source) ≤ 0 under optimal transport of the features (Tan et al. 2021); where the
+    /// prompt file has a feature sketch.
+    #[serde(default)]
+    pub otce: Option<f64>,
     /// T of its closed-form head: logits are divided by it.
     pub head_temperature: f64,
     /// Mean cross-entropy of that head in nats, on samples it was not fitted on (with two folds).
     pub head_loss: f64,
+    /// Share of the samples to whose largest class that head gives a probability above 0.999; such samples
+    /// have next to no gradient.
+    #[serde(default)]
+    pub head_saturation: f64,
     /// Root mean square over samples of ‖∂ℓ/∂Pᵢ‖.
     pub gradient_rms: f64,
 }
@@ -406,6 +338,20 @@ pub struct PromptScore {
     pub train_accuracy: f64,
     /// On `eval_split`.
     pub eval_accuracy: Option<f64>,
+}
+
+/// Steps on the true objective, -H(f of Σ αᵢ Pᵢ) + λ L_align(α), from the solver's α.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Refinement {
+    /// Steps that were accepted, of those asked for.
+    pub accepted_steps: u32,
+    /// Forward passes over all samples, one a tried α.
+    pub evaluations: u32,
+    /// α before the first step; `source_weights` has it after the last.
+    pub solved_weights: Vec<f64>,
+    /// H(f of the composed prompt) before and after.
+    pub h_score_before: f64,
+    pub h_score_after: f64,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -441,6 +387,10 @@ pub struct Provenance {
     pub libtorch: String,
     /// promptweave's own version.
     pub version: String,
+    /// Of the statistics α was solved for again from; null for a whole composition.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    pub resolved_from: Option<Digest>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -448,40 +398,4 @@ pub struct Warning {
     /// Stable, snake_case.
     pub code: String,
     pub detail: String,
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_empty_objective_is_the_default_and_unknown_fields_are_refused() {
-        let objective: Objective = serde_json::from_str("{}").unwrap();
-        assert_eq!(objective, Objective::default());
-        assert_eq!(objective.weighing(), Ok(Weighing::TradeOff(0.5)));
-        assert!(serde_json::from_str::<Objective>(r#"{"lambda": 1}"#).is_err());
-    }
-
-    #[test]
-    fn ranges_are_checked_and_the_field_is_named() {
-        let refusal = |json: &str| {
-            serde_json::from_str::<Objective>(json)
-                .unwrap()
-                .weighing()
-                .unwrap_err()
-                .to_string()
-        };
-        assert_eq!(
-            refusal(r#"{"trade_off": 1.5}"#),
-            "`trade_off` is 1.5; it must lie in 0..=1"
-        );
-        assert_eq!(
-            refusal(r#"{"h_score": {"shrinkage": 0}}"#),
-            "`h_score.shrinkage` is 0; it must be at least 1e-6 and below 1"
-        );
-        assert_eq!(
-            refusal(r#"{"trade_off": 0.5, "alignment_weight": 1.0}"#),
-            "`alignment_weight` excludes `trade_off`: give one of the two"
-        );
-    }
 }

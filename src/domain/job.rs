@@ -19,8 +19,9 @@ use utoipa::ToSchema;
 use uuid::Uuid;
 
 use super::backbone::BackboneConfig;
-use super::composition::{Objective, Phase, TargetSamples};
+use super::composition::{Phase, TargetSamples};
 use super::digest::Digest;
+use super::objective::Objective;
 
 /// Attempts of a job before it ends as `attempts_exhausted`.
 pub const MAX_ATTEMPTS: i32 = 5;

@@ -9,6 +9,7 @@ pub mod dataset;
 pub mod digest;
 pub mod image;
 pub mod job;
+pub mod objective;
 pub mod prompt_file;
 pub mod reference;
 pub mod tensor;

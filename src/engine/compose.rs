@@ -8,9 +8,9 @@ use super::features::extract;
 use super::gradients::accumulate;
 use super::h_score::HScore;
 use super::head::{SourceHead, folds};
-use super::objective::Solver;
 use super::report::Evidence;
 use super::samples::{Samples, Selection};
+use super::solver::Solver;
 use super::sources::{check_sources, composed_prompt, mix};
 use super::steps::{Steps, stop_on};
 use super::vit::Vit;
@@ -20,6 +20,7 @@ use crate::domain::composition::{
     Baselines, Composition, CompositionInput, Observer, Phase, PromptScore,
 };
 use crate::domain::dataset::LabelledImages;
+use crate::domain::objective::Shrinkage;
 use crate::domain::prompt_file::PromptFile;
 
 pub fn compose(
@@ -36,6 +37,10 @@ pub fn compose(
     } = input;
     let mut steps = Steps::new(observer);
     let weighing = objective.weighing()?;
+    let h_score_shrinkage = match objective.h_score.shrinkage {
+        Shrinkage::Fixed(rho) => rho,
+        Shrinkage::Estimated(_) => 0.01,
+    };
     check_sources(sources, backbone)?;
     let dataset = LabelledImages::read(&input.target_dir)?;
     let num_classes = dataset.classes.len();
@@ -95,7 +100,7 @@ pub fn compose(
     let gradients = accumulate(vit, &samples, &prompts, &heads, &folds, count)?;
 
     steps.begin(Phase::Solve)?;
-    let h_score = HScore::new(&features, &samples.labels, objective.h_score.shrinkage)?;
+    let h_score = HScore::new(&features, &samples.labels, h_score_shrinkage)?;
     let gradient_gram = gradients.gram()?;
     let alignment = GradientAlignment::new(m, gradient_gram.clone());
     let solver = Solver {
@@ -115,7 +120,7 @@ pub fn compose(
         train: &samples,
         eval: eval.as_ref(),
         num_classes,
-        h_score_shrinkage: objective.h_score.shrinkage,
+        h_score_shrinkage,
         head_shrinkage: objective.head.shrinkage,
     };
     let best = (0..m)

@@ -18,9 +18,9 @@ pub mod gradients;
 pub mod h_score;
 pub mod head;
 pub mod images;
-pub mod objective;
 pub mod optimizer;
 pub mod samples;
+pub mod solver;
 pub mod sources;
 pub mod statistics;
 mod steps;
@@ -39,7 +39,7 @@ use tch::{Device, Kind, TchError, Tensor};
 use self::vit::Vit;
 use crate::domain::backbone::{Backbone, BackboneError};
 use crate::domain::composition::{
-    Composer, Composition, CompositionError, CompositionInput, Observer,
+    Composer, Composition, CompositionError, CompositionInput, Observer, ResolveInput,
 };
 use crate::domain::dataset::DatasetError;
 use crate::domain::prompt_file::PromptFile;
@@ -76,7 +76,7 @@ pub enum EngineError {
         expected: String,
     },
     #[error(transparent)]
-    Objective(#[from] crate::domain::composition::InvalidObjective),
+    Objective(#[from] crate::domain::objective::InvalidObjective),
     #[error("{0} are not finite")]
     NotFinite(&'static str),
     #[error("libtorch failed")]
@@ -159,6 +159,17 @@ impl Composer for Engine {
     ) -> Result<Composition, CompositionError> {
         let (backbone, vit) = self.backbone(&input.backbone_dir)?;
         Ok(compose::compose(backbone, vit, input, observer)?)
+    }
+
+    fn resolve(
+        &mut self,
+        _input: &ResolveInput,
+        _observer: &mut dyn Observer,
+    ) -> Result<Composition, CompositionError> {
+        Err(CompositionError::Refused {
+            code: "resolve_unsupported",
+            detail: "this version cannot solve again from statistics".into(),
+        })
     }
 
     fn device(&self) -> String {

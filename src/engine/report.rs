@@ -6,8 +6,8 @@ use tch::Tensor;
 
 use super::compose::Verified;
 use super::head::SourceHead;
-use super::objective::Solution;
 use super::samples::Samples;
+use super::solver::Solution;
 use super::sources::common_init_seed;
 use super::statistics::{Metadata, SourceName, Statistics};
 use super::vit::Vit;
@@ -15,10 +15,11 @@ use super::{EngineError, device};
 use crate::domain::backbone::Backbone;
 use crate::domain::composition::{
     ComposedPrompt, Composition, CompositionInput, CompositionResult, Diagnostics, ObjectiveValue,
-    Provenance, SourceDiagnostics, SourceWeight, Warning, Weighing,
+    Provenance, SourceDiagnostics, SourceWeight, Warning,
 };
 use crate::domain::dataset::LabelledImages;
 use crate::domain::digest::Digest;
+use crate::domain::objective::Weighing;
 use crate::domain::prompt_file::FORMAT;
 
 /// The version that the set-up fetches and this tch is made for.
@@ -58,14 +59,17 @@ impl Evidence<'_> {
         } = self.solution;
         let result = CompositionResult {
             source_weights: self.source_weights(),
+            token_alignment: None,
             objective: ObjectiveValue {
                 h_score,
+                h_score_adjusted: 0.0,
                 gradient_alignment,
                 alignment_weight,
                 trade_off: match self.weighing {
                     Weighing::TradeOff(t) => Some(t),
-                    Weighing::AlignmentWeight(_) => None,
+                    Weighing::Rule(_) | Weighing::AlignmentWeight(_) => None,
                 },
+                trade_off_rule: None,
                 total: alignment_weight.map(|lambda| lambda * gradient_alignment - h_score),
             },
             composed: ComposedPrompt {
@@ -96,6 +100,7 @@ impl Evidence<'_> {
                 version: source.version,
                 digest: source.digest,
                 weight: *weight,
+                standard_error: None,
             })
             .collect()
     }
@@ -110,6 +115,7 @@ impl Evidence<'_> {
             num_threads: tch::get_num_threads() as usize,
             libtorch: LIBTORCH.to_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            resolved_from: None,
         }
     }
 
@@ -157,11 +163,21 @@ impl Evidence<'_> {
                     h_score: self.own_h_scores[i],
                     head_temperature: head.temperature,
                     head_loss: head.loss,
+                    h_score_adjusted: 0.0,
+                    head_saturation: 0.0,
+                    log_me: None,
+                    leep: None,
+                    nce: None,
+                    otce: None,
                     gradient_rms: self.gradient_rms[i],
                 })
                 .collect(),
-            surrogate_gap: (composed.h_score - mixed) / mixed.abs().max(f64::MIN_POSITIVE),
-            composed: composed.clone(),
+            h_score_shrinkage: None,
+            conflict_rate: None,
+            gradient_cosines: vec![],
+            surrogate_gap: Some((composed.h_score - mixed) / mixed.abs().max(f64::MIN_POSITIVE)),
+            composed: Some(composed.clone()),
+            refinement: None,
             baselines: self.verified.baselines.clone(),
         }
     }
@@ -236,13 +252,13 @@ impl Evidence<'_> {
                 format!("{rivals} other local optima lie within 1 % of the best; see `optima`"),
             );
         }
-        if diagnostics.surrogate_gap.abs() > 0.1 {
+        if let Some(gap) = diagnostics.surrogate_gap.filter(|gap| gap.abs() > 0.1) {
             warn(
                 "surrogate_gap",
                 format!(
                     "H of the composed prompt differs by {:+.1} % from H of the mixed features that α \
                      was chosen by",
-                    100.0 * diagnostics.surrogate_gap
+                    100.0 * gap
                 ),
             );
         }

@@ -18,8 +18,8 @@ use serde::Serialize;
 use tch::{Kind, Tensor};
 
 use super::EngineError;
-use crate::domain::composition::Objective;
 use crate::domain::digest::Digest;
+use crate::domain::objective::Objective;
 use crate::domain::prompt_file::METADATA_KEY;
 use crate::domain::tensor::{Stored, Tensor as PlainTensor};
 

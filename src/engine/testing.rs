@@ -10,11 +10,10 @@ use super::vit::Vit;
 use crate::domain::backbone::{
     Backbone, BackboneConfig, CONFIG_FILE, Filter, MODEL_FILE, Preprocessing, expected_tensors,
 };
-use crate::domain::composition::{
-    CompositionInput, Objective, Observer, Phase, Source, TargetSamples,
-};
+use crate::domain::composition::{CompositionInput, Observer, Phase, Source, TargetSamples};
 use crate::domain::dataset::Split;
 use crate::domain::digest::Digest;
+use crate::domain::objective::Objective;
 use crate::domain::prompt_file::{FORMAT, Origin, PromptFile, PromptMetadata};
 use crate::domain::tensor::{Stored, Tensor as PlainTensor};
 

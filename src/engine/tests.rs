@@ -5,11 +5,12 @@ use tch::{Kind, Tensor};
 use super::Engine;
 use super::alignment::{GradientAlignment, num_pairs};
 use super::h_score::HScore;
-use super::objective::{Solution, Solver};
+use super::solver::{Solution, Solver};
 use super::testing::{Recorder, input, noise, noise_tensor};
 use crate::domain::composition::{
-    Composer as _, Composition, CompositionError, CompositionInput, Phase, Weighing,
+    Composer as _, Composition, CompositionError, CompositionInput, Phase,
 };
+use crate::domain::objective::Weighing;
 use crate::domain::prompt_file::PromptFile;
 
 /// Features [M, N, d] with class signal of the given strength a source.
@@ -384,7 +385,7 @@ fn one_source_is_returned_as_it_is() {
         1e-12,
     );
     assert_close(
-        result.diagnostics.composed.h_score,
+        result.diagnostics.composed.as_ref().unwrap().h_score,
         result.objective.h_score,
         1e-12,
     );
@@ -412,7 +413,15 @@ fn a_composition_is_whole_and_the_same_to_the_last_bit() {
     let diagnostics = &first.result.diagnostics;
     assert_eq!((diagnostics.num_samples, diagnostics.num_classes), (60, 3));
     assert_eq!(diagnostics.head_folds, 2);
-    assert!(diagnostics.composed.eval_accuracy.unwrap() > 0.5);
+    assert!(
+        diagnostics
+            .composed
+            .as_ref()
+            .unwrap()
+            .eval_accuracy
+            .unwrap()
+            > 0.5
+    );
     assert!(diagnostics.baselines.is_some());
     for phase in Phase::ALL {
         let last = recorder

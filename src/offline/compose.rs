@@ -6,11 +6,11 @@ use anyhow::Context as _;
 
 use super::progress::Bars;
 use super::{EngineOptions, parse_split, read_prompt, write_whole};
-use crate::domain::composition::{
-    AlignmentOptions, Composer as _, CompositionInput, HScoreOptions, HeadOptions, Objective,
-    Source, TargetSamples,
-};
+use crate::domain::composition::{Composer as _, CompositionInput, Source, TargetSamples};
 use crate::domain::dataset::Split;
+use crate::domain::objective::{
+    AlignmentOptions, HScoreOptions, HeadOptions, Objective, Shrinkage, TradeOff,
+};
 
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {
@@ -39,13 +39,13 @@ pub struct Args {
     pub seed: u64,
     /// t in 0..=1: 0 weighs transferability alone, 1 gradient alignment alone [default: 0.5].
     #[arg(long)]
-    pub trade_off: Option<f64>,
+    pub trade_off: Option<TradeOff>,
     /// A raw λ instead of --trade-off.
     #[arg(long, conflicts_with = "trade_off")]
     pub alignment_weight: Option<f64>,
     /// ρ of the H-score's covariance, between 0 and 1.
-    #[arg(long, default_value_t = 0.01)]
-    pub h_score_shrinkage: f64,
+    #[arg(long, default_value_t = Shrinkage::Fixed(0.01))]
+    pub h_score_shrinkage: Shrinkage,
     /// ρ of the closed-form head, between 0 and 1.
     #[arg(long, default_value_t = 0.3)]
     pub head_shrinkage: f64,
@@ -95,6 +95,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
             alignment: AlignmentOptions::default(),
             head: HeadOptions {
                 shrinkage: args.head_shrinkage,
+                ..Default::default()
             },
             ..Default::default()
         },
@@ -126,10 +127,12 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
             source.prompt, source.weight, own.h_score
         );
     }
-    println!(
-        "{:24} H = {:.4} mixed, {:.4} composed",
-        "Σ α P", result.objective.h_score, result.diagnostics.composed.h_score
-    );
+    if let Some(composed) = &result.diagnostics.composed {
+        println!(
+            "{:24} H = {:.4} mixed, {:.4} composed",
+            "Σ α P", result.objective.h_score, composed.h_score
+        );
+    }
     for warning in &result.warnings {
         eprintln!("warning: {} ({})", warning.detail, warning.code);
     }

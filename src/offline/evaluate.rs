@@ -5,8 +5,9 @@ use std::path::PathBuf;
 
 use super::progress::bar;
 use super::{EngineOptions, parse_split, read_prompt};
-use crate::domain::composition::{Source, check_shrinkage};
+use crate::domain::composition::Source;
 use crate::domain::dataset::{LabelledImages, Split};
+use crate::domain::objective::check_shrinkage;
 use crate::engine::evaluate::Evaluation;
 use crate::engine::prompt_tensor;
 use crate::engine::samples::{Samples, Selection};

@@ -7,14 +7,15 @@ use std::sync::{Arc, Mutex};
 use promptweave::domain::backbone::{BackboneConfig, Filter, Preprocessing};
 use promptweave::domain::composition::{
     ComposedPrompt, Composer, Composition, CompositionError, CompositionInput, CompositionResult,
-    Diagnostics, Objective, ObjectiveValue, Observer, Phase, PromptScore, Provenance, SolverReport,
-    SourceWeight, StopReason, TargetSamples,
+    Diagnostics, ObjectiveValue, Observer, Phase, PromptScore, Provenance, ResolveInput,
+    SolverReport, SourceWeight, StopReason, TargetSamples,
 };
 use promptweave::domain::dataset::Split;
 use promptweave::domain::digest::Digest;
 use promptweave::domain::job::{
     BackboneSpec, DEFAULT_PRIORITY, EnsembleSpec, SourceSpec, TargetSpec,
 };
+use promptweave::domain::objective::Objective;
 use promptweave::domain::prompt_file::{FORMAT, Origin, PromptFile, PromptMetadata};
 use promptweave::domain::tensor::Tensor;
 use promptweave::jobs::queue::{self, NewJob};
@@ -173,6 +174,7 @@ pub fn composition(input_sources: &[(String, i32, Digest)], weights: &[f64]) -> 
             version: Some(*version),
             digest: *digest,
             weight: *weight,
+            standard_error: None,
         })
         .collect();
     let value = weights
@@ -184,11 +186,14 @@ pub fn composition(input_sources: &[(String, i32, Digest)], weights: &[f64]) -> 
     Composition {
         result: CompositionResult {
             source_weights,
+            token_alignment: None,
             objective: ObjectiveValue {
                 h_score: 1.0,
+                h_score_adjusted: 0.5,
                 gradient_alignment: 0.1,
                 alignment_weight: Some(1.0),
                 trade_off: Some(0.5),
+                trade_off_rule: None,
                 total: Some(-0.9),
             },
             path: vec![],
@@ -205,8 +210,12 @@ pub fn composition(input_sources: &[(String, i32, Digest)], weights: &[f64]) -> 
                 skipped_images: 0,
                 head_folds: 1,
                 per_source: vec![],
-                composed: score,
-                surrogate_gap: 0.0,
+                h_score_shrinkage: Some(0.01),
+                conflict_rate: None,
+                gradient_cosines: vec![],
+                composed: Some(score),
+                surrogate_gap: Some(0.0),
+                refinement: None,
                 baselines: None,
             },
             composed: ComposedPrompt {
@@ -223,6 +232,7 @@ pub fn composition(input_sources: &[(String, i32, Digest)], weights: &[f64]) -> 
                 num_threads: 1,
                 libtorch: "none".into(),
                 version: "0".into(),
+                resolved_from: None,
             },
             warnings: vec![],
             timings: BTreeMap::new(),
@@ -356,6 +366,30 @@ impl Composer for FakeComposer {
         let weights: Vec<f64> = (0..sources.len())
             .map(|i| if i == 0 { 0.25 } else { rest })
             .collect();
+        Ok(composition(&sources, &weights))
+    }
+
+    fn resolve(
+        &mut self,
+        input: &ResolveInput,
+        observer: &mut dyn Observer,
+    ) -> Result<Composition, CompositionError> {
+        self.begun.fetch_add(1, Ordering::SeqCst);
+        assert_eq!(input.statistics, b"statistics");
+        if observer.progress(Phase::Solve, 0, 1).is_break() {
+            return Err(CompositionError::Stopped);
+        }
+        let sources = input.sources.iter();
+        let sources: Vec<_> = sources
+            .map(|s| {
+                (
+                    s.prompt.clone(),
+                    s.version.expect("from the registry"),
+                    s.digest,
+                )
+            })
+            .collect();
+        let weights = vec![1.0 / sources.len() as f64; sources.len()];
         Ok(composition(&sources, &weights))
     }
 

@@ -14,7 +14,8 @@ use super::EngineError;
 use super::alignment::GradientAlignment;
 use super::h_score::HScore;
 use super::optimizer::{Descent, minimise};
-use crate::domain::composition::{Optimum, PathPoint, SolverReport, Weighing};
+use crate::domain::composition::{Optimum, PathPoint, SolverReport};
+use crate::domain::objective::Weighing;
 
 /// Points of the Pareto path: t = 0, 0.05, …, 1.
 const PATH_POINTS: usize = 21;
@@ -90,6 +91,7 @@ impl Ranges {
     fn of(&self, weighing: Weighing) -> Scale {
         match weighing {
             Weighing::TradeOff(t) => self.at(t),
+            Weighing::Rule(_) => self.at(0.5),
             Weighing::AlignmentWeight(lambda) => {
                 let size = (self.h + lambda * self.l).max(f64::MIN_POSITIVE);
                 if size.is_normal() && size > 1e-300 {
@@ -162,6 +164,7 @@ impl Solver<'_> {
                     alignment_weight: scale.lambda(),
                     h_score: point.h,
                     gradient_alignment: point.l,
+                    validation_accuracy: None,
                     weights: point.alpha.clone(),
                 }
             })
@@ -179,7 +182,7 @@ impl Solver<'_> {
             gradient_alignment: chosen.l,
             alignment_weight: match weighing {
                 Weighing::AlignmentWeight(lambda) => Some(lambda),
-                Weighing::TradeOff(_) => scale.lambda(),
+                _ => scale.lambda(),
             },
             path,
             optima,
