@@ -10,6 +10,7 @@
 //! It knows files and tensors; nothing of databases, HTTP or jobs (only [`crate::domain`]).
 
 pub mod alignment;
+pub mod assignment;
 pub mod checkpoint;
 pub mod device;
 pub mod evaluate;
@@ -24,6 +25,7 @@ pub mod solver;
 pub mod sources;
 pub mod statistics;
 mod steps;
+pub mod transferability;
 pub mod tuning;
 pub mod vit;
 
