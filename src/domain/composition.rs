@@ -57,9 +57,19 @@ pub struct CompositionInput {
 pub struct ResolveInput {
     /// The bytes of a `statistics.safetensors`.
     pub statistics: Vec<u8>,
-    /// Sources of that file, all of them or some, in any order.
-    pub sources: Vec<Source>,
+    /// Sources of that file, all of them or some, in any order. The file has their prompts too, so that
+    /// nothing but their digests is needed.
+    pub sources: Vec<SourceRef>,
     pub objective: Objective,
+}
+
+/// A source prompt without its file.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SourceRef {
+    pub prompt: String,
+    /// None offline.
+    pub version: Option<i32>,
+    pub digest: Digest,
 }
 
 // ---- The seam ------------------------------------------------------------------------------
