@@ -2,7 +2,7 @@
 
 use tch::Tensor;
 
-use super::alignment::GradientAlignment;
+use super::alignment::{AlignmentStatistics, GradientAlignment};
 use super::evaluate::Evaluation;
 use super::features::extract;
 use super::gradients::accumulate;
@@ -20,7 +20,7 @@ use crate::domain::composition::{
     Baselines, Composition, CompositionInput, Observer, Phase, PromptScore,
 };
 use crate::domain::dataset::LabelledImages;
-use crate::domain::objective::Shrinkage;
+use crate::domain::objective::{AlignmentReading, Shrinkage};
 use crate::domain::prompt_file::PromptFile;
 
 pub fn compose(
@@ -102,7 +102,14 @@ pub fn compose(
     steps.begin(Phase::Solve)?;
     let h_score = HScore::new(&features, &samples.labels, h_score_shrinkage)?;
     let gradient_gram = gradients.gram()?;
-    let alignment = GradientAlignment::new(m, gradient_gram.clone());
+    let alignment = GradientAlignment::new(
+        AlignmentReading::R1,
+        AlignmentStatistics {
+            num_sources: m,
+            gram: gradient_gram.clone(),
+            variance_gram: vec![0.0; m * m],
+        },
+    );
     let solver = Solver {
         h_score: &h_score,
         alignment: &alignment,

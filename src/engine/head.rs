@@ -7,7 +7,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::{EngineError, cholesky};
+use super::{EngineError, cholesky, plain};
 use crate::domain::prompt_file::Head;
 use crate::domain::tensor::Tensor as PlainTensor;
 
@@ -105,10 +105,6 @@ impl ClosedFormHead {
             bias: PlainTensor::new([k as usize], plain(&self.bias)?),
         })
     }
-}
-
-fn plain(tensor: &Tensor) -> Result<Vec<f32>, EngineError> {
-    Ok(Vec::try_from(tensor.to_kind(Kind::Float).flatten(0, -1))?)
 }
 
 /// Means of the rows of `x` [n, d] by class, [classes, d].

@@ -188,6 +188,16 @@ fn cholesky(matrix: &Tensor, what: &'static str) -> Result<Tensor, EngineError> 
     }
 }
 
+/// A tensor's values in row-major order, as files store them.
+fn plain(tensor: &Tensor) -> Result<Vec<f32>, EngineError> {
+    let flat = tensor
+        .detach()
+        .to_device(Device::Cpu)
+        .to_kind(Kind::Float)
+        .flatten(0, -1);
+    Ok(Vec::try_from(flat)?)
+}
+
 /// A file's prompt [m, d] where the model is.
 pub fn prompt_tensor(file: &PromptFile, vit: &Vit) -> Tensor {
     let shape: Vec<i64> = file

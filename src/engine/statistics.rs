@@ -15,9 +15,9 @@
 use std::collections::HashMap;
 
 use serde::Serialize;
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
-use super::EngineError;
+use super::{EngineError, plain};
 use crate::domain::digest::Digest;
 use crate::domain::objective::Objective;
 use crate::domain::prompt_file::METADATA_KEY;
@@ -55,7 +55,6 @@ impl Statistics<'_> {
     /// The bytes of the file; the same content gives the same bytes.
     pub fn to_bytes(&self, metadata: &Metadata<'_>) -> Result<Vec<u8>, EngineError> {
         let (m, n, d) = self.features.size3()?;
-        let features: Vec<f32> = Vec::try_from(self.features.to_kind(Kind::Float).flatten(0, -1))?;
         let whole = |values: &[usize]| {
             let values: Vec<i64> = values.iter().map(|v| *v as i64).collect();
             Stored::from(&PlainTensor::new([values.len()], values))
@@ -66,7 +65,10 @@ impl Statistics<'_> {
         let temperature =
             PlainTensor::new([self.head_temperature.len()], self.head_temperature.clone());
         let tensors = vec![
-            ("features", Stored::from(&PlainTensor::new(shape, features))),
+            (
+                "features",
+                Stored::from(&PlainTensor::new(shape, plain(self.features)?)),
+            ),
             ("labels", whole(self.labels)),
             ("sample_indices", whole(self.sample_indices)),
             ("folds", whole(self.folds)),

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use tch::{Device, Kind, Tensor};
 
+use super::alignment::AlignmentStatistics;
 use super::vit::Vit;
 use crate::domain::backbone::{
     Backbone, BackboneConfig, CONFIG_FILE, Filter, MODEL_FILE, Preprocessing, expected_tensors,
@@ -38,6 +39,26 @@ pub fn noise(len: usize, seed: u64) -> Vec<f64> {
 pub fn noise_tensor(shape: &[i64], seed: u64) -> Tensor {
     let len = shape.iter().product::<i64>() as usize;
     Tensor::from_slice(&noise(len, seed)).view(shape)
+}
+
+/// The statistics of gradients [M, N, P] as their definition says, in one go.
+pub fn alignment_statistics(gradients: &Tensor) -> AlignmentStatistics {
+    let (m, n, _) = gradients.size3().unwrap();
+    let centred = gradients - gradients.mean_dim(0, true, Kind::Double);
+    let mut rows = Vec::new();
+    for i in 0..m {
+        for j in i..m {
+            let product = centred.get(i) * centred.get(j);
+            rows.push(product.sum_dim_intlist(0, false, Kind::Double) / (n - 1) as f64);
+        }
+    }
+    let variances = gradients.var_dim([1i64].as_slice(), true, false);
+    let own_gram = |rows: &Tensor| Vec::try_from(rows.matmul(&rows.tr()).flatten(0, -1)).unwrap();
+    AlignmentStatistics {
+        num_sources: m as usize,
+        gram: own_gram(&Tensor::stack(&rows, 0)),
+        variance_gram: own_gram(&variances),
+    }
 }
 
 /// A ViT with d = 32, 3 blocks, LayerScale and a position grid that must be resampled (5 → 4).

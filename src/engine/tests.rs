@@ -3,14 +3,14 @@
 use tch::{Kind, Tensor};
 
 use super::Engine;
-use super::alignment::{GradientAlignment, num_pairs};
+use super::alignment::{AlignmentStatistics, GradientAlignment, num_pairs};
 use super::h_score::HScore;
 use super::solver::{Solution, Solver};
-use super::testing::{Recorder, input, noise, noise_tensor};
+use super::testing::{Recorder, alignment_statistics, input, noise, noise_tensor};
 use crate::domain::composition::{
     Composer as _, Composition, CompositionError, CompositionInput, Phase,
 };
-use crate::domain::objective::Weighing;
+use crate::domain::objective::{AlignmentReading, Weighing};
 use crate::domain::prompt_file::PromptFile;
 
 /// Features [M, N, d] with class signal of the given strength a source.
@@ -32,23 +32,18 @@ fn labels(n: usize, classes: usize) -> Vec<usize> {
     (0..n).map(|i| i % classes).collect()
 }
 
-/// Γ of gradients [M, N, P].
-fn gram(gradients: &Tensor) -> Vec<f64> {
-    let (m, n, _) = gradients.size3().unwrap();
-    let centred = gradients - gradients.mean_dim(0, true, Kind::Double);
-    let mut rows = Vec::new();
-    for i in 0..m {
-        for j in i..m {
-            let product = centred.get(i) * centred.get(j);
-            rows.push(product.sum_dim_intlist(0, false, Kind::Double) / (n - 1) as f64);
-        }
-    }
-    let s = Tensor::stack(&rows, 0);
-    Vec::try_from(s.matmul(&s.tr()).flatten(0, -1)).unwrap()
+fn solve(h_score: &HScore, statistics: AlignmentStatistics, weighing: Weighing) -> Solution {
+    solve_as(AlignmentReading::R1, h_score, statistics, weighing)
 }
 
-fn solve(h_score: &HScore, gram: Vec<f64>, m: usize, weighing: Weighing) -> Solution {
-    let alignment = GradientAlignment::new(m, gram);
+fn solve_as(
+    reading: AlignmentReading,
+    h_score: &HScore,
+    statistics: AlignmentStatistics,
+    weighing: Weighing,
+) -> Solution {
+    let m = statistics.num_sources;
+    let alignment = GradientAlignment::new(reading, statistics);
     let solver = Solver {
         h_score,
         alignment: &alignment,
@@ -61,8 +56,12 @@ fn solve(h_score: &HScore, gram: Vec<f64>, m: usize, weighing: Weighing) -> Solu
     solution
 }
 
-fn no_gradients(m: usize) -> Vec<f64> {
-    vec![0.0; num_pairs(m).pow(2)]
+fn no_gradients(m: usize) -> AlignmentStatistics {
+    AlignmentStatistics {
+        num_sources: m,
+        gram: vec![0.0; num_pairs(m).pow(2)],
+        variance_gram: vec![0.0; m.pow(2)],
+    }
 }
 
 fn assert_close(a: f64, b: f64, tolerance: f64) {
@@ -166,7 +165,10 @@ fn h_ignores_scale_shift_rotation_order_and_names() {
 fn gradients_of_both_terms_agree_with_central_differences() {
     let labels = labels(40, 3);
     let h = HScore::new(&features(&[0.5, 1.0, 0.2], &labels, 7, 6), &labels, 0.05).unwrap();
-    let l = GradientAlignment::new(3, gram(&noise_tensor(&[3, 40, 9], 7)));
+    let l = GradientAlignment::new(
+        AlignmentReading::R1,
+        alignment_statistics(&noise_tensor(&[3, 40, 9], 7)),
+    );
     let alpha = [0.2, 0.5, 0.3];
     let (_, dh) = h.value_and_gradient(&alpha).unwrap();
     let (_, dl) = l.value_and_gradient(&alpha);
@@ -202,7 +204,7 @@ fn equal_prompts_give_uniform_weights() {
         h.value(&[0.0, 0.3, 0.7]).unwrap(),
         1e-10,
     );
-    let solution = solve(&h, no_gradients(3), 3, Weighing::TradeOff(0.5));
+    let solution = solve(&h, no_gradients(3), Weighing::TradeOff(0.5));
     for weight in solution.alpha {
         assert_close(weight, 1.0 / 3.0, 1e-9);
     }
@@ -223,10 +225,17 @@ fn opposite_features_at_half_weight_stay_finite() {
 fn two_prompts_align_at_the_middle() {
     let labels = labels(40, 3);
     let h = HScore::new(&features(&[0.5, 1.5], &labels, 5, 10), &labels, 0.01).unwrap();
-    let gram = gram(&noise_tensor(&[2, 40, 9], 11));
-    let solution = solve(&h, gram, 2, Weighing::TradeOff(1.0));
-    assert_close(solution.alpha[0], 0.5, 1e-6);
-    assert_eq!(solution.alignment_weight, None);
+    let gradients = noise_tensor(&[2, 40, 9], 11) * Tensor::from_slice(&[1.0, 3.0]).view([2, 1, 1]);
+    for reading in [
+        AlignmentReading::R1,
+        AlignmentReading::R2,
+        AlignmentReading::R3,
+    ] {
+        let statistics = alignment_statistics(&gradients);
+        let solution = solve_as(reading, &h, statistics, Weighing::TradeOff(1.0));
+        assert_close(solution.alpha[0], 0.5, 1e-6);
+        assert_eq!(solution.alignment_weight, None);
+    }
 }
 
 #[test]
@@ -236,7 +245,11 @@ fn alignment_weighs_large_gradients_up() {
         noise_tensor(&[4, 400, 60], 12) * Tensor::from_slice(&[1.0, 1.0, 1.0, 3.0]).view([4, 1, 1]);
     let labels = labels(40, 2);
     let h = HScore::new(&features(&[0.5; 4], &labels, 5, 13), &labels, 0.01).unwrap();
-    let solution = solve(&h, gram(&gradients), 4, Weighing::TradeOff(1.0));
+    let solution = solve(
+        &h,
+        alignment_statistics(&gradients),
+        Weighing::TradeOff(1.0),
+    );
     for (weight, expected) in solution.alpha.iter().zip([0.18, 0.18, 0.18, 0.46]) {
         assert!((weight - expected).abs() < 0.02, "{:?}", solution.alpha);
     }
@@ -247,7 +260,7 @@ fn the_source_with_the_signal_wins_and_complements_share() {
     let labels = labels(600, 4);
     let planted = features(&[0.0, 1.5, 0.0], &labels, 6, 14);
     let h = HScore::new(&planted, &labels, 0.01).unwrap();
-    let solution = solve(&h, no_gradients(3), 3, Weighing::TradeOff(0.0));
+    let solution = solve(&h, no_gradients(3), Weighing::TradeOff(0.0));
     assert!(solution.alpha[1] > 0.95, "{:?}", solution.alpha);
 
     // Source 0 tells class 0 from 1 on one axis, source 1 tells class 2 from 3 on another.
@@ -263,7 +276,7 @@ fn the_source_with_the_signal_wins_and_complements_share() {
         0.01,
     )
     .unwrap();
-    let solution = solve(&h, no_gradients(2), 2, Weighing::TradeOff(0.0));
+    let solution = solve(&h, no_gradients(2), Weighing::TradeOff(0.0));
     assert!(
         solution.alpha.iter().all(|weight| *weight > 0.2),
         "{:?}",
@@ -286,9 +299,9 @@ fn the_solver_is_at_least_as_good_as_a_grid() {
             0.01,
         )
         .unwrap();
-        let gram = gram(&noise_tensor(&[3, 80, 8], 40 + seed));
-        let l = GradientAlignment::new(3, gram.clone());
-        let solution = solve(&h, gram, 3, Weighing::AlignmentWeight(2.0));
+        let statistics = alignment_statistics(&noise_tensor(&[3, 80, 8], 40 + seed));
+        let l = GradientAlignment::new(AlignmentReading::R1, statistics.clone());
+        let solution = solve(&h, statistics, Weighing::AlignmentWeight(2.0));
         let total = |alpha: &[f64]| 2.0 * l.value(alpha) - h.value(alpha).unwrap();
         let found = total(&solution.alpha);
         for i in 0..=20 {
@@ -315,7 +328,11 @@ fn the_path_is_monotone_from_one_anchor_to_the_other_and_scale_free() {
     )
     .unwrap();
     let gradients = noise_tensor(&[4, 80, 8], 51);
-    let solution = solve(&h, gram(&gradients), 4, Weighing::TradeOff(0.5));
+    let solution = solve(
+        &h,
+        alignment_statistics(&gradients),
+        Weighing::TradeOff(0.5),
+    );
     assert_eq!(solution.path.len(), 21);
     for pair in solution.path.windows(2) {
         assert!(pair[1].h_score <= pair[0].h_score + 1e-12);
@@ -324,7 +341,11 @@ fn the_path_is_monotone_from_one_anchor_to_the_other_and_scale_free() {
     assert_eq!(solution.path[10].weights, solution.alpha);
     assert_eq!(solution.path[0].alignment_weight, Some(0.0));
 
-    let small = solve(&h, gram(&(gradients * 1e-3)), 4, Weighing::TradeOff(0.5));
+    let small = solve(
+        &h,
+        alignment_statistics(&(gradients * 1e-3)),
+        Weighing::TradeOff(0.5),
+    );
     for (a, b) in solution.alpha.iter().zip(&small.alpha) {
         assert_close(*a, *b, 1e-6);
     }
@@ -333,7 +354,11 @@ fn the_path_is_monotone_from_one_anchor_to_the_other_and_scale_free() {
 
     // A raw λ equal to the effective one finds the same point.
     let raw = Weighing::AlignmentWeight(solution.alignment_weight.unwrap());
-    let by_lambda = solve(&h, gram(&noise_tensor(&[4, 80, 8], 51)), 4, raw);
+    let by_lambda = solve(
+        &h,
+        alignment_statistics(&noise_tensor(&[4, 80, 8], 51)),
+        raw,
+    );
     for (a, b) in solution.alpha.iter().zip(&by_lambda.alpha) {
         assert_close(*a, *b, 1e-6);
     }
@@ -347,7 +372,7 @@ fn permuting_the_prompts_permutes_the_weights() {
     let order = Tensor::from_slice(&[2i64, 0, 1]);
     let run = |f: &Tensor, g: &Tensor| {
         let h = HScore::new(f, &labels, 0.01).unwrap();
-        solve(&h, gram(g), 3, Weighing::TradeOff(0.5)).alpha
+        solve(&h, alignment_statistics(g), Weighing::TradeOff(0.5)).alpha
     };
     let (here, there) = (
         run(&f, &g),

@@ -5,13 +5,13 @@ use std::ops::ControlFlow;
 use rand_chacha::ChaCha20Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use serde::Serialize;
+use tch::Tensor;
 use tch::nn::{self, OptimizerConfig};
-use tch::{Kind, Tensor};
 
-use super::EngineError;
 use super::features::extract;
 use super::samples::Samples;
 use super::vit::Vit;
+use super::{EngineError, plain};
 use crate::domain::backbone::Backbone;
 use crate::domain::dataset::stratified_subset;
 use crate::domain::prompt_file::{FORMAT, Head, Origin, PromptFile, PromptMetadata, Sketch};
@@ -188,15 +188,6 @@ fn sketch(
         features: PlainTensor::new([rows.len(), vit.config.embed_dim], plain(&features)?),
         labels: PlainTensor::new([rows.len()], labels),
     }))
-}
-
-fn plain(tensor: &Tensor) -> Result<Vec<f32>, EngineError> {
-    let flat = tensor
-        .detach()
-        .to_device(tch::Device::Cpu)
-        .to_kind(Kind::Float)
-        .flatten(0, -1);
-    Ok(Vec::try_from(flat)?)
 }
 
 /// Share of the full learning rate at a step: linear warm-up, then half a cosine down to 0.
