@@ -2,10 +2,10 @@
 
 use tch::Tensor;
 
-use super::alignment::{AlignmentStatistics, GradientAlignment};
+use super::alignment::GradientAlignment;
 use super::evaluate::Evaluation;
 use super::features::extract;
-use super::gradients::accumulate;
+use super::gradients::{accumulate, sample_folds};
 use super::h_score::HScore;
 use super::head::{SourceHead, folds};
 use super::report::Evidence;
@@ -20,7 +20,7 @@ use crate::domain::composition::{
     Baselines, Composition, CompositionInput, Observer, Phase, PromptScore,
 };
 use crate::domain::dataset::LabelledImages;
-use crate::domain::objective::{AlignmentReading, Shrinkage};
+use crate::domain::objective::Shrinkage;
 use crate::domain::prompt_file::PromptFile;
 
 pub fn compose(
@@ -97,19 +97,13 @@ pub fn compose(
 
     steps.begin(Phase::Gradients)?;
     let count = steps.counter(pairs);
-    let gradients = accumulate(vit, &samples, &prompts, &heads, &folds, count)?;
+    let by_sample = sample_folds(&samples.labels);
+    let gradients = accumulate(vit, &samples, &prompts, &heads, &folds, &by_sample, count)?
+        .finish(objective.alignment.gradient_norm)?;
 
     steps.begin(Phase::Solve)?;
     let h_score = HScore::new(&features, &samples.labels, h_score_shrinkage)?;
-    let gradient_gram = gradients.gram()?;
-    let alignment = GradientAlignment::new(
-        AlignmentReading::R1,
-        AlignmentStatistics {
-            num_sources: m,
-            gram: gradient_gram.clone(),
-            variance_gram: vec![0.0; m * m],
-        },
-    );
+    let alignment = GradientAlignment::new(objective.alignment.reading, gradients.whole.clone());
     let solver = Solver {
         h_score: &h_score,
         alignment: &alignment,
@@ -151,8 +145,7 @@ pub fn compose(
         features: &features,
         folds: &folds,
         heads: &heads,
-        gradient_gram,
-        gradient_rms: gradients.rms(),
+        gradients,
         own_h_scores,
         solution,
         verified,

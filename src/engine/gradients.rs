@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! micro-batch of samples ─► patch tokens ─┬─► P₁ expanded to a leaf [B, m, d] ─► f ─► Σ loss ─► g₁ [B, m·d] ─┐
-//!                                         ├─► P₂ …                                                          ├─► centred over prompts ─► S += g̃ᵢ∘g̃ⱼ
+//!                                         ├─► P₂ …                                                          ├─► centred over prompts ─► its fold's S += g̃ᵢ∘g̃ⱼ
 //!                                         └─► P_M …                                                         ┘
 //! ```
 //!
@@ -14,96 +14,259 @@ use std::ops::ControlFlow;
 use tch::{Device, Kind, Tensor};
 
 use super::EngineError;
-use super::alignment::num_pairs;
+use super::alignment::{AlignmentStatistics, num_pairs, packed};
 use super::head::SourceHead;
 use super::samples::Samples;
 use super::vit::Vit;
+use crate::domain::objective::GradientNorm;
 
-/// Additive over samples: statistics of two shards add up to those of both.
+/// Sample folds of the delete-one-fold jackknife.
+const MAX_SAMPLE_FOLDS: usize = 10;
+/// Sums kept fold by fold may take this much; beyond it there is one sum over all samples.
+const MAX_FOLD_BYTES: usize = 2 << 30;
+
+/// The fold of every sample for the jackknife, 0..J with J = min(10, N): stratified, so that leaving one
+/// out removes about the same share of every class.
+pub fn sample_folds(labels: &[usize]) -> Vec<usize> {
+    let mut by_label: Vec<usize> = (0..labels.len()).collect();
+    by_label.sort_by_key(|row| labels[*row]);
+    let num_folds = labels.len().min(MAX_SAMPLE_FOLDS);
+    let mut folds = vec![0; labels.len()];
+    for (rank, row) in by_label.into_iter().enumerate() {
+        folds[row] = rank % num_folds;
+    }
+    folds
+}
+
+/// What the gradients came to.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GradientSummary {
+    /// Over all samples.
+    pub whole: AlignmentStatistics,
+    /// The same without the samples of fold j, one a fold; empty where they would not fit into memory.
+    pub leave_out: Vec<AlignmentStatistics>,
+    /// Cosines of the mean gradients ḡᵢ, [M, M] row-major, 0 beside a mean that is zero.
+    pub mean_cosine: Vec<f64>,
+    /// √(mean over samples of ‖∂ℓ/∂Pᵢ‖²), one a prompt, before any normalisation.
+    pub rms: Vec<f64>,
+}
+
+impl GradientSummary {
+    /// Share of the pairs of prompts whose mean gradients have a negative cosine; none with one prompt.
+    pub fn conflict_rate(&self) -> Option<f64> {
+        let m = self.rms.len();
+        let pairs = (0..m).flat_map(|i| (i + 1..m).map(move |j| i * m + j));
+        let conflicts = pairs.filter(|at| self.mean_cosine[*at] < 0.0).count();
+        (m > 1).then(|| conflicts as f64 / (num_pairs(m) - m) as f64)
+    }
+}
+
+/// Sums over samples, fold by fold, in f64: those of two shards add up to those of both.
+///
+/// With ḡₙ the mean of sample n's gradients over the prompts and g̃ᵢₙ = gᵢₙ - ḡₙ, the products are those of
+/// the M+1 vectors g̃₁ₙ … g̃_Mₙ, ḡₙ. Centred over the prompts, they do not cancel in variances about the
+/// mixed gradient, whatever the prompts share. But a prompt's own scale is known at the end only, and
+/// gᵢ/rᵢ less its mean over the prompts is no combination of g̃₁ … g̃_M alone; it is one with ḡ beside
+/// them. So the products of the normalised gradients are a linear map of these.
 pub struct GradientStatistics {
-    /// [T, P] in f64: Σ_n g̃ᵢₙ[p] g̃ⱼₙ[p] for i ≤ j, packed row by row; P = m·d.
+    /// [J, T', P]: Σ_n a_n[p] b_n[p] over pairs of those vectors, packed; T' = (M+1)(M+2)/2, P = m·d.
     products: Tensor,
-    /// Σ_n ‖gᵢₙ‖², one a prompt, of the gradients as they are (not centred).
-    squared_norms: Vec<f64>,
-    num_samples: usize,
+    /// [J, M, P]: Σ_n gᵢₙ[p] and Σ_n gᵢₙ[p]², of the gradients as they are.
+    sums: Tensor,
+    squares: Tensor,
+    /// Samples a fold.
+    counts: Vec<usize>,
 }
 
 impl GradientStatistics {
-    fn new(num_sources: usize, num_params: i64, device: Device) -> Self {
-        let pairs = num_pairs(num_sources) as i64;
+    fn new(num_sources: usize, num_params: i64, num_folds: usize, device: Device) -> Self {
+        let folds = kept_folds(num_sources, num_params as usize, num_folds);
+        let zeros = |rows: usize| {
+            let shape = [folds as i64, rows as i64, num_params];
+            Tensor::zeros(shape, (Kind::Double, device))
+        };
         Self {
-            products: Tensor::zeros([pairs, num_params], (Kind::Double, device)),
-            squared_norms: vec![0.0; num_sources],
-            num_samples: 0,
+            products: zeros(num_pairs(num_sources + 1)),
+            sums: zeros(num_sources),
+            squares: zeros(num_sources),
+            counts: vec![0; folds],
         }
     }
 
-    /// Adds a micro-batch: `gradients` [M, B, P].
-    ///
-    /// Subtracting each sample's mean over the prompts changes no variance about the mixed gradient
-    /// (Σα = 1) and keeps the products from cancelling.
-    fn add(&mut self, gradients: &Tensor) -> Result<(), EngineError> {
-        let (m, batch, _) = gradients.size3()?;
+    /// Adds a micro-batch: `gradients` [M, B, P] and the sample folds of its B samples.
+    fn add(&mut self, gradients: &Tensor, sample_folds: &[usize]) -> Result<(), EngineError> {
         let gradients = gradients.to_kind(Kind::Double);
-        let norms = gradients
-            .square()
-            .sum_dim_intlist([1i64, 2].as_slice(), false, Kind::Double);
-        for (sum, norm) in self
-            .squared_norms
-            .iter_mut()
-            .zip(Vec::<f64>::try_from(norms)?)
-        {
-            *sum += norm;
-        }
-        let centred = &gradients - gradients.mean_dim(0, true, Kind::Double);
-        let mut row = 0;
-        for i in 0..m {
-            for j in i..m {
-                let product =
-                    (centred.get(i) * centred.get(j)).sum_dim_intlist(0, false, Kind::Double);
-                let _ = self.products.get(row).g_add_(&product);
-                row += 1;
+        let over_prompts = gradients.mean_dim(0, true, Kind::Double);
+        let vectors = Tensor::cat(&[&(&gradients - &over_prompts), &over_prompts], 0);
+        for fold in 0..self.counts.len() {
+            let rows: Vec<i64> = (0..sample_folds.len())
+                .filter(|row| self.counts.len() == 1 || sample_folds[*row] == fold)
+                .map(|row| row as i64)
+                .collect();
+            if rows.is_empty() {
+                continue;
+            }
+            self.counts[fold] += rows.len();
+            let rows = Tensor::from_slice(&rows).to_device(gradients.device());
+            let sum = |x: Tensor, dim: i64| x.sum_dim_intlist(dim, false, Kind::Double);
+            let own = gradients.index_select(1, &rows);
+            let fold = fold as i64;
+            let _ = self.sums.get(fold).g_add_(&sum(own.shallow_clone(), 1));
+            let _ = self.squares.get(fold).g_add_(&sum(own.square(), 1));
+            let own = vectors.index_select(1, &rows);
+            let products = self.products.get(fold);
+            let mut row = 0;
+            for i in 0..own.size()[0] {
+                for j in i..own.size()[0] {
+                    let product = sum(own.get(i) * own.get(j), 0);
+                    let _ = products.get(row).g_add_(&product);
+                    row += 1;
+                }
             }
         }
-        self.num_samples += batch as usize;
         Ok(())
     }
 
-    /// Γ = S Sᵀ [T, T], row-major, with S the products over N-1.
-    pub fn gram(&self) -> Result<Vec<f64>, EngineError> {
-        let s = &self.products / (self.num_samples.max(2) - 1) as f64;
-        let gram = s.matmul(&s.tr()).to_device(Device::Cpu);
-        if !bool::try_from(gram.isfinite().all())? {
-            return Err(EngineError::NotFinite("the prompts' gradients"));
+    /// Adds another shard's sums, of the same prompts and number of folds.
+    ///
+    /// # Panics
+    /// When the shapes differ.
+    pub fn merge(&mut self, other: &Self) {
+        assert_eq!(self.products.size(), other.products.size());
+        let _ = self.products.g_add_(&other.products);
+        let _ = self.sums.g_add_(&other.sums);
+        let _ = self.squares.g_add_(&other.squares);
+        for (count, more) in self.counts.iter_mut().zip(&other.counts) {
+            *count += more;
         }
-        Ok(Vec::try_from(gram.flatten(0, -1))?)
     }
 
-    /// Root mean square over samples of ‖∂ℓ/∂Pᵢ‖, one a prompt.
-    pub fn rms(&self) -> Vec<f64> {
-        let n = self.num_samples.max(1) as f64;
-        self.squared_norms
-            .iter()
-            .map(|sum| (sum / n).sqrt())
-            .collect()
+    /// Γ and the rest, with all that can only be known when every sample was seen.
+    pub fn finish(self, norm: GradientNorm) -> Result<GradientSummary, EngineError> {
+        let over_folds = |x: &Tensor| x.sum_dim_intlist(0, false, Kind::Double);
+        let (products, sums, squares) = (
+            over_folds(&self.products),
+            over_folds(&self.sums),
+            over_folds(&self.squares),
+        );
+        let count: usize = self.counts.iter().sum();
+        let per_prompt = squares.sum_dim_intlist(1, false, Kind::Double) / count.max(1) as f64;
+        let rms = numbers(&per_prompt.sqrt())?;
+        let scales: Vec<f64> = match norm {
+            GradientNorm::None => vec![1.0; rms.len()],
+            // Without gradients there is nothing to normalise.
+            GradientNorm::Rms => rms
+                .iter()
+                .map(|rms| if *rms > 0.0 { 1.0 / rms } else { 1.0 })
+                .collect(),
+        };
+        let map = pair_map(norm, &scales).to_device(products.device());
+        let statistics = |products: &Tensor, sums: &Tensor, squares: &Tensor, count: usize| {
+            let degrees = count.max(2) as f64 - 1.0;
+            let s = map.matmul(products) / degrees;
+            let mean_squares = sums.square() / count.max(1) as f64;
+            let by_scale = Tensor::from_slice(&scales).square().unsqueeze(1);
+            let variances = (squares - mean_squares).clamp_min(0.0) / degrees
+                * by_scale.to_device(products.device());
+            Ok::<_, EngineError>(AlignmentStatistics {
+                num_sources: scales.len(),
+                gram: numbers(&s.matmul(&s.tr()))?,
+                variance_gram: numbers(&variances.matmul(&variances.tr()))?,
+            })
+        };
+        let folds = 0..self.counts.len() as i64;
+        let leave_out = folds
+            .filter(|_| self.counts.len() > 1)
+            .map(|fold| {
+                statistics(
+                    &(&products - self.products.get(fold)),
+                    &(&sums - self.sums.get(fold)),
+                    &(&squares - self.squares.get(fold)),
+                    count - self.counts[fold as usize],
+                )
+            })
+            .collect::<Result<_, _>>()?;
+        Ok(GradientSummary {
+            whole: statistics(&products, &sums, &squares, count)?,
+            leave_out,
+            mean_cosine: cosines(&numbers(&sums.matmul(&sums.tr()))?, rms.len()),
+            rms,
+        })
     }
 }
 
-/// Runs every sample forward and backward through every prompt.
+/// `num_folds`, or 1 where sums fold by fold would take too much memory.
+fn kept_folds(num_sources: usize, num_params: usize, num_folds: usize) -> usize {
+    let rows = num_pairs(num_sources + 1) + 2 * num_sources;
+    let bytes = num_folds * rows * num_params * size_of::<f64>();
+    if bytes > MAX_FOLD_BYTES { 1 } else { num_folds }
+}
+
+/// [T, T']: the packed products of aᵢ = gᵢcᵢ less its mean over the prompts, cᵢ being the `scales`, as
+/// combinations of the accumulated ones.
+fn pair_map(norm: GradientNorm, scales: &[f64]) -> Tensor {
+    let m = scales.len();
+    let mean = scales.iter().sum::<f64>() / m as f64;
+    // aᵢ = Σ_k A_ik g̃_k + A_iM ḡ. Without normalisation aᵢ = g̃ᵢ, which also Σ_k g̃_k = 0 makes of the
+    // other branch; but so no digit is lost.
+    let coefficient = |i: usize, k: usize| match norm {
+        GradientNorm::None => f64::from(u8::from(i == k)),
+        GradientNorm::Rms if k == m => scales[i] - mean,
+        GradientNorm::Rms => f64::from(u8::from(i == k)) * scales[i] - scales[k] / m as f64,
+    };
+    let (rows, columns) = (num_pairs(m), num_pairs(m + 1));
+    let mut map = vec![0.0; rows * columns];
+    for i in 0..m {
+        for j in i..m {
+            for k in 0..=m {
+                for l in 0..=m {
+                    let at = packed(i, j, m) * columns + packed(k, l, m + 1);
+                    map[at] += coefficient(i, k) * coefficient(j, l);
+                }
+            }
+        }
+    }
+    Tensor::from_slice(&map).view([rows as i64, columns as i64])
+}
+
+/// Cosines of M vectors from their inner products [M, M]; 0 beside a zero vector, 1 on the diagonal.
+fn cosines(inner: &[f64], m: usize) -> Vec<f64> {
+    let norm = |i: usize| inner[i * m + i].sqrt();
+    (0..m * m)
+        .map(|at| match (at / m, at % m) {
+            (i, j) if i == j => 1.0,
+            (i, j) if norm(i) == 0.0 || norm(j) == 0.0 => 0.0,
+            (i, j) => (inner[at] / (norm(i) * norm(j))).clamp(-1.0, 1.0),
+        })
+        .collect()
+}
+
+/// A tensor's values in row-major order; refused where one is not finite.
+fn numbers(tensor: &Tensor) -> Result<Vec<f64>, EngineError> {
+    if !bool::try_from(tensor.isfinite().all())? {
+        return Err(EngineError::NotFinite("the prompts' gradients"));
+    }
+    Ok(Vec::try_from(tensor.to_device(Device::Cpu).flatten(0, -1))?)
+}
+
+/// Runs every sample forward and backward through every prompt. `folds` are the cross-fit folds of the
+/// heads, `sample_folds` those of the jackknife.
 pub fn accumulate(
     vit: &Vit,
     samples: &Samples,
     prompts: &[Tensor],
     heads: &[SourceHead],
     folds: &[usize],
+    sample_folds: &[usize],
     mut progress: impl FnMut(u64) -> ControlFlow<()>,
 ) -> Result<GradientStatistics, EngineError> {
     let num_params = prompts.first().map_or(0, |prompt| prompt.numel() as i64);
-    let mut statistics = GradientStatistics::new(prompts.len(), num_params, vit.device);
+    let num_folds = sample_folds.iter().max().map_or(1, |last| last + 1);
+    let mut statistics = GradientStatistics::new(prompts.len(), num_params, num_folds, vit.device);
     for rows in samples.micro_batches(vit.micro_batch(prompts)) {
         let patch_tokens = tch::no_grad(|| vit.patch_tokens(&samples.images(&rows, vit)));
-        let labels: Vec<usize> = rows.iter().map(|row| samples.labels[*row]).collect();
-        let folds: Vec<usize> = rows.iter().map(|row| folds[*row]).collect();
+        let of_rows = |all: &[usize]| -> Vec<usize> { rows.iter().map(|row| all[*row]).collect() };
+        let (labels, folds) = (of_rows(&samples.labels), of_rows(folds));
         let mut of_batch = Vec::with_capacity(prompts.len());
         for (prompt, head) in prompts.iter().zip(heads) {
             let gradient = per_sample(vit, &patch_tokens, prompt, head, &labels, &folds);
@@ -112,7 +275,7 @@ pub fn accumulate(
                 return Err(EngineError::Stopped);
             }
         }
-        statistics.add(&Tensor::stack(&of_batch, 0))?;
+        statistics.add(&Tensor::stack(&of_batch, 0), &of_rows(sample_folds))?;
     }
     Ok(statistics)
 }
@@ -179,6 +342,18 @@ mod tests {
             close(&batch.get(i as i64), &gradient, 1e-12);
         }
 
+        // Their mean is the gradient of the mean loss, by ordinary backpropagation to one prompt.
+        let leaf = prompt.detach().copy().set_requires_grad(true);
+        let features = vit.features(&tokens, Some(&leaf.expand([12, -1, -1], false)));
+        (head.loss_sum(&features, &labels, &folds) / 12.0).backward();
+        close(&batch.mean_dim(0, false, Kind::Double), &leaf.grad(), 1e-12);
+
+        // Another order of the prompt's tokens is the same order of the gradients' rows.
+        let order = Tensor::from_slice(&[2i64, 0, 1]);
+        let reordered = prompt.index_select(0, &order);
+        let gradients = per_sample(&vit, &tokens, &reordered, &head, &labels, &folds);
+        close(&gradients, &batch.index_select(1, &order), 1e-12);
+
         // And against central differences of that sample's loss, at five entries.
         let at = |prompt: &Tensor| {
             let features = vit.features(&tokens.narrow(0, 4, 1), Some(prompt));
@@ -197,34 +372,154 @@ mod tests {
         }
     }
 
+    /// Those of gradients [M, N, P] added in micro-batches of these sizes.
+    fn streamed(gradients: &Tensor, folds: &[usize], sizes: &[usize]) -> GradientStatistics {
+        let (m, _, p) = gradients.size3().unwrap();
+        let num_folds = folds.iter().max().unwrap() + 1;
+        let mut statistics = GradientStatistics::new(m as usize, p, num_folds, Device::Cpu);
+        let mut start = 0;
+        for size in sizes {
+            let batch = gradients.narrow(1, start as i64, *size as i64);
+            statistics.add(&batch, &folds[start..start + size]).unwrap();
+            start += size;
+        }
+        statistics
+    }
+
+    /// Gradients [3, 20, 7] of different scales, with means and a part common to the prompts.
+    fn gradients() -> Tensor {
+        noise_tensor(&[3, 20, 7], 5) * Tensor::from_slice(&[1.0, 0.2, 3.0]).view([3, 1, 1])
+            + noise_tensor(&[3, 1, 7], 6)
+            + noise_tensor(&[1, 20, 7], 7)
+    }
+
+    fn folds_of_twenty() -> Vec<usize> {
+        sample_folds(&(0..20).map(|i| i % 3).collect::<Vec<_>>())
+    }
+
+    fn assert_numbers(found: &[f64], expected: &[f64], tolerance: f64) {
+        let scale = expected.iter().fold(0.0f64, |most, x| most.max(x.abs()));
+        assert_eq!(found.len(), expected.len());
+        for (a, b) in found.iter().zip(expected) {
+            assert!((a - b).abs() <= tolerance * scale, "{a} is not {b}");
+        }
+    }
+
+    fn assert_statistics(found: &AlignmentStatistics, expected: &AlignmentStatistics, by: f64) {
+        assert_numbers(&found.gram, &expected.gram, by);
+        assert_numbers(&found.variance_gram, &expected.variance_gram, by);
+    }
+
     #[test]
-    fn statistics_do_not_depend_on_the_micro_batches() {
-        let gradients = noise_tensor(&[3, 20, 7], 5);
-        let gram = |sizes: &[i64]| {
-            let mut statistics = GradientStatistics::new(3, 7, Device::Cpu);
-            let mut start = 0;
-            for size in sizes {
-                statistics.add(&gradients.narrow(1, start, *size)).unwrap();
-                start += size;
+    fn neither_micro_batches_nor_shards_change_the_statistics() {
+        let (gradients, folds) = (gradients(), folds_of_twenty());
+        let norm = GradientNorm::None;
+        let whole = streamed(&gradients, &folds, &[20]).finish(norm).unwrap();
+        for sizes in [&[1; 20][..], &[7, 13]] {
+            let other = streamed(&gradients, &folds, sizes).finish(norm).unwrap();
+            assert_statistics(&other.whole, &whole.whole, 1e-12);
+            assert_statistics(&other.leave_out[3], &whole.leave_out[3], 1e-12);
+        }
+
+        let merged = |order: [usize; 3]| {
+            let shards = [(0, 8), (8, 4), (12, 8)].map(|(start, length)| {
+                let rows = gradients.narrow(1, start as i64, length as i64);
+                let mut all = GradientStatistics::new(3, 7, 10, Device::Cpu);
+                all.add(&rows, &folds[start..start + length]).unwrap();
+                all
+            });
+            let mut sum = GradientStatistics::new(3, 7, 10, Device::Cpu);
+            for shard in order {
+                sum.merge(&shards[shard]);
             }
-            statistics.gram().unwrap()
+            sum.finish(norm).unwrap()
         };
-        let whole = gram(&[20]);
-        for other in [gram(&[1; 20]), gram(&[7, 13])] {
-            for (a, b) in whole.iter().zip(&other) {
-                assert!((a - b).abs() <= 1e-12 * whole[0].abs());
+        assert_eq!(merged([0, 1, 2]), merged([0, 1, 2]));
+        assert_statistics(&merged([0, 1, 2]).whole, &whole.whole, 1e-12);
+        assert_statistics(&merged([2, 0, 1]).whole, &whole.whole, 1e-12);
+    }
+
+    #[test]
+    fn the_streamed_statistics_are_those_of_the_gradients_with_and_without_each_fold() {
+        let (raw, folds) = (gradients(), folds_of_twenty());
+        let squares = raw.square().sum_dim_intlist(2, false, Kind::Double);
+        let rms = squares.mean_dim(1, false, Kind::Double).sqrt();
+        let normalised = &raw / rms.view([3, 1, 1]);
+        for (norm, gradients) in [(GradientNorm::None, &raw), (GradientNorm::Rms, &normalised)] {
+            let statistics = streamed(&raw, &folds, &[6, 14]);
+            let summary = statistics.finish(norm).unwrap();
+            assert_statistics(&summary.whole, &alignment_statistics(gradients), 1e-12);
+            assert_eq!(summary.leave_out.len(), 10);
+            for (fold, left) in summary.leave_out.iter().enumerate() {
+                let kept: Vec<i64> = (0..20).filter(|n| folds[*n as usize] != fold).collect();
+                let kept = gradients.index_select(1, &Tensor::from_slice(&kept));
+                assert_statistics(left, &alignment_statistics(&kept), 1e-12);
             }
+            assert_numbers(&summary.rms, &numbers(&rms).unwrap(), 1e-12);
         }
     }
 
     #[test]
-    fn the_streamed_gram_is_that_of_the_gradients() {
-        let gradients = noise_tensor(&[4, 15, 6], 6);
-        let mut statistics = GradientStatistics::new(4, 6, Device::Cpu);
-        statistics.add(&gradients).unwrap();
-        let expected = alignment_statistics(&gradients).gram;
-        for (a, b) in statistics.gram().unwrap().iter().zip(&expected) {
-            assert!((a - b).abs() <= 1e-12 * expected[0]);
+    fn normalised_gradients_forget_their_scale_and_zero_gradients_stay_zero() {
+        let (gradients, folds) = (gradients(), folds_of_twenty());
+        let scaled = |second: f64| {
+            let factors = Tensor::from_slice(&[1.0, second, 1.0]).view([3, 1, 1]);
+            let statistics = streamed(&(&gradients * factors), &folds, &[20]);
+            statistics.finish(GradientNorm::Rms).unwrap()
+        };
+        let whole = scaled(1.0).whole;
+        assert_statistics(&scaled(30.0).whole, &whole, 1e-10);
+        let without = scaled(0.0);
+        assert_eq!(without.rms[1], 0.0);
+        assert_eq!(without.whole.variance_gram[4], 0.0);
+        let others = without.whole.variance_gram[8];
+        assert_numbers(&[others], &[whole.variance_gram[8]], 1e-12);
+        assert!(without.whole.gram.iter().all(|x| x.is_finite()));
+    }
+
+    #[test]
+    fn mean_gradients_that_oppose_each_other_are_conflicts() {
+        // Means e₁, -e₁ + e₂, 0 and -e₂.
+        let rows = [1.0, 0.0, -1.0, 1.0, 0.0, 0.0, 0.0, -1.0];
+        let means = Tensor::from_slice(&rows).view([4, 1, 2]);
+        let apart = Tensor::from_slice(&[0.5, -0.5]).view([1, 2, 1]);
+        let statistics = streamed(&(means + apart), &[0, 1], &[2]);
+        let summary = statistics.finish(GradientNorm::None).unwrap();
+        let half = -(0.5f64.sqrt());
+        let expected = [
+            [1.0, half, 0.0, 0.0],
+            [half, 1.0, 0.0, half],
+            [0.0, 0.0, 1.0, 0.0],
+            [0.0, half, 0.0, 1.0],
+        ];
+        assert_numbers(&summary.mean_cosine, expected.as_flattened(), 1e-12);
+        assert_eq!(summary.conflict_rate(), Some(2.0 / 6.0));
+    }
+
+    #[test]
+    fn sample_folds_take_every_class_in_turn() {
+        let labels: Vec<usize> = (0..100).map(|i| (i * 7) % 5).collect();
+        let folds = sample_folds(&labels);
+        for fold in 0..10 {
+            for class in 0..5 {
+                let both = (0..100).filter(|n| folds[*n] == fold && labels[*n] == class);
+                assert_eq!(both.count(), 2);
+            }
         }
+        assert_eq!(sample_folds(&[1, 0, 1]), [1, 0, 2]);
+    }
+
+    #[test]
+    fn sums_that_would_not_fit_into_memory_are_not_kept_by_fold() {
+        assert_eq!(kept_folds(11, 50 * 768, 10), 10);
+        assert_eq!(kept_folds(40, 50 * 768, 10), 1);
+        let mut whole = GradientStatistics::new(2, 3, 1, Device::Cpu);
+        whole
+            .add(&noise_tensor(&[2, 4, 3], 8), &[0, 1, 2, 3])
+            .unwrap();
+        let summary = whole.finish(GradientNorm::None).unwrap();
+        assert!(summary.leave_out.is_empty());
+        let expected = alignment_statistics(&noise_tensor(&[2, 4, 3], 8));
+        assert_statistics(&summary.whole, &expected, 1e-12);
     }
 }

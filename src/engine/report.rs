@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use tch::Tensor;
 
 use super::compose::Verified;
+use super::gradients::GradientSummary;
 use super::head::SourceHead;
 use super::samples::Samples;
 use super::solver::Solution;
@@ -37,9 +38,7 @@ pub struct Evidence<'a> {
     pub features: &'a Tensor,
     pub folds: &'a [usize],
     pub heads: &'a [SourceHead],
-    /// Γ, row-major.
-    pub gradient_gram: Vec<f64>,
-    pub gradient_rms: Vec<f64>,
+    pub gradients: GradientSummary,
     pub own_h_scores: Vec<f64>,
     pub solution: Solution,
     pub verified: Verified,
@@ -126,7 +125,7 @@ impl Evidence<'_> {
             sample_indices: &self.samples.indices,
             folds: self.folds,
             head_temperature: self.heads.iter().map(|head| head.temperature).collect(),
-            gradient_gram: self.gradient_gram.clone(),
+            gradient_gram: self.gradients.whole.gram.clone(),
         };
         let sources = self.input.sources.iter();
         statistics.to_bytes(&Metadata {
@@ -169,12 +168,17 @@ impl Evidence<'_> {
                     leep: None,
                     nce: None,
                     otce: None,
-                    gradient_rms: self.gradient_rms[i],
+                    gradient_rms: self.gradients.rms[i],
                 })
                 .collect(),
             h_score_shrinkage: None,
-            conflict_rate: None,
-            gradient_cosines: vec![],
+            conflict_rate: self.gradients.conflict_rate(),
+            gradient_cosines: self
+                .gradients
+                .mean_cosine
+                .chunks_exact(self.heads.len())
+                .map(<[f64]>::to_vec)
+                .collect(),
             surrogate_gap: Some((composed.h_score - mixed) / mixed.abs().max(f64::MIN_POSITIVE)),
             composed: Some(composed.clone()),
             refinement: None,
