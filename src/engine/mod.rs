@@ -213,4 +213,6 @@ pub fn prompt_tensor(file: &PromptFile, vit: &Vit) -> Tensor {
 }
 
 #[cfg(test)]
+mod reference_tests;
+#[cfg(test)]
 mod tests;

@@ -1,0 +1,125 @@
+//! The forward and backward pass against timm and PyTorch's autograd
+//! (scripts/reference/timm_vit.py made the numbers).
+
+use std::path::Path;
+
+use tch::{Device, Kind, Tensor};
+
+use super::images;
+use super::vit::Vit;
+use crate::domain::backbone::Backbone;
+use crate::domain::image;
+
+/// What timm found for B samples: `features` [B, d] and `gradients` [B, m, d], flat.
+#[derive(serde::Deserialize)]
+struct Reference {
+    labels: Vec<usize>,
+    features: Vec<f64>,
+    gradients: Vec<f64>,
+}
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn read<T: serde::de::DeserializeOwned>(fixture: &str) -> T {
+    let json = std::fs::read(root().join("tests/fixtures").join(fixture)).unwrap();
+    serde_json::from_slice(&json).unwrap()
+}
+
+/// Largest ‖a - b‖/‖b‖ over the samples, the first axis of `a`; `b` is flat.
+fn relative_error(a: &Tensor, b: &[f64]) -> f64 {
+    let batch = a.size()[0];
+    let (a, b) = (
+        a.to_kind(Kind::Double).view([batch, -1]),
+        Tensor::from_slice(b).view([batch, -1]),
+    );
+    let norm = |t: &Tensor| t.square().sum_dim_intlist(1, false, Kind::Double).sqrt();
+    f64::try_from((norm(&(a - &b)) / norm(&b)).max()).unwrap()
+}
+
+/// Both numbers of our own, for `pixels` (an image each), a prompt [m, d] and a head [K, d], [K].
+fn check(
+    backbone: &Backbone,
+    pixels: &[&[u8]],
+    prompt: &Tensor,
+    (weight, bias): (&Tensor, &Tensor),
+    reference: &Reference,
+    (kind, tolerance): (Kind, f64),
+) {
+    let vit = Vit::load(backbone, Device::Cpu, kind).unwrap();
+    let input = images::to_tensor(pixels, &backbone.config.preprocessing, Device::Cpu, kind);
+    let tokens = vit.patch_tokens(&input);
+    let prompt = prompt.to_kind(kind);
+
+    let features = vit.features(&tokens, Some(&prompt));
+    let off = relative_error(&features, &reference.features);
+    assert!(off < tolerance, "features in {kind:?} are off by {off}");
+
+    let batch = pixels.len() as i64;
+    let leaf = prompt
+        .expand([batch, -1, -1], false)
+        .contiguous()
+        .set_requires_grad(true);
+    let features = vit.features(&tokens, Some(&leaf)).to_kind(Kind::Double);
+    let labels: Vec<i64> = reference.labels.iter().map(|l| *l as i64).collect();
+    let log_p = features.linear(weight, Some(bias)).log_softmax(-1, None);
+    let own = Tensor::from_slice(&labels).unsqueeze(1);
+    let loss = -log_p.gather(1, &own, false).sum(Kind::Double);
+    let gradients = Tensor::run_backward(&[loss], &[&leaf], false, false).swap_remove(0);
+    let off = relative_error(&gradients, &reference.gradients);
+    assert!(off < tolerance, "gradients in {kind:?} are off by {off}");
+}
+
+#[test]
+fn a_random_vit_agrees_with_timm() {
+    #[derive(serde::Deserialize)]
+    struct Given {
+        prompt: Vec<f64>,
+        weight: Vec<f64>,
+        bias: Vec<f64>,
+    }
+    let given: Given = read("timm_vit/reference.json");
+    let matrix = |values: &[f64]| Tensor::from_slice(values).view([-1, 32]);
+    let bytes: Vec<u8> = (0..3 * 32 * 32 * 3u64)
+        .map(|i| (i * 2_654_435_761 % (1 << 32) >> 24) as u8)
+        .collect();
+    let pixels: Vec<&[u8]> = bytes.chunks(32 * 32 * 3).collect();
+    for precision in [(Kind::Double, 1e-12), (Kind::Float, 1e-4)] {
+        check(
+            &Backbone::open(&root().join("tests/fixtures/timm_vit")).unwrap(),
+            &pixels,
+            &matrix(&given.prompt),
+            (&matrix(&given.weight), &Tensor::from_slice(&given.bias)),
+            &read("timm_vit/reference.json"),
+            precision,
+        );
+    }
+}
+
+/// It reads the real weights, which `make setup` puts under .assets.
+#[test]
+fn the_demo_backbone_agrees_with_timm() {
+    let backbone = Backbone::open(&root().join(".assets/vit_s14_focus"))
+        .expect("`make setup` makes the demo backbone");
+    let png = std::fs::read(root().join("tests/fixtures/vit_s14_focus/resized.png")).unwrap();
+    let picture = image::decode(&png).unwrap();
+    let mirrored = ::image::imageops::flip_horizontal(&picture);
+    let wave = |first: usize, rows: usize| {
+        let values: Vec<f64> = (first..first + rows * 384)
+            .map(|i| (i as f64).sin() / 16.0)
+            .collect();
+        Tensor::from_slice(&values).view([rows as i64, 384])
+    };
+    // The reference has nine digits.
+    for precision in [(Kind::Double, 1e-8), (Kind::Float, 1e-4)] {
+        check(
+            &backbone,
+            &[picture.as_raw(), mirrored.as_raw()],
+            &wave(1, 2),
+            (&wave(2, 3), &Tensor::zeros([3], tch::kind::DOUBLE_CPU)),
+            &read("vit_s14_focus/gradients.json"),
+            precision,
+        );
+    }
+}
