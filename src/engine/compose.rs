@@ -7,7 +7,7 @@ use super::evaluate::Evaluation;
 use super::features::extract;
 use super::gradients::{accumulate, sample_folds};
 use super::h_score::HScore;
-use super::head::{SourceHead, folds};
+use super::head::{fit_heads, folds};
 use super::report::Evidence;
 use super::samples::{Samples, Selection};
 use super::solver::Solver;
@@ -80,19 +80,15 @@ pub fn compose(
 
     steps.begin(Phase::Heads)?;
     let folds = folds(&samples.labels, vit.config.embed_dim);
-    let mut heads = Vec::with_capacity(m);
     let mut count = steps.counter(m as u64);
-    for i in 0..m as i64 {
-        let (own, rho) = (features.get(i), objective.head.shrinkage);
-        heads.push(SourceHead::fit(
-            &own,
-            &samples.labels,
-            &folds,
-            num_classes,
-            rho,
-        )?);
-        stop_on(count(1))?;
-    }
+    let heads = fit_heads(
+        &features,
+        &samples.labels,
+        &folds,
+        num_classes,
+        &objective.head,
+        &mut || stop_on(count(1)),
+    )?;
     drop(count);
 
     steps.begin(Phase::Gradients)?;
@@ -122,7 +118,7 @@ pub fn compose(
         eval: eval.as_ref(),
         num_classes,
         h_score_shrinkage,
-        head_shrinkage: objective.head.shrinkage,
+        head: &objective.head,
     };
     let best = (0..m)
         .max_by(|a, b| own_h_scores[*a].total_cmp(&own_h_scores[*b]))

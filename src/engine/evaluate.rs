@@ -11,6 +11,7 @@ use super::head::ClosedFormHead;
 use super::samples::Samples;
 use super::vit::Vit;
 use crate::domain::composition::PromptScore;
+use crate::domain::objective::HeadOptions;
 
 /// A prompt's head on the target samples, and how well both do.
 pub struct Evaluated {
@@ -27,7 +28,7 @@ pub struct Evaluation<'a> {
     pub eval: Option<&'a Samples>,
     pub num_classes: usize,
     pub h_score_shrinkage: f64,
-    pub head_shrinkage: f64,
+    pub head: &'a HeadOptions,
 }
 
 impl Evaluation<'_> {
@@ -56,12 +57,7 @@ impl Evaluation<'_> {
         let labels = &self.train.labels;
         let h_score = HScore::new(&train_features.unsqueeze(0), labels, self.h_score_shrinkage)?
             .value(&[1.0])?;
-        let head = ClosedFormHead::fit(
-            &train_features,
-            labels,
-            self.num_classes,
-            self.head_shrinkage,
-        )?;
+        let head = ClosedFormHead::fit(&train_features, labels, self.num_classes, self.head)?;
         let accuracy = |features: &Tensor, labels: &[usize]| -> Result<f64, EngineError> {
             Ok(head.count_correct(features, labels)? as f64 / labels.len().max(1) as f64)
         };

@@ -306,6 +306,7 @@ pub fn per_sample(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::objective::HeadOptions;
     use crate::engine::head::folds;
     use crate::engine::testing::{D, TOKENS, alignment_statistics, noise_tensor, tiny_vit};
 
@@ -320,7 +321,7 @@ mod tests {
     fn head(features: &Tensor, labels: &[usize]) -> (SourceHead, Vec<usize>) {
         let folds = folds(labels, D);
         (
-            SourceHead::fit(features, labels, &folds, 3, 0.3).unwrap(),
+            SourceHead::fit(features, labels, &folds, 3, &HeadOptions::default()).unwrap(),
             folds,
         )
     }

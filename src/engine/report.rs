@@ -163,7 +163,7 @@ impl Evidence<'_> {
                     head_temperature: head.temperature,
                     head_loss: head.loss,
                     h_score_adjusted: 0.0,
-                    head_saturation: 0.0,
+                    head_saturation: head.saturation,
                     log_me: None,
                     leep: None,
                     nce: None,

@@ -7,7 +7,7 @@ use super::progress::bar;
 use super::{EngineOptions, parse_split, read_prompt};
 use crate::domain::composition::Source;
 use crate::domain::dataset::{LabelledImages, Split};
-use crate::domain::objective::check_shrinkage;
+use crate::domain::objective::{HeadOptions, check_shrinkage};
 use crate::engine::evaluate::Evaluation;
 use crate::engine::prompt_tensor;
 use crate::engine::samples::{Samples, Selection};
@@ -79,7 +79,10 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         eval: Some(&eval),
         num_classes: dataset.classes.len(),
         h_score_shrinkage: args.h_score_shrinkage,
-        head_shrinkage: args.head_shrinkage,
+        head: &HeadOptions {
+            shrinkage: args.head_shrinkage,
+            ..Default::default()
+        },
     };
     let bar = bar("evaluate", evaluation.work(false));
     let evaluated = evaluation.run(&prompt, None, |done| {
