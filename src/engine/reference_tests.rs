@@ -82,7 +82,7 @@ fn a_random_vit_agrees_with_timm() {
     let given: Given = read("timm_vit/reference.json");
     let matrix = |values: &[f64]| Tensor::from_slice(values).view([-1, 32]);
     let bytes: Vec<u8> = (0..3 * 32 * 32 * 3u64)
-        .map(|i| (i * 2_654_435_761 % (1 << 32) >> 24) as u8)
+        .map(|i| ((i * 2_654_435_761 % (1 << 32)) >> 24) as u8)
         .collect();
     let pixels: Vec<&[u8]> = bytes.chunks(32 * 32 * 3).collect();
     for precision in [(Kind::Double, 1e-12), (Kind::Float, 1e-4)] {
