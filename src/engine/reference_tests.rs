@@ -5,6 +5,8 @@ use std::path::Path;
 
 use tch::{Device, Kind, Tensor};
 
+use super::gradients::per_sample;
+use super::head::{ClosedFormHead, SourceHead};
 use super::images;
 use super::vit::Vit;
 use crate::domain::backbone::Backbone;
@@ -56,17 +58,9 @@ fn check(
     let off = relative_error(&features, &reference.features);
     assert!(off < tolerance, "features in {kind:?} are off by {off}");
 
-    let batch = pixels.len() as i64;
-    let leaf = prompt
-        .expand([batch, -1, -1], false)
-        .contiguous()
-        .set_requires_grad(true);
-    let features = vit.features(&tokens, Some(&leaf)).to_kind(Kind::Double);
-    let labels: Vec<i64> = reference.labels.iter().map(|l| *l as i64).collect();
-    let log_p = features.linear(weight, Some(bias)).log_softmax(-1, None);
-    let own = Tensor::from_slice(&labels).unsqueeze(1);
-    let loss = -log_p.gather(1, &own, false).sum(Kind::Double);
-    let gradients = Tensor::run_backward(&[loss], &[&leaf], false, false).swap_remove(0);
+    let head = SourceHead::given(ClosedFormHead::given(weight, bias));
+    let folds = vec![0; pixels.len()];
+    let gradients = per_sample(&vit, &tokens, &prompt, &head, &reference.labels, &folds);
     let off = relative_error(&gradients, &reference.gradients);
     assert!(off < tolerance, "gradients in {kind:?} are off by {off}");
 }

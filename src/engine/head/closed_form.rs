@@ -109,6 +109,16 @@ impl ClosedFormHead {
         Ok(head)
     }
 
+    /// A head of given weights [K, d] and bias [K], whatever its classes: for comparison with other code.
+    #[cfg(test)]
+    pub fn given(weight: &Tensor, bias: &Tensor) -> Self {
+        Self {
+            weight: weight.to_kind(Kind::Double),
+            bias: bias.to_kind(Kind::Double),
+            present: vec![true; bias.numel()],
+        }
+    }
+
     /// Whether a sample of this class was among those it was fitted on.
     pub fn knows(&self, class: usize) -> bool {
         self.present[class]

@@ -113,6 +113,17 @@ fn fit_by_fold(
 }
 
 impl SourceHead {
+    /// One head as it is, at T = 1.
+    #[cfg(test)]
+    pub fn given(head: ClosedFormHead) -> Self {
+        Self {
+            heads: vec![head],
+            temperature: 1.0,
+            loss: 0.0,
+            saturation: 0.0,
+        }
+    }
+
     /// `features` [N, d] of this source; `folds` as [`folds`] made them.
     pub fn fit(
         features: &Tensor,
