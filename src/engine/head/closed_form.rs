@@ -224,6 +224,39 @@ mod tests {
     }
 
     #[test]
+    fn lda_is_the_posterior_of_gaussians_with_the_shrunken_within_class_covariance() {
+        let (x, mut labels) = task(31, 6);
+        labels[0] = 1;
+        let head = ClosedFormHead::fit(&x, &labels, 3, &options(HeadKind::Lda)).unwrap();
+        let own: Vec<Tensor> = (0..3)
+            .map(|class| {
+                let rows: Vec<usize> = (0..31).filter(|n| labels[*n] == class).collect();
+                x.index_select(0, &row_tensor(&rows))
+            })
+            .collect();
+        let scatter = |rows: &Tensor| {
+            let apart = rows - rows.mean_dim(0, true, Kind::Double);
+            apart.tr().matmul(&apart)
+        };
+        let within = (scatter(&own[0]) + scatter(&own[1]) + scatter(&own[2])) / 30.0;
+        let trace = within.trace() / 5.0;
+        let shrunk = within * 0.7 + Tensor::eye(5, (Kind::Double, Device::Cpu)) * trace * 0.3;
+        let precision = shrunk.inverse();
+        let log_joint: Vec<Tensor> = own
+            .iter()
+            .map(|rows| {
+                let apart = &x - rows.mean_dim(0, true, Kind::Double);
+                let squares =
+                    (apart.matmul(&precision) * apart).sum_dim_intlist(1, false, Kind::Double);
+                squares * -0.5 + (rows.size()[0] as f64 / 31.0).ln()
+            })
+            .collect();
+        let expected = Tensor::stack(&log_joint, 1).log_softmax(-1, None);
+        let difference = head.logits(&x).log_softmax(-1, None) - expected;
+        assert!(f64::try_from(difference.abs().max()).unwrap() < 1e-10);
+    }
+
+    #[test]
     fn ridge_solves_its_normal_equations() {
         let (x, labels) = task(40, 3);
         let head = ClosedFormHead::fit(&x, &labels, 3, &options(HeadKind::Ridge)).unwrap();

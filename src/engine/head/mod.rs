@@ -105,8 +105,7 @@ fn fit_by_fold(
                 .filter(|row| count == 1 || folds[*row] != own)
                 .collect();
             let of_rows: Vec<usize> = rows.iter().map(|row| labels[*row]).collect();
-            let selected =
-                features.index_select(0, &row_tensor(&rows).to_device(features.device()));
+            let selected = features.index_select(0, &row_tensor(&rows));
             ClosedFormHead::fit(&selected, &of_rows, num_classes, options)
         })
         .collect()
