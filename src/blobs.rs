@@ -10,7 +10,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bytes::Bytes;
-use futures::StreamExt;
+use futures::stream::BoxStream;
+use futures::{Stream, StreamExt};
 use object_store::local::LocalFileSystem;
 use object_store::path::Path as Key;
 use object_store::{ObjectStore, ObjectStoreExt, PutPayload, WriteMultipart};
@@ -126,7 +127,30 @@ impl BlobStore {
         Ok(())
     }
 
-    /// A small blob (statistics, say), whole in memory.
+    /// A blob in pieces, and its size in bytes. Its last piece comes only if its digest is right;
+    /// until then nobody may take what came for the blob.
+    pub async fn stream(
+        &self,
+        digest: &Digest,
+    ) -> Result<(u64, impl Stream<Item = Result<Bytes, BlobError>> + use<>), BlobError> {
+        let opened = self.open(digest).await?;
+        let size = opened.meta.size;
+        let checked = Checked {
+            chunks: opened.into_stream(),
+            held: Bytes::new(),
+            found: DigestBuilder::default(),
+            expected: *digest,
+        };
+        let pieces = futures::stream::try_unfold(Some(checked), |checked| async {
+            match checked {
+                Some(checked) => checked.next().await,
+                None => Ok(None),
+            }
+        });
+        Ok((size, pieces))
+    }
+
+    /// A blob whole in memory, where it is to be worked with.
     pub async fn get_bytes(&self, digest: &Digest) -> Result<Bytes, BlobError> {
         let bytes = self.open(digest).await?.bytes().await?;
         let mut found = DigestBuilder::default();
@@ -148,6 +172,29 @@ impl BlobStore {
             Err(object_store::Error::NotFound { .. }) => Err(BlobError::Missing(*digest)),
             other => Ok(other?),
         }
+    }
+}
+
+/// A blob on its way out, one piece of it held back.
+struct Checked {
+    chunks: BoxStream<'static, object_store::Result<Bytes>>,
+    held: Bytes,
+    found: DigestBuilder,
+    expected: Digest,
+}
+
+impl Checked {
+    /// The piece held back, which the next one releases, or at the end the digest.
+    async fn next(mut self) -> Result<Option<(Bytes, Option<Self>)>, BlobError> {
+        while let Some(chunk) = self.chunks.next().await.transpose()? {
+            self.found.update(&chunk);
+            let released = std::mem::replace(&mut self.held, chunk);
+            if !released.is_empty() {
+                return Ok(Some((released, Some(self))));
+            }
+        }
+        check(&self.expected, self.found)?;
+        Ok(Some((self.held, None)))
     }
 }
 
@@ -230,6 +277,8 @@ async fn blocking<T: Send + 'static>(
 
 #[cfg(test)]
 mod tests {
+    use futures::TryStreamExt;
+
     use super::*;
 
     #[tokio::test]
@@ -252,6 +301,10 @@ mod tests {
         let copy = dir.path().join("copy");
         blobs.get_to_file(&stored.digest, &copy).await.unwrap();
         assert!(std::fs::read(&copy).unwrap() == bytes);
+        let (size, pieces) = blobs.stream(&stored.digest).await.unwrap();
+        let pieces: Vec<Bytes> = pieces.try_collect().await.unwrap();
+        assert_eq!(size, bytes.len() as u64);
+        assert!(pieces.len() > 2 && pieces.concat() == bytes);
     }
 
     #[tokio::test]
@@ -282,5 +335,13 @@ mod tests {
         let error = blobs.get_to_file(&stored.digest, &copy).await.unwrap_err();
         assert!(matches!(error, BlobError::Corrupt { .. }));
         assert!(!copy.exists());
+        let (_, pieces) = blobs.stream(&stored.digest).await.unwrap();
+        let pieces: Vec<_> = pieces.collect().await;
+        let came: usize = pieces.iter().flatten().map(Bytes::len).sum();
+        assert!(came < 3, "a corrupt blob is never whole");
+        assert!(matches!(
+            pieces.last(),
+            Some(Err(BlobError::Corrupt { .. }))
+        ));
     }
 }

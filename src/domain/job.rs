@@ -140,6 +140,19 @@ pub struct EnsembleSpec {
     pub objective: Objective,
     /// Name of the prompt the result is published under.
     pub output: String,
+    /// Present where α is solved for again from the statistics of an earlier ensemble, without
+    /// backbone and images; then `sources` are some of that ensemble's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resolved_from: Option<ResolvedFrom>,
+}
+
+/// The ensemble whose statistics stand in for backbone and images.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ResolvedFrom {
+    pub ensemble: Uuid,
+    /// Of its `statistics.safetensors` in the blob store.
+    #[schema(value_type = String, example = "sha256:…")]
+    pub statistics: Digest,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -176,11 +189,19 @@ pub struct BackboneSpec {
 }
 
 impl EnsembleSpec {
+    /// The steps of the job, in order.
+    pub fn phases(&self) -> &'static [Phase] {
+        match self.resolved_from {
+            None => &Phase::ALL,
+            Some(_) => &[Phase::Solve],
+        }
+    }
+
     /// Equal digests mean equal answers: what is computed, without any name, and by which version.
     pub fn digest(&self) -> Digest {
         let sources: Vec<_> = self.sources.iter().map(|source| source.digest).collect();
         // `json!` sorts keys, so the text is canonical.
-        let computed = json!({
+        let mut computed = json!({
             "target": self.target.digest,
             "samples": self.target.samples,
             "sources": sources,
@@ -189,6 +210,10 @@ impl EnsembleSpec {
             "objective": self.objective,
             "promptweave": env!("CARGO_PKG_VERSION"),
         });
+        // Whose statistics they were is a name; a whole composition keeps the digest it always had.
+        if let Some(from) = &self.resolved_from {
+            computed["statistics"] = json!(from.statistics);
+        }
         Digest::of(computed.to_string().as_bytes())
     }
 }
@@ -245,6 +270,7 @@ pub(crate) mod tests {
             },
             objective: Objective::default(),
             output: "emoji-1".into(),
+            resolved_from: None,
         }
     }
 
@@ -275,5 +301,29 @@ pub(crate) mod tests {
         let mut swapped = spec.clone();
         swapped.sources.reverse();
         assert_ne!(swapped.digest(), spec.digest());
+    }
+
+    #[test]
+    fn solving_again_is_told_apart_by_the_statistics_and_the_sources() {
+        let whole = spec();
+        assert_eq!(whole.phases(), Phase::ALL);
+        assert!(!json!(whole).to_string().contains("resolved_from"));
+        let from = |ensemble, statistics: &[u8]| EnsembleSpec {
+            resolved_from: Some(ResolvedFrom {
+                ensemble: Uuid::from_u128(ensemble),
+                statistics: Digest::of(statistics),
+            }),
+            ..spec()
+        };
+        let resolved = from(1, b"statistics");
+        assert_eq!(resolved.phases(), [Phase::Solve]);
+        let read: EnsembleSpec = serde_json::from_value(json!(resolved)).unwrap();
+        assert_eq!(read, resolved);
+        assert_ne!(resolved.digest(), whole.digest());
+        assert_ne!(resolved.digest(), from(1, b"others").digest());
+        assert_eq!(resolved.digest(), from(2, b"statistics").digest());
+        let mut subset = resolved.clone();
+        subset.sources.pop();
+        assert_ne!(subset.digest(), resolved.digest());
     }
 }

@@ -44,7 +44,8 @@ struct RegisterBackbone {
     responses(
         (status = 201, body = RegisteredBackbone, headers(("location" = String))),
         (status = 200, description = "It is registered already", body = RegisteredBackbone),
-        (status = 409, description = "`name_taken`, `backbone_exists`"),
+        (status = 409, description = "`name_taken`, `backbone_exists`, `file_changed` (while it \
+            was read; try again when nobody writes to it)"),
         (status = 422, description = "`unknown_directory`, `invalid_backbone`"),
     )
 )]

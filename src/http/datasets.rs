@@ -61,6 +61,8 @@ struct RegisteredDataset {
     responses(
         (status = 201, body = RegisteredDataset, headers(("location" = String))),
         (status = 200, description = "These images are a version already", body = RegisteredDataset),
+        (status = 409, description = "`file_changed`: while it was read; try again when nobody \
+            writes to it"),
         (status = 422, description = "`unknown_directory`, `invalid_dataset`, `empty_dataset`, \
             `label_out_of_range`, `unreadable_image` (names the file; see `skip_bad`)"),
     )

@@ -1,9 +1,13 @@
 //! `/v1/ensembles`: jobs that learn source weights for a target and compose the prompt.
 
+mod resolve;
+
 use axum::Json as JsonResponse;
+use axum::body::Body;
 use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use futures::TryStreamExt;
 use serde::{Deserialize, Serialize};
 use sqlx::PgConnection;
 use time::OffsetDateTime;
@@ -25,8 +29,10 @@ use crate::domain::reference::{Reference, ResourceName};
 use crate::jobs::events::{self, JobEvent};
 use crate::jobs::plan::{EnsembleRequest, PlanError, plan};
 use crate::jobs::queue::{self, Cancellation, NewJob, QueueError};
+use crate::jobs::resolve::Solved;
 use crate::jobs::{self, ENSEMBLE, Job};
 use crate::registry::DEFAULT_PROJECT;
+use crate::telemetry::chain;
 
 /// Seconds between two looks at a job.
 const LOOK_AGAIN_AFTER: u32 = 1;
@@ -40,6 +46,7 @@ pub fn router() -> OpenApiRouter<AppState> {
         .routes(routes!(get_ensemble_statistics))
         .routes(routes!(list_ensemble_events))
         .routes(routes!(cancel_ensemble))
+        .routes(routes!(resolve::resolve_ensemble))
 }
 
 // ---- Requests ------------------------------------------------------------------------------
@@ -163,6 +170,8 @@ struct Urls {
     statistics: String,
     /// The composed prompt's file, once there is one.
     composed: Option<String>,
+    /// Where to solve again from its statistics, once there are some.
+    resolve: Option<String>,
 }
 
 impl From<Job> for Ensemble {
@@ -195,6 +204,7 @@ impl From<Job> for Ensemble {
                 cancel: format!("{this}/cancel"),
                 result: format!("{this}/result"),
                 statistics: format!("{this}/statistics"),
+                resolve: job.statistics_digest.map(|_| format!("{this}/resolve")),
                 composed,
                 this,
             },
@@ -245,7 +255,7 @@ impl From<QueueError> for Problem {
             `too_many_sources`, `unknown_prompt`, `same_source`, `deep_prompt_not_composable`, \
             `width_mismatch`, `length_mismatch`, `unknown_backbone`, `backbone_required`, \
             `backbone_ambiguous`, `backbone_mismatch`, `preprocessing_mismatch`, \
-            `invalid_objective`, `invalid_priority`"),
+            `invalid_objective`, `too_large` (features above 4 GiB), `invalid_priority`"),
     )
 )]
 async fn create_ensemble(
@@ -260,10 +270,7 @@ async fn create_ensemble(
         output,
         priority,
     } = body;
-    if !(0..=1000).contains(&priority) {
-        let detail = format!("is {priority}; it must lie in 0..=1000");
-        return Err(Problem::field("invalid_priority", "/priority", detail));
-    }
+    check_priority(priority)?;
     let request = EnsembleRequest {
         dataset: target.dataset,
         samples: TargetSamples {
@@ -281,15 +288,33 @@ async fn create_ensemble(
     let id = state.clock.new_id();
     let mut conn = state.pool.acquire().await?;
     let spec = plan(&mut conn, id, &request).await?;
+    accept(&mut conn, id, priority, &spec).await
+}
+
+fn check_priority(priority: i32) -> Result<(), Problem> {
+    if (0..=1000).contains(&priority) {
+        return Ok(());
+    }
+    let detail = format!("is {priority}; it must lie in 0..=1000");
+    Err(Problem::field("invalid_priority", "/priority", detail))
+}
+
+/// Puts the job into the queue, and answers with it.
+async fn accept(
+    conn: &mut PgConnection,
+    id: Uuid,
+    priority: i32,
+    spec: &EnsembleSpec,
+) -> Result<impl IntoResponse + use<>, Problem> {
     let new = NewJob {
         id,
         project_id: DEFAULT_PROJECT,
         kind: ENSEMBLE,
         priority,
-        spec: &spec,
+        spec,
     };
-    queue::enqueue(&mut conn, new).await?;
-    let ensemble = Ensemble::from(existing(&mut conn, id).await?);
+    queue::enqueue(conn, new).await?;
+    let ensemble = Ensemble::from(existing(conn, id).await?);
     let headers = [
         (header::LOCATION, path(id)),
         (header::RETRY_AFTER, LOOK_AGAIN_AFTER.to_string()),
@@ -355,25 +380,28 @@ async fn get_ensemble(
     Ok(response)
 }
 
-/// The job once it succeeded; otherwise why it has no result.
-async fn succeeded(state: &AppState, id: Uuid) -> Result<(CompositionResult, Digest), Problem> {
+/// The ensemble once it succeeded; otherwise why it has no result.
+async fn succeeded(state: &AppState, id: Uuid) -> Result<Solved, Problem> {
     let job = existing(&mut *state.pool.acquire().await?, id).await?;
-    match (job.state, job.result, job.statistics_digest) {
-        (JobState::Succeeded, Some(result), Some(statistics)) => Ok((result, statistics)),
-        (JobState::Failed, ..) => {
+    let job = match Solved::try_from(job) {
+        Ok(solved) => return Ok(solved),
+        Err(job) => job,
+    };
+    Err(match job.state {
+        JobState::Failed => {
             let reason = job.error.map(|e| format!(": {}: {}", e.code, e.detail));
             let detail = format!("ensemble `{id}` failed{}", reason.unwrap_or_default());
-            Err(Problem::conflict("ensemble_failed", detail))
+            Problem::conflict("ensemble_failed", detail)
         }
-        (JobState::Cancelled, ..) => {
+        JobState::Cancelled => {
             let detail = format!("ensemble `{id}` was cancelled; post it again");
-            Err(Problem::conflict("ensemble_cancelled", detail))
+            Problem::conflict("ensemble_cancelled", detail)
         }
-        (other, ..) => {
+        other => {
             let detail = format!("ensemble `{id}` is {}; ask again", other.name());
-            Err(Problem::conflict("ensemble_not_finished", detail).retry_after(LOOK_AGAIN_AFTER))
+            Problem::conflict("ensemble_not_finished", detail).retry_after(LOOK_AGAIN_AFTER)
         }
-    }
+    })
 }
 
 /// Source weights, both terms, the path of trade-offs, diagnostics
@@ -393,7 +421,7 @@ async fn get_ensemble_result(
     State(state): State<AppState>,
     Path(id): Path<Uuid>,
 ) -> Result<JsonResponse<CompositionResult>, Problem> {
-    Ok(JsonResponse(succeeded(&state, id).await?.0))
+    Ok(JsonResponse(succeeded(&state, id).await?.result))
 }
 
 /// What the numbers were computed from, as safetensors
@@ -414,17 +442,22 @@ async fn get_ensemble_statistics(
     State(state): State<AppState>,
     Path(id): Path<Uuid>,
 ) -> Result<impl IntoResponse, Problem> {
-    let (_, digest) = succeeded(&state, id).await?;
-    let bytes = state.blobs.get_bytes(&digest).await?;
+    let digest = succeeded(&state, id).await?.statistics;
+    let (size, pieces) = state.blobs.stream(&digest).await?;
+    // The status is sent by then; what is left is to break off and to say why.
+    let pieces = pieces.inspect_err(move |error| {
+        tracing::error!(job.id = %id, error = chain(error), "statistics could not be sent whole");
+    });
     let headers = [
         (header::CONTENT_TYPE, "application/octet-stream".to_owned()),
+        (header::CONTENT_LENGTH, size.to_string()),
         (
             header::CONTENT_DISPOSITION,
             format!("attachment; filename=\"{id}-statistics.safetensors\""),
         ),
         (header::ETAG, format!("\"{digest}\"")),
     ];
-    Ok((headers, bytes))
+    Ok((headers, Body::from_stream(pieces)))
 }
 
 #[derive(Debug, Deserialize, IntoParams)]

@@ -4,7 +4,7 @@ use axum::RequestPartsExt;
 use axum::body::Bytes;
 use axum::extract::path::ErrorKind;
 use axum::extract::rejection::{BytesRejection, PathRejection};
-use axum::extract::{FromRequest, FromRequestParts, Request};
+use axum::extract::{FromRequest, FromRequestParts, OptionalFromRequest, Request};
 use axum::http::{HeaderMap, StatusCode, header, request};
 use serde::de::DeserializeOwned;
 
@@ -73,20 +73,43 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Json<T> {
             ));
         }
         let Body(bytes) = Body::from_request(request, state).await?;
-        let mut json = serde_json::Deserializer::from_slice(&bytes);
-        let value = serde_path_to_error::deserialize(&mut json).map_err(|error| {
-            let pointer = json_pointer(error.path());
-            let error = error.into_inner();
-            match error.classify() {
-                serde_json::error::Category::Data => {
-                    Problem::field("invalid_body", pointer, error.to_string())
-                }
-                _ => malformed(&error),
-            }
-        })?;
-        json.end().map_err(|error| malformed(&error))?;
-        Ok(Self(value))
+        read_json(&bytes).map(Self)
     }
+}
+
+/// A request may also have no body at all: no content type and no bytes.
+impl<T: DeserializeOwned, S: Send + Sync> OptionalFromRequest<S> for Json<T> {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, state: &S) -> Result<Option<Self>, Problem> {
+        if request.headers().contains_key(header::CONTENT_TYPE) {
+            return <Self as FromRequest<S>>::from_request(request, state)
+                .await
+                .map(Some);
+        }
+        let Body(bytes) = Body::from_request(request, state).await?;
+        if bytes.is_empty() {
+            Ok(None)
+        } else {
+            Err(unsupported_media_type(None, "`application/json`"))
+        }
+    }
+}
+
+fn read_json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
+    let mut json = serde_json::Deserializer::from_slice(bytes);
+    let value = serde_path_to_error::deserialize(&mut json).map_err(|error| {
+        let pointer = json_pointer(error.path());
+        let error = error.into_inner();
+        match error.classify() {
+            serde_json::error::Category::Data => {
+                Problem::field("invalid_body", pointer, error.to_string())
+            }
+            _ => malformed(&error),
+        }
+    })?;
+    json.end().map_err(|error| malformed(&error))?;
+    Ok(value)
 }
 
 fn malformed(error: &serde_json::Error) -> Problem {

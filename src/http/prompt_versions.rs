@@ -21,7 +21,7 @@ use crate::db::DbError;
 use crate::domain::digest::Digest;
 use crate::domain::prompt_file::{FORMAT, Origin, PromptFile, PromptFileError, PromptMetadata};
 use crate::domain::reference::{Reference, ResourceName, VersionSelector};
-use crate::registry::lineage::{self, LineageEdge};
+use crate::registry::lineage::{self, LineageEdge, ProducedBy};
 use crate::registry::prompt_versions::{self, NewVersion, PromptVersion};
 use crate::registry::{DEFAULT_PROJECT, backbones};
 
@@ -388,6 +388,8 @@ fn etag(digest: &Digest) -> String {
 /// What a version was made of, and what was made with it.
 #[derive(Debug, Serialize, ToSchema)]
 struct Lineage {
+    /// Null unless an ensemble made it.
+    produced_by: Option<ProducedBy>,
     /// Its sources with their weights α, the largest first; empty unless it was composed.
     parents: Vec<LineageEdge>,
     /// Prompts composed with it, the newest first; `weight` is its α in them.
@@ -412,6 +414,7 @@ async fn get_lineage(
     let mut conn = state.pool.acquire().await?;
     let version = path.resolve(&mut conn).await?;
     Ok(JsonResponse(Lineage {
+        produced_by: lineage::produced_by(&mut conn, DEFAULT_PROJECT, version.id).await?,
         parents: lineage::parents(&mut conn, DEFAULT_PROJECT, version.id).await?,
         children: lineage::children(&mut conn, DEFAULT_PROJECT, version.id).await?,
     }))

@@ -43,10 +43,14 @@ pub async fn finish(
     if !valid {
         return Err(QueueError::LeaseLost(claimed.lease.job_id));
     }
-    let description = format!(
+    let target = &claimed.spec.target;
+    let mut description = format!(
         "composed for {}:{} by ensemble {}",
-        claimed.spec.target.dataset, claimed.spec.target.version, claimed.lease.job_id
+        target.dataset, target.version, claimed.lease.job_id
     );
+    if let Some(from) = &claimed.spec.resolved_from {
+        description += &format!(" from the statistics of ensemble {}", from.ensemble);
+    }
     let prompt =
         prompts::find_or_create(&mut tx, claimed.project_id, finished.output, &description).await?;
     let parents: Vec<Parent> = claimed

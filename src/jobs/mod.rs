@@ -1,7 +1,8 @@
 //! The queue, directly on Postgres: a job's row is the public resource and the lock in one.
 //!
 //! [`queue`] holds the statements of the state machine ([`crate::domain::job`] draws it), `leaving`
-//! the one by which a job leaves `running`, [`finish`] the one transaction that makes a result,
+//! the one by which a job leaves `running`, [`plan`] and [`resolve`] make a request a specification,
+//! [`finish`] is the one transaction that makes a result,
 //! [`events`] what happened, [`workers`] who is there, and
 //! [`listener`] the wake-up.
 
@@ -12,6 +13,7 @@ pub mod listener;
 pub mod plan;
 pub mod queue;
 pub mod reaper;
+pub mod resolve;
 pub mod workers;
 
 use sqlx::PgConnection;

@@ -11,7 +11,7 @@ use crate::domain::composition::TargetSamples;
 use crate::domain::dataset::Split;
 use crate::domain::digest::Digest;
 use crate::domain::job::{BackboneSpec, EnsembleSpec, SourceSpec, TargetSpec};
-use crate::domain::objective::Objective;
+use crate::domain::objective::{HScoreMode, InvalidObjective, Objective};
 use crate::domain::reference::{Reference, ResourceName};
 use crate::registry::backbones::{self, RegisteredBackbone};
 use crate::registry::datasets::{self, DatasetVersion};
@@ -22,6 +22,9 @@ use crate::registry::{DEFAULT_PROJECT, RegistryError};
 pub const MAX_SOURCES: usize = 64;
 /// More images than this are a data set to be sampled from.
 pub const MAX_SAMPLES: usize = 1_000_000;
+/// Features of all sources and samples, as they are held in memory and stored; gradients and solver
+/// need a few times that.
+pub const MAX_FEATURE_BYTES: usize = 4 << 30;
 
 /// What was asked for, in names.
 #[derive(Clone, Debug)]
@@ -54,7 +57,7 @@ pub struct Refusal {
     pub detail: String,
 }
 
-fn refuse<T>(
+pub(super) fn refuse<T>(
     code: &'static str,
     pointer: impl Into<String>,
     detail: impl Into<String>,
@@ -73,16 +76,18 @@ pub async fn plan(
     job_id: Uuid,
     request: &EnsembleRequest,
 ) -> Result<EnsembleSpec, PlanError> {
-    if let Err(invalid) = request.objective.weighing() {
-        let pointer = format!("/objective/{}", invalid.field.replace('.', "/"));
-        return refuse("invalid_objective", pointer, invalid.to_string());
-    }
+    request.objective.weighing().map_err(invalid_objective)?;
     let target = target(conn, request).await?;
     let sources = sources(conn, &request.sources).await?;
     let backbone = backbone(conn, request.backbone.as_ref(), &sources).await?;
     for (index, source) in sources.iter().enumerate() {
         check_fits(source, &backbone, &source_pointer(index))?;
     }
+    let images: u64 = target.class_counts[&request.samples.split].iter().sum();
+    let num_samples = request.samples.max_samples.min(images as usize);
+    let embed_dim = backbone.config.embed_dim;
+    check_size(sources.len(), num_samples, embed_dim)?;
+    check_samples(&request.objective, num_samples, embed_dim)?;
     Ok(EnsembleSpec {
         target: TargetSpec {
             dataset: target.name.to_string(),
@@ -109,16 +114,56 @@ pub async fn plan(
         objective: request.objective.clone(),
         output: match &request.output {
             Some(name) => name.to_string(),
-            None => default_output(&target.name, job_id),
+            None => default_output(target.name.as_str(), job_id),
         },
+        resolved_from: None,
     })
 }
 
 /// `<dataset>-<short id>`: the end of the id, since its beginning is the time.
-fn default_output(dataset: &ResourceName, job_id: Uuid) -> String {
+pub(super) fn default_output(dataset: &str, job_id: Uuid) -> String {
     let id = job_id.simple().to_string();
-    let dataset: String = dataset.as_str().chars().take(128 - 9).collect();
+    let dataset: String = dataset.chars().take(128 - 9).collect();
     format!("{dataset}-{}", &id[id.len() - 8..])
+}
+
+// ---- Numbers -------------------------------------------------------------------------------
+
+/// The field of the request that is at fault.
+pub(super) fn invalid_objective(invalid: InvalidObjective) -> PlanError {
+    PlanError::Refused(Refusal {
+        code: "invalid_objective",
+        pointer: format!("/objective/{}", invalid.field.replace('.', "/")),
+        detail: invalid.to_string(),
+    })
+}
+
+/// Refuses an H-score that N samples in d dimensions cannot have; known only once both are.
+pub(super) fn check_samples(objective: &Objective, n: usize, d: usize) -> Result<(), PlanError> {
+    match objective.h_score.mode {
+        // Inverts nothing.
+        HScoreMode::TraceRatio => Ok(()),
+        HScoreMode::Inv => {
+            let shrinkage = objective.h_score.shrinkage;
+            shrinkage.check_samples(n, d).map_err(invalid_objective)
+        }
+    }
+}
+
+/// Refuses features of M sources and N samples in d dimensions that no memory is meant to hold.
+fn check_size(m: usize, n: usize, d: usize) -> Result<(), PlanError> {
+    let bytes_a_sample = m * d * size_of::<f32>();
+    if n * bytes_a_sample <= MAX_FEATURE_BYTES {
+        return Ok(());
+    }
+    let detail = format!(
+        "features of {m} sources and {n} images in {d} dimensions take {:.1} GiB; at most {} GiB are \
+         held: set it to {} or less, or name fewer sources",
+        (n * bytes_a_sample) as f64 / f64::from(1 << 30),
+        MAX_FEATURE_BYTES >> 30,
+        MAX_FEATURE_BYTES / bytes_a_sample,
+    );
+    refuse("too_large", "/target/max_samples", detail)
 }
 
 // ---- The target ----------------------------------------------------------------------------
@@ -198,8 +243,16 @@ fn classes_in<'a>(
 
 // ---- The sources ---------------------------------------------------------------------------
 
-fn source_pointer(index: usize) -> String {
+pub(super) fn source_pointer(index: usize) -> String {
     format!("/sources/{index}/prompt")
+}
+
+pub(super) fn no_sources<T>() -> Result<T, PlanError> {
+    refuse(
+        "no_sources",
+        "/sources",
+        "names no prompt; at least one is needed",
+    )
 }
 
 async fn sources(
@@ -207,11 +260,7 @@ async fn sources(
     references: &[Reference],
 ) -> Result<Vec<PromptVersion>, PlanError> {
     if references.is_empty() {
-        return refuse(
-            "no_sources",
-            "/sources",
-            "names no prompt; at least one is needed",
-        );
+        return no_sources();
     }
     if references.len() > MAX_SOURCES {
         let detail = format!("names {} prompts; at most {MAX_SOURCES}", references.len());
@@ -370,9 +419,38 @@ mod tests {
     fn the_default_name_is_always_a_name() {
         let id = Uuid::now_v7();
         for dataset in ["food", &"d".repeat(128)] {
-            let name = default_output(&dataset.parse().unwrap(), id);
+            let name = default_output(dataset, id);
             assert!(name.parse::<ResourceName>().is_ok(), "{name}");
             assert!(name.ends_with(&id.simple().to_string()[24..]));
         }
+    }
+
+    #[test]
+    fn the_largest_number_of_samples_that_fits_is_named() {
+        let most = MAX_FEATURE_BYTES / (64 * 1024 * 4);
+        assert!(check_size(64, most, 1024).is_ok());
+        let Err(PlanError::Refused(refusal)) = check_size(64, most + 1, 1024) else {
+            panic!("one more is too many");
+        };
+        assert_eq!(refusal.code, "too_large");
+        assert_eq!(refusal.pointer, "/target/max_samples");
+        let detail = refusal.detail;
+        assert!(
+            detail.contains(&format!("set it to {most} or less")),
+            "{detail}"
+        );
+    }
+
+    #[test]
+    fn shrinkage_0_needs_more_samples_than_dimensions_unless_nothing_is_inverted() {
+        let mut objective: Objective =
+            serde_json::from_str(r#"{"h_score": {"shrinkage": 0.0}}"#).unwrap();
+        assert!(check_samples(&objective, 10, 8).is_ok());
+        let Err(PlanError::Refused(refusal)) = check_samples(&objective, 9, 8) else {
+            panic!("9 samples in 8 dimensions");
+        };
+        assert_eq!(refusal.pointer, "/objective/h_score/shrinkage");
+        objective.h_score.mode = HScoreMode::TraceRatio;
+        assert!(check_samples(&objective, 9, 8).is_ok());
     }
 }

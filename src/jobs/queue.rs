@@ -102,7 +102,9 @@ pub async fn enqueue(conn: &mut PgConnection, new: NewJob<'_>) -> Result<(), Que
     )
     .execute(&mut *tx)
     .await?;
-    let phases: Vec<String> = Phase::ALL
+    let phases: Vec<String> = new
+        .spec
+        .phases()
         .iter()
         .map(|phase| phase.name().to_owned())
         .collect();

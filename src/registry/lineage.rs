@@ -1,4 +1,4 @@
-//! Which versions a composed prompt was made of, and how much of each.
+//! Which versions a composed prompt was made of, how much of each, and by which ensemble.
 
 use serde::Serialize;
 use sqlx::PgConnection;
@@ -20,6 +20,39 @@ pub struct LineageEdge {
     /// α of the parent in the child.
     #[schema(minimum = 0, maximum = 1)]
     pub weight: f64,
+}
+
+/// The ensemble that made a version.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
+pub struct ProducedBy {
+    pub ensemble: Uuid,
+    /// The ensemble from whose statistics the weights were solved for again; null where they come
+    /// from backbone and images.
+    pub resolved_from: Option<Uuid>,
+}
+
+/// What made a version; None where it was uploaded.
+pub async fn produced_by(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    version_id: Uuid,
+) -> Result<Option<ProducedBy>, RegistryError> {
+    let found = sqlx::query_as!(
+        ProducedBy,
+        r#"
+        SELECT
+            j.id AS ensemble,
+            (j.spec #>> '{resolved_from,ensemble}')::uuid AS resolved_from
+        FROM prompt_version v
+        JOIN job j ON j.project_id = v.project_id AND j.id = v.produced_by_job
+        WHERE v.project_id = $1 AND v.id = $2
+        "#,
+        project_id,
+        version_id,
+    )
+    .fetch_optional(conn)
+    .await?;
+    Ok(found)
 }
 
 /// What a version was composed of, the largest weight first.

@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::domain::composition::{
-    Composer, Composition, CompositionError, CompositionInput, Observer, Phase,
+    Composer, Composition, CompositionError, CompositionInput, Observer, Phase, ResolveInput,
 };
 use crate::domain::job::Progress;
 
@@ -73,9 +73,29 @@ impl Observer for Watcher {
     }
 }
 
+/// What a composer is given to do, with all its files at hand.
+#[derive(Debug)]
+pub enum Work {
+    Compose(CompositionInput),
+    Resolve(ResolveInput),
+}
+
+impl Work {
+    fn done_by(
+        &self,
+        composer: &mut dyn Composer,
+        observer: &mut dyn Observer,
+    ) -> Result<Composition, CompositionError> {
+        match self {
+            Self::Compose(input) => composer.compose(input, observer),
+            Self::Resolve(input) => composer.resolve(input, observer),
+        }
+    }
+}
+
 enum Request {
-    Compose {
-        input: Box<CompositionInput>,
+    Work {
+        work: Box<Work>,
         watcher: Watcher,
         answer: oneshot::Sender<Result<Composition, CompositionError>>,
     },
@@ -113,10 +133,10 @@ impl ComposerThread {
         &self.device
     }
 
-    /// Hands over a composition. Progress and answer come through the channels that are returned.
-    pub fn compose(
+    /// Hands work over. Progress and answer come through the channels that are returned.
+    pub fn begin(
         &self,
-        input: CompositionInput,
+        work: Work,
         stop: Stop,
     ) -> (
         watch::Receiver<Watched>,
@@ -126,8 +146,8 @@ impl ComposerThread {
         let (answer, answered) = oneshot::channel();
         let watcher = Watcher { stop, progress };
         // A thread that is gone drops the request, which the receiver of the answer notices.
-        let _ = self.requests.send(Request::Compose {
-            input: Box::new(input),
+        let _ = self.requests.send(Request::Work {
+            work: Box::new(work),
             watcher,
             answer,
         });
@@ -163,13 +183,14 @@ fn own(
             Request::Ping { answer } => {
                 let _ = answer.send(());
             }
-            Request::Compose {
-                input,
+            Request::Work {
+                work,
                 mut watcher,
                 answer,
             } => {
-                let composed =
-                    catch_unwind(AssertUnwindSafe(|| composer.compose(&input, &mut watcher)));
+                let composed = catch_unwind(AssertUnwindSafe(|| {
+                    work.done_by(composer.as_mut(), &mut watcher)
+                }));
                 let panic = composed.is_err();
                 let outcome = composed.unwrap_or_else(|payload| Err(panicked(payload.as_ref())));
                 // The receiver may have given up waiting; then nobody wants the answer.

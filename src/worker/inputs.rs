@@ -1,5 +1,6 @@
 //! Brings a job's files to this machine: prompts from the database, backbone and images from the
-//! blob store into a cache by digest. A worker needs those two and nothing else.
+//! blob store into a cache by digest, statistics to solve again from into memory. A worker needs
+//! those two and nothing else.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,10 +8,11 @@ use std::path::{Path, PathBuf};
 use sqlx::PgPool;
 use tempfile::TempDir;
 
+use super::composer_thread::Work;
 use crate::blobs::{BlobError, BlobStore};
 use crate::db::DbError;
 use crate::domain::backbone::{CONFIG_FILE, MODEL_FILE};
-use crate::domain::composition::{CompositionInput, Source};
+use crate::domain::composition::{CompositionInput, ResolveInput, Source, SourceRef};
 use crate::domain::digest::Digest;
 use crate::domain::job::{BackboneSpec, EnsembleSpec, SourceSpec, TargetSpec};
 use crate::domain::prompt_file::{PromptFile, PromptFileError};
@@ -66,18 +68,26 @@ pub struct Inputs {
 
 impl Inputs {
     /// Everything `spec` names, at hand.
-    pub async fn fetch(&self, spec: &EnsembleSpec) -> Result<CompositionInput, InputError> {
+    pub async fn fetch(&self, spec: &EnsembleSpec) -> Result<Work, InputError> {
+        if let Some(from) = &spec.resolved_from {
+            let statistics = self.blobs.get_bytes(&from.statistics).await?;
+            return Ok(Work::Resolve(ResolveInput {
+                statistics: statistics.into(),
+                sources: spec.sources.iter().map(named).collect(),
+                objective: spec.objective.clone(),
+            }));
+        }
         let mut sources = Vec::with_capacity(spec.sources.len());
         for source in &spec.sources {
             sources.push(self.source(source).await?);
         }
-        Ok(CompositionInput {
+        Ok(Work::Compose(CompositionInput {
             backbone_dir: self.backbone(&spec.backbone).await?,
             target_dir: self.images(&spec.target).await?,
             target: spec.target.samples.clone(),
             sources,
             objective: spec.objective.clone(),
-        })
+        }))
     }
 
     async fn source(&self, source: &SourceSpec) -> Result<Source, InputError> {
@@ -158,6 +168,15 @@ impl Inputs {
             unfinished,
             aside,
         }))
+    }
+}
+
+/// The statistics have the prompts.
+fn named(source: &SourceSpec) -> SourceRef {
+    SourceRef {
+        prompt: source.prompt.clone(),
+        version: Some(source.version),
+        digest: source.digest,
     }
 }
 

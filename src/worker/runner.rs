@@ -6,12 +6,12 @@ use std::time::{Duration, Instant};
 use sqlx::PgPool;
 use tokio::time::MissedTickBehavior;
 
-use super::composer_thread::{ComposerThread, Stop, StopReason};
+use super::composer_thread::{ComposerThread, Stop, StopReason, Work};
 use super::inputs::{InputError, Inputs};
 use super::renewal::Renewal;
 use crate::blobs::BlobError;
 use crate::db::DbError;
-use crate::domain::composition::{Composition, CompositionError, CompositionInput};
+use crate::domain::composition::{Composition, CompositionError};
 use crate::domain::job::{JobError, Progress};
 use crate::domain::prompt_file::PromptFile;
 use crate::jobs::finish::{Finished, finish};
@@ -125,11 +125,11 @@ impl Runner {
         stop: &Stop,
         renewal: &Renewal,
     ) -> Result<(), AttemptError> {
-        let input = tokio::select! {
-            input = self.inputs.fetch(&claimed.spec) => input?,
+        let work = tokio::select! {
+            work = self.inputs.fetch(&claimed.spec) => work?,
             () = stop.asked() => return Err(AttemptError::Stopped),
         };
-        let composition = self.compose(claimed, input, stop).await?;
+        let composition = self.compose(claimed, work, stop).await?;
         self.store(claimed, renewal, &composition).await
     }
 
@@ -137,10 +137,10 @@ impl Runner {
     async fn compose(
         &self,
         claimed: &Claimed,
-        input: CompositionInput,
+        work: Work,
         stop: &Stop,
     ) -> Result<Composition, AttemptError> {
-        let (watched, mut answer) = self.composer.compose(input, stop.clone());
+        let (watched, mut answer) = self.composer.begin(work, stop.clone());
         let mut tick = tokio::time::interval(PROGRESS_EVERY);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut stored = None;

@@ -19,7 +19,7 @@ use crate::app::{Answer, TestApp, WIDTH, png, prompt_file, tiny_backbone, write_
 use crate::fixtures::{FakeComposer, Script};
 
 /// An app with backbone `tiny`, data set `pets` and prompts `digits` and `flowers`.
-async fn furnished(pool: PgPool) -> TestApp {
+pub async fn furnished(pool: PgPool) -> TestApp {
     let app = TestApp::new(pool);
     tiny_backbone(&app.root("tiny"), 1, 4);
     let made = app
@@ -55,7 +55,7 @@ async fn furnished(pool: PgPool) -> TestApp {
 }
 
 /// A prompt made for backbone `tiny`.
-fn fitting(app: &TestApp, seed: u64) -> PromptFile {
+pub fn fitting(app: &TestApp, seed: u64) -> PromptFile {
     let backbone = Backbone::open(&app.root("tiny")).unwrap();
     let mut file = prompt_file(seed);
     let metadata = file.metadata.as_mut().unwrap();
@@ -64,7 +64,7 @@ fn fitting(app: &TestApp, seed: u64) -> PromptFile {
     file
 }
 
-async fn upload(app: &TestApp, name: &str, file: &PromptFile) {
+pub async fn upload(app: &TestApp, name: &str, file: &PromptFile) {
     app.post("/v1/prompts", &json!({"name": name}))
         .await
         .ok(201);
@@ -73,7 +73,7 @@ async fn upload(app: &TestApp, name: &str, file: &PromptFile) {
         .ok(201);
 }
 
-fn request() -> Value {
+pub fn request() -> Value {
     json!({
         "target": {"dataset": "pets", "eval_split": "test"},
         "sources": [{"prompt": "digits"}, {"prompt": "flowers:1"}],
@@ -81,18 +81,18 @@ fn request() -> Value {
     })
 }
 
-async fn post(app: &TestApp, request: &Value) -> Answer {
+pub async fn post(app: &TestApp, request: &Value) -> Answer {
     app.post("/v1/ensembles", request).await
 }
 
-fn url(ensemble: &Value, name: &str) -> String {
+pub fn url(ensemble: &Value, name: &str) -> String {
     ensemble["urls"][name].as_str().unwrap().to_owned()
 }
 
-struct Worker(Shutdown, JoinHandle<Result<(), WorkerError>>);
+pub struct Worker(Shutdown, JoinHandle<Result<(), WorkerError>>);
 
 impl Worker {
-    fn start(app: &TestApp, fake: &FakeComposer) -> Self {
+    pub fn start(app: &TestApp, fake: &FakeComposer) -> Self {
         let settings = WorkerSettings {
             lease: Duration::from_secs(30),
             stall: Duration::from_secs(600),
@@ -104,13 +104,13 @@ impl Worker {
         Self(shutdown, task)
     }
 
-    async fn stop(self) {
+    pub async fn stop(self) {
         self.0.soft.cancel();
         self.1.await.unwrap().unwrap();
     }
 }
 
-async fn until_state(app: &TestApp, ensemble: &Value, state: &str) -> Value {
+pub async fn until_state(app: &TestApp, ensemble: &Value, state: &str) -> Value {
     let patience = async {
         loop {
             let seen = app.get(&url(ensemble, "self")).await.ok(200);
@@ -163,6 +163,9 @@ async fn an_ensemble_from_post_to_result(pool: PgPool) {
     PromptFile::parse(&composed.body).unwrap();
     let statistics = app.get(&url(&ensemble, "statistics")).await;
     assert_eq!(statistics.body, "statistics");
+    assert_eq!(statistics.header("content-length"), "10");
+    let digest = Digest::of(b"statistics");
+    assert_eq!(statistics.header("etag"), format!("\"{digest}\""));
 
     let events = app.get(&url(&ensemble, "events")).await.ok(200);
     let kinds: Vec<_> = events["items"]
@@ -273,6 +276,12 @@ async fn what_cannot_be_composed_is_refused_with_its_place(pool: PgPool) {
             "/objective/trade_off",
         ),
         (
+            // 3 images, 8 dimensions.
+            with("/objective", json!({"h_score": {"shrinkage": 0.0}})),
+            "invalid_objective",
+            "/objective/h_score/shrinkage",
+        ),
+        (
             with("/priority", json!(-1)),
             "invalid_priority",
             "/priority",
@@ -318,6 +327,21 @@ async fn what_cannot_be_composed_is_refused_with_its_place(pool: PgPool) {
     }
     let list = app.get("/v1/ensembles").await.ok(200);
     assert_eq!(list["items"], json!([]), "nothing was queued");
+}
+
+#[sqlx::test(migrator = "MIGRATOR")]
+async fn features_that_no_memory_is_meant_to_hold_are_refused(pool: PgPool) {
+    let app = furnished(pool).await;
+    // So wide that of the three images two fit.
+    let wide = r#"UPDATE backbone SET config = jsonb_set(config, '{embed_dim}', '250000000')"#;
+    sqlx::query(wide).execute(&app.state.pool).await.unwrap();
+    let problem = post(&app, &request()).await.problem(422, "too_large");
+    assert_eq!(problem["errors"][0]["pointer"], "/target/max_samples");
+    let detail = problem["detail"].as_str().unwrap();
+    assert!(detail.contains("set it to 2 or less"), "{detail}");
+    let mut fewer = request();
+    fewer["target"]["max_samples"] = json!(2);
+    post(&app, &fewer).await.ok(202);
 }
 
 #[sqlx::test(migrator = "MIGRATOR")]

@@ -128,6 +128,7 @@ pub async fn spec(db: &mut PgConnection) -> EnsembleSpec {
         },
         objective: Objective::default(),
         output: "emoji-composed".into(),
+        resolved_from: None,
     }
 }
 
@@ -250,14 +251,10 @@ pub fn sources_of(spec: &EnsembleSpec) -> Vec<(String, i32, Digest)> {
         .collect()
 }
 
-/// Likewise of an engine's input.
-pub fn sources_of_input(input: &CompositionInput) -> Vec<(String, i32, Digest)> {
-    let version = |v: Option<i32>| v.expect("from the registry");
-    input
-        .sources
-        .iter()
-        .map(|s| (s.prompt.clone(), version(s.version), s.digest))
-        .collect()
+/// One of them, of an engine's input.
+fn weighed(prompt: &str, version: Option<i32>, digest: Digest) -> (String, i32, Digest) {
+    let version = version.expect("from the registry");
+    (prompt.to_owned(), version, digest)
 }
 
 /// What the fake engine is to do with a job.
@@ -303,65 +300,86 @@ impl FakeComposer {
     }
 }
 
+impl FakeComposer {
+    fn begin(&self) -> Script {
+        self.begun.fetch_add(1, Ordering::SeqCst);
+        let next = self.scripts.lock().unwrap().pop_front();
+        next.unwrap_or(Script::Succeed)
+    }
+
+    fn report(
+        &self,
+        observer: &mut dyn Observer,
+        phase: Phase,
+        done: u64,
+    ) -> Result<(), CompositionError> {
+        if observer.progress(phase, done, u64::MAX >> 1).is_break() {
+            self.stopped.fetch_add(1, Ordering::SeqCst);
+            return Err(CompositionError::Stopped);
+        }
+        Ok(())
+    }
+
+    /// The one phase in which the script makes a difference.
+    fn play(
+        &self,
+        script: Script,
+        phase: Phase,
+        observer: &mut dyn Observer,
+    ) -> Result<(), CompositionError> {
+        match script {
+            Script::Succeed => {}
+            Script::Refuse => {
+                let detail = "sample 3 has NaN".to_owned();
+                return Err(CompositionError::Refused {
+                    code: "not_finite",
+                    detail,
+                });
+            }
+            Script::Retry => {
+                let detail = "no room".to_owned();
+                return Err(CompositionError::Retry {
+                    code: "out_of_memory",
+                    detail,
+                });
+            }
+            Script::Panic => panic!("a kernel failed"),
+            Script::UntilStopped | Script::UntilOpened => {
+                let open =
+                    || matches!(script, Script::UntilOpened) && self.gate.load(Ordering::SeqCst);
+                let mut done = 0;
+                while !open() {
+                    done += 1;
+                    self.report(observer, phase, done)?;
+                    // A batch of work, as far as the worker can tell.
+                    std::thread::sleep(std::time::Duration::from_millis(5));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
 impl Composer for FakeComposer {
     fn compose(
         &mut self,
         input: &CompositionInput,
         observer: &mut dyn Observer,
     ) -> Result<Composition, CompositionError> {
-        self.begun.fetch_add(1, Ordering::SeqCst);
+        let script = self.begin();
         // The files are there, and are what the engine reads.
         assert!(input.backbone_dir.join("config.json").is_file());
         assert!(input.target_dir.join("meta.json").is_file());
-        let script = self
-            .scripts
-            .lock()
-            .unwrap()
-            .pop_front()
-            .unwrap_or(Script::Succeed);
         for phase in Phase::ALL {
-            if observer.progress(phase, 0, 1).is_break() {
-                self.stopped.fetch_add(1, Ordering::SeqCst);
-                return Err(CompositionError::Stopped);
-            }
-            if phase != Phase::Gradients {
-                continue;
-            }
-            match script {
-                Script::Succeed => {}
-                Script::Refuse => {
-                    let detail = "sample 3 has NaN".to_owned();
-                    return Err(CompositionError::Refused {
-                        code: "not_finite",
-                        detail,
-                    });
-                }
-                Script::Retry => {
-                    let detail = "no room".to_owned();
-                    return Err(CompositionError::Retry {
-                        code: "out_of_memory",
-                        detail,
-                    });
-                }
-                Script::Panic => panic!("a kernel failed"),
-                Script::UntilStopped | Script::UntilOpened => {
-                    let mut done = 0;
-                    let open = || {
-                        matches!(script, Script::UntilOpened) && self.gate.load(Ordering::SeqCst)
-                    };
-                    while !open() {
-                        done += 1;
-                        if observer.progress(phase, done, u64::MAX >> 1).is_break() {
-                            self.stopped.fetch_add(1, Ordering::SeqCst);
-                            return Err(CompositionError::Stopped);
-                        }
-                        // A batch of work, as far as the worker can tell.
-                        std::thread::sleep(std::time::Duration::from_millis(5));
-                    }
-                }
+            self.report(observer, phase, 0)?;
+            if phase == Phase::Gradients {
+                self.play(script, phase, observer)?;
             }
         }
-        let sources = sources_of_input(input);
+        let sources = input.sources.iter();
+        let sources: Vec<_> = sources
+            .map(|s| weighed(&s.prompt, s.version, s.digest))
+            .collect();
         let rest = 0.75 / (sources.len() - 1) as f64;
         let weights: Vec<f64> = (0..sources.len())
             .map(|i| if i == 0 { 0.25 } else { rest })
@@ -374,23 +392,20 @@ impl Composer for FakeComposer {
         input: &ResolveInput,
         observer: &mut dyn Observer,
     ) -> Result<Composition, CompositionError> {
-        self.begun.fetch_add(1, Ordering::SeqCst);
+        let script = self.begin();
         assert_eq!(input.statistics, b"statistics");
-        if observer.progress(Phase::Solve, 0, 1).is_break() {
-            return Err(CompositionError::Stopped);
-        }
+        self.report(observer, Phase::Solve, 0)?;
+        self.play(script, Phase::Solve, observer)?;
         let sources = input.sources.iter();
         let sources: Vec<_> = sources
-            .map(|s| {
-                (
-                    s.prompt.clone(),
-                    s.version.expect("from the registry"),
-                    s.digest,
-                )
-            })
+            .map(|s| weighed(&s.prompt, s.version, s.digest))
             .collect();
         let weights = vec![1.0 / sources.len() as f64; sources.len()];
-        Ok(composition(&sources, &weights))
+        let mut resolved = composition(&sources, &weights);
+        resolved.result.provenance.resolved_from = Some(Digest::of(&input.statistics));
+        resolved.result.diagnostics.composed = None;
+        resolved.result.diagnostics.surrogate_gap = None;
+        Ok(resolved)
     }
 
     fn device(&self) -> String {

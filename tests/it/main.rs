@@ -11,5 +11,6 @@ mod private_postgres;
 mod problems;
 mod prompts;
 mod queue;
+mod resolve;
 mod up;
 mod worker;

@@ -9,7 +9,7 @@ use promptweave::blobs::BlobStore;
 use promptweave::db::MIGRATOR;
 use promptweave::domain::dataset::Split;
 use promptweave::domain::digest::Digest;
-use promptweave::domain::job::{EnsembleSpec, JobState};
+use promptweave::domain::job::{EnsembleSpec, JobState, ResolvedFrom};
 use promptweave::jobs::queue::{self, Cancellation};
 use promptweave::jobs::{Job, events, reaper, workers};
 use promptweave::private_postgres::PrivatePostgres;
@@ -470,4 +470,64 @@ async fn any_process_reaps(pool: PgPool) {
     place.until_state(id, JobState::Queued).await;
     shutdown.soft.cancel();
     reaper.await.unwrap();
+}
+
+#[sqlx::test(migrator = "MIGRATOR")]
+async fn solving_again_needs_statistics_alone_and_is_a_job_like_any(pool: PgPool) {
+    let mut place = Place::new(pool).await;
+    let statistics = Digest::of(b"statistics");
+    place.spec.resolved_from = Some(ResolvedFrom {
+        ensemble: Uuid::now_v7(),
+        statistics,
+    });
+    // Nobody is to ask for these.
+    place.spec.backbone.model_digest = Digest::of(b"never stored");
+    place.spec.target.digest = Digest::of(b"nor this");
+    let fake = FakeComposer::playing([Script::UntilStopped, Script::UntilStopped]);
+
+    let early = place.enqueue().await;
+    let worker = place.worker(&fake);
+    let failed = place.until_state(early, JobState::Failed).await;
+    let error = failed.error.unwrap();
+    assert_eq!(error.code, "input_unavailable");
+    assert!(error.detail.contains(&statistics.hex()), "{}", error.detail);
+    place.blobs.put_bytes("statistics").await.unwrap();
+
+    let cancelled = place.enqueue().await;
+    place.until_working(cancelled).await;
+    assert_eq!(place.cancel(cancelled).await, Cancellation::Requested);
+    place.until_state(cancelled, JobState::Cancelled).await;
+
+    // Given back by a worker that stops, then lost by one that vanishes, then done.
+    let id = place.enqueue().await;
+    place.until_working(id).await;
+    worker.stop().await.unwrap();
+    assert_eq!(place.job(id).await.state, JobState::Queued);
+    let mut db = place.pool.acquire().await.unwrap();
+    let ghost = Uuid::now_v7();
+    let new = workers::NewWorker {
+        id: ghost,
+        host: "ghost",
+        pid: 1,
+        device: "fake",
+    };
+    workers::register(&mut db, &new).await.unwrap();
+    queue::claim(&mut db, ghost, Duration::ZERO)
+        .await
+        .unwrap()
+        .unwrap();
+    drop(db);
+    let worker = place.worker(&fake);
+    let done = place.until_state(id, JobState::Succeeded).await;
+    worker.stop().await.unwrap();
+    assert_eq!(done.attempt, 2);
+    let result = done.result.unwrap();
+    assert_eq!(result.provenance.resolved_from, Some(statistics));
+    let phases: Vec<String> = sqlx::query_scalar("SELECT phase FROM job_shard WHERE job_id = $1")
+        .bind(id)
+        .fetch_all(&place.pool)
+        .await
+        .unwrap();
+    assert_eq!(phases, ["solve"]);
+    assert!(!place.dir.path().join("cache").exists());
 }

@@ -1,0 +1,91 @@
+//! `/v1/ensembles/{id}/resolve`: the weights once more, from what an ensemble kept.
+
+use axum::extract::State;
+use axum::response::IntoResponse;
+use serde::Deserialize;
+use utoipa::ToSchema;
+use uuid::Uuid;
+
+use super::{Ensemble, Output, Source, accept, check_priority, default_priority, succeeded};
+use crate::domain::job::DEFAULT_PRIORITY;
+use crate::domain::objective::Objective;
+use crate::http::AppState;
+use crate::http::error::Problem;
+use crate::http::extract::{Json, Path};
+use crate::jobs::resolve::{ResolveRequest, plan};
+
+/// Everything may be left out, and the body with it: then α is solved for as it was.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct ResolveEnsemble {
+    /// Some of the ensemble's sources, each once; all of them by default. A bare name means the
+    /// version that the ensemble recorded.
+    #[schema(min_items = 1, max_items = 64)]
+    sources: Option<Vec<Source>>,
+    /// Replaces the ensemble's own objective as a whole, so repeat what is to stay: `head`,
+    /// `align_tokens` and `alignment.gradient_norm` are fixed by the statistics and must be what
+    /// they were; `refine` and `trade_off: "validation"` need the backbone. Left out, it is the
+    /// ensemble's own, without `refine`, at the trade-off that `validation` chose.
+    objective: Option<Objective>,
+    #[serde(default)]
+    output: Output,
+    /// Jobs with a smaller number go first; 100 by default.
+    #[serde(default = "default_priority")]
+    #[schema(minimum = 0, maximum = 1000, default = 100)]
+    priority: i32,
+}
+
+impl Default for ResolveEnsemble {
+    fn default() -> Self {
+        Self {
+            sources: None,
+            objective: None,
+            output: Output::default(),
+            priority: DEFAULT_PRIORITY,
+        }
+    }
+}
+
+/// Solve an ensemble again from its statistics, for some of its sources or another objective
+///
+/// The answer is an ensemble of its own, with a composed prompt of its own. It needs neither
+/// backbone nor images and takes seconds, and it is not evaluated: `diagnostics.composed` is null.
+#[utoipa::path(
+    post,
+    path = "/ensembles/{id}/resolve",
+    tag = "ensembles",
+    params(("id" = Uuid, Path)),
+    request_body = Option<ResolveEnsemble>,
+    responses(
+        (status = 202, body = Ensemble, headers(("location" = String), ("retry-after" = u32))),
+        (status = 404, description = "`ensemble_not_found`"),
+        (status = 409, description = "`ensemble_not_finished`, `ensemble_failed`, \
+            `ensemble_cancelled`"),
+        (status = 422, description = "`no_sources`, `unknown_source`, `ambiguous_source`, \
+            `same_source`, `invalid_objective`, `invalid_priority`"),
+    )
+)]
+pub(super) async fn resolve_ensemble(
+    State(state): State<AppState>,
+    Path(id): Path<Uuid>,
+    body: Option<Json<Option<ResolveEnsemble>>>,
+) -> Result<impl IntoResponse, Problem> {
+    let body = body.and_then(|Json(body)| body).unwrap_or_default();
+    check_priority(body.priority)?;
+    let named = |sources: Vec<Source>| sources.into_iter().map(|source| source.prompt).collect();
+    let request = ResolveRequest {
+        sources: body.sources.map(named),
+        objective: body.objective,
+        output: body.output.name,
+    };
+    let solved = succeeded(&state, id).await?;
+    let job_id = state.clock.new_id();
+    let spec = plan(job_id, &solved, &request)?;
+    accept(
+        &mut *state.pool.acquire().await?,
+        job_id,
+        body.priority,
+        &spec,
+    )
+    .await
+}

@@ -1,0 +1,173 @@
+//! From a request to solve an ensemble again to its specification. Everything it may name was
+//! resolved when that ensemble was posted, so nothing is looked up: not even a version that was
+//! published since can come in.
+
+use uuid::Uuid;
+
+use super::Job;
+use super::plan::{
+    PlanError, check_samples, default_output, invalid_objective, no_sources, refuse, source_pointer,
+};
+use crate::domain::composition::{CompositionResult, TargetSamples};
+use crate::domain::digest::Digest;
+use crate::domain::job::{EnsembleSpec, JobState, ResolvedFrom, SourceSpec, TargetSpec};
+use crate::domain::objective::{Objective, TradeOff, TradeOffRule};
+use crate::domain::reference::{Reference, ResourceName, VersionSelector};
+
+/// An ensemble that succeeded: what it computed, and what it computed that from.
+#[derive(Clone, Debug)]
+pub struct Solved {
+    pub id: Uuid,
+    pub spec: EnsembleSpec,
+    pub result: CompositionResult,
+    /// Of `statistics.safetensors` in the blob store.
+    pub statistics: Digest,
+}
+
+impl TryFrom<Job> for Solved {
+    /// The job, which has not succeeded.
+    type Error = Box<Job>;
+
+    fn try_from(job: Job) -> Result<Self, Box<Job>> {
+        match job {
+            Job {
+                id,
+                state: JobState::Succeeded,
+                spec,
+                result: Some(result),
+                statistics_digest: Some(statistics),
+                ..
+            } => Ok(Self {
+                id,
+                spec,
+                result,
+                statistics,
+            }),
+            job => Err(Box::new(job)),
+        }
+    }
+}
+
+/// What was asked for, in names; what is left out stays as it was.
+#[derive(Clone, Debug, Default)]
+pub struct ResolveRequest {
+    pub sources: Option<Vec<Reference>>,
+    /// Replaces the ensemble's own as a whole.
+    pub objective: Option<Objective>,
+    /// `<dataset>-<short id of the job>` by default.
+    pub output: Option<ResourceName>,
+}
+
+/// Checks a request and specifies the job `job_id`.
+pub fn plan(
+    job_id: Uuid,
+    solved: &Solved,
+    request: &ResolveRequest,
+) -> Result<EnsembleSpec, PlanError> {
+    let recorded = &solved.spec;
+    let sources = match &request.sources {
+        None => recorded.sources.clone(),
+        Some(references) => sources(solved, references)?,
+    };
+    let objective = match &request.objective {
+        None => without_backbone(solved),
+        Some(objective) => {
+            objective.weighing().map_err(invalid_objective)?;
+            objective
+                .check_without_backbone(&recorded.objective)
+                .map_err(invalid_objective)?;
+            objective.clone()
+        }
+    };
+    let num_samples = solved.result.diagnostics.num_samples;
+    check_samples(&objective, num_samples, recorded.backbone.config.embed_dim)?;
+    Ok(EnsembleSpec {
+        target: TargetSpec {
+            samples: TargetSamples {
+                // There is no backbone to evaluate with.
+                eval_split: None,
+                ..recorded.target.samples.clone()
+            },
+            ..recorded.target.clone()
+        },
+        sources,
+        backbone: recorded.backbone.clone(),
+        objective,
+        output: match &request.output {
+            Some(name) => name.to_string(),
+            None => default_output(&recorded.target.dataset, job_id),
+        },
+        resolved_from: Some(ResolvedFrom {
+            ensemble: solved.id,
+            statistics: solved.statistics,
+        }),
+    })
+}
+
+/// The ensemble's own objective, less what its statistics cannot answer: no refinement, and the
+/// trade-off that `validation` chose then in place of choosing anew.
+fn without_backbone(solved: &Solved) -> Objective {
+    let mut objective = solved.spec.objective.clone();
+    objective.refine = 0;
+    if objective.trade_off == Some(TradeOff::Rule(TradeOffRule::Validation)) {
+        objective.trade_off = solved.result.objective.trade_off.map(TradeOff::Value);
+    }
+    objective
+}
+
+/// The ensemble's sources that are named, in the order they are named in.
+fn sources(solved: &Solved, references: &[Reference]) -> Result<Vec<SourceSpec>, PlanError> {
+    if references.is_empty() {
+        return no_sources();
+    }
+    let mut sources: Vec<SourceSpec> = Vec::with_capacity(references.len());
+    for (index, reference) in references.iter().enumerate() {
+        let pointer = source_pointer(index);
+        let recorded = solved.spec.sources.iter();
+        let meant: Vec<_> = recorded.filter(|source| means(reference, source)).collect();
+        let source = match meant.as_slice() {
+            [source] => *source,
+            [] => {
+                let detail = format!(
+                    "`{reference}` is no source of ensemble `{}`; its sources are {}",
+                    solved.id,
+                    listed(&solved.spec.sources)
+                );
+                return refuse("unknown_source", pointer, detail);
+            }
+            several => {
+                let detail = format!(
+                    "`{reference}` is several sources of the ensemble; name one of {}",
+                    listed(several.iter().copied())
+                );
+                return refuse("ambiguous_source", pointer, detail);
+            }
+        };
+        if sources.contains(source) {
+            let detail = format!(
+                "`{reference}` is `{}:{}` once more; name each source once",
+                source.prompt, source.version
+            );
+            return refuse("same_source", pointer, detail);
+        }
+        sources.push(source.clone());
+    }
+    Ok(sources)
+}
+
+/// A bare name means the version that the ensemble recorded, not the newest.
+fn means(reference: &Reference, source: &SourceSpec) -> bool {
+    reference.name.as_str() == source.prompt
+        && match reference.version {
+            VersionSelector::Newest => true,
+            VersionSelector::Number(number) => number == source.version,
+            VersionSelector::Digest(digest) => digest == source.digest,
+        }
+}
+
+fn listed<'a>(sources: impl IntoIterator<Item = &'a SourceSpec>) -> String {
+    let names = sources
+        .into_iter()
+        .map(|source| format!("`{}:{}`", source.prompt, source.version));
+    names.collect::<Vec<_>>().join(", ")
+}

@@ -1,0 +1,251 @@
+//! `/v1/ensembles/{id}/resolve`: some sources of a finished ensemble, weighed again.
+
+use promptweave::db::MIGRATOR;
+use promptweave::domain::digest::Digest;
+use serde_json::{Value, json};
+use sqlx::PgPool;
+
+use crate::app::{Answer, TestApp};
+use crate::ensembles::{Worker, fitting, furnished, post, request, until_state, upload, url};
+use crate::fixtures::FakeComposer;
+
+/// A finished ensemble of `digits`, `flowers` and `textures`, and the worker that made it.
+async fn solved(app: &TestApp, objective: Value) -> (Value, Worker) {
+    upload(app, "textures", &fitting(app, 3)).await;
+    let mut request = request();
+    let sources = ["digits", "flowers:1", "textures"].map(|name| json!({"prompt": name}));
+    request["sources"] = json!(sources);
+    request["objective"] = objective;
+    let ensemble = post(app, &request).await.ok(202);
+    assert_eq!(ensemble["urls"]["resolve"], Value::Null);
+    let worker = Worker::start(app, &FakeComposer::default());
+    (until_state(app, &ensemble, "succeeded").await, worker)
+}
+
+async fn resolve(app: &TestApp, ensemble: &Value, body: &Value) -> Answer {
+    app.post(&url(ensemble, "resolve"), body).await
+}
+
+async fn lineage(app: &TestApp, ensemble: &Value) -> Value {
+    let content = url(ensemble, "composed");
+    let version = content.strip_suffix("/content").unwrap();
+    app.get(&format!("{version}/lineage")).await.ok(200)
+}
+
+#[sqlx::test(migrator = "MIGRATOR")]
+async fn a_subset_is_solved_again_published_and_told_apart(pool: PgPool) {
+    let app = furnished(pool).await;
+    let (ensemble, worker) = solved(&app, json!({"trade_off": 0.25})).await;
+    // Later versions are not the ensemble's.
+    let newer = fitting(&app, 9).to_bytes();
+    app.upload("/v1/prompts/digits/versions", newer)
+        .await
+        .ok(201);
+
+    let subset = json!({"sources": [{"prompt": "textures:1"}, {"prompt": "digits"}]});
+    let accepted = resolve(&app, &ensemble, &subset).await;
+    let again = accepted.ok(202);
+    assert_eq!(accepted.header("location"), url(&again, "self"));
+    assert_eq!(accepted.header("retry-after"), "1");
+    assert_ne!(again["spec_digest"], ensemble["spec_digest"]);
+    let spec = &again["spec"];
+    let statistics = Digest::of(b"statistics").to_string();
+    let from = json!({"ensemble": ensemble["id"], "statistics": statistics});
+    assert_eq!(spec["resolved_from"], from);
+    assert_eq!(spec["objective"], ensemble["spec"]["objective"]);
+    assert_eq!(spec["backbone"], ensemble["spec"]["backbone"]);
+    assert_eq!(spec["target"]["dataset"], "pets");
+    assert_eq!(spec["target"]["eval_split"], Value::Null);
+    let short_id = &again["id"].as_str().unwrap()[28..];
+    assert_eq!(spec["output"], format!("pets-{short_id}"));
+
+    let done = until_state(&app, &again, "succeeded").await;
+    let result = app.get(&url(&done, "result")).await.ok(200);
+    let weights = result["source_weights"].as_array().unwrap();
+    let named: Vec<_> = weights
+        .iter()
+        .map(|w| (&w["prompt"], &w["version"]))
+        .collect();
+    assert_eq!(
+        named,
+        [
+            (&json!("textures"), &json!(1)),
+            (&json!("digits"), &json!(1))
+        ]
+    );
+
+    let made = lineage(&app, &done).await;
+    let by = json!({"ensemble": again["id"], "resolved_from": ensemble["id"]});
+    assert_eq!(made["produced_by"], by);
+    let parents = made["parents"].as_array().unwrap();
+    let names: Vec<_> = parents.iter().map(|edge| &edge["prompt"]).collect();
+    assert_eq!(names, ["digits", "textures"]);
+    let sum: f64 = parents
+        .iter()
+        .map(|edge| edge["weight"].as_f64().unwrap())
+        .sum();
+    assert!((sum - 1.0).abs() < 1e-6, "{made}");
+    let whole = lineage(&app, &ensemble).await;
+    let by = json!({"ensemble": ensemble["id"], "resolved_from": null});
+    assert_eq!(whole["produced_by"], by);
+    let source = app
+        .get("/v1/prompts/digits/versions/1/lineage")
+        .await
+        .ok(200);
+    assert_eq!(source["produced_by"], Value::Null);
+
+    // What was solved again can be solved again, from what is left.
+    let digits = json!({"sources": [{"prompt": "digits:1"}], "output": {"name": "alone"}});
+    let alone = resolve(&app, &done, &digits).await.ok(202);
+    assert_eq!(alone["spec"]["resolved_from"]["ensemble"], done["id"]);
+    assert_eq!(alone["spec"]["output"], "alone");
+    until_state(&app, &alone, "succeeded").await;
+    let flowers = json!({"sources": [{"prompt": "flowers"}]});
+    resolve(&app, &done, &flowers)
+        .await
+        .problem(422, "unknown_source");
+    worker.stop().await;
+}
+
+#[sqlx::test(migrator = "MIGRATOR")]
+async fn what_is_left_out_stays_but_for_what_needs_the_backbone(pool: PgPool) {
+    let app = furnished(pool).await;
+    let objective = json!({
+        "trade_off": "validation", "refine": 3, "head": {"shrinkage": 0.5},
+        "alignment": {"reading": "R2"},
+    });
+    let (ensemble, worker) = solved(&app, objective).await;
+    let again = app.post_empty(&url(&ensemble, "resolve")).await.ok(202);
+    assert_eq!(again["spec"]["sources"], ensemble["spec"]["sources"]);
+    let mut expected = ensemble["spec"]["objective"].clone();
+    expected.as_object_mut().unwrap().remove("refine");
+    // What `validation` chose, says the fake.
+    expected["trade_off"] = json!(0.5);
+    assert_eq!(again["spec"]["objective"], expected);
+
+    let null = resolve(&app, &ensemble, &Value::Null).await.ok(202);
+    assert_eq!(null["spec_digest"], again["spec_digest"]);
+
+    // One that is given replaces all of it.
+    let body = json!({"objective": {"trade_off": "knee", "head": {"shrinkage": 0.5}}});
+    let other = resolve(&app, &ensemble, &body).await.ok(202);
+    assert_eq!(other["spec"]["objective"]["trade_off"], "knee");
+    assert_eq!(other["spec"]["objective"]["alignment"]["reading"], "R1");
+    until_state(&app, &other, "succeeded").await;
+    worker.stop().await;
+}
+
+#[sqlx::test(migrator = "MIGRATOR")]
+async fn what_cannot_be_solved_again_is_refused_with_its_place(pool: PgPool) {
+    let app = furnished(pool).await;
+    let waiting = post(&app, &request()).await.ok(202);
+    let path = format!("{}/resolve", url(&waiting, "self"));
+    let early = app.post(&path, &json!({})).await;
+    early.problem(409, "ensemble_not_finished");
+    app.post_empty(&url(&waiting, "cancel")).await.ok(200);
+    let late = app.post(&path, &json!({})).await;
+    late.problem(409, "ensemble_cancelled");
+    let nobody = "/v1/ensembles/01890a5d-ac96-774b-bcce-b302099a8057/resolve";
+    app.post_empty(nobody)
+        .await
+        .problem(404, "ensemble_not_found");
+
+    let (ensemble, worker) = solved(&app, json!({"head": {"shrinkage": 0.5}})).await;
+    worker.stop().await;
+    // Not of this ensemble, though the registry has it.
+    let newer = fitting(&app, 9).to_bytes();
+    let newer = app
+        .upload("/v1/prompts/digits/versions", newer)
+        .await
+        .ok(201);
+    let by_digest = format!("digits@{}", newer["digest"].as_str().unwrap());
+    let first = "/sources/0/prompt";
+    let sources = |names: &[&str]| {
+        let sources: Vec<_> = names.iter().map(|name| json!({"prompt": name})).collect();
+        json!({"sources": sources})
+    };
+    let objective = |objective: Value| json!({"objective": objective});
+    for (body, code, pointer) in [
+        (sources(&[]), "no_sources", "/sources"),
+        (sources(&["nobody"]), "unknown_source", first),
+        (sources(&["digits:2"]), "unknown_source", first),
+        (sources(&[&by_digest]), "unknown_source", first),
+        (
+            sources(&["digits", "flowers", "digits:1"]),
+            "same_source",
+            "/sources/2/prompt",
+        ),
+        (
+            objective(json!({"trade_off": 2})),
+            "invalid_objective",
+            "/objective/trade_off",
+        ),
+        // Of the ensemble it is 0.5.
+        (
+            objective(json!({"trade_off": 0.5})),
+            "invalid_objective",
+            "/objective/head/shrinkage",
+        ),
+        (
+            objective(json!({"head": {"shrinkage": 0.5}, "refine": 1})),
+            "invalid_objective",
+            "/objective/refine",
+        ),
+        // 4 samples in 8 dimensions.
+        (
+            objective(json!({"head": {"shrinkage": 0.5}, "h_score": {"shrinkage": 0.0}})),
+            "invalid_objective",
+            "/objective/h_score/shrinkage",
+        ),
+        (json!({"priority": 1001}), "invalid_priority", "/priority"),
+        (json!({"target": {}}), "invalid_body", "/target"),
+    ] {
+        let problem = resolve(&app, &ensemble, &body).await.problem(422, code);
+        assert_eq!(problem["errors"][0]["pointer"], pointer, "{problem}");
+        if code == "unknown_source" {
+            let detail = problem["detail"].as_str().unwrap();
+            let theirs = "`digits:1`, `flowers:1`, `textures:1`";
+            assert!(detail.ends_with(theirs), "{detail}");
+        }
+    }
+    let list = app.get("/v1/ensembles").await.ok(200);
+    let items = list["items"].as_array().unwrap();
+    assert_eq!(items.len(), 2, "nothing more was queued");
+}
+
+#[sqlx::test(migrator = "MIGRATOR")]
+async fn two_versions_of_one_prompt_are_told_apart(pool: PgPool) {
+    let app = furnished(pool).await;
+    let second = fitting(&app, 9).to_bytes();
+    app.upload("/v1/prompts/digits/versions", second)
+        .await
+        .ok(201);
+    let mut request = request();
+    request["sources"] = json!([{"prompt": "digits:1"}, {"prompt": "digits:2"}]);
+    let ensemble = post(&app, &request).await.ok(202);
+    let worker = Worker::start(&app, &FakeComposer::default());
+    let done = until_state(&app, &ensemble, "succeeded").await;
+    worker.stop().await;
+    let bare = json!({"sources": [{"prompt": "digits"}]});
+    let problem = resolve(&app, &done, &bare).await;
+    let problem = problem.problem(422, "ambiguous_source");
+    let detail = problem["detail"].as_str().unwrap();
+    assert!(detail.ends_with("`digits:1`, `digits:2`"), "{detail}");
+    let exact = json!({"sources": [{"prompt": "digits:2"}]});
+    let again = resolve(&app, &done, &exact).await.ok(202);
+    assert_eq!(again["spec"]["sources"][0]["version"], 2);
+}
+
+#[sqlx::test(migrator = "MIGRATOR")]
+async fn a_body_is_json_or_not_there(pool: PgPool) {
+    let app = TestApp::new(pool);
+    let path = "/v1/ensembles/01890a5d-ac96-774b-bcce-b302099a8057/resolve";
+    let untyped = axum::http::Request::post(path).body("{}".into()).unwrap();
+    app.send(untyped)
+        .await
+        .problem(415, "unsupported_media_type");
+    app.post_text(path, "{")
+        .await
+        .problem(400, "malformed_json");
+    app.post_text(path, "").await.problem(400, "malformed_json");
+}
