@@ -40,6 +40,9 @@ pub enum Command {
     /// Learn source weights for a target task from local files, and compose the prompt.
     #[cfg(feature = "torch")]
     Compose(crate::offline::compose::Args),
+    /// Solve for source weights again from an earlier composition's statistics, without the backbone.
+    #[cfg(feature = "torch")]
+    Solve(crate::offline::solve::Args),
     /// Accuracy of a prompt on a labelled image set with its closed-form head.
     #[cfg(feature = "torch")]
     Evaluate(crate::offline::evaluate::Args),
@@ -123,7 +126,7 @@ mod tests {
         let command = Cli::command();
         command.clone().debug_assert();
         // What works on local files is typed by people; what serves is configured.
-        let offline = ["tune", "compose", "evaluate", "plot"];
+        let offline = ["tune", "compose", "solve", "evaluate", "plot"];
         let serving = |c: &&clap::Command| !offline.contains(&c.get_name());
         for sub in command.get_subcommands().filter(serving) {
             for option in sub.get_arguments().filter(|a| !a.is_hide_set()) {

@@ -193,8 +193,8 @@ pub struct SourceWeight {
     pub digest: Digest,
     #[schema(minimum = 0, maximum = 1)]
     pub weight: f64,
-    /// Of the weight, by leaving out one of ten folds of the samples at a time (jackknife), λ and heads held.
-    /// Null where a fold less leaves too little to solve.
+    /// Of the weight as it was solved for (before any `refine`), by leaving out one of ten folds of the
+    /// samples at a time (jackknife), λ and heads held. Null where a fold less leaves too little to solve.
     #[serde(default)]
     pub standard_error: Option<f64>,
 }
@@ -344,6 +344,9 @@ pub struct SourceDiagnostics {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct PromptScore {
     pub h_score: f64,
+    /// As `objective.h_score_adjusted`.
+    #[serde(default)]
+    pub h_score_adjusted: f64,
     /// On the samples the head was fitted on.
     pub train_accuracy: f64,
     /// On `eval_split`.

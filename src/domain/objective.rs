@@ -33,7 +33,8 @@ pub struct Objective {
     pub head: HeadOptions,
     pub align_tokens: AlignTokens,
     /// Projected-gradient steps on the objective with the true H(f of Σ αᵢ Pᵢ), through the backbone,
-    /// after solving; each is accepted only if it improves that objective. 0 is off, at most 100.
+    /// after solving; each is accepted only if it improves that objective. 0 is off, at most 100; excludes
+    /// `entropy`.
     #[serde(skip_serializing_if = "is_none")]
     #[schema(maximum = 100)]
     pub refine: u32,
@@ -309,6 +310,10 @@ impl Objective {
             let problem = format!("is {}; it must be at most {MAX_REFINE}", self.refine);
             return refuse("refine", problem);
         }
+        if self.refine > 0 && self.entropy > 0.0 {
+            let problem = "excludes `entropy`: its steps know nothing of dense weights";
+            return refuse("refine", problem);
+        }
         match (self.trade_off, self.alignment_weight) {
             (Some(_), Some(_)) => refuse(
                 "alignment_weight",
@@ -417,6 +422,10 @@ mod tests {
         assert_eq!(
             refusal(r#"{"refine": 101}"#),
             "`refine` is 101; it must be at most 100"
+        );
+        assert_eq!(
+            refusal(r#"{"refine": 1, "entropy": 0.1}"#),
+            "`refine` excludes `entropy`: its steps know nothing of dense weights"
         );
         let singular = Shrinkage::Fixed(0.0).check_samples(9, 8).unwrap_err();
         assert!(

@@ -68,6 +68,18 @@ pub fn read_i64(view: &TensorView<'_>) -> Option<Vec<i64>> {
     })
 }
 
+/// The values of a stored f64 tensor; `None` when it holds another dtype.
+pub fn read_f64(view: &TensorView<'_>) -> Option<Vec<f64>> {
+    (view.dtype() == Dtype::F64).then(|| {
+        view.data()
+            .as_chunks()
+            .0
+            .iter()
+            .map(|b| f64::from_le_bytes(*b))
+            .collect()
+    })
+}
+
 /// A number that safetensors stores.
 pub trait Element: Copy {
     const DTYPE: Dtype;

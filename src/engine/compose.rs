@@ -2,26 +2,30 @@
 
 use tch::Tensor;
 
-use super::alignment::GradientAlignment;
 use super::evaluate::Evaluation;
 use super::features::extract;
 use super::gradients::{accumulate, sample_folds};
-use super::h_score::HScore;
 use super::head::{fit_heads, folds};
+use super::refine::Refiner;
 use super::report::Evidence;
 use super::samples::{Samples, Selection};
-use super::solver::Solver;
+use super::solve::{Solved, solve};
 use super::sources::{check_sources, composed_prompt, mix};
+use super::statistics::{HeadStatistics, Metadata, RecordedSource, Statistics};
 use super::steps::{Steps, stop_on};
+use super::token_alignment::align;
+use super::transferability::SourceScores;
 use super::vit::Vit;
-use super::{EngineError, prompt_tensor};
+use super::{EngineError, device, prompt_tensor};
 use crate::domain::backbone::Backbone;
 use crate::domain::composition::{
-    Baselines, Composition, CompositionInput, Observer, Phase, PromptScore,
+    Baselines, Composition, CompositionInput, Observer, PathPoint, Phase, PromptScore, Refinement,
+    Source,
 };
 use crate::domain::dataset::LabelledImages;
-use crate::domain::objective::Shrinkage;
+use crate::domain::objective::{HScoreOptions, Objective, Shrinkage};
 use crate::domain::prompt_file::PromptFile;
+use crate::domain::tensor::Tensor as PlainTensor;
 
 pub fn compose(
     backbone: &Backbone,
@@ -30,20 +34,14 @@ pub fn compose(
     observer: &mut dyn Observer,
 ) -> Result<Composition, EngineError> {
     let CompositionInput {
-        sources,
-        objective,
-        target,
-        ..
+        objective, target, ..
     } = input;
     let mut steps = Steps::new(observer);
-    let weighing = objective.weighing()?;
-    let h_score_shrinkage = match objective.h_score.shrinkage {
-        Shrinkage::Fixed(rho) => rho,
-        Shrinkage::Estimated(_) => 0.01,
-    };
-    check_sources(sources, backbone)?;
+    objective.weighing()?;
+    check_sources(&input.sources, backbone)?;
+    let sources = &input.sources;
+    let (prompts, token_alignment) = align(sources, objective.align_tokens)?;
     let dataset = LabelledImages::read(&input.target_dir)?;
-    let num_classes = dataset.classes.len();
 
     steps.begin(Phase::Features)?;
     let selection = Selection {
@@ -52,8 +50,9 @@ pub fn compose(
         seed: target.seed,
         skip_bad: target.skip_bad,
     };
-    let samples = Samples::load(&dataset, &selection, &backbone.config.preprocessing)?;
-    check_classes(&samples, &dataset)?;
+    let preprocessing = &backbone.config.preprocessing;
+    let samples = Samples::load(&dataset, &selection, preprocessing)?;
+    check_samples(&samples, &dataset, objective, vit)?;
     // Now and not when it is needed: what is wrong with these images should not show after hours.
     let eval = match target.eval_split {
         None => None,
@@ -63,159 +62,276 @@ pub fn compose(
                 max_samples: None,
                 ..selection
             };
-            Some(Samples::load(
-                &dataset,
-                &all,
-                &backbone.config.preprocessing,
-            )?)
+            Some(Samples::load(&dataset, &all, preprocessing)?)
         }
     };
-    let prompts: Vec<Tensor> = sources
-        .iter()
-        .map(|s| prompt_tensor(&s.file, vit))
-        .collect();
-    let m = prompts.len();
-    let pairs = (samples.len() * m) as u64;
-    let features = extract(vit, &samples, &prompts, steps.counter(pairs))?;
-
-    steps.begin(Phase::Heads)?;
-    let folds = folds(&samples.labels, vit.config.embed_dim);
-    let mut count = steps.counter(m as u64);
-    let heads = fit_heads(
-        &features,
-        &samples.labels,
-        &folds,
-        num_classes,
-        &objective.head,
-        &mut || stop_on(count(1)),
-    )?;
-    drop(count);
-
-    steps.begin(Phase::Gradients)?;
-    let count = steps.counter(pairs);
-    let by_sample = sample_folds(&samples.labels);
-    let gradients = accumulate(vit, &samples, &prompts, &heads, &folds, &by_sample, count)?
-        .finish(objective.alignment.gradient_norm)?;
+    let work = Work {
+        vit,
+        samples: &samples,
+        eval: eval.as_ref(),
+        num_classes: dataset.classes.len(),
+        objective,
+        tensors: prompts.iter().map(|p| prompt_tensor(p, vit)).collect(),
+        prompts,
+        sources,
+    };
+    let statistics = work.statistics(&mut steps)?;
 
     steps.begin(Phase::Solve)?;
-    let h_score = HScore::new(&features, &samples.labels, h_score_shrinkage)?;
-    let alignment = GradientAlignment::new(objective.alignment.reading, gradients.whole.clone());
-    let solver = Solver {
-        h_score: &h_score,
-        alignment: &alignment,
-        num_sources: m,
-        tick: &mut || stop_on(steps.tick(Phase::Solve)),
-    };
-    let solution = solver.solve(weighing)?;
-    let own_h_scores = (0..m)
-        .map(|i| h_score.value(&vertex(i, m)))
-        .collect::<Result<Vec<_>, _>>()?;
+    let solved = solve(&statistics, objective, &mut steps, &mut |path, steps| {
+        work.validate(path, steps)
+    })?;
 
     steps.begin(Phase::Verify)?;
-    let evaluation = Evaluation {
-        vit,
-        train: &samples,
-        eval: eval.as_ref(),
-        num_classes,
-        h_score_shrinkage,
-        head: &objective.head,
+    let (alpha, refinement) = work.refine(&solved, &mut steps)?;
+    let metadata = Metadata {
+        format: Metadata::FORMAT,
+        sources: work.recorded(&statistics)?,
+        backbone_digest: backbone.digest,
+        preprocessing_id: preprocessing.id(),
+        sample_digest: samples.digest,
+        classes: dataset.classes.clone(),
+        objective: objective.clone(),
+        token_alignment,
+        seed: target.seed,
+        skipped_images: samples.skipped,
     };
-    let best = (0..m)
-        .max_by(|a, b| own_h_scores[*a].total_cmp(&own_h_scores[*b]))
-        .expect("m > 0");
-    let best = BestSingle {
-        name: &sources[best].prompt,
-        prompt: &prompts[best],
-        features: features.get(best as i64),
-    };
-    let composed = composed_prompt(sources, mix(sources, &solution.alpha), backbone, &dataset);
-    let verified = verify(&evaluation, composed, input, best, &mut steps)?;
-
+    let mut composed = composed_prompt(&metadata, &statistics.prompts, &alpha);
+    let verified = work.verify(&mut composed, &solved, &statistics.features, &mut steps)?;
     let evidence = Evidence {
-        backbone,
-        vit,
-        input,
-        weighing,
-        dataset: &dataset,
-        samples: &samples,
-        features: &features,
-        folds: &folds,
-        heads: &heads,
-        gradients,
-        own_h_scores,
-        solution,
-        verified,
-    };
-    evidence.composition(steps.finish())
-}
-
-/// What forward passes with the composed prompt itself showed.
-pub struct Verified {
-    /// With its closed-form head.
-    pub composed: PromptFile,
-    pub score: PromptScore,
-    pub baselines: Option<Baselines>,
-}
-
-/// The source with the highest H of its own.
-struct BestSingle<'a> {
-    name: &'a str,
-    /// [m, d]
-    prompt: &'a Tensor,
-    /// [N, d], of the target samples.
-    features: Tensor,
-}
-
-/// Scores the composed prompt and, where there are images to compare on, uniform average and the best
-/// single source.
-fn verify(
-    evaluation: &Evaluation<'_>,
-    mut composed: PromptFile,
-    input: &CompositionInput,
-    best: BestSingle<'_>,
-    steps: &mut Steps<'_>,
-) -> Result<Verified, EngineError> {
-    let vit = evaluation.vit;
-    let compares = evaluation.eval.is_some();
-    let anew = evaluation.work(false);
-    let mut count = steps.counter(if compares {
-        2 * anew + evaluation.work(true)
-    } else {
-        anew
-    });
-    let evaluated = evaluation.run(&prompt_tensor(&composed, vit), None, &mut count)?;
-    composed.head = Some(evaluated.head.to_prompt_head()?);
-    let baselines = if compares {
-        let m = input.sources.len();
-        let mut uniform = composed.clone();
-        uniform.prompt_embeddings.values = mix(&input.sources, &vec![1.0 / m as f64; m]);
-        let uniform = evaluation.run(&prompt_tensor(&uniform, vit), None, &mut count)?;
-        let best_single = evaluation.run(best.prompt, Some(best.features), &mut count)?;
-        Some(Baselines {
-            uniform: uniform.score,
-            best_single: best_single.score,
-            best_single_prompt: best.name.to_owned(),
-        })
-    } else {
-        None
-    };
-    Ok(Verified {
+        metadata,
+        versions: sources.iter().map(|source| source.version).collect(),
+        device: device::name_of(vit.device),
+        resolved_from: None,
+        statistics: &statistics,
+        solved,
+        alpha,
         composed,
-        score: evaluated.score,
-        baselines,
-    })
+        verified: Some(verified),
+        refinement,
+    };
+    evidence.composition(steps)
 }
 
-/// At least two classes must be present: with one, nothing can be told apart.
-fn check_classes(samples: &Samples, dataset: &LabelledImages) -> Result<(), EngineError> {
+/// Classes to tell apart, and samples enough for the shrinkage that was asked for.
+fn check_samples(
+    samples: &Samples,
+    dataset: &LabelledImages,
+    objective: &Objective,
+    vit: &Vit,
+) -> Result<(), EngineError> {
     let first = samples.labels[0];
     if samples.labels.iter().all(|label| *label == first) {
         return Err(EngineError::OneClass(dataset.classes[first].clone()));
     }
-    Ok(())
+    let shrinkage = objective.h_score.shrinkage;
+    Ok(shrinkage.check_samples(samples.len(), vit.config.embed_dim)?)
 }
 
-/// eᵢ
-fn vertex(i: usize, m: usize) -> Vec<f64> {
-    (0..m).map(|j| f64::from(u8::from(i == j))).collect()
+/// What forward passes with the composed prompt itself showed.
+pub struct Verified {
+    pub score: PromptScore,
+    pub baselines: Option<Baselines>,
+}
+
+/// Backbone, samples and prompts: what the steps with forward passes need.
+struct Work<'a> {
+    vit: &'a Vit,
+    samples: &'a Samples,
+    eval: Option<&'a Samples>,
+    /// Of the data set, whether present or not.
+    num_classes: usize,
+    objective: &'a Objective,
+    sources: &'a [Source],
+    /// Theirs, with their rows in the common order, and the same on the device [m, d].
+    prompts: Vec<PlainTensor<f32>>,
+    tensors: Vec<Tensor>,
+}
+
+impl Work<'_> {
+    /// Features, heads and gradients: all that α is computed from.
+    fn statistics(&self, steps: &mut Steps<'_>) -> Result<Statistics, EngineError> {
+        let Self {
+            vit,
+            samples,
+            tensors: prompts,
+            ..
+        } = self;
+        let m = prompts.len() as u64;
+        let pairs = samples.len() as u64 * m;
+        let features = extract(vit, samples, prompts, steps.counter(pairs))?;
+
+        steps.begin(Phase::Heads)?;
+        let labels = &samples.labels;
+        let folds = folds(labels, vit.config.embed_dim);
+        let mut count = steps.counter(m);
+        let heads = fit_heads(
+            &features,
+            labels,
+            &folds,
+            self.num_classes,
+            &self.objective.head,
+            &mut || stop_on(count(1)),
+        )?;
+        drop(count);
+
+        steps.begin(Phase::Gradients)?;
+        let gradients = accumulate(
+            vit,
+            samples,
+            prompts,
+            &heads,
+            &folds,
+            &sample_folds(labels),
+            steps.counter(pairs),
+        )?;
+        let of_heads = |of: fn(&super::head::SourceHead) -> f64| heads.iter().map(of).collect();
+        Ok(Statistics {
+            features,
+            prompts: self.prompts.clone(),
+            labels: labels.clone(),
+            sample_indices: samples.indices.clone(),
+            folds,
+            heads: HeadStatistics {
+                temperature: of_heads(|head| head.temperature),
+                loss: of_heads(|head| head.loss),
+                saturation: of_heads(|head| head.saturation),
+            },
+            gradients: gradients.finish(self.objective.alignment.gradient_norm)?,
+        })
+    }
+
+    /// The sources as the statistics name them, with their isolated scores.
+    fn recorded(&self, statistics: &Statistics) -> Result<Vec<RecordedSource>, EngineError> {
+        let Statistics {
+            features, labels, ..
+        } = statistics;
+        let sources = self.sources.iter().enumerate();
+        sources
+            .map(|(i, source)| {
+                let metadata = source.file.metadata.as_ref();
+                Ok(RecordedSource {
+                    prompt: source.prompt.clone(),
+                    digest: source.digest,
+                    init_seed: metadata.and_then(|metadata| metadata.init_seed),
+                    scores: SourceScores::of(&features.get(i as i64), labels, &source.file)?,
+                })
+            })
+            .collect()
+    }
+
+    /// Cross-fitted accuracies of the path's composed prompts: a forward pass for each that differs from
+    /// the one before.
+    fn validate(&self, path: &[PathPoint], steps: &mut Steps<'_>) -> Result<Vec<f64>, EngineError> {
+        let evaluation = self.evaluation(&self.objective.h_score);
+        let mut accuracies: Vec<f64> = Vec::with_capacity(path.len());
+        for (i, point) in path.iter().enumerate() {
+            if i > 0 && point.weights == path[i - 1].weights {
+                accuracies.push(accuracies[i - 1]);
+                continue;
+            }
+            let prompt = self.mixed(&point.weights);
+            let tick = |_| steps.tick(Phase::Solve);
+            accuracies.push(evaluation.cross_fitted_accuracy(&prompt, tick)?);
+        }
+        Ok(accuracies)
+    }
+
+    /// The solver's α, improved on the true objective if that was asked for.
+    fn refine(
+        &self,
+        solved: &Solved,
+        steps: &mut Steps<'_>,
+    ) -> Result<(Vec<f64>, Option<Refinement>), EngineError> {
+        let alpha = &solved.solution.alpha;
+        if self.objective.refine == 0 || alpha.len() == 1 {
+            return Ok((alpha.clone(), None));
+        }
+        let refiner = Refiner {
+            vit: self.vit,
+            samples: self.samples,
+            prompts: &self.tensors,
+            alignment: &solved.alignment,
+            scale: solved.solution.scale,
+            h_score: self.h_score_as_used(solved),
+        };
+        let tick = &mut || stop_on(steps.tick(Phase::Verify));
+        let (alpha, refinement) = refiner.refine(alpha, self.objective.refine, tick)?;
+        Ok((alpha, Some(refinement)))
+    }
+
+    /// Scores the composed prompt, giving it its head, and, where there are images to compare on, uniform
+    /// average and the source with the highest H of its own.
+    fn verify(
+        &self,
+        composed: &mut PromptFile,
+        solved: &Solved,
+        features: &Tensor,
+        steps: &mut Steps<'_>,
+    ) -> Result<Verified, EngineError> {
+        let options = self.h_score_as_used(solved);
+        let evaluation = self.evaluation(&options);
+        let compares = self.eval.is_some();
+        let anew = evaluation.work(false);
+        let mut count = steps.counter(if compares {
+            2 * anew + evaluation.work(true)
+        } else {
+            anew
+        });
+        let evaluated = evaluation.run(
+            &prompt_tensor(&composed.prompt_embeddings, self.vit),
+            None,
+            &mut count,
+        )?;
+        composed.head = Some(evaluated.head.to_prompt_head()?);
+        let mut baselines = None;
+        if compares {
+            let m = self.sources.len();
+            let uniform = self.mixed(&vec![1.0 / m as f64; m]);
+            let uniform = evaluation.run(&uniform, None, &mut count)?;
+            let own = &solved.solution.own_h_scores;
+            let best = (0..m)
+                .max_by(|a, b| own[*a].total_cmp(&own[*b]))
+                .expect("there are sources");
+            let of_best = features.get(best as i64);
+            let best_single = evaluation.run(&self.tensors[best], Some(of_best), &mut count)?;
+            baselines = Some(Baselines {
+                uniform: uniform.score,
+                best_single: best_single.score,
+                best_single_prompt: self.sources[best].prompt.clone(),
+            });
+        }
+        Ok(Verified {
+            score: evaluated.score,
+            baselines,
+        })
+    }
+
+    fn evaluation<'b>(&'b self, h_score: &'b HScoreOptions) -> Evaluation<'b> {
+        Evaluation {
+            vit: self.vit,
+            train: self.samples,
+            eval: self.eval,
+            num_classes: self.num_classes,
+            h_score,
+            head: &self.objective.head,
+        }
+    }
+
+    /// With the ρ that α was solved with.
+    fn h_score_as_used(&self, solved: &Solved) -> HScoreOptions {
+        let asked = &self.objective.h_score;
+        HScoreOptions {
+            shrinkage: solved
+                .h_score
+                .shrinkage()
+                .map_or(asked.shrinkage, Shrinkage::Fixed),
+            ..asked.clone()
+        }
+    }
+
+    /// Σ αᵢ Pᵢ [m, d] as the composed prompt's file has it.
+    fn mixed(&self, alpha: &[f64]) -> Tensor {
+        prompt_tensor(&mix(&self.prompts, alpha), self.vit)
+    }
 }

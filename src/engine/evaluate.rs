@@ -2,16 +2,17 @@
 
 use std::ops::ControlFlow;
 
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use super::EngineError;
 use super::features::extract;
+use super::gradients::sample_folds;
 use super::h_score::HScore;
-use super::head::ClosedFormHead;
+use super::head::{ClosedFormHead, row_tensor};
 use super::samples::Samples;
 use super::vit::Vit;
 use crate::domain::composition::PromptScore;
-use crate::domain::objective::HeadOptions;
+use crate::domain::objective::{HScoreOptions, HeadOptions};
 
 /// A prompt's head on the target samples, and how well both do.
 pub struct Evaluated {
@@ -27,7 +28,7 @@ pub struct Evaluation<'a> {
     /// Never seen by the head.
     pub eval: Option<&'a Samples>,
     pub num_classes: usize,
-    pub h_score_shrinkage: f64,
+    pub h_score: &'a HScoreOptions,
     pub head: &'a HeadOptions,
 }
 
@@ -55,8 +56,7 @@ impl Evaluation<'_> {
             None => features_of(self.train)?,
         };
         let labels = &self.train.labels;
-        let h_score = HScore::new(&train_features.unsqueeze(0), labels, self.h_score_shrinkage)?
-            .value(&[1.0])?;
+        let h_score = HScore::new(&train_features.unsqueeze(0), labels, self.h_score)?;
         let head = ClosedFormHead::fit(&train_features, labels, self.num_classes, self.head)?;
         let accuracy = |features: &Tensor, labels: &[usize]| -> Result<f64, EngineError> {
             Ok(head.count_correct(features, labels)? as f64 / labels.len().max(1) as f64)
@@ -64,18 +64,44 @@ impl Evaluation<'_> {
         let train_accuracy = accuracy(&train_features, labels)?;
         let eval_accuracy = match self.eval {
             None => None,
-            Some(eval) => Some(accuracy(
-                &features_of(eval)?.to_kind(Kind::Double),
-                &eval.labels,
-            )?),
+            Some(eval) => Some(accuracy(&features_of(eval)?, &eval.labels)?),
         };
         Ok(Evaluated {
             score: PromptScore {
-                h_score,
+                h_score: h_score.value(&[1.0])?,
+                h_score_adjusted: h_score.adjusted(&[1.0])?,
                 train_accuracy,
                 eval_accuracy,
             },
             head,
         })
+    }
+    /// Share of the training samples that heads fitted without their fold get right, over ten folds: no
+    /// split but the target samples is needed, and none of them is scored by a head that saw it.
+    pub fn cross_fitted_accuracy(
+        &self,
+        prompt: &Tensor,
+        progress: impl FnMut(u64) -> ControlFlow<()>,
+    ) -> Result<f64, EngineError> {
+        let prompts = std::slice::from_ref(prompt);
+        let features = extract(self.vit, self.train, prompts, progress)?.get(0);
+        let labels = &self.train.labels;
+        let folds = sample_folds(labels);
+        let select = |of_fold: &dyn Fn(usize) -> bool| -> (Tensor, Vec<usize>) {
+            let rows: Vec<usize> = (0..labels.len()).filter(|n| of_fold(folds[*n])).collect();
+            let of_rows = rows.iter().map(|row| labels[*row]).collect();
+            (features.index_select(0, &row_tensor(&rows)), of_rows)
+        };
+        let mut correct = 0;
+        for fold in 0..=folds.iter().copied().max().unwrap_or(0) {
+            let (fitted_on, of_fitted) = select(&|other| other != fold);
+            if of_fitted.is_empty() {
+                continue;
+            }
+            let head = ClosedFormHead::fit(&fitted_on, &of_fitted, self.num_classes, self.head)?;
+            let (scored, of_scored) = select(&|other| other == fold);
+            correct += head.count_correct(&scored, &of_scored)?;
+        }
+        Ok(correct as f64 / labels.len().max(1) as f64)
     }
 }

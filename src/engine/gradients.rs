@@ -79,7 +79,7 @@ pub struct GradientStatistics {
 }
 
 impl GradientStatistics {
-    fn new(num_sources: usize, num_params: i64, num_folds: usize, device: Device) -> Self {
+    pub fn new(num_sources: usize, num_params: i64, num_folds: usize, device: Device) -> Self {
         let folds = kept_folds(num_sources, num_params as usize, num_folds);
         let zeros = |rows: usize| {
             let shape = [folds as i64, rows as i64, num_params];
@@ -94,7 +94,7 @@ impl GradientStatistics {
     }
 
     /// Adds a micro-batch: `gradients` [M, B, P] and the sample folds of its B samples.
-    fn add(&mut self, gradients: &Tensor, sample_folds: &[usize]) -> Result<(), EngineError> {
+    pub fn add(&mut self, gradients: &Tensor, sample_folds: &[usize]) -> Result<(), EngineError> {
         let gradients = gradients.to_kind(Kind::Double);
         let over_prompts = gradients.mean_dim(0, true, Kind::Double);
         let vectors = Tensor::cat(&[&(&gradients - &over_prompts), &over_prompts], 0);

@@ -21,6 +21,7 @@ pub mod head;
 pub mod images;
 pub mod optimizer;
 pub mod samples;
+pub mod solve;
 pub mod solver;
 pub mod sources;
 pub mod statistics;
@@ -28,23 +29,29 @@ mod steps;
 pub mod transferability;
 pub mod tuning;
 pub mod vit;
+pub mod weighing;
 
 mod compose;
+mod jackknife;
+mod refine;
 mod report;
+mod resolve;
 #[cfg(test)]
 mod testing;
+mod token_alignment;
 
 use std::path::{Path, PathBuf};
 
 use tch::{Device, Kind, TchError, Tensor};
 
+use self::statistics::StatisticsError;
 use self::vit::Vit;
 use crate::domain::backbone::{Backbone, BackboneError};
 use crate::domain::composition::{
     Composer, Composition, CompositionError, CompositionInput, Observer, ResolveInput,
 };
 use crate::domain::dataset::DatasetError;
-use crate::domain::prompt_file::PromptFile;
+use crate::domain::tensor::Tensor as PlainTensor;
 
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
@@ -71,6 +78,10 @@ pub enum EngineError {
         second: String,
         digest: String,
     },
+    #[error("source `{prompt}` is not in the statistics; they are of {known}")]
+    UnknownSource { prompt: String, known: String },
+    #[error("the statistics cannot be used")]
+    Statistics(#[from] StatisticsError),
     #[error("source `{prompt}` is {what}, but {expected}")]
     Incompatible {
         prompt: String,
@@ -97,6 +108,8 @@ impl EngineError {
             Self::OneClass(_) => "one_class",
             Self::NoSources => "no_sources",
             Self::SameSource { .. } => "same_source",
+            Self::UnknownSource { .. } => "unknown_source",
+            Self::Statistics(_) => "statistics_unusable",
             Self::Incompatible { .. } => "incompatible_source",
             Self::Objective(_) => "invalid_objective",
             Self::NotFinite(_) => "not_finite",
@@ -126,6 +139,7 @@ impl From<EngineError> for CompositionError {
 /// The device, and the backbone loaded last: it stays loaded between compositions.
 pub struct Engine {
     device: Device,
+    largest_micro_batch: usize,
     loaded: Option<(Backbone, Vit)>,
 }
 
@@ -133,7 +147,17 @@ impl Engine {
     pub fn new(device: Device) -> Self {
         Self {
             device,
+            largest_micro_batch: usize::MAX,
             loaded: None,
+        }
+    }
+
+    /// Never sends more samples at once through the backbone than `largest` (at least 1), where the model's
+    /// size alone would allow more.
+    pub fn with_micro_batch(device: Device, largest: usize) -> Self {
+        Self {
+            largest_micro_batch: largest.max(1),
+            ..Self::new(device)
         }
     }
 
@@ -145,7 +169,8 @@ impl Engine {
         };
         if !self.loaded.as_ref().is_some_and(same) {
             self.loaded = None;
-            let vit = Vit::load(&backbone, self.device, Kind::Float)?;
+            let mut vit = Vit::load(&backbone, self.device, Kind::Float)?;
+            vit.largest_micro_batch = self.largest_micro_batch;
             self.loaded = Some((backbone, vit));
         }
         let (backbone, vit) = self.loaded.as_ref().expect("just loaded");
@@ -165,13 +190,10 @@ impl Composer for Engine {
 
     fn resolve(
         &mut self,
-        _input: &ResolveInput,
-        _observer: &mut dyn Observer,
+        input: &ResolveInput,
+        observer: &mut dyn Observer,
     ) -> Result<Composition, CompositionError> {
-        Err(CompositionError::Refused {
-            code: "resolve_unsupported",
-            detail: "this version cannot solve again from statistics".into(),
-        })
+        Ok(resolve::resolve(input, self.device(), observer)?)
     }
 
     fn device(&self) -> String {
@@ -198,15 +220,10 @@ fn plain(tensor: &Tensor) -> Result<Vec<f32>, EngineError> {
     Ok(Vec::try_from(flat)?)
 }
 
-/// A file's prompt [m, d] where the model is.
-pub fn prompt_tensor(file: &PromptFile, vit: &Vit) -> Tensor {
-    let shape: Vec<i64> = file
-        .prompt_embeddings
-        .shape
-        .iter()
-        .map(|s| *s as i64)
-        .collect();
-    Tensor::from_slice(&file.prompt_embeddings.values)
+/// A prompt [m, d] where the model is.
+pub fn prompt_tensor(prompt: &PlainTensor<f32>, vit: &Vit) -> Tensor {
+    let shape: Vec<i64> = prompt.shape.iter().map(|s| *s as i64).collect();
+    Tensor::from_slice(&prompt.values)
         .view(shape.as_slice())
         .to_device(vit.device)
         .to_kind(vit.kind)

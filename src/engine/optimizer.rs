@@ -43,14 +43,82 @@ pub fn minimise<E>(
     mut function: impl FnMut(&[f64]) -> Result<(f64, Vec<f64>), E>,
     start: &[f64],
 ) -> Result<Descent, E> {
-    // Only the gradient's part along Σα = 1 counts; without the rest the projection sees small numbers.
-    let mut function = |alpha: &[f64]| -> Result<(f64, Vec<f64>), E> {
-        let (value, mut gradient) = function(alpha)?;
-        let mean = gradient.iter().sum::<f64>() / gradient.len() as f64;
-        gradient.iter_mut().for_each(|g| *g -= mean);
-        Ok((value, gradient))
+    let mut descent = descend(
+        |alpha| {
+            // Only the gradient's part along Σα = 1 counts; without the rest the projection sees small numbers.
+            let (value, mut gradient) = function(alpha)?;
+            let mean = gradient.iter().sum::<f64>() / gradient.len() as f64;
+            gradient.iter_mut().for_each(|g| *g -= mean);
+            Ok((value, gradient))
+        },
+        project_to_simplex(start),
+        project_to_simplex,
+    )?;
+    descent.alpha = without_dust(&descent.alpha);
+    Ok(descent)
+}
+
+/// Minimises `function` less τ·S(α)/ln M with the entropy S = -Σ α ln α, over M > 1 weights: the minimum
+/// has no zero. The variables are z in α = softmax(z), in which the entropy is smooth.
+pub fn minimise_dense<E>(
+    mut function: impl FnMut(&[f64]) -> Result<(f64, Vec<f64>), E>,
+    tau: f64,
+    start: &[f64],
+) -> Result<Descent, E> {
+    let tau = tau / (start.len() as f64).ln();
+    let start = start.iter().map(|a| a.max(1e-6).ln()).collect();
+    let mut descent = descend(
+        |z| {
+            let alpha = softmax(z);
+            let (value, slopes) = function(&alpha)?;
+            let logs: Vec<f64> = alpha
+                .iter()
+                .map(|a| a.max(f64::MIN_POSITIVE).ln())
+                .collect();
+            let slopes: Vec<f64> = slopes
+                .iter()
+                .zip(&logs)
+                .map(|(slope, log)| slope + tau * (log + 1.0))
+                .collect();
+            let mean = dot(&alpha, &slopes);
+            let gradient = alpha.iter().zip(&slopes).map(|(a, s)| a * (s - mean));
+            Ok((value + tau * dot(&alpha, &logs), gradient.collect()))
+        },
+        start,
+        <[f64]>::to_vec,
+    )?;
+    // At the minimum α = softmax(-∂function/τ). One such step leaves the large weights where they are and
+    // ranks the small ones, which the descent stops caring for when they stop mattering.
+    let alpha = softmax(&descent.alpha);
+    let (_, slopes) = function(&alpha)?;
+    let exponents: Vec<f64> = slopes.iter().map(|slope| -slope / tau).collect();
+    let ranked = softmax(&exponents);
+    let moved = largest(&difference(&ranked, &alpha));
+    descent.alpha = if moved < 1e-4 { ranked } else { alpha };
+    Ok(descent)
+}
+
+fn softmax(z: &[f64]) -> Vec<f64> {
+    let most = z.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let powers: Vec<f64> = z.iter().map(|v| (v - most).exp()).collect();
+    let sum: f64 = powers.iter().sum();
+    powers.iter().map(|power| power / sum).collect()
+}
+
+/// The descent itself, over the set that `project` projects to; `alpha` is in it.
+fn descend<E>(
+    mut function: impl FnMut(&[f64]) -> Result<(f64, Vec<f64>), E>,
+    mut alpha: Vec<f64>,
+    project: impl Fn(&[f64]) -> Vec<f64>,
+) -> Result<Descent, E> {
+    let ahead = |alpha: &[f64], gradient: &[f64], step: f64| -> Vec<f64> {
+        let moved: Vec<f64> = alpha
+            .iter()
+            .zip(gradient)
+            .map(|(a, g)| a - step * g)
+            .collect();
+        project(&moved)
     };
-    let mut alpha = project_to_simplex(start);
     let (mut value, mut gradient) = function(&alpha)?;
     let mut step = 1.0 / largest(&gradient).max(1e-10);
     let mut iterations = 0;
@@ -103,7 +171,7 @@ pub fn minimise<E>(
         iterations += 1;
     };
     Ok(Descent {
-        alpha: without_dust(&alpha),
+        alpha,
         value,
         iterations,
         stop_reason,
@@ -115,15 +183,6 @@ fn without_dust(alpha: &[f64]) -> Vec<f64> {
     let kept = alpha.iter().map(|a| if *a < 1e-15 { 0.0 } else { *a });
     let sum: f64 = kept.clone().sum();
     kept.map(|a| a / sum).collect()
-}
-
-fn ahead(alpha: &[f64], gradient: &[f64], step: f64) -> Vec<f64> {
-    let moved: Vec<f64> = alpha
-        .iter()
-        .zip(gradient)
-        .map(|(a, g)| a - step * g)
-        .collect();
-    project_to_simplex(&moved)
 }
 
 fn difference(a: &[f64], b: &[f64]) -> Vec<f64> {
@@ -151,6 +210,21 @@ mod tests {
         let projected = project_to_simplex(&[0.9, 0.8, -3.0, 0.1]);
         assert!((projected.iter().sum::<f64>() - 1.0).abs() < 1e-15);
         assert!(projected.iter().all(|value| *value >= 0.0));
+    }
+
+    #[test]
+    fn entropy_keeps_every_weight_and_ranks_the_small_ones() {
+        // A linear function: the minimum is softmax(-c ln M/τ) exactly.
+        let costs = [0.0, 0.5, 1.0, 1.5];
+        let tau = 0.05;
+        let descent =
+            minimise_dense::<Infallible>(|a| Ok((dot(a, &costs), costs.to_vec())), tau, &[0.25; 4])
+                .unwrap();
+        let expected = softmax(&costs.map(|c| -c * 4f64.ln() / tau));
+        for (found, expected) in descent.alpha.iter().zip(expected) {
+            assert!((found / expected - 1.0).abs() < 1e-6, "{descent:?}");
+            assert!(*found > 0.0);
+        }
     }
 
     #[test]

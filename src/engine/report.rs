@@ -2,87 +2,65 @@
 
 use std::collections::BTreeMap;
 
-use tch::Tensor;
-
+use super::EngineError;
 use super::compose::Verified;
-use super::gradients::GradientSummary;
-use super::head::SourceHead;
-use super::samples::Samples;
-use super::solver::Solution;
-use super::sources::common_init_seed;
-use super::statistics::{Metadata, SourceName, Statistics};
-use super::vit::Vit;
-use super::{EngineError, device};
-use crate::domain::backbone::Backbone;
+use super::solve::Solved;
+use super::solver::{Solution, towards_vertex};
+use super::statistics::{Metadata, RecordedSource, Statistics};
+use super::steps::Steps;
 use crate::domain::composition::{
-    ComposedPrompt, Composition, CompositionInput, CompositionResult, Diagnostics, ObjectiveValue,
-    Provenance, SourceDiagnostics, SourceWeight, Warning,
+    ComposedPrompt, Composition, CompositionResult, Diagnostics, ObjectiveValue, Provenance,
+    Refinement, SourceDiagnostics, SourceWeight, Warning,
 };
-use crate::domain::dataset::LabelledImages;
 use crate::domain::digest::Digest;
-use crate::domain::objective::Weighing;
-use crate::domain::prompt_file::FORMAT;
+use crate::domain::prompt_file::PromptFile;
 
 /// The version that the set-up fetches and this tch is made for.
 const LIBTORCH: &str = "2.11.0";
+/// A share of saturated samples above which a head is warned of.
+const MANY_SATURATED: f64 = 0.2;
 
 /// Everything a composition found.
 pub struct Evidence<'a> {
-    pub backbone: &'a Backbone,
-    pub vit: &'a Vit,
-    pub input: &'a CompositionInput,
-    pub weighing: Weighing,
-    pub dataset: &'a LabelledImages,
-    pub samples: &'a Samples,
-    /// [M, N, d]
-    pub features: &'a Tensor,
-    pub folds: &'a [usize],
-    pub heads: &'a [SourceHead],
-    pub gradients: GradientSummary,
-    pub own_h_scores: Vec<f64>,
-    pub solution: Solution,
-    pub verified: Verified,
+    pub metadata: Metadata,
+    /// Of the sources, in order; `None` offline.
+    pub versions: Vec<Option<i32>>,
+    pub device: String,
+    /// Of the statistics that stood in for backbone and images.
+    pub resolved_from: Option<Digest>,
+    pub statistics: &'a Statistics,
+    pub solved: Solved,
+    /// The solver's, or what refinement made of it.
+    pub alpha: Vec<f64>,
+    pub composed: PromptFile,
+    /// What forward passes showed, where there was a backbone.
+    pub verified: Option<Verified>,
+    pub refinement: Option<Refinement>,
 }
 
 impl Evidence<'_> {
-    pub fn composition(self, timings: BTreeMap<String, f64>) -> Result<Composition, EngineError> {
-        let statistics = self.statistics()?;
-        let composed = self.verified.composed.to_bytes();
-        let diagnostics = self.diagnostics();
+    pub fn composition(self, steps: Steps<'_>) -> Result<Composition, EngineError> {
+        let statistics = self.statistics.to_bytes(&self.metadata)?;
+        let composed = self.composed.to_bytes();
+        let objective = self.objective_value()?;
+        let diagnostics = self.diagnostics(objective.h_score)?;
         let warnings = self.warnings(&diagnostics);
-        let Solution {
-            h_score,
-            gradient_alignment,
-            alignment_weight,
-            ..
-        } = self.solution;
         let result = CompositionResult {
             source_weights: self.source_weights(),
-            token_alignment: None,
-            objective: ObjectiveValue {
-                h_score,
-                h_score_adjusted: 0.0,
-                gradient_alignment,
-                alignment_weight,
-                trade_off: match self.weighing {
-                    Weighing::TradeOff(t) => Some(t),
-                    Weighing::Rule(_) | Weighing::AlignmentWeight(_) => None,
-                },
-                trade_off_rule: None,
-                total: alignment_weight.map(|lambda| lambda * gradient_alignment - h_score),
-            },
+            objective,
             composed: ComposedPrompt {
                 prompt: None,
                 version: None,
                 digest: Digest::of(&composed),
             },
             provenance: self.provenance(),
-            path: self.solution.path,
-            optima: self.solution.optima,
-            solver: self.solution.report,
+            token_alignment: self.metadata.token_alignment,
+            path: self.solved.solution.path,
+            optima: self.solved.solution.optima,
+            solver: self.solved.solution.report,
             diagnostics,
             warnings,
-            timings,
+            timings: steps.finish(),
         };
         Ok(Composition {
             result,
@@ -91,115 +69,151 @@ impl Evidence<'_> {
         })
     }
 
+    fn objective_value(&self) -> Result<ObjectiveValue, EngineError> {
+        let Solved {
+            h_score,
+            alignment,
+            solution,
+            trade_off,
+            trade_off_rule,
+            alignment_weight,
+            ..
+        } = &self.solved;
+        // The solver knows both terms at its own α.
+        let refined = self.refinement.is_some();
+        let (h, l) = if refined {
+            (h_score.value(&self.alpha)?, alignment.value(&self.alpha))
+        } else {
+            (solution.h_score, solution.gradient_alignment)
+        };
+        Ok(ObjectiveValue {
+            h_score: h,
+            h_score_adjusted: h_score.adjusted(&self.alpha)?,
+            gradient_alignment: l,
+            alignment_weight: *alignment_weight,
+            trade_off: *trade_off,
+            trade_off_rule: *trade_off_rule,
+            total: alignment_weight.map(|lambda| lambda * l - h),
+        })
+    }
+
     fn source_weights(&self) -> Vec<SourceWeight> {
-        let weights = self.input.sources.iter().zip(&self.solution.alpha);
-        weights
-            .map(|(source, weight)| SourceWeight {
+        let errors = self.solved.standard_errors.as_ref();
+        let sources = self.metadata.sources.iter().enumerate();
+        sources
+            .map(|(i, source)| SourceWeight {
                 prompt: source.prompt.clone(),
-                version: source.version,
+                version: self.versions[i],
                 digest: source.digest,
-                weight: *weight,
-                standard_error: None,
+                weight: self.alpha[i],
+                standard_error: errors.map(|errors| errors[i]),
             })
             .collect()
     }
 
     fn provenance(&self) -> Provenance {
+        let ground = &self.metadata;
         Provenance {
-            backbone_digest: self.backbone.digest,
-            preprocessing_id: self.backbone.config.preprocessing.id(),
-            sample_digest: self.samples.digest,
-            seed: self.input.target.seed,
-            device: device::name_of(self.vit.device),
+            backbone_digest: ground.backbone_digest,
+            preprocessing_id: ground.preprocessing_id.clone(),
+            sample_digest: ground.sample_digest,
+            seed: ground.seed,
+            device: self.device.clone(),
             num_threads: tch::get_num_threads() as usize,
             libtorch: LIBTORCH.to_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            resolved_from: None,
+            resolved_from: self.resolved_from,
         }
     }
 
-    fn statistics(&self) -> Result<Vec<u8>, EngineError> {
-        let statistics = Statistics {
-            features: self.features,
-            labels: &self.samples.labels,
-            sample_indices: &self.samples.indices,
-            folds: self.folds,
-            head_temperature: self.heads.iter().map(|head| head.temperature).collect(),
-            gradient_gram: self.gradients.whole.gram.clone(),
-        };
-        let sources = self.input.sources.iter();
-        statistics.to_bytes(&Metadata {
-            format: FORMAT,
-            sources: sources
-                .map(|s| SourceName {
-                    prompt: &s.prompt,
-                    digest: s.digest,
-                })
+    fn diagnostics(&self, mixed: f64) -> Result<Diagnostics, EngineError> {
+        let Statistics {
+            labels,
+            folds,
+            gradients,
+            ..
+        } = self.statistics;
+        let (m, n, _) = self.statistics.size();
+        let per_source = (0..m)
+            .map(|i| self.of_source(i))
+            .collect::<Result<Vec<_>, _>>()?;
+        let composed = self
+            .verified
+            .as_ref()
+            .map(|verified| verified.score.clone());
+        Ok(Diagnostics {
+            num_samples: n,
+            num_classes: super::h_score::present(labels).len(),
+            skipped_images: self.metadata.skipped_images,
+            head_folds: folds.iter().max().map_or(1, |last| last + 1),
+            h_score_shrinkage: self.solved.h_score.shrinkage(),
+            per_source,
+            conflict_rate: gradients.conflict_rate(),
+            gradient_cosines: (gradients.mean_cosine.chunks_exact(m))
+                .map(<[f64]>::to_vec)
                 .collect(),
-            backbone_digest: self.backbone.digest,
-            preprocessing_id: self.backbone.config.preprocessing.id(),
-            sample_digest: self.samples.digest,
-            objective: &self.input.objective,
-            seed: self.input.target.seed,
+            surrogate_gap: (composed.as_ref())
+                .map(|score| (score.h_score - mixed) / mixed.abs().max(f64::MIN_POSITIVE)),
+            composed,
+            refinement: self.refinement.clone(),
+            baselines: self.verified.as_ref().and_then(|v| v.baselines.clone()),
         })
     }
 
-    fn diagnostics(&self) -> Diagnostics {
-        let composed = &self.verified.score;
-        let mixed = self.solution.h_score;
-        let mut present = self.samples.labels.clone();
-        present.sort_unstable();
-        present.dedup();
-        let per_source = self.input.sources.iter().zip(self.heads).enumerate();
-        Diagnostics {
-            num_samples: self.samples.len(),
-            num_classes: present.len(),
-            skipped_images: self.samples.skipped,
-            head_folds: self.folds.iter().max().map_or(1, |last| last + 1),
-            per_source: per_source
-                .map(|(i, (source, head))| SourceDiagnostics {
-                    prompt: source.prompt.clone(),
-                    h_score: self.own_h_scores[i],
-                    head_temperature: head.temperature,
-                    head_loss: head.loss,
-                    h_score_adjusted: 0.0,
-                    head_saturation: head.saturation,
-                    log_me: None,
-                    leep: None,
-                    nce: None,
-                    otce: None,
-                    gradient_rms: self.gradients.rms[i],
-                })
-                .collect(),
-            h_score_shrinkage: None,
-            conflict_rate: self.gradients.conflict_rate(),
-            gradient_cosines: self
-                .gradients
-                .mean_cosine
-                .chunks_exact(self.heads.len())
-                .map(<[f64]>::to_vec)
-                .collect(),
-            surrogate_gap: Some((composed.h_score - mixed) / mixed.abs().max(f64::MIN_POSITIVE)),
-            composed: Some(composed.clone()),
-            refinement: None,
-            baselines: self.verified.baselines.clone(),
-        }
+    fn of_source(&self, i: usize) -> Result<SourceDiagnostics, EngineError> {
+        let Statistics {
+            heads, gradients, ..
+        } = self.statistics;
+        let RecordedSource { prompt, scores, .. } = &self.metadata.sources[i];
+        let m = self.alpha.len();
+        let alone = towards_vertex(i, m, 1.0);
+        Ok(SourceDiagnostics {
+            prompt: prompt.clone(),
+            h_score: self.solved.solution.own_h_scores[i],
+            h_score_adjusted: self.solved.h_score.adjusted(&alone)?,
+            log_me: Some(scores.log_me),
+            leep: scores.leep,
+            nce: scores.nce,
+            otce: scores.otce,
+            head_temperature: heads.temperature[i],
+            head_loss: heads.loss[i],
+            head_saturation: heads.saturation[i],
+            gradient_rms: gradients.rms[i],
+        })
     }
 
     /// What a careful reader of the result would want to be told.
     fn warnings(&self, diagnostics: &Diagnostics) -> Vec<Warning> {
-        let sources = &self.input.sources;
-        let d = self.vit.config.embed_dim;
-        let mut warnings = Vec::new();
-        let mut warn = |code: &str, detail: String| {
-            warnings.push(Warning {
-                code: code.to_owned(),
-                detail,
-            });
-        };
-        let n = self.samples.len();
+        let mut warnings = Warnings::default();
+        self.warn_of_samples(diagnostics, &mut warnings);
+        self.warn_of_sources(diagnostics, &mut warnings);
+        let Solution { optima, .. } = &self.solved.solution;
+        let best = optima[0].value;
+        let near = |value: f64| (value - best).abs() <= 0.01 * best.abs().max(1e-12);
+        let rivals = optima.iter().skip(1).filter(|o| near(o.value)).count();
+        if rivals > 0 {
+            warnings.add(
+                "near_ties",
+                format!("{rivals} other local optima lie within 1 % of the best; see `optima`"),
+            );
+        }
+        if let Some(gap) = diagnostics.surrogate_gap.filter(|gap| gap.abs() > 0.1) {
+            warnings.add(
+                "surrogate_gap",
+                format!(
+                    "H of the composed prompt differs by {:+.1} % from H of the mixed features that α \
+                     was chosen by; `refine` works on the former",
+                    100.0 * gap
+                ),
+            );
+        }
+        warnings.0
+    }
+
+    fn warn_of_samples(&self, diagnostics: &Diagnostics, warnings: &mut Warnings) {
+        let (_, n, d) = self.statistics.size();
         if n < 2 * d {
-            warn(
+            warnings.add(
                 "few_samples",
                 format!(
                     "{n} samples for {d} feature dimensions: H is near its chance level below \
@@ -209,70 +223,80 @@ impl Evidence<'_> {
             );
         }
         let mut counts: BTreeMap<usize, usize> = BTreeMap::new();
-        self.samples
-            .labels
-            .iter()
-            .for_each(|label| *counts.entry(*label).or_default() += 1);
+        for label in &self.statistics.labels {
+            *counts.entry(*label).or_default() += 1;
+        }
         for (class, _) in counts.iter().filter(|(_, count)| **count == 1) {
-            let name = &self.dataset.classes[*class];
-            warn(
+            let name = &self.metadata.classes[*class];
+            warnings.add(
                 "singleton_class",
                 format!("class `{name}` has a single sample"),
             );
         }
-        if sources.len() > 1 {
-            for (source, weight) in sources.iter().zip(&self.solution.alpha) {
-                if *weight == 0.0 || *weight == 1.0 {
-                    let name = &source.prompt;
-                    warn(
-                        "weight_at_bound",
-                        format!("source `{name}` has weight {weight}"),
-                    );
-                }
-            }
-            if common_init_seed(sources).is_none() {
-                warn(
-                    "init_seeds_differ",
-                    "the sources' init seeds differ or are unknown, so that their tokens may be in \
-                     different orders, on which Σ αᵢ Pᵢ depends"
-                        .into(),
-                );
-            }
-        }
-        let near_best = |value: f64| {
-            let best = self.solution.optima[0].value;
-            (value - best).abs() <= 0.01 * best.abs().max(1e-12)
-        };
-        let rivals = self
-            .solution
-            .optima
-            .iter()
-            .skip(1)
-            .filter(|o| near_best(o.value))
-            .count();
-        if rivals > 0 {
-            warn(
-                "near_ties",
-                format!("{rivals} other local optima lie within 1 % of the best; see `optima`"),
-            );
-        }
-        if let Some(gap) = diagnostics.surrogate_gap.filter(|gap| gap.abs() > 0.1) {
-            warn(
-                "surrogate_gap",
-                format!(
-                    "H of the composed prompt differs by {:+.1} % from H of the mixed features that α \
-                     was chosen by",
-                    100.0 * gap
-                ),
-            );
-        }
         if diagnostics.skipped_images > 0 {
             let count = diagnostics.skipped_images;
-            warn(
+            warnings.add(
                 "skipped_images",
                 format!("{count} unreadable images were left out"),
             );
         }
-        warnings
+        if self.solved.standard_errors.is_none() {
+            warnings.add(
+                "no_standard_errors",
+                "too few samples, or too many pairs of sources, for the standard errors of the \
+                 weights"
+                    .into(),
+            );
+        }
+    }
+
+    fn warn_of_sources(&self, diagnostics: &Diagnostics, warnings: &mut Warnings) {
+        for source in &diagnostics.per_source {
+            if source.head_saturation > MANY_SATURATED {
+                warnings.add(
+                    "saturated_head",
+                    format!(
+                        "the head of source `{}` is certain of {:.0} % of the samples, so that the \
+                         others make up nearly all of its gradient; raise `head.shrinkage`",
+                        source.prompt,
+                        100.0 * source.head_saturation
+                    ),
+                );
+            }
+        }
+        let sources = &self.metadata.sources;
+        if sources.len() == 1 {
+            return;
+        }
+        for (source, weight) in sources.iter().zip(&self.alpha) {
+            if *weight == 0.0 || *weight == 1.0 {
+                let name = &source.prompt;
+                warnings.add(
+                    "weight_at_bound",
+                    format!("source `{name}` has weight {weight}"),
+                );
+            }
+        }
+        let aligned = self.metadata.token_alignment.is_some();
+        if !aligned && self.metadata.common_init_seed().is_none() {
+            warnings.add(
+                "init_seeds_differ",
+                "the sources' init seeds differ or are unknown, so that their tokens may be in \
+                 different orders, on which Σ αᵢ Pᵢ depends; `align_tokens: hungarian` matches them"
+                    .into(),
+            );
+        }
+    }
+}
+
+#[derive(Default)]
+struct Warnings(Vec<Warning>);
+
+impl Warnings {
+    fn add(&mut self, code: &str, detail: String) {
+        self.0.push(Warning {
+            code: code.to_owned(),
+            detail,
+        });
     }
 }

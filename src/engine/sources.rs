@@ -1,11 +1,11 @@
 //! Source prompts: which go together, and their weighted sum.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 
 use super::EngineError;
+use super::statistics::Metadata;
 use crate::domain::backbone::Backbone;
 use crate::domain::composition::Source;
-use crate::domain::dataset::LabelledImages;
 use crate::domain::digest::Digest;
 use crate::domain::prompt_file::{FORMAT, Origin, PromptFile, PromptMetadata};
 use crate::domain::tensor::Tensor;
@@ -69,57 +69,35 @@ pub fn check_sources(sources: &[Source], backbone: &Backbone) -> Result<(), Engi
     Ok(())
 }
 
-/// Σ αᵢ Pᵢ in f64, rounded once. A prompt at weight 1 comes out bit by bit.
-pub fn mix(sources: &[Source], alpha: &[f64]) -> Vec<f32> {
-    let mut sum = vec![0f64; sources[0].file.prompt_embeddings.values.len()];
-    for (source, weight) in sources.iter().zip(alpha) {
-        for (total, value) in sum.iter_mut().zip(&source.file.prompt_embeddings.values) {
+/// Σ αᵢ Pᵢ [m, d] in f64, rounded once. A prompt at weight 1 comes out bit by bit.
+pub fn mix(prompts: &[Tensor<f32>], alpha: &[f64]) -> Tensor<f32> {
+    let mut sum = vec![0f64; prompts[0].values.len()];
+    for (prompt, weight) in prompts.iter().zip(alpha) {
+        for (total, value) in sum.iter_mut().zip(&prompt.values) {
             *total += weight * f64::from(*value);
         }
     }
-    sum.into_iter().map(|value| value as f32).collect()
+    let values = sum.into_iter().map(|value| value as f32).collect();
+    Tensor::new(prompts[0].shape.clone(), values)
 }
 
-/// A prompt file of mixed values, as yet without a head.
-pub fn composed_prompt(
-    sources: &[Source],
-    values: Vec<f32>,
-    backbone: &Backbone,
-    dataset: &LabelledImages,
-) -> PromptFile {
+/// The prompt file of Σ αᵢ Pᵢ, as yet without a head.
+pub fn composed_prompt(metadata: &Metadata, prompts: &[Tensor<f32>], alpha: &[f64]) -> PromptFile {
     PromptFile {
         metadata: Some(PromptMetadata {
             format: FORMAT,
-            backbone_digest: Some(backbone.digest),
-            preprocessing_id: Some(backbone.config.preprocessing.id()),
-            init_seed: common_init_seed(sources),
+            backbone_digest: Some(metadata.backbone_digest),
+            preprocessing_id: Some(metadata.preprocessing_id.clone()),
+            init_seed: metadata.common_init_seed(),
             task: None,
-            classes: Some(dataset.classes.clone()),
+            classes: Some(metadata.classes.clone()),
             origin: Origin::Composed,
             training: None,
         }),
-        prompt_embeddings: Tensor::new(sources[0].file.prompt_embeddings.shape.clone(), values),
+        prompt_embeddings: mix(prompts, alpha),
         deep_prompt_embeddings: None,
         head: None,
         sketch: None,
         dtype: "f32",
-    }
-}
-
-/// The init seed all sources share, if they do and say so.
-pub fn common_init_seed(sources: &[Source]) -> Option<u64> {
-    let seeds: BTreeSet<Option<u64>> = sources
-        .iter()
-        .map(|source| {
-            source
-                .file
-                .metadata
-                .as_ref()
-                .and_then(|metadata| metadata.init_seed)
-        })
-        .collect();
-    match seeds.into_iter().collect::<Vec<_>>().as_slice() {
-        [seed] => *seed,
-        _ => None,
     }
 }

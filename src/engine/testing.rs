@@ -14,7 +14,7 @@ use crate::domain::backbone::{
 use crate::domain::composition::{CompositionInput, Observer, Phase, Source, TargetSamples};
 use crate::domain::dataset::Split;
 use crate::domain::digest::Digest;
-use crate::domain::objective::Objective;
+use crate::domain::objective::{HScoreOptions, Objective, Shrinkage};
 use crate::domain::prompt_file::{FORMAT, Origin, PromptFile, PromptMetadata};
 use crate::domain::tensor::{Stored, Tensor as PlainTensor};
 
@@ -209,5 +209,39 @@ impl Observer for Recorder {
             return std::ops::ControlFlow::Break(());
         }
         std::ops::ControlFlow::Continue(())
+    }
+}
+
+/// Features [M, N, d] with class signal of the given strength a source.
+pub fn features(strengths: &[f64], labels: &[usize], d: usize, seed: u64) -> Tensor {
+    let (m, n) = (strengths.len(), labels.len());
+    let classes = labels.iter().max().unwrap() + 1;
+    let directions = noise(m * classes * d, seed);
+    let values = noise(m * n * d, seed + 1);
+    let all: Vec<f64> = (0..m * n * d)
+        .map(|at| {
+            let (i, row, c) = (at / (n * d), at / d % n, at % d);
+            values[at] + strengths[i] * directions[(i * classes + labels[row]) * d + c]
+        })
+        .collect();
+    Tensor::from_slice(&all).view([m as i64, n as i64, d as i64])
+}
+
+pub fn labels(n: usize, classes: usize) -> Vec<usize> {
+    (0..n).map(|i| i % classes).collect()
+}
+
+pub fn assert_close(a: f64, b: f64, tolerance: f64) {
+    assert!(
+        (a - b).abs() <= tolerance * (1.0 + b.abs()),
+        "{a} is not {b} (± {tolerance})"
+    );
+}
+
+/// `inv` with a fixed ρ.
+pub fn inv(rho: f64) -> HScoreOptions {
+    HScoreOptions {
+        shrinkage: Shrinkage::Fixed(rho),
+        ..HScoreOptions::default()
     }
 }

@@ -21,6 +21,8 @@ pub struct Vit {
     patch_embed: Linear,
     blocks: Vec<Block>,
     norm: LayerNorm,
+    /// Whatever [`Self::micro_batch`] would choose; at least 1.
+    pub largest_micro_batch: usize,
 }
 
 impl Vit {
@@ -45,6 +47,7 @@ impl Vit {
             config,
             device,
             kind,
+            largest_micro_batch: usize::MAX,
         })
     }
 
@@ -77,7 +80,10 @@ impl Vit {
         // backward pass keeps about 34 bytes a token and channel.
         let work = depth * (24 * n * d * d + 6 * n * n * d);
         let bytes = depth * 34 * n * d;
-        (work_a_second / work).min(memory / bytes).clamp(1, 256)
+        (work_a_second / work)
+            .min(memory / bytes)
+            .clamp(1, 256)
+            .min(self.largest_micro_batch)
     }
 
     /// Patch embeddings with positions of normalised images: [B, 3, s, s] → [B, g², d]. They are the

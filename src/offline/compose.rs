@@ -2,15 +2,11 @@
 
 use std::path::PathBuf;
 
-use anyhow::Context as _;
-
+use super::objective::{BackboneOptions, SolveOptions};
 use super::progress::Bars;
-use super::{EngineOptions, parse_split, read_prompt, write_whole};
+use super::{EngineOptions, parse_split, read_prompt, write_composition};
 use crate::domain::composition::{Composer as _, CompositionInput, Source, TargetSamples};
 use crate::domain::dataset::Split;
-use crate::domain::objective::{
-    AlignmentOptions, HScoreOptions, HeadOptions, Objective, Shrinkage, TradeOff,
-};
 
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {
@@ -37,18 +33,10 @@ pub struct Args {
     /// Seed of that choice.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
-    /// t in 0..=1: 0 weighs transferability alone, 1 gradient alignment alone [default: 0.5].
-    #[arg(long)]
-    pub trade_off: Option<TradeOff>,
-    /// A raw λ instead of --trade-off.
-    #[arg(long, conflicts_with = "trade_off")]
-    pub alignment_weight: Option<f64>,
-    /// ρ of the H-score's covariance, between 0 and 1.
-    #[arg(long, default_value_t = Shrinkage::Fixed(0.01))]
-    pub h_score_shrinkage: Shrinkage,
-    /// ρ of the closed-form head, between 0 and 1.
-    #[arg(long, default_value_t = 0.3)]
-    pub head_shrinkage: f64,
+    #[command(flatten)]
+    pub solve: SolveOptions,
+    #[command(flatten)]
+    pub backbone_options: BackboneOptions,
 }
 
 fn parse_source(text: &str) -> Result<(String, PathBuf), String> {
@@ -85,57 +73,11 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
             skip_bad: args.engine.skip_bad,
         },
         sources,
-        objective: Objective {
-            trade_off: args.trade_off,
-            alignment_weight: args.alignment_weight,
-            h_score: HScoreOptions {
-                shrinkage: args.h_score_shrinkage,
-                ..Default::default()
-            },
-            alignment: AlignmentOptions::default(),
-            head: HeadOptions {
-                shrinkage: args.head_shrinkage,
-                ..Default::default()
-            },
-            ..Default::default()
-        },
+        objective: args.solve.over(&args.backbone_options.objective()),
     };
     let composition = args
         .engine
         .engine()?
         .compose(&input, &mut Bars::default())?;
-
-    let json = serde_json::to_vec_pretty(&composition.result).context("result.json")?;
-    write_whole(
-        &args.out.join("statistics.safetensors"),
-        &composition.statistics,
-    )?;
-    write_whole(
-        &args.out.join("composed.safetensors"),
-        &composition.composed,
-    )?;
-    write_whole(&args.out.join("result.json"), &json)?;
-
-    let result = &composition.result;
-    for (source, own) in result
-        .source_weights
-        .iter()
-        .zip(&result.diagnostics.per_source)
-    {
-        println!(
-            "{:24} α = {:.4}   H = {:.4}",
-            source.prompt, source.weight, own.h_score
-        );
-    }
-    if let Some(composed) = &result.diagnostics.composed {
-        println!(
-            "{:24} H = {:.4} mixed, {:.4} composed",
-            "Σ α P", result.objective.h_score, composed.h_score
-        );
-    }
-    for warning in &result.warnings {
-        eprintln!("warning: {} ({})", warning.detail, warning.code);
-    }
-    println!("wrote {}", args.out.display());
-    Ok(())
+    write_composition(&args.out, &composition)
 }

@@ -7,7 +7,7 @@ use super::progress::bar;
 use super::{EngineOptions, parse_split, read_prompt};
 use crate::domain::composition::Source;
 use crate::domain::dataset::{LabelledImages, Split};
-use crate::domain::objective::{HeadOptions, check_shrinkage};
+use crate::domain::objective::{HScoreOptions, HeadOptions, Shrinkage, check_shrinkage};
 use crate::engine::evaluate::Evaluation;
 use crate::engine::prompt_tensor;
 use crate::engine::samples::{Samples, Selection};
@@ -34,9 +34,9 @@ pub struct Args {
     pub max_samples: usize,
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
-    /// ρ of the reported H-score.
-    #[arg(long, default_value_t = 0.01)]
-    pub h_score_shrinkage: f64,
+    /// ρ of the reported H-score, 0 or from 1e-6 to below 1; or `oas`, or `ledoit_wolf`.
+    #[arg(long, default_value_t = HScoreOptions::default().shrinkage)]
+    pub h_score_shrinkage: Shrinkage,
     /// ρ of the head.
     #[arg(long, default_value_t = 0.3)]
     pub head_shrinkage: f64,
@@ -44,12 +44,12 @@ pub struct Args {
 
 /// Prints `{"h_score": …, "train_accuracy": …, "eval_accuracy": …}`.
 pub fn run(args: &Args) -> anyhow::Result<()> {
-    check_shrinkage("--h-score-shrinkage", args.h_score_shrinkage)?;
+    args.h_score_shrinkage.check("--h-score-shrinkage")?;
     check_shrinkage("--head-shrinkage", args.head_shrinkage)?;
     let (digest, file) = read_prompt(&args.prompt)?;
     let mut engine = args.engine.engine()?;
     let (backbone, vit) = engine.backbone(&args.engine.backbone)?;
-    let prompt = prompt_tensor(&file, vit);
+    let prompt = prompt_tensor(&file.prompt_embeddings, vit);
     let name = args.prompt.display().to_string();
     check_sources(
         &[Source {
@@ -78,7 +78,10 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         train: &train,
         eval: Some(&eval),
         num_classes: dataset.classes.len(),
-        h_score_shrinkage: args.h_score_shrinkage,
+        h_score: &HScoreOptions {
+            shrinkage: args.h_score_shrinkage,
+            ..Default::default()
+        },
         head: &HeadOptions {
             shrinkage: args.head_shrinkage,
             ..Default::default()

@@ -3,7 +3,9 @@
 
 pub mod compose;
 pub mod evaluate;
+pub mod objective;
 pub mod progress;
+pub mod solve;
 pub mod tune;
 
 use std::fs;
@@ -14,6 +16,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use clap::Args;
 
+use crate::domain::composition::Composition;
 use crate::domain::dataset::Split;
 use crate::domain::digest::Digest;
 use crate::domain::prompt_file::PromptFile;
@@ -32,6 +35,9 @@ pub struct EngineOptions {
     /// number of threads.
     #[arg(long)]
     pub threads: Option<u32>,
+    /// At most this many samples at once through the backbone [default: what the model's size allows].
+    #[arg(long, value_name = "SAMPLES")]
+    pub micro_batch: Option<usize>,
     /// Leave unreadable images out (and count them) instead of failing.
     #[arg(long)]
     pub skip_bad: bool,
@@ -43,7 +49,10 @@ impl EngineOptions {
         if let Some(threads) = self.threads {
             tch::set_num_threads(i32::try_from(threads.max(1))?);
         }
-        Ok(Engine::new(device))
+        Ok(match self.micro_batch {
+            Some(largest) => Engine::with_micro_batch(device, largest),
+            None => Engine::new(device),
+        })
     }
 }
 
@@ -73,6 +82,38 @@ fn write_whole(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
         Ok(())
     };
     write().with_context(|| format!("cannot write `{}`", path.display()))
+}
+
+/// Writes the three files of a composition and says what is in them.
+fn write_composition(out: &Path, composition: &Composition) -> anyhow::Result<()> {
+    let result = &composition.result;
+    let json = serde_json::to_vec_pretty(result).context("result.json")?;
+    write_whole(&out.join("statistics.safetensors"), &composition.statistics)?;
+    write_whole(&out.join("composed.safetensors"), &composition.composed)?;
+    write_whole(&out.join("result.json"), &json)?;
+
+    for (source, own) in result
+        .source_weights
+        .iter()
+        .zip(&result.diagnostics.per_source)
+    {
+        let error = source
+            .standard_error
+            .map_or(String::new(), |error| format!(" ± {error:.4}"));
+        println!(
+            "{:24} α = {:.4}{error}   H = {:.4}",
+            source.prompt, source.weight, own.h_score
+        );
+    }
+    println!("{:24} H = {:.4} mixed", "Σ α P", result.objective.h_score);
+    if let Some(composed) = &result.diagnostics.composed {
+        println!("{:24} H = {:.4} composed", "", composed.h_score);
+    }
+    for warning in &result.warnings {
+        eprintln!("warning: {} ({})", warning.detail, warning.code);
+    }
+    println!("wrote {}", out.display());
+    Ok(())
 }
 
 fn parse_split(name: &str) -> Result<Split, String> {

@@ -164,6 +164,7 @@ pub async fn job(db: &mut PgConnection, id: Uuid) -> Job {
 pub fn composition(input_sources: &[(String, i32, Digest)], weights: &[f64]) -> Composition {
     let score = PromptScore {
         h_score: 1.0,
+        h_score_adjusted: 0.5,
         train_accuracy: 0.9,
         eval_accuracy: None,
     };

@@ -1,0 +1,430 @@
+//! Transferability: the H-score of the mixed features F = Σ αᵢ f_{Pᵢ}, as a function of α.
+//!
+//! `inv` (Bao et al. 2019; Ibrahim et al. 2021 for ρ), with Σ = cov F and B = cov(E[F|y]), both with
+//! 1/(N-1):
+//!
+//! H_ρ(α) = (1-ρ) tr(Σ_ρ⁻¹ B), Σ_ρ = (1-ρ)Σ + ρ(tr Σ/d)I, 0 ≤ H ≤ min(d, K-1)
+//!
+//! It is a ratio in α: neither convex nor concave, and H(cα) = H(α). B has rank K-1 and is never formed:
+//! with the class means u_c and weights w_c = n_c/(N-1), H = (1-ρ) Σ_c w_c u_cᵀ Σ_ρ⁻¹ u_c.
+//!
+//! Below 0.7·d samples the N × N *dual* is cheaper: with the Gram matrix G = F̃F̃ᵀ, A = (1-ρ)/(N-1)·G,
+//! δ = ρ tr Σ/d and the orthonormal class indicators Z [N, K],
+//!
+//! H_ρ(α) = tr[Zᵀ A (δI + A)⁻¹ Z] = K - δ tr[Zᵀ (δI + A)⁻¹ Z]
+//!
+//! `trace_ratio` is tr B / tr Σ in [0, 1], a generalised Rayleigh quotient of two M × M matrices.
+
+mod second_moments;
+mod shrinkage;
+
+use tch::{Device, Kind, Tensor};
+
+use self::second_moments::SecondMoments;
+use super::head::class_means;
+use super::{EngineError, cholesky};
+use crate::domain::objective::{HScoreMode, HScoreOptions, Shrinkage, Standardise};
+
+/// Where every Σ αᵢ f_{Pᵢ} is (numerically) constant, Σ is 0: this share of the largest source's
+/// variance keeps H finite there. Far below ρ, so it changes no digit that counts elsewhere.
+const FLOOR: f64 = 1e-12;
+/// The dual form is used below this many samples a feature dimension.
+const DUAL_BELOW: f64 = 0.7;
+
+pub struct HScore {
+    /// [M, N, d] in f64: features centred (and standardised) source by source.
+    features: Tensor,
+    labels: Vec<usize>,
+    classes: ClassMeans,
+    /// [M, M]: Σ_n ⟨x_in, x_jn⟩, so that tr Σ(α) = αᵀ τ α/(N-1).
+    traces: Vec<f64>,
+    form: Form,
+}
+
+enum Form {
+    Inv {
+        rho: f64,
+        floor: f64,
+        moments: SecondMoments,
+        /// [N, K], Z, in the dual form alone.
+        indicators: Option<Tensor>,
+    },
+    TraceRatio {
+        /// [M, M]: Σ_c w_c ⟨m_ic, m_jc⟩, so that tr B(α) = αᵀ b α.
+        between: Vec<f64>,
+        floor: f64,
+    },
+}
+
+/// Of the centred features, for the K classes present.
+struct ClassMeans {
+    /// [K, M, d]
+    means: Tensor,
+    /// [K]: w_c = n_c/(N-1)
+    weights: Tensor,
+}
+
+/// Σ_ρ or δI + A at one α, factored, and what goes with it.
+struct Factored {
+    /// L [s, s]
+    factor: Tensor,
+    /// What stands on the diagonal beside the data: ρ tr Σ/d + floor.
+    ridge: f64,
+}
+
+impl HScore {
+    /// `features` [M, N, d]; `labels` has N entries. An estimated shrinkage is taken from the uniform
+    /// mixture.
+    pub fn new(
+        features: &Tensor,
+        labels: &[usize],
+        options: &HScoreOptions,
+    ) -> Result<Self, EngineError> {
+        let features = centred(features, options.standardise)?;
+        let (_, n, d) = features.size3()?;
+        if options.mode == HScoreMode::TraceRatio {
+            return Self::trace_ratio(features, labels);
+        }
+        options
+            .shrinkage
+            .check_samples(n as usize, d as usize)
+            .map_err(EngineError::Objective)?;
+        let rho = match options.shrinkage {
+            Shrinkage::Fixed(rho) => rho,
+            Shrinkage::Estimated(estimate) => {
+                let uniform = features.mean_dim(0, false, Kind::Double);
+                shrinkage::usable(shrinkage::estimate(&uniform, estimate)?)
+            }
+        };
+        let dual = (n as f64) < DUAL_BELOW * d as f64;
+        let moments = SecondMoments::of(&features, dual);
+        Self::inv(features, labels, rho, moments)
+    }
+
+    fn inv(
+        features: Tensor,
+        labels: &[usize],
+        rho: f64,
+        moments: SecondMoments,
+    ) -> Result<Self, EngineError> {
+        let traces = traces(&features)?;
+        let indicators = moments.is_dual().then(|| indicators(labels));
+        let floor = floor(&features, &traces)?;
+        Ok(Self {
+            classes: ClassMeans::of(&features, labels)?,
+            form: Form::Inv {
+                rho,
+                floor,
+                moments,
+                indicators,
+            },
+            features,
+            labels: labels.to_vec(),
+            traces,
+        })
+    }
+
+    fn trace_ratio(features: Tensor, labels: &[usize]) -> Result<Self, EngineError> {
+        let traces = traces(&features)?;
+        let classes = ClassMeans::of(&features, labels)?;
+        let rooted = &classes.means * classes.weights.sqrt().view([-1, 1, 1]);
+        let by_source = rooted.transpose(0, 1).flatten(1, -1);
+        let between = Vec::try_from(by_source.matmul(&by_source.tr()).flatten(0, -1))?;
+        let floor = floor(&features, &traces)? * features.size()[2] as f64;
+        Ok(Self {
+            form: Form::TraceRatio { between, floor },
+            features,
+            labels: labels.to_vec(),
+            classes,
+            traces,
+        })
+    }
+
+    /// The same function on the samples that are not among `rows` (in order), with ρ and the
+    /// standardisation as they are.
+    pub fn without(&self, rows: &[usize]) -> Result<Self, EngineError> {
+        let kept: Vec<i64> = (0..self.labels.len())
+            .filter(|row| rows.binary_search(row).is_err())
+            .map(|row| row as i64)
+            .collect();
+        let labels: Vec<usize> = kept.iter().map(|row| self.labels[*row as usize]).collect();
+        let of_kept = self.features.index_select(1, &Tensor::from_slice(&kept));
+        let features = centred(&of_kept, Standardise::None)?;
+        match &self.form {
+            Form::TraceRatio { .. } => Self::trace_ratio(features, &labels),
+            Form::Inv { rho, moments, .. } => {
+                let d = features.size()[2] as usize;
+                Shrinkage::Fixed(*rho).check_samples(labels.len(), d)?;
+                let left: Vec<i64> = rows.iter().map(|row| *row as i64).collect();
+                let left_out = self.features.index_select(1, &Tensor::from_slice(&left));
+                let moments = moments.without(&left_out, &features);
+                Self::inv(features, &labels, *rho, moments)
+            }
+        }
+    }
+
+    /// M
+    pub fn num_sources(&self) -> usize {
+        self.features.size()[0] as usize
+    }
+
+    /// ρ as it is used; `None` with `trace_ratio`.
+    pub fn shrinkage(&self) -> Option<f64> {
+        match self.form {
+            Form::Inv { rho, .. } => Some(rho),
+            Form::TraceRatio { .. } => None,
+        }
+    }
+
+    pub fn value(&self, alpha: &[f64]) -> Result<f64, EngineError> {
+        Ok(self.evaluate(alpha, false)?.0)
+    }
+
+    pub fn value_and_gradient(&self, alpha: &[f64]) -> Result<(f64, Vec<f64>), EngineError> {
+        self.evaluate(alpha, true)
+    }
+
+    /// (H - H₀)/(H_max - H₀), H₀ the mean of H over permutations of the labels: (K-1)/(N-1)·df with the
+    /// degrees of freedom df = tr[(1-ρ)Σ Σ_ρ⁻¹]; H_max = K-1. With `trace_ratio` df and H_max are 1.
+    pub fn adjusted(&self, alpha: &[f64]) -> Result<f64, EngineError> {
+        let (h, null) = (self.value(alpha)?, self.chance(alpha)?);
+        let most = match self.form {
+            Form::Inv { .. } => self.num_classes() - 1.0,
+            Form::TraceRatio { .. } => 1.0,
+        };
+        // Where even shuffled labels score the most there is nothing to tell apart.
+        Ok(if most - null > 1e-9 {
+            (h - null) / (most - null)
+        } else {
+            0.0
+        })
+    }
+
+    /// H₀: what H is on average when the labels are shuffled.
+    pub fn chance(&self, alpha: &[f64]) -> Result<f64, EngineError> {
+        let df = match &self.form {
+            Form::TraceRatio { .. } => 1.0,
+            Form::Inv { moments, .. } => {
+                let Factored { factor, ridge } = self.factored(alpha)?;
+                let s = moments.size();
+                let identity = Tensor::eye(s, (Kind::Double, Device::Cpu));
+                let inverse = identity.cholesky_solve(&factor, false);
+                s as f64 - ridge * f64::try_from(inverse.trace())?
+            }
+        };
+        Ok((self.num_classes() - 1.0) / self.scale() * df)
+    }
+
+    fn evaluate(&self, alpha: &[f64], derive: bool) -> Result<(f64, Vec<f64>), EngineError> {
+        let (value, gradient) = match &self.form {
+            Form::TraceRatio { between, floor } => {
+                let (b, db) = quadratic_form(between, alpha);
+                let (t, dt) = quadratic_form(&self.traces, alpha);
+                let (t, scale) = (t / self.scale() + floor, self.scale());
+                let gradient = db
+                    .iter()
+                    .zip(&dt)
+                    .map(|(db, dt)| (db - b / t * dt / scale) / t)
+                    .collect();
+                (b / t, gradient)
+            }
+            Form::Inv {
+                indicators: Some(z),
+                ..
+            } => self.evaluate_dual(alpha, z, derive)?,
+            Form::Inv { .. } => self.evaluate_primal(alpha, derive)?,
+        };
+        if !value.is_finite() {
+            return Err(EngineError::NotFinite("the H-score"));
+        }
+        Ok((value, gradient))
+    }
+
+    fn evaluate_primal(&self, alpha: &[f64], derive: bool) -> Result<(f64, Vec<f64>), EngineError> {
+        let (rho, moments) = self.inv_parts();
+        let ClassMeans { means, weights } = &self.classes;
+        let Factored { factor, .. } = self.factored(alpha)?;
+        // u_c and v_c = Σ_ρ⁻¹ u_c, as columns [d, K].
+        let mixed = (means * Tensor::from_slice(alpha).view([1, -1, 1])).sum_dim_intlist(
+            1,
+            false,
+            Kind::Double,
+        );
+        let solved = mixed.tr().cholesky_solve(&factor, false);
+        let weighted = &solved * weights;
+        let value = (1.0 - rho) * f64::try_from((mixed.tr() * &weighted).sum(Kind::Double))?;
+        if !derive {
+            return Ok((value, vec![]));
+        }
+        // With W = Σ_c w_c v_c v_cᵀ,
+        // ∂H/∂αᵢ = (1-ρ)[2 Σ_c w_c m_icᵀ v_c - (1-ρ) ⟨∂ᵢΣ, W⟩ - ρ ∂ᵢ(tr Σ/d) tr W].
+        let w = weighted.matmul(&solved.tr());
+        let trace_w = f64::try_from(w.trace())?;
+        let through_means: Vec<f64> =
+            Vec::try_from((means * weighted.tr().unsqueeze(1)).sum_dim_intlist(
+                [0i64, 2].as_slice(),
+                false,
+                Kind::Double,
+            ))?;
+        let through_moments = moments.contract(&self.features, alpha, &w)?;
+        let through_trace = self.mean_variance(alpha).1;
+        let gradient = (0..alpha.len())
+            .map(|i| {
+                (1.0 - rho)
+                    * (2.0 * through_means[i]
+                        - (1.0 - rho) / self.scale() * through_moments[i]
+                        - rho * through_trace[i] * trace_w)
+            })
+            .collect();
+        Ok((value, gradient))
+    }
+
+    fn evaluate_dual(
+        &self,
+        alpha: &[f64],
+        indicators: &Tensor,
+        derive: bool,
+    ) -> Result<(f64, Vec<f64>), EngineError> {
+        let (rho, moments) = self.inv_parts();
+        let Factored { factor, ridge } = self.factored(alpha)?;
+        // Y = (δI + A)⁻¹ Z
+        let y = indicators.cholesky_solve(&factor, false);
+        let kept = f64::try_from((indicators * &y).sum(Kind::Double))?;
+        let value = self.num_classes() - ridge * kept;
+        if !derive {
+            return Ok((value, vec![]));
+        }
+        // ∂H/∂αᵢ = -∂ᵢδ tr(ZᵀY) + δ(∂ᵢδ ‖Y‖² + ⟨∂ᵢA, YYᵀ⟩)
+        let outer = y.matmul(&y.tr());
+        let squared = f64::try_from(outer.trace())?;
+        let through_moments = moments.contract(&self.features, alpha, &outer)?;
+        let through_trace = self.mean_variance(alpha).1;
+        let gradient = (0..alpha.len())
+            .map(|i| {
+                rho * through_trace[i] * (ridge * squared - kept)
+                    + ridge * (1.0 - rho) / self.scale() * through_moments[i]
+            })
+            .collect();
+        Ok((value, gradient))
+    }
+
+    fn factored(&self, alpha: &[f64]) -> Result<Factored, EngineError> {
+        let Form::Inv { rho, floor, .. } = &self.form else {
+            unreachable!("only `inv` factors");
+        };
+        let (_, moments) = self.inv_parts();
+        let ridge = rho * self.mean_variance(alpha).0 + floor;
+        let matrix = moments.at(&self.features, alpha) * ((1.0 - rho) / self.scale());
+        let _ = matrix.diagonal(0, 0, 1).g_add_scalar_(ridge);
+        let factor = cholesky(&matrix, "the mixed features")?;
+        Ok(Factored { factor, ridge })
+    }
+
+    fn inv_parts(&self) -> (f64, &SecondMoments) {
+        match &self.form {
+            Form::Inv { rho, moments, .. } => (*rho, moments),
+            Form::TraceRatio { .. } => unreachable!("only `inv` has second moments"),
+        }
+    }
+
+    /// tr Σ/d at α and its gradient.
+    fn mean_variance(&self, alpha: &[f64]) -> (f64, Vec<f64>) {
+        let over = 1.0 / (self.scale() * self.features.size()[2] as f64);
+        let (value, gradient) = quadratic_form(&self.traces, alpha);
+        (value * over, gradient.iter().map(|g| g * over).collect())
+    }
+
+    /// N-1
+    fn scale(&self) -> f64 {
+        (self.labels.len().max(2) - 1) as f64
+    }
+
+    /// K, of the classes present.
+    fn num_classes(&self) -> f64 {
+        self.classes.weights.size()[0] as f64
+    }
+}
+
+/// αᵀ Q α and 2 Q α of a symmetric Q [M, M], row-major.
+fn quadratic_form(matrix: &[f64], alpha: &[f64]) -> (f64, Vec<f64>) {
+    let product: Vec<f64> = matrix
+        .chunks_exact(alpha.len())
+        .map(|row| row.iter().zip(alpha).map(|(q, a)| q * a).sum())
+        .collect();
+    let value = product.iter().zip(alpha).map(|(p, a)| p * a).sum();
+    (value, product.iter().map(|p| 2.0 * p).collect())
+}
+
+/// [M, N, d] in f64, each source's mean taken out and, if asked, each of its coordinates scaled to
+/// variance 1; a constant coordinate stays 0.
+fn centred(features: &Tensor, standardise: Standardise) -> Result<Tensor, EngineError> {
+    let features = features.to_kind(Kind::Double).to_device(Device::Cpu);
+    let centred = &features - features.mean_dim(1, true, Kind::Double);
+    if standardise == Standardise::None {
+        return Ok(centred);
+    }
+    let n = centred.size()[1];
+    let variance = centred.square().sum_dim_intlist(1, true, Kind::Double) / (n.max(2) - 1) as f64;
+    let constant = variance.le(0.0);
+    Ok(centred / variance.sqrt().masked_fill(&constant, 1.0))
+}
+
+fn traces(features: &Tensor) -> Result<Vec<f64>, EngineError> {
+    let flat = features.flatten(1, -1);
+    Ok(Vec::try_from(flat.matmul(&flat.tr()).flatten(0, -1))?)
+}
+
+fn floor(features: &Tensor, traces: &[f64]) -> Result<f64, EngineError> {
+    let (m, n, d) = features.size3()?;
+    let largest = (0..m as usize)
+        .map(|i| traces[i * (m as usize + 1)])
+        .fold(0.0, f64::max);
+    let variance = largest / (n.max(2) - 1) as f64 / d as f64;
+    Ok(if variance > 0.0 {
+        FLOOR * variance
+    } else {
+        1.0
+    })
+}
+
+impl ClassMeans {
+    fn of(features: &Tensor, labels: &[usize]) -> Result<Self, EngineError> {
+        let (m, n, d) = features.size3()?;
+        let classes = present(labels);
+        let by_sample = features.permute([1, 0, 2]).reshape([n, m * d]);
+        let weights: Vec<f64> = classes
+            .iter()
+            .map(|class| count(labels, *class) / (n.max(2) - 1) as f64)
+            .collect();
+        Ok(Self {
+            means: class_means(&by_sample, labels, &classes)?.view([-1, m, d]),
+            weights: Tensor::from_slice(&weights),
+        })
+    }
+}
+
+/// Z [N, K]: 1/√n_c where the sample is of class c.
+fn indicators(labels: &[usize]) -> Tensor {
+    let classes = present(labels);
+    let mut values = vec![0.0; labels.len() * classes.len()];
+    for (row, label) in labels.iter().enumerate() {
+        let column = classes.binary_search(label).expect("it is present");
+        values[row * classes.len() + column] = 1.0 / count(labels, *label).sqrt();
+    }
+    Tensor::from_slice(&values).view([labels.len() as i64, classes.len() as i64])
+}
+
+/// The distinct labels, in order.
+pub fn present(labels: &[usize]) -> Vec<usize> {
+    let mut classes = labels.to_vec();
+    classes.sort_unstable();
+    classes.dedup();
+    classes
+}
+
+fn count(labels: &[usize], class: usize) -> f64 {
+    labels.iter().filter(|label| **label == class).count() as f64
+}
+
+#[cfg(test)]
+mod tests;

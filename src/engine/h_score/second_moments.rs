@@ -1,0 +1,209 @@
+//! Σᵢⱼ αᵢ αⱼ Q_ij: the scatter matrix F̃ᵀF̃ [d, d] of the mixed features, or their Gram matrix F̃F̃ᵀ
+//! [N, N] (dual), and the derivative of its inner products by α.
+//!
+//! The T = M(M+1)/2 matrices Q_ij + Q_ji are symmetric, so only their lower triangles are kept, one a
+//! row: at M = 11 and d = 768 that is 156 MB, and an evaluation reads only the pairs whose weights are
+//! not zero. Where even that is too much the matrix is made from the features each time.
+
+use tch::{Device, Kind, Tensor};
+
+use super::super::EngineError;
+use super::super::alignment::num_pairs;
+
+/// Above this many bytes of packed matrices they are not kept.
+const LARGEST: usize = 1 << 30;
+
+pub struct SecondMoments {
+    /// N × N rather than d × d.
+    dual: bool,
+    /// d or N
+    size: i64,
+    packed: Option<Packed>,
+}
+
+struct Packed {
+    /// One tensor [s(s+1)/2] for each pair i ≤ j, row by row: the lower triangle of Q_ii, or of
+    /// Q_ij + Q_ji.
+    pairs: Vec<Tensor>,
+    triangle: Triangle,
+}
+
+/// Positions of a lower triangle in the flat matrix.
+struct Triangle {
+    size: i64,
+    positions: Tensor,
+    /// 2 off the diagonal, 1 on it.
+    multiplicity: Tensor,
+}
+
+impl SecondMoments {
+    /// Of centred `features` [M, N, d].
+    pub fn of(features: &Tensor, dual: bool) -> Self {
+        let (m, n, d) = features.size3().expect("three axes");
+        let size = if dual { n } else { d };
+        let bytes = num_pairs(m as usize) * (size * (size + 1) / 2) as usize * 8;
+        let packed = (bytes <= LARGEST).then(|| Packed::of(features, dual, size));
+        Self { dual, size, packed }
+    }
+
+    /// From now on the matrix is made from the features, as where it is too large to keep.
+    #[cfg(test)]
+    pub fn forget(&mut self) {
+        self.packed = None;
+    }
+
+    pub fn is_dual(&self) -> bool {
+        self.dual
+    }
+
+    /// d or N
+    pub fn size(&self) -> i64 {
+        self.size
+    }
+
+    /// The same of fewer samples: those of `kept` [M, N', d], centred; `left_out` are the others,
+    /// centred as all were.
+    pub fn without(&self, left_out: &Tensor, kept: &Tensor) -> Self {
+        match &self.packed {
+            Some(packed) if !self.dual => Self {
+                dual: false,
+                size: self.size,
+                packed: Some(packed.without(left_out, kept.size()[1])),
+            },
+            _ => Self::of(kept, self.dual),
+        }
+    }
+
+    /// The matrix at α [s, s]; only its lower triangle means anything.
+    pub fn at(&self, features: &Tensor, alpha: &[f64]) -> Tensor {
+        let Some(packed) = &self.packed else {
+            let mixed = mixed(features, alpha);
+            return if self.dual {
+                mixed.matmul(&mixed.tr())
+            } else {
+                mixed.tr().matmul(&mixed)
+            };
+        };
+        let mut sum = packed.pairs[0].zeros_like();
+        for (i, j, pair) in packed.pairs(alpha.len()) {
+            let weight = alpha[i] * alpha[j];
+            if weight != 0.0 {
+                // In place: one pass over the pair, none over a temporary.
+                let _ = sum.addcmul_(pair, &Tensor::from(weight));
+            }
+        }
+        packed.triangle.unpack(&sum)
+    }
+
+    /// ∂/∂αᵢ of ⟨matrix at α, W⟩ for a symmetric W [s, s] that does not depend on α.
+    pub fn contract(
+        &self,
+        features: &Tensor,
+        alpha: &[f64],
+        w: &Tensor,
+    ) -> Result<Vec<f64>, EngineError> {
+        let Some(packed) = &self.packed else {
+            let mixed = mixed(features, alpha);
+            let by_mixed = if self.dual {
+                w.matmul(&mixed)
+            } else {
+                mixed.matmul(w)
+            };
+            let slopes = features.flatten(1, -1).matmul(&by_mixed.flatten(0, -1));
+            return Ok(Vec::try_from(slopes * 2.0)?);
+        };
+        let w = packed.triangle.pack_weights(w);
+        let mut slopes = vec![0.0; alpha.len()];
+        for (i, j, pair) in packed.pairs(alpha.len()) {
+            if alpha[i] == 0.0 && alpha[j] == 0.0 {
+                continue;
+            }
+            let product = f64::try_from(pair.dot(&w))?;
+            // αᵢαⱼ(Q_ij + Q_ji) off the diagonal, αᵢ² Q_ii on it.
+            slopes[i] += alpha[j] * product;
+            slopes[j] += alpha[i] * product;
+        }
+        Ok(slopes)
+    }
+}
+
+/// Σ αᵢ x_i, [N, d]
+fn mixed(features: &Tensor, alpha: &[f64]) -> Tensor {
+    let (_, n, d) = features.size3().expect("three axes");
+    let weights = Tensor::from_slice(alpha);
+    weights.matmul(&features.flatten(1, -1)).view([n, d])
+}
+
+impl Packed {
+    fn of(features: &Tensor, dual: bool, size: i64) -> Self {
+        let triangle = Triangle::new(size);
+        let m = features.size()[0];
+        let mut pairs = Vec::with_capacity(num_pairs(m as usize));
+        for i in 0..m {
+            for j in i..m {
+                let (a, b) = (features.get(i), features.get(j));
+                let product = if dual {
+                    a.matmul(&b.tr())
+                } else {
+                    a.tr().matmul(&b)
+                };
+                pairs.push(triangle.pack(&if i == j {
+                    product
+                } else {
+                    &product + product.tr()
+                }));
+            }
+        }
+        Self { pairs, triangle }
+    }
+
+    /// Scatter matrices add up over samples; what is left is centred again: with `kept` samples whose
+    /// mean is now μ, Σ x xᵀ falls by kept·μμᵀ.
+    fn without(&self, left_out: &Tensor, kept: i64) -> Self {
+        let theirs = Self::of(left_out, false, self.triangle.size);
+        let means = left_out.sum_dim_intlist(1, false, Kind::Double) / -(kept as f64);
+        let of_means = Self::of(&means.unsqueeze(1), false, self.triangle.size);
+        let pairs = (self.pairs.iter().zip(theirs.pairs).zip(of_means.pairs))
+            .map(|((all, left), mean)| all - left - mean * kept as f64)
+            .collect();
+        Self {
+            pairs,
+            triangle: Triangle::new(self.triangle.size),
+        }
+    }
+
+    /// (i, j, matrix) for i ≤ j.
+    fn pairs(&self, m: usize) -> impl Iterator<Item = (usize, usize, &Tensor)> {
+        let indices = (0..m).flat_map(move |i| (i..m).map(move |j| (i, j)));
+        indices.zip(&self.pairs).map(|((i, j), pair)| (i, j, pair))
+    }
+}
+
+impl Triangle {
+    fn new(size: i64) -> Self {
+        let on_cpu = (Kind::Int64, Device::Cpu);
+        let indices = Tensor::tril_indices(size, size, 0, on_cpu);
+        let (rows, columns) = (indices.get(0), indices.get(1));
+        let multiplicity = rows.ne_tensor(&columns).to_kind(Kind::Double) + 1.0;
+        Self {
+            size,
+            positions: rows * size + columns,
+            multiplicity,
+        }
+    }
+
+    fn pack(&self, matrix: &Tensor) -> Tensor {
+        matrix.flatten(0, -1).index_select(0, &self.positions)
+    }
+
+    /// So that the inner product with a packed symmetric matrix is that of the whole ones.
+    fn pack_weights(&self, matrix: &Tensor) -> Tensor {
+        self.pack(matrix) * &self.multiplicity
+    }
+
+    fn unpack(&self, packed: &Tensor) -> Tensor {
+        Tensor::zeros([self.size * self.size], (Kind::Double, Device::Cpu))
+            .index_copy(0, &self.positions, packed)
+            .view([self.size, self.size])
+    }
+}

@@ -1,0 +1,321 @@
+//! Refinement of α on the true objective: H(f of Σ αᵢ Pᵢ) in place of H(Σ αᵢ f_{Pᵢ}).
+//!
+//! The solver's H sees mixed features, a surrogate: f is not linear in P. Here H is differentiated
+//! through the backbone, in two passes over the samples a step:
+//!
+//! ```text
+//! P_T ─► f [N, d] ─► H, ∂H/∂f ─► per micro-batch: backward of ⟨f, ∂H/∂f⟩ to P_T ─► ∂H/∂αᵢ = ⟨∂H/∂P_T, Pᵢ⟩
+//! ```
+//!
+//! A step is taken only if it improves the objective, so the result is never worse by it.
+
+use std::ops::ControlFlow;
+
+use tch::{Kind, Tensor};
+
+use super::alignment::GradientAlignment;
+use super::features::extract;
+use super::h_score::HScore;
+use super::optimizer::project_to_simplex;
+use super::samples::Samples;
+use super::solver::Tick;
+use super::vit::Vit;
+use super::weighing::Scale;
+use super::{EngineError, cholesky};
+use crate::domain::composition::Refinement;
+use crate::domain::objective::{HScoreMode, HScoreOptions, Shrinkage, Standardise};
+
+/// The first try moves no weight by more than this before the projection.
+const FIRST_MOVE: f64 = 0.1;
+/// Tries a step, each half as long as the one before; each is a forward pass over all samples.
+const TRIES: u32 = 6;
+
+pub struct Refiner<'a> {
+    pub vit: &'a Vit,
+    pub samples: &'a Samples,
+    /// [m, d] each
+    pub prompts: &'a [Tensor],
+    pub alignment: &'a GradientAlignment,
+    pub scale: Scale,
+    /// With the shrinkage as it was used.
+    pub h_score: HScoreOptions,
+}
+
+/// The true objective at one α.
+struct Point {
+    alpha: Vec<f64>,
+    /// [N, d]
+    features: Tensor,
+    h: f64,
+    value: f64,
+}
+
+impl Refiner<'_> {
+    /// At most `steps` accepted steps from `alpha`.
+    pub fn refine(
+        &self,
+        alpha: &[f64],
+        steps: u32,
+        tick: Tick<'_>,
+    ) -> Result<(Vec<f64>, Refinement), EngineError> {
+        let mut evaluations = 1;
+        let mut here = self.point(alpha.to_vec(), &mut *tick)?;
+        let before = here.h;
+        let mut accepted = 0;
+        let mut longest = f64::INFINITY;
+        while accepted < steps {
+            let gradient = self.gradient(&here, &mut *tick)?;
+            let steepest = gradient.iter().fold(0.0, |most: f64, g| most.max(g.abs()));
+            if steepest == 0.0 {
+                break;
+            }
+            let mut step = longest.min(FIRST_MOVE / steepest);
+            let mut better = None;
+            for _ in 0..TRIES {
+                let moved: Vec<f64> = (here.alpha.iter().zip(&gradient))
+                    .map(|(a, g)| a - step * g)
+                    .collect();
+                let next = project_to_simplex(&moved);
+                if next == here.alpha {
+                    break;
+                }
+                let next = self.point(next, &mut *tick)?;
+                evaluations += 1;
+                if next.value < here.value {
+                    better = Some(next);
+                    break;
+                }
+                step *= 0.5;
+            }
+            let Some(next) = better else { break };
+            here = next;
+            accepted += 1;
+            longest = 2.0 * step;
+        }
+        let refinement = Refinement {
+            accepted_steps: accepted,
+            evaluations,
+            solved_weights: alpha.to_vec(),
+            h_score_before: before,
+            h_score_after: here.h,
+        };
+        Ok((here.alpha, refinement))
+    }
+
+    /// Σ αᵢ Pᵢ
+    fn mixed(&self, alpha: &[f64]) -> Tensor {
+        let prompts = Tensor::stack(self.prompts, 0);
+        let weights = Tensor::from_slice(alpha)
+            .to_kind(prompts.kind())
+            .to_device(prompts.device());
+        (prompts * weights.view([-1, 1, 1])).sum_dim_intlist(0, false, self.vit.kind)
+    }
+
+    fn point(&self, alpha: Vec<f64>, tick: Tick<'_>) -> Result<Point, EngineError> {
+        let prompt = self.mixed(&alpha);
+        let mut ticked = Ok(());
+        let extracted = extract(self.vit, self.samples, &[prompt], |_| {
+            ticked = tick();
+            match ticked {
+                Ok(()) => ControlFlow::Continue(()),
+                Err(_) => ControlFlow::Break(()),
+            }
+        });
+        ticked?;
+        let features = extracted?;
+        let h = HScore::new(&features, &self.samples.labels, &self.h_score)?.value(&[1.0])?;
+        let value = -self.scale.h * h + self.scale.l * self.alignment.value(&alpha);
+        Ok(Point {
+            features: features.get(0),
+            alpha,
+            h,
+            value,
+        })
+    }
+
+    /// Of the true objective by α, without its part across Σα = 1.
+    fn gradient(&self, at: &Point, tick: Tick<'_>) -> Result<Vec<f64>, EngineError> {
+        let by_features = self.by_features(&at.features)?;
+        let leaf = self.mixed(&at.alpha).set_requires_grad(true);
+        let mut by_prompt = leaf.zeros_like();
+        let size = self.vit.micro_batch(self.prompts);
+        for rows in self.samples.micro_batches(size) {
+            tick()?;
+            let patch_tokens =
+                tch::no_grad(|| self.vit.patch_tokens(&self.samples.images(&rows, self.vit)));
+            let features = self.vit.features(&patch_tokens, Some(&leaf));
+            let slopes = by_features
+                .narrow(0, rows[0] as i64, rows.len() as i64)
+                .to_device(features.device())
+                .to_kind(features.kind());
+            let inner = (features * slopes).sum(self.vit.kind);
+            by_prompt += Tensor::run_backward(&[inner], &[&leaf], false, false).swap_remove(0);
+        }
+        let (_, of_alignment) = self.alignment.value_and_gradient(&at.alpha);
+        let mut gradient = Vec::with_capacity(self.prompts.len());
+        for (prompt, of_alignment) in self.prompts.iter().zip(of_alignment) {
+            let of_h = f64::try_from((prompt * &by_prompt).sum(Kind::Double))?;
+            gradient.push(-self.scale.h * of_h + self.scale.l * of_alignment);
+        }
+        let mean = gradient.iter().sum::<f64>() / gradient.len() as f64;
+        gradient.iter_mut().for_each(|g| *g -= mean);
+        if gradient.iter().any(|g| !g.is_finite()) {
+            return Err(EngineError::NotFinite("the gradients of the true H-score"));
+        }
+        Ok(gradient)
+    }
+
+    /// ∂H/∂f [N, d].
+    fn by_features(&self, features: &Tensor) -> Result<Tensor, EngineError> {
+        let leaf = features
+            .to_kind(Kind::Double)
+            .detach()
+            .copy()
+            .set_requires_grad(true);
+        let h = differentiable(&leaf, &self.samples.labels, &self.h_score)?;
+        Ok(Tensor::run_backward(&[h], &[&leaf], false, false).swap_remove(0))
+    }
+}
+
+/// H of one prompt's features [N, d] as libtorch differentiates it: the definition as it is written, where
+/// [`HScore`] has what makes many evaluations cheap.
+fn differentiable(
+    features: &Tensor,
+    labels: &[usize],
+    options: &HScoreOptions,
+) -> Result<Tensor, EngineError> {
+    let (n, d) = features.size2()?;
+    let scale = (n.max(2) - 1) as f64;
+    let mut x = features - features.mean_dim(0, true, Kind::Double);
+    if options.standardise == Standardise::PerSource {
+        let variance = x.square().sum_dim_intlist(0, true, Kind::Double) / scale;
+        let constant = variance.le(0.0);
+        x = &x / variance.masked_fill(&constant, 1.0).sqrt();
+    }
+    let classes = super::h_score::present(labels);
+    let means = super::head::class_means(&x, labels, &classes)?;
+    let counts: Vec<f64> = classes
+        .iter()
+        .map(|class| labels.iter().filter(|label| *label == class).count() as f64)
+        .collect();
+    let weights = Tensor::from_slice(&counts) / scale;
+    if options.mode == HScoreMode::TraceRatio {
+        let between =
+            (means.square().sum_dim_intlist(1, false, Kind::Double) * weights).sum(Kind::Double);
+        return Ok(between * scale / x.square().sum(Kind::Double));
+    }
+    let Shrinkage::Fixed(rho) = options.shrinkage else {
+        unreachable!("the refiner is given the shrinkage as it was used");
+    };
+    let covariance = x.tr().matmul(&x) / scale;
+    let ridge = covariance.trace() * (rho / d as f64);
+    let identity = Tensor::eye(d, (Kind::Double, x.device()));
+    let factor = cholesky(
+        &(covariance * (1.0 - rho) + identity * ridge),
+        "the features",
+    )?;
+    let solved = means.tr().cholesky_solve(&factor, false);
+    let per_class = (means.tr() * solved).sum_dim_intlist(0, false, Kind::Double);
+    Ok((per_class * weights).sum(Kind::Double) * (1.0 - rho))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::backbone::Backbone;
+    use crate::domain::dataset::{LabelledImages, Split};
+    use crate::domain::objective::AlignmentReading;
+    use crate::engine::alignment::AlignmentStatistics;
+    use crate::engine::samples::Selection;
+    use crate::engine::testing::{input, noise_tensor};
+    use crate::engine::{prompt_tensor, vit::Vit};
+    use tch::Device;
+
+    #[test]
+    fn the_differentiable_h_is_the_solvers_h() {
+        let labels: Vec<usize> = (0..30).map(|i| i % 3).collect();
+        let features = noise_tensor(&[30, 5], 1);
+        for mode in [HScoreMode::Inv, HScoreMode::TraceRatio] {
+            for standardise in [Standardise::None, Standardise::PerSource] {
+                let options = HScoreOptions {
+                    mode,
+                    standardise,
+                    shrinkage: Shrinkage::Fixed(0.05),
+                };
+                let expected = HScore::new(&features.unsqueeze(0), &labels, &options)
+                    .unwrap()
+                    .value(&[1.0])
+                    .unwrap();
+                let h = f64::try_from(differentiable(&features, &labels, &options).unwrap());
+                assert!((h.unwrap() - expected).abs() < 1e-10, "{options:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_gradient_is_that_of_the_true_objective_and_steps_improve_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let input = input(dir.path(), 3);
+        let backbone = Backbone::open(&input.backbone_dir).unwrap();
+        let vit = Vit::load(&backbone, Device::Cpu, Kind::Double).unwrap();
+        let selection = Selection {
+            split: Split::Train,
+            max_samples: None,
+            seed: 0,
+            skip_bad: false,
+        };
+        let dataset = LabelledImages::read(&input.target_dir).unwrap();
+        let samples = Samples::load(&dataset, &selection, &backbone.config.preprocessing).unwrap();
+        let prompts: Vec<Tensor> = input
+            .sources
+            .iter()
+            .map(|s| prompt_tensor(&s.file.prompt_embeddings, &vit))
+            .collect();
+        let rows = noise_tensor(&[6, 20], 2);
+        let gram = Vec::try_from(rows.matmul(&rows.tr()).flatten(0, -1)).unwrap();
+        let alignment = GradientAlignment::new(
+            AlignmentReading::R1,
+            AlignmentStatistics {
+                num_sources: 3,
+                gram,
+                variance_gram: vec![0.0; 9],
+            },
+        );
+        let refiner = Refiner {
+            vit: &vit,
+            samples: &samples,
+            prompts: &prompts,
+            alignment: &alignment,
+            scale: Scale { h: 1.0, l: 0.01 },
+            h_score: HScoreOptions {
+                shrinkage: Shrinkage::Fixed(0.1),
+                ..HScoreOptions::default()
+            },
+        };
+        let alpha = [0.5, 0.3, 0.2];
+        let here = refiner.point(alpha.to_vec(), &mut || Ok(())).unwrap();
+        let gradient = refiner.gradient(&here, &mut || Ok(())).unwrap();
+        for i in 0..3 {
+            let along = |step: f64| {
+                let alpha: Vec<f64> = (0..3)
+                    .map(|k| alpha[k] + step * (f64::from(u8::from(i == k)) - alpha[k]))
+                    .collect();
+                refiner.point(alpha, &mut || Ok(())).unwrap().value
+            };
+            let numeric = (along(1e-5) - along(-1e-5)) / 2e-5;
+            let analytic: f64 = (0..3)
+                .map(|k| gradient[k] * (f64::from(u8::from(i == k)) - alpha[k]))
+                .sum();
+            // Features are kept in f64 by a model in f64.
+            assert!(
+                (numeric - analytic).abs() < 1e-6 * (1.0 + analytic.abs()),
+                "{numeric} {analytic}"
+            );
+        }
+        let (refined, report) = refiner.refine(&alpha, 3, &mut || Ok(())).unwrap();
+        let there = refiner.point(refined, &mut || Ok(())).unwrap();
+        assert!(report.accepted_steps > 0 && there.value < here.value);
+        assert_eq!(report.h_score_after, there.h);
+        assert!((there.alpha.iter().sum::<f64>() - 1.0).abs() < 1e-12);
+    }
+}

@@ -1,0 +1,74 @@
+//! Solving again from the statistics of an earlier composition: another weighing, another reading or mode,
+//! fewer sources; no backbone, no images.
+
+use super::EngineError;
+use super::report::Evidence;
+use super::solve::solve;
+use super::sources::composed_prompt;
+use super::statistics::{Metadata, Statistics};
+use super::steps::Steps;
+use crate::domain::composition::{Composition, Observer, Phase, ResolveInput, SourceRef};
+use crate::domain::digest::Digest;
+
+pub fn resolve(
+    input: &ResolveInput,
+    device: String,
+    observer: &mut dyn Observer,
+) -> Result<Composition, EngineError> {
+    let mut steps = Steps::new(observer);
+    steps.begin(Phase::Solve)?;
+    let (all, recorded) = Statistics::parse(&input.statistics)?;
+    input
+        .objective
+        .check_without_backbone(&recorded.objective)?;
+    let rows = rows_of(&input.sources, &recorded)?;
+    let statistics = all.of_sources(&rows);
+    let metadata = Metadata {
+        objective: input.objective.clone(),
+        ..recorded.of_sources(&rows)
+    };
+    let solved = solve(&statistics, &input.objective, &mut steps, &mut |_, _| {
+        unreachable!("`validation` was refused")
+    })?;
+    let alpha = solved.solution.alpha.clone();
+    // Without the backbone there are no features of the composed prompt to fit a head on.
+    let composed = composed_prompt(&metadata, &statistics.prompts, &alpha);
+    let evidence = Evidence {
+        metadata,
+        versions: input.sources.iter().map(|source| source.version).collect(),
+        device,
+        resolved_from: Some(Digest::of(&input.statistics)),
+        statistics: &statistics,
+        solved,
+        alpha,
+        composed,
+        verified: None,
+        refinement: None,
+    };
+    evidence.composition(steps)
+}
+
+/// The place of every asked source among the recorded ones.
+fn rows_of(sources: &[SourceRef], recorded: &Metadata) -> Result<Vec<usize>, EngineError> {
+    if sources.is_empty() {
+        return Err(EngineError::NoSources);
+    }
+    let mut rows: Vec<usize> = Vec::with_capacity(sources.len());
+    for source in sources {
+        let known = &recorded.sources;
+        let row = known.iter().position(|other| other.digest == source.digest);
+        let row = row.ok_or_else(|| EngineError::UnknownSource {
+            prompt: source.prompt.clone(),
+            known: recorded.source_names(),
+        })?;
+        if let Some(earlier) = rows.iter().position(|other| *other == row) {
+            return Err(EngineError::SameSource {
+                first: sources[earlier].prompt.clone(),
+                second: source.prompt.clone(),
+                digest: source.digest.to_string(),
+            });
+        }
+        rows.push(row);
+    }
+    Ok(rows)
+}

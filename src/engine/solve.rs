@@ -1,0 +1,109 @@
+//! From statistics to α: what a whole composition and solving again have in common.
+
+use super::EngineError;
+use super::alignment::GradientAlignment;
+use super::h_score::HScore;
+use super::jackknife::{self, standard_errors};
+use super::solver::{Solution, Solver, Terms};
+use super::statistics::Statistics;
+use super::steps::{Steps, stop_on};
+use crate::domain::composition::{PathPoint, Phase};
+use crate::domain::objective::{Objective, TradeOffRule, Weighing};
+
+/// α with all that is said about it without a forward pass.
+pub struct Solved {
+    pub h_score: HScore,
+    pub alignment: GradientAlignment,
+    pub solution: Solution,
+    /// t, unless a raw λ was asked for, and the rule that chose it.
+    pub trade_off: Option<f64>,
+    pub trade_off_rule: Option<TradeOffRule>,
+    /// λ, or `None` where it is infinite.
+    pub alignment_weight: Option<f64>,
+    pub standard_errors: Option<Vec<f64>>,
+}
+
+/// Accuracies of the path's points, for `trade_off: "validation"`.
+pub type Validate<'a> =
+    &'a mut dyn FnMut(&[PathPoint], &mut Steps<'_>) -> Result<Vec<f64>, EngineError>;
+
+/// Solves as `objective` says. `validate` is called for the rule that needs it and no other.
+pub fn solve(
+    statistics: &Statistics,
+    objective: &Objective,
+    steps: &mut Steps<'_>,
+    validate: Validate<'_>,
+) -> Result<Solved, EngineError> {
+    let weighing = objective.weighing()?;
+    let reading = objective.alignment.reading;
+    let h_score = HScore::new(&statistics.features, &statistics.labels, &objective.h_score)?;
+    let alignment = GradientAlignment::new(reading, statistics.gradients.whole.clone());
+    let terms = Terms {
+        h_score: &h_score,
+        alignment: &alignment,
+    };
+    let mut solver = Solver::new(terms);
+    let explored = solver.explore(&mut || stop_on(steps.tick(Phase::Solve)))?;
+    let ranges = explored.ranges;
+    let path = explored.path();
+    let mut accuracies = None;
+    let (scale, trade_off, trade_off_rule) = match weighing {
+        Weighing::AlignmentWeight(lambda) => (ranges.at_lambda(lambda), None, None),
+        Weighing::TradeOff(t) => (ranges.at(t), Some(t), None),
+        Weighing::Rule(rule) => {
+            let at = match rule {
+                TradeOffRule::Knee => ranges.knee(&path),
+                TradeOffRule::Validation => {
+                    let of_points = validate(&path, steps)?;
+                    let at = most_accurate(&of_points);
+                    accuracies = Some(of_points);
+                    at
+                }
+            };
+            let t = path[at].trade_off;
+            (ranges.at(t), Some(t), Some(rule))
+        }
+    };
+    let tick = &mut || stop_on(steps.tick(Phase::Solve));
+    let mut solution = solver.choose(explored, scale, objective.entropy, tick)?;
+    for (point, accuracy) in solution
+        .path
+        .iter_mut()
+        .zip(accuracies.into_iter().flatten())
+    {
+        point.validation_accuracy = Some(accuracy);
+    }
+    let whole = jackknife::Solved {
+        h_score: &h_score,
+        labels: &statistics.labels,
+        reading,
+        scale,
+        entropy: objective.entropy,
+        alpha: &solution.alpha,
+    };
+    let standard_errors = standard_errors(&whole, &statistics.gradients.leave_out, tick)?;
+    Ok(Solved {
+        h_score,
+        alignment,
+        solution,
+        trade_off,
+        trade_off_rule,
+        alignment_weight: match weighing {
+            Weighing::AlignmentWeight(lambda) => Some(lambda),
+            _ => scale.lambda(),
+        },
+        standard_errors,
+    })
+}
+
+/// The point of highest accuracy; of equals the one nearest the middle of the path, where neither term is
+/// given up.
+fn most_accurate(accuracies: &[f64]) -> usize {
+    let middle = accuracies.len() / 2;
+    (0..accuracies.len())
+        .max_by(|a, b| {
+            let nearer = b.abs_diff(middle).cmp(&a.abs_diff(middle));
+            accuracies[*a].total_cmp(&accuracies[*b]).then(nearer)
+        })
+        .unwrap_or(middle)
+}

@@ -1,0 +1,494 @@
+//! The whole composition on a tiny ViT.
+
+use tch::Device;
+
+use crate::domain::composition::{
+    Composer as _, Composition, CompositionError, CompositionInput, Phase, ResolveInput, SourceRef,
+};
+use crate::domain::digest::Digest;
+use crate::domain::objective::{AlignTokens, Objective, Shrinkage, TradeOff, TradeOffRule};
+use crate::domain::prompt_file::PromptFile;
+use crate::engine::Engine;
+use crate::engine::testing::{D, Recorder, assert_close, input};
+
+fn compose(input: &CompositionInput) -> Result<Composition, CompositionError> {
+    Engine::new(Device::Cpu).compose(input, &mut Recorder::default())
+}
+
+fn refusal(input: &CompositionInput) -> (&'static str, String) {
+    match compose(input) {
+        Err(CompositionError::Refused { code, detail }) => (code, detail),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn one_source_is_returned_as_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let input = input(dir.path(), 1);
+    let composition = compose(&input).unwrap();
+    let result = &composition.result;
+    assert_eq!(result.source_weights[0].weight, 1.0);
+    assert_eq!(result.objective.gradient_alignment, 0.0);
+    assert_close(
+        result.objective.h_score,
+        result.diagnostics.per_source[0].h_score,
+        1e-12,
+    );
+    assert_close(
+        result.diagnostics.composed.as_ref().unwrap().h_score,
+        result.objective.h_score,
+        1e-12,
+    );
+    let composed = PromptFile::parse(&composition.composed).unwrap();
+    assert_eq!(
+        composed.prompt_embeddings,
+        input.sources[0].file.prompt_embeddings
+    );
+}
+
+#[test]
+fn a_composition_is_whole_and_the_same_to_the_last_bit() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut input = input(dir.path(), 3);
+    input.target.eval_split = Some(crate::domain::dataset::Split::Test);
+    let mut recorder = Recorder::default();
+    let first = Engine::new(Device::Cpu)
+        .compose(&input, &mut recorder)
+        .unwrap();
+    let again = compose(&input).unwrap();
+    assert_eq!(first.result.source_weights, again.result.source_weights);
+    assert_eq!(first.composed, again.composed);
+    assert_eq!(first.statistics, again.statistics);
+
+    let diagnostics = &first.result.diagnostics;
+    assert_eq!((diagnostics.num_samples, diagnostics.num_classes), (60, 3));
+    assert_eq!(diagnostics.head_folds, 2);
+    assert!(
+        diagnostics
+            .composed
+            .as_ref()
+            .unwrap()
+            .eval_accuracy
+            .unwrap()
+            > 0.5
+    );
+    assert!(diagnostics.baselines.is_some());
+    for phase in Phase::ALL {
+        let last = recorder
+            .seen
+            .iter()
+            .rfind(|(seen, _, _)| *seen == phase)
+            .unwrap();
+        assert!(phase == Phase::Solve || last.1 == last.2, "{last:?}");
+        assert!(first.result.timings.contains_key(phase.name()));
+    }
+    // P_T = Σ αᵢ Pᵢ
+    let composed = PromptFile::parse(&first.composed).unwrap();
+    let expected: f64 = input
+        .sources
+        .iter()
+        .zip(&first.result.source_weights)
+        .map(|(s, w)| w.weight * f64::from(s.file.prompt_embeddings.values[5]))
+        .sum();
+    assert_close(
+        f64::from(composed.prompt_embeddings.values[5]),
+        expected,
+        1e-6,
+    );
+    let codes: Vec<&str> = first
+        .result
+        .warnings
+        .iter()
+        .map(|w| w.code.as_str())
+        .collect();
+    assert!(codes.contains(&"few_samples"), "{codes:?}");
+}
+
+#[test]
+fn a_composition_stops_when_told_to() {
+    let dir = tempfile::tempdir().unwrap();
+    let input = input(dir.path(), 2);
+    for phase in [Phase::Features, Phase::Gradients] {
+        let mut recorder = Recorder {
+            stop_at: Some(phase),
+            ..Recorder::default()
+        };
+        let stopped = Engine::new(Device::Cpu).compose(&input, &mut recorder);
+        assert!(matches!(stopped, Err(CompositionError::Stopped)));
+    }
+}
+
+#[test]
+fn input_that_cannot_be_composed_is_refused_by_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let good = input(dir.path(), 2);
+
+    let mut same = good.clone();
+    same.sources[1] = same.sources[0].clone();
+    same.sources[1].prompt = "copy".into();
+    let (code, detail) = refusal(&same);
+    assert_eq!(code, "same_source");
+    assert!(detail.contains("`p0` and `copy`"), "{detail}");
+
+    let mut narrow = good.clone();
+    narrow.sources[1].file = crate::domain::prompt_file::tests::prompt_file(3, 8, 1);
+    let (code, detail) = refusal(&narrow);
+    assert_eq!(code, "incompatible_source");
+    assert!(
+        detail.contains("`p1` is 8 wide, but the backbone is 32 wide"),
+        "{detail}"
+    );
+
+    let mut one_class = good.clone();
+    one_class.target_dir = dir.path().join("one-class");
+    std::fs::create_dir_all(one_class.target_dir.join("red")).unwrap();
+    let image = dir.path().join("target/train/red/0002.png");
+    std::fs::copy(&image, one_class.target_dir.join("red/a.png")).unwrap();
+    assert_eq!(refusal(&one_class).0, "one_class");
+
+    let mut empty = good.clone();
+    empty.target.max_samples = 0;
+    assert_eq!(refusal(&empty).0, "empty_split");
+
+    let mut singular = good.clone();
+    singular.objective.head.shrinkage = 1e-9;
+    assert_eq!(refusal(&singular).0, "invalid_objective");
+
+    let mut broken = good.clone();
+    std::fs::write(dir.path().join("target/train/red/0002.png"), "no image").unwrap();
+    let (code, detail) = refusal(&broken);
+    assert_eq!(code, "unreadable_image");
+    assert!(
+        detail.contains("0002.png") && detail.contains("--skip-bad"),
+        "{detail}"
+    );
+    broken.target.skip_bad = true;
+    let skipped = compose(&broken).unwrap();
+    assert_eq!(skipped.result.diagnostics.skipped_images, 1);
+    assert_eq!(skipped.result.diagnostics.num_samples, 59);
+}
+
+#[test]
+fn micro_batches_change_no_answer() {
+    let dir = tempfile::tempdir().unwrap();
+    let input = input(dir.path(), 3);
+    let whole = compose(&input).unwrap().result;
+    let by_seven = Engine::with_micro_batch(Device::Cpu, 7)
+        .compose(&input, &mut Recorder::default())
+        .unwrap()
+        .result;
+    for (a, b) in whole.source_weights.iter().zip(&by_seven.source_weights) {
+        assert_close(a.weight, b.weight, 1e-6);
+    }
+    assert_close(by_seven.objective.h_score, whole.objective.h_score, 1e-6);
+}
+
+// ---- Solving again ----------------------------------------------------------------------------
+
+/// Sources `keep` of an input, without their files.
+fn refs(input: &CompositionInput, keep: &[usize]) -> Vec<SourceRef> {
+    let of = |i: &usize| {
+        let source = &input.sources[*i];
+        SourceRef {
+            prompt: source.prompt.clone(),
+            version: source.version,
+            digest: source.digest,
+        }
+    };
+    keep.iter().map(of).collect()
+}
+
+fn resolve(input: &ResolveInput) -> Result<Composition, CompositionError> {
+    Engine::new(Device::Cpu).resolve(input, &mut Recorder::default())
+}
+
+fn resolve_refusal(input: &ResolveInput) -> (&'static str, String) {
+    match resolve(input) {
+        Err(CompositionError::Refused { code, detail }) => (code, detail),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn solving_again_gives_the_same_and_with_fewer_sources_what_they_alone_give() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut input = input(dir.path(), 4);
+    input.objective.align_tokens = AlignTokens::Hungarian;
+    let first = compose(&input).unwrap();
+    let again = ResolveInput {
+        statistics: first.statistics.clone(),
+        sources: refs(&input, &[0, 1, 2, 3]),
+        objective: input.objective.clone(),
+    };
+    let all = resolve(&again).unwrap();
+    assert_eq!(all.result.source_weights, first.result.source_weights);
+    assert_eq!(all.result.path, first.result.path);
+    assert_eq!(all.statistics, first.statistics);
+    let prompt = |c: &Composition| PromptFile::parse(&c.composed).unwrap();
+    assert_eq!(
+        prompt(&all).prompt_embeddings,
+        prompt(&first).prompt_embeddings
+    );
+    assert!(prompt(&all).head.is_none() && all.result.diagnostics.composed.is_none());
+    assert_eq!(
+        all.result.provenance.resolved_from,
+        Some(Digest::of(&first.statistics))
+    );
+
+    // Two of the four, in another order: as if the others had never been there.
+    input.objective.align_tokens = AlignTokens::Off;
+    let first = compose(&input).unwrap();
+    let some = resolve(&ResolveInput {
+        statistics: first.statistics.clone(),
+        sources: refs(&input, &[2, 0, 3]),
+        objective: input.objective.clone(),
+    })
+    .unwrap();
+    let mut fewer = input.clone();
+    fewer.sources = [2, 0, 3].map(|i: usize| input.sources[i].clone()).to_vec();
+    let alone = compose(&fewer).unwrap();
+    let weights = some.result.source_weights.iter();
+    for (a, b) in weights.zip(&alone.result.source_weights) {
+        assert_eq!(a.prompt, b.prompt);
+        assert_close(a.weight, b.weight, 1e-6);
+        assert_close(a.standard_error.unwrap(), b.standard_error.unwrap(), 1e-5);
+    }
+    let l = |c: &Composition| c.result.objective.gradient_alignment;
+    assert!((l(&some) - l(&alone)).abs() <= 1e-9 * l(&alone));
+}
+
+#[test]
+fn solving_again_takes_every_option_that_needs_no_backbone() {
+    let dir = tempfile::tempdir().unwrap();
+    let input = input(dir.path(), 3);
+    let statistics = compose(&input).unwrap().statistics;
+    for objective in [
+        r#"{"trade_off": 0.2, "alignment": {"reading": "R2"}}"#,
+        r#"{"trade_off": "knee", "alignment": {"reading": "R3"}}"#,
+        r#"{"alignment_weight": 0.5, "h_score": {"mode": "trace_ratio"}}"#,
+        r#"{"entropy": 0.1, "h_score": {"standardise": "per_source", "shrinkage": "oas"}}"#,
+        r#"{"h_score": {"shrinkage": "ledoit_wolf"}}"#,
+        r#"{"h_score": {"shrinkage": 0}}"#,
+    ] {
+        let mut whole = input.clone();
+        whole.objective = serde_json::from_str(objective).unwrap();
+        let again = resolve(&ResolveInput {
+            statistics: statistics.clone(),
+            sources: refs(&input, &[0, 1, 2]),
+            objective: whole.objective.clone(),
+        })
+        .unwrap();
+        let composed = compose(&whole).unwrap();
+        assert_eq!(
+            again.result.source_weights, composed.result.source_weights,
+            "{objective}"
+        );
+        assert_eq!(again.result.objective, composed.result.objective);
+    }
+}
+
+#[test]
+fn statistics_that_cannot_be_solved_from_are_refused_by_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let input = input(dir.path(), 2);
+    let statistics = compose(&input).unwrap().statistics;
+    let good = ResolveInput {
+        statistics,
+        sources: refs(&input, &[0, 1]),
+        objective: Objective::default(),
+    };
+    for length in [0, 7, 100, good.statistics.len() - 1] {
+        let mut cut = good.clone();
+        cut.statistics.truncate(length);
+        let (code, detail) = resolve_refusal(&cut);
+        assert_eq!(code, "statistics_unusable");
+        assert!(detail.contains("truncated"), "{detail}");
+    }
+    let mut prompt = good.clone();
+    prompt.statistics = input.sources[0].file.to_bytes();
+    let (code, detail) = resolve_refusal(&prompt);
+    assert_eq!(code, "statistics_unusable");
+    assert!(detail.contains("metadata key `promptweave`"), "{detail}");
+
+    let mut stranger = good.clone();
+    stranger.sources[1].digest = Digest::of(b"another");
+    stranger.sources[1].prompt = "other".into();
+    let (code, detail) = resolve_refusal(&stranger);
+    assert_eq!(code, "unknown_source");
+    assert!(
+        detail.contains("`other`") && detail.contains("`p0`, `p1`"),
+        "{detail}"
+    );
+    let mut twice = good.clone();
+    twice.sources[1] = twice.sources[0].clone();
+    assert_eq!(resolve_refusal(&twice).0, "same_source");
+    let mut none = good.clone();
+    none.sources.clear();
+    assert_eq!(resolve_refusal(&none).0, "no_sources");
+
+    for (objective, field) in [
+        (r#"{"trade_off": "validation"}"#, "trade_off"),
+        (r#"{"refine": 2}"#, "refine"),
+        (
+            r#"{"alignment": {"gradient_norm": "rms"}}"#,
+            "alignment.gradient_norm",
+        ),
+        (r#"{"head": {"kind": "ridge"}}"#, "head.kind"),
+        (r#"{"align_tokens": "hungarian"}"#, "align_tokens"),
+    ] {
+        let mut refused = good.clone();
+        refused.objective = serde_json::from_str(objective).unwrap();
+        let (code, detail) = resolve_refusal(&refused);
+        assert_eq!(code, "invalid_objective");
+        assert!(detail.contains(field), "{detail}");
+    }
+}
+
+// ---- Options that go through the backbone -----------------------------------------------------
+
+#[test]
+fn every_head_and_norm_makes_a_whole_composition() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut input = input(dir.path(), 2);
+    for objective in [
+        r#"{"head": {"kind": "ridge"}}"#,
+        r#"{"head": {"kind": "shared"}, "alignment": {"gradient_norm": "rms"}}"#,
+    ] {
+        input.objective = serde_json::from_str(objective).unwrap();
+        let composition = compose(&input).unwrap();
+        let composed = PromptFile::parse(&composition.composed).unwrap();
+        assert!(composed.head.is_some());
+        assert!(
+            composition
+                .result
+                .diagnostics
+                .composed
+                .unwrap()
+                .train_accuracy
+                > 0.5
+        );
+    }
+}
+
+#[test]
+fn the_validation_rule_takes_the_most_accurate_point_of_the_path() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut input = input(dir.path(), 3);
+    input.objective.trade_off = Some(TradeOff::Rule(TradeOffRule::Validation));
+    let result = compose(&input).unwrap().result;
+    let accuracy = |at: f64| {
+        let point = result.path.iter().find(|point| point.trade_off == at);
+        point.unwrap().validation_accuracy.unwrap()
+    };
+    let chosen = accuracy(result.objective.trade_off.unwrap());
+    assert!(
+        result
+            .path
+            .iter()
+            .all(|point| accuracy(point.trade_off) <= chosen)
+    );
+    assert_eq!(
+        result.objective.trade_off_rule,
+        Some(TradeOffRule::Validation)
+    );
+    // And it is what a head fitted on other samples gets right, not what it was fitted to.
+    assert!((0.3..=1.0).contains(&chosen), "{chosen}");
+}
+
+#[test]
+fn refinement_of_h_alone_never_lowers_the_true_h() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut input = input(dir.path(), 3);
+    input.objective.trade_off = Some(TradeOff::Value(0.0));
+    input.objective.h_score.shrinkage = Shrinkage::Fixed(0.1);
+    let plain = compose(&input).unwrap().result;
+    input.objective.refine = 3;
+    let refined = compose(&input).unwrap().result;
+    let refinement = refined.diagnostics.refinement.unwrap();
+    let h =
+        |score: &Option<crate::domain::composition::PromptScore>| score.as_ref().unwrap().h_score;
+    assert_close(
+        refinement.h_score_before,
+        h(&plain.diagnostics.composed),
+        1e-6,
+    );
+    assert_close(
+        refinement.h_score_after,
+        h(&refined.diagnostics.composed),
+        1e-6,
+    );
+    assert!(refinement.h_score_after >= refinement.h_score_before);
+    let weights = |w: &[crate::domain::composition::SourceWeight]| -> Vec<f64> {
+        w.iter().map(|w| w.weight).collect()
+    };
+    assert_eq!(refinement.solved_weights, weights(&plain.source_weights));
+    let moved = refinement.solved_weights != weights(&refined.source_weights);
+    assert_eq!(moved, refinement.accepted_steps > 0);
+    assert!(refinement.evaluations > refinement.accepted_steps);
+}
+
+#[test]
+fn the_order_of_aligned_tokens_changes_no_answer() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut input = input(dir.path(), 3);
+    // Prompts near one another, as those of one init are.
+    let base = input.sources[0].file.prompt_embeddings.values.clone();
+    for source in &mut input.sources {
+        let values = &mut source.file.prompt_embeddings.values;
+        for (value, base) in values.iter_mut().zip(&base) {
+            *value = base + 0.3 * *value;
+        }
+    }
+    let mut turned = input.clone();
+    let prompt = &mut turned.sources[1].file.prompt_embeddings;
+    prompt.values.rotate_left(D);
+    for input in [&mut input, &mut turned] {
+        for source in &mut input.sources {
+            source.digest = Digest::of(&source.file.to_bytes());
+        }
+    }
+    /// α, H and the sorted rows of P_T.
+    fn outcome(
+        input: &CompositionInput,
+        option: AlignTokens,
+        t: f64,
+    ) -> (Vec<f64>, f64, Vec<Vec<f32>>) {
+        let mut input = input.clone();
+        input.objective.align_tokens = option;
+        input.objective.trade_off = Some(TradeOff::Value(t));
+        let composition = compose(&input).unwrap();
+        let composed = PromptFile::parse(&composition.composed).unwrap();
+        let mut rows: Vec<Vec<f32>> = composed
+            .prompt_embeddings
+            .values
+            .chunks(D)
+            .map(<[f32]>::to_vec)
+            .collect();
+        rows.sort_by(|a, b| a[0].total_cmp(&b[0]));
+        let weights = composition.result.source_weights.iter();
+        (
+            weights.map(|w| w.weight).collect(),
+            composition.result.objective.h_score,
+            rows,
+        )
+    }
+    let far = |a: &[Vec<f32>], b: &[Vec<f32>]| -> f32 {
+        let pairs = a.concat().into_iter().zip(b.concat());
+        pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+    };
+    // H and α at t = 0 do not know of the order.
+    let (alpha, h, _) = outcome(&input, AlignTokens::Off, 0.0);
+    let (alpha_turned, h_turned, _) = outcome(&turned, AlignTokens::Off, 0.0);
+    assert_close(h_turned, h, 1e-5);
+    for (a, b) in alpha.iter().zip(&alpha_turned) {
+        assert!((a - b).abs() < 1e-2, "{alpha:?} {alpha_turned:?}");
+    }
+    // Aligned, neither do L_align and the sum.
+    let (alpha, _, rows) = outcome(&input, AlignTokens::Hungarian, 0.5);
+    let (alpha_turned, _, rows_turned) = outcome(&turned, AlignTokens::Hungarian, 0.5);
+    for (a, b) in alpha.iter().zip(&alpha_turned) {
+        assert!((a - b).abs() < 1e-3, "{alpha:?} {alpha_turned:?}");
+    }
+    assert!(far(&rows, &rows_turned) < 1e-2, "{rows:?} {rows_turned:?}");
+}

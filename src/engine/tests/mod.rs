@@ -1,0 +1,5 @@
+//! The method's oracles: properties that every version of it must keep. Those of one part alone are with
+//! that part.
+
+mod composition;
+mod solver;

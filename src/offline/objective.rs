@@ -1,0 +1,100 @@
+//! The method's settings as options of `compose` and `solve`.
+
+use crate::domain::objective::{
+    AlignTokens, AlignmentOptions, AlignmentReading, GradientNorm, HScoreMode, HScoreOptions,
+    HeadKind, HeadOptions, Objective, Shrinkage, Standardise, TradeOff,
+};
+
+/// What statistics leave open. What is not given stays as it was.
+#[derive(Clone, Debug, clap::Args)]
+pub struct SolveOptions {
+    /// t in 0..=1: 0 weighs transferability alone, 1 gradient alignment alone; or `knee`, or (with a
+    /// backbone) `validation` [default: 0.5].
+    #[arg(long, value_name = "T")]
+    pub trade_off: Option<TradeOff>,
+    /// A raw λ instead of --trade-off.
+    #[arg(long, value_name = "LAMBDA", conflicts_with = "trade_off")]
+    pub alignment_weight: Option<f64>,
+    /// τ of the entropy term that makes weights dense [default: 0, off].
+    #[arg(long, value_name = "TAU")]
+    pub entropy: Option<f64>,
+    /// `inv` or `trace_ratio` [default: inv].
+    #[arg(long = "h-score-mode", visible_alias = "mode")]
+    pub h_score_mode: Option<HScoreMode>,
+    /// Features: `none` or `per_source` [default: none].
+    #[arg(long)]
+    pub standardise: Option<Standardise>,
+    /// ρ of the H-score's covariance, 0 or from 1e-6 to below 1; or `oas`, or `ledoit_wolf` [default: 0.01].
+    #[arg(long, value_name = "RHO")]
+    pub h_score_shrinkage: Option<Shrinkage>,
+    /// Of the gradient alignment: `R1`, `R2` or `R3` [default: R1].
+    #[arg(long)]
+    pub reading: Option<AlignmentReading>,
+}
+
+/// What the statistics themselves depend on, or what needs the backbone.
+#[derive(Clone, Debug, clap::Args)]
+pub struct BackboneOptions {
+    /// Of every prompt's gradients: `none` or `rms`.
+    #[arg(long, default_value_t)]
+    pub gradient_norm: GradientNorm,
+    /// The closed-form head that defines the loss: `lda`, `ridge` or `shared`.
+    #[arg(long, default_value_t)]
+    pub head: HeadKind,
+    /// ρ of that head, from 1e-6 to below 1.
+    #[arg(long, value_name = "RHO", default_value_t = HeadOptions::default().shrinkage)]
+    pub head_shrinkage: f64,
+    /// `off`, or `hungarian`: match the prompts' tokens before they are summed.
+    #[arg(long, default_value_t)]
+    pub align_tokens: AlignTokens,
+    /// Steps on the true objective, through the backbone; 0 is off.
+    #[arg(long, value_name = "STEPS", default_value_t = 0)]
+    pub refine: u32,
+}
+
+impl SolveOptions {
+    /// `base`, with what is given in place of what it says.
+    pub fn over(&self, base: &Objective) -> Objective {
+        let mut objective = base.clone();
+        if self.trade_off.is_some() || self.alignment_weight.is_some() {
+            objective.trade_off = self.trade_off;
+            objective.alignment_weight = self.alignment_weight;
+        }
+        let HScoreOptions {
+            mode,
+            standardise,
+            shrinkage,
+        } = &mut objective.h_score;
+        set(&mut objective.entropy, self.entropy);
+        set(mode, self.h_score_mode);
+        set(standardise, self.standardise);
+        set(shrinkage, self.h_score_shrinkage);
+        set(&mut objective.alignment.reading, self.reading);
+        objective
+    }
+}
+
+fn set<T>(value: &mut T, given: Option<T>) {
+    if let Some(given) = given {
+        *value = given;
+    }
+}
+
+impl BackboneOptions {
+    /// An objective with these and defaults.
+    pub fn objective(&self) -> Objective {
+        Objective {
+            alignment: AlignmentOptions {
+                gradient_norm: self.gradient_norm,
+                ..Default::default()
+            },
+            head: HeadOptions {
+                kind: self.head,
+                shrinkage: self.head_shrinkage,
+            },
+            align_tokens: self.align_tokens,
+            refine: self.refine,
+            ..Default::default()
+        }
+    }
+}

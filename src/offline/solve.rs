@@ -1,0 +1,76 @@
+//! `promptweave solve`: solve for α again from `statistics.safetensors`, without backbone or images.
+
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::Context as _;
+
+use super::objective::SolveOptions;
+use super::progress::Bars;
+use super::write_composition;
+use crate::domain::composition::{Composer as _, ResolveInput, SourceRef};
+use crate::domain::objective::Objective;
+use crate::engine::statistics::{Metadata, RecordedSource, Statistics};
+use crate::engine::{Engine, EngineError};
+
+#[derive(Clone, Debug, clap::Args)]
+pub struct Args {
+    /// `statistics.safetensors` of `promptweave compose`, or of an ensemble.
+    #[arg(long, value_name = "FILE")]
+    pub statistics: PathBuf,
+    /// Only these sources, by the names the statistics have for them [default: all]. Options that are not
+    /// given are those of the composition.
+    #[arg(long, value_name = "NAME,…", value_delimiter = ',')]
+    pub sources: Vec<String>,
+    #[command(flatten)]
+    pub objective: SolveOptions,
+    /// Where result.json, composed.safetensors and statistics.safetensors go.
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// CPU threads; the default is one a core.
+    #[arg(long)]
+    pub threads: Option<u32>,
+}
+
+pub fn run(args: &Args) -> anyhow::Result<()> {
+    let name = args.statistics.display();
+    let statistics = fs::read(&args.statistics).with_context(|| format!("cannot read `{name}`"))?;
+    let (_, recorded) =
+        Statistics::parse(&statistics).with_context(|| format!("cannot solve from `{name}`"))?;
+    if let Some(threads) = args.threads {
+        tch::set_num_threads(i32::try_from(threads.max(1))?);
+    }
+    let input = ResolveInput {
+        sources: named(&args.sources, &recorded)?,
+        // Refinement went through the backbone; what it started from is solved again.
+        objective: Objective {
+            refine: 0,
+            ..args.objective.over(&recorded.objective)
+        },
+        statistics,
+    };
+    let composition = Engine::new(tch::Device::Cpu).resolve(&input, &mut Bars::default())?;
+    write_composition(&args.out, &composition)
+}
+
+/// Sources of the file by name; all of them where none is named.
+fn named(names: &[String], recorded: &Metadata) -> Result<Vec<SourceRef>, EngineError> {
+    let found = |name: &String| {
+        let source = recorded.sources.iter().find(|s| s.prompt == *name);
+        source.ok_or_else(|| EngineError::UnknownSource {
+            prompt: name.clone(),
+            known: recorded.source_names(),
+        })
+    };
+    let chosen = if names.is_empty() {
+        recorded.sources.iter().collect()
+    } else {
+        names.iter().map(found).collect::<Result<Vec<_>, _>>()?
+    };
+    let of = |source: &RecordedSource| SourceRef {
+        prompt: source.prompt.clone(),
+        version: None,
+        digest: source.digest,
+    };
+    Ok(chosen.into_iter().map(of).collect())
+}
