@@ -169,6 +169,11 @@ def run_ensemble(service, sources, output):
         },
     )
     say(f"ensemble {job['id']} of {len(sources)} sources is {job['state']}")
+    return wait_for(service, job)
+
+
+def wait_for(service, job):
+    """The job once it has succeeded; shows its progress."""
     shown = None
     while job["state"] not in FINISHED:
         time.sleep(0.5)
@@ -179,6 +184,13 @@ def run_ensemble(service, sources, output):
     if job["state"] != "succeeded":
         raise DemoError(f"the ensemble {job['state']}: {json.dumps(job.get('error'))}")
     return job
+
+
+def resolve(service, job, request):
+    """The result of solving an ensemble again from its statistics, without the backbone, and what that took."""
+    started = time.monotonic()
+    again = wait_for(service, service.call("POST", f"/v1/ensembles/{job['id']}/resolve", request))
+    return service.call("GET", f"/v1/ensembles/{again['id']}/result"), time.monotonic() - started
 
 
 def show_progress(job, shown):
@@ -200,9 +212,11 @@ def show_progress(job, shown):
 def show(result, num_test):
     diagnostics = result["diagnostics"]
     width = max(len("best single (" + source["prompt"] + ")") for source in result["source_weights"])
-    say(f"\n{'source':{width}s}  {'weight':>7s}  {'its own H':>9s}")
+    say(f"\n{'source':{width}s}  {'weight ± se':>15s}  {'its own H':>9s}")
     for source, own in zip(result["source_weights"], diagnostics["per_source"]):
-        say(f"{source['prompt']:{width}s}  {source['weight']:7.3f}  {own['h_score']:9.3f}")
+        error = source["standard_error"]
+        weight = f"{source['weight']:7.3f} ± " + ("    –" if error is None else f"{error:.3f}")
+        say(f"{source['prompt']:{width}s}  {weight:>15s}  {own['h_score']:9.3f}")
 
     baselines = diagnostics["baselines"]
     rows = [
@@ -220,19 +234,40 @@ def show(result, num_test):
         say(f"warning: {warning['code']}: {warning['detail']}")
 
 
-def compare_offline(binary, prompt_files, target, result, out):
-    """`promptweave compose` on the same files must find the same weights."""
-    say("\ncomposing the same files offline")
+def weights_of(result):
+    return {source["prompt"]: source["weight"] for source in result["source_weights"]}
+
+
+def check_equal(what, expected, found):
+    """Raises where two results' weights differ."""
+    expected, found = weights_of(expected), weights_of(found)
+    difference = max(abs(found[name] - weight) for name, weight in expected.items())
+    say(f"largest difference of a weight between {what}: {difference:.1e}")
+    if difference > 1e-6:
+        raise DemoError(f"{what} disagree by more than 1e-6")
+
+
+def solve_again(service, job, result):
+    """With the same objective, which must find the same weights, and at the knee of the path. The knee's result."""
+    same, _ = resolve(service, job, {})
+    check_equal("the ensemble and itself, solved again from its statistics", result, same)
+    knee, seconds = resolve(service, job, {"objective": {"trade_off": "knee"}})
+    shown = ", ".join(f"{prompt} {weight:.3f}" for prompt, weight in weights_of(knee).items() if weight > 0)
+    say(f"at the knee of the path, t = {knee['objective']['trade_off']:.2f}, in {seconds:.1f} s: {shown}")
+    return knee
+
+
+def compare_offline(binary, prompt_files, target, result, knee, out):
+    """`promptweave compose` and `solve` on the same files must find the same weights."""
+    say("\ncomposing the same files offline, and solving again at the knee")
     command = [binary, "compose", "--backbone", ROOT / ".assets" / BACKBONE, "--target", target, "--eval-split", "test"]
     for file in prompt_files:
         command += ["--source", f"{file.stem}={file}"]
     subprocess.run([*command, "--out", out], check=True)
-    offline = json.loads((out / "result.json").read_text())
-    weights = {source["prompt"]: source["weight"] for source in offline["source_weights"]}
-    difference = max(abs(weights[source["prompt"]] - source["weight"]) for source in result["source_weights"])
-    say(f"largest difference of a weight between service and `promptweave compose`: {difference:.1e}")
-    if difference > 1e-6:
-        raise DemoError("service and offline command disagree by more than 1e-6")
+    check_equal("service and `promptweave compose`", result, json.loads((out / "result.json").read_text()))
+    command = [binary, "solve", "--statistics", out / "statistics.safetensors", "--trade-off", "knee"]
+    subprocess.run([*command, "--out", out / "knee"], check=True)
+    check_equal("service and `promptweave solve`", knee, json.loads((out / "knee" / "result.json").read_text()))
 
 
 def main():
@@ -242,7 +277,7 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, default=DEMO / "out", help="where the results go [demo/out]")
     parser.add_argument("--limit", type=int, help="use only the first LIMIT images of each list")
     parser.add_argument(
-        "--compare-offline", action="store_true", help="also run `promptweave compose` and compare the weights"
+        "--compare-offline", action="store_true", help="also run `promptweave compose` and `solve` and compare the weights"
     )
     arguments = parser.parse_args()
     prompt_files = sorted((DEMO / "prompts").glob("*.safetensors"))
@@ -279,8 +314,10 @@ def main():
         statistics = service.call("GET", f"/v1/ensembles/{job['id']}/statistics")
         (out / "statistics.safetensors").write_bytes(statistics)
         show(result, num_test)
+        say("\nsolving again from the statistics, without the backbone")
+        knee = solve_again(service, job, result)
         if arguments.compare_offline:
-            compare_offline(binary, prompt_files, dataset_root / TARGET, result, folder / "offline")
+            compare_offline(binary, prompt_files, dataset_root / TARGET, result, knee, folder / "offline")
         say("\nstopping promptweave")
 
     peak_mb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024

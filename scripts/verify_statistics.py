@@ -3,12 +3,11 @@
 
     python3 scripts/verify_statistics.py demo/out/result.json demo/out/statistics.safetensors
 
-At the result's weights α it computes, with Python's standard library alone,
+At the result's weights α it computes, with Python's standard library alone, what docs/method.md, 1.1 and 1.2, define,
 
-* the H-score of the mixed features F = Σ αᵢ f_{Pᵢ}: (1-ρ) tr(Σ_ρ⁻¹ B), Σ_ρ = (1-ρ) Σ + ρ (tr Σ / d) I, where Σ is
-  the covariance of F and B the one of its class means, both over N-1;
-* the gradient alignment L_align = (1/M) Σᵢ Σ_p (vᵢ[p] - v̄[p])², from the Gram matrix Γ of the gradients' packed
-  second moments S,
+* the H-score of the mixed features F = Σ αᵢ f_{Pᵢ}, in the mode and with the standardisation that the statistics name
+  and the ρ that the result says was used;
+* the gradient alignment L_align = (1/M) Σᵢ Σ_p (vᵢ[p] - v̄[p])², in the reading that the statistics name,
 
 and compares them with `objective` in the result. Exits with 1 where they differ by more than 1e-6 relative.
 """
@@ -49,17 +48,23 @@ def read_tensors(path):
 # ---- H ------------------------------------------------------------------------------------------------
 
 
-def mixed_features(features, shape, alpha):
-    """F by columns, centred: d lists of N values."""
+def centred(values):
+    mean = math.fsum(values) / len(values)
+    return [value - mean for value in values]
+
+
+def mixed_features(features, shape, alpha, standardise):
+    """F by columns, centred: d lists of N values. With `per_source` every coordinate of every source has variance 1."""
     sources, samples, width = shape
     columns = []
     for p in range(width):
         column = [0.0] * samples
         for i in range(sources):
-            values = features[i * samples * width + p : (i + 1) * samples * width : width]
-            column = [sum_ + alpha[i] * value for sum_, value in zip(column, values)]
-        mean = math.fsum(column) / samples
-        columns.append([value - mean for value in column])
+            values = centred(features[i * samples * width + p : (i + 1) * samples * width : width])
+            deviation = math.sqrt(dot(values, values) / (samples - 1)) if standardise == "per_source" else 1.0
+            scale = alpha[i] / (deviation or 1.0)
+            column = [sum_ + scale * value for sum_, value in zip(column, values)]
+        columns.append(column)
     return columns
 
 
@@ -75,9 +80,23 @@ def cholesky(matrix):
     return rows
 
 
-def h_score(columns, labels, rho):
+def class_means(columns, labels):
+    """(w_c, u_c [d]) of every class."""
+    for label in sorted(set(labels)):
+        members = [n for n, other in enumerate(labels) if other == label]
+        mean = [math.fsum(column[n] for n in members) / len(members) for column in columns]
+        yield len(members) / (len(labels) - 1), mean
+
+
+def trace_ratio(columns, labels):
+    """tr B / tr Σ"""
+    between = sum(weight * dot(mean, mean) for weight, mean in class_means(columns, labels))
+    return between / (sum(dot(column, column) for column in columns) / (len(labels) - 1))
+
+
+def inv(columns, labels, rho):
+    """(1-ρ) tr(Σ_ρ⁻¹ B), Σ_ρ = (1-ρ) Σ + ρ (tr Σ / d) I; Σ's lower triangle is all that Cholesky reads."""
     samples, width = len(labels), len(columns)
-    # Σ's lower triangle is all that Cholesky reads.
     covariance = [[dot(columns[i], columns[j]) / (samples - 1) for j in range(i + 1)] for i in range(width)]
     trace = sum(covariance[i][i] for i in range(width))
     for i, row in enumerate(covariance):
@@ -86,44 +105,53 @@ def h_score(columns, labels, rho):
     lower = cholesky(covariance)
 
     h = 0.0
-    for label in sorted(set(labels)):
-        members = [n for n, other in enumerate(labels) if other == label]
-        mean = [math.fsum(column[n] for n in members) / len(members) for column in columns]
+    for weight, mean in class_means(columns, labels):
         # L y = mean, so that yᵀ y = meanᵀ Σ_ρ⁻¹ mean.
         y = []
         for i, row in enumerate(lower):
             y.append((mean[i] - dot(row, y)) / row[i])
-        h += len(members) / (samples - 1) * dot(y, y)
+        h += weight * dot(y, y)
     return (1 - rho) * h
 
 
 # ---- L_align ------------------------------------------------------------------------------------------
 
 
-def gradient_alignment(gram, alpha):
-    """vᵢ = S_ii - 2 (Sα)ᵢ + αᵀSα at every coordinate, so vᵢ - v̄ = uᵢ - Σ_k α_k u_k with uᵢ = S_ii - 2 (Sα)ᵢ is
-    linear in the rows of S. Γ holds the products of those rows, packed (0,0), (0,1) … (0,M-1), (1,1) …; row (i, k)
-    stands for S_ik and for S_ki."""
+def about_the_mixed(alpha, weights):
+    """Readings R1 and R2. vᵢ = S_ii - 2 (Sα)ᵢ + αᵀSα at every coordinate, so with v̄ = Σ_k weights_k v_k the
+    difference vᵢ - v̄ = uᵢ - Σ_k weights_k u_k, uᵢ = S_ii - 2 (Sα)ᵢ, is linear in the rows of S. They are packed
+    (0,0), (0,1) … (0,M-1), (1,1) …; row (i, k) stands for S_ik and for S_ki. Yields each difference's coefficients."""
     sources = len(alpha)
     rows = {}
     for t, (i, k) in enumerate(combinations_with_replacement(range(sources), 2)):
         rows[i, k] = rows[k, i] = t
-    count = sources * (sources + 1) // 2
 
     u = []
     for i in range(sources):
-        coefficients = [0.0] * count
+        coefficients = [0.0] * (sources * (sources + 1) // 2)
         coefficients[rows[i, i]] = 1.0
         for k in range(sources):
             coefficients[rows[i, k]] -= 2 * alpha[k]
         u.append(coefficients)
-    mean = [dot(alpha, column) for column in zip(*u)]
+    mean = [dot(weights, column) for column in zip(*u)]
+    return [[a - b for a, b in zip(coefficients, mean)] for coefficients in u]
 
-    total = 0.0
-    for coefficients in u:
-        r = [a - b for a, b in zip(coefficients, mean)]
-        total += dot(r, [dot(gram[t * count : (t + 1) * count], r) for t in range(count)])
-    return total / sources
+
+def gradient_alignment(tensors, alpha, reading):
+    """(1/M) Σᵢ rᵢᵀ G rᵢ, where rᵢ holds the coefficients of vᵢ - v̄ and G the inner products of what they belong to:
+    of the rows of S (Γ), or, in R3, of the vᵢ themselves."""
+    sources = len(alpha)
+    if reading == "R3":
+        name = "gradient_variance_gram"
+        differences = [[(i == k) - alpha[k] for k in range(sources)] for i in range(sources)]
+    else:
+        name = "gradient_gram"
+        differences = about_the_mixed(alpha, alpha if reading == "R1" else [1 / sources] * sources)
+    shape, gram = tensors[name]
+    count = len(differences[0])
+    if shape != [count, count]:
+        sys.exit(f"error: `{name}` has shape {shape}, which is not that of {sources} sources")
+    return sum(dot(r, [dot(gram[t * count : (t + 1) * count], r) for t in range(count)]) for r in differences) / sources
 
 
 # -------------------------------------------------------------------------------------------------------
@@ -139,19 +167,21 @@ def main():
         result = json.load(file)
     alpha = [source["weight"] for source in result["source_weights"]]
     tensors, metadata = read_tensors(arguments.statistics)
-    rho = metadata["objective"]["h_score"]["shrinkage"]
+    if [s["digest"] for s in metadata["sources"]] != [s["digest"] for s in result["source_weights"]]:
+        sys.exit("error: the result and the statistics are of different sources")
     shape, features = tensors["features"]
     labels = list(tensors["labels"][1])
-    gram_shape, gram = tensors["gradient_gram"]
-    rows = len(alpha) * (len(alpha) + 1) // 2
-    if shape[:2] != [len(alpha), len(labels)] or gram_shape != [rows, rows]:
-        sys.exit(f"error: features {shape}, {len(labels)} labels, gradient_gram {gram_shape}: not of {len(alpha)} sources")
+    if shape[:2] != [len(alpha), len(labels)]:
+        sys.exit(f"error: features {shape} are not of {len(alpha)} sources and {len(labels)} samples")
 
-    columns = mixed_features(features, shape, alpha)
-    recomputed = {
-        "h_score": h_score(columns, labels, rho),
-        "gradient_alignment": gradient_alignment(gram, alpha),
-    }
+    options, reading = metadata["objective"]["h_score"], metadata["objective"]["alignment"]["reading"]
+    columns = mixed_features(features, shape, alpha, options["standardise"])
+    if options["mode"] == "trace_ratio":
+        h_score = trace_ratio(columns, labels)
+    else:
+        h_score = inv(columns, labels, result["diagnostics"]["h_score_shrinkage"])
+    recomputed = {"h_score": h_score, "gradient_alignment": gradient_alignment(tensors, alpha, reading)}
+    print(f"H-score {options['mode']}, standardise {options['standardise']}; gradient alignment {reading}")
     agree = True
     for name, value in recomputed.items():
         reported = result["objective"][name]
