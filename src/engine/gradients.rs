@@ -117,11 +117,11 @@ impl GradientStatistics {
             let products = self.products.get(fold);
             let mut row = 0;
             for i in 0..own.size()[0] {
-                for j in i..own.size()[0] {
-                    let product = sum(own.get(i) * own.get(j), 0);
-                    let _ = products.get(row).g_add_(&product);
-                    row += 1;
-                }
+                // Vector i with itself and all later ones at once.
+                let length = own.size()[0] - i;
+                let product = sum(own.narrow(0, i, length) * own.narrow(0, i, 1), 1);
+                let _ = products.narrow(0, row, length).g_add_(&product);
+                row += length;
             }
         }
         Ok(())

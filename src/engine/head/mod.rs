@@ -32,7 +32,7 @@ pub struct SourceHead {
 }
 
 /// Two with few samples (N < 3d), else one.
-fn num_heads(num_samples: usize, embed_dim: usize) -> usize {
+pub fn num_heads(num_samples: usize, embed_dim: usize) -> usize {
     if num_samples < 3 * embed_dim { 2 } else { 1 }
 }
 

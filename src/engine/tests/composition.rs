@@ -184,6 +184,32 @@ fn micro_batches_change_no_answer() {
     assert_close(by_seven.objective.h_score, whole.objective.h_score, 1e-6);
 }
 
+#[test]
+fn a_class_of_one_sample_and_few_samples_are_warned_of() {
+    let dir = tempfile::tempdir().unwrap();
+    let input = input(dir.path(), 2);
+    let odd = input.target_dir.join("train/violet");
+    std::fs::create_dir_all(&odd).unwrap();
+    let image = input.target_dir.join("train/red/0002.png");
+    std::fs::rename(image, odd.join("a.png")).unwrap();
+    let result = compose(&input).unwrap().result;
+    let detail = |code: &str| {
+        let warning = result.warnings.iter().find(|w| w.code == code);
+        warning.map(|w| w.detail.clone()).unwrap_or_default()
+    };
+    assert!(
+        detail("singleton_class").contains("`violet`"),
+        "{:?}",
+        result.warnings
+    );
+    assert!(
+        detail("few_samples").contains("60 samples for 32"),
+        "{:?}",
+        result.warnings
+    );
+    assert!(result.source_weights.iter().all(|w| w.weight.is_finite()));
+}
+
 // ---- Solving again ----------------------------------------------------------------------------
 
 /// Sources `keep` of an input, without their files.
