@@ -297,6 +297,16 @@ impl Shrinkage {
     }
 }
 
+impl HScoreOptions {
+    /// As [`Shrinkage::check_samples`]; `trace_ratio` inverts nothing.
+    pub fn check_samples(&self, n: usize, d: usize) -> Result<(), InvalidObjective> {
+        match self.mode {
+            HScoreMode::Inv => self.shrinkage.check_samples(n, d),
+            HScoreMode::TraceRatio => Ok(()),
+        }
+    }
+}
+
 impl Objective {
     /// Checks ranges and says how the terms are weighed.
     pub fn weighing(&self) -> Result<Weighing, InvalidObjective> {

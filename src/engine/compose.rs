@@ -124,8 +124,8 @@ fn check_samples(
     if samples.labels.iter().all(|label| *label == first) {
         return Err(EngineError::OneClass(dataset.classes[first].clone()));
     }
-    let shrinkage = objective.h_score.shrinkage;
-    Ok(shrinkage.check_samples(samples.len(), vit.config.embed_dim)?)
+    let d = vit.config.embed_dim;
+    Ok(objective.h_score.check_samples(samples.len(), d)?)
 }
 
 /// What forward passes with the composed prompt itself showed.

@@ -11,7 +11,7 @@ use crate::domain::composition::TargetSamples;
 use crate::domain::dataset::Split;
 use crate::domain::digest::Digest;
 use crate::domain::job::{BackboneSpec, EnsembleSpec, SourceSpec, TargetSpec};
-use crate::domain::objective::{HScoreMode, InvalidObjective, Objective};
+use crate::domain::objective::{InvalidObjective, Objective};
 use crate::domain::reference::{Reference, ResourceName};
 use crate::registry::backbones::{self, RegisteredBackbone};
 use crate::registry::datasets::{self, DatasetVersion};
@@ -140,14 +140,8 @@ pub(super) fn invalid_objective(invalid: InvalidObjective) -> PlanError {
 
 /// Refuses an H-score that N samples in d dimensions cannot have; known only once both are.
 pub(super) fn check_samples(objective: &Objective, n: usize, d: usize) -> Result<(), PlanError> {
-    match objective.h_score.mode {
-        // Inverts nothing.
-        HScoreMode::TraceRatio => Ok(()),
-        HScoreMode::Inv => {
-            let shrinkage = objective.h_score.shrinkage;
-            shrinkage.check_samples(n, d).map_err(invalid_objective)
-        }
-    }
+    let checked = objective.h_score.check_samples(n, d);
+    checked.map_err(invalid_objective)
 }
 
 /// Refuses features of M sources and N samples in d dimensions that no memory is meant to hold.
@@ -414,6 +408,7 @@ fn check_fits(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::objective::HScoreMode;
 
     #[test]
     fn the_default_name_is_always_a_name() {

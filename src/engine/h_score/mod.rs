@@ -82,13 +82,10 @@ impl HScore {
     ) -> Result<Self, EngineError> {
         let features = centred(features, options.standardise)?;
         let (_, n, d) = features.size3()?;
+        options.check_samples(n as usize, d as usize)?;
         if options.mode == HScoreMode::TraceRatio {
             return Self::trace_ratio(features, labels);
         }
-        options
-            .shrinkage
-            .check_samples(n as usize, d as usize)
-            .map_err(EngineError::Objective)?;
         let rho = match options.shrinkage {
             Shrinkage::Fixed(rho) => rho,
             Shrinkage::Estimated(estimate) => {
