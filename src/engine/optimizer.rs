@@ -228,6 +228,39 @@ mod tests {
     }
 
     #[test]
+    fn the_minimum_with_entropy_is_stationary() {
+        // At the minimum of f - τ S/ln M, α = softmax(-∇f(α) ln M/τ); here f is ‖α - c‖².
+        let centre = [0.9, 0.3, -0.2];
+        let slopes = |a: &[f64]| difference(a, &centre).iter().map(|d| 2.0 * d).collect();
+        for tau in [0.1, 1.0] {
+            let function = |a: &[f64]| {
+                let from_centre = difference(a, &centre);
+                Ok((dot(&from_centre, &from_centre), slopes(a)))
+            };
+            let descent = minimise_dense::<Infallible>(function, tau, &[0.2, 0.3, 0.5]).unwrap();
+            let slopes: Vec<f64> = slopes(&descent.alpha);
+            let exponents: Vec<f64> = slopes.iter().map(|s| -s * 3f64.ln() / tau).collect();
+            assert!(
+                largest(&difference(&descent.alpha, &softmax(&exponents))) < 1e-5,
+                "{descent:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_step_that_would_rise_is_shortened() {
+        // f'(x) = (x - 0.2)(0.8 - x) in the first weight: a minimum at 0.2, and beyond the maximum at 0.8 a
+        // lower vertex, but not as low as the start. The first, longest step leads there.
+        let slope = |x: f64| (x - 0.2) * (0.8 - x);
+        let value = |x: f64| -x.powi(3) / 3.0 + x.powi(2) / 2.0 - 0.16 * x;
+        let start = [0.1, 0.9];
+        let descent =
+            minimise::<Infallible>(|a| Ok((value(a[0]), vec![slope(a[0]), 0.0])), &start).unwrap();
+        assert!(value(1.0) > value(start[0]) && value(1.0) < value(0.8));
+        assert!((descent.alpha[0] - 0.2).abs() < 1e-6, "{descent:?}");
+    }
+
+    #[test]
     fn a_quadratic_is_minimised_inside_and_on_the_boundary() {
         // ‖α - c‖² with c outside the simplex: the projection of c.
         let centre = [0.7, 0.6, -0.4];

@@ -317,5 +317,25 @@ mod tests {
         assert!(report.accepted_steps > 0 && there.value < here.value);
         assert_eq!(report.h_score_after, there.h);
         assert!((there.alpha.iter().sum::<f64>() - 1.0).abs() < 1e-12);
+
+        // Beside the minimum, here of R3 at uniform weights, the first move leads too far: it is cut short.
+        let identity = (0..9).map(|at| f64::from(u8::from(at % 4 == 0))).collect();
+        let convex = GradientAlignment::new(
+            AlignmentReading::R3,
+            AlignmentStatistics {
+                num_sources: 3,
+                gram: vec![0.0; 36],
+                variance_gram: identity,
+            },
+        );
+        let refiner = Refiner {
+            alignment: &convex,
+            scale: Scale { h: 0.0, l: 1.0 },
+            ..refiner
+        };
+        let beside = [0.34, 0.33, 0.33];
+        let (nearer, report) = refiner.refine(&beside, 1, &mut || Ok(())).unwrap();
+        assert_eq!(report.accepted_steps, 1);
+        assert!(convex.value(&nearer) < convex.value(&beside));
     }
 }

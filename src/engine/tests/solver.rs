@@ -219,6 +219,22 @@ fn the_path_is_monotone_from_one_anchor_to_the_other_and_scale_free() {
 }
 
 #[test]
+fn every_point_of_the_path_is_what_its_trade_off_gives_on_its_own() {
+    let labels = labels(80, 4);
+    let f = features(&[0.4, 0.8, 0.6, 0.5], &labels, 6, 50);
+    let h = HScore::new(&f, &labels, &inv(0.01)).unwrap();
+    let statistics = alignment_statistics(&noise_tensor(&[4, 80, 8], 51));
+    let path = solve(&h, statistics.clone(), Weighing::TradeOff(0.5)).path;
+    for point in path.iter().step_by(5) {
+        let t = Weighing::TradeOff(point.trade_off);
+        let alone = solve(&h, statistics.clone(), t).alpha;
+        for (a, b) in point.weights.iter().zip(&alone) {
+            assert!((a - b).abs() < 1e-5, "{point:?} {alone:?}");
+        }
+    }
+}
+
+#[test]
 fn permuting_the_prompts_permutes_the_weights() {
     let labels = labels(80, 4);
     let f = features(&[0.4, 0.8, 0.6], &labels, 6, 60);
