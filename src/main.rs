@@ -40,6 +40,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Command::Tune(args) => offline::tune::run(&args),
         #[cfg(feature = "torch")]
         Command::Compose(args) => offline::compose::run(&args),
+        #[cfg(feature = "torch")]
         Command::Solve(args) => offline::solve::run(&args),
         #[cfg(feature = "torch")]
         Command::Evaluate(args) => offline::evaluate::run(&args),
