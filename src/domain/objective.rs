@@ -25,7 +25,7 @@ pub struct Objective {
     pub alignment_weight: Option<f64>,
     /// τ ≥ 0: subtracts τ·S(α)/ln M from the minimised function, which is on a scale of order 1; S is the
     /// entropy. Weights become dense, so that every source has a rank. 0 is off.
-    #[serde(skip_serializing_if = "is_zero")]
+    #[serde(skip_serializing_if = "is_off")]
     #[schema(minimum = 0)]
     pub entropy: f64,
     pub h_score: HScoreOptions,
@@ -35,17 +35,14 @@ pub struct Objective {
     /// Projected-gradient steps on the objective with the true H(f of Σ αᵢ Pᵢ), through the backbone,
     /// after solving; each is accepted only if it improves that objective. 0 is off, at most 100; excludes
     /// `entropy`.
-    #[serde(skip_serializing_if = "is_none")]
+    #[serde(skip_serializing_if = "is_off")]
     #[schema(maximum = 100)]
     pub refine: u32,
 }
 
-fn is_zero(value: &f64) -> bool {
-    *value == 0.0
-}
-
-fn is_none(steps: &u32) -> bool {
-    *steps == 0
+/// Off, which is what leaving it out means.
+fn is_off<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 /// How the two terms are weighed.
