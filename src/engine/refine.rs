@@ -15,7 +15,7 @@ use tch::{Kind, Tensor};
 
 use super::alignment::GradientAlignment;
 use super::features::extract;
-use super::h_score::HScore;
+use super::h_score::{ClassMeans, HScore, centred};
 use super::optimizer::project_to_simplex;
 use super::samples::Samples;
 use super::solver::Tick;
@@ -23,7 +23,7 @@ use super::vit::Vit;
 use super::weighing::Scale;
 use super::{EngineError, cholesky};
 use crate::domain::composition::Refinement;
-use crate::domain::objective::{HScoreMode, HScoreOptions, Shrinkage, Standardise};
+use crate::domain::objective::{HScoreMode, HScoreOptions, Shrinkage};
 
 /// The first try moves no weight by more than this before the projection.
 const FIRST_MOVE: f64 = 0.1;
@@ -186,19 +186,9 @@ fn differentiable(
 ) -> Result<Tensor, EngineError> {
     let (n, d) = features.size2()?;
     let scale = (n.max(2) - 1) as f64;
-    let mut x = features - features.mean_dim(0, true, Kind::Double);
-    if options.standardise == Standardise::PerSource {
-        let variance = x.square().sum_dim_intlist(0, true, Kind::Double) / scale;
-        let constant = variance.le(0.0);
-        x = &x / variance.masked_fill(&constant, 1.0).sqrt();
-    }
-    let classes = super::h_score::present(labels);
-    let means = super::head::class_means(&x, labels, &classes)?;
-    let counts: Vec<f64> = classes
-        .iter()
-        .map(|class| labels.iter().filter(|label| *label == class).count() as f64)
-        .collect();
-    let weights = Tensor::from_slice(&counts) / scale;
+    let x = centred(&features.unsqueeze(0), options.standardise)?;
+    let ClassMeans { means, weights } = ClassMeans::of(&x, labels)?;
+    let (x, means) = (x.squeeze_dim(0), means.squeeze_dim(1));
     if options.mode == HScoreMode::TraceRatio {
         let between =
             (means.square().sum_dim_intlist(1, false, Kind::Double) * weights).sum(Kind::Double);
@@ -224,7 +214,7 @@ mod tests {
     use super::*;
     use crate::domain::backbone::Backbone;
     use crate::domain::dataset::{LabelledImages, Split};
-    use crate::domain::objective::AlignmentReading;
+    use crate::domain::objective::{AlignmentReading, Standardise};
     use crate::engine::alignment::AlignmentStatistics;
     use crate::engine::samples::Selection;
     use crate::engine::testing::{input, noise_tensor};

@@ -57,11 +57,11 @@ enum Form {
 }
 
 /// Of the centred features, for the K classes present.
-struct ClassMeans {
+pub struct ClassMeans {
     /// [K, M, d]
-    means: Tensor,
+    pub means: Tensor,
     /// [K]: w_c = n_c/(N-1)
-    weights: Tensor,
+    pub weights: Tensor,
 }
 
 /// Σ_ρ or δI + A at one α, factored, and what goes with it.
@@ -353,8 +353,8 @@ fn quadratic_form(matrix: &[f64], alpha: &[f64]) -> (f64, Vec<f64>) {
 }
 
 /// [M, N, d] in f64, each source's mean taken out and, if asked, each of its coordinates scaled to
-/// variance 1; a constant coordinate stays 0.
-fn centred(features: &Tensor, standardise: Standardise) -> Result<Tensor, EngineError> {
+/// variance 1; a constant coordinate stays 0 (and libtorch can differentiate all of it).
+pub fn centred(features: &Tensor, standardise: Standardise) -> Result<Tensor, EngineError> {
     let features = features.to_kind(Kind::Double).to_device(Device::Cpu);
     let centred = &features - features.mean_dim(1, true, Kind::Double);
     if standardise == Standardise::None {
@@ -363,7 +363,7 @@ fn centred(features: &Tensor, standardise: Standardise) -> Result<Tensor, Engine
     let n = centred.size()[1];
     let variance = centred.square().sum_dim_intlist(1, true, Kind::Double) / (n.max(2) - 1) as f64;
     let constant = variance.le(0.0);
-    Ok(centred / variance.sqrt().masked_fill(&constant, 1.0))
+    Ok(centred / variance.masked_fill(&constant, 1.0).sqrt())
 }
 
 fn traces(features: &Tensor) -> Result<Vec<f64>, EngineError> {
@@ -385,7 +385,7 @@ fn floor(features: &Tensor, traces: &[f64]) -> Result<f64, EngineError> {
 }
 
 impl ClassMeans {
-    fn of(features: &Tensor, labels: &[usize]) -> Result<Self, EngineError> {
+    pub fn of(features: &Tensor, labels: &[usize]) -> Result<Self, EngineError> {
         let (m, n, d) = features.size3()?;
         let classes = present(labels);
         let by_sample = features.permute([1, 0, 2]).reshape([n, m * d]);
