@@ -103,6 +103,27 @@ pub struct Metadata {
 impl Metadata {
     pub const FORMAT: u32 = FORMAT;
 
+    /// Of a file, without its tensors.
+    pub fn read(bytes: &[u8]) -> Result<Self, StatisticsError> {
+        let (_, header) = SafeTensors::read_metadata(bytes).map_err(StatisticsError::Unreadable)?;
+        let json = header
+            .metadata()
+            .as_ref()
+            .and_then(|m| m.get(METADATA_KEY))
+            .ok_or_else(|| StatisticsError::Metadata("there is none".into()))?;
+        // The format first: another one may look different in every other way.
+        #[derive(Deserialize)]
+        struct OnlyFormat {
+            format: u32,
+        }
+        let unreadable = |error: serde_json::Error| StatisticsError::Metadata(error.to_string());
+        let OnlyFormat { format } = serde_json::from_str(json).map_err(unreadable)?;
+        if format != FORMAT {
+            return Err(StatisticsError::Format(format));
+        }
+        serde_json::from_str(json).map_err(unreadable)
+    }
+
     /// Of some of the sources, in the order given.
     pub fn of_sources(&self, keep: &[usize]) -> Self {
         let token_alignment = self.token_alignment.as_ref().map(|all| TokenAlignment {
@@ -218,7 +239,7 @@ impl Statistics {
     /// Reads and checks a file: whole, complete, shapes that fit together, finite values.
     pub fn parse(bytes: &[u8]) -> Result<(Self, Metadata), StatisticsError> {
         let file = SafeTensors::deserialize(bytes).map_err(StatisticsError::Unreadable)?;
-        let metadata = metadata(bytes)?;
+        let metadata = Metadata::read(bytes)?;
         let file = File(&file);
         let m = metadata.sources.len();
         let t = num_pairs(m);
@@ -308,26 +329,6 @@ impl Statistics {
             },
         }
     }
-}
-
-fn metadata(bytes: &[u8]) -> Result<Metadata, StatisticsError> {
-    let (_, header) = SafeTensors::read_metadata(bytes).map_err(StatisticsError::Unreadable)?;
-    let json = header
-        .metadata()
-        .as_ref()
-        .and_then(|m| m.get(METADATA_KEY))
-        .ok_or_else(|| StatisticsError::Metadata("there is none".into()))?;
-    // The format first: another one may look different in every other way.
-    #[derive(Deserialize)]
-    struct OnlyFormat {
-        format: u32,
-    }
-    let unreadable = |error: serde_json::Error| StatisticsError::Metadata(error.to_string());
-    let OnlyFormat { format } = serde_json::from_str(json).map_err(unreadable)?;
-    if format != FORMAT {
-        return Err(StatisticsError::Format(format));
-    }
-    serde_json::from_str(json).map_err(unreadable)
 }
 
 /// A file's tensors, checked as they are read.

@@ -10,7 +10,7 @@ use super::progress::Bars;
 use super::write_composition;
 use crate::domain::composition::{Composer as _, ResolveInput, SourceRef};
 use crate::domain::objective::Objective;
-use crate::engine::statistics::{Metadata, RecordedSource, Statistics};
+use crate::engine::statistics::{Metadata, RecordedSource};
 use crate::engine::{Engine, EngineError};
 
 #[derive(Clone, Debug, clap::Args)]
@@ -35,8 +35,8 @@ pub struct Args {
 pub fn run(args: &Args) -> anyhow::Result<()> {
     let name = args.statistics.display();
     let statistics = fs::read(&args.statistics).with_context(|| format!("cannot read `{name}`"))?;
-    let (_, recorded) =
-        Statistics::parse(&statistics).with_context(|| format!("cannot solve from `{name}`"))?;
+    let unsolvable = || format!("cannot solve from `{name}`");
+    let recorded = Metadata::read(&statistics).with_context(unsolvable)?;
     if let Some(threads) = args.threads {
         tch::set_num_threads(i32::try_from(threads.max(1))?);
     }
@@ -49,7 +49,9 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         },
         statistics,
     };
-    let composition = Engine::new(tch::Device::Cpu).resolve(&input, &mut Bars::default())?;
+    let composition = Engine::new(tch::Device::Cpu)
+        .resolve(&input, &mut Bars::default())
+        .with_context(unsolvable)?;
     write_composition(&args.out, &composition)
 }
 
