@@ -53,7 +53,8 @@ pub fn compose(
     let preprocessing = &backbone.config.preprocessing;
     let samples = Samples::load(&dataset, &selection, preprocessing)?;
     check_samples(&samples, &dataset, objective, vit)?;
-    // Now and not when it is needed: what is wrong with these images should not show after hours.
+    // Now and not when it is needed: what is wrong with these images should not show after hours, but
+    // when they are decoded, behind the features.
     let eval = match target.eval_split {
         None => None,
         Some(split) => {
@@ -160,6 +161,7 @@ impl Work<'_> {
         let m = prompts.len() as u64;
         let pairs = samples.len() as u64 * m;
         let features = extract(vit, samples, prompts, steps.counter(pairs))?;
+        self.eval.map_or(Ok(()), Samples::wait)?;
 
         steps.begin(Phase::Heads)?;
         let labels = &samples.labels;

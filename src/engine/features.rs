@@ -19,7 +19,7 @@ pub fn extract(
     let _no_grad = tch::no_grad_guard();
     let mut batches = Vec::new();
     for rows in samples.micro_batches(vit.micro_batch(prompts)) {
-        let patch_tokens = vit.patch_tokens(&samples.images(&rows, vit));
+        let patch_tokens = vit.patch_tokens(&samples.images(&rows, vit)?);
         let mut of_batch = Vec::with_capacity(prompts.len());
         for prompt in prompts {
             of_batch.push(vit.features(&patch_tokens, Some(prompt)));

@@ -264,7 +264,8 @@ pub fn accumulate(
     let num_folds = sample_folds.iter().max().map_or(1, |last| last + 1);
     let mut statistics = GradientStatistics::new(prompts.len(), num_params, num_folds, vit.device);
     for rows in samples.micro_batches(vit.micro_batch(prompts)) {
-        let patch_tokens = tch::no_grad(|| vit.patch_tokens(&samples.images(&rows, vit)));
+        let images = samples.images(&rows, vit)?;
+        let patch_tokens = tch::no_grad(|| vit.patch_tokens(&images));
         let of_rows = |all: &[usize]| -> Vec<usize> { rows.iter().map(|row| all[*row]).collect() };
         let (labels, folds) = (of_rows(&samples.labels), of_rows(folds));
         let mut of_batch = Vec::with_capacity(prompts.len());

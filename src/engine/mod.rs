@@ -20,6 +20,7 @@ pub mod h_score;
 pub mod head;
 pub mod images;
 pub mod optimizer;
+pub mod pixels;
 pub mod samples;
 pub mod solve;
 pub mod solver;
@@ -40,7 +41,9 @@ mod resolve;
 mod testing;
 mod token_alignment;
 
+use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use tch::{Device, Kind, TchError, Tensor};
 
@@ -66,6 +69,17 @@ pub enum EngineError {
          --skip-bad (`skip_bad` in a request), or repair them"
     )]
     UnreadableImages { first: PathBuf, count: usize },
+    #[error(
+        "decoded images ({mib} MiB) cannot be kept in `{}`; free space there, or name another \
+         directory in TMPDIR", .dir.display()
+    )]
+    PixelFile {
+        dir: PathBuf,
+        mib: u64,
+        source: Arc<io::Error>,
+    },
+    #[error("no thread can be started to decode images")]
+    NoThread(#[source] io::Error),
     #[error("the split `{0}` has no readable images")]
     NoSamples(&'static str),
     #[error("the target's samples are all of class `{0}`; at least two classes are needed")]
@@ -104,6 +118,8 @@ impl EngineError {
             Self::Backbone(_) => "backbone_unusable",
             Self::Dataset(_) => "dataset_unusable",
             Self::UnreadableImages { .. } => "unreadable_image",
+            Self::PixelFile { .. } => "pixel_file",
+            Self::NoThread(_) => "no_thread",
             Self::NoSamples(_) => "empty_split",
             Self::OneClass(_) => "one_class",
             Self::NoSources => "no_sources",
@@ -129,8 +145,10 @@ impl From<EngineError> for CompositionError {
         }
         match error {
             EngineError::Stopped => Self::Stopped,
-            // Out of memory or a device that failed: the next attempt may meet a better machine.
-            EngineError::Torch(_) => Self::Retry { code, detail },
+            // Out of memory or disk, or a device that failed: the next attempt may meet a better machine.
+            EngineError::Torch(_) | EngineError::PixelFile { .. } | EngineError::NoThread(_) => {
+                Self::Retry { code, detail }
+            }
             _ => Self::Refused { code, detail },
         }
     }

@@ -141,8 +141,8 @@ impl Refiner<'_> {
         let size = self.vit.micro_batch(self.prompts);
         for rows in self.samples.micro_batches(size) {
             tick()?;
-            let patch_tokens =
-                tch::no_grad(|| self.vit.patch_tokens(&self.samples.images(&rows, self.vit)));
+            let images = self.samples.images(&rows, self.vit)?;
+            let patch_tokens = tch::no_grad(|| self.vit.patch_tokens(&images));
             let features = self.vit.features(&patch_tokens, Some(&leaf));
             let slopes = by_features
                 .narrow(0, rows[0] as i64, rows.len() as i64)

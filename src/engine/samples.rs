@@ -1,23 +1,27 @@
 //! The labelled samples a composition, a tuning or an evaluation runs on.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use tch::Tensor;
 
 use super::EngineError;
 use super::images;
+use super::pixels::PixelFile;
 use super::vit::Vit;
 use crate::domain::backbone::Preprocessing;
 use crate::domain::dataset::{LabelledImages, Split, stratified_subset};
 use crate::domain::digest::{Digest, DigestBuilder};
 use crate::domain::image::{decode, resize};
 
-/// Decoded images, at least one, at the backbone's input size, with their labels. Every image is decoded once; at
-/// 98 px it takes 29 KB here, at 224 px 150 KB.
+/// Labelled images, at least one, that become pixels at the backbone's input size in the background. Every
+/// image is decoded once; its pixels take 29 KB on disk at 98 px and 150 KB at 224 px, and no memory.
 pub struct Samples {
     preprocessing: Preprocessing,
-    pixels: Vec<Vec<u8>>,
+    pixels: Arc<PixelFile>,
+    /// Where in the pixel file a row's image lies.
+    images: Vec<usize>,
     /// Index into the data set's classes.
     pub labels: Vec<usize>,
     /// Positions in the list file, in row order.
@@ -38,53 +42,64 @@ pub struct Selection {
 }
 
 impl Samples {
+    /// Starts to decode, and returns as soon as every file was read once for the digest. Only with `skip_bad` it
+    /// waits for the last image: which rows there are is known no sooner.
     pub fn load(
         dataset: &LabelledImages,
         selection: &Selection,
         preprocessing: &Preprocessing,
     ) -> Result<Self, EngineError> {
-        let images = dataset.split(selection.split)?;
-        let all_labels: Vec<usize> = images.iter().map(|image| image.label).collect();
-        let max_samples = selection.max_samples.unwrap_or(images.len());
+        let listed = dataset.split(selection.split)?;
+        let all_labels: Vec<usize> = listed.iter().map(|image| image.label).collect();
+        let max_samples = selection.max_samples.unwrap_or(listed.len());
         let chosen = stratified_subset(&all_labels, max_samples, selection.seed);
-
-        let mut digest = DigestBuilder::default();
-        let mut samples = Self {
-            preprocessing: preprocessing.clone(),
-            pixels: Vec::with_capacity(chosen.len()),
-            labels: Vec::with_capacity(chosen.len()),
-            indices: Vec::with_capacity(chosen.len()),
-            skipped: 0,
-            digest: Digest::of(b""),
-        };
-        let mut bad: Vec<PathBuf> = Vec::new();
-        for index in chosen {
-            let image = &images[index];
-            let path = dataset.image_path(image);
-            let decoded = fs::read(&path).map(|bytes| (decode(&bytes), bytes));
-            match decoded {
-                Ok((Ok(decoded), bytes)) => {
-                    digest.update(&bytes);
-                    digest.update(&(image.label as u64).to_le_bytes());
-                    samples.pixels.push(resize(&decoded, preprocessing));
-                    samples.labels.push(image.label);
-                    samples.indices.push(index);
-                }
-                Ok((Err(_), _)) | Err(_) => bad.push(path),
-            }
-        }
-        if let Some(first) = bad.first().filter(|_| !selection.skip_bad) {
-            return Err(EngineError::UnreadableImages {
-                first: first.clone(),
-                count: bad.len(),
-            });
-        }
-        if samples.labels.is_empty() {
+        if chosen.is_empty() {
             return Err(EngineError::NoSamples(selection.split.name()));
         }
-        samples.skipped = bad.len();
-        samples.digest = digest.finish();
-        Ok(samples)
+
+        let path = |index: &usize| dataset.image_path(&listed[*index]);
+        let paths: Vec<PathBuf> = chosen.iter().map(path).collect();
+        let pixels = decoding(paths, selection.skip_bad, preprocessing)?;
+        let images: Vec<usize> = if selection.skip_bad {
+            pixels.wait()?
+        } else {
+            (0..chosen.len()).collect()
+        };
+        if images.is_empty() {
+            return Err(EngineError::NoSamples(selection.split.name()));
+        }
+
+        let indices: Vec<usize> = images.iter().map(|image| chosen[*image]).collect();
+        let labels: Vec<usize> = indices.iter().map(|index| all_labels[*index]).collect();
+        let mut digest = DigestBuilder::default();
+        for (index, label) in indices.iter().zip(&labels) {
+            let path = path(index);
+            let Ok(bytes) = fs::read(&path) else {
+                // A decoder has the same trouble, and counts how many have.
+                pixels.wait()?;
+                return Err(EngineError::UnreadableImages {
+                    first: path,
+                    count: 1,
+                });
+            };
+            digest.update(&bytes);
+            digest.update(&(*label as u64).to_le_bytes());
+        }
+        Ok(Self {
+            preprocessing: preprocessing.clone(),
+            pixels: Arc::new(pixels),
+            skipped: chosen.len() - images.len(),
+            images,
+            labels,
+            indices,
+            digest: digest.finish(),
+        })
+    }
+
+    /// Waits until every image is decoded; the first that is unreadable is refused here, with the number of
+    /// them, unless it was skipped.
+    pub fn wait(&self) -> Result<(), EngineError> {
+        self.pixels.wait().map(drop)
     }
 
     #[expect(clippy::len_without_is_empty, reason = "it never is")]
@@ -92,11 +107,12 @@ impl Samples {
         self.labels.len()
     }
 
-    /// These rows alone.
+    /// These rows alone, of the same pixel file.
     pub fn only(&self, rows: &[usize]) -> Self {
         Self {
             preprocessing: self.preprocessing.clone(),
-            pixels: rows.iter().map(|row| self.pixels[*row].clone()).collect(),
+            pixels: Arc::clone(&self.pixels),
+            images: rows.iter().map(|row| self.images[*row]).collect(),
             labels: rows.iter().map(|row| self.labels[*row]).collect(),
             indices: rows.iter().map(|row| self.indices[*row]).collect(),
             skipped: 0,
@@ -104,13 +120,20 @@ impl Samples {
         }
     }
 
-    /// The normalised images at these rows, [B, 3, s, s].
-    pub fn images(&self, rows: &[usize], vit: &Vit) -> Tensor {
-        let pixels: Vec<&[u8]> = rows
-            .iter()
-            .map(|row| self.pixels[*row].as_slice())
+    /// The normalised images at these rows, [B, 3, s, s], once they are decoded. An unreadable image of any row
+    /// that has been found by now is refused.
+    pub fn images(&self, rows: &[usize], vit: &Vit) -> Result<Tensor, EngineError> {
+        let images: Vec<usize> = rows.iter().map(|row| self.images[*row]).collect();
+        let pixels = self.pixels.read(&images)?;
+        let pixels: Vec<&[u8]> = pixels
+            .chunks_exact(image_bytes(&self.preprocessing))
             .collect();
-        images::to_tensor(&pixels, &self.preprocessing, vit.device, vit.kind)
+        Ok(images::to_tensor(
+            &pixels,
+            &self.preprocessing,
+            vit.device,
+            vit.kind,
+        ))
     }
 
     /// Rows in order, cut into micro-batches of at most `size`.
@@ -119,5 +142,132 @@ impl Samples {
         (0..len)
             .step_by(size)
             .map(move |start| (start..len.min(start + size)).collect())
+    }
+}
+
+fn decoding(
+    paths: Vec<PathBuf>,
+    skip_bad: bool,
+    preprocessing: &Preprocessing,
+) -> Result<PixelFile, EngineError> {
+    let (size, preprocessing) = (image_bytes(preprocessing), preprocessing.clone());
+    let decoded = move |path: &Path| {
+        let image = decode(&fs::read(path).ok()?).ok()?;
+        Some(resize(&image, &preprocessing))
+    };
+    PixelFile::start(paths, size, skip_bad, Box::new(decoded))
+}
+
+/// Of an image's pixels.
+fn image_bytes(preprocessing: &Preprocessing) -> usize {
+    preprocessing.size * preprocessing.size * 3
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::Kind;
+
+    use super::*;
+    use crate::engine::testing::{tiny_vit, write_dataset};
+
+    fn selection(skip_bad: bool) -> Selection {
+        Selection {
+            split: Split::Train,
+            max_samples: None,
+            seed: 0,
+            skip_bad,
+        }
+    }
+
+    #[test]
+    fn images_are_those_decoded_one_by_one_and_the_digest_is_over_their_bytes() {
+        let dir = tempfile::tempdir().unwrap();
+        let vit = tiny_vit(&dir.path().join("backbone"), Kind::Float);
+        let preprocessing = &vit.config.preprocessing;
+        write_dataset(&dir.path().join("target"), 30, 3);
+        let dataset = LabelledImages::read(&dir.path().join("target")).unwrap();
+        let samples = Samples::load(&dataset, &selection(false), preprocessing).unwrap();
+        samples.wait().unwrap();
+
+        let mut digest = DigestBuilder::default();
+        let mut eager = Vec::new();
+        for image in dataset.split(Split::Train).unwrap() {
+            let bytes = fs::read(dataset.image_path(image)).unwrap();
+            eager.push(resize(&decode(&bytes).unwrap(), preprocessing));
+            digest.update(&bytes);
+            digest.update(&(image.label as u64).to_le_bytes());
+        }
+        assert_eq!(samples.digest, digest.finish());
+        let expect = |samples: &Samples, rows: &[usize], of: &[usize]| {
+            let pixels: Vec<&[u8]> = of.iter().map(|row| eager[*row].as_slice()).collect();
+            let expected = images::to_tensor(&pixels, preprocessing, vit.device, vit.kind);
+            assert_eq!(samples.images(rows, &vit).unwrap(), expected);
+        };
+        let all: Vec<usize> = (0..30).collect();
+        expect(&samples, &all, &all);
+        expect(&samples, &[29, 4, 4], &[29, 4, 4]);
+        // A part of them reads the same file, also when the whole is gone.
+        let few = samples.only(&[7, 2]);
+        assert!(Arc::ptr_eq(&few.pixels, &samples.pixels));
+        drop(samples);
+        expect(&few, &[1, 0], &[2, 7]);
+    }
+
+    #[test]
+    fn unreadable_images_are_refused_by_name_and_number_or_left_out() {
+        let dir = tempfile::tempdir().unwrap();
+        let vit = tiny_vit(&dir.path().join("backbone"), Kind::Float);
+        let preprocessing = &vit.config.preprocessing;
+        let target = dir.path().join("target");
+        write_dataset(&target, 12, 3);
+        // Rows in the order of their paths: 4 of blue, 4 of green, 4 of red.
+        let good = LabelledImages::read(&target).unwrap();
+        let whole = Samples::load(&good, &selection(false), preprocessing).unwrap();
+        let rows: Vec<usize> = (0..12).filter(|row| ![2, 5].contains(row)).collect();
+        let expected = whole.images(&rows, &vit).unwrap();
+        for row in [2, 5] {
+            let image = &good.split(Split::Train).unwrap()[row];
+            fs::write(good.image_path(image), "no image").unwrap();
+        }
+
+        let samples = Samples::load(&good, &selection(false), preprocessing).unwrap();
+        let refused = samples.wait().unwrap_err();
+        let EngineError::UnreadableImages { first, count } = &refused else {
+            panic!("{refused}");
+        };
+        assert_eq!(
+            (first, *count),
+            (
+                &good.image_path(&good.split(Split::Train).unwrap()[2]),
+                2usize
+            )
+        );
+        assert!(samples.images(&[0], &vit).is_err());
+
+        let samples = Samples::load(&good, &selection(true), preprocessing).unwrap();
+        assert_eq!((samples.len(), samples.skipped), (10, 2));
+        assert_eq!(samples.indices, rows);
+        assert_eq!(
+            samples.images(&(0..10).collect::<Vec<_>>(), &vit).unwrap(),
+            expected
+        );
+
+        // One that is not there at all is named likewise, and nothing is left of a set of such.
+        for image in good.split(Split::Train).unwrap() {
+            fs::remove_file(good.image_path(image)).unwrap();
+        }
+        let refused = Samples::load(&good, &selection(false), preprocessing).err();
+        assert!(matches!(
+            refused,
+            Some(EngineError::UnreadableImages { count: 12, .. })
+        ));
+        let refused = Samples::load(&good, &selection(true), preprocessing).err();
+        assert!(matches!(refused, Some(EngineError::NoSamples("train"))));
+    }
+
+    #[test]
+    fn several_threads_may_use_them() {
+        fn shared<T: Send + Sync>() {}
+        shared::<Samples>();
     }
 }

@@ -111,7 +111,8 @@ pub fn tune(
             let rate = schedule(step, steps_per_epoch, options);
             optimizer.set_lr_group(0, options.prompt_learning_rate * rate);
             optimizer.set_lr_group(1, options.head_learning_rate * rate);
-            let patch_tokens = tch::no_grad(|| vit.patch_tokens(&train.images(rows, vit)));
+            let images = train.images(rows, vit)?;
+            let patch_tokens = tch::no_grad(|| vit.patch_tokens(&images));
             let features = vit.features(&patch_tokens, Some(&prompt));
             let labels: Vec<i64> = rows.iter().map(|row| train.labels[*row] as i64).collect();
             let labels = Tensor::from_slice(&labels).to_device(vit.device);
