@@ -6,6 +6,7 @@
 //!                                    (the offline commands enter at engine/ directly: no HTTP, no Postgres)
 //! ```
 
+pub mod blob_cache;
 pub mod blobs;
 pub mod cli;
 pub mod clock;

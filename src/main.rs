@@ -28,7 +28,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Command::Serve(args) => block_on(roles::serve(args)),
         #[cfg(feature = "torch")]
         Command::Worker(args) => {
-            let engine = worker::engine::factory(&args.worker)?;
+            let engine = worker::engine::factory(&args.worker, &args.storage)?;
             block_on(roles::worker(args, engine))
         }
         Command::Migrate(options) => block_on(roles::migrate(options)),

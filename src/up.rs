@@ -42,6 +42,8 @@ fn set_options(worker: &mut Command, args: &UpArgs, log: &LogOptions) {
     let WorkerOptions {
         device,
         threads,
+        backbones_gib,
+        cache,
         queue,
     } = &args.worker;
     let PoolOptions {
@@ -61,6 +63,12 @@ fn set_options(worker: &mut Command, args: &UpArgs, log: &LogOptions) {
         .env("PROMPTWEAVE_DATA_DIR", args.storage.data_dir())
         .env("PROMPTWEAVE_DEVICE", device)
         .env("PROMPTWEAVE_THREADS", threads.to_string())
+        .env("PROMPTWEAVE_BACKBONES_GIB", backbones_gib.to_string())
+        .env("PROMPTWEAVE_CACHE_GIB", cache.cache_gib.to_string())
+        .env(
+            "PROMPTWEAVE_CACHE_GRADIENTS",
+            cache.cache_gradients.to_string(),
+        )
         .env("PROMPTWEAVE_LEASE_S", queue.lease_s.to_string())
         .env("PROMPTWEAVE_STALL_S", queue.stall_s.to_string())
         .env("PROMPTWEAVE_GRACE_S", args.shutdown.grace_s.to_string());
@@ -197,6 +205,12 @@ mod tests {
             "cpu",
             "--threads",
             "3",
+            "--backbones-gib",
+            "8",
+            "--cache-gib",
+            "9",
+            "--cache-gradients",
+            "false",
             "--lease-s",
             "5",
             "--stall-s",
@@ -220,6 +234,9 @@ mod tests {
             .filter_map(|(name, value)| Some((name.to_str()?, value?.to_str()?)))
             .collect();
         let expected = BTreeMap::from([
+            ("PROMPTWEAVE_BACKBONES_GIB", "8"),
+            ("PROMPTWEAVE_CACHE_GIB", "9"),
+            ("PROMPTWEAVE_CACHE_GRADIENTS", "false"),
             ("PROMPTWEAVE_DATABASE_CONNECTIONS", "6"),
             ("PROMPTWEAVE_DATABASE_WAIT_S", "7"),
             ("PROMPTWEAVE_DATA_DIR", "/data"),

@@ -122,6 +122,8 @@ pub struct Backbone {
     pub config: BackboneConfig,
     /// sha256 over (name, shape, f32 bytes) of the tensors in name order, the head left out.
     pub digest: Digest,
+    /// Numbers in the model's tensors.
+    pub num_weights: u64,
 }
 
 impl Backbone {
@@ -145,6 +147,9 @@ impl Backbone {
         Ok(Self {
             dir: dir.to_owned(),
             digest: digest(&model)?,
+            num_weights: (model.tensors().iter())
+                .map(|(_, tensor)| tensor.shape().iter().product::<usize>() as u64)
+                .sum(),
             config,
         })
     }

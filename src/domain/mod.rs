@@ -4,6 +4,7 @@
 //! and on nothing else of the crate; so do the registry, the queue and the API.
 
 pub mod backbone;
+pub mod cache;
 pub mod composition;
 pub mod dataset;
 pub mod digest;

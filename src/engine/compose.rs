@@ -2,9 +2,10 @@
 
 use tch::Tensor;
 
+use super::cache::{CachedGradients, CachedSources, ResultCache};
 use super::evaluate::Evaluation;
 use super::features::extract;
-use super::gradients::{accumulate, sample_folds};
+use super::gradients::{self, accumulate, sample_folds};
 use super::head::{fit_heads, folds};
 use super::refine::Refiner;
 use super::report::Evidence;
@@ -30,6 +31,7 @@ use crate::domain::tensor::Tensor as PlainTensor;
 pub fn compose(
     backbone: &Backbone,
     vit: &Vit,
+    cache: Option<&mut ResultCache>,
     input: &CompositionInput,
     observer: &mut dyn Observer,
 ) -> Result<Composition, EngineError> {
@@ -76,7 +78,8 @@ pub fn compose(
         prompts,
         sources,
     };
-    let statistics = work.statistics(&mut steps)?;
+    let cached = CachedSources::new(cache, backbone, vit, &samples, &work.prompts);
+    let statistics = work.statistics(cached, &mut steps)?;
 
     steps.begin(Phase::Solve)?;
     let solved = solve(&statistics, objective, &mut steps, &mut |path, steps| {
@@ -151,22 +154,27 @@ struct Work<'a> {
 
 impl Work<'_> {
     /// Features, heads and gradients: all that α is computed from.
-    fn statistics(&self, steps: &mut Steps<'_>) -> Result<Statistics, EngineError> {
+    fn statistics(
+        &self,
+        mut cached: CachedSources<'_>,
+        steps: &mut Steps<'_>,
+    ) -> Result<Statistics, EngineError> {
         let Self {
             vit,
             samples,
             tensors: prompts,
             ..
         } = self;
-        let m = prompts.len() as u64;
-        let pairs = samples.len() as u64 * m;
-        let features = extract(vit, samples, prompts, steps.counter(pairs))?;
+        let pairs = |prompts: usize| (samples.len() * prompts) as u64;
+        let features = cached.features(prompts, |unknown| {
+            extract(vit, samples, unknown, steps.counter(pairs(unknown.len())))
+        })?;
         self.eval.map_or(Ok(()), Samples::wait)?;
 
         steps.begin(Phase::Heads)?;
         let labels = &samples.labels;
         let folds = folds(labels, vit.config.embed_dim);
-        let mut count = steps.counter(m);
+        let mut count = steps.counter(prompts.len() as u64);
         let heads = fit_heads(
             &features,
             labels,
@@ -178,15 +186,35 @@ impl Work<'_> {
         drop(count);
 
         steps.begin(Phase::Gradients)?;
-        let gradients = accumulate(
-            vit,
-            samples,
-            prompts,
-            &heads,
-            &folds,
-            &sample_folds(labels),
-            steps.counter(pairs),
-        )?;
+        let head = &self.objective.head;
+        let num_tokens = self.prompts[0].shape[0];
+        let mut accumulated = |known: &CachedGradients| {
+            let sources = gradients::Sources {
+                prompts,
+                heads: &heads,
+                known,
+            };
+            let counter = steps.counter(pairs(known.unknown().len()));
+            accumulate(
+                vit,
+                samples,
+                &sources,
+                &folds,
+                &sample_folds(labels),
+                counter,
+            )
+        };
+        let known = cached.gradients(num_tokens, head, &folds, self.num_classes);
+        let gradients = match accumulated(&known) {
+            // The disk failed under an open file. It takes longer so, and that is all.
+            Err(EngineError::Cache(error)) => {
+                tracing::warn!(%error, "gradients that were kept are computed again");
+                accumulated(&CachedGradients::none(prompts.len()))?
+            }
+            accumulated => accumulated?,
+        };
+        let gradients = gradients.finish(self.objective.alignment.gradient_norm)?;
+        cached.keep(&known);
         let of_heads = |of: fn(&super::head::SourceHead) -> f64| heads.iter().map(of).collect();
         Ok(Statistics {
             features,
@@ -199,7 +227,7 @@ impl Work<'_> {
                 loss: of_heads(|head| head.loss),
                 saturation: of_heads(|head| head.saturation),
             },
-            gradients: gradients.finish(self.objective.alignment.gradient_norm)?,
+            gradients,
         })
     }
 

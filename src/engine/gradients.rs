@@ -15,6 +15,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::EngineError;
 use super::alignment::{AlignmentStatistics, num_pairs, packed};
+use super::cache::CachedGradients;
 use super::head::SourceHead;
 use super::samples::Samples;
 use super::vit::Vit;
@@ -249,34 +250,54 @@ fn numbers(tensor: &Tensor) -> Result<Vec<f64>, EngineError> {
     Ok(Vec::try_from(tensor.to_device(Device::Cpu).flatten(0, -1))?)
 }
 
-/// Runs every sample forward and backward through every prompt. `folds` are the cross-fit folds of the
-/// heads, `sample_folds` those of the jackknife.
+/// What gradients are taken by, source by source: its prompt [m, d], the head that defines its loss, and whether they
+/// are known already.
+pub struct Sources<'a> {
+    pub prompts: &'a [Tensor],
+    pub heads: &'a [SourceHead],
+    pub known: &'a CachedGradients,
+}
+
+/// Runs every sample forward and backward through every prompt whose gradients are not known. `folds` are the
+/// cross-fit folds of the heads, `sample_folds` those of the jackknife.
 pub fn accumulate(
     vit: &Vit,
     samples: &Samples,
-    prompts: &[Tensor],
-    heads: &[SourceHead],
+    sources: &Sources<'_>,
     folds: &[usize],
     sample_folds: &[usize],
     mut progress: impl FnMut(u64) -> ControlFlow<()>,
 ) -> Result<GradientStatistics, EngineError> {
+    let Sources {
+        prompts,
+        heads,
+        known,
+    } = sources;
     let num_params = prompts.first().map_or(0, |prompt| prompt.numel() as i64);
     let num_folds = sample_folds.iter().max().map_or(1, |last| last + 1);
     let mut statistics = GradientStatistics::new(prompts.len(), num_params, num_folds, vit.device);
+    let unknown = known.unknown();
     for rows in samples.micro_batches(vit.micro_batch(prompts)) {
-        let images = samples.images(&rows, vit)?;
-        let patch_tokens = tch::no_grad(|| vit.patch_tokens(&images));
         let of_rows = |all: &[usize]| -> Vec<usize> { rows.iter().map(|row| all[*row]).collect() };
-        let (labels, folds) = (of_rows(&samples.labels), of_rows(folds));
-        let mut of_batch = Vec::with_capacity(prompts.len());
-        for (prompt, head) in prompts.iter().zip(heads) {
-            let gradient = per_sample(vit, &patch_tokens, prompt, head, &labels, &folds);
-            of_batch.push(gradient.flatten(1, -1));
-            if progress(rows.len() as u64).is_break() {
-                return Err(EngineError::Stopped);
+        let mut computed = Vec::with_capacity(unknown.len());
+        if unknown.is_empty() && progress(0).is_break() {
+            return Err(EngineError::Stopped);
+        }
+        if !unknown.is_empty() {
+            let images = samples.images(&rows, vit)?;
+            let patch_tokens = tch::no_grad(|| vit.patch_tokens(&images));
+            let (labels, folds) = (of_rows(&samples.labels), of_rows(folds));
+            for i in &unknown {
+                let (prompt, head) = (&prompts[*i], &heads[*i]);
+                let gradient = per_sample(vit, &patch_tokens, prompt, head, &labels, &folds);
+                computed.push(gradient.flatten(1, -1));
+                if progress(rows.len() as u64).is_break() {
+                    return Err(EngineError::Stopped);
+                }
             }
         }
-        statistics.add(&Tensor::stack(&of_batch, 0), &of_rows(sample_folds))?;
+        let gradients = known.complete(&rows, computed)?;
+        statistics.add(&gradients.to_device(vit.device), &of_rows(sample_folds))?;
     }
     Ok(statistics)
 }

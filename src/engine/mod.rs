@@ -11,6 +11,8 @@
 
 pub mod alignment;
 pub mod assignment;
+pub mod backbones;
+pub mod cache;
 pub mod checkpoint;
 pub mod device;
 pub mod evaluate;
@@ -37,6 +39,7 @@ mod jackknife;
 mod refine;
 mod report;
 mod resolve;
+mod row_file;
 #[cfg(test)]
 mod testing;
 mod token_alignment;
@@ -47,6 +50,8 @@ use std::sync::Arc;
 
 use tch::{Device, Kind, TchError, Tensor};
 
+use self::backbones::Backbones;
+use self::cache::ResultCache;
 use self::statistics::StatisticsError;
 use self::vit::Vit;
 use crate::domain::backbone::{Backbone, BackboneError};
@@ -106,6 +111,8 @@ pub enum EngineError {
     Objective(#[from] crate::domain::objective::InvalidObjective),
     #[error("{0} are not finite")]
     NotFinite(&'static str),
+    #[error("a file of the cache cannot be read")]
+    Cache(#[source] std::io::Error),
     #[error("libtorch failed")]
     Torch(#[from] TchError),
 }
@@ -129,6 +136,7 @@ impl EngineError {
             Self::Incompatible { .. } => "incompatible_source",
             Self::Objective(_) => "invalid_objective",
             Self::NotFinite(_) => "not_finite",
+            Self::Cache(_) => "cache_unreadable",
             Self::Torch(_) => "libtorch",
         }
     }
@@ -146,53 +154,56 @@ impl From<EngineError> for CompositionError {
         match error {
             EngineError::Stopped => Self::Stopped,
             // Out of memory or disk, or a device that failed: the next attempt may meet a better machine.
-            EngineError::Torch(_) | EngineError::PixelFile { .. } | EngineError::NoThread(_) => {
-                Self::Retry { code, detail }
-            }
+            EngineError::Torch(_)
+            | EngineError::Cache(_)
+            | EngineError::PixelFile { .. }
+            | EngineError::NoThread(_) => Self::Retry { code, detail },
             _ => Self::Refused { code, detail },
         }
     }
 }
 
-/// The device, and the backbone loaded last: it stays loaded between compositions.
+/// The device, and what stays between compositions: backbones that are loaded, results of single sources.
 pub struct Engine {
     device: Device,
-    largest_micro_batch: usize,
-    loaded: Option<(Backbone, Vit)>,
+    backbones: Backbones,
+    cache: Option<ResultCache>,
 }
 
 impl Engine {
     pub fn new(device: Device) -> Self {
         Self {
             device,
-            largest_micro_batch: usize::MAX,
-            loaded: None,
+            backbones: Backbones::new(device),
+            cache: None,
         }
     }
 
     /// Never sends more samples at once through the backbone than `largest` (at least 1), where the model's
     /// size alone would allow more.
     pub fn with_micro_batch(device: Device, largest: usize) -> Self {
+        let mut engine = Self::new(device);
+        engine.backbones.largest_micro_batch = largest.max(1);
+        engine
+    }
+
+    /// Backbones of up to `max_bytes` stay loaded, and the one in use.
+    pub fn with_backbone_bytes(mut self, max_bytes: u64) -> Self {
+        self.backbones.max_bytes = max_bytes;
+        self
+    }
+
+    /// Keeps results of single sources between compositions.
+    pub fn with_cache(self, cache: ResultCache) -> Self {
         Self {
-            largest_micro_batch: largest.max(1),
-            ..Self::new(device)
+            cache: Some(cache),
+            ..self
         }
     }
 
     /// The backbone of a folder, in f32; read again only when the folder's content changed.
     pub fn backbone(&mut self, dir: &Path) -> Result<(&Backbone, &Vit), EngineError> {
-        let backbone = Backbone::open(dir)?;
-        let same = |(loaded, _): &(Backbone, Vit)| {
-            loaded.digest == backbone.digest && loaded.config == backbone.config
-        };
-        if !self.loaded.as_ref().is_some_and(same) {
-            self.loaded = None;
-            let mut vit = Vit::load(&backbone, self.device, Kind::Float)?;
-            vit.largest_micro_batch = self.largest_micro_batch;
-            self.loaded = Some((backbone, vit));
-        }
-        let (backbone, vit) = self.loaded.as_ref().expect("just loaded");
-        Ok((backbone, vit))
+        self.backbones.open(dir)
     }
 }
 
@@ -202,8 +213,9 @@ impl Composer for Engine {
         input: &CompositionInput,
         observer: &mut dyn Observer,
     ) -> Result<Composition, CompositionError> {
-        let (backbone, vit) = self.backbone(&input.backbone_dir)?;
-        Ok(compose::compose(backbone, vit, input, observer)?)
+        let (backbone, vit) = self.backbones.open(&input.backbone_dir)?;
+        let cache = self.cache.as_mut();
+        Ok(compose::compose(backbone, vit, cache, input, observer)?)
     }
 
     fn resolve(

@@ -17,7 +17,7 @@ use crate::domain::digest::Digest;
 use crate::domain::prompt_file::PromptFile;
 
 /// The version that the set-up fetches and this tch is made for.
-const LIBTORCH: &str = "2.11.0";
+pub const LIBTORCH: &str = "2.11.0";
 /// A share of saturated samples above which a head is warned of.
 const MANY_SATURATED: f64 = 0.2;
 

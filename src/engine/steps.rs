@@ -55,11 +55,11 @@ impl<'a> Steps<'a> {
         self.observer.progress(phase, 0, 1)
     }
 
-    /// Counts finished units of the current phase up to `total`.
+    /// Counts finished units of the current phase up to `total`; where nothing is to be done, it is done.
     pub fn counter(&mut self, total: u64) -> impl FnMut(u64) -> ControlFlow<()> {
         let phase = self.current.expect("a phase has begun");
         let observer = &mut *self.observer;
-        let mut done = 0;
+        let (mut done, total) = if total == 0 { (1, 1) } else { (0, total) };
         move |finished| {
             done += finished;
             observer.progress(phase, done, total)

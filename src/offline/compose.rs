@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use super::objective::{BackboneOptions, SolveOptions};
 use super::progress::Bars;
 use super::{EngineOptions, parse_split, read_prompt, write_composition};
+use crate::config::CacheOptions;
 use crate::domain::composition::{Composer as _, CompositionInput, Source, TargetSamples};
 use crate::domain::dataset::Split;
 
@@ -33,6 +34,12 @@ pub struct Args {
     /// Seed of that choice.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
+    /// Folder where features and gradients of the sources are kept, so that another composition with some of
+    /// them computes only what is new. Without it nothing is kept.
+    #[arg(long, value_name = "DIR")]
+    pub cache: Option<PathBuf>,
+    #[command(flatten)]
+    pub cache_options: CacheOptions,
     #[command(flatten)]
     pub solve: SolveOptions,
     #[command(flatten)]
@@ -75,9 +82,12 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         sources,
         objective: args.solve.over(&args.backbone_options.objective()),
     };
-    let composition = args
-        .engine
-        .engine()?
-        .compose(&input, &mut Bars::default())?;
+    let mut engine = args.engine.engine()?;
+    if let Some(dir) = &args.cache
+        && let Some(cache) = args.cache_options.cache(dir)?
+    {
+        engine = engine.with_cache(cache);
+    }
+    let composition = engine.compose(&input, &mut Bars::default())?;
     write_composition(&args.out, &composition)
 }

@@ -1,18 +1,32 @@
 //! The worker's real composer: the engine, made on the thread that will own it.
 
 use super::composer_thread::NewComposer;
-use crate::config::WorkerOptions;
+use crate::config::{StorageOptions, WorkerOptions};
+use crate::domain::composition::CompositionError;
 use crate::engine::{Engine, device};
+use crate::telemetry::chain;
 
 /// What makes the engine on the device of the options.
-pub fn factory(options: &WorkerOptions) -> anyhow::Result<NewComposer> {
+pub fn factory(options: &WorkerOptions, storage: &StorageOptions) -> anyhow::Result<NewComposer> {
     let device = device::named(&options.device)?;
     let threads = i32::try_from(options.threads)?;
+    let backbone_bytes = u64::from(options.backbones_gib) << 30;
+    let (cache, blob_dir) = (options.cache, storage.blob_dir());
     Ok(Box::new(move || {
         // libtorch keeps the number of threads by thread.
         if threads > 0 {
             tch::set_num_threads(threads);
         }
-        Ok(Box::new(Engine::new(device)))
+        let engine = Engine::new(device).with_backbone_bytes(backbone_bytes);
+        let cache = cache
+            .cache(&blob_dir)
+            .map_err(|error| CompositionError::Retry {
+                code: "cache_unusable",
+                detail: chain(error.as_ref()),
+            })?;
+        Ok(Box::new(match cache {
+            Some(cache) => engine.with_cache(cache),
+            None => engine,
+        }))
     }))
 }

@@ -1,5 +1,6 @@
 //! The method's oracles: properties that every version of it must keep. Those of one part alone are with
 //! that part.
 
+mod cache;
 mod composition;
 mod solver;
