@@ -46,6 +46,10 @@ pub enum Command {
     /// Accuracy of a prompt on a labelled image set with its closed-form head.
     #[cfg(feature = "torch")]
     Evaluate(crate::offline::evaluate::Args),
+    /// Say what the engine finds here (libtorch, CUDA, driver, devices, memory, matrix rates), and what to do
+    /// where something is missing.
+    #[cfg(feature = "torch")]
+    Doctor(crate::offline::doctor::Args),
     /// Ask a running server whether it is ready; for containers.
     Healthcheck(HealthcheckArgs),
     /// Draw a result: its weights, and its path of trade-offs.
@@ -126,7 +130,7 @@ mod tests {
         let command = Cli::command();
         command.clone().debug_assert();
         // What works on local files is typed by people; what serves is configured.
-        let offline = ["tune", "compose", "solve", "evaluate", "plot"];
+        let offline = ["tune", "compose", "solve", "evaluate", "doctor", "plot"];
         let serving = |c: &&clap::Command| !offline.contains(&c.get_name());
         for sub in command.get_subcommands().filter(serving) {
             for option in sub.get_arguments().filter(|a| !a.is_hide_set()) {

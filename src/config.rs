@@ -281,6 +281,10 @@ pub struct WorkerOptions {
     /// `auto`, `cpu` or `cuda:N`; `auto` takes a GPU where there is one.
     #[arg(long, env = "PROMPTWEAVE_DEVICE", default_value = "auto")]
     pub device: String,
+    /// Folder to take libtorch_cuda.so from: `torch/lib` of PyTorch 2.11.0 for CUDA. Default: where
+    /// libtorch_cpu.so lies, if it is there.
+    #[arg(long, env = "PROMPTWEAVE_LIBTORCH_CUDA", value_name = "DIR")]
+    pub libtorch_cuda: Option<PathBuf>,
     /// CPU threads of the engine; 0 takes one per core. More than there are cores is slower, and
     /// results are the same bit by bit only for the same number.
     #[arg(long, env = "PROMPTWEAVE_THREADS", default_value_t = 0)]

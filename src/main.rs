@@ -44,6 +44,8 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Command::Solve(args) => offline::solve::run(&args),
         #[cfg(feature = "torch")]
         Command::Evaluate(args) => offline::evaluate::run(&args),
+        #[cfg(feature = "torch")]
+        Command::Doctor(args) => offline::doctor::run(&args),
         Command::Healthcheck(args) => healthcheck::check(args.address, &args.path),
         Command::Plot(args) => {
             for path in plot::plot(&args.result, &args.out)? {

@@ -41,6 +41,7 @@ pub async fn run(args: UpArgs, log: &LogOptions) -> anyhow::Result<()> {
 fn set_options(worker: &mut Command, args: &UpArgs, log: &LogOptions) {
     let WorkerOptions {
         device,
+        libtorch_cuda,
         threads,
         backbones_gib,
         cache,
@@ -52,6 +53,9 @@ fn set_options(worker: &mut Command, args: &UpArgs, log: &LogOptions) {
     } = &args.pool;
     if let Some(format) = log.log_format.to_possible_value() {
         worker.env("PROMPTWEAVE_LOG_FORMAT", format.get_name());
+    }
+    if let Some(dir) = libtorch_cuda {
+        worker.env("PROMPTWEAVE_LIBTORCH_CUDA", dir);
     }
     worker
         .env("PROMPTWEAVE_LOG", &log.log)
@@ -203,6 +207,8 @@ mod tests {
             "/data",
             "--device",
             "cpu",
+            "--libtorch-cuda",
+            "/torch/lib",
             "--threads",
             "3",
             "--backbones-gib",
@@ -243,6 +249,7 @@ mod tests {
             ("PROMPTWEAVE_DEVICE", "cpu"),
             ("PROMPTWEAVE_GRACE_S", "4"),
             ("PROMPTWEAVE_LEASE_S", "5"),
+            ("PROMPTWEAVE_LIBTORCH_CUDA", "/torch/lib"),
             ("PROMPTWEAVE_LOG", "debug"),
             ("PROMPTWEAVE_LOG_FORMAT", "json"),
             ("PROMPTWEAVE_STALL_S", "50"),

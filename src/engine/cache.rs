@@ -11,7 +11,7 @@ use serde::Serialize;
 use tch::{Device, Tensor};
 
 use super::EngineError;
-use super::report::LIBTORCH;
+use super::device::LIBTORCH;
 use super::row_file::{Layout, RowFile};
 use super::samples::Samples;
 use super::vit::Vit;

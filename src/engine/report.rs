@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use super::EngineError;
 use super::compose::Verified;
+use super::device::LIBTORCH;
 use super::head::num_heads;
 use super::solve::Solved;
 use super::solver::{Solution, towards_vertex};
@@ -16,8 +17,6 @@ use crate::domain::composition::{
 use crate::domain::digest::Digest;
 use crate::domain::prompt_file::PromptFile;
 
-/// The version that the set-up fetches and this tch is made for.
-pub const LIBTORCH: &str = "2.11.0";
 /// A share of saturated samples above which a head is warned of.
 const MANY_SATURATED: f64 = 0.2;
 

@@ -2,6 +2,7 @@
 //! functions the worker calls.
 
 pub mod compose;
+pub mod doctor;
 pub mod evaluate;
 pub mod objective;
 pub mod progress;
@@ -31,6 +32,10 @@ pub struct EngineOptions {
     /// `auto` (CUDA where there is one), `cpu` or `cuda:<n>`.
     #[arg(long, default_value = "auto")]
     pub device: String,
+    /// Folder to take libtorch_cuda.so from: `torch/lib` of PyTorch 2.11.0 for CUDA [default: where
+    /// libtorch_cpu.so lies, if it is there].
+    #[arg(long, env = "PROMPTWEAVE_LIBTORCH_CUDA", value_name = "DIR")]
+    pub libtorch_cuda: Option<PathBuf>,
     /// CPU threads; the default is one a core. Results are the same to the last bit only at the same
     /// number of threads.
     #[arg(long)]
@@ -45,7 +50,7 @@ pub struct EngineOptions {
 
 impl EngineOptions {
     fn engine(&self) -> anyhow::Result<Engine> {
-        let device = device::named(&self.device)?;
+        let device = device::named(&self.device, self.libtorch_cuda.as_deref())?;
         if let Some(threads) = self.threads {
             tch::set_num_threads(i32::try_from(threads.max(1))?);
         }

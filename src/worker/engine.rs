@@ -8,7 +8,7 @@ use crate::telemetry::chain;
 
 /// What makes the engine on the device of the options.
 pub fn factory(options: &WorkerOptions, storage: &StorageOptions) -> anyhow::Result<NewComposer> {
-    let device = device::named(&options.device)?;
+    let device = device::named(&options.device, options.libtorch_cuda.as_deref())?;
     let threads = i32::try_from(options.threads)?;
     let backbone_bytes = u64::from(options.backbones_gib) << 30;
     let (cache, blob_dir) = (options.cache, storage.blob_dir());
