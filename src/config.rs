@@ -294,6 +294,11 @@ pub struct WorkerOptions {
     /// for samples.
     #[arg(long, env = "PROMPTWEAVE_BACKBONES_GIB", default_value_t = 4)]
     pub backbones_gib: u32,
+    /// GiB of backbones and data sets kept on the worker's own disk (`cache/` in the data directory), those used
+    /// longest ago evicted first; a running job's always stay. Too low and jobs fetch and unpack them again;
+    /// too high and the disk is full.
+    #[arg(long, env = "PROMPTWEAVE_INPUTS_GIB", default_value_t = 50)]
+    pub inputs_gib: u32,
     #[command(flatten)]
     pub cache: CacheOptions,
     #[command(flatten)]

@@ -40,6 +40,7 @@ pub async fn worker(args: WorkerArgs, new_composer: NewComposer) -> anyhow::Resu
         lease: args.worker.queue.lease(),
         stall: args.worker.queue.stall(),
         cache_dir: args.storage.cache_dir(),
+        cache_bytes: u64::from(args.worker.inputs_gib) << 30,
     };
     let blobs = BlobStore::directory(&args.storage.blob_dir())?;
     worker::run(

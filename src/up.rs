@@ -44,6 +44,7 @@ fn set_options(worker: &mut Command, args: &UpArgs, log: &LogOptions) {
         libtorch_cuda,
         threads,
         backbones_gib,
+        inputs_gib,
         cache,
         queue,
     } = &args.worker;
@@ -68,6 +69,7 @@ fn set_options(worker: &mut Command, args: &UpArgs, log: &LogOptions) {
         .env("PROMPTWEAVE_DEVICE", device)
         .env("PROMPTWEAVE_THREADS", threads.to_string())
         .env("PROMPTWEAVE_BACKBONES_GIB", backbones_gib.to_string())
+        .env("PROMPTWEAVE_INPUTS_GIB", inputs_gib.to_string())
         .env("PROMPTWEAVE_CACHE_GIB", cache.cache_gib.to_string())
         .env(
             "PROMPTWEAVE_CACHE_GRADIENTS",
@@ -213,6 +215,8 @@ mod tests {
             "3",
             "--backbones-gib",
             "8",
+            "--inputs-gib",
+            "10",
             "--cache-gib",
             "9",
             "--cache-gradients",
@@ -248,6 +252,7 @@ mod tests {
             ("PROMPTWEAVE_DATA_DIR", "/data"),
             ("PROMPTWEAVE_DEVICE", "cpu"),
             ("PROMPTWEAVE_GRACE_S", "4"),
+            ("PROMPTWEAVE_INPUTS_GIB", "10"),
             ("PROMPTWEAVE_LEASE_S", "5"),
             ("PROMPTWEAVE_LIBTORCH_CUDA", "/torch/lib"),
             ("PROMPTWEAVE_LOG", "debug"),

@@ -2,13 +2,10 @@
 //! blob store into a cache by digest, statistics to solve again from into memory. A worker needs
 //! those two and nothing else.
 
-use std::fs;
-use std::path::{Path, PathBuf};
-
 use sqlx::PgPool;
-use tempfile::TempDir;
 
 use super::composer_thread::Work;
+use super::file_cache::{Entry, FileCache, InUse, NewEntry};
 use crate::blobs::{BlobError, BlobStore};
 use crate::db::DbError;
 use crate::domain::backbone::{CONFIG_FILE, MODEL_FILE};
@@ -21,11 +18,8 @@ use crate::registry::{RegistryError, prompt_versions};
 
 #[derive(Debug, thiserror::Error)]
 pub enum InputError {
-    #[error("cannot use the cache directory `{}`", .path.display())]
-    Cache {
-        path: PathBuf,
-        source: std::io::Error,
-    },
+    #[error("the worker's cache directory cannot be used")]
+    Cache(#[source] std::io::Error),
     #[error(transparent)]
     Blob(#[from] BlobError),
     #[error(transparent)]
@@ -45,7 +39,7 @@ impl InputError {
     /// Whether another try may help: a full disk or a lost database may, missing bytes will not.
     pub fn is_passing(&self) -> bool {
         match self {
-            Self::Cache { .. } | Self::Unpack { .. } => true,
+            Self::Cache(_) | Self::Unpack { .. } => true,
             Self::Blob(error) | Self::Registry(RegistryError::Blob(error)) => {
                 !matches!(error, BlobError::Missing(_) | BlobError::Corrupt { .. })
             }
@@ -62,32 +56,36 @@ impl InputError {
 pub struct Inputs {
     pub pool: PgPool,
     pub blobs: BlobStore,
-    /// Files by digest; several workers may share it.
-    pub cache_dir: PathBuf,
+    /// Backbones and images by digest.
+    pub files: FileCache,
 }
 
 impl Inputs {
-    /// Everything `spec` names, at hand.
-    pub async fn fetch(&self, spec: &EnsembleSpec) -> Result<Work, InputError> {
+    /// Everything `spec` names, at hand for as long as the directories are in use.
+    pub async fn fetch(&self, spec: &EnsembleSpec) -> Result<(Work, Vec<InUse>), InputError> {
         if let Some(from) = &spec.resolved_from {
             let statistics = self.blobs.get_bytes(&from.statistics).await?;
-            return Ok(Work::Resolve(ResolveInput {
+            let work = Work::Resolve(ResolveInput {
                 statistics: statistics.into(),
                 sources: spec.sources.iter().map(named).collect(),
                 objective: spec.objective.clone(),
-            }));
+            });
+            return Ok((work, Vec::new()));
         }
         let mut sources = Vec::with_capacity(spec.sources.len());
         for source in &spec.sources {
             sources.push(self.source(source).await?);
         }
-        Ok(Work::Compose(CompositionInput {
-            backbone_dir: self.backbone(&spec.backbone).await?,
-            target_dir: self.images(&spec.target).await?,
+        let backbone = self.backbone(&spec.backbone).await?;
+        let images = self.images(&spec.target).await?;
+        let work = Work::Compose(CompositionInput {
+            backbone_dir: backbone.dir.clone(),
+            target_dir: images.dir.clone(),
             target: spec.target.samples.clone(),
             sources,
             objective: spec.objective.clone(),
-        }))
+        });
+        Ok((work, vec![backbone, images]))
     }
 
     async fn source(&self, source: &SourceSpec) -> Result<Source, InputError> {
@@ -110,7 +108,7 @@ impl Inputs {
         })
     }
 
-    async fn backbone(&self, backbone: &BackboneSpec) -> Result<PathBuf, InputError> {
+    async fn backbone(&self, backbone: &BackboneSpec) -> Result<InUse, InputError> {
         let config = serde_json::to_vec_pretty(&backbone.config).expect("plain data");
         // The same weights may be registered with another preprocessing.
         let key = format!(
@@ -118,23 +116,25 @@ impl Inputs {
             backbone.model_digest.hex(),
             &Digest::of(&config).hex()[..12]
         );
-        let entry = match self.cached("backbones", &key)? {
-            Cached::There(dir) => return Ok(dir),
-            Cached::Missing(entry) => entry,
+        let entry = match self.entry("backbones", &key)? {
+            Entry::There(in_use) => return Ok(in_use),
+            Entry::Missing(entry) => entry,
         };
         let path = entry.unfinished.join(CONFIG_FILE);
-        tokio::fs::write(&path, config).await.map_err(at(&path))?;
+        tokio::fs::write(&path, config)
+            .await
+            .map_err(InputError::Cache)?;
         let path = entry.unfinished.join(MODEL_FILE);
         self.blobs
             .get_to_file(&backbone.model_digest, &path)
             .await?;
-        entry.keep()
+        keep(entry).await
     }
 
-    async fn images(&self, target: &TargetSpec) -> Result<PathBuf, InputError> {
-        let entry = match self.cached("datasets", &target.digest.hex())? {
-            Cached::There(dir) => return Ok(dir),
-            Cached::Missing(entry) => entry,
+    async fn images(&self, target: &TargetSpec) -> Result<InUse, InputError> {
+        let entry = match self.entry("datasets", &target.digest.hex())? {
+            Entry::There(in_use) => return Ok(in_use),
+            Entry::Missing(entry) => entry,
         };
         let pack = entry.aside.path().join("pack.tar");
         self.blobs.get_to_file(&target.digest, &pack).await?;
@@ -146,29 +146,20 @@ impl Inputs {
                 dataset: target.dataset.clone(),
                 source,
             })?;
-        entry.keep()
+        keep(entry).await
     }
 
-    /// `cache/<kind>/<key>`, or a place to make it.
-    fn cached(&self, kind: &str, key: &str) -> Result<Cached, InputError> {
-        let parent = self.cache_dir.join(kind);
-        let dir = parent.join(key);
-        if dir.is_dir() {
-            return Ok(Cached::There(dir));
-        }
-        fs::create_dir_all(&parent).map_err(at(&parent))?;
-        let aside = tempfile::Builder::new()
-            .prefix(".unfinished-")
-            .tempdir_in(&parent)
-            .map_err(at(&parent))?;
-        let unfinished = aside.path().join("content");
-        fs::create_dir(&unfinished).map_err(at(&unfinished))?;
-        Ok(Cached::Missing(NewEntry {
-            dir,
-            unfinished,
-            aside,
-        }))
+    fn entry(&self, kind: &str, key: &str) -> Result<Entry, InputError> {
+        self.files.entry(kind, key).map_err(InputError::Cache)
     }
+}
+
+/// Evicting, which this may do, takes a while.
+async fn keep(entry: NewEntry) -> Result<InUse, InputError> {
+    tokio::task::spawn_blocking(move || entry.keep())
+        .await
+        .expect("keeping an entry does not panic")
+        .map_err(InputError::Cache)
 }
 
 /// The statistics have the prompts.
@@ -178,33 +169,4 @@ fn named(source: &SourceSpec) -> SourceRef {
         version: Some(source.version),
         digest: source.digest,
     }
-}
-
-enum Cached {
-    There(PathBuf),
-    Missing(NewEntry),
-}
-
-/// An entry in the making; it appears whole, or not at all.
-struct NewEntry {
-    dir: PathBuf,
-    /// What becomes `dir`.
-    unfinished: PathBuf,
-    /// Goes away with whatever is left in it.
-    aside: TempDir,
-}
-
-impl NewEntry {
-    fn keep(self) -> Result<PathBuf, InputError> {
-        match fs::rename(&self.unfinished, &self.dir) {
-            // Another worker was quicker, with the same bytes.
-            Err(_) if self.dir.is_dir() => Ok(self.dir),
-            renamed => renamed.map(|()| self.dir.clone()).map_err(at(&self.dir)),
-        }
-    }
-}
-
-fn at(path: &Path) -> impl FnOnce(std::io::Error) -> InputError {
-    let path = path.to_owned();
-    move |source| InputError::Cache { path, source }
 }

@@ -3,6 +3,7 @@
 pub mod composer_thread;
 #[cfg(feature = "torch")]
 pub mod engine;
+mod file_cache;
 mod inputs;
 mod renewal;
 mod runner;
@@ -25,6 +26,7 @@ use crate::jobs::workers::{self, NewWorker, WorkerState};
 use crate::shutdown::Shutdown;
 use crate::telemetry::chain;
 use composer_thread::{ComposerThread, NewComposer};
+use file_cache::FileCache;
 use inputs::Inputs;
 use runner::{EngineStuck, Runner};
 
@@ -39,6 +41,8 @@ pub struct WorkerSettings {
     /// An attempt without progress for this long is given up, and the process with it.
     pub stall: Duration,
     pub cache_dir: PathBuf,
+    /// Of backbones and data sets there; those of a running job do not count as evictable.
+    pub cache_bytes: u64,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -71,7 +75,7 @@ pub async fn run(
     let inputs = Inputs {
         pool: pool.clone(),
         blobs,
-        cache_dir: settings.cache_dir,
+        files: FileCache::new(settings.cache_dir, settings.cache_bytes),
     };
     let worker = Arc::new(Worker {
         id,

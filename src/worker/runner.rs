@@ -125,8 +125,9 @@ impl Runner {
         stop: &Stop,
         renewal: &Renewal,
     ) -> Result<(), AttemptError> {
-        let work = tokio::select! {
-            work = self.inputs.fetch(&claimed.spec) => work?,
+        // The directories stay in use until the end of the attempt.
+        let (work, _in_use) = tokio::select! {
+            fetched = self.inputs.fetch(&claimed.spec) => fetched?,
             () = stop.asked() => return Err(AttemptError::Stopped),
         };
         let composition = self.compose(claimed, work, stop).await?;

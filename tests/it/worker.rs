@@ -133,6 +133,7 @@ impl Place {
             lease,
             stall,
             cache_dir: self.dir.path().join("cache"),
+            cache_bytes: 1 << 30,
         };
         let task = tokio::spawn(run(
             settings,
