@@ -1,9 +1,9 @@
 # `make demo` and `make test` need nothing before them: they set up what is missing.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test fmt clippy openapi sqlx
+.PHONY: help setup demo up test fmt clippy openapi sqlx bench-engine bench-growth
 
 help: ## list these targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 setup: ## libtorch, the demo's backbone, and a look at the system packages
 	@scripts/setup.sh
@@ -31,3 +31,9 @@ openapi: ## write openapi/openapi.json anew after a change of the API
 
 sqlx: ## write .sqlx anew after a change of a query or a migration
 	scripts/with_postgres.sh scripts/prepare_queries.sh
+
+bench-engine: setup ## promptweave beside the machine's matrix rate and plain PyTorch, in ten minutes; fetches PyTorch once
+	python3 benches/bench_engine.py
+
+bench-growth: setup ## time and memory as sources and samples grow, in a few minutes
+	python3 benches/bench_growth.py

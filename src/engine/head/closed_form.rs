@@ -110,7 +110,6 @@ impl ClosedFormHead {
     }
 
     /// A head of given weights [K, d] and bias [K], whatever its classes: for comparison with other code.
-    #[cfg(test)]
     pub fn given(weight: &Tensor, bias: &Tensor) -> Self {
         Self {
             weight: weight.to_kind(Kind::Double),

@@ -112,8 +112,7 @@ fn fit_by_fold(
 }
 
 impl SourceHead {
-    /// One head as it is, at T = 1.
-    #[cfg(test)]
+    /// One head as it is, at T = 1: for comparison with other code.
     pub fn given(head: ClosedFormHead) -> Self {
         Self {
             heads: vec![head],

@@ -1,0 +1,173 @@
+//! The job: features of every sample under every prompt, then per-sample gradients into their statistics, by the very
+//! functions a composition calls. The head is given, so that nothing is fitted in between.
+
+use std::collections::HashMap;
+use std::ops::{ControlFlow, Range};
+use std::path::PathBuf;
+use std::time::Instant;
+
+use promptweave::domain::backbone::Backbone;
+use promptweave::domain::dataset::{LabelledImages, Split};
+use promptweave::domain::objective::GradientNorm;
+use promptweave::engine::cache::CachedGradients;
+use promptweave::engine::features::extract;
+use promptweave::engine::gradients::{GradientStatistics, Sources, accumulate, sample_folds};
+use promptweave::engine::head::{ClosedFormHead, SourceHead};
+use promptweave::engine::samples::{Samples, Selection};
+use promptweave::engine::vit::Vit;
+use serde_json::{Value, json};
+use tch::{Device, Kind, Tensor};
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Precision {
+    F32,
+    Bf16,
+}
+
+#[derive(clap::Args)]
+pub struct Args {
+    #[arg(long)]
+    backbone: PathBuf,
+    /// As `inputs` wrote them.
+    #[arg(long)]
+    inputs: PathBuf,
+    #[arg(long)]
+    samples: usize,
+    #[arg(long, default_value = "f32")]
+    precision: Precision,
+}
+
+#[derive(clap::Args)]
+pub struct DumpArgs {
+    #[command(flatten)]
+    job: Args,
+    #[arg(long)]
+    out: PathBuf,
+}
+
+struct Job {
+    vit: Vit,
+    samples: Samples,
+    prompts: Vec<Tensor>,
+    heads: Vec<SourceHead>,
+    sample_folds: Vec<usize>,
+    threads: i32,
+}
+
+struct Run {
+    features: Tensor,
+    gradients: GradientStatistics,
+    feature_seconds: f64,
+    gradient_seconds: f64,
+}
+
+impl Job {
+    fn load(args: &Args) -> anyhow::Result<Self> {
+        let kind = match args.precision {
+            Precision::F32 => Kind::Float,
+            Precision::Bf16 => Kind::BFloat16,
+        };
+        let backbone = Backbone::open(&args.backbone)?;
+        let vit = Vit::load(&backbone, Device::Cpu, kind)?;
+        let dataset = LabelledImages::read(&args.inputs.join("dataset"))?;
+        let selection = Selection {
+            split: Split::Train,
+            max_samples: None,
+            seed: 0,
+            skip_bad: false,
+        };
+        let all = Samples::load(&dataset, &selection, &backbone.config.preprocessing)?;
+        // Decoding is not part of this: the other side has its pixels at hand.
+        all.wait()?;
+        // The first ones, as the other side takes them, and not a stratified choice.
+        let samples = all.only(&(0..args.samples).collect::<Vec<_>>());
+        let inputs = Tensor::read_safetensors(args.inputs.join("inputs.safetensors"))?;
+        let inputs: HashMap<String, Tensor> = inputs.into_iter().collect();
+        let prompts = inputs["prompts"].to_kind(kind).unbind(0);
+        let head = || ClosedFormHead::given(&inputs["head.weight"], &inputs["head.bias"]);
+        Ok(Self {
+            heads: prompts.iter().map(|_| SourceHead::given(head())).collect(),
+            sample_folds: sample_folds(&samples.labels),
+            threads: tch::get_num_threads(),
+            vit,
+            samples,
+            prompts,
+        })
+    }
+
+    /// Both passes over some samples and prompts, with the seconds they took.
+    fn run(&self, rows: Range<usize>, prompts: Range<usize>) -> anyhow::Result<Run> {
+        let samples = self.samples.only(&rows.clone().collect::<Vec<_>>());
+        let go_on = |_| ControlFlow::Continue(());
+        let start = Instant::now();
+        let features = extract(&self.vit, &samples, &self.prompts[prompts.clone()], go_on)?;
+        let feature_seconds = start.elapsed().as_secs_f64();
+        let gradients = accumulate(
+            &self.vit,
+            &samples,
+            &Sources {
+                prompts: &self.prompts[prompts.clone()],
+                heads: &self.heads[prompts.clone()],
+                known: &CachedGradients::none(prompts.len()),
+            },
+            &vec![0; samples.len()],
+            &self.sample_folds[rows],
+            go_on,
+        )?;
+        Ok(Run {
+            features,
+            gradients,
+            feature_seconds,
+            gradient_seconds: start.elapsed().as_secs_f64() - feature_seconds,
+        })
+    }
+
+    fn line(&self, feature_seconds: f64, gradient_seconds: f64) -> Value {
+        json!({
+            "seconds": feature_seconds + gradient_seconds,
+            "features": feature_seconds,
+            "gradients": gradient_seconds,
+            "pairs": self.samples.len() * self.prompts.len(),
+            "threads": self.threads,
+        })
+    }
+}
+
+pub fn whole(args: &Args) -> anyhow::Result<Value> {
+    let job = Job::load(args)?;
+    let (samples, prompts) = (job.samples.len(), job.prompts.len());
+    // The first products pay for choosing kernels and filling allocators.
+    job.run(0..samples.div_ceil(4), 0..prompts)?;
+    let run = job.run(0..samples, 0..prompts)?;
+    Ok(job.line(run.feature_seconds, run.gradient_seconds))
+}
+
+/// Nothing shared and nothing batched: an image forward under a prompt, then again forward and backward.
+pub fn naive(args: &Args) -> anyhow::Result<Value> {
+    let job = Job::load(args)?;
+    job.run(0..1, 0..1)?;
+    let (mut features, mut gradients) = (0.0, 0.0);
+    for row in 0..job.samples.len() {
+        for prompt in 0..job.prompts.len() {
+            let run = job.run(row..row + 1, prompt..prompt + 1)?;
+            features += run.feature_seconds;
+            gradients += run.gradient_seconds;
+        }
+    }
+    Ok(job.line(features, gradients))
+}
+
+/// Features [M, N, d], Γ and the gradients' root mean squares [M], by the very path that is timed.
+pub fn dump(args: &DumpArgs) -> anyhow::Result<Value> {
+    let job = Job::load(&args.job)?;
+    let run = job.run(0..job.samples.len(), 0..job.prompts.len())?;
+    let summary = run.gradients.finish(GradientNorm::None)?;
+    let single = |values: &[f64]| Tensor::from_slice(values).to_kind(Kind::Float);
+    let tensors = [
+        ("features", run.features.to_kind(Kind::Float)),
+        ("gram", single(&summary.whole.gram)),
+        ("rms", single(&summary.rms)),
+    ];
+    Tensor::write_safetensors(&tensors, &args.out)?;
+    Ok(json!({"samples": job.samples.len()}))
+}
