@@ -3,4 +3,5 @@
 
 mod cache;
 mod composition;
+mod cuda;
 mod solver;

@@ -1,0 +1,66 @@
+//! CUDA against the CPU, on a machine that has both: `scripts/check_gpu.sh` runs it.
+
+use std::path::PathBuf;
+
+use tch::{Device, Kind, Tensor};
+
+use crate::domain::composition::Composer as _;
+use crate::engine::statistics::Statistics;
+use crate::engine::testing::{Recorder, input};
+use crate::engine::{Engine, device};
+
+/// Features, Γ and α of the tiny task.
+struct Found {
+    features: Tensor,
+    gram: Tensor,
+    alpha: Tensor,
+}
+
+fn composed(on: Device, tf32: bool) -> Found {
+    let dir = tempfile::tempdir().unwrap();
+    let input = input(dir.path(), 3);
+    let mut engine = Engine::new(on);
+    // Loading chooses what is usual on a device; this comes after it.
+    engine.backbone(&input.backbone_dir).unwrap();
+    device::allow_tf32(tf32).unwrap();
+    let composition = engine.compose(&input, &mut Recorder::default()).unwrap();
+    let (statistics, _) = Statistics::parse(&composition.statistics).unwrap();
+    let weights = composition.result.source_weights.iter();
+    let alpha: Vec<f64> = weights.map(|source| source.weight).collect();
+    Found {
+        features: statistics.features,
+        gram: Tensor::from_slice(&statistics.gradients.whole.gram),
+        alpha: Tensor::from_slice(&alpha),
+    }
+}
+
+/// The largest difference, as a share of the largest value.
+fn off(a: &Tensor, b: &Tensor) -> f64 {
+    let largest = |x: &Tensor| f64::try_from(x.abs().max()).unwrap();
+    let (a, b) = (a.to_kind(Kind::Double), b.to_kind(Kind::Double));
+    largest(&(a - &b)) / largest(&b)
+}
+
+#[test]
+#[ignore = "needs CUDA"]
+fn cuda_gives_what_the_cpu_gives() {
+    let library = std::env::var_os("PROMPTWEAVE_LIBTORCH_CUDA").map(PathBuf::from);
+    let cuda = device::named("cuda:0", library.as_deref()).unwrap();
+    let cpu = composed(Device::Cpu, false);
+    let same = composed(cuda, false);
+    let fast = composed(cuda, true);
+    for (found, name) in [(&same, "f32"), (&fast, "tf32")] {
+        println!(
+            "{name}: features are off by {:.1e}, Γ by {:.1e}, α by {:.1e}",
+            off(&found.features, &cpu.features),
+            off(&found.gram, &cpu.gram),
+            f64::try_from((&found.alpha - &cpu.alpha).abs().max()).unwrap(),
+        );
+    }
+    // Sums in another order, in f32.
+    assert!(off(&same.features, &cpu.features) < 1e-4);
+    assert!(off(&same.gram, &cpu.gram) < 1e-3);
+    for found in [same, fast] {
+        assert!(f64::try_from((found.alpha - &cpu.alpha).abs().max()).unwrap() <= 1e-3);
+    }
+}
