@@ -16,6 +16,7 @@ use sqlx::postgres::PgConnectOptions;
 #[cfg(feature = "torch")]
 use crate::blob_cache::BlobCache;
 use crate::db::{self, PoolSettings};
+use crate::domain::precision::Precision;
 #[cfg(feature = "torch")]
 use crate::engine::cache::ResultCache;
 
@@ -278,7 +279,7 @@ impl CacheOptions {
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Worker")]
 pub struct WorkerOptions {
-    /// `auto`, `cpu` or `cuda:N`; `auto` takes a GPU where there is one.
+    /// `auto`, `cpu`, `cuda:N` or several GPUs, `cuda:0,cuda:1`; `auto` takes all GPUs there are.
     #[arg(long, env = "PROMPTWEAVE_DEVICE", default_value = "auto")]
     pub device: String,
     /// Folder to take libtorch_cuda.so from: `torch/lib` of PyTorch 2.11.0 for CUDA. Default: where
@@ -289,6 +290,10 @@ pub struct WorkerOptions {
     /// results are the same bit by bit only for the same number.
     #[arg(long, env = "PROMPTWEAVE_THREADS", default_value_t = 0)]
     pub threads: usize,
+    /// Of the backbone's matrix products: `f32` (on CUDA with TensorFloat-32), `bf16` or `f64`. bf16 is about twice
+    /// as fast where the processor has it, and moves weights by what docs/performance.md shows.
+    #[arg(long, env = "PROMPTWEAVE_PRECISION", default_value_t)]
+    pub precision: Precision,
     /// GiB of backbones that stay loaded between jobs, on the device; the one in use always does. Too low and
     /// jobs that take turns with backbones load them anew, in seconds; too high and the memory is missing
     /// for samples.

@@ -43,6 +43,7 @@ fn set_options(worker: &mut Command, args: &UpArgs, log: &LogOptions) {
         device,
         libtorch_cuda,
         threads,
+        precision,
         backbones_gib,
         inputs_gib,
         cache,
@@ -68,6 +69,7 @@ fn set_options(worker: &mut Command, args: &UpArgs, log: &LogOptions) {
         .env("PROMPTWEAVE_DATA_DIR", args.storage.data_dir())
         .env("PROMPTWEAVE_DEVICE", device)
         .env("PROMPTWEAVE_THREADS", threads.to_string())
+        .env("PROMPTWEAVE_PRECISION", precision.name())
         .env("PROMPTWEAVE_BACKBONES_GIB", backbones_gib.to_string())
         .env("PROMPTWEAVE_INPUTS_GIB", inputs_gib.to_string())
         .env("PROMPTWEAVE_CACHE_GIB", cache.cache_gib.to_string())

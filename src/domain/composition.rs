@@ -12,6 +12,7 @@ use utoipa::ToSchema;
 use super::dataset::Split;
 use super::digest::Digest;
 use super::objective::{Objective, TradeOffRule};
+use super::precision::Precision;
 use super::prompt_file::PromptFile;
 
 // ---- What is asked -------------------------------------------------------------------------
@@ -397,6 +398,9 @@ pub struct Provenance {
     pub seed: u64,
     pub device: String,
     pub num_threads: usize,
+    /// Of the backbone's matrix products.
+    #[serde(default)]
+    pub precision: Precision,
     pub libtorch: String,
     /// promptweave's own version.
     pub version: String,

@@ -11,6 +11,7 @@ pub mod digest;
 pub mod image;
 pub mod job;
 pub mod objective;
+pub mod precision;
 pub mod prompt_file;
 pub mod reference;
 pub mod tensor;

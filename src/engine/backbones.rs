@@ -5,19 +5,15 @@ use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
-use tch::{Device, Kind};
-
 use super::EngineError;
-use super::vit::Vit;
+use super::vit::{Compute, Vit};
 use crate::domain::backbone::{Backbone, BackboneError, CONFIG_FILE, MODEL_FILE};
 
 /// A ViT-B takes 0.3 GiB, a ViT-L 1.1.
 pub const DEFAULT_BYTES: u64 = 4 << 30;
 
 pub struct Backbones {
-    device: Device,
-    /// As [`Vit::largest_micro_batch`].
-    pub largest_micro_batch: usize,
+    pub compute: Compute,
     /// Of all that stay loaded, but for the one in use.
     pub max_bytes: u64,
     /// The one used last is the last.
@@ -62,23 +58,22 @@ impl Stamp {
 }
 
 impl Loaded {
-    /// Of the weights, in f32.
+    /// Of the weights, in f32; the streams share them.
     fn bytes(&self) -> u64 {
         4 * self.backbone.num_weights
     }
 }
 
 impl Backbones {
-    pub fn new(device: Device) -> Self {
+    pub fn new(compute: Compute) -> Self {
         Self {
-            device,
-            largest_micro_batch: usize::MAX,
+            compute,
             max_bytes: DEFAULT_BYTES,
             loaded: Vec::new(),
         }
     }
 
-    /// The backbone of a folder, in f32; read again only when the folder's content changed, or others took its place.
+    /// The backbone of a folder; read again only when the folder's content changed, or others took its place.
     pub fn open(&mut self, dir: &Path) -> Result<(&Backbone, &Vit), EngineError> {
         // Before the files are read: what changes meanwhile is read again the next time.
         let stamp = Stamp::of(dir).map_err(|source| BackboneError::Read {
@@ -116,8 +111,7 @@ impl Backbones {
         {
             self.loaded.remove(0);
         }
-        let mut vit = Vit::load(&backbone, self.device, Kind::Float)?;
-        vit.largest_micro_batch = self.largest_micro_batch;
+        let vit = Vit::load(&backbone, &self.compute)?;
         Ok(Loaded {
             stamp,
             backbone,
@@ -128,14 +122,17 @@ impl Backbones {
 
 #[cfg(test)]
 mod tests {
+    use tch::Device;
+
     use super::*;
+    use crate::domain::precision::Precision;
     use crate::engine::testing::write_backbone;
 
     /// Loads or finds a backbone; `true` where it was found. Loading makes a limit of its own.
     fn found(backbones: &mut Backbones, dir: &Path) -> bool {
         backbones.open(dir).unwrap();
         let vit = &mut backbones.loaded.last_mut().unwrap().vit;
-        std::mem::replace(&mut vit.largest_micro_batch, 77) == 77
+        std::mem::replace(&mut vit.compute.largest_micro_batch, 77) == 77
     }
 
     /// Three folders with the same weights and different configurations.
@@ -153,7 +150,7 @@ mod tests {
     fn what_was_used_longest_ago_makes_room_and_what_is_in_use_stays() {
         let root = tempfile::tempdir().unwrap();
         let [a, b, c] = folders(root.path());
-        let mut backbones = Backbones::new(Device::Cpu);
+        let mut backbones = Backbones::new(Compute::on(Device::Cpu, Precision::F32));
         assert!(!found(&mut backbones, &a));
         backbones.max_bytes = 2 * backbones.loaded[0].bytes();
         assert!(!found(&mut backbones, &b));
@@ -173,7 +170,7 @@ mod tests {
     fn a_folder_is_read_again_when_its_files_change_and_only_then() {
         let root = tempfile::tempdir().unwrap();
         let [a, b, _] = folders(root.path());
-        let mut backbones = Backbones::new(Device::Cpu);
+        let mut backbones = Backbones::new(Compute::on(Device::Cpu, Precision::F32));
         let digest = backbones.open(&a).unwrap().0.digest;
         // What is remembered is what is answered.
         let remembered = crate::domain::digest::Digest::of(b"remembered");

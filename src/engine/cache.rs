@@ -19,6 +19,7 @@ use crate::domain::backbone::{Backbone, BackboneConfig};
 use crate::domain::cache::Cache;
 use crate::domain::digest::{Digest, DigestBuilder};
 use crate::domain::objective::{HeadKind, HeadOptions};
+use crate::domain::precision::Precision;
 use crate::domain::tensor::{Element as _, Tensor as PlainTensor};
 
 /// To be raised whenever the engine computes other numbers from the same input within a version.
@@ -52,9 +53,10 @@ struct FeaturesKey<'a> {
     preprocessing: String,
     /// Over images and labels.
     samples: Digest,
-    precision: String,
+    precision: Precision,
+    plain: bool,
     device: &'static str,
-    /// Of the CPU, on which results are the same to the last bit only at the same number.
+    /// Of the plain path, whose results are the same to the last bit only at the same number.
     threads: Option<i32>,
     prompt: Digest,
 }
@@ -123,9 +125,10 @@ impl<'a> CachedSources<'a> {
                 config: &backbone.config,
                 preprocessing: backbone.config.preprocessing.id(),
                 samples: samples.digest,
-                precision: format!("{:?}", vit.kind),
+                precision: vit.compute.precision,
+                plain: vit.compute.plain,
                 device: if on_cpu { "cpu" } else { "cuda" },
-                threads: on_cpu.then(tch::get_num_threads),
+                threads: (on_cpu && vit.compute.plain).then(tch::get_num_threads),
                 prompt: digest_of_prompt(prompt),
             })
         };

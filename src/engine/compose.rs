@@ -93,6 +93,7 @@ pub fn compose(
         sources: work.recorded(&statistics)?,
         backbone_digest: backbone.digest,
         preprocessing_id: preprocessing.id(),
+        precision: vit.compute.precision,
         sample_digest: samples.digest,
         classes: dataset.classes.clone(),
         objective: objective.clone(),

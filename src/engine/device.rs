@@ -23,6 +23,8 @@ pub const LIBTORCH: &str = "2.11.0";
 pub enum DeviceError {
     #[error("`{0}` is not a device; use auto, cpu or cuda:<n>")]
     Unknown(String),
+    #[error("`{0}` cannot be used together; name different CUDA devices, or one device")]
+    Mixed(String),
     #[error(
         "there is no libtorch_cuda.so in `{}`; name the folder torch/lib of PyTorch {LIBTORCH} for CUDA", .0.display()
     )]
@@ -74,6 +76,24 @@ pub fn named(name: &str, libtorch_cuda: Option<&Path>) -> Result<Device, DeviceE
         return Err(DeviceError::NoCuda { index, found });
     }
     Ok(Device::Cuda(index))
+}
+
+/// Several of one kind, with commas between them; `auto` takes all CUDA devices there are, or the CPU.
+pub fn all_named(names: &str, libtorch_cuda: Option<&Path>) -> Result<Vec<Device>, DeviceError> {
+    let named: Vec<Device> = names
+        .split(',')
+        .map(|name| named(name, libtorch_cuda))
+        .collect::<Result<_, _>>()?;
+    if names == "auto" && named[0] != Device::Cpu {
+        return Ok((0..Cuda::device_count() as usize)
+            .map(Device::Cuda)
+            .collect());
+    }
+    let twice = |at: usize| named[..at].contains(&named[at]);
+    if named.len() > 1 && (named.contains(&Device::Cpu) || (0..named.len()).any(twice)) {
+        return Err(DeviceError::Mixed(names.to_owned()));
+    }
+    Ok(named)
 }
 
 /// As [`named`] reads it.
@@ -202,6 +222,10 @@ mod tests {
         assert_eq!(named("cpu", None).unwrap(), Device::Cpu);
         assert!(refusal("gpu").starts_with("`gpu` is not a device"));
         assert!(refusal("cuda:4096").contains("cuda:4096"));
+        assert_eq!(all_named("cpu", None).unwrap(), [Device::Cpu]);
+        let refusal = |names: &str| all_named(names, None).unwrap_err().to_string();
+        assert!(refusal("cpu,cpu").contains("cannot be used together"));
+        assert!(refusal("cpu,gpu").contains("`gpu`"));
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::ops::ControlFlow;
 
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
 use super::EngineError;
 use super::samples::Samples;
@@ -16,35 +16,20 @@ pub fn extract(
     prompts: &[Tensor],
     mut progress: impl FnMut(u64) -> ControlFlow<()>,
 ) -> Result<Tensor, EngineError> {
-    let _no_grad = tch::no_grad_guard();
     let mut batches = Vec::new();
-    for rows in samples.micro_batches(vit.micro_batch(prompts)) {
-        let patch_tokens = vit.patch_tokens(&samples.images(&rows, vit)?);
-        let mut of_batch = Vec::with_capacity(prompts.len());
-        for prompt in prompts {
-            of_batch.push(vit.features(&patch_tokens, Some(prompt)));
-            if progress(rows.len() as u64).is_break() {
-                return Err(EngineError::Stopped);
-            }
-        }
-        batches.push(
-            Tensor::stack(&of_batch, 0)
-                .to_device(Device::Cpu)
-                .to_kind(storage(vit.kind)),
-        );
-    }
+    vit.each_micro_batch(
+        &vit.pairs(samples, prompts),
+        || (),
+        |(), batch| Ok(batch.features()?.to_device(Device::Cpu)),
+        |_, features| {
+            batches.push(features);
+            Ok(())
+        },
+        &mut progress,
+    )?;
     let features = Tensor::cat(&batches, 1);
     if !bool::try_from(features.isfinite().all()).expect("one value") {
         return Err(EngineError::NotFinite("features"));
     }
     Ok(features)
-}
-
-/// Features are kept in f32; a model in f64 (tests) keeps its precision.
-fn storage(kind: Kind) -> Kind {
-    if kind == Kind::Double {
-        Kind::Double
-    } else {
-        Kind::Float
-    }
 }

@@ -1,13 +1,13 @@
 //! Per-sample gradients of the loss by each source prompt, streamed into their statistics.
 //!
 //! ```text
-//! micro-batch of samples ─► patch tokens ─┬─► P₁ expanded to a leaf [B, m, d] ─► f ─► Σ loss ─► g₁ [B, m·d] ─┐
-//!                                         ├─► P₂ …                                                          ├─► centred over prompts ─► its fold's S += g̃ᵢ∘g̃ⱼ
-//!                                         └─► P_M …                                                         ┘
+//! micro-batch of samples ─┬─► P₁, a copy a sample [B, m, d] ─► f ─► ∂ℓ/∂f ─► g₁ [B, m·d] ─┐
+//!                         ├─► P₂ …                                                      ├─► centred over prompts ─► its fold's S += g̃ᵢ∘g̃ⱼ
+//!                         └─► P_M …                                                     ┘
 //! ```
 //!
-//! Backpropagating the *sum* of the samples' losses to a leaf that holds one copy of the prompt a
-//! sample gives each copy exactly its own sample's gradient. Nothing of size N × M × m × d is held.
+//! Backpropagating the *sum* of the samples' losses to copies of the prompt, one a sample, gives each copy
+//! exactly its own sample's gradient. Nothing of size N × M × m × d is held.
 
 use std::ops::ControlFlow;
 
@@ -18,6 +18,8 @@ use super::alignment::{AlignmentStatistics, num_pairs, packed};
 use super::cache::CachedGradients;
 use super::head::SourceHead;
 use super::samples::Samples;
+use super::steps::stop_on;
+use super::streams::Pairs;
 use super::vit::Vit;
 use crate::domain::objective::GradientNorm;
 
@@ -277,52 +279,50 @@ pub fn accumulate(
     let num_folds = sample_folds.iter().max().map_or(1, |last| last + 1);
     let mut statistics = GradientStatistics::new(prompts.len(), num_params, num_folds, vit.device);
     let unknown = known.unknown();
-    for rows in samples.micro_batches(vit.micro_batch(prompts)) {
-        let of_rows = |all: &[usize]| -> Vec<usize> { rows.iter().map(|row| all[*row]).collect() };
-        let mut computed = Vec::with_capacity(unknown.len());
-        if unknown.is_empty() && progress(0).is_break() {
-            return Err(EngineError::Stopped);
+    let batches = vit.pairs(samples, prompts).batches;
+    if unknown.is_empty() {
+        for rows in &batches {
+            stop_on(progress(0))?;
+            let gradients = known.complete(rows, Vec::new())?;
+            statistics.add(
+                &gradients.to_device(vit.device),
+                &of_rows(sample_folds, rows),
+            )?;
         }
-        if !unknown.is_empty() {
-            let images = samples.images(&rows, vit)?;
-            let patch_tokens = tch::no_grad(|| vit.patch_tokens(&images));
-            let (labels, folds) = (of_rows(&samples.labels), of_rows(folds));
-            for i in &unknown {
-                let (prompt, head) = (&prompts[*i], &heads[*i]);
-                let gradient = per_sample(vit, &patch_tokens, prompt, head, &labels, &folds);
-                computed.push(gradient.flatten(1, -1));
-                if progress(rows.len() as u64).is_break() {
-                    return Err(EngineError::Stopped);
-                }
-            }
-        }
-        let gradients = known.complete(&rows, computed)?;
-        statistics.add(&gradients.to_device(vit.device), &of_rows(sample_folds))?;
+        return Ok(statistics);
     }
+    let those = |all: &[Tensor]| -> Vec<Tensor> {
+        unknown.iter().map(|i| all[*i].shallow_clone()).collect()
+    };
+    let pairs = Pairs {
+        samples,
+        prompts: &those(prompts),
+        batches,
+    };
+    vit.each_micro_batch(
+        &pairs,
+        || unknown.iter().map(|i| heads[*i].clone()).collect(),
+        |heads: &mut Vec<SourceHead>, batch| {
+            let of_rows = |all: &[usize]| of_rows(all, batch.rows);
+            let (labels, folds) = (of_rows(&samples.labels), of_rows(folds));
+            let slope = |i: usize, f: &Tensor| heads[i].slopes(f, &labels, &folds);
+            Ok(batch.gradients(&mut { slope })?.flatten(2, -1))
+        },
+        |rows, computed| {
+            let gradients = known.complete(rows, computed.unbind(0))?;
+            statistics.add(
+                &gradients.to_device(vit.device),
+                &of_rows(sample_folds, rows),
+            )
+        },
+        &mut progress,
+    )?;
     Ok(statistics)
 }
 
-/// ∂ℓ_b/∂P of every sample of a micro-batch, [B, m, d].
-pub fn per_sample(
-    vit: &Vit,
-    patch_tokens: &Tensor,
-    prompt: &Tensor,
-    head: &SourceHead,
-    labels: &[usize],
-    folds: &[usize],
-) -> Tensor {
-    let batch = labels.len() as i64;
-    let leaf = prompt
-        .expand([batch, -1, -1], false)
-        .contiguous()
-        .set_requires_grad(true);
-    let features = vit.features(patch_tokens, Some(&leaf));
-    let loss = head.loss_sum(&features, labels, folds);
-    if !loss.requires_grad() {
-        // No sample of this micro-batch has a loss.
-        return leaf.zeros_like();
-    }
-    Tensor::run_backward(&[loss], &[&leaf], false, false).swap_remove(0)
+/// Of all samples' values, those of these.
+fn of_rows(all: &[usize], rows: &[usize]) -> Vec<usize> {
+    rows.iter().map(|row| all[*row]).collect()
 }
 
 #[cfg(test)]
@@ -330,7 +330,9 @@ mod tests {
     use super::*;
     use crate::domain::objective::HeadOptions;
     use crate::engine::head::folds;
-    use crate::engine::testing::{D, TOKENS, alignment_statistics, noise_tensor, tiny_vit};
+    use crate::engine::testing::{D, TOKENS, alignment_statistics, noise_tensor, tiny_pass};
+    use crate::engine::vit::Pass;
+    use std::ops::Range;
 
     fn close(a: &Tensor, b: &Tensor, tolerance: f64) {
         let difference = f64::try_from((a - b).abs().max()).unwrap();
@@ -338,6 +340,13 @@ mod tests {
             difference < tolerance,
             "{difference} is not below {tolerance}"
         );
+    }
+
+    /// f [B, d]
+    fn features(pass: &mut dyn Pass, images: &Tensor, prompt: &Tensor) -> Tensor {
+        pass.take_prompts(&[prompt.shallow_clone()]);
+        pass.take_images(images);
+        pass.features(0..1).get(0)
     }
 
     fn head(features: &Tensor, labels: &[usize]) -> (SourceHead, Vec<usize>) {
@@ -351,35 +360,32 @@ mod tests {
     #[test]
     fn the_expanded_leaf_gives_each_samples_own_gradient() {
         let dir = tempfile::tempdir().unwrap();
-        let vit = tiny_vit(dir.path(), Kind::Double);
-        let tokens = vit.patch_tokens(&noise_tensor(&[12, 3, 16, 16], 1));
+        let mut pass = tiny_pass(dir.path());
+        let images = noise_tensor(&[12, 3, 16, 16], 1);
         let prompt = noise_tensor(&[TOKENS as i64, D as i64], 2);
         let labels: Vec<usize> = (0..12).map(|i| i % 3).collect();
-        let (head, folds) = head(&vit.features(&tokens, Some(&prompt)), &labels);
+        let features = features(pass.as_mut(), &images, &prompt);
+        let (head, folds) = head(&features, &labels);
+        let mut per_sample = |prompt: &Tensor, rows: Range<usize>| {
+            pass.take_prompts(&[prompt.shallow_clone()]);
+            pass.take_images(&images.narrow(0, rows.start as i64, rows.len() as i64));
+            let slope = |_, f: &Tensor| head.slopes(f, &labels[rows.clone()], &folds[rows.clone()]);
+            pass.gradients(0..1, &mut { slope }).unwrap().get(0)
+        };
 
-        let batch = per_sample(&vit, &tokens, &prompt, &head, &labels, &folds);
-        for i in 0..12usize {
-            let one = tokens.narrow(0, i as i64, 1);
-            let gradient =
-                per_sample(&vit, &one, &prompt, &head, &labels[i..=i], &folds[i..=i]).get(0);
+        let batch = per_sample(&prompt, 0..12);
+        for i in 0..12 {
+            let gradient = per_sample(&prompt, i..i + 1).get(0);
             close(&batch.get(i as i64), &gradient, 1e-12);
         }
-
-        // Their mean is the gradient of the mean loss, by ordinary backpropagation to one prompt.
-        let leaf = prompt.detach().copy().set_requires_grad(true);
-        let features = vit.features(&tokens, Some(&leaf.expand([12, -1, -1], false)));
-        (head.loss_sum(&features, &labels, &folds) / 12.0).backward();
-        close(&batch.mean_dim(0, false, Kind::Double), &leaf.grad(), 1e-12);
-
         // Another order of the prompt's tokens is the same order of the gradients' rows.
         let order = Tensor::from_slice(&[2i64, 0, 1]);
-        let reordered = prompt.index_select(0, &order);
-        let gradients = per_sample(&vit, &tokens, &reordered, &head, &labels, &folds);
+        let gradients = per_sample(&prompt.index_select(0, &order), 0..12);
         close(&gradients, &batch.index_select(1, &order), 1e-12);
 
-        // And against central differences of that sample's loss, at five entries.
-        let at = |prompt: &Tensor| {
-            let features = vit.features(&tokens.narrow(0, 4, 1), Some(prompt));
+        // And against central differences of a sample's loss, at five entries.
+        let mut at = |prompt: &Tensor| {
+            let features = self::features(pass.as_mut(), &images.narrow(0, 4, 1), prompt);
             f64::try_from(head.loss_sum(&features, &labels[4..5], &folds[4..5])).unwrap()
         };
         for entry in [0i64, 17, 40, 63, 95] {

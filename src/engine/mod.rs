@@ -21,6 +21,7 @@ pub mod gradients;
 pub mod h_score;
 pub mod head;
 pub mod images;
+pub mod mkl;
 pub mod optimizer;
 pub mod pixels;
 pub mod samples;
@@ -29,6 +30,7 @@ pub mod solver;
 pub mod sources;
 pub mod statistics;
 mod steps;
+pub mod streams;
 pub mod transferability;
 pub mod tuning;
 pub mod vit;
@@ -53,12 +55,13 @@ use tch::{Device, Kind, TchError, Tensor};
 use self::backbones::Backbones;
 use self::cache::ResultCache;
 use self::statistics::StatisticsError;
-use self::vit::Vit;
+use self::vit::{Compute, Vit};
 use crate::domain::backbone::{Backbone, BackboneError};
 use crate::domain::composition::{
     Composer, Composition, CompositionError, CompositionInput, Observer, ResolveInput,
 };
 use crate::domain::dataset::DatasetError;
+use crate::domain::precision::Precision;
 use crate::domain::tensor::Tensor as PlainTensor;
 
 #[derive(Debug, thiserror::Error)]
@@ -163,28 +166,23 @@ impl From<EngineError> for CompositionError {
     }
 }
 
-/// The device, and what stays between compositions: backbones that are loaded, results of single sources.
+/// What stays between compositions: backbones that are loaded, results of single sources.
 pub struct Engine {
-    device: Device,
     backbones: Backbones,
     cache: Option<ResultCache>,
 }
 
 impl Engine {
+    /// On one device, in f32.
     pub fn new(device: Device) -> Self {
-        Self {
-            device,
-            backbones: Backbones::new(device),
-            cache: None,
-        }
+        Self::with(Compute::on(device, Precision::F32))
     }
 
-    /// Never sends more samples at once through the backbone than `largest` (at least 1), where the model's
-    /// size alone would allow more.
-    pub fn with_micro_batch(device: Device, largest: usize) -> Self {
-        let mut engine = Self::new(device);
-        engine.backbones.largest_micro_batch = largest.max(1);
-        engine
+    pub fn with(compute: Compute) -> Self {
+        Self {
+            backbones: Backbones::new(compute),
+            cache: None,
+        }
     }
 
     /// Backbones of up to `max_bytes` stay loaded, and the one in use.
@@ -201,7 +199,7 @@ impl Engine {
         }
     }
 
-    /// The backbone of a folder, in f32; read again only when the folder's content changed.
+    /// The backbone of a folder; read again only when the folder's content changed.
     pub fn backbone(&mut self, dir: &Path) -> Result<(&Backbone, &Vit), EngineError> {
         self.backbones.open(dir)
     }
@@ -227,7 +225,9 @@ impl Composer for Engine {
     }
 
     fn device(&self) -> String {
-        device::name_of(self.device)
+        let devices = self.backbones.compute.devices.iter();
+        let names: Vec<String> = devices.map(|device| device::name_of(*device)).collect();
+        names.join(",")
     }
 }
 

@@ -5,12 +5,12 @@ use std::path::Path;
 
 use tch::{Device, Kind, Tensor};
 
-use super::gradients::per_sample;
 use super::head::{ClosedFormHead, SourceHead};
 use super::images;
-use super::vit::Vit;
+use super::vit::all_paths;
 use crate::domain::backbone::Backbone;
 use crate::domain::image;
+use crate::domain::precision::Precision;
 
 /// What timm found for B samples: `features` [B, d] and `gradients` [B, m, d], flat.
 #[derive(serde::Deserialize)]
@@ -47,22 +47,33 @@ fn check(
     prompt: &Tensor,
     (weight, bias): (&Tensor, &Tensor),
     reference: &Reference,
-    (kind, tolerance): (Kind, f64),
+    (precision, tolerance): (Precision, f64),
 ) {
-    let vit = Vit::load(backbone, Device::Cpu, kind).unwrap();
+    let kind = match precision {
+        Precision::F64 => Kind::Double,
+        _ => Kind::Float,
+    };
     let input = images::to_tensor(pixels, &backbone.config.preprocessing, Device::Cpu, kind);
-    let tokens = vit.patch_tokens(&input);
-    let prompt = prompt.to_kind(kind);
-
-    let features = vit.features(&tokens, Some(&prompt));
-    let off = relative_error(&features, &reference.features);
-    assert!(off < tolerance, "features in {kind:?} are off by {off}");
-
     let head = SourceHead::given(ClosedFormHead::given(weight, bias));
     let folds = vec![0; pixels.len()];
-    let gradients = per_sample(&vit, &tokens, &prompt, &head, &reference.labels, &folds);
-    let off = relative_error(&gradients, &reference.gradients);
-    assert!(off < tolerance, "gradients in {kind:?} are off by {off}");
+    for (name, mut pass) in all_paths(backbone, precision) {
+        pass.take_prompts(&[prompt.to_kind(kind)]);
+        pass.take_images(&input);
+        let features = pass.features(0..1).get(0);
+        let off = relative_error(&features, &reference.features);
+        assert!(
+            off < tolerance,
+            "{name}'s features in {precision} are off by {off}"
+        );
+
+        let slope = |_, f: &Tensor| head.slopes(f, &reference.labels, &folds);
+        let gradients = pass.gradients(0..1, &mut { slope }).unwrap().get(0);
+        let off = relative_error(&gradients, &reference.gradients);
+        assert!(
+            off < tolerance,
+            "{name}'s gradients in {precision} are off by {off}"
+        );
+    }
 }
 
 #[test]
@@ -79,7 +90,7 @@ fn a_random_vit_agrees_with_timm() {
         .map(|i| ((i * 2_654_435_761 % (1 << 32)) >> 24) as u8)
         .collect();
     let pixels: Vec<&[u8]> = bytes.chunks(32 * 32 * 3).collect();
-    for precision in [(Kind::Double, 1e-12), (Kind::Float, 1e-4)] {
+    for precision in [(Precision::F64, 1e-12), (Precision::F32, 1e-4)] {
         check(
             &Backbone::open(&root().join("tests/fixtures/timm_vit")).unwrap(),
             &pixels,
@@ -106,7 +117,7 @@ fn the_demo_backbone_agrees_with_timm() {
         Tensor::from_slice(&values).view([rows as i64, 384])
     };
     // The reference has nine digits.
-    for precision in [(Kind::Double, 1e-8), (Kind::Float, 1e-4)] {
+    for precision in [(Precision::F64, 1e-8), (Precision::F32, 1e-4)] {
         check(
             &backbone,
             &[picture.as_raw(), mirrored.as_raw()],

@@ -115,11 +115,7 @@ impl Refiner<'_> {
         let prompt = self.mixed(&alpha);
         let mut ticked = Ok(());
         let extracted = extract(self.vit, self.samples, &[prompt], |_| {
-            ticked = tick();
-            match ticked {
-                Ok(()) => ControlFlow::Continue(()),
-                Err(_) => ControlFlow::Break(()),
-            }
+            ticking(&mut *tick, &mut ticked)
         });
         ticked?;
         let features = extracted?;
@@ -136,21 +132,33 @@ impl Refiner<'_> {
     /// Of the true objective by α, without its part across Σα = 1.
     fn gradient(&self, at: &Point, tick: Tick<'_>) -> Result<Vec<f64>, EngineError> {
         let by_features = self.by_features(&at.features)?;
-        let leaf = self.mixed(&at.alpha).set_requires_grad(true);
-        let mut by_prompt = leaf.zeros_like();
-        let size = self.vit.micro_batch(self.prompts);
-        for rows in self.samples.micro_batches(size) {
-            tick()?;
-            let images = self.samples.images(&rows, self.vit)?;
-            let patch_tokens = tch::no_grad(|| self.vit.patch_tokens(&images));
-            let features = self.vit.features(&patch_tokens, Some(&leaf));
-            let slopes = by_features
-                .narrow(0, rows[0] as i64, rows.len() as i64)
-                .to_device(features.device())
-                .to_kind(features.kind());
-            let inner = (features * slopes).sum(self.vit.kind);
-            by_prompt += Tensor::run_backward(&[inner], &[&leaf], false, false).swap_remove(0);
-        }
+        let prompt = self.mixed(&at.alpha);
+        let mut by_prompt = prompt.zeros_like();
+        let mut ticked = Ok(());
+        let outcome = self.vit.each_micro_batch(
+            &self.vit.pairs(self.samples, &[prompt]),
+            || by_features.shallow_clone(),
+            |by_features, batch| {
+                // Micro-batches are of rows in order.
+                let (first, count) = (batch.rows[0] as i64, batch.rows.len() as i64);
+                let slopes = by_features.narrow(0, first, count);
+                let slope = |_, features: &Tensor| {
+                    Ok(slopes.to_device(features.device()).to_kind(features.kind()))
+                };
+                Ok(batch.gradients(&mut { slope })?.sum_dim_intlist(
+                    [0i64, 1].as_slice(),
+                    false,
+                    None::<Kind>,
+                ))
+            },
+            |_, gradient| {
+                by_prompt += gradient.to_device(self.vit.device);
+                Ok(())
+            },
+            &mut |_| ticking(&mut *tick, &mut ticked),
+        );
+        ticked?;
+        outcome?;
         let (_, of_alignment) = self.alignment.value_and_gradient(&at.alpha);
         let mut gradient = Vec::with_capacity(self.prompts.len());
         for (prompt, of_alignment) in self.prompts.iter().zip(of_alignment) {
@@ -174,6 +182,15 @@ impl Refiner<'_> {
             .set_requires_grad(true);
         let h = differentiable(&leaf, &self.samples.labels, &self.h_score)?;
         Ok(Tensor::run_backward(&[h], &[&leaf], false, false).swap_remove(0))
+    }
+}
+
+/// A tick, its error kept where it breaks off.
+fn ticking(tick: Tick<'_>, ticked: &mut Result<(), EngineError>) -> ControlFlow<()> {
+    *ticked = tick();
+    match ticked {
+        Ok(()) => ControlFlow::Continue(()),
+        Err(_) => ControlFlow::Break(()),
     }
 }
 
@@ -215,10 +232,12 @@ mod tests {
     use crate::domain::backbone::Backbone;
     use crate::domain::dataset::{LabelledImages, Split};
     use crate::domain::objective::{AlignmentReading, Standardise};
+    use crate::domain::precision::Precision;
     use crate::engine::alignment::AlignmentStatistics;
+    use crate::engine::prompt_tensor;
     use crate::engine::samples::Selection;
     use crate::engine::testing::{input, noise_tensor};
-    use crate::engine::{prompt_tensor, vit::Vit};
+    use crate::engine::vit::{Compute, Vit};
     use tch::Device;
 
     #[test]
@@ -247,7 +266,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let input = input(dir.path(), 3);
         let backbone = Backbone::open(&input.backbone_dir).unwrap();
-        let vit = Vit::load(&backbone, Device::Cpu, Kind::Double).unwrap();
+        let vit = Vit::load(&backbone, &Compute::on(Device::Cpu, Precision::F64)).unwrap();
         let selection = Selection {
             split: Split::Train,
             max_samples: None,

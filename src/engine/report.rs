@@ -120,6 +120,7 @@ impl Evidence<'_> {
             seed: ground.seed,
             device: self.device.clone(),
             num_threads: tch::get_num_threads() as usize,
+            precision: ground.precision,
             libtorch: LIBTORCH.to_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             resolved_from: self.resolved_from,

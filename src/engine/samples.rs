@@ -4,12 +4,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 
 use super::EngineError;
 use super::images;
 use super::pixels::PixelFile;
-use super::vit::Vit;
 use crate::domain::backbone::Preprocessing;
 use crate::domain::dataset::{LabelledImages, Split, stratified_subset};
 use crate::domain::digest::{Digest, DigestBuilder};
@@ -122,7 +121,12 @@ impl Samples {
 
     /// The normalised images at these rows, [B, 3, s, s], once they are decoded. An unreadable image of any row
     /// that has been found by now is refused.
-    pub fn images(&self, rows: &[usize], vit: &Vit) -> Result<Tensor, EngineError> {
+    pub fn images(
+        &self,
+        rows: &[usize],
+        device: Device,
+        kind: Kind,
+    ) -> Result<Tensor, EngineError> {
         let images: Vec<usize> = rows.iter().map(|row| self.images[*row]).collect();
         let pixels = self.pixels.read(&images)?;
         let pixels: Vec<&[u8]> = pixels
@@ -131,17 +135,18 @@ impl Samples {
         Ok(images::to_tensor(
             &pixels,
             &self.preprocessing,
-            vit.device,
-            vit.kind,
+            device,
+            kind,
         ))
     }
 
     /// Rows in order, cut into micro-batches of at most `size`.
-    pub fn micro_batches(&self, size: usize) -> impl Iterator<Item = Vec<usize>> {
+    pub fn micro_batches(&self, size: usize) -> Vec<Vec<usize>> {
         let len = self.len();
         (0..len)
             .step_by(size)
-            .map(move |start| (start..len.min(start + size)).collect())
+            .map(|start| (start..len.min(start + size)).collect())
+            .collect()
     }
 }
 
@@ -165,10 +170,8 @@ fn image_bytes(preprocessing: &Preprocessing) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use tch::Kind;
-
     use super::*;
-    use crate::engine::testing::{tiny_vit, write_dataset};
+    use crate::engine::testing::{write_backbone, write_dataset};
 
     fn selection(skip_bad: bool) -> Selection {
         Selection {
@@ -182,8 +185,8 @@ mod tests {
     #[test]
     fn images_are_those_decoded_one_by_one_and_the_digest_is_over_their_bytes() {
         let dir = tempfile::tempdir().unwrap();
-        let vit = tiny_vit(&dir.path().join("backbone"), Kind::Float);
-        let preprocessing = &vit.config.preprocessing;
+        let backbone = write_backbone(&dir.path().join("backbone"));
+        let preprocessing = &backbone.config.preprocessing;
         write_dataset(&dir.path().join("target"), 30, 3);
         let dataset = LabelledImages::read(&dir.path().join("target")).unwrap();
         let samples = Samples::load(&dataset, &selection(false), preprocessing).unwrap();
@@ -200,8 +203,11 @@ mod tests {
         assert_eq!(samples.digest, digest.finish());
         let expect = |samples: &Samples, rows: &[usize], of: &[usize]| {
             let pixels: Vec<&[u8]> = of.iter().map(|row| eager[*row].as_slice()).collect();
-            let expected = images::to_tensor(&pixels, preprocessing, vit.device, vit.kind);
-            assert_eq!(samples.images(rows, &vit).unwrap(), expected);
+            let expected = images::to_tensor(&pixels, preprocessing, Device::Cpu, Kind::Float);
+            assert_eq!(
+                samples.images(rows, Device::Cpu, Kind::Float).unwrap(),
+                expected
+            );
         };
         let all: Vec<usize> = (0..30).collect();
         expect(&samples, &all, &all);
@@ -216,15 +222,15 @@ mod tests {
     #[test]
     fn unreadable_images_are_refused_by_name_and_number_or_left_out() {
         let dir = tempfile::tempdir().unwrap();
-        let vit = tiny_vit(&dir.path().join("backbone"), Kind::Float);
-        let preprocessing = &vit.config.preprocessing;
+        let backbone = write_backbone(&dir.path().join("backbone"));
+        let preprocessing = &backbone.config.preprocessing;
         let target = dir.path().join("target");
         write_dataset(&target, 12, 3);
         // Rows in the order of their paths: 4 of blue, 4 of green, 4 of red.
         let good = LabelledImages::read(&target).unwrap();
         let whole = Samples::load(&good, &selection(false), preprocessing).unwrap();
         let rows: Vec<usize> = (0..12).filter(|row| ![2, 5].contains(row)).collect();
-        let expected = whole.images(&rows, &vit).unwrap();
+        let expected = whole.images(&rows, Device::Cpu, Kind::Float).unwrap();
         for row in [2, 5] {
             let image = &good.split(Split::Train).unwrap()[row];
             fs::write(good.image_path(image), "no image").unwrap();
@@ -242,13 +248,15 @@ mod tests {
                 2usize
             )
         );
-        assert!(samples.images(&[0], &vit).is_err());
+        assert!(samples.images(&[0], Device::Cpu, Kind::Float).is_err());
 
         let samples = Samples::load(&good, &selection(true), preprocessing).unwrap();
         assert_eq!((samples.len(), samples.skipped), (10, 2));
         assert_eq!(samples.indices, rows);
         assert_eq!(
-            samples.images(&(0..10).collect::<Vec<_>>(), &vit).unwrap(),
+            samples
+                .images(&(0..10).collect::<Vec<_>>(), Device::Cpu, Kind::Float)
+                .unwrap(),
             expected
         );
 

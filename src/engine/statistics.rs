@@ -32,6 +32,7 @@ use super::{EngineError, plain};
 use crate::domain::composition::TokenAlignment;
 use crate::domain::digest::Digest;
 use crate::domain::objective::Objective;
+use crate::domain::precision::Precision;
 use crate::domain::prompt_file::METADATA_KEY;
 use crate::domain::tensor::{Stored, Tensor as PlainTensor, read_f32, read_f64, read_i64};
 
@@ -90,6 +91,8 @@ pub struct Metadata {
     pub sources: Vec<RecordedSource>,
     pub backbone_digest: Digest,
     pub preprocessing_id: String,
+    #[serde(default)]
+    pub precision: Precision,
     pub sample_digest: Digest,
     /// Class names of the target, in label order.
     pub classes: Vec<String>,

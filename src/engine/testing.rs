@@ -7,7 +7,7 @@ use std::path::Path;
 use tch::{Device, Kind, Tensor};
 
 use super::alignment::AlignmentStatistics;
-use super::vit::Vit;
+use super::vit::{Compute, Pass, Vit};
 use crate::domain::backbone::{
     Backbone, BackboneConfig, CONFIG_FILE, Filter, MODEL_FILE, Preprocessing, expected_tensors,
 };
@@ -15,6 +15,7 @@ use crate::domain::composition::{CompositionInput, Observer, Phase, Source, Targ
 use crate::domain::dataset::Split;
 use crate::domain::digest::Digest;
 use crate::domain::objective::{HScoreOptions, Objective, Shrinkage};
+use crate::domain::precision::Precision;
 use crate::domain::prompt_file::{FORMAT, Origin, PromptFile, PromptMetadata};
 use crate::domain::tensor::{Stored, Tensor as PlainTensor};
 
@@ -116,8 +117,11 @@ pub fn write_backbone(dir: &Path) -> Backbone {
     Backbone::open(dir).unwrap()
 }
 
-pub fn tiny_vit(dir: &Path, kind: Kind) -> Vit {
-    Vit::load(&write_backbone(dir), Device::Cpu, kind).unwrap()
+/// A CPU stream's way through it, in f64.
+pub fn tiny_pass(dir: &Path) -> Box<dyn Pass> {
+    let compute = Compute::on(Device::Cpu, Precision::F64);
+    let vit = Vit::load(&write_backbone(dir), &compute).unwrap();
+    vit.streams.into_inner().swap_remove(0).pass
 }
 
 /// `train` and `test` images of three classes that differ in colour, with noise.

@@ -10,6 +10,7 @@ use tch::nn::{self, OptimizerConfig};
 
 use super::features::extract;
 use super::samples::Samples;
+use super::streams::{MicroBatch, Pairs};
 use super::vit::Vit;
 use super::{EngineError, plain};
 use crate::domain::backbone::Backbone;
@@ -111,16 +112,9 @@ pub fn tune(
             let rate = schedule(step, steps_per_epoch, options);
             optimizer.set_lr_group(0, options.prompt_learning_rate * rate);
             optimizer.set_lr_group(1, options.head_learning_rate * rate);
-            let images = train.images(rows, vit)?;
-            let patch_tokens = tch::no_grad(|| vit.patch_tokens(&images));
-            let features = vit.features(&patch_tokens, Some(&prompt));
-            let labels: Vec<i64> = rows.iter().map(|row| train.labels[*row] as i64).collect();
-            let labels = Tensor::from_slice(&labels).to_device(vit.device);
-            let loss = features
-                .linear(&weight, Some(&bias))
-                .cross_entropy_for_logits(&labels);
-            optimizer.backward_step(&loss);
-            total += f64::try_from(loss)? * rows.len() as f64;
+            let loss = step_on(vit, train, rows, &prompt, &weight, &bias)?;
+            optimizer.backward_step(&loss.linear);
+            total += loss.sum;
             seen += rows.len();
             step += 1;
             let cross_entropy = total / seen as f64;
@@ -168,6 +162,100 @@ pub fn tune(
         }),
         dtype: "f32",
     })
+}
+
+/// The loss of a step's batch.
+struct StepLoss {
+    /// Σ over the batch of the cross-entropy, nats.
+    sum: f64,
+    /// A function of prompt and head that is linear and has the mean loss's gradient.
+    linear: Tensor,
+}
+
+/// What one stream adds up of a micro-batch: the loss, and its derivatives by prompt, weight and bias.
+type Gradients = (f64, [Tensor; 3]);
+
+/// The mean cross-entropy of some rows as the optimizer needs it: its gradient is made in micro-batches
+/// on all streams.
+fn step_on(
+    vit: &Vit,
+    train: &Samples,
+    rows: &[usize],
+    prompt: &Tensor,
+    weight: &Tensor,
+    bias: &Tensor,
+) -> Result<StepLoss, EngineError> {
+    let prompts = [prompt.detach()];
+    let size = vit.batch(&prompts).images;
+    // As many as there are streams, where they would be larger than that.
+    let size = size.min(rows.len().div_ceil(vit.num_streams()));
+    let pairs = Pairs {
+        samples: train,
+        prompts: &prompts,
+        batches: rows.chunks(size).map(<[usize]>::to_vec).collect(),
+    };
+    let mut sum = 0.0;
+    let mut totals = [prompt, weight, bias].map(|x| x.detach().zeros_like());
+    vit.each_micro_batch(
+        &pairs,
+        || [weight.detach(), bias.detach()],
+        |head, batch| {
+            let labels: Vec<i64> = (batch.rows.iter())
+                .map(|row| train.labels[*row] as i64)
+                .collect();
+            head_gradients(head, &labels, batch)
+        },
+        |_, (loss, gradients)| {
+            sum += loss;
+            for (total, gradient) in totals.iter_mut().zip(gradients) {
+                *total += gradient.to_device(total.device());
+            }
+            Ok(())
+        },
+        &mut |_| ControlFlow::Continue(()),
+    )?;
+    let linear = (prompt * &totals[0]).sum(prompt.kind())
+        + (weight * &totals[1]).sum(weight.kind())
+        + (bias * &totals[2]).sum(bias.kind());
+    Ok(StepLoss {
+        sum,
+        linear: linear / rows.len() as f64,
+    })
+}
+
+/// Of the sum of a micro-batch's losses.
+fn head_gradients(
+    head: &[Tensor; 2],
+    labels: &[i64],
+    batch: &mut MicroBatch<'_>,
+) -> Result<Gradients, EngineError> {
+    let (mut loss, mut by_head) = (0.0, None);
+    let by_prompt = batch.gradients(&mut |_, features| {
+        let of = |x: &Tensor| {
+            x.to_device(features.device())
+                .copy()
+                .set_requires_grad(true)
+        };
+        let (leaf, weight, bias) = (of(features), of(&head[0]), of(&head[1]));
+        let labels = Tensor::from_slice(labels).to_device(features.device());
+        let sum = leaf.linear(&weight, Some(&bias)).cross_entropy_loss(
+            &labels,
+            None::<Tensor>,
+            tch::Reduction::Sum,
+            -100,
+            0.0,
+        );
+        loss = f64::try_from(&sum)?;
+        let mut gradients =
+            Tensor::f_run_backward(&[sum], &[&leaf, &weight, &bias], false, false)?.into_iter();
+        let mut next = || gradients.next().expect("one a leaf");
+        let by_features = next();
+        by_head = Some([next(), next()]);
+        Ok(by_features)
+    })?;
+    let [by_weight, by_bias] = by_head.expect("one prompt");
+    let by_prompt = by_prompt.sum_dim_intlist([0i64, 1].as_slice(), false, None::<tch::Kind>);
+    Ok((loss, [by_prompt, by_weight, by_bias]))
 }
 
 /// Features of a stratified few of the training samples, with their labels.

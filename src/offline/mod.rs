@@ -20,7 +20,9 @@ use clap::Args;
 use crate::domain::composition::Composition;
 use crate::domain::dataset::Split;
 use crate::domain::digest::Digest;
+use crate::domain::precision::Precision;
 use crate::domain::prompt_file::PromptFile;
+use crate::engine::vit::Compute;
 use crate::engine::{Engine, device};
 
 /// Options every offline command has.
@@ -29,7 +31,7 @@ pub struct EngineOptions {
     /// Folder of the frozen backbone: config.json and model.safetensors.
     #[arg(long, value_name = "DIR")]
     pub backbone: PathBuf,
-    /// `auto` (CUDA where there is one), `cpu` or `cuda:<n>`.
+    /// `auto` (all GPUs there are, or the CPU), `cpu`, `cuda:<n>` or several, `cuda:0,cuda:1`.
     #[arg(long, default_value = "auto")]
     pub device: String,
     /// Folder to take libtorch_cuda.so from: `torch/lib` of PyTorch 2.11.0 for CUDA [default: where
@@ -43,6 +45,14 @@ pub struct EngineOptions {
     /// At most this many samples at once through the backbone [default: what the model's size allows].
     #[arg(long, value_name = "SAMPLES")]
     pub micro_batch: Option<usize>,
+    /// `f32` (on CUDA with TensorFloat-32), `bf16` (about twice as fast where the processor has it, see
+    /// docs/performance.md for what it does to the weights) or `f64`.
+    #[arg(long, default_value_t)]
+    pub precision: Precision,
+    /// By the definition as it is written: every prompt with every image, automatic differentiation. Slow; to check
+    /// the fast path by.
+    #[arg(long)]
+    pub plain: bool,
     /// Leave unreadable images out (and count them) instead of failing.
     #[arg(long)]
     pub skip_bad: bool,
@@ -50,14 +60,15 @@ pub struct EngineOptions {
 
 impl EngineOptions {
     fn engine(&self) -> anyhow::Result<Engine> {
-        let device = device::named(&self.device, self.libtorch_cuda.as_deref())?;
+        let devices = device::all_named(&self.device, self.libtorch_cuda.as_deref())?;
         if let Some(threads) = self.threads {
             tch::set_num_threads(i32::try_from(threads.max(1))?);
         }
-        Ok(match self.micro_batch {
-            Some(largest) => Engine::with_micro_batch(device, largest),
-            None => Engine::new(device),
-        })
+        Ok(Engine::with(Compute {
+            plain: self.plain,
+            largest_micro_batch: self.micro_batch.unwrap_or(usize::MAX),
+            ..Compute::over(devices, self.precision)
+        }))
     }
 }
 

@@ -16,6 +16,7 @@ use promptweave::domain::job::{
     BackboneSpec, DEFAULT_PRIORITY, EnsembleSpec, SourceSpec, TargetSpec,
 };
 use promptweave::domain::objective::Objective;
+use promptweave::domain::precision::Precision;
 use promptweave::domain::prompt_file::{FORMAT, Origin, PromptFile, PromptMetadata};
 use promptweave::domain::tensor::Tensor;
 use promptweave::jobs::queue::{self, NewJob};
@@ -232,6 +233,7 @@ pub fn composition(input_sources: &[(String, i32, Digest)], weights: &[f64]) -> 
                 seed: 0,
                 device: "fake".into(),
                 num_threads: 1,
+                precision: Precision::F32,
                 libtorch: "none".into(),
                 version: "0".into(),
                 resolved_from: None,

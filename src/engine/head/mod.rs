@@ -18,6 +18,7 @@ use crate::domain::objective::{HeadKind, HeadOptions};
 const SATURATED: f64 = 0.999;
 
 /// The head of one source prompt on the target samples, with the loss it defines.
+#[derive(Clone)]
 pub struct SourceHead {
     /// One head on all samples, or two, each used on the fold that it was not fitted on.
     heads: Vec<ClosedFormHead>,
@@ -196,6 +197,22 @@ impl SourceHead {
                 (of_row.to_vec(), labels[row])
             })
             .collect())
+    }
+
+    /// ∂ℓ/∂f [B, d] of a micro-batch's samples, each by its own loss.
+    pub fn slopes(
+        &self,
+        features: &Tensor,
+        labels: &[usize],
+        folds: &[usize],
+    ) -> Result<Tensor, EngineError> {
+        let leaf = features.detach().copy().set_requires_grad(true);
+        let loss = self.loss_sum(&leaf, labels, folds);
+        if !loss.requires_grad() {
+            // No sample of this micro-batch has a loss.
+            return Ok(features.zeros_like());
+        }
+        Ok(Tensor::f_run_backward(&[loss], &[&leaf], false, false)?.swap_remove(0))
     }
 
     /// Sum of the losses of a micro-batch: `features` [B, d] (its graph is kept), the labels and folds

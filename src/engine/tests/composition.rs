@@ -7,9 +7,11 @@ use crate::domain::composition::{
 };
 use crate::domain::digest::Digest;
 use crate::domain::objective::{AlignTokens, Objective, Shrinkage, TradeOff, TradeOffRule};
+use crate::domain::precision::Precision;
 use crate::domain::prompt_file::PromptFile;
 use crate::engine::Engine;
 use crate::engine::testing::{D, Recorder, assert_close, input};
+use crate::engine::vit::Compute;
 
 fn compose(input: &CompositionInput) -> Result<Composition, CompositionError> {
     Engine::new(Device::Cpu).compose(input, &mut Recorder::default())
@@ -174,7 +176,11 @@ fn micro_batches_change_no_answer() {
     let dir = tempfile::tempdir().unwrap();
     let input = input(dir.path(), 3);
     let whole = compose(&input).unwrap().result;
-    let by_seven = Engine::with_micro_batch(Device::Cpu, 7)
+    let compute = Compute {
+        largest_micro_batch: 7,
+        ..Compute::on(Device::Cpu, Precision::F32)
+    };
+    let by_seven = Engine::with(compute)
         .compose(&input, &mut Recorder::default())
         .unwrap()
         .result;

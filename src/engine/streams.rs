@@ -1,0 +1,258 @@
+//! Streams of work through the backbone: one a GPU, or one a CPU thread. Micro-batches of samples are dealt
+//! to them as they are free, and what they give is collected in order:
+//!
+//! ```text
+//!             ┌─► stream 0: images, all prompts ─┐
+//! batches ──► ├─► stream 1: …                    ├─► put back into order ─► collect, on the caller's thread
+//!             └─► …                              ┘
+//! ```
+//!
+//! Every micro-batch is computed by one stream alone and collected in its turn, so the result does not depend on how
+//! many streams there are, nor on which was faster. On a CPU several narrow streams beat a wide one: products are
+//! as fast on one thread each, and the passes between them need no fork and join.
+
+use std::any::Any;
+use std::collections::BTreeMap;
+use std::ops::{ControlFlow, Range};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::mpsc::channel;
+use std::sync::{Condvar, Mutex};
+use std::thread;
+
+use tch::{Device, Kind, Tensor};
+
+use super::EngineError;
+use super::samples::Samples;
+use super::vit::{Pass, Slope, Vit};
+
+/// A way through the backbone of its own, for one thread at a time.
+pub struct Stream {
+    pub device: Device,
+    /// Of images.
+    pub kind: Kind,
+    /// libtorch's own, within its operations.
+    pub threads: usize,
+    pub pass: Box<dyn Pass>,
+}
+
+/// All pairs of some samples and some prompts [m, d], in micro-batches.
+pub struct Pairs<'a> {
+    pub samples: &'a Samples,
+    pub prompts: &'a [Tensor],
+    /// Rows of the samples.
+    pub batches: Vec<Vec<usize>>,
+}
+
+/// Some samples' images in a stream, with all prompts.
+pub struct MicroBatch<'a> {
+    pub rows: &'a [usize],
+    pass: &'a mut dyn Pass,
+    num_prompts: usize,
+    at_once: usize,
+    deal: &'a Deal,
+    tell: &'a dyn Fn(u64),
+}
+
+impl MicroBatch<'_> {
+    /// f [M, B, d]
+    pub fn features(&mut self) -> Result<Tensor, EngineError> {
+        self.by_prompts(|pass, prompts| Ok(pass.features(prompts)))
+    }
+
+    /// ∂ℓ/∂P of every sample, [M, B, m, d].
+    pub fn gradients(&mut self, slope: &mut Slope<'_>) -> Result<Tensor, EngineError> {
+        self.by_prompts(|pass, prompts| pass.gradients(prompts, slope))
+    }
+
+    fn by_prompts(
+        &mut self,
+        mut work: impl FnMut(&mut dyn Pass, Range<usize>) -> Result<Tensor, EngineError>,
+    ) -> Result<Tensor, EngineError> {
+        let mut parts = Vec::new();
+        for start in (0..self.num_prompts).step_by(self.at_once) {
+            self.deal.go_on()?;
+            let prompts = start..self.num_prompts.min(start + self.at_once);
+            let pairs = prompts.len() * self.rows.len();
+            parts.push(work(self.pass, prompts)?);
+            (self.tell)(pairs as u64);
+        }
+        Ok(Tensor::cat(&parts, 0))
+    }
+}
+
+/// Who does which micro-batch; nobody begins one far ahead of what was collected.
+struct Deal {
+    state: Mutex<Dealt>,
+    changed: Condvar,
+    num_batches: usize,
+    ahead: usize,
+}
+
+#[derive(Default)]
+struct Dealt {
+    begun: usize,
+    collected: usize,
+    stopped: bool,
+}
+
+impl Deal {
+    fn next(&self) -> Option<usize> {
+        let state = self.state.lock().expect("no holder panics");
+        let far_ahead = |s: &mut Dealt| {
+            !s.stopped && s.begun < self.num_batches && s.begun >= s.collected + self.ahead
+        };
+        let mut state = self
+            .changed
+            .wait_while(state, far_ahead)
+            .expect("no holder panics");
+        if state.stopped || state.begun == self.num_batches {
+            return None;
+        }
+        state.begun += 1;
+        Some(state.begun - 1)
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Dealt)) {
+        change(&mut self.state.lock().expect("no holder panics"));
+        self.changed.notify_all();
+    }
+
+    fn go_on(&self) -> Result<(), EngineError> {
+        match self.state.lock().expect("no holder panics").stopped {
+            true => Err(EngineError::Stopped),
+            false => Ok(()),
+        }
+    }
+}
+
+/// Nobody waits for a collector that panicked.
+struct StopOnDrop<'a>(&'a Deal);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.change(|dealt| dealt.stopped = true);
+    }
+}
+
+enum Told<T> {
+    Pairs(u64),
+    Done(usize, T),
+    Failed(EngineError),
+    Panicked(Box<dyn Any + Send>),
+}
+
+impl Vit {
+    /// Every sample with every prompt, samples in order.
+    pub fn pairs<'a>(&self, samples: &'a Samples, prompts: &'a [Tensor]) -> Pairs<'a> {
+        Pairs {
+            samples,
+            prompts,
+            batches: samples.micro_batches(self.batch(prompts).images),
+        }
+    }
+
+    /// Sends every micro-batch of `pairs` through `work` on some stream, which has a `state` of its own there, and what comes of it to `collect`, in order. `progress` hears of finished
+    /// sample × prompt pairs.
+    pub fn each_micro_batch<S: Send, T: Send>(
+        &self,
+        pairs: &Pairs<'_>,
+        state: impl Fn() -> S,
+        work: impl Fn(&mut S, &mut MicroBatch<'_>) -> Result<T, EngineError> + Sync,
+        mut collect: impl FnMut(&[usize], T) -> Result<(), EngineError>,
+        progress: &mut dyn FnMut(u64) -> ControlFlow<()>,
+    ) -> Result<(), EngineError> {
+        let Pairs {
+            samples,
+            prompts,
+            batches,
+        } = pairs;
+        let mut streams = self.streams.borrow_mut();
+        let at_once = self.batch(prompts).prompts;
+        let num_prompts = prompts.len();
+        let deal = Deal {
+            state: Mutex::default(),
+            changed: Condvar::new(),
+            num_batches: batches.len(),
+            ahead: 2 * streams.len(),
+        };
+        for stream in streams.iter_mut() {
+            let there = |prompt: &Tensor| prompt.to_device(stream.device);
+            let prompts: Vec<Tensor> = prompts.iter().map(there).collect();
+            stream.pass.take_prompts(&prompts);
+        }
+        let (told, heard) = channel();
+        // While the streams have the cores, this thread takes no more than one; and what a thread asks for,
+        // libtorch also gives those that are made later.
+        let threads = tch::get_num_threads();
+        tch::set_num_threads(1);
+        let outcome = thread::scope(|scope| {
+            for stream in streams.iter_mut() {
+                let mut state = state();
+                let (told, deal, work) = (told.clone(), &deal, &work);
+                scope.spawn(move || {
+                    tch::set_num_threads(stream.threads as i32);
+                    let run = || {
+                        while let Some(index) = deal.next() {
+                            let images =
+                                samples.images(&batches[index], stream.device, stream.kind)?;
+                            stream.pass.take_images(&images);
+                            let mut batch = MicroBatch {
+                                rows: &batches[index],
+                                pass: stream.pass.as_mut(),
+                                num_prompts,
+                                at_once,
+                                deal,
+                                tell: &|pairs| drop(told.send(Told::Pairs(pairs))),
+                            };
+                            let done = work(&mut state, &mut batch)?;
+                            let _ = told.send(Told::Done(index, done));
+                        }
+                        Ok(())
+                    };
+                    let ended = match catch_unwind(AssertUnwindSafe(run)) {
+                        Ok(Ok(())) => return,
+                        Ok(Err(error)) => Told::Failed(error),
+                        Err(payload) => Told::Panicked(payload),
+                    };
+                    deal.change(|dealt| dealt.stopped = true);
+                    let _ = told.send(ended);
+                });
+            }
+            drop(told);
+            let _stop = StopOnDrop(&deal);
+            let mut early = BTreeMap::new();
+            let mut next = 0;
+            let mut outcome = Ok(());
+            for told in heard {
+                let so_far = match told {
+                    Told::Pairs(pairs) => match progress(pairs) {
+                        ControlFlow::Continue(()) => Ok(()),
+                        ControlFlow::Break(()) => Err(EngineError::Stopped),
+                    },
+                    Told::Failed(error) => Err(error),
+                    Told::Panicked(payload) => return Err(payload),
+                    Told::Done(index, done) => {
+                        early.insert(index, done);
+                        let mut collected = Ok(());
+                        while let (Ok(()), Some(done)) = (&collected, early.remove(&next)) {
+                            collected = collect(&batches[next], done);
+                            next += 1;
+                        }
+                        deal.change(|dealt| dealt.collected = next);
+                        collected
+                    }
+                };
+                if let Err(error) = so_far {
+                    deal.change(|dealt| dealt.stopped = true);
+                    // The first is the cause; what follows stopped because of it.
+                    if outcome.is_ok() {
+                        outcome = Err(error);
+                    }
+                }
+            }
+            Ok(outcome)
+        });
+        tch::set_num_threads(threads);
+        outcome.unwrap_or_else(|payload| resume_unwind(payload))
+    }
+}
