@@ -258,8 +258,24 @@ mod tests {
     }
 
     #[test]
-    fn tf32_can_be_allowed_and_forbidden() {
-        allow_tf32(true).unwrap();
+    #[expect(
+        unsafe_code,
+        reason = "as `allow_tf32`: libtorch's own, as its C++ headers declare them"
+    )]
+    fn tf32_is_as_it_was_last_set() {
+        // SAFETY: `bool at::Context::allowTF32CuBLAS() const`.
+        let allowed = || unsafe {
+            type GlobalContext = unsafe extern "C" fn() -> *mut c_void;
+            type AllowTf32 = unsafe extern "C" fn(*mut c_void) -> bool;
+            let this = Library::this();
+            let context = this.get::<GlobalContext>("_ZN2at13globalContextEv");
+            let get = this.get::<AllowTf32>("_ZNK2at7Context15allowTF32CuBLASEv");
+            get.unwrap()(context.unwrap()())
+        };
+        for allow in [true, false, true] {
+            allow_tf32(allow).unwrap();
+            assert_eq!(allowed(), allow);
+        }
         allow_tf32(false).unwrap();
     }
 }
