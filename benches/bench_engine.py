@@ -94,7 +94,8 @@ class Bench:
             batch = ",".join(map(str, batches))
             inputs = self.inputs / "inputs.safetensors"
             return [self.python, PLAIN_PYTORCH, *options, "--inputs", inputs, "--batch", batch]
-        return [self.binary, "naive" if id == "d" else "job", *options, "--inputs", self.inputs]
+        job = ["naive", "--plain"] if id == "d" else ["job"]
+        return [self.binary, *job, *options, "--inputs", self.inputs]
 
     def env(self, id):
         return {"LD_PRELOAD": str(self.fast_mkl)} if id == "c2" else None

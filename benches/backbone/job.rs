@@ -9,20 +9,15 @@ use std::time::Instant;
 use promptweave::domain::backbone::Backbone;
 use promptweave::domain::dataset::{LabelledImages, Split};
 use promptweave::domain::objective::GradientNorm;
+use promptweave::domain::precision::Precision;
 use promptweave::engine::cache::CachedGradients;
 use promptweave::engine::features::extract;
 use promptweave::engine::gradients::{GradientStatistics, Sources, accumulate, sample_folds};
 use promptweave::engine::head::{ClosedFormHead, SourceHead};
 use promptweave::engine::samples::{Samples, Selection};
-use promptweave::engine::vit::Vit;
+use promptweave::engine::vit::{Compute, Vit};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
-
-#[derive(Clone, Copy, clap::ValueEnum)]
-enum Precision {
-    F32,
-    Bf16,
-}
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -33,8 +28,14 @@ pub struct Args {
     inputs: PathBuf,
     #[arg(long)]
     samples: usize,
-    #[arg(long, default_value = "f32")]
+    #[arg(long, default_value_t)]
     precision: Precision,
+    /// Streams; the default is one a core.
+    #[arg(long)]
+    threads: Option<usize>,
+    /// By the definition, all threads on one stream.
+    #[arg(long)]
+    plain: bool,
 }
 
 #[derive(clap::Args)]
@@ -51,7 +52,7 @@ struct Job {
     prompts: Vec<Tensor>,
     heads: Vec<SourceHead>,
     sample_folds: Vec<usize>,
-    threads: i32,
+    threads: usize,
 }
 
 struct Run {
@@ -63,12 +64,11 @@ struct Run {
 
 impl Job {
     fn load(args: &Args) -> anyhow::Result<Self> {
-        let kind = match args.precision {
-            Precision::F32 => Kind::Float,
-            Precision::Bf16 => Kind::BFloat16,
-        };
         let backbone = Backbone::open(&args.backbone)?;
-        let vit = Vit::load(&backbone, Device::Cpu, kind)?;
+        let mut compute = Compute::on(Device::Cpu, args.precision);
+        compute.plain = args.plain;
+        compute.threads = args.threads.unwrap_or(compute.threads);
+        let vit = Vit::load(&backbone, &compute)?;
         let dataset = LabelledImages::read(&args.inputs.join("dataset"))?;
         let selection = Selection {
             split: Split::Train,
@@ -83,12 +83,12 @@ impl Job {
         let samples = all.only(&(0..args.samples).collect::<Vec<_>>());
         let inputs = Tensor::read_safetensors(args.inputs.join("inputs.safetensors"))?;
         let inputs: HashMap<String, Tensor> = inputs.into_iter().collect();
-        let prompts = inputs["prompts"].to_kind(kind).unbind(0);
+        let prompts = inputs["prompts"].to_kind(vit.kind).unbind(0);
         let head = || ClosedFormHead::given(&inputs["head.weight"], &inputs["head.bias"]);
         Ok(Self {
             heads: prompts.iter().map(|_| SourceHead::given(head())).collect(),
             sample_folds: sample_folds(&samples.labels),
-            threads: tch::get_num_threads(),
+            threads: compute.threads,
             vit,
             samples,
             prompts,
