@@ -98,7 +98,7 @@ mod tests {
             cuda_devices: Vec::new(),
             device: Asked {
                 asked: asked.into(),
-                uses: None,
+                uses: Vec::new(),
                 error: None,
             },
             advice: Vec::new(),

@@ -21,7 +21,7 @@ use crate::telemetry::chain;
 
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {
-    /// The device that has to work: `auto` (whichever is there), `cpu` or `cuda:<n>`.
+    /// What has to work: `auto` (whichever is there), `cpu`, `cuda:<n>` or several, `cuda:0,cuda:1`.
     #[arg(long, default_value = "auto")]
     pub device: String,
     /// Folder to take libtorch_cuda.so from: `torch/lib` of PyTorch 2.11.0 for CUDA [default: where
@@ -79,7 +79,7 @@ struct CudaDevice {
 #[derive(Debug, Serialize)]
 struct Asked {
     asked: String,
-    uses: Option<String>,
+    uses: Vec<String>,
     error: Option<String>,
 }
 
@@ -110,7 +110,7 @@ fn examine(args: &Args) -> anyhow::Result<Report> {
             error: Some(chain(&error)),
         },
     };
-    let asked = device::named(&args.device, dir);
+    let asked = device::all_named(&args.device, dir);
     if let Some(threads) = args.threads {
         tch::set_num_threads(i32::try_from(threads.max(1))?);
     }
@@ -125,12 +125,16 @@ fn examine(args: &Args) -> anyhow::Result<Report> {
             }
         })
         .collect();
-    let uses = asked.as_ref().ok().map(|device| device::name_of(*device));
+    let uses: Vec<String> = asked
+        .iter()
+        .flatten()
+        .map(|device| device::name_of(*device))
+        .collect();
     // A device that is there and fails at a product does not work either.
     let failed = cuda_devices
         .iter()
-        .find(|found| Some(&found.device) == uses.as_ref())
-        .and_then(|found| found.error.clone());
+        .filter(|found| uses.contains(&found.device))
+        .find_map(|found| found.error.clone());
     let mut report = Report {
         version: env!("CARGO_PKG_VERSION"),
         libtorch: Libtorch {
@@ -196,10 +200,11 @@ impl fmt::Display for Report {
             }
         }
         let Asked { asked, uses, error } = &self.device;
-        let answer = match (error, uses) {
-            (None, Some(uses)) if uses == asked => "works".to_owned(),
-            (None, Some(uses)) => format!("works, on {uses}"),
-            _ => "does not work".to_owned(),
+        let uses = uses.join(",");
+        let answer = match error {
+            None if uses == *asked => "works".to_owned(),
+            None => format!("works, on {uses}"),
+            Some(_) => "does not work".to_owned(),
         };
         line(&format!("--device {asked}"), &answer)?;
         for advice in &self.advice {
@@ -285,7 +290,7 @@ mod tests {
             assert!(text.contains(part), "{text}");
         }
         let json = serde_json::to_value(&report).unwrap();
-        assert_eq!(json["device"]["uses"], "cpu");
+        assert_eq!(json["device"]["uses"], serde_json::json!(["cpu"]));
     }
 
     #[test]
