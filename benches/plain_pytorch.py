@@ -164,10 +164,10 @@ class Job:
                 of_batch.append(gradient.flatten(1))
             yield torch.stack(of_batch)
 
-    def products(self, size):
+    def products(self, batches):
         """Σ_n g̃_in ∘ g̃_jn for i ≤ j, [M(M+1)/2, m·d] in f64."""
         total = 0
-        for gradients in self.gradients(size):
+        for gradients in batches:
             gradients = gradients.double()
             gradients -= gradients.mean(0, keepdim=True)
             total = total + torch.cat([(gradients[i:] * gradients[i]).sum(1) for i in range(len(gradients))])
@@ -176,9 +176,9 @@ class Job:
     def answers(self, size):
         """Features [M, N, d], Γ = S Sᵀ over the prompts' pairs, and √(mean over samples of ‖g‖²) [M]."""
         n = len(self.pixels)
-        gradients = torch.cat(list(self.gradients(size)), 1).double()
-        s = self.products(size) / (n - 1)
-        rms = gradients.square().sum((1, 2)).div(n).sqrt()
+        batches = list(self.gradients(size))
+        s = self.products(batches) / (n - 1)
+        rms = torch.cat(batches, 1).double().square().sum((1, 2)).div(n).sqrt()
         return {"features": self.features(size), "gram": (s @ s.T).flatten().float(), "rms": rms.float()}
 
     def run(self, size):
@@ -186,7 +186,7 @@ class Job:
         start = time.perf_counter()
         self.features(size)
         middle = time.perf_counter()
-        self.products(size)
+        self.products(self.gradients(size))
         return middle - start, time.perf_counter() - middle
 
 

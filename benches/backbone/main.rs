@@ -12,7 +12,7 @@ use clap::Parser;
 #[derive(Parser)]
 struct Cli {
     #[command(subcommand)]
-    command: Command,
+    command: Option<Command>,
     /// `cargo bench` says so.
     #[arg(long, global = true, hide = true)]
     bench: bool,
@@ -35,7 +35,12 @@ enum Command {
 }
 
 fn main() -> anyhow::Result<()> {
-    let line = match Cli::parse().command {
+    let Some(command) = Cli::parse().command else {
+        // A plain `cargo bench` comes along here too.
+        println!("backbone: `make bench-engine` and `make bench-growth` run this");
+        return Ok(());
+    };
+    let line = match command {
         Command::Backbone(args) => prepare::backbone(&args)?,
         Command::Inputs(args) => prepare::inputs(&args)?,
         Command::Gemm(args) => gemm::measure(&args)?,
