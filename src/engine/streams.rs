@@ -175,16 +175,16 @@ impl Vit {
             num_batches: batches.len(),
             ahead: 2 * streams.len(),
         };
-        for stream in streams.iter_mut() {
-            let there = |prompt: &Tensor| prompt.to_device(stream.device);
-            let prompts: Vec<Tensor> = prompts.iter().map(there).collect();
-            stream.pass.take_prompts(&prompts);
-        }
         let (told, heard) = channel();
         // While the streams have the cores, this thread takes no more than one; and what a thread asks for,
         // libtorch also gives those that are made later.
         let threads = tch::get_num_threads();
         tch::set_num_threads(1);
+        for stream in streams.iter_mut() {
+            let there = |prompt: &Tensor| prompt.to_device(stream.device);
+            let prompts: Vec<Tensor> = prompts.iter().map(there).collect();
+            stream.pass.take_prompts(&prompts);
+        }
         let outcome = thread::scope(|scope| {
             for stream in streams.iter_mut() {
                 let mut state = state();
@@ -254,5 +254,143 @@ impl Vit {
         });
         tch::set_num_threads(threads);
         outcome.unwrap_or_else(|payload| resume_unwind(payload))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::dataset::{LabelledImages, Split};
+    use crate::domain::precision::Precision;
+    use crate::engine::features::extract;
+    use crate::engine::samples::Selection;
+    use crate::engine::testing::{D, TOKENS, noise_tensor, write_backbone, write_dataset};
+    use crate::engine::vit::Compute;
+
+    struct Problem {
+        _dir: tempfile::TempDir,
+        samples: Samples,
+        prompts: Vec<Tensor>,
+        vit: Vit,
+    }
+
+    /// Forty samples in micro-batches of three.
+    fn problem(threads: usize) -> Problem {
+        let dir = tempfile::tempdir().unwrap();
+        let backbone = write_backbone(&dir.path().join("backbone"));
+        write_dataset(&dir.path().join("target"), 40, 4);
+        let dataset = LabelledImages::read(&dir.path().join("target")).unwrap();
+        let selection = Selection {
+            split: Split::Train,
+            max_samples: None,
+            seed: 0,
+            skip_bad: false,
+        };
+        let preprocessing = &backbone.config.preprocessing;
+        let compute = Compute {
+            threads,
+            largest_micro_batch: 3,
+            ..Compute::on(Device::Cpu, Precision::F32)
+        };
+        Problem {
+            samples: Samples::load(&dataset, &selection, preprocessing).unwrap(),
+            prompts: (0..2)
+                .map(|i| noise_tensor(&[TOKENS as i64, D as i64], i).to_kind(Kind::Float))
+                .collect(),
+            vit: Vit::load(&backbone, &compute).unwrap(),
+            _dir: dir,
+        }
+    }
+
+    fn go_on(_: u64) -> ControlFlow<()> {
+        ControlFlow::Continue(())
+    }
+
+    #[test]
+    fn the_number_of_streams_changes_no_bit() {
+        let of = |threads| {
+            let Problem {
+                samples,
+                prompts,
+                vit,
+                _dir,
+            } = problem(threads);
+            assert_eq!(vit.num_streams(), threads);
+            let mut told = 0;
+            let features = extract(&vit, &samples, &prompts, |pairs| {
+                told += pairs;
+                go_on(pairs)
+            });
+            assert_eq!(told, 80);
+            let mut gradients = Vec::new();
+            let slope = |_: usize, f: &Tensor| Ok(f.square());
+            vit.each_micro_batch(
+                &vit.pairs(&samples, &prompts),
+                || (),
+                |(), batch| batch.gradients(&mut { slope }),
+                |rows, of_batch| {
+                    assert_eq!(rows[0], gradients.len() * 3, "in order");
+                    gradients.push(of_batch);
+                    Ok(())
+                },
+                &mut go_on,
+            )
+            .unwrap();
+            (features.unwrap(), Tensor::cat(&gradients, 1))
+        };
+        let one = of(1);
+        assert_eq!(one.1.size(), [2, 40, TOKENS as i64, D as i64]);
+        for threads in [2, 5] {
+            let several = of(threads);
+            assert!(several.0 == one.0 && several.1 == one.1);
+        }
+    }
+
+    /// Whoever fails, whether a stream, the collector or the observer: the others stop, and the first says why.
+    #[test]
+    fn a_failure_ends_all_streams_and_is_reported() {
+        let Problem {
+            samples,
+            prompts,
+            vit,
+            _dir,
+        } = problem(3);
+        let pairs = vit.pairs(&samples, &prompts);
+        let run = |fail_at: usize, panic_at: usize, refuse_at: usize, stop_after: u64| {
+            let mut told = 0;
+            vit.each_micro_batch(
+                &pairs,
+                || (),
+                |(), batch| match batch.rows[0] {
+                    at if at == fail_at => Err(EngineError::NotFinite("these")),
+                    at if at == panic_at => panic!("at {at}"),
+                    _ => batch.features(),
+                },
+                |rows, _| match rows[0] == refuse_at {
+                    true => Err(EngineError::NotFinite("those")),
+                    false => Ok(()),
+                },
+                &mut |pairs| {
+                    told += pairs;
+                    match told > stop_after {
+                        true => ControlFlow::Break(()),
+                        false => ControlFlow::Continue(()),
+                    }
+                },
+            )
+        };
+        let never = usize::MAX;
+        assert!(run(never, never, never, u64::MAX).is_ok());
+        let failed = run(6, never, never, u64::MAX).unwrap_err();
+        assert!(matches!(failed, EngineError::NotFinite("these")));
+        let refused = run(never, never, 9, u64::MAX).unwrap_err();
+        assert!(matches!(refused, EngineError::NotFinite("those")));
+        let stopped = run(never, never, never, 20).unwrap_err();
+        assert!(matches!(stopped, EngineError::Stopped));
+        let panicked = catch_unwind(AssertUnwindSafe(|| run(never, 12, never, u64::MAX)));
+        let payload = panicked.unwrap_err();
+        assert_eq!(payload.downcast_ref::<String>().unwrap(), "at 12");
+        // And the streams are as good as before.
+        assert!(run(never, never, never, u64::MAX).is_ok());
     }
 }
