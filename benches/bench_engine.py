@@ -7,6 +7,7 @@ For each of two models, in interleaved rounds, every contender a process of its 
     b     promptweave, f32                 b16   promptweave, bf16
     c     plain PyTorch, f32               c16   plain PyTorch, bf16
     c2    plain PyTorch, f32, with MKL's fast path switched on by force on a processor that is not Intel's
+    bw    promptweave, f32, one wide stream instead of a narrow one a core
     d     promptweave's plain path, one sample and one prompt at a time
 
 The job is M prompts × N samples: a feature pass, then a gradient pass to the prompts, with a given linear head. Before
@@ -56,13 +57,14 @@ MODELS = [
 TOLERANCES = {"features": 1e-4, "gram": 1e-3, "rms": 1e-4}
 LABELS = {
     "b": "promptweave, f32",
+    "bw": "promptweave, f32, one wide stream for all threads",
     "b16": "promptweave, bf16",
     "c": "plain PyTorch, f32",
     "c2": "plain PyTorch, f32, MKL's fast path forced",
     "c16": "plain PyTorch, bf16",
     "d": "one sample and prompt at a time, f32",
 }
-RATIOS = [("b", "c"), ("b", "c2"), ("b16", "c16"), ("b", "d"), ("b16", "b")]
+RATIOS = [("b", "c"), ("b", "c2"), ("b16", "c16"), ("b", "bw"), ("b", "d"), ("b16", "b")]
 
 
 # ---- What is compared ------------------------------------------------------------------------------------
@@ -94,7 +96,7 @@ class Bench:
             batch = ",".join(map(str, batches))
             inputs = self.inputs / "inputs.safetensors"
             return [self.python, PLAIN_PYTORCH, *options, "--inputs", inputs, "--batch", batch]
-        job = ["naive", "--plain"] if id == "d" else ["job"]
+        job = {"d": ["naive", "--plain"], "bw": ["job", "--wide"]}.get(id, ["job"])
         return [self.binary, *job, *options, "--inputs", self.inputs]
 
     def env(self, id):

@@ -33,6 +33,9 @@ pub struct Args {
     /// Streams; the default is one a core.
     #[arg(long)]
     threads: Option<usize>,
+    /// One stream whose products take all threads.
+    #[arg(long)]
+    wide: bool,
     /// By the definition, all threads on one stream.
     #[arg(long)]
     plain: bool,
@@ -67,6 +70,7 @@ impl Job {
         let backbone = Backbone::open(&args.backbone)?;
         let mut compute = Compute::on(Device::Cpu, args.precision);
         compute.plain = args.plain;
+        compute.wide = args.wide;
         compute.threads = args.threads.unwrap_or(compute.threads);
         let vit = Vit::load(&backbone, &compute)?;
         let dataset = LabelledImages::read(&args.inputs.join("dataset"))?;

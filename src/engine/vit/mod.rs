@@ -63,8 +63,10 @@ pub struct Compute {
     /// One or more, all CPU or all CUDA.
     pub devices: Vec<Device>,
     pub precision: Precision,
-    /// Streams of a CPU, each of one thread.
+    /// Of a CPU, all streams together.
     pub threads: usize,
+    /// One stream whose products take all threads, not one a thread: slower wherever it was measured.
+    pub wide: bool,
     /// By the definition, all threads on one stream.
     pub plain: bool,
     /// No more images than this in a micro-batch.
@@ -82,6 +84,7 @@ impl Compute {
             devices,
             precision,
             threads: usize::try_from(tch::get_num_threads()).unwrap_or(1).max(1),
+            wide: false,
             plain: false,
             largest_micro_batch: usize::MAX,
         }
@@ -90,6 +93,23 @@ impl Compute {
     pub fn device(&self) -> Device {
         self.devices[0]
     }
+
+    /// Streams of a CPU: one a thread, or fewer where the memory at hand is less than twice what they take.
+    fn num_streams(&self) -> usize {
+        if self.wide || self.plain {
+            return 1;
+        }
+        let fit = available_memory().map_or(usize::MAX, |bytes| bytes / (2 * CPU_BYTES));
+        self.threads.min(fit).max(1)
+    }
+}
+
+/// Bytes that can be had without swapping, where the system says so.
+fn available_memory() -> Option<usize> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
+    let kib: usize = line.trim().strip_suffix(" kB")?.parse().ok()?;
+    Some(kib << 10)
 }
 
 /// How much goes through at once.
@@ -123,14 +143,17 @@ impl Vit {
         let mut streams = Vec::new();
         for device in &compute.devices {
             let weights = Weights::load(backbone, *device, kind)?;
-            for pass in passes(weights, *device, compute) {
-                streams.push(Stream {
-                    device: *device,
-                    kind,
-                    threads: if compute.plain { compute.threads } else { 1 },
-                    pass,
-                });
-            }
+            let passes = passes(weights, *device, compute);
+            let threads = match device {
+                Device::Cpu => (compute.threads / passes.len()).max(1),
+                _ => 1,
+            };
+            streams.extend(passes.into_iter().map(|pass| Stream {
+                device: *device,
+                kind,
+                threads,
+                pass,
+            }));
         }
         Ok(Self {
             config: backbone.config.clone(),
@@ -196,6 +219,7 @@ impl Vit {
 
 const CPU_ROWS: usize = 1000;
 const CPU_FLOPS: usize = 300_000_000_000;
+/// Of a stream's buffers.
 const CPU_BYTES: usize = 512 << 20;
 const CUDA_BYTES: usize = 16 << 30;
 const CUDA_FLOPS: usize = 100_000_000_000_000;
@@ -221,7 +245,7 @@ fn passes(weights: Weights, device: Device, compute: &Compute) -> Vec<Box<dyn Pa
         all.push(Box::new(first));
         all
     }
-    let count = compute.threads.max(1);
+    let count = compute.num_streams();
     match compute.precision {
         Precision::F32 => fused::<f32>(&weights, count),
         Precision::Bf16 => fused::<Bf16>(&weights, count),
