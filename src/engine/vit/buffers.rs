@@ -14,10 +14,11 @@ pub struct Buffer<E: Element> {
 }
 
 impl<E: Element> Buffer<E> {
+    /// Its entries are what was there before.
     pub fn new(rows: usize, width: usize) -> Self {
         let shape = [rows as i64, width as i64];
         Self {
-            tensor: Tensor::zeros(shape, (E::KIND, Device::Cpu)),
+            tensor: Tensor::empty(shape, (E::KIND, Device::Cpu)),
             width,
             _of: PhantomData,
         }
@@ -119,44 +120,57 @@ pub struct Workspace<E: Element> {
     pub by_weights: Buffer<E>,
 }
 
-impl<E: Element> Workspace<E> {
-    pub fn new(widths: Widths, shape: Shape, backward: bool) -> Self {
+impl<E: Element> Kept<E> {
+    fn new(widths: Widths, shape: Shape) -> Self {
         let Widths {
             d,
             hidden,
             num_heads,
-            depth,
+            ..
         } = widths;
-        let (rows, n) = (shape.rows(), shape.n());
+        let rows = shape.rows();
         let inverse = || vec![E::Real::default(); rows];
-        let kept = (0..if backward { depth } else { 1 }).map(|_| Kept {
+        Self {
             normed1: Buffer::new(rows, d),
             inverse1: inverse(),
             qkv: Buffer::new(rows, 3 * d),
-            weights: Buffer::new(num_heads * rows, n),
+            weights: Buffer::new(num_heads * rows, shape.n()),
             normed2: Buffer::new(rows, d),
             inverse2: inverse(),
             slope: Buffer::new(rows, hidden),
-        });
-        // The way back alone needs these.
-        let back = if backward { rows } else { 0 };
+        }
+    }
+}
+
+impl<E: Element> Workspace<E> {
+    /// For the way forth alone.
+    pub fn new(widths: Widths, shape: Shape) -> Self {
+        let (d, rows) = (widths.d, shape.rows());
         Self {
             shape,
-            kept: kept.collect(),
+            kept: vec![Kept::new(widths, shape)],
             x: Buffer::new(rows, d),
             x_cls: Buffer::new(shape.images, d),
             y: Buffer::new(rows, d),
             normed: Buffer::new(rows, d),
-            inverse: inverse(),
-            wide: Buffer::new(rows, hidden),
-            by_qkv: Buffer::new(back, 3 * d),
-            by_weights: Buffer::new(num_heads * back, n),
+            inverse: vec![E::Real::default(); rows],
+            wide: Buffer::new(rows, widths.hidden),
+            by_qkv: Buffer::new(0, 3 * d),
+            by_weights: Buffer::new(0, shape.n()),
         }
     }
 
-    /// Whether it will do for this.
-    pub fn serves(&self, widths: Widths, shape: Shape, backward: bool) -> bool {
-        self.shape == shape && (!backward || self.kept.len() == widths.depth)
+    /// The same, for the way back too.
+    pub fn and_back(mut self, widths: Widths) -> Self {
+        let (rows, n) = (self.shape.rows(), self.shape.n());
+        while self.kept.len() < widths.depth {
+            self.kept.push(Kept::new(widths, self.shape));
+        }
+        if self.by_qkv.num_rows() == 0 {
+            self.by_qkv = Buffer::new(rows, 3 * widths.d);
+            self.by_weights = Buffer::new(widths.num_heads * rows, n);
+        }
+        self
     }
 }
 

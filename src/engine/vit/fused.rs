@@ -127,11 +127,11 @@ impl<E: Element> Fused<E> {
             t: images.num_rows() / count,
             m: self.prompts[prompt].num_rows(),
         };
-        let serves = |space: &Workspace<E>| space.serves(self.widths, shape, backward);
-        let mut space = match self.space.take().filter(serves) {
-            Some(space) => space,
-            None => Workspace::new(self.widths, shape, backward),
-        };
+        let space = self.space.take().filter(|space| space.shape == shape);
+        let mut space = space.unwrap_or_else(|| Workspace::new(self.widths, shape));
+        if backward {
+            space = space.and_back(self.widths);
+        }
         let done = work(self, &images, &self.prompts[prompt], &mut space);
         self.images = Some((count, images));
         self.space = Some(space);
