@@ -218,7 +218,8 @@ impl Vit {
 }
 
 const CPU_ROWS: usize = 1000;
-const CPU_FLOPS: usize = 300_000_000_000;
+/// Of a micro-batch with one prompt, forward and backward.
+const CPU_FLOPS: usize = 400_000_000_000;
 /// Of a stream's buffers.
 const CPU_BYTES: usize = 512 << 20;
 const CUDA_BYTES: usize = 16 << 30;
