@@ -215,6 +215,8 @@ mod tests {
             "/torch/lib",
             "--threads",
             "3",
+            "--precision",
+            "bf16",
             "--backbones-gib",
             "8",
             "--inputs-gib",
@@ -259,6 +261,7 @@ mod tests {
             ("PROMPTWEAVE_LIBTORCH_CUDA", "/torch/lib"),
             ("PROMPTWEAVE_LOG", "debug"),
             ("PROMPTWEAVE_LOG_FORMAT", "json"),
+            ("PROMPTWEAVE_PRECISION", "bf16"),
             ("PROMPTWEAVE_STALL_S", "50"),
             ("PROMPTWEAVE_THREADS", "3"),
         ]);
