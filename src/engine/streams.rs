@@ -151,8 +151,8 @@ impl Vit {
         }
     }
 
-    /// Sends every micro-batch of `pairs` through `work` on some stream, which has a `state` of its own there, and what comes of it to `collect`, in order. `progress` hears of finished
-    /// sample × prompt pairs.
+    /// Sends every micro-batch of `pairs` through `work` on some stream, which has a `state` of its own there, and
+    /// what comes of it to `collect`, in order. `progress` hears of finished sample × prompt pairs.
     pub fn each_micro_batch<S: Send, T: Send>(
         &self,
         pairs: &Pairs<'_>,

@@ -282,19 +282,8 @@ pub fn add_normalise_backward<E: Element>(
     }
 }
 
-/// GELU with erf: `out` = h Φ(h), h being `hidden` [R, w] + bias [w].
-#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+fma", "x86_64+avx2+fma"))]
-pub fn gelu<E: Element>(hidden: &[E], bias: &[E::Real], out: &mut [E]) {
-    let w = bias.len();
-    for (hidden, out) in hidden.chunks_exact(w).zip(out.chunks_exact_mut(w)) {
-        for k in 0..w {
-            let h = hidden[k].load() + bias[k];
-            out[k] = E::store(h * h.normal().0);
-        }
-    }
-}
-
-/// As [`gelu`], and `hidden` becomes its derivative Φ(h) + h φ(h).
+/// GELU with erf: `out` = h Φ(h), h being `hidden` [R, w] + bias [w], and `hidden` becomes its derivative
+/// Φ(h) + h φ(h).
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+fma", "x86_64+avx2+fma"))]
 pub fn gelu_with_slope<E: Element>(hidden: &mut [E], bias: &[E::Real], out: &mut [E]) {
     let w = bias.len();

@@ -65,7 +65,7 @@ pub struct Compute {
     pub precision: Precision,
     /// Of a CPU, all streams together.
     pub threads: usize,
-    /// One stream whose products take all threads, not one a thread: slower wherever it was measured.
+    /// One stream whose products take all threads, not one a thread; to compare the two by.
     pub wide: bool,
     /// By the definition, all threads on one stream.
     pub plain: bool,
@@ -131,10 +131,7 @@ pub struct Vit {
 
 impl Vit {
     pub fn load(backbone: &Backbone, compute: &Compute) -> Result<Self, EngineError> {
-        let kind = match compute.precision {
-            Precision::F64 => Kind::Double,
-            Precision::F32 | Precision::Bf16 => Kind::Float,
-        };
+        let kind = residual_kind(compute.precision);
         if compute.device() != Device::Cpu
             && let Err(error) = allow_tf32(compute.precision == Precision::F32)
         {
@@ -225,6 +222,22 @@ const CPU_BYTES: usize = 512 << 20;
 const CUDA_BYTES: usize = 16 << 30;
 const CUDA_FLOPS: usize = 100_000_000_000_000;
 
+/// What images, prompts and the residual stream are in.
+fn residual_kind(precision: Precision) -> Kind {
+    match precision {
+        Precision::F64 => Kind::Double,
+        Precision::F32 | Precision::Bf16 => Kind::Float,
+    }
+}
+
+/// What the matrix products run in.
+fn product_kind(precision: Precision) -> Kind {
+    match precision {
+        Precision::Bf16 => Kind::BFloat16,
+        Precision::F32 | Precision::F64 => residual_kind(precision),
+    }
+}
+
 /// One a stream of this device.
 fn passes(weights: Weights, device: Device, compute: &Compute) -> Vec<Box<dyn Pass>> {
     if compute.plain {
@@ -232,11 +245,7 @@ fn passes(weights: Weights, device: Device, compute: &Compute) -> Vec<Box<dyn Pa
     }
     // A single block is first and last at once, which the fast path on a CPU leaves to the other.
     if device != Device::Cpu || weights.blocks.len() == 1 {
-        let kind = match compute.precision {
-            Precision::F32 => Kind::Float,
-            Precision::Bf16 => Kind::BFloat16,
-            Precision::F64 => Kind::Double,
-        };
+        let kind = product_kind(compute.precision);
         return vec![Box::new(Shared::new(weights, kind))];
     }
     fn fused<E: Element>(weights: &Weights, count: usize) -> Vec<Box<dyn Pass>> {
@@ -258,14 +267,8 @@ fn passes(weights: Weights, device: Device, compute: &Compute) -> Vec<Box<dyn Pa
 #[cfg(test)]
 pub fn all_paths(backbone: &Backbone, precision: Precision) -> Vec<(&'static str, Box<dyn Pass>)> {
     let compute = Compute::on(Device::Cpu, precision);
-    let kind = match precision {
-        Precision::F64 => Kind::Double,
-        _ => Kind::Float,
-    };
-    let products = match precision {
-        Precision::Bf16 => Kind::BFloat16,
-        _ => kind,
-    };
+    let kind = residual_kind(precision);
+    let products = product_kind(precision);
     let weights = || Weights::load(backbone, Device::Cpu, kind).unwrap();
     vec![
         ("plain", Box::new(Plain::new(weights()))),
