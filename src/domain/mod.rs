@@ -8,6 +8,7 @@ pub mod cache;
 pub mod composition;
 pub mod dataset;
 pub mod digest;
+pub mod foreign_format;
 pub mod image;
 pub mod job;
 pub mod objective;

@@ -13,17 +13,17 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::error::Problem;
-use super::extract::{Body, Path, Query, escape, media_type, unsupported_media_type};
+use super::extract::{Body, Path, Query, media_type, unsupported_media_type};
 use super::page::{Page, PageQuery};
+use super::prompt_files::{self, MissingMetadata};
 use super::prompts::existing;
 use super::{AppState, HttpSettings};
 use crate::db::DbError;
 use crate::domain::digest::Digest;
-use crate::domain::prompt_file::{FORMAT, Origin, PromptFile, PromptFileError, PromptMetadata};
 use crate::domain::reference::{Reference, ResourceName, VersionSelector};
+use crate::registry::DEFAULT_PROJECT;
 use crate::registry::lineage::{self, LineageEdge, ProducedBy};
 use crate::registry::prompt_versions::{self, NewVersion, PromptVersion};
-use crate::registry::{DEFAULT_PROJECT, backbones};
 
 const PROMPT_FILE: &str = "application/vnd.prompt+safetensors";
 
@@ -44,68 +44,6 @@ pub fn router(settings: &HttpSettings) -> OpenApiRouter<AppState> {
 #[schema(value_type = String, format = Binary)]
 #[expect(dead_code, reason = "it exists for the API document alone")]
 struct PromptFileBytes(Vec<u8>);
-
-/// What a file without promptweave's own metadata (PEFT, VPT) does not say. A field that the file
-/// does have must agree.
-#[derive(Debug, Default, Deserialize, IntoParams)]
-#[serde(deny_unknown_fields)]
-#[into_params(parameter_in = Query)]
-struct MissingMetadata {
-    /// Digest of the backbone it was trained for, as `GET /v1/backbones` gives it.
-    #[param(value_type = Option<String>, example = "sha256:…")]
-    backbone_digest: Option<Digest>,
-    /// Likewise, e.g. `98-bicubic-imagenet`.
-    preprocessing_id: Option<String>,
-    /// Seed of the initial prompt.
-    init_seed: Option<u64>,
-    /// The task it was trained on.
-    task: Option<String>,
-}
-
-impl MissingMetadata {
-    fn complete(self, file: Option<&PromptMetadata>) -> Result<PromptMetadata, Problem> {
-        let file = file.cloned().unwrap_or(PromptMetadata {
-            format: FORMAT,
-            backbone_digest: None,
-            preprocessing_id: None,
-            init_seed: None,
-            task: None,
-            classes: None,
-            origin: Origin::Uploaded,
-            training: None,
-        });
-        Ok(PromptMetadata {
-            backbone_digest: agree(
-                "backbone_digest",
-                file.backbone_digest,
-                self.backbone_digest,
-            )?,
-            preprocessing_id: agree(
-                "preprocessing_id",
-                file.preprocessing_id,
-                self.preprocessing_id,
-            )?,
-            init_seed: agree("init_seed", file.init_seed, self.init_seed)?,
-            task: agree("task", file.task, self.task)?,
-            ..file
-        })
-    }
-}
-
-fn agree<T: PartialEq + std::fmt::Display>(
-    field: &str,
-    file: Option<T>,
-    request: Option<T>,
-) -> Result<Option<T>, Problem> {
-    match (file, request) {
-        (Some(file), Some(request)) if file != request => Err(Problem::field(
-            "metadata_conflict",
-            format!("/{field}"),
-            format!("`{field}` is `{file}` in the file and `{request}` in the request"),
-        )),
-        (file, request) => Ok(file.or(request)),
-    }
-}
 
 /// Publish a version: the body is a prompt file
 ///
@@ -128,11 +66,12 @@ fn agree<T: PartialEq + std::fmt::Display>(
         (status = 200, description = "These bytes are a version already", body = PromptVersion),
         (status = 404, description = "`prompt_not_found`"),
         (status = 413, description = "`body_too_large`"),
-        (status = 415, description = "`unsupported_file_format` (pickle, zip, NumPy), \
-            `unsupported_media_type`"),
-        (status = 422, description = "`not_safetensors`, `unknown_tensor`, `missing_tensor`, \
-            `wrong_dtype`, `wrong_shape`, `not_finite`, `invalid_metadata`, \
-            `unsupported_format_version`, `metadata_conflict`, `width_mismatch`"),
+        (status = 415, description = "`unsupported_format` (a pickle, a zip, a NumPy array, …: the \
+            detail names it, and how to convert it), `unsupported_media_type`"),
+        (status = 422, description = "`not_safetensors`, `header_too_long`, `unknown_tensor`, \
+            `missing_tensor`, `wrong_dtype`, `wrong_shape`, `not_finite`, `wrong_label`, \
+            `invalid_metadata`, `unsupported_format_version`, `metadata_conflict`, \
+            `width_mismatch`, `depth_mismatch`, `preprocessing_mismatch`"),
     )
 )]
 async fn publish_version(
@@ -151,15 +90,12 @@ async fn publish_version(
             &format!("`{PROMPT_FILE}`"),
         ));
     }
-    let (bytes, file) = tokio::task::spawn_blocking(move || (PromptFile::parse(&bytes), bytes))
-        .await
-        .map_err(Problem::internal)
-        .and_then(|(file, bytes)| Ok((bytes, file.map_err(refuse_file)?)))?;
+    let (bytes, file) = prompt_files::read(bytes).await?;
     let metadata = missing.complete(file.metadata.as_ref())?;
 
     let mut transaction = state.pool.begin().await?;
     let prompt = existing(&mut transaction, &name).await?;
-    check_width(&mut transaction, &file, &metadata).await?;
+    prompt_files::check_backbone(&mut transaction, DEFAULT_PROJECT, &file, &metadata).await?;
     let new = NewVersion {
         prompt_id: prompt.id,
         bytes: &bytes,
@@ -185,61 +121,6 @@ async fn publish_version(
         StatusCode::OK
     };
     Ok((status, headers, JsonResponse(version)))
-}
-
-fn refuse_file(error: PromptFileError) -> Problem {
-    use PromptFileError as E;
-    let code = match &error {
-        E::OtherFormat(_) => {
-            return Problem::new(
-                StatusCode::UNSUPPORTED_MEDIA_TYPE,
-                "unsupported_file_format",
-                error.to_string(),
-            );
-        }
-        E::NotSafetensors(_) => "not_safetensors",
-        E::UnknownTensor(_) => "unknown_tensor",
-        E::MissingTensor(_) => "missing_tensor",
-        E::Dtype { .. } => "wrong_dtype",
-        E::Shape { .. } => "wrong_shape",
-        E::NotFinite { .. } => "not_finite",
-        E::Metadata(_) | E::MetadataTooLong(_) => "invalid_metadata",
-        E::Format(_) => "unsupported_format_version",
-    };
-    // The reader's own words (which byte, which key) are the client's to see: it is their file.
-    let detail = match std::error::Error::source(&error) {
-        Some(source) => format!("{error}: {source}"),
-        None => error.to_string(),
-    };
-    match error.subject() {
-        Some(subject) => Problem::field(code, format!("/{}", escape(subject)), detail),
-        None => Problem::unprocessable(code, detail),
-    }
-}
-
-/// A prompt must be as wide as its backbone, where that one is registered.
-async fn check_width(
-    conn: &mut PgConnection,
-    file: &PromptFile,
-    metadata: &PromptMetadata,
-) -> Result<(), Problem> {
-    let Some(digest) = &metadata.backbone_digest else {
-        return Ok(());
-    };
-    let known = backbones::find_by_digest(conn, DEFAULT_PROJECT, digest).await?;
-    match known.first() {
-        Some(backbone) if backbone.embed_dim as usize != file.embed_dim() => Err(Problem::field(
-            "width_mismatch",
-            "/prompt_embeddings",
-            format!(
-                "`prompt_embeddings` is {} wide, and backbone `{}` is {} wide",
-                file.embed_dim(),
-                backbone.name,
-                backbone.embed_dim
-            ),
-        )),
-        _ => Ok(()),
-    }
 }
 
 /// List a prompt's versions, newest first, deprecated ones included

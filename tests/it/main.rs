@@ -5,6 +5,7 @@ mod backbones;
 mod datasets;
 mod ensembles;
 mod fixtures;
+mod formats;
 mod layers;
 mod openapi;
 mod private_postgres;

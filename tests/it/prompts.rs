@@ -164,19 +164,19 @@ async fn bad_files_are_refused_and_the_tensor_is_named(pool: PgPool) {
         (
             b"\x80\x04\x95pickled".to_vec(),
             415,
-            "unsupported_file_format",
+            "unsupported_format",
             "",
         ),
         (
             b"PK\x03\x04zipped....".to_vec(),
             415,
-            "unsupported_file_format",
+            "unsupported_format",
             "",
         ),
         (
             b"\x93NUMPY\x01\x00array".to_vec(),
             415,
-            "unsupported_file_format",
+            "unsupported_format",
             "",
         ),
         (

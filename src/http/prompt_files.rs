@@ -1,0 +1,173 @@
+//! Prompt files as they come in: what the request adds to them, and what is refused.
+
+use axum::http::StatusCode;
+use serde::Deserialize;
+use sqlx::PgConnection;
+use utoipa::IntoParams;
+use uuid::Uuid;
+
+use super::error::Problem;
+use super::extract::escape;
+use crate::domain::digest::Digest;
+use crate::domain::prompt_file::{PromptFile, PromptFileError, PromptMetadata};
+use crate::registry::backbones;
+
+/// What a file without promptweave's own metadata (PEFT, VPT) does not say. A field that the file
+/// does have must agree.
+#[derive(Clone, Debug, Default, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(super) struct MissingMetadata {
+    /// Digest of the backbone it was trained for, as `GET /v1/backbones` gives it.
+    #[param(value_type = Option<String>, example = "sha256:…")]
+    pub backbone_digest: Option<Digest>,
+    /// Likewise, e.g. `98-bicubic-imagenet`.
+    pub preprocessing_id: Option<String>,
+    /// Seed of the initial prompt.
+    pub init_seed: Option<u64>,
+    /// The task it was trained on.
+    pub task: Option<String>,
+}
+
+impl MissingMetadata {
+    pub(super) fn complete(self, file: Option<&PromptMetadata>) -> Result<PromptMetadata, Problem> {
+        let file = file.cloned().unwrap_or_else(PromptMetadata::unknown);
+        Ok(PromptMetadata {
+            backbone_digest: agree(
+                "backbone_digest",
+                file.backbone_digest,
+                self.backbone_digest,
+            )?,
+            preprocessing_id: agree(
+                "preprocessing_id",
+                file.preprocessing_id,
+                self.preprocessing_id,
+            )?,
+            init_seed: agree("init_seed", file.init_seed, self.init_seed)?,
+            task: agree("task", file.task, self.task)?,
+            ..file
+        })
+    }
+}
+
+fn agree<T: PartialEq + std::fmt::Display>(
+    field: &str,
+    file: Option<T>,
+    request: Option<T>,
+) -> Result<Option<T>, Problem> {
+    match (file, request) {
+        (Some(file), Some(request)) if file != request => Err(Problem::field(
+            "metadata_conflict",
+            format!("/{field}"),
+            format!("`{field}` is `{file}` in the file and `{request}` in the request"),
+        )),
+        (file, request) => Ok(file.or(request)),
+    }
+}
+
+/// Reads and checks a prompt file, off the runtime's threads; `bytes` come back with it.
+pub(super) async fn read<B: AsRef<[u8]> + Send + 'static>(
+    bytes: B,
+) -> Result<(B, PromptFile), Problem> {
+    let reading = tokio::task::spawn_blocking(move || (PromptFile::parse(bytes.as_ref()), bytes));
+    let (file, bytes) = reading.await.map_err(Problem::internal)?;
+    Ok((bytes, file.map_err(refuse)?))
+}
+
+fn refuse(error: PromptFileError) -> Problem {
+    use PromptFileError as E;
+    let code = match &error {
+        E::Foreign(_) => return unsupported_format(error.to_string()),
+        E::NotSafetensors(_) => "not_safetensors",
+        E::HeaderTooLong => "header_too_long",
+        E::UnknownTensor { .. } => "unknown_tensor",
+        E::MissingTensor(_) => "missing_tensor",
+        E::Dtype { .. } => "wrong_dtype",
+        E::Shape { .. } => "wrong_shape",
+        E::NotFinite { .. } => "not_finite",
+        E::Label { .. } => "wrong_label",
+        E::Metadata(_) | E::MetadataTooLong(_) => "invalid_metadata",
+        E::Format(_) => "unsupported_format_version",
+    };
+    // The reader's own words (which byte, which key) are the client's to see: it is their file.
+    let detail = match std::error::Error::source(&error) {
+        Some(source) => format!("{error}: {source}"),
+        None => error.to_string(),
+    };
+    match error.subject() {
+        Some(subject) => Problem::field(code, format!("/{}", escape(subject)), detail),
+        None => Problem::unprocessable(code, detail),
+    }
+}
+
+/// 415: a file that is recognised by its first bytes and not parsed.
+pub(super) fn unsupported_format(detail: String) -> Problem {
+    Problem::new(
+        StatusCode::UNSUPPORTED_MEDIA_TYPE,
+        "unsupported_format",
+        detail,
+    )
+}
+
+/// A prompt must fit its backbone, where that one is registered: its width, its blocks, and the
+/// preprocessing of one of those that have these weights.
+pub(super) async fn check_backbone(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    file: &PromptFile,
+    metadata: &PromptMetadata,
+) -> Result<(), Problem> {
+    let Some(digest) = &metadata.backbone_digest else {
+        return Ok(());
+    };
+    let known = backbones::find_by_digest(conn, project_id, digest).await?;
+    let Some(backbone) = known.first() else {
+        return Ok(());
+    };
+    let (name, embed_dim) = (&backbone.name, backbone.embed_dim as usize);
+    if file.embed_dim() != embed_dim {
+        let detail = format!(
+            "`prompt_embeddings` is {} wide, and backbone `{name}` is {embed_dim} wide",
+            file.embed_dim(),
+        );
+        return Err(Problem::field(
+            "width_mismatch",
+            "/prompt_embeddings",
+            detail,
+        ));
+    }
+    let blocks = backbone.config.depth;
+    if let Some(deep) = &file.deep_prompt_embeddings
+        && deep.shape[0] + 1 != blocks
+    {
+        let detail = format!(
+            "`deep_prompt_embeddings` has prompts for {} blocks, and backbone `{name}` has {blocks} \
+             blocks, of which all but the first take one: expected {}",
+            deep.shape[0],
+            blocks - 1,
+        );
+        return Err(Problem::field(
+            "depth_mismatch",
+            "/deep_prompt_embeddings",
+            detail,
+        ));
+    }
+    if let Some(id) = &metadata.preprocessing_id
+        && known.iter().all(|b| b.preprocessing_id != *id)
+    {
+        let ids: Vec<_> = known
+            .iter()
+            .map(|b| format!("`{}` of `{}`", b.preprocessing_id, b.name))
+            .collect();
+        let detail = format!(
+            "the prompt was made with preprocessing `{id}`, and these weights are registered with {}",
+            ids.join(", ")
+        );
+        return Err(Problem::field(
+            "preprocessing_mismatch",
+            "/preprocessing_id",
+            detail,
+        ));
+    }
+    Ok(())
+}
