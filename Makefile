@@ -1,6 +1,6 @@
 # `make demo` and `make test` need nothing before them: they set up what is missing.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test fmt clippy openapi sqlx bench-engine bench-growth
+.PHONY: help setup demo up test fmt clippy openapi sqlx test-peft bench-engine bench-growth
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -31,6 +31,10 @@ openapi: ## write openapi/openapi.json anew after a change of the API
 
 sqlx: ## write .sqlx anew after a change of a query or a migration
 	scripts/with_postgres.sh scripts/prepare_queries.sh
+
+test-peft: setup ## prompts from and to the real peft package, through a running server; fetches PyTorch and peft once
+	cargo build --release
+	scripts/with_postgres.sh $$(scripts/peft_python.sh) scripts/test_peft.py target/release/promptweave
 
 bench-engine: setup ## promptweave beside the machine's matrix rate and plain PyTorch, in ten minutes; fetches PyTorch once
 	python3 benches/bench_engine.py

@@ -12,6 +12,7 @@ pub mod foreign_format;
 pub mod image;
 pub mod job;
 pub mod objective;
+pub mod peft;
 pub mod precision;
 pub mod prompt_file;
 pub mod reference;

@@ -209,6 +209,7 @@ impl From<RegistryError> for Problem {
             RegistryError::NameTaken { .. } => {
                 Self::conflict("name_taken", format!("{detail}; choose another name"))
             }
+            RegistryError::ReservedName(_) => Self::field("reserved_name", "/name", detail),
             RegistryError::BackboneExists(_) => {
                 Self::conflict("backbone_exists", format!("{detail}; use that name"))
             }

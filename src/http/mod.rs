@@ -10,6 +10,7 @@ pub mod extract;
 pub mod health;
 pub mod openapi;
 pub mod page;
+mod peft;
 mod prompt_files;
 mod prompt_versions;
 pub mod prompts;

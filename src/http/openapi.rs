@@ -7,7 +7,7 @@ use utoipa_axum::router::OpenApiRouter;
 
 use super::error::ProblemDocument;
 use super::{
-    AppState, HttpSettings, backbones, datasets, ensembles, health, prompt_versions, prompts,
+    AppState, HttpSettings, backbones, datasets, ensembles, health, peft, prompt_versions, prompts,
     workers,
 };
 
@@ -36,6 +36,7 @@ pub(super) fn routes(settings: &HttpSettings) -> OpenApiRouter<AppState> {
     let v1 = OpenApiRouter::new()
         .merge(prompts::router())
         .merge(prompt_versions::router(settings))
+        .merge(peft::router(settings))
         .merge(backbones::router())
         .merge(datasets::router())
         .merge(ensembles::router())

@@ -1,6 +1,8 @@
 //! Prompt files as they come in: what the request adds to them, and what is refused.
 
-use axum::http::StatusCode;
+use axum::Json as JsonResponse;
+use axum::http::{StatusCode, header};
+use axum::response::IntoResponse;
 use serde::Deserialize;
 use sqlx::PgConnection;
 use utoipa::IntoParams;
@@ -11,6 +13,7 @@ use super::extract::escape;
 use crate::domain::digest::Digest;
 use crate::domain::prompt_file::{PromptFile, PromptFileError, PromptMetadata};
 use crate::registry::backbones;
+use crate::registry::prompt_versions::PromptVersion;
 
 /// What a file without promptweave's own metadata (PEFT, VPT) does not say. A field that the file
 /// does have must agree.
@@ -98,6 +101,24 @@ fn refuse(error: PromptFileError) -> Problem {
         Some(subject) => Problem::field(code, format!("/{}", escape(subject)), detail),
         None => Problem::unprocessable(code, detail),
     }
+}
+
+/// The answer to a publication: 201, or 200 where these bytes were a version already.
+pub(super) fn published(version: PromptVersion, created: bool) -> impl IntoResponse {
+    let location = format!(
+        "/v1/prompts/{}/versions/{}",
+        version.prompt, version.version
+    );
+    let headers = [
+        (header::LOCATION, location),
+        (header::ETAG, format!("\"{}\"", version.digest)),
+    ];
+    let status = if created {
+        StatusCode::CREATED
+    } else {
+        StatusCode::OK
+    };
+    (status, headers, JsonResponse(version))
 }
 
 /// 415: a file that is recognised by its first bytes and not parsed.

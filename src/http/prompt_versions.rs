@@ -108,19 +108,7 @@ async fn publish_version(
         prompt_versions::insert(&mut transaction, DEFAULT_PROJECT, new).await?;
     transaction.commit().await?;
 
-    let headers = [
-        (
-            header::LOCATION,
-            format!("/v1/prompts/{name}/versions/{}", version.version),
-        ),
-        (header::ETAG, etag(&version.digest)),
-    ];
-    let status = if created {
-        StatusCode::CREATED
-    } else {
-        StatusCode::OK
-    };
-    Ok((status, headers, JsonResponse(version)))
+    Ok(prompt_files::published(version, created))
 }
 
 /// List a prompt's versions, newest first, deprecated ones included
@@ -153,7 +141,7 @@ async fn list_versions(
 /// The two parameters of every path below.
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Path)]
-struct VersionPath {
+pub(super) struct VersionPath {
     #[param(value_type = String)]
     name: ResourceName,
     /// A number, or `sha256:` and 64 hex digits.
@@ -163,7 +151,7 @@ struct VersionPath {
 }
 
 impl VersionPath {
-    async fn resolve(self, conn: &mut PgConnection) -> Result<PromptVersion, Problem> {
+    pub(super) async fn resolve(self, conn: &mut PgConnection) -> Result<PromptVersion, Problem> {
         let version: VersionSelector = self.selector.parse().map_err(
             |error: crate::domain::reference::InvalidReference| {
                 Problem::field("invalid_reference", "/ref", error.to_string())

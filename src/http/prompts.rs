@@ -75,7 +75,7 @@ impl CreatePrompt {
     responses(
         (status = 201, body = Prompt, headers(("location" = String))),
         (status = 409, description = "`name_taken`"),
-        (status = 422, description = "`invalid_body`"),
+        (status = 422, description = "`invalid_body`, `reserved_name`"),
     )
 )]
 async fn create_prompt(

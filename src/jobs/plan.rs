@@ -16,7 +16,7 @@ use crate::domain::reference::{Reference, ResourceName};
 use crate::registry::backbones::{self, RegisteredBackbone};
 use crate::registry::datasets::{self, DatasetVersion};
 use crate::registry::prompt_versions::{self, Depth, PromptVersion};
-use crate::registry::{DEFAULT_PROJECT, RegistryError};
+use crate::registry::{DEFAULT_PROJECT, RegistryError, prompts};
 
 /// Gradient statistics grow with the square of the pairs of sources; the method's own paper ends at 11.
 pub const MAX_SOURCES: usize = 64;
@@ -77,6 +77,7 @@ pub async fn plan(
     request: &EnsembleRequest,
 ) -> Result<EnsembleSpec, PlanError> {
     request.objective.weighing().map_err(invalid_objective)?;
+    check_output(request.output.as_ref())?;
     let target = target(conn, request).await?;
     let sources = sources(conn, &request.sources).await?;
     let backbone = backbone(conn, request.backbone.as_ref(), &sources).await?;
@@ -118,6 +119,14 @@ pub async fn plan(
         },
         resolved_from: None,
     })
+}
+
+/// Refuses a name now that no prompt can be published under later.
+pub(super) fn check_output(name: Option<&ResourceName>) -> Result<(), PlanError> {
+    match name.map(prompts::check_name) {
+        Some(Err(error)) => refuse("reserved_name", "/output/name", error.to_string()),
+        Some(Ok(())) | None => Ok(()),
+    }
 }
 
 /// `<dataset>-<short id>`: the end of the id, since its beginning is the time.

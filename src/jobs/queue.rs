@@ -45,7 +45,8 @@ impl QueueError {
             Self::Registry(
                 RegistryError::NameTaken { .. }
                 | RegistryError::BackboneExists(_)
-                | RegistryError::AlreadyProduced(_),
+                | RegistryError::AlreadyProduced(_)
+                | RegistryError::ReservedName(_),
             ) => true,
             Self::Registry(RegistryError::Blob(_)) | Self::LeaseLost(_) => false,
         }

@@ -6,7 +6,8 @@ use uuid::Uuid;
 
 use super::Job;
 use super::plan::{
-    PlanError, check_samples, default_output, invalid_objective, no_sources, refuse, source_pointer,
+    PlanError, check_output, check_samples, default_output, invalid_objective, no_sources, refuse,
+    source_pointer,
 };
 use crate::domain::composition::{CompositionResult, TargetSamples};
 use crate::domain::digest::Digest;
@@ -64,6 +65,7 @@ pub fn plan(
     solved: &Solved,
     request: &ResolveRequest,
 ) -> Result<EnsembleSpec, PlanError> {
+    check_output(request.output.as_ref())?;
     let recorded = &solved.spec;
     let sources = match &request.sources {
         None => recorded.sources.clone(),

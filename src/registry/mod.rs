@@ -33,6 +33,8 @@ pub enum RegistryError {
         kind: &'static str,
         name: ResourceName,
     },
+    #[error("`{0}` is a path of the API and no prompt's name; choose another")]
+    ReservedName(ResourceName),
     /// Same weights and preprocessing under another name.
     #[error("these weights with this preprocessing are registered as `{0}` already")]
     BackboneExists(ResourceName),

@@ -28,6 +28,17 @@ pub struct Prompt {
     pub created_at: OffsetDateTime,
 }
 
+/// Names that are paths of the API, so that no prompt hides behind them.
+const RESERVED: [&str; 2] = ["compose", "import-peft"];
+
+/// Whether a prompt may have this name.
+pub fn check_name(name: &ResourceName) -> Result<(), RegistryError> {
+    if RESERVED.contains(&name.as_str()) {
+        return Err(RegistryError::ReservedName(name.clone()));
+    }
+    Ok(())
+}
+
 pub async fn create(
     conn: &mut PgConnection,
     project_id: Uuid,
@@ -35,6 +46,7 @@ pub async fn create(
     description: &str,
     tags: &BTreeMap<String, String>,
 ) -> Result<Prompt, RegistryError> {
+    check_name(name)?;
     let id = Uuid::now_v7();
     let created_at = sqlx::query_scalar!(
         r#"
@@ -72,6 +84,7 @@ pub async fn find_or_create(
     name: &ResourceName,
     description: &str,
 ) -> Result<Prompt, RegistryError> {
+    check_name(name)?;
     // Inserting first settles the race: whoever comes second waits for the first one's commit.
     sqlx::query!(
         r#"

@@ -1,0 +1,210 @@
+//! PEFT's prompt-tuning adapters in and out: `/v1/prompts/import-peft` and `…/{ref}/peft`.
+
+use axum::extract::{DefaultBodyLimit, State};
+use axum::http::{HeaderMap, header};
+use axum::response::IntoResponse;
+use serde::Deserialize;
+use utoipa::{IntoParams, ToSchema};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::error::Problem;
+use super::extract::{Body, Path, Query, escape, media_type, unsupported_media_type};
+use super::prompt_files::{self, MissingMetadata};
+use super::prompt_versions::VersionPath;
+use super::{AppState, HttpSettings};
+use crate::db::DbError;
+use crate::domain::digest::Digest;
+use crate::domain::peft::archive::{self, ArchiveError};
+use crate::domain::peft::{self, AdapterConfig, CONFIG_FILE, Layers, PeftError};
+use crate::domain::prompt_file::PromptFile;
+use crate::domain::reference::ResourceName;
+use crate::registry::prompt_versions::{self, NewVersion, PromptVersion};
+use crate::registry::{DEFAULT_PROJECT, backbones, prompts};
+
+const TAR: &str = "application/x-tar";
+
+pub fn router(settings: &HttpSettings) -> OpenApiRouter<AppState> {
+    let upload = OpenApiRouter::new()
+        .routes(routes!(import_peft))
+        .layer(DefaultBodyLimit::max(settings.max_upload_bytes));
+    OpenApiRouter::new()
+        .routes(routes!(export_peft))
+        .merge(upload)
+}
+
+/// A tar archive.
+#[derive(ToSchema)]
+#[schema(value_type = String, format = Binary)]
+#[expect(dead_code, reason = "it exists for the API document alone")]
+struct TarBytes(Vec<u8>);
+
+/// What the adapter does not say: the prompt it becomes a version of, and what it was made for.
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+struct ImportQuery {
+    /// The prompt to publish under; made where there is none.
+    #[param(value_type = String, pattern = "^[a-z0-9][a-z0-9._-]{0,127}$", example = "dtd")]
+    name: ResourceName,
+    /// Digest of the backbone it was trained for, as `GET /v1/backbones` gives it.
+    #[param(value_type = Option<String>, example = "sha256:…")]
+    backbone_digest: Option<Digest>,
+    /// Likewise, e.g. `98-bicubic-imagenet`.
+    preprocessing_id: Option<String>,
+    /// Seed of the initial prompt.
+    init_seed: Option<u64>,
+    /// The task it was trained on.
+    task: Option<String>,
+}
+
+/// Publish a version from a PEFT prompt-tuning adapter: the body is a tar of its folder
+///
+/// `tar -c -C DIR .` of what `save_pretrained` left. `adapter_model.safetensors` becomes the version
+/// as it is, so that its sha256 is the version's digest; `adapter_config.json` goes into `training`.
+/// Folders in the archive do not matter, other files are left aside, and nothing is unpacked.
+#[utoipa::path(
+    post,
+    path = "/prompts/import-peft",
+    tag = "prompts",
+    params(ImportQuery),
+    request_body(
+        content_type = "application/x-tar",
+        description = "The archive, uncompressed; `application/octet-stream` is accepted too",
+        content = TarBytes,
+    ),
+    responses(
+        (status = 201, body = PromptVersion, headers(("location" = String), ("etag" = String))),
+        (status = 200, description = "These bytes are a version already", body = PromptVersion),
+        (status = 413, description = "`body_too_large`"),
+        (status = 415, description = "`unsupported_format` (not a tar, or the weights are a pickle), \
+            `unsupported_media_type`"),
+        (status = 422, description = "`invalid_archive`, `invalid_adapter`, `unsupported_adapter` \
+            (LoRA, prefix tuning, …), `reserved_name`, and all that publishing a version answers"),
+    )
+)]
+async fn import_peft(
+    State(state): State<AppState>,
+    Query(query): Query<ImportQuery>,
+    headers: HeaderMap,
+    Body(bytes): Body,
+) -> Result<impl IntoResponse, Problem> {
+    let kind = media_type(&headers);
+    if let Some(other) = kind.as_deref()
+        && ![TAR, "application/octet-stream"].contains(&other)
+    {
+        return Err(unsupported_media_type(Some(other), &format!("`{TAR}`")));
+    }
+    let found = archive::find(&bytes).map_err(refuse_archive)?;
+    let config = AdapterConfig::parse(&bytes[found.config]).map_err(refuse_adapter)?;
+    let (bytes, file) = prompt_files::read(bytes.slice(found.model)).await?;
+    config.check(&file).map_err(refuse_adapter)?;
+    let missing = MissingMetadata {
+        backbone_digest: query.backbone_digest,
+        preprocessing_id: query.preprocessing_id,
+        init_seed: query.init_seed,
+        task: query.task,
+    };
+    let mut metadata = missing.complete(file.metadata.as_ref())?;
+    metadata.training.get_or_insert_with(|| config.record());
+
+    let mut transaction = state.pool.begin().await?;
+    prompt_files::check_backbone(&mut transaction, DEFAULT_PROJECT, &file, &metadata).await?;
+    let prompt =
+        prompts::find_or_create(&mut transaction, DEFAULT_PROJECT, &query.name, "").await?;
+    let new = NewVersion {
+        prompt_id: prompt.id,
+        bytes: &bytes,
+        file: &file,
+        metadata: &metadata,
+        produced_by_job: None,
+        parents: &[],
+    };
+    let (version, created) =
+        prompt_versions::insert(&mut transaction, DEFAULT_PROJECT, new).await?;
+    transaction.commit().await?;
+    Ok(prompt_files::published(version, created))
+}
+
+fn refuse_archive(error: ArchiveError) -> Problem {
+    match error {
+        ArchiveError::Foreign(_) | ArchiveError::Pickled => {
+            prompt_files::unsupported_format(error.to_string())
+        }
+        error => {
+            let source = std::error::Error::source(&error).map(ToString::to_string);
+            let detail = match source {
+                Some(source) => format!("{error}: {source}"),
+                None => error.to_string(),
+            };
+            Problem::unprocessable("invalid_archive", detail)
+        }
+    }
+}
+
+fn refuse_adapter(error: PeftError) -> Problem {
+    let code = match error {
+        PeftError::OtherAdapter(_) => "unsupported_adapter",
+        PeftError::Deep => "deep_prompt_not_exportable",
+        _ => "invalid_adapter",
+    };
+    let detail = match std::error::Error::source(&error) {
+        Some(source) => format!("{error}: {source}"),
+        None => error.to_string(),
+    };
+    let pointer = format!("/{}", escape(CONFIG_FILE));
+    match (&error, error.field()) {
+        (PeftError::Deep, _) => Problem::field(code, "/deep_prompt_embeddings", detail),
+        (_, Some(field)) => Problem::field(code, format!("{pointer}/{field}"), detail),
+        (_, None) => Problem::field(code, pointer, detail),
+    }
+}
+
+/// A version as a PEFT prompt-tuning adapter, in a tar that unpacks to its folder
+///
+/// `adapter_model.safetensors` has the numbers of `prompt_embeddings` bit by bit. What was imported
+/// has its `adapter_config.json` again; of any other prompt it says the sizes, and of the base model
+/// nothing: set `base_model_name_or_path` and `task_type` where PEFT is to find them by itself.
+#[utoipa::path(
+    get,
+    path = "/prompts/{name}/versions/{ref}/peft",
+    tag = "prompts",
+    params(VersionPath),
+    responses(
+        (status = 200, description = "A tar of `adapter_config.json` and `adapter_model.safetensors`",
+         content_type = "application/x-tar", body = TarBytes),
+        (status = 404, description = "`prompt_not_found`, `version_not_found`"),
+        (status = 422, description = "`deep_prompt_not_exportable`"),
+    )
+)]
+async fn export_peft(
+    State(state): State<AppState>,
+    Path(path): Path<VersionPath>,
+) -> Result<impl IntoResponse, Problem> {
+    let mut conn = state.pool.acquire().await?;
+    let version = path.resolve(&mut conn).await?;
+    let bytes = prompt_versions::content(&mut conn, &version.digest)
+        .await?
+        .ok_or(DbError::RowCount(0))?;
+    let backbone = match &version.backbone_digest {
+        Some(digest) => backbones::find_by_digest(&mut conn, DEFAULT_PROJECT, digest).await?,
+        None => Vec::new(),
+    };
+    let layers = backbone.first().map(|backbone| Layers {
+        num_layers: backbone.config.depth,
+        num_attention_heads: backbone.config.num_heads,
+    });
+    // What is stored was checked when it came.
+    let file = PromptFile::parse(&bytes).map_err(Problem::internal)?;
+    let adapter =
+        peft::export(&bytes, &file, version.training.as_ref(), layers).map_err(refuse_adapter)?;
+    let name = format!("{}-{}-peft.tar", version.prompt, version.version);
+    let headers = [
+        (header::CONTENT_TYPE, TAR.to_owned()),
+        (
+            header::CONTENT_DISPOSITION,
+            format!("attachment; filename=\"{name}\""),
+        ),
+    ];
+    Ok((headers, archive::pack(&adapter)))
+}
