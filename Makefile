@@ -1,6 +1,6 @@
 # `make demo` and `make test` need nothing before them: they set up what is missing.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test fmt clippy openapi sqlx test-peft bench-engine bench-growth
+.PHONY: help setup demo up test fmt clippy openapi sqlx test-peft bench-engine bench-demo bench-growth
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -38,6 +38,9 @@ test-peft: setup ## prompts from and to the real peft package, through a running
 
 bench-engine: setup ## promptweave beside the machine's matrix rate and plain PyTorch, in ten minutes; fetches PyTorch once
 	python3 benches/bench_engine.py
+
+bench-demo: setup ## the demo's composition by every path and precision, and what one more source costs, in minutes
+	python3 benches/bench_demo.py
 
 bench-growth: setup ## time and memory as sources and samples grow, in a few minutes
 	python3 benches/bench_growth.py

@@ -64,6 +64,8 @@ LABELS = {
     "c16": "plain PyTorch, bf16",
     "d": "one sample and prompt at a time, f32",
 }
+# Whose time is told by part.
+PROFILED = ["b", "b16"]
 RATIOS = [("b", "c"), ("b", "c2"), ("b16", "c16"), ("b", "bw"), ("b", "d"), ("b16", "b")]
 
 
@@ -221,6 +223,30 @@ def best_rate(gemm, precision):
     return max(a[precision][mode]["gflops"] for a in gemm for mode in ("wide", "narrow"))
 
 
+def profile(lines, gemm, operations):
+    """Where the time of all streams went, in the round that was disturbed least."""
+    line = min(lines, key=lambda line: line["seconds"])
+    spent, whole = line["spent"], line["threads"] * line["seconds"]
+    linear, attention = spent["linear"], spent["attention"]
+    seconds = {
+        "matrix products with the model's weights": linear["seconds"],
+        "attention: its products and softmax": attention["seconds"],
+        "passes between products: norms, GELU, copies": spent["pass"]["seconds"] - linear["seconds"] - attention["seconds"],
+        "between passes: pixels, slopes, statistics, waiting": whole - spent["pass"]["seconds"],
+    }
+    gflop = dict(zip(seconds, (linear["gflop"], attention["gflop"])))
+    needed = line["pairs"] * operations * 1e-9
+    return {
+        "parts": [
+            {"part": part, "share": of / whole, "gflops": gflop[part] / of if part in gflop else None}
+            for part, of in seconds.items()
+        ],
+        # Of the operations a plain implementation needs, those that were done.
+        "operations_done": sum(gflop.values()) / needed,
+        "gflops": needed / line["seconds"],
+    }
+
+
 def summary(bench, samples, lines, gemm, differences):
     operations = bench.operations()
     rates = {id: [line["pairs"] / line["seconds"] for line in lines[id]] for id in lines}
@@ -252,6 +278,7 @@ def summary(bench, samples, lines, gemm, differences):
             modes[f"{precision} {mode}"] = spread([a[precision][mode]["gflops"] for a in gemm])
     return {
         "model": bench.model["name"],
+        "profiles": {id: profile(lines[id], gemm, operations) for id in PROFILED},
         "gflop_per_pair": operations * 1e-9,
         "gemm_gflops": modes,
         "rows": rows,
@@ -265,6 +292,24 @@ def summary(bench, samples, lines, gemm, differences):
 
 def percent(value):
     return f"{100 * value:.0f} %"
+
+
+def told_profile(model):
+    """What limits promptweave."""
+    profiles = list(model["profiles"].items())
+    # Parts as rows, and two columns a contender.
+    rows = []
+    for of_part in zip(*(profile["parts"] for _, profile in profiles)):
+        shares = [[percent(of["share"]), digits(of["gflops"]) if of["gflops"] else ""] for of in of_part]
+        rows.append([of_part[0]["part"], *(cell for cells in shares for cell in cells)])
+    header = ["", *(cell for id, _ in profiles for cell in (f"({id}) time", "GFLOP/s a thread"))]
+    (_, b), *_ = profiles
+    return [
+        "Where the time of its streams goes, in the round that was disturbed least "
+        f"({', '.join(f'{digits(p["gflops"])} GFLOP/s in ({id})' for id, p in profiles)}), and the rate of products "
+        f"while they run. Of the operations a plain implementation needs {percent(b['operations_done'])} are done:",
+        table(header, rows),
+    ]
 
 
 def report(result):
@@ -304,6 +349,7 @@ def report(result):
             table(["", "pairs/s", "GFLOP/s", "share of (a)", "batch", "peak memory, MiB"], rows),
             table(["ratio", "of pairs/s"], ratios),
             f"Largest difference from (c), over the largest value: {'; '.join(off)}.",
+            *told_profile(model),
         ]
     return "\n\n".join(parts)
 

@@ -15,6 +15,7 @@ use promptweave::engine::features::extract;
 use promptweave::engine::gradients::{GradientStatistics, Sources, accumulate, sample_folds};
 use promptweave::engine::head::{ClosedFormHead, SourceHead};
 use promptweave::engine::samples::{Samples, Selection};
+use promptweave::engine::vit::spent::{Part, Spent, spent};
 use promptweave::engine::vit::{Compute, Vit};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
@@ -143,9 +144,28 @@ pub fn whole(args: &Args) -> anyhow::Result<Value> {
     // The first products of a stream pay for choosing kernels and for fresh memory; half of the samples, so that
     // every stream gets some.
     job.run(0..samples.div_ceil(2), 0..prompts)?;
+    let before = PARTS.map(|(_, part)| spent(part));
     let run = job.run(0..samples, 0..prompts)?;
-    Ok(job.line(run.feature_seconds, run.gradient_seconds))
+    let mut line = job.line(run.feature_seconds, run.gradient_seconds);
+    for ((name, part), before) in PARTS.into_iter().zip(before) {
+        let Spent {
+            seconds,
+            operations,
+        } = spent(part);
+        line["spent"][name] = json!({
+            "seconds": seconds - before.seconds,
+            "gflop": (operations - before.operations) * 1e-9,
+        });
+    }
+    Ok(line)
 }
+
+/// Of the fast path; all streams together.
+const PARTS: [(&str, Part); 3] = [
+    ("pass", Part::Pass),
+    ("linear", Part::Linear),
+    ("attention", Part::Attention),
+];
 
 /// Nothing shared and nothing batched: an image forward under a prompt, then again forward and backward.
 pub fn naive(args: &Args) -> anyhow::Result<Value> {

@@ -44,6 +44,7 @@ mod resolve;
 mod row_file;
 #[cfg(test)]
 mod testing;
+mod threads;
 mod token_alignment;
 
 use std::io;

@@ -7,6 +7,7 @@ use super::jackknife::{self, standard_errors};
 use super::solver::{Solution, Solver, Terms};
 use super::statistics::Statistics;
 use super::steps::{Steps, stop_on};
+use super::threads::OneThread;
 use crate::domain::composition::{PathPoint, Phase};
 use crate::domain::objective::{Objective, TradeOffRule, Weighing};
 
@@ -37,6 +38,9 @@ pub fn solve(
     let weighing = objective.weighing()?;
     let reading = objective.alignment.reading;
     let h_score = HScore::new(&statistics.features, &statistics.labels, &objective.h_score)?;
+    // Each evaluation is a few small products: a second thread does not make one faster, and where another
+    // process has its core, waiting for it makes all of them a hundred times slower.
+    let _alone = OneThread::begin();
     let alignment = GradientAlignment::new(reading, statistics.gradients.whole.clone());
     let terms = Terms {
         h_score: &h_score,

@@ -23,6 +23,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::EngineError;
 use super::samples::Samples;
+use super::threads::OneThread;
 use super::vit::{Pass, Slope, Vit};
 
 /// A way through the backbone of its own, for one thread at a time.
@@ -176,10 +177,8 @@ impl Vit {
             ahead: 2 * streams.len(),
         };
         let (told, heard) = channel();
-        // While the streams have the cores, this thread takes no more than one; and what a thread asks for,
-        // libtorch also gives those that are made later.
-        let threads = tch::get_num_threads();
-        tch::set_num_threads(1);
+        // While the streams have the cores, this thread takes no more than one.
+        let _alone = OneThread::begin();
         for stream in streams.iter_mut() {
             let there = |prompt: &Tensor| prompt.to_device(stream.device);
             let prompts: Vec<Tensor> = prompts.iter().map(there).collect();
@@ -252,7 +251,6 @@ impl Vit {
             }
             Ok(outcome)
         });
-        tch::set_num_threads(threads);
         outcome.unwrap_or_else(|payload| resume_unwind(payload))
     }
 }

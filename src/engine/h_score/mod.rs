@@ -145,8 +145,8 @@ impl HScore {
             .map(|row| row as i64)
             .collect();
         let labels: Vec<usize> = kept.iter().map(|row| self.labels[*row as usize]).collect();
-        let of_kept = self.features.index_select(1, &Tensor::from_slice(&kept));
-        let features = centred(&of_kept, Standardise::None)?;
+        let mut features = self.features.index_select(1, &Tensor::from_slice(&kept));
+        features -= features.mean_dim(1, true, Kind::Double);
         match &self.form {
             Form::TraceRatio { .. } => Self::trace_ratio(features, &labels),
             Form::Inv { rho, moments, .. } => {
@@ -355,8 +355,11 @@ fn quadratic_form(matrix: &[f64], alpha: &[f64]) -> (f64, Vec<f64>) {
 /// [M, N, d] in f64, each source's mean taken out and, if asked, each of its coordinates scaled to
 /// variance 1; a constant coordinate stays 0 (and libtorch can differentiate all of it).
 pub fn centred(features: &Tensor, standardise: Standardise) -> Result<Tensor, EngineError> {
-    let features = features.to_kind(Kind::Double).to_device(Device::Cpu);
-    let centred = &features - features.mean_dim(1, true, Kind::Double);
+    // A copy even where they are f64, and the only one: the largest thing there is should not be there twice.
+    let mut centred = features
+        .to_dtype(Kind::Double, false, true)
+        .to_device(Device::Cpu);
+    centred -= centred.mean_dim(1, true, Kind::Double);
     if standardise == Standardise::None {
         return Ok(centred);
     }
@@ -386,15 +389,16 @@ fn floor(features: &Tensor, traces: &[f64]) -> Result<f64, EngineError> {
 
 impl ClassMeans {
     pub fn of(features: &Tensor, labels: &[usize]) -> Result<Self, EngineError> {
-        let (m, n, d) = features.size3()?;
+        let (m, n, _) = features.size3()?;
         let classes = present(labels);
-        let by_sample = features.permute([1, 0, 2]).reshape([n, m * d]);
         let weights: Vec<f64> = classes
             .iter()
             .map(|class| count(labels, *class) / (n.max(2) - 1) as f64)
             .collect();
+        let of_source = |i| class_means(&features.get(i), labels, &classes);
+        let means = (0..m).map(of_source).collect::<Result<Vec<_>, _>>()?;
         Ok(Self {
-            means: class_means(&by_sample, labels, &classes)?.view([-1, m, d]),
+            means: Tensor::stack(&means, 1),
             weights: Tensor::from_slice(&weights),
         })
     }

@@ -22,6 +22,11 @@ impl Heads {
         self.shape.images * self.num_heads * self.queries
     }
 
+    /// Floating-point operations of every query with so many tokens, in one product.
+    pub fn operations(self, tokens: usize) -> u64 {
+        (2 * self.shape.images * self.queries * tokens * self.d) as u64
+    }
+
     /// Attention weights as [B, heads, queries, n].
     fn of_weights(self, weights: &Tensor) -> Tensor {
         let (images, n) = (self.shape.images as i64, self.shape.n() as i64);

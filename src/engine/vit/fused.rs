@@ -19,6 +19,7 @@ use super::attention::Heads;
 use super::buffers::{Buffer, Shape, Widths, Workspace};
 use super::fold::FoldedBlock;
 use super::kernels::{self, Element};
+use super::spent::{self, Part};
 use super::weights::{Embedding, LayerNorm, Weights};
 use super::{Pass, Slope};
 use crate::engine::EngineError;
@@ -190,7 +191,10 @@ impl<E: Element> Fused<E> {
                     kernels::add_to_rows(kept.qkv.values_mut(rows), stride, &block.query_bias);
                 }
             }
-            self.heads(shape, queries).attend(kept, &normed.rows(count));
+            let heads = self.heads(shape, queries);
+            spent::timed(Part::Attention, 2 * heads.operations(shape.n()), || {
+                heads.attend(kept, &normed.rows(count));
+            });
             product(&normed.rows(count), &block.proj.0.tr(), &y.rows(count));
             let x = match i == last {
                 true => {
@@ -313,13 +317,12 @@ impl<E: Element> Fused<E> {
             ..
         } = space;
         product(&normed.rows(count), &self.blocks[i].proj.0, &y.rows(count));
-        self.heads(shape, queries).backward(
-            &y.rows(count),
-            &kept[i],
-            by_weights,
-            &by_qkv.tensor,
-            i == 0,
-        );
+        let heads = self.heads(shape, queries);
+        // ∂ℓ/∂weights of all tokens; of queries, keys and values in the first block the prompt's alone.
+        let tokens = shape.n() + 3 * if i == 0 { shape.m } else { shape.n() };
+        spent::timed(Part::Attention, heads.operations(tokens), || {
+            heads.backward(&y.rows(count), &kept[i], by_weights, &by_qkv.tensor, i == 0);
+        });
     }
 
     /// Past a block's norm1: `y` is the derivative by what it gave.
@@ -380,15 +383,17 @@ impl<E: Element> Pass for Fused<E> {
 
     fn take_images(&mut self, images: &Tensor) {
         let _no_grad = tch::no_grad_guard();
-        let tokens = self.embedding.tokens(images).flatten(0, 1);
-        self.images = Some((images.size()[0] as usize, self.start(&tokens)));
+        let start = spent::timed(Part::Pass, 0, || {
+            self.start(&self.embedding.tokens(images).flatten(0, 1))
+        });
+        self.images = Some((images.size()[0] as usize, start));
     }
 
     fn features(&mut self, prompts: Range<usize>) -> Tensor {
         let _no_grad = tch::no_grad_guard();
         let of = |i| {
             self.with_space(i, false, |pass, images, prompt, space| {
-                pass.forward(images, prompt, space)
+                spent::timed(Part::Pass, 0, || pass.forward(images, prompt, space))
             })
         };
         Tensor::stack(&prompts.map(of).collect::<Vec<_>>(), 0)
@@ -402,9 +407,11 @@ impl<E: Element> Pass for Fused<E> {
         let _no_grad = tch::no_grad_guard();
         let of = |i| {
             self.with_space(i, true, |pass, images, prompt, space| {
-                let features = pass.forward(images, prompt, space);
+                let features = spent::timed(Part::Pass, 0, || pass.forward(images, prompt, space));
                 let by_features = tch::with_grad(|| slope(i, &features))?;
-                Ok(pass.backward(&by_features, prompt, space))
+                Ok(spent::timed(Part::Pass, 0, || {
+                    pass.backward(&by_features, prompt, space)
+                }))
             })
         };
         let gradients = prompts.map(of).collect::<Result<Vec<_>, EngineError>>()?;
@@ -445,7 +452,11 @@ fn cls(matrix: &Tensor, shape: Shape) -> Tensor {
         .select(1, 0)
 }
 
-/// out = a · b
+/// out = a · b, one of them weights.
 fn product(a: &Tensor, b: &Tensor, out: &Tensor) {
-    let _ = a.mm_out(out, b);
+    let (rows, inner) = a.size2().expect("a matrix");
+    let operations = 2 * rows * inner * b.size()[1];
+    spent::timed(Part::Linear, operations as u64, || {
+        let _ = a.mm_out(out, b);
+    });
 }

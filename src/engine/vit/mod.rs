@@ -15,6 +15,7 @@ mod fused;
 mod kernels;
 mod plain;
 mod shared;
+pub mod spent;
 mod weights;
 
 use std::cell::RefCell;
