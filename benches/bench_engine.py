@@ -304,9 +304,9 @@ def told_profile(model):
         rows.append([of_part[0]["part"], *(cell for cells in shares for cell in cells)])
     header = ["", *(cell for id, _ in profiles for cell in (f"({id}) time", "GFLOP/s a thread"))]
     (_, b), *_ = profiles
+    rates = ", ".join(f"{digits(profile['gflops'])} GFLOP/s in ({id})" for id, profile in profiles)
     return [
-        "Where the time of its streams goes, in the round that was disturbed least "
-        f"({', '.join(f'{digits(p["gflops"])} GFLOP/s in ({id})' for id, p in profiles)}), and the rate of products "
+        f"Where the time of its streams goes, in the round that was disturbed least ({rates}), and the rate of products "
         f"while they run. Of the operations a plain implementation needs {percent(b['operations_done'])} are done:",
         table(header, rows),
     ]
