@@ -48,6 +48,7 @@ class Service:
 
     def __init__(self, binary, data_dir, log_path, backbone_root, dataset_root):
         self.log_path = log_path
+        self.key_file = data_dir / "api-key"
         self.log = open(log_path, "wb")
         command = [binary, "up", "--listen", "127.0.0.1:0", "--data-dir", data_dir]
         command += ["--backbone-root", backbone_root, "--dataset-root", dataset_root]
@@ -59,6 +60,7 @@ class Service:
     def __enter__(self):
         try:
             self.url = self.wait_until_it_listens()
+            self.key = self.key_file.read_text().strip()
         except BaseException:
             self.stop()
             raise
@@ -102,7 +104,8 @@ class Service:
         """Sends a request; answers the body: JSON as Python objects, other content as bytes."""
         data = json.dumps(body).encode() if content_type == "application/json" and body is not None else body
         url = path if path.startswith("http") else self.url + path
-        request = urllib.request.Request(url, data, {"content-type": content_type} if data else {}, method=method)
+        headers = {"authorization": f"Bearer {self.key}"} | ({"content-type": content_type} if data else {})
+        request = urllib.request.Request(url, data, headers, method=method)
         try:
             with urllib.request.urlopen(request, timeout=300) as response:
                 content = response.read()

@@ -45,9 +45,7 @@ class Server:
             address = f"127.0.0.1:{free.getsockname()[1]}"
         self.url = f"http://{address}"
         subprocess.run([program, "migrate"], check=True, env=os.environ | {"PROMPTWEAVE_LOG": "error"})
-        options = ["--listen", address, "--data-dir", str(folder)]
-        if "--no-auth" in subprocess.run([program, "serve", "--help"], capture_output=True, text=True).stdout:
-            options.append("--no-auth")
+        options = ["--listen", address, "--data-dir", str(folder), "--no-auth"]
         self.process = subprocess.Popen([program, "serve", *options], env=os.environ | {"PROMPTWEAVE_LOG": "warn"})
         deadline = time.monotonic() + 60
         while True:

@@ -4,11 +4,14 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+use uuid::Uuid;
 
 use crate::config::{
     DatabaseOptions, HttpOptions, LogOptions, PoolOptions, PrivatePostgresOptions, ShutdownOptions,
     StorageOptions, WorkerOptions,
 };
+use crate::domain::api_key::{KeyName, Scope};
+use crate::domain::reference::ResourceName;
 
 /// A registry for visual prompts, with workers that learn which of them help a new task.
 #[derive(Debug, Parser)]
@@ -32,6 +35,8 @@ pub enum Command {
     Worker(WorkerArgs),
     /// Bring a database's tables up to date.
     Migrate(DatabaseOptions),
+    /// Make, list and revoke API keys, directly in a database: the first one, say.
+    Keys(KeysArgs),
     /// Print the OpenAPI document.
     Openapi,
     /// Train one visual prompt on a labelled image set with a frozen backbone (VPT).
@@ -97,6 +102,46 @@ pub struct WorkerArgs {
     /// Stop when stdin ends: how `up` makes sure that no worker outlives it.
     #[arg(long, hide = true)]
     pub stop_with_stdin: bool,
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct KeysArgs {
+    #[command(flatten)]
+    pub database: DatabaseOptions,
+    #[command(subcommand)]
+    pub command: KeysCommand,
+}
+
+#[derive(Clone, Debug, Subcommand)]
+pub enum KeysCommand {
+    /// Make a key and print it; it cannot be shown again.
+    Create {
+        /// What it may be used for: `read`, `write`, `run`, `admin`, several with `,` between them.
+        /// None includes another.
+        #[arg(long, required = true, value_delimiter = ',')]
+        scope: Vec<Scope>,
+        /// Whose prompts, backbones, data sets and jobs it opens.
+        #[arg(long, default_value = "default")]
+        project: ResourceName,
+        /// Make the project where there is none of that name.
+        #[arg(long)]
+        create_project: bool,
+        /// What it is for.
+        #[arg(long, default_value = "made by promptweave keys create")]
+        name: KeyName,
+    },
+    /// List a project's keys, the newest first: id, state, scopes, name.
+    List {
+        #[arg(long, default_value = "default")]
+        project: ResourceName,
+    },
+    /// Revoke a key, at once and for ever.
+    Revoke {
+        /// As `keys list` shows it; also the part of the key between `pr_` and the next `_`.
+        id: Uuid,
+        #[arg(long, default_value = "default")]
+        project: ResourceName,
+    },
 }
 
 #[derive(Clone, Debug, Args)]

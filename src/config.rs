@@ -92,7 +92,8 @@ impl PoolOptions {
 #[command(next_help_heading = "Storage")]
 pub struct StorageOptions {
     /// Where files are kept: the blob store (`blobs/`), a worker's cache (`cache/`) and, for `up`,
-    /// the private database (`postgres/`). Server and workers share the blob store.
+    /// the private database (`postgres/`) and a key to its API (`api-key`). Server and workers share
+    /// the blob store.
     /// Default: `/var/lib/promptweave` as root, else `$XDG_DATA_HOME/promptweave`.
     #[arg(long, env = "PROMPTWEAVE_DATA_DIR", value_name = "DIR")]
     pub data_dir: Option<PathBuf>,
@@ -118,6 +119,11 @@ impl StorageOptions {
         self.data_dir().join("blobs")
     }
 
+    /// The API key that `up` keeps for its user.
+    pub fn key_file(&self) -> PathBuf {
+        self.data_dir().join("api-key")
+    }
+
     /// Packs in the making.
     pub fn scratch_dir(&self) -> PathBuf {
         self.data_dir().join("scratch")
@@ -132,13 +138,14 @@ impl StorageOptions {
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "HTTP")]
 pub struct HttpOptions {
-    /// Address to listen on; port 0 takes a free one. There is no authentication yet, so anything
-    /// but a loopback address also needs `--allow-public`.
+    /// Address to listen on; port 0 takes a free one. There is no TLS here: what others reach
+    /// belongs behind a proxy that has it, or keys travel in the clear.
     #[arg(long, env = "PROMPTWEAVE_LISTEN", default_value = "127.0.0.1:8080")]
     pub listen: SocketAddr,
-    /// Listen on an address that others can reach, although anyone who can is let in.
-    #[arg(long, env = "PROMPTWEAVE_ALLOW_PUBLIC")]
-    pub allow_public: bool,
+    /// Ask nobody for a key: who reaches the server may do everything in the default project. For
+    /// trying things out; refused on an address that others can reach.
+    #[arg(long, env = "PROMPTWEAVE_NO_AUTH")]
+    pub no_auth: bool,
     /// A directory whose sub-directories may be registered as data sets; may be given several times
     /// (`:` between them in the environment). Without one, no data set can be registered.
     #[arg(
@@ -169,9 +176,9 @@ pub struct HttpOptions {
 impl HttpOptions {
     pub fn validate(&self) -> anyhow::Result<()> {
         anyhow::ensure!(
-            self.allow_public || self.listen.ip().is_loopback(),
-            "--listen {}: this address can be reached from outside and there is no authentication \
-             yet; add --allow-public if that is what you want, or listen on 127.0.0.1",
+            !self.no_auth || self.listen.ip().is_loopback(),
+            "--no-auth lets in everyone who reaches --listen {}, and that is more than this \
+             machine; listen on 127.0.0.1, or leave --no-auth out and use API keys",
             self.listen
         );
         anyhow::ensure!(

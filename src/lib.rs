@@ -18,6 +18,7 @@ pub mod engine;
 pub mod healthcheck;
 pub mod http;
 pub mod jobs;
+pub mod keys;
 #[cfg(feature = "torch")]
 pub mod offline;
 pub mod plot;

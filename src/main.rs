@@ -4,7 +4,7 @@ use std::time::Duration;
 use clap::Parser;
 use promptweave::cli::{Cli, Command};
 use promptweave::http::openapi::openapi;
-use promptweave::{healthcheck, plot, roles, telemetry};
+use promptweave::{healthcheck, keys, plot, roles, telemetry};
 #[cfg(feature = "torch")]
 use promptweave::{offline, up, worker};
 
@@ -32,6 +32,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
             block_on(roles::worker(args, engine))
         }
         Command::Migrate(options) => block_on(roles::migrate(options)),
+        Command::Keys(args) => block_on(keys::run(args)),
         Command::Openapi => {
             println!("{}", openapi().to_pretty_json()?);
             Ok(())

@@ -77,6 +77,7 @@ pub(crate) fn app_state(
     let settings = HttpSettings {
         max_upload_bytes: http.max_body_mib << 20,
         request_timeout: http.request_timeout(),
+        authentication: !http.no_auth,
         dataset_roots: AllowedRoots::new(http.dataset_root.clone()),
         backbone_roots: AllowedRoots::new(http.backbone_root.clone()),
         scratch_dir,

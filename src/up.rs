@@ -7,16 +7,20 @@
 //! the API down. It holds the other end of a pipe: when `up` is gone, even by `kill -9`, it stops.
 
 use std::io;
+use std::path::Path;
 use std::process::{ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::ValueEnum;
+use secrecy::ExposeSecret;
+use sqlx::PgPool;
 use tokio::process::{Child, Command};
 
 use crate::cli::UpArgs;
 use crate::config::{LogOptions, PoolOptions, WorkerOptions};
 use crate::db::{MIGRATOR, pool};
+use crate::keys;
 use crate::private_postgres::PrivatePostgres;
 use crate::roles::{app_state, bind, serve_until};
 use crate::shutdown::Shutdown;
@@ -100,6 +104,9 @@ pub async fn run_with(args: UpArgs, mut worker: Command, shutdown: Shutdown) -> 
         .await
         .context("the private database cannot be brought up to date")?;
     let state = app_state(&args.http, &args.storage, pool.clone())?;
+    if !args.http.no_auth {
+        tell_key(&pool, &args.storage.key_file()).await?;
+    }
     if let Ok(address) = listener.local_addr() {
         tracing::info!(
             data_dir = %data_dir.display(),
@@ -129,6 +136,16 @@ pub async fn run_with(args: UpArgs, mut worker: Command, shutdown: Shutdown) -> 
         .await
         .context("the private database did not stop")?;
     served
+}
+
+/// Where the user finds a key, on stdout with the address; the key itself when it is new.
+async fn tell_key(pool: &PgPool, file: &Path) -> anyhow::Result<()> {
+    let new = keys::keep(&mut *pool.acquire().await?, file).await?;
+    println!("an API key with every scope is in {}", file.display());
+    if let Some(key) = new {
+        println!("it is new: {}", key.expose_secret());
+    }
+    Ok(())
 }
 
 /// Keeps one worker running until `shutdown`, then waits for its end.

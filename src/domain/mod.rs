@@ -3,6 +3,7 @@
 //! Nothing here knows SQL, HTTP, an async runtime or tensors. The engine depends on this module
 //! and on nothing else of the crate; so do the registry, the queue and the API.
 
+pub mod api_key;
 pub mod backbone;
 pub mod cache;
 pub mod composition;

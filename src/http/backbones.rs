@@ -10,12 +10,12 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::AppState;
+use super::access::Caller;
 use super::error::Problem;
 use super::extract::{Json, Path, Query};
 use super::page::{Page, PageQuery};
 use crate::domain::backbone::{Backbone, BackboneError};
 use crate::domain::reference::ResourceName;
-use crate::registry::DEFAULT_PROJECT;
 use crate::registry::backbones::{self, RegisteredBackbone};
 
 pub fn router() -> OpenApiRouter<AppState> {
@@ -40,6 +40,7 @@ struct RegisterBackbone {
     post,
     path = "/backbones",
     tag = "backbones",
+    security(("api_key" = ["write"])),
     request_body = RegisterBackbone,
     responses(
         (status = 201, body = RegisteredBackbone, headers(("location" = String))),
@@ -51,6 +52,7 @@ struct RegisterBackbone {
 )]
 async fn register_backbone(
     State(state): State<AppState>,
+    caller: Caller,
     Json(body): Json<RegisterBackbone>,
 ) -> Result<impl IntoResponse, Problem> {
     let RegisterBackbone { name, directory } = body;
@@ -71,7 +73,7 @@ async fn register_backbone(
     let model = state.blobs.put_file(&backbone.model_path()).await?;
     let mut transaction = state.pool.begin().await?;
     let (registered, created) =
-        backbones::insert(&mut transaction, DEFAULT_PROJECT, &name, &backbone, model).await?;
+        backbones::insert(&mut transaction, caller.project_id, &name, &backbone, model).await?;
     transaction.commit().await?;
     let status = if created {
         StatusCode::CREATED
@@ -91,16 +93,18 @@ async fn register_backbone(
     get,
     path = "/backbones",
     tag = "backbones",
+    security(("api_key" = ["read"])),
     params(PageQuery),
     responses((status = 200, body = Page<RegisteredBackbone>))
 )]
 async fn list_backbones(
     State(state): State<AppState>,
+    caller: Caller,
     Query(page): Query<PageQuery>,
 ) -> Result<JsonResponse<Page<RegisteredBackbone>>, Problem> {
     let (after, limit) = (page.after::<ResourceName>()?, page.limit()?);
     let mut conn = state.pool.acquire().await?;
-    let found = backbones::list(&mut conn, DEFAULT_PROJECT, after.as_ref(), limit).await?;
+    let found = backbones::list(&mut conn, caller.project_id, after.as_ref(), limit).await?;
     Ok(JsonResponse(
         page.page(found, |backbone| backbone.name.to_string())?,
     ))
@@ -111,6 +115,7 @@ async fn list_backbones(
     get,
     path = "/backbones/{name}",
     tag = "backbones",
+    security(("api_key" = ["read"])),
     params(("name" = String, Path)),
     responses(
         (status = 200, body = RegisteredBackbone),
@@ -119,10 +124,11 @@ async fn list_backbones(
 )]
 async fn get_backbone(
     State(state): State<AppState>,
+    caller: Caller,
     Path(name): Path<ResourceName>,
 ) -> Result<JsonResponse<RegisteredBackbone>, Problem> {
     let mut conn = state.pool.acquire().await?;
-    let found = backbones::find(&mut conn, DEFAULT_PROJECT, &name).await?;
+    let found = backbones::find(&mut conn, caller.project_id, &name).await?;
     found.map(JsonResponse).ok_or_else(|| {
         let detail = format!("there is no backbone `{name}`");
         Problem::not_found("backbone_not_found", detail)

@@ -27,8 +27,13 @@ pub(super) async fn boundary(
     let started = Instant::now();
     let id = client_id(&request).unwrap_or_else(|| state.clock.new_id().to_string());
     let path = request.uri().path().to_owned();
-    let span =
-        info_span!("request", request.id = id, http.method = %request.method(), http.path = path);
+    let span = info_span!(
+        "request",
+        request.id = id,
+        http.method = %request.method(),
+        http.path = path,
+        key.id = tracing::field::Empty,
+    );
     request.extensions_mut().insert(RequestId(id.clone()));
 
     async {

@@ -10,12 +10,12 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::AppState;
+use super::access::Caller;
 use super::error::Problem;
 use super::extract::{Json, Path, Query};
 use super::page::{Page, PageQuery};
 use crate::domain::dataset::DatasetError;
 use crate::domain::reference::{Reference, ResourceName, VersionSelector};
-use crate::registry::DEFAULT_PROJECT;
 use crate::registry::datasets::{self, DatasetVersion, NewDatasetVersion, PackError};
 
 /// Most names of left-out images in an answer; the count is always whole.
@@ -57,6 +57,7 @@ struct RegisteredDataset {
     post,
     path = "/datasets",
     tag = "datasets",
+    security(("api_key" = ["write"])),
     request_body = RegisterDataset,
     responses(
         (status = 201, body = RegisteredDataset, headers(("location" = String))),
@@ -69,6 +70,7 @@ struct RegisteredDataset {
 )]
 async fn register_dataset(
     State(state): State<AppState>,
+    caller: Caller,
     Json(body): Json<RegisterDataset>,
 ) -> Result<impl IntoResponse, Problem> {
     let RegisterDataset {
@@ -100,7 +102,7 @@ async fn register_dataset(
     };
     let mut transaction = state.pool.begin().await?;
     let (dataset, created) =
-        datasets::insert_version(&mut transaction, DEFAULT_PROJECT, &name, new).await?;
+        datasets::insert_version(&mut transaction, caller.project_id, &name, new).await?;
     transaction.commit().await?;
     let status = if created {
         StatusCode::CREATED
@@ -140,16 +142,18 @@ fn refuse(error: PackError, dir: &std::path::Path, directory: &str) -> Problem {
     get,
     path = "/datasets",
     tag = "datasets",
+    security(("api_key" = ["read"])),
     params(PageQuery),
     responses((status = 200, body = Page<DatasetVersion>))
 )]
 async fn list_datasets(
     State(state): State<AppState>,
+    caller: Caller,
     Query(page): Query<PageQuery>,
 ) -> Result<JsonResponse<Page<DatasetVersion>>, Problem> {
     let (after, limit) = (page.after::<ResourceName>()?, page.limit()?);
     let mut conn = state.pool.acquire().await?;
-    let found = datasets::list(&mut conn, DEFAULT_PROJECT, after.as_ref(), limit).await?;
+    let found = datasets::list(&mut conn, caller.project_id, after.as_ref(), limit).await?;
     Ok(JsonResponse(
         page.page(found, |dataset| dataset.name.to_string())?,
     ))
@@ -160,6 +164,7 @@ async fn list_datasets(
     get,
     path = "/datasets/{name}",
     tag = "datasets",
+    security(("api_key" = ["read"])),
     params(("name" = String, Path)),
     responses(
         (status = 200, body = DatasetVersion),
@@ -168,6 +173,7 @@ async fn list_datasets(
 )]
 async fn get_dataset(
     State(state): State<AppState>,
+    caller: Caller,
     Path(name): Path<ResourceName>,
 ) -> Result<JsonResponse<DatasetVersion>, Problem> {
     let mut conn = state.pool.acquire().await?;
@@ -175,7 +181,7 @@ async fn get_dataset(
         name,
         version: VersionSelector::Newest,
     };
-    let found = datasets::resolve(&mut conn, DEFAULT_PROJECT, &reference).await?;
+    let found = datasets::resolve(&mut conn, caller.project_id, &reference).await?;
     found.map(JsonResponse).ok_or_else(|| {
         let detail = format!("there is no data set `{reference}`");
         Problem::not_found("dataset_not_found", detail)

@@ -17,6 +17,7 @@ use utoipa_axum::routes;
 use uuid::Uuid;
 
 use super::AppState;
+use super::access::Caller;
 use super::error::Problem;
 use super::extract::{Json, Path, Query};
 use super::page::{Page, PageQuery};
@@ -31,7 +32,6 @@ use crate::jobs::plan::{EnsembleRequest, PlanError, plan};
 use crate::jobs::queue::{self, Cancellation, NewJob, QueueError};
 use crate::jobs::resolve::Solved;
 use crate::jobs::{self, ENSEMBLE, Job};
-use crate::registry::DEFAULT_PROJECT;
 use crate::telemetry::chain;
 
 /// Seconds between two looks at a job.
@@ -247,6 +247,7 @@ impl From<QueueError> for Problem {
     post,
     path = "/ensembles",
     tag = "ensembles",
+    security(("api_key" = ["run"])),
     request_body = CreateEnsemble,
     responses(
         (status = 202, body = Ensemble, headers(("location" = String), ("retry-after" = u32))),
@@ -260,6 +261,7 @@ impl From<QueueError> for Problem {
 )]
 async fn create_ensemble(
     State(state): State<AppState>,
+    caller: Caller,
     Json(body): Json<CreateEnsemble>,
 ) -> Result<impl IntoResponse, Problem> {
     let CreateEnsemble {
@@ -287,8 +289,8 @@ async fn create_ensemble(
     };
     let id = state.clock.new_id();
     let mut conn = state.pool.acquire().await?;
-    let spec = plan(&mut conn, id, &request).await?;
-    accept(&mut conn, id, priority, &spec).await
+    let spec = plan(&mut conn, caller.project_id, id, &request).await?;
+    accept(&mut conn, caller.project_id, id, priority, &spec).await
 }
 
 fn check_priority(priority: i32) -> Result<(), Problem> {
@@ -302,19 +304,20 @@ fn check_priority(priority: i32) -> Result<(), Problem> {
 /// Puts the job into the queue, and answers with it.
 async fn accept(
     conn: &mut PgConnection,
+    project_id: Uuid,
     id: Uuid,
     priority: i32,
     spec: &EnsembleSpec,
 ) -> Result<impl IntoResponse + use<>, Problem> {
     let new = NewJob {
         id,
-        project_id: DEFAULT_PROJECT,
+        project_id,
         kind: ENSEMBLE,
         priority,
         spec,
     };
     queue::enqueue(conn, new).await?;
-    let ensemble = Ensemble::from(existing(conn, id).await?);
+    let ensemble = Ensemble::from(existing(conn, project_id, id).await?);
     let headers = [
         (header::LOCATION, path(id)),
         (header::RETRY_AFTER, LOOK_AGAIN_AFTER.to_string()),
@@ -327,24 +330,26 @@ async fn accept(
     get,
     path = "/ensembles",
     tag = "ensembles",
+    security(("api_key" = ["read"])),
     params(PageQuery),
     responses((status = 200, body = Page<Ensemble>))
 )]
 async fn list_ensembles(
     State(state): State<AppState>,
+    caller: Caller,
     Query(query): Query<PageQuery>,
 ) -> Result<JsonResponse<Page<Ensemble>>, Problem> {
     let (before, limit) = (query.after()?, query.limit()?);
     let mut conn = state.pool.acquire().await?;
-    let jobs = jobs::list(&mut conn, DEFAULT_PROJECT, None, before, limit).await?;
+    let jobs = jobs::list(&mut conn, caller.project_id, None, before, limit).await?;
     let ensembles = jobs.into_iter().map(Ensemble::from).collect();
     Ok(JsonResponse(
         query.page(ensembles, |ensemble: &Ensemble| ensemble.id.to_string())?,
     ))
 }
 
-async fn existing(conn: &mut PgConnection, id: Uuid) -> Result<Job, Problem> {
-    jobs::find(conn, DEFAULT_PROJECT, id)
+async fn existing(conn: &mut PgConnection, project_id: Uuid, id: Uuid) -> Result<Job, Problem> {
+    jobs::find(conn, project_id, id)
         .await?
         .ok_or_else(|| not_found(id))
 }
@@ -360,6 +365,7 @@ fn not_found(id: Uuid) -> Problem {
     get,
     path = "/ensembles/{id}",
     tag = "ensembles",
+    security(("api_key" = ["read"])),
     params(("id" = Uuid, Path)),
     responses(
         (status = 200, body = Ensemble),
@@ -368,9 +374,10 @@ fn not_found(id: Uuid) -> Problem {
 )]
 async fn get_ensemble(
     State(state): State<AppState>,
+    caller: Caller,
     Path(id): Path<Uuid>,
 ) -> Result<Response, Problem> {
-    let job = existing(&mut *state.pool.acquire().await?, id).await?;
+    let job = existing(&mut *state.pool.acquire().await?, caller.project_id, id).await?;
     let mut response = JsonResponse(Ensemble::from(job.clone())).into_response();
     if !job.state.is_terminal() {
         response
@@ -381,8 +388,8 @@ async fn get_ensemble(
 }
 
 /// The ensemble once it succeeded; otherwise why it has no result.
-async fn succeeded(state: &AppState, id: Uuid) -> Result<Solved, Problem> {
-    let job = existing(&mut *state.pool.acquire().await?, id).await?;
+async fn succeeded(state: &AppState, caller: &Caller, id: Uuid) -> Result<Solved, Problem> {
+    let job = existing(&mut *state.pool.acquire().await?, caller.project_id, id).await?;
     let job = match Solved::try_from(job) {
         Ok(solved) => return Ok(solved),
         Err(job) => job,
@@ -409,6 +416,7 @@ async fn succeeded(state: &AppState, id: Uuid) -> Result<Solved, Problem> {
     get,
     path = "/ensembles/{id}/result",
     tag = "ensembles",
+    security(("api_key" = ["read"])),
     params(("id" = Uuid, Path)),
     responses(
         (status = 200, body = CompositionResult),
@@ -419,9 +427,10 @@ async fn succeeded(state: &AppState, id: Uuid) -> Result<Solved, Problem> {
 )]
 async fn get_ensemble_result(
     State(state): State<AppState>,
+    caller: Caller,
     Path(id): Path<Uuid>,
 ) -> Result<JsonResponse<CompositionResult>, Problem> {
-    Ok(JsonResponse(succeeded(&state, id).await?.result))
+    Ok(JsonResponse(succeeded(&state, &caller, id).await?.result))
 }
 
 /// What the numbers were computed from, as safetensors
@@ -429,6 +438,7 @@ async fn get_ensemble_result(
     get,
     path = "/ensembles/{id}/statistics",
     tag = "ensembles",
+    security(("api_key" = ["read"])),
     params(("id" = Uuid, Path)),
     responses(
         (status = 200, content_type = "application/octet-stream", body = Vec<u8>,
@@ -440,9 +450,10 @@ async fn get_ensemble_result(
 )]
 async fn get_ensemble_statistics(
     State(state): State<AppState>,
+    caller: Caller,
     Path(id): Path<Uuid>,
 ) -> Result<impl IntoResponse, Problem> {
-    let digest = succeeded(&state, id).await?.statistics;
+    let digest = succeeded(&state, &caller, id).await?.statistics;
     let (size, pieces) = state.blobs.stream(&digest).await?;
     // The status is sent by then; what is left is to break off and to say why.
     let pieces = pieces.inspect_err(move |error| {
@@ -483,6 +494,7 @@ struct Events {
     get,
     path = "/ensembles/{id}/events",
     tag = "ensembles",
+    security(("api_key" = ["read"])),
     params(("id" = Uuid, Path), EventQuery),
     responses(
         (status = 200, body = Events),
@@ -491,12 +503,13 @@ struct Events {
 )]
 async fn list_ensemble_events(
     State(state): State<AppState>,
+    caller: Caller,
     Path(id): Path<Uuid>,
     Query(EventQuery { after }): Query<EventQuery>,
 ) -> Result<JsonResponse<Events>, Problem> {
     let mut conn = state.pool.acquire().await?;
-    existing(&mut conn, id).await?;
-    let items = events::list(&mut conn, DEFAULT_PROJECT, id, after, MAX_EVENTS).await?;
+    existing(&mut conn, caller.project_id, id).await?;
+    let items = events::list(&mut conn, caller.project_id, id, after, MAX_EVENTS).await?;
     let last_seq = items.last().map_or(after, |event| event.seq);
     Ok(JsonResponse(Events { items, last_seq }))
 }
@@ -508,6 +521,7 @@ async fn list_ensemble_events(
     post,
     path = "/ensembles/{id}/cancel",
     tag = "ensembles",
+    security(("api_key" = ["run"])),
     params(("id" = Uuid, Path)),
     responses(
         (status = 200, description = "It is cancelled", body = Ensemble),
@@ -518,10 +532,11 @@ async fn list_ensemble_events(
 )]
 async fn cancel_ensemble(
     State(state): State<AppState>,
+    caller: Caller,
     Path(id): Path<Uuid>,
 ) -> Result<impl IntoResponse, Problem> {
     let mut conn = state.pool.acquire().await?;
-    let status = match queue::cancel(&mut conn, DEFAULT_PROJECT, id).await? {
+    let status = match queue::cancel(&mut conn, caller.project_id, id).await? {
         None => return Err(not_found(id)),
         Some(Cancellation::Requested) => StatusCode::ACCEPTED,
         Some(Cancellation::Cancelled | Cancellation::AlreadyOver(JobState::Cancelled)) => {
@@ -534,6 +549,8 @@ async fn cancel_ensemble(
     };
     Ok((
         status,
-        JsonResponse(Ensemble::from(existing(&mut conn, id).await?)),
+        JsonResponse(Ensemble::from(
+            existing(&mut conn, caller.project_id, id).await?,
+        )),
     ))
 }

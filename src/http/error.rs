@@ -6,7 +6,7 @@
 use std::error::Error;
 use std::sync::Arc;
 
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use utoipa::ToSchema;
@@ -63,8 +63,8 @@ struct Parts {
     code: &'static str,
     detail: String,
     errors: Vec<FieldError>,
-    /// Seconds after which another try makes sense.
-    retry_after: Option<u32>,
+    /// Sent with it, e.g. `retry-after`.
+    headers: HeaderMap,
     /// For the log, never for the client.
     cause: Option<Arc<dyn Error + Send + Sync>>,
 }
@@ -76,7 +76,7 @@ impl Problem {
             code,
             detail: detail.into(),
             errors: Vec::new(),
-            retry_after: None,
+            headers: HeaderMap::new(),
             cause: None,
         }))
     }
@@ -119,8 +119,13 @@ impl Problem {
         self
     }
 
-    pub fn retry_after(mut self, seconds: u32) -> Self {
-        self.0.retry_after = Some(seconds);
+    /// Seconds after which another try makes sense.
+    pub fn retry_after(self, seconds: u32) -> Self {
+        self.header(header::RETRY_AFTER, seconds.into())
+    }
+
+    pub fn header(mut self, name: HeaderName, value: HeaderValue) -> Self {
+        self.0.headers.insert(name, value);
         self
     }
 
@@ -191,10 +196,7 @@ impl Problem {
 impl IntoResponse for Problem {
     fn into_response(self) -> Response {
         let mut response = self.0.status.into_response();
-        if let Some(seconds) = self.0.retry_after {
-            let headers = response.headers_mut();
-            headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
-        }
+        response.headers_mut().extend(self.0.headers.clone());
         response.extensions_mut().insert(self);
         response
     }

@@ -1,6 +1,7 @@
 //! The API: one file per resource with its types, handlers and `router()`. Handlers extract, call
 //! and map; SQL is in [`crate::registry`], rules are in [`crate::domain`].
 
+pub mod access;
 pub mod backbones;
 pub mod boundary;
 pub mod datasets;
@@ -56,6 +57,8 @@ pub struct HttpSettings {
     pub max_upload_bytes: usize,
     /// A request that takes longer is answered 503. It bounds the registration of data sets too.
     pub request_timeout: Duration,
+    /// Whether keys are asked for. Without, everyone may do everything in the default project.
+    pub authentication: bool,
     /// Where data sets may be registered from.
     pub dataset_roots: AllowedRoots,
     /// Where backbones may be registered from.
@@ -69,6 +72,7 @@ impl Default for HttpSettings {
         Self {
             max_upload_bytes: 64 << 20,
             request_timeout: Duration::from_secs(300),
+            authentication: true,
             dataset_roots: AllowedRoots::default(),
             backbone_roots: AllowedRoots::default(),
             scratch_dir: std::env::temp_dir(),
@@ -78,7 +82,14 @@ impl Default for HttpSettings {
 
 /// The whole service, ready to be served.
 pub fn router(state: AppState) -> Router {
-    let (routes, document) = openapi::routes(&state.settings).split_for_parts();
+    let (routes, scopes) = openapi::routes(&state.settings);
+    let gate = access::Gate {
+        state: state.clone(),
+        scopes: Arc::new(scopes),
+    };
+    let (routes, document) = routes
+        .route_layer(from_fn_with_state(gate, access::check))
+        .split_for_parts();
     let docs = SwaggerUi::new("/docs").url("/openapi.json", document);
     layered(routes.merge(docs), state)
 }

@@ -8,6 +8,7 @@ use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use super::access::Caller;
 use super::error::Problem;
 use super::extract::{Body, Path, Query, escape, media_type, unsupported_media_type};
 use super::prompt_files::{self, MissingMetadata};
@@ -20,7 +21,7 @@ use crate::domain::peft::{self, AdapterConfig, CONFIG_FILE, Layers, PeftError};
 use crate::domain::prompt_file::PromptFile;
 use crate::domain::reference::ResourceName;
 use crate::registry::prompt_versions::{self, NewVersion, PromptVersion};
-use crate::registry::{DEFAULT_PROJECT, backbones, prompts};
+use crate::registry::{backbones, prompts};
 
 const TAR: &str = "application/x-tar";
 
@@ -67,6 +68,7 @@ struct ImportQuery {
     post,
     path = "/prompts/import-peft",
     tag = "prompts",
+    security(("api_key" = ["write"])),
     params(ImportQuery),
     request_body(
         content_type = "application/x-tar",
@@ -85,6 +87,7 @@ struct ImportQuery {
 )]
 async fn import_peft(
     State(state): State<AppState>,
+    caller: Caller,
     Query(query): Query<ImportQuery>,
     headers: HeaderMap,
     Body(bytes): Body,
@@ -109,9 +112,9 @@ async fn import_peft(
     metadata.training.get_or_insert_with(|| config.record());
 
     let mut transaction = state.pool.begin().await?;
-    prompt_files::check_backbone(&mut transaction, DEFAULT_PROJECT, &file, &metadata).await?;
+    prompt_files::check_backbone(&mut transaction, caller.project_id, &file, &metadata).await?;
     let prompt =
-        prompts::find_or_create(&mut transaction, DEFAULT_PROJECT, &query.name, "").await?;
+        prompts::find_or_create(&mut transaction, caller.project_id, &query.name, "").await?;
     let new = NewVersion {
         prompt_id: prompt.id,
         bytes: &bytes,
@@ -121,7 +124,7 @@ async fn import_peft(
         parents: &[],
     };
     let (version, created) =
-        prompt_versions::insert(&mut transaction, DEFAULT_PROJECT, new).await?;
+        prompt_versions::insert(&mut transaction, caller.project_id, new).await?;
     transaction.commit().await?;
     Ok(prompt_files::published(version, created))
 }
@@ -169,6 +172,7 @@ fn refuse_adapter(error: PeftError) -> Problem {
     get,
     path = "/prompts/{name}/versions/{ref}/peft",
     tag = "prompts",
+    security(("api_key" = ["read"])),
     params(VersionPath),
     responses(
         (status = 200, description = "A tar of `adapter_config.json` and `adapter_model.safetensors`",
@@ -179,15 +183,16 @@ fn refuse_adapter(error: PeftError) -> Problem {
 )]
 async fn export_peft(
     State(state): State<AppState>,
+    caller: Caller,
     Path(path): Path<VersionPath>,
 ) -> Result<impl IntoResponse, Problem> {
     let mut conn = state.pool.acquire().await?;
-    let version = path.resolve(&mut conn).await?;
+    let version = path.resolve(&mut conn, caller.project_id).await?;
     let bytes = prompt_versions::content(&mut conn, &version.digest)
         .await?
         .ok_or(DbError::RowCount(0))?;
     let backbone = match &version.backbone_digest {
-        Some(digest) => backbones::find_by_digest(&mut conn, DEFAULT_PROJECT, digest).await?,
+        Some(digest) => backbones::find_by_digest(&mut conn, caller.project_id, digest).await?,
         None => Vec::new(),
     };
     let layers = backbone.first().map(|backbone| Layers {

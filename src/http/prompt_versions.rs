@@ -11,7 +11,9 @@ use sqlx::PgConnection;
 use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
+use uuid::Uuid;
 
+use super::access::Caller;
 use super::error::Problem;
 use super::extract::{Body, Path, Query, media_type, unsupported_media_type};
 use super::page::{Page, PageQuery};
@@ -21,7 +23,6 @@ use super::{AppState, HttpSettings};
 use crate::db::DbError;
 use crate::domain::digest::Digest;
 use crate::domain::reference::{Reference, ResourceName, VersionSelector};
-use crate::registry::DEFAULT_PROJECT;
 use crate::registry::lineage::{self, LineageEdge, ProducedBy};
 use crate::registry::prompt_versions::{self, NewVersion, PromptVersion};
 
@@ -55,6 +56,7 @@ struct PromptFileBytes(Vec<u8>);
     post,
     path = "/prompts/{name}/versions",
     tag = "prompts",
+    security(("api_key" = ["write"])),
     params(("name" = String, Path), MissingMetadata),
     request_body(
         content_type = "application/vnd.prompt+safetensors",
@@ -76,6 +78,7 @@ struct PromptFileBytes(Vec<u8>);
 )]
 async fn publish_version(
     State(state): State<AppState>,
+    caller: Caller,
     Path(name): Path<ResourceName>,
     Query(missing): Query<MissingMetadata>,
     headers: HeaderMap,
@@ -94,8 +97,8 @@ async fn publish_version(
     let metadata = missing.complete(file.metadata.as_ref())?;
 
     let mut transaction = state.pool.begin().await?;
-    let prompt = existing(&mut transaction, &name).await?;
-    prompt_files::check_backbone(&mut transaction, DEFAULT_PROJECT, &file, &metadata).await?;
+    let prompt = existing(&mut transaction, caller.project_id, &name).await?;
+    prompt_files::check_backbone(&mut transaction, caller.project_id, &file, &metadata).await?;
     let new = NewVersion {
         prompt_id: prompt.id,
         bytes: &bytes,
@@ -105,7 +108,7 @@ async fn publish_version(
         parents: &[],
     };
     let (version, created) =
-        prompt_versions::insert(&mut transaction, DEFAULT_PROJECT, new).await?;
+        prompt_versions::insert(&mut transaction, caller.project_id, new).await?;
     transaction.commit().await?;
 
     Ok(prompt_files::published(version, created))
@@ -116,6 +119,7 @@ async fn publish_version(
     get,
     path = "/prompts/{name}/versions",
     tag = "prompts",
+    security(("api_key" = ["read"])),
     params(("name" = String, Path), PageQuery),
     responses(
         (status = 200, body = Page<PromptVersion>),
@@ -124,13 +128,14 @@ async fn publish_version(
 )]
 async fn list_versions(
     State(state): State<AppState>,
+    caller: Caller,
     Path(name): Path<ResourceName>,
     Query(page): Query<PageQuery>,
 ) -> Result<JsonResponse<Page<PromptVersion>>, Problem> {
     let (before, limit) = (page.after::<i32>()?, page.limit()?);
     let mut conn = state.pool.acquire().await?;
-    existing(&mut conn, &name).await?;
-    let found = prompt_versions::list(&mut conn, DEFAULT_PROJECT, &name, before, limit).await?;
+    existing(&mut conn, caller.project_id, &name).await?;
+    let found = prompt_versions::list(&mut conn, caller.project_id, &name, before, limit).await?;
     Ok(JsonResponse(
         page.page(found, |version| version.version.to_string())?,
     ))
@@ -151,7 +156,11 @@ pub(super) struct VersionPath {
 }
 
 impl VersionPath {
-    pub(super) async fn resolve(self, conn: &mut PgConnection) -> Result<PromptVersion, Problem> {
+    pub(super) async fn resolve(
+        self,
+        conn: &mut PgConnection,
+        project_id: Uuid,
+    ) -> Result<PromptVersion, Problem> {
         let version: VersionSelector = self.selector.parse().map_err(
             |error: crate::domain::reference::InvalidReference| {
                 Problem::field("invalid_reference", "/ref", error.to_string())
@@ -161,10 +170,10 @@ impl VersionPath {
             name: self.name,
             version,
         };
-        if let Some(found) = prompt_versions::resolve(conn, DEFAULT_PROJECT, &reference).await? {
+        if let Some(found) = prompt_versions::resolve(conn, project_id, &reference).await? {
             return Ok(found);
         }
-        existing(conn, &reference.name).await?;
+        existing(conn, project_id, &reference.name).await?;
         Err(Problem::not_found(
             "version_not_found",
             format!("there is no version `{reference}`"),
@@ -177,6 +186,7 @@ impl VersionPath {
     get,
     path = "/prompts/{name}/versions/{ref}",
     tag = "prompts",
+    security(("api_key" = ["read"])),
     params(VersionPath),
     responses(
         (status = 200, body = PromptVersion),
@@ -185,10 +195,13 @@ impl VersionPath {
 )]
 async fn get_version(
     State(state): State<AppState>,
+    caller: Caller,
     Path(path): Path<VersionPath>,
 ) -> Result<JsonResponse<PromptVersion>, Problem> {
     let mut conn = state.pool.acquire().await?;
-    Ok(JsonResponse(path.resolve(&mut conn).await?))
+    Ok(JsonResponse(
+        path.resolve(&mut conn, caller.project_id).await?,
+    ))
 }
 
 /// The file of a version
@@ -196,6 +209,7 @@ async fn get_version(
     get,
     path = "/prompts/{name}/versions/{ref}/content",
     tag = "prompts",
+    security(("api_key" = ["read"])),
     params(
         VersionPath,
         ("if-none-match" = Option<String>, Header, description = "ETag of a copy at hand"),
@@ -209,11 +223,12 @@ async fn get_version(
 )]
 async fn get_content(
     State(state): State<AppState>,
+    caller: Caller,
     Path(path): Path<VersionPath>,
     request: HeaderMap,
 ) -> Result<Response, Problem> {
     let mut conn = state.pool.acquire().await?;
-    let version = path.resolve(&mut conn).await?;
+    let version = path.resolve(&mut conn, caller.project_id).await?;
     let etag = etag(&version.digest);
     let known = request.get_all(header::IF_NONE_MATCH).iter();
     let at_hand = known.filter_map(|value| value.to_str().ok()).any(|value| {
@@ -270,6 +285,7 @@ struct Lineage {
     get,
     path = "/prompts/{name}/versions/{ref}/lineage",
     tag = "prompts",
+    security(("api_key" = ["read"])),
     params(VersionPath),
     responses(
         (status = 200, body = Lineage),
@@ -278,14 +294,15 @@ struct Lineage {
 )]
 async fn get_lineage(
     State(state): State<AppState>,
+    caller: Caller,
     Path(path): Path<VersionPath>,
 ) -> Result<JsonResponse<Lineage>, Problem> {
     let mut conn = state.pool.acquire().await?;
-    let version = path.resolve(&mut conn).await?;
+    let version = path.resolve(&mut conn, caller.project_id).await?;
     Ok(JsonResponse(Lineage {
-        produced_by: lineage::produced_by(&mut conn, DEFAULT_PROJECT, version.id).await?,
-        parents: lineage::parents(&mut conn, DEFAULT_PROJECT, version.id).await?,
-        children: lineage::children(&mut conn, DEFAULT_PROJECT, version.id).await?,
+        produced_by: lineage::produced_by(&mut conn, caller.project_id, version.id).await?,
+        parents: lineage::parents(&mut conn, caller.project_id, version.id).await?,
+        children: lineage::children(&mut conn, caller.project_id, version.id).await?,
     }))
 }
 
@@ -294,6 +311,7 @@ async fn get_lineage(
     post,
     path = "/prompts/{name}/versions/{ref}/deprecate",
     tag = "prompts",
+    security(("api_key" = ["write"])),
     params(VersionPath),
     responses(
         (status = 200, body = PromptVersion),
@@ -302,12 +320,13 @@ async fn get_lineage(
 )]
 async fn deprecate_version(
     State(state): State<AppState>,
+    caller: Caller,
     Path(path): Path<VersionPath>,
 ) -> Result<JsonResponse<PromptVersion>, Problem> {
     let mut transaction = state.pool.begin().await?;
-    let version = path.resolve(&mut transaction).await?;
+    let version = path.resolve(&mut transaction, caller.project_id).await?;
     let deprecated =
-        prompt_versions::deprecate(&mut transaction, DEFAULT_PROJECT, version.id).await?;
+        prompt_versions::deprecate(&mut transaction, caller.project_id, version.id).await?;
     transaction.commit().await?;
     Ok(JsonResponse(PromptVersion {
         deprecated_at: Some(deprecated),

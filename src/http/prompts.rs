@@ -11,13 +11,14 @@ use sqlx::PgConnection;
 use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
+use uuid::Uuid;
 
 use super::AppState;
+use super::access::Caller;
 use super::error::Problem;
 use super::extract::{Json, Path, Query, escape};
 use super::page::{Page, PageQuery};
 use crate::domain::reference::ResourceName;
-use crate::registry::DEFAULT_PROJECT;
 use crate::registry::prompts::{self, Prompt};
 
 pub fn router() -> OpenApiRouter<AppState> {
@@ -71,6 +72,7 @@ impl CreatePrompt {
     post,
     path = "/prompts",
     tag = "prompts",
+    security(("api_key" = ["write"])),
     request_body = CreatePrompt,
     responses(
         (status = 201, body = Prompt, headers(("location" = String))),
@@ -80,6 +82,7 @@ impl CreatePrompt {
 )]
 async fn create_prompt(
     State(state): State<AppState>,
+    caller: Caller,
     Json(body): Json<CreatePrompt>,
 ) -> Result<impl IntoResponse, Problem> {
     body.check()?;
@@ -89,7 +92,7 @@ async fn create_prompt(
         description,
         tags,
     } = &body;
-    let prompt = prompts::create(&mut conn, DEFAULT_PROJECT, name, description, tags).await?;
+    let prompt = prompts::create(&mut conn, caller.project_id, name, description, tags).await?;
     let location = format!("/v1/prompts/{}", prompt.name);
     Ok((
         StatusCode::CREATED,
@@ -103,16 +106,18 @@ async fn create_prompt(
     get,
     path = "/prompts",
     tag = "prompts",
+    security(("api_key" = ["read"])),
     params(PageQuery),
     responses((status = 200, body = Page<Prompt>))
 )]
 async fn list_prompts(
     State(state): State<AppState>,
+    caller: Caller,
     Query(page): Query<PageQuery>,
 ) -> Result<JsonResponse<Page<Prompt>>, Problem> {
     let (after, limit) = (page.after::<ResourceName>()?, page.limit()?);
     let mut conn = state.pool.acquire().await?;
-    let found = prompts::list(&mut conn, DEFAULT_PROJECT, after.as_ref(), limit).await?;
+    let found = prompts::list(&mut conn, caller.project_id, after.as_ref(), limit).await?;
     Ok(JsonResponse(
         page.page(found, |prompt| prompt.name.to_string())?,
     ))
@@ -123,6 +128,7 @@ async fn list_prompts(
     get,
     path = "/prompts/{name}",
     tag = "prompts",
+    security(("api_key" = ["read"])),
     params(("name" = String, Path)),
     responses(
         (status = 200, body = Prompt),
@@ -131,19 +137,21 @@ async fn list_prompts(
 )]
 async fn get_prompt(
     State(state): State<AppState>,
+    caller: Caller,
     Path(name): Path<ResourceName>,
 ) -> Result<JsonResponse<Prompt>, Problem> {
     let mut conn = state.pool.acquire().await?;
-    Ok(JsonResponse(existing(&mut conn, &name).await?))
+    Ok(JsonResponse(
+        existing(&mut conn, caller.project_id, &name).await?,
+    ))
 }
 
 pub(super) async fn existing(
     conn: &mut PgConnection,
+    project_id: Uuid,
     name: &ResourceName,
 ) -> Result<Prompt, Problem> {
-    prompts::find(conn, DEFAULT_PROJECT, name)
-        .await?
-        .ok_or_else(|| {
-            Problem::not_found("prompt_not_found", format!("there is no prompt `{name}`"))
-        })
+    prompts::find(conn, project_id, name).await?.ok_or_else(|| {
+        Problem::not_found("prompt_not_found", format!("there is no prompt `{name}`"))
+    })
 }

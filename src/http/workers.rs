@@ -28,7 +28,7 @@ struct Workers {
 }
 
 /// Workers that were seen within a day, the newest first
-#[utoipa::path(get, path = "/workers", tag = "workers", responses((status = 200, body = Workers)))]
+#[utoipa::path(get, path = "/workers", tag = "workers", security(("api_key" = ["admin"])), responses((status = 200, body = Workers)))]
 async fn list_workers(State(state): State<AppState>) -> Result<JsonResponse<Workers>, Problem> {
     let items = workers::list(&mut *state.pool.acquire().await?).await?;
     Ok(JsonResponse(Workers { items }))

@@ -13,10 +13,11 @@ use crate::domain::digest::Digest;
 use crate::domain::job::{BackboneSpec, EnsembleSpec, SourceSpec, TargetSpec};
 use crate::domain::objective::{InvalidObjective, Objective};
 use crate::domain::reference::{Reference, ResourceName};
+use crate::registry::RegistryError;
 use crate::registry::backbones::{self, RegisteredBackbone};
 use crate::registry::datasets::{self, DatasetVersion};
 use crate::registry::prompt_versions::{self, Depth, PromptVersion};
-use crate::registry::{DEFAULT_PROJECT, RegistryError, prompts};
+use crate::registry::prompts;
 
 /// Gradient statistics grow with the square of the pairs of sources; the method's own paper ends at 11.
 pub const MAX_SOURCES: usize = 64;
@@ -70,17 +71,18 @@ pub(super) fn refuse<T>(
     }))
 }
 
-/// Resolves and checks a request for the job `job_id`.
+/// Resolves and checks a project's request for the job `job_id`.
 pub async fn plan(
     conn: &mut PgConnection,
+    project_id: Uuid,
     job_id: Uuid,
     request: &EnsembleRequest,
 ) -> Result<EnsembleSpec, PlanError> {
     request.objective.weighing().map_err(invalid_objective)?;
     check_output(request.output.as_ref())?;
-    let target = target(conn, request).await?;
-    let sources = sources(conn, &request.sources).await?;
-    let backbone = backbone(conn, request.backbone.as_ref(), &sources).await?;
+    let target = target(conn, project_id, request).await?;
+    let sources = sources(conn, project_id, &request.sources).await?;
+    let backbone = backbone(conn, project_id, request.backbone.as_ref(), &sources).await?;
     for (index, source) in sources.iter().enumerate() {
         check_fits(source, &backbone, &source_pointer(index))?;
     }
@@ -173,10 +175,11 @@ fn check_size(m: usize, n: usize, d: usize) -> Result<(), PlanError> {
 
 async fn target(
     conn: &mut PgConnection,
+    project_id: Uuid,
     request: &EnsembleRequest,
 ) -> Result<DatasetVersion, PlanError> {
     let samples = &request.samples;
-    let Some(dataset) = datasets::resolve(conn, DEFAULT_PROJECT, &request.dataset).await? else {
+    let Some(dataset) = datasets::resolve(conn, project_id, &request.dataset).await? else {
         let detail = format!("there is no data set `{}`", request.dataset);
         return refuse("unknown_dataset", "/target/dataset", detail);
     };
@@ -260,6 +263,7 @@ pub(super) fn no_sources<T>() -> Result<T, PlanError> {
 
 async fn sources(
     conn: &mut PgConnection,
+    project_id: Uuid,
     references: &[Reference],
 ) -> Result<Vec<PromptVersion>, PlanError> {
     if references.is_empty() {
@@ -272,7 +276,7 @@ async fn sources(
     let mut sources: Vec<PromptVersion> = Vec::with_capacity(references.len());
     for (index, reference) in references.iter().enumerate() {
         let pointer = source_pointer(index);
-        let Some(source) = prompt_versions::resolve(conn, DEFAULT_PROJECT, reference).await? else {
+        let Some(source) = prompt_versions::resolve(conn, project_id, reference).await? else {
             let detail = format!("there is no prompt version `{reference}`");
             return refuse("unknown_prompt", pointer, detail);
         };
@@ -327,12 +331,13 @@ fn check_alike(
 
 async fn backbone(
     conn: &mut PgConnection,
+    project_id: Uuid,
     name: Option<&ResourceName>,
     sources: &[PromptVersion],
 ) -> Result<RegisteredBackbone, PlanError> {
     const POINTER: &str = "/backbone";
     if let Some(name) = name {
-        return match backbones::find(conn, DEFAULT_PROJECT, name).await? {
+        return match backbones::find(conn, project_id, name).await? {
             Some(backbone) => Ok(backbone),
             None => {
                 let detail = format!("there is no backbone `{name}`");
@@ -361,7 +366,7 @@ async fn backbone(
             .filter_map(|source| source.preprocessing_id.as_ref());
         ids.into_iter().all(|id| *id == backbone.preprocessing_id)
     };
-    let mut fitting = backbones::find_by_digest(conn, DEFAULT_PROJECT, &digest).await?;
+    let mut fitting = backbones::find_by_digest(conn, project_id, &digest).await?;
     if fitting.len() > 1 {
         fitting.retain(said);
     }

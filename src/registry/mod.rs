@@ -4,10 +4,12 @@
 //! answer `Ok(None)` for what is not there. Large files go to the [blob store](crate::blobs) before
 //! a row points to them.
 
+pub mod api_keys;
 pub mod backbones;
 pub mod datasets;
 pub mod lineage;
 pub mod pack;
+pub mod projects;
 pub mod prompt_versions;
 pub mod prompts;
 pub mod roots;
@@ -19,7 +21,7 @@ use crate::db::DbError;
 use crate::domain::digest::Digest;
 use crate::domain::reference::ResourceName;
 
-/// The one project there is until projects have an API; the first migration makes it.
+/// The project there always is; the first migration makes it.
 pub const DEFAULT_PROJECT: Uuid = Uuid::from_u128(0x0000_0000_0000_7000_8000_0000_0000_0001);
 
 #[derive(Debug, thiserror::Error)]

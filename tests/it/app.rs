@@ -12,6 +12,7 @@ use bytes::Bytes;
 use http_body_util::BodyExt;
 use promptweave::blobs::BlobStore;
 use promptweave::clock::MockClock;
+use promptweave::domain::api_key::{ApiKey, Scope};
 use promptweave::domain::backbone::{
     BackboneConfig, CONFIG_FILE, Filter, MODEL_FILE, Preprocessing, expected_tensors,
 };
@@ -20,10 +21,14 @@ use promptweave::domain::prompt_file::{FORMAT, Origin, PromptFile, PromptMetadat
 use promptweave::domain::tensor::{Stored, Tensor};
 use promptweave::http::{AppState, HttpSettings, router};
 use promptweave::registry::roots::AllowedRoots;
+use promptweave::registry::{DEFAULT_PROJECT, api_keys};
+use secrecy::ExposeSecret;
 use serde_json::Value;
 use sqlx::PgPool;
 use tempfile::TempDir;
+use tokio::sync::OnceCell;
 use tower::ServiceExt;
+use uuid::Uuid;
 
 /// Width of [`tiny_backbone`], and of the prompts that fit it.
 pub const WIDTH: usize = 8;
@@ -31,6 +36,8 @@ pub const WIDTH: usize = 8;
 pub struct TestApp {
     pub state: AppState,
     pub router: Router,
+    /// Sent with every request that names no other; made for the first.
+    key: OnceCell<String>,
     /// Holds `blobs/`, and `roots/`, whose directories may be registered.
     pub dir: TempDir,
 }
@@ -65,6 +72,7 @@ impl TestApp {
         Self {
             router: router(state.clone()),
             state,
+            key: OnceCell::new(),
             dir,
         }
     }
@@ -76,7 +84,32 @@ impl TestApp {
         dir
     }
 
-    pub async fn send(&self, request: Request<Body>) -> Answer {
+    /// With a key of the default project that has every scope, unless the request names its own.
+    pub async fn send(&self, mut request: Request<Body>) -> Answer {
+        let headers = request.headers();
+        if request.uri().path().starts_with("/v1/") && !headers.contains_key(header::AUTHORIZATION)
+        {
+            let make = || self.make_key(DEFAULT_PROJECT, &Scope::ALL);
+            let key = self.key.get_or_init(make).await;
+            let value = format!("Bearer {key}").parse().unwrap();
+            request.headers_mut().insert(header::AUTHORIZATION, value);
+        }
+        self.send_as_is(request).await
+    }
+
+    /// Stores a key; its text is the answer.
+    pub async fn make_key(&self, project_id: Uuid, scopes: &[Scope]) -> String {
+        let key = ApiKey::generate(Uuid::now_v7()).unwrap();
+        let scopes = scopes.iter().copied().collect();
+        let name = "a test".parse().unwrap();
+        let mut conn = self.state.pool.acquire().await.unwrap();
+        api_keys::insert(&mut conn, project_id, &key, &name, &scopes)
+            .await
+            .unwrap();
+        key.text().expose_secret().to_owned()
+    }
+
+    pub async fn send_as_is(&self, request: Request<Body>) -> Answer {
         let response = self.router.clone().oneshot(request).await.unwrap();
         let (parts, body) = response.into_parts();
         Answer {

@@ -1,5 +1,6 @@
 //! The one integration binary: a module per area.
 
+mod access;
 mod app;
 mod backbones;
 mod datasets;

@@ -87,6 +87,12 @@ impl Up {
         reqwest::get(format!("http://127.0.0.1:{}{path}", self.port)).await
     }
 
+    async fn status_with(&self, key: &str, path: &str) -> u16 {
+        let url = format!("http://127.0.0.1:{}{path}", self.port);
+        let request = reqwest::Client::new().get(url).bearer_auth(key.trim());
+        request.send().await.unwrap().status().as_u16()
+    }
+
     async fn stop(self) {
         self.shutdown.soft.cancel();
         self.task.await.unwrap().unwrap();
@@ -109,6 +115,14 @@ async fn everything_starts_is_kept_running_and_stops_in_order() {
     until("the worker's start", || starts() == 1).await;
     assert_eq!(up.get("/readyz").await.unwrap().status(), 200);
     assert_eq!(up.get("/docs/").await.unwrap().status(), 200);
+    assert_eq!(up.get("/v1/prompts").await.unwrap().status(), 401);
+    let file = dir.path().join("data/api-key");
+    assert_eq!(
+        fs::metadata(&file).unwrap().permissions().mode() & 0o777,
+        0o600
+    );
+    let key = fs::read_to_string(&file).unwrap();
+    assert_eq!(up.status_with(&key, "/v1/prompts").await, 200);
     // The worker has what it needs to reach the database.
     let line = read();
     let mut words = line.split_whitespace().skip(1);
@@ -146,21 +160,38 @@ async fn everything_starts_is_kept_running_and_stops_in_order() {
     // And again, with what was there.
     let up = Up::start(&dir.path().join("data"), &notes);
     until("the worker's start", || starts() == 3).await;
+    assert_eq!(fs::read_to_string(&file).unwrap(), key);
+    assert_eq!(up.status_with(&key, "/v1/prompts").await, 200);
+    up.stop().await;
+
+    // A key that opens nothing any more is replaced: whoever owns the directory gets in.
+    fs::write(&file, key.replace("pr_", "pr_0")).unwrap();
+    let up = Up::start(&dir.path().join("data"), &notes);
+    until("the worker's start", || starts() == 4).await;
+    let other = fs::read_to_string(&file).unwrap();
+    assert_eq!(
+        fs::metadata(&file).unwrap().permissions().mode() & 0o777,
+        0o600
+    );
+    assert_eq!(up.status_with(&other, "/v1/prompts").await, 200);
     up.stop().await;
 }
 
 #[tokio::test]
-async fn an_address_that_others_can_reach_must_be_wanted() {
+async fn without_keys_only_this_machine_may_reach_it() {
     let dir = reachable();
-    let mut open = options(dir.path(), 0);
-    open.http.listen = "0.0.0.0:0".parse().unwrap();
-    let error = run_with(
-        open,
-        stand_in(&dir.path().join("notes")),
-        Shutdown::default(),
-    )
-    .await;
-    assert!(error.unwrap_err().to_string().contains("--allow-public"));
+    for address in ["0.0.0.0:0", "[::]:0", "192.0.2.1:80"] {
+        let mut open = options(dir.path(), 0);
+        open.http.no_auth = true;
+        open.http.listen = address.parse().unwrap();
+        let worker = stand_in(&dir.path().join("notes"));
+        let error = run_with(open, worker, Shutdown::default()).await;
+        let text = error.unwrap_err().to_string();
+        assert!(
+            text.contains("--no-auth") && text.contains(address),
+            "{text}"
+        );
+    }
     // Refused before anything was made.
     assert!(!dir.path().join("postgres").exists());
 }

@@ -10,6 +10,7 @@ use super::{Ensemble, Output, Source, accept, check_priority, default_priority, 
 use crate::domain::job::DEFAULT_PRIORITY;
 use crate::domain::objective::Objective;
 use crate::http::AppState;
+use crate::http::access::Caller;
 use crate::http::error::Problem;
 use crate::http::extract::{Json, Path};
 use crate::jobs::resolve::{ResolveRequest, plan};
@@ -54,6 +55,7 @@ impl Default for ResolveEnsemble {
     post,
     path = "/ensembles/{id}/resolve",
     tag = "ensembles",
+    security(("api_key" = ["run"])),
     params(("id" = Uuid, Path)),
     request_body = Option<ResolveEnsemble>,
     responses(
@@ -67,6 +69,7 @@ impl Default for ResolveEnsemble {
 )]
 pub(super) async fn resolve_ensemble(
     State(state): State<AppState>,
+    caller: Caller,
     Path(id): Path<Uuid>,
     body: Option<Json<Option<ResolveEnsemble>>>,
 ) -> Result<impl IntoResponse, Problem> {
@@ -78,11 +81,12 @@ pub(super) async fn resolve_ensemble(
         objective: body.objective,
         output: body.output.name,
     };
-    let solved = succeeded(&state, id).await?;
+    let solved = succeeded(&state, &caller, id).await?;
     let job_id = state.clock.new_id();
     let spec = plan(job_id, &solved, &request)?;
     accept(
         &mut *state.pool.acquire().await?,
+        caller.project_id,
         job_id,
         body.priority,
         &spec,

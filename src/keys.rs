@@ -1,0 +1,123 @@
+//! `promptweave keys`: the first key of a database, and a way back in when none is left; with an
+//! admin key at hand, `/v1/api-keys` does the same. And the key that `up` keeps for its user.
+
+use std::fs;
+use std::io::{ErrorKind, Write};
+use std::path::Path;
+
+use anyhow::Context;
+use secrecy::{ExposeSecret, SecretString};
+use sqlx::{Connection, PgConnection};
+use uuid::Uuid;
+
+use crate::cli::{KeysArgs, KeysCommand};
+use crate::clock::{Clock, SystemClock};
+use crate::domain::api_key::{ApiKey, KeyName, Scope, Scopes};
+use crate::domain::reference::ResourceName;
+use crate::registry::DEFAULT_PROJECT;
+use crate::registry::api_keys::{self, StoredKey};
+use crate::registry::projects::{self, Project};
+
+/// More than this are no list for people.
+const MAX_LISTED: i64 = 1000;
+
+/// `promptweave keys`. Answers go to stdout, so that `key=$(promptweave keys create …)` works.
+pub async fn run(args: KeysArgs) -> anyhow::Result<()> {
+    let pool = args.database.pool()?;
+    let conn = &mut *pool.acquire().await.context("cannot reach the database")?;
+    match args.command {
+        KeysCommand::Create {
+            scope,
+            project,
+            create_project,
+            name,
+        } => {
+            let project = match projects::find(conn, &project).await? {
+                None if create_project => projects::create(conn, &project).await?,
+                found => found.with_context(|| no_project(&project))?,
+            };
+            let key = create(conn, project.id, &name, &scope.into_iter().collect()).await?;
+            eprintln!("a key of project `{}`, shown this once:", project.name);
+            println!("{}", key.expose_secret());
+        }
+        KeysCommand::List { project } => {
+            let project = existing(conn, &project).await?;
+            for key in api_keys::list(conn, project.id, None, MAX_LISTED).await? {
+                println!("{}", line(&key));
+            }
+        }
+        KeysCommand::Revoke { id, project } => {
+            let project = existing(conn, &project).await?;
+            anyhow::ensure!(
+                api_keys::revoke(conn, project.id, id).await?,
+                "project `{}` has no key {id}; `promptweave keys list` shows what there is",
+                project.name
+            );
+        }
+    }
+    Ok(())
+}
+
+fn line(key: &StoredKey) -> String {
+    let state = match key.revoked_at {
+        Some(_) => "revoked",
+        None => "active",
+    };
+    let scopes: Vec<_> = key.scopes.iter().map(|scope| scope.name()).collect();
+    format!("{}  {state:7}  {}  {}", key.id, scopes.join(","), key.name)
+}
+
+async fn existing(conn: &mut PgConnection, name: &ResourceName) -> anyhow::Result<Project> {
+    let found = projects::find(conn, name).await?;
+    found.with_context(|| no_project(name))
+}
+
+fn no_project(name: &ResourceName) -> String {
+    format!("there is no project `{name}`; `promptweave keys create --create-project` makes one")
+}
+
+/// Makes and stores a key; the answer is the only copy of its secret.
+async fn create(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    name: &KeyName,
+    scopes: &Scopes,
+) -> anyhow::Result<SecretString> {
+    let key = ApiKey::generate(SystemClock.new_id())?;
+    api_keys::insert(conn, project_id, &key, name, scopes).await?;
+    Ok(key.text())
+}
+
+/// A working key with every scope in `file`, for the one who owns the file: the one that is there,
+/// or, where that opens nothing (any more), a new one, which is the answer.
+pub async fn keep(conn: &mut PgConnection, file: &Path) -> anyhow::Result<Option<SecretString>> {
+    let context = || format!("cannot keep an API key in `{}`", file.display());
+    let text = match fs::read_to_string(file) {
+        Err(error) if error.kind() == ErrorKind::NotFound => String::new(),
+        text => text.with_context(context)?,
+    };
+    if let Ok(key) = text.trim().parse()
+        && api_keys::authenticate(conn, &key).await?.is_some()
+    {
+        return Ok(None);
+    }
+    // The file first, then the commit: a key that nobody has must not be valid.
+    let mut transaction = conn.begin().await?;
+    let name = "kept by promptweave up".parse()?;
+    let key = create(&mut transaction, DEFAULT_PROJECT, &name, &Scope::ALL.into()).await?;
+    write(file, &key).with_context(context)?;
+    transaction.commit().await?;
+    Ok(Some(key))
+}
+
+/// Whole or not at all, and readable by its owner alone.
+fn write(file: &Path, key: &SecretString) -> std::io::Result<()> {
+    let dir = file.parent().unwrap_or(Path::new("."));
+    let mut temporary = tempfile::Builder::new()
+        .prefix(".api-key-")
+        .tempfile_in(dir)?;
+    writeln!(temporary, "{}", key.expose_secret())?;
+    temporary.as_file().sync_all()?;
+    temporary.persist(file)?;
+    Ok(())
+}

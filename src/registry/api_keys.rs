@@ -1,0 +1,209 @@
+//! Keys of clients: who may do what, in which project.
+
+use serde::Serialize;
+use sqlx::PgConnection;
+use time::OffsetDateTime;
+use utoipa::ToSchema;
+use uuid::Uuid;
+
+use super::{RegistryError, read_name};
+use crate::db::DbError;
+use crate::domain::api_key::{ApiKey, KeyName, Scopes};
+use crate::domain::reference::ResourceName;
+
+/// A key without its secret, which nobody has but its owner.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct StoredKey {
+    pub id: Uuid,
+    /// The beginning of the key, by which its owner can tell it from others.
+    #[schema(example = "pr_019305d6c1a07c3a8f5e2b7d94c60a11")]
+    pub prefix: String,
+    /// What it is for.
+    #[schema(example = "continuous integration")]
+    pub name: String,
+    #[schema(value_type = String, example = "default")]
+    pub project: ResourceName,
+    pub scopes: Scopes,
+    #[serde(with = "time::serde::rfc3339")]
+    pub created_at: OffsetDateTime,
+    /// To the minute; null if it never was.
+    #[serde(with = "time::serde::rfc3339::option")]
+    pub last_used_at: Option<OffsetDateTime>,
+    /// Since when it opens nothing.
+    #[serde(with = "time::serde::rfc3339::option")]
+    pub revoked_at: Option<OffsetDateTime>,
+}
+
+/// What a key that was accepted stands for.
+#[derive(Clone, Debug)]
+pub struct Grant {
+    pub key_id: Uuid,
+    pub project_id: Uuid,
+    pub scopes: Scopes,
+}
+
+/// Stores what is needed to recognise `key`, and nothing that would open anything.
+pub async fn insert(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    key: &ApiKey,
+    name: &KeyName,
+    scopes: &Scopes,
+) -> Result<StoredKey, RegistryError> {
+    let secret_sha256 = key.secret_sha256();
+    let names: Vec<String> = scopes.iter().map(ToString::to_string).collect();
+    sqlx::query!(
+        r#"
+        INSERT INTO api_key (id, project_id, name, secret_sha256, scopes)
+        VALUES ($1, $2, $3, $4, $5)
+        "#,
+        key.id(),
+        project_id,
+        name.as_str(),
+        &secret_sha256[..],
+        &names,
+    )
+    .execute(&mut *conn)
+    .await?;
+    find(conn, project_id, key.id())
+        .await?
+        .ok_or_else(|| DbError::RowCount(0).into())
+}
+
+/// What `key` stands for, unless it is unknown or revoked. Notes the use, at most once a minute.
+pub async fn authenticate(
+    conn: &mut PgConnection,
+    key: &ApiKey,
+) -> Result<Option<Grant>, RegistryError> {
+    let row = sqlx::query!(
+        r#"
+        SELECT
+            project_id,
+            secret_sha256,
+            scopes,
+            (last_used_at IS NULL OR last_used_at < now() - interval '1 minute') AS "note_use!"
+        FROM api_key
+        WHERE id = $1 AND revoked_at IS NULL
+        "#,
+        key.id(),
+    )
+    .fetch_optional(&mut *conn)
+    .await?;
+    let Some(row) = row.filter(|row| key.matches(&row.secret_sha256)) else {
+        return Ok(None);
+    };
+    if row.note_use {
+        // Of many requests at once, one writes.
+        sqlx::query!(
+            r#"
+            UPDATE api_key
+            SET last_used_at = now()
+            WHERE id = $1
+              AND (last_used_at IS NULL OR last_used_at < now() - interval '1 minute')
+            "#,
+            key.id(),
+        )
+        .execute(conn)
+        .await?;
+    }
+    Ok(Some(Grant {
+        key_id: key.id(),
+        project_id: row.project_id,
+        scopes: read_scopes(&row.scopes)?,
+    }))
+}
+
+pub async fn find(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    id: Uuid,
+) -> Result<Option<StoredKey>, RegistryError> {
+    let found = select_keys(conn, project_id, Some(id), None, 1).await?;
+    Ok(found.into_iter().next())
+}
+
+/// A project's keys, the newest first, those before `before`; revoked ones too.
+pub async fn list(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    before: Option<Uuid>,
+    limit: i64,
+) -> Result<Vec<StoredKey>, RegistryError> {
+    select_keys(conn, project_id, None, before, limit).await
+}
+
+/// From now on the key opens nothing. Once revoked it stays so; false: there is no such key.
+pub async fn revoke(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    id: Uuid,
+) -> Result<bool, RegistryError> {
+    let revoked = sqlx::query!(
+        r#"
+        UPDATE api_key
+        SET revoked_at = coalesce(revoked_at, now())
+        WHERE project_id = $1 AND id = $2
+        "#,
+        project_id,
+        id,
+    )
+    .execute(conn)
+    .await?;
+    Ok(revoked.rows_affected() == 1)
+}
+
+async fn select_keys(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    id: Option<Uuid>,
+    before: Option<Uuid>,
+    limit: i64,
+) -> Result<Vec<StoredKey>, RegistryError> {
+    let rows = sqlx::query!(
+        r#"
+        SELECT
+            k.id,
+            k.name,
+            p.name AS project,
+            k.scopes,
+            k.created_at,
+            k.last_used_at,
+            k.revoked_at
+        FROM api_key k
+        JOIN project p ON p.id = k.project_id
+        WHERE k.project_id = $1
+          AND ($2::uuid IS NULL OR k.id = $2)
+          AND ($3::uuid IS NULL OR k.id < $3)
+        ORDER BY k.id DESC
+        LIMIT $4
+        "#,
+        project_id,
+        id,
+        before,
+        limit,
+    )
+    .fetch_all(conn)
+    .await?;
+    rows.into_iter()
+        .map(|row| {
+            Ok(StoredKey {
+                id: row.id,
+                prefix: ApiKey::prefix(row.id),
+                name: row.name,
+                project: read_name("project", row.project)?,
+                scopes: read_scopes(&row.scopes)?,
+                created_at: row.created_at,
+                last_used_at: row.last_used_at,
+                revoked_at: row.revoked_at,
+            })
+        })
+        .collect()
+}
+
+fn read_scopes(names: &[String]) -> Result<Scopes, DbError> {
+    names
+        .iter()
+        .map(|name| name.parse())
+        .collect::<Result<_, _>>()
+        .map_err(|_| DbError::unreadable("api_key", "scopes", names))
+}
