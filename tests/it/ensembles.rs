@@ -196,7 +196,7 @@ async fn what_cannot_be_composed_is_refused_with_its_place(pool: PgPool) {
     let narrow = {
         let mut file = fitting(&app, 3);
         file.prompt_embeddings = Tensor::new([2, WIDTH / 2], vec![0.5; WIDTH]);
-        // The registry itself refuses a width that a backbone it knows does not have.
+        // The registry itself refuses what does not fit a backbone it knows; here and below it does not know.
         file.metadata.as_mut().unwrap().backbone_digest = Some(Digest::of(b"unknown"));
         file
     };
@@ -211,13 +211,16 @@ async fn what_cannot_be_composed_is_refused_with_its_place(pool: PgPool) {
         let mut file = fitting(&app, 4);
         let layers = Tensor::new([1, 2, WIDTH], vec![0.5; 2 * WIDTH]);
         file.deep_prompt_embeddings = Some(layers);
+        file.metadata.as_mut().unwrap().backbone_digest = None;
         file
     };
     upload(&app, "deep", &deep).await;
     upload(&app, "other-backbone", &prompt_file(5)).await;
     let other_size = {
         let mut file = fitting(&app, 6);
-        file.metadata.as_mut().unwrap().preprocessing_id = Some("8-bicubic-imagenet".into());
+        let metadata = file.metadata.as_mut().unwrap();
+        metadata.backbone_digest = None;
+        metadata.preprocessing_id = Some("8-bicubic-imagenet".into());
         file
     };
     upload(&app, "other-size", &other_size).await;
