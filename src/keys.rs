@@ -1,5 +1,5 @@
-//! `promptweave keys`: the first key of a database, and a way back in when none is left; with an
-//! admin key at hand, `/v1/api-keys` does the same. And the key that `up` keeps for its user.
+//! `promptweave keys`: makes, lists and revokes keys where the database is at hand, the first one
+//! too. And the key that `up` keeps for its user.
 
 use std::fs;
 use std::io::{ErrorKind, Write};

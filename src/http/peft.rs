@@ -134,14 +134,7 @@ fn refuse_archive(error: ArchiveError) -> Problem {
         ArchiveError::Foreign(_) | ArchiveError::Pickled => {
             prompt_files::unsupported_format(error.to_string())
         }
-        error => {
-            let source = std::error::Error::source(&error).map(ToString::to_string);
-            let detail = match source {
-                Some(source) => format!("{error}: {source}"),
-                None => error.to_string(),
-            };
-            Problem::unprocessable("invalid_archive", detail)
-        }
+        error => Problem::unprocessable("invalid_archive", prompt_files::with_cause(&error)),
     }
 }
 
@@ -151,10 +144,7 @@ fn refuse_adapter(error: PeftError) -> Problem {
         PeftError::Deep => "deep_prompt_not_exportable",
         _ => "invalid_adapter",
     };
-    let detail = match std::error::Error::source(&error) {
-        Some(source) => format!("{error}: {source}"),
-        None => error.to_string(),
-    };
+    let detail = prompt_files::with_cause(&error);
     let pointer = format!("/{}", escape(CONFIG_FILE));
     match (&error, error.field()) {
         (PeftError::Deep, _) => Problem::field(code, "/deep_prompt_embeddings", detail),

@@ -1,5 +1,7 @@
 //! Prompt files as they come in: what the request adds to them, and what is refused.
 
+use std::error::Error;
+
 use axum::Json as JsonResponse;
 use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
@@ -92,14 +94,19 @@ fn refuse(error: PromptFileError) -> Problem {
         E::Metadata(_) | E::MetadataTooLong(_) => "invalid_metadata",
         E::Format(_) => "unsupported_format_version",
     };
-    // The reader's own words (which byte, which key) are the client's to see: it is their file.
-    let detail = match std::error::Error::source(&error) {
-        Some(source) => format!("{error}: {source}"),
-        None => error.to_string(),
-    };
+    let detail = with_cause(&error);
     match error.subject() {
         Some(subject) => Problem::field(code, format!("/{}", escape(subject)), detail),
         None => Problem::unprocessable(code, detail),
+    }
+}
+
+/// An error about a client's file with the reader's own words (which byte, which key), which are the
+/// client's to see. The first cause alone: safetensors says its own cause in its text already.
+pub(super) fn with_cause(error: &dyn Error) -> String {
+    match error.source() {
+        Some(source) => format!("{error}: {source}"),
+        None => error.to_string(),
     }
 }
 
