@@ -1,6 +1,6 @@
 # `make demo` and `make test` need nothing before them: they set up what is missing.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test fmt clippy openapi sqlx test-peft bench-engine bench-demo bench-growth
+.PHONY: help setup demo up test fmt clippy openapi sqlx test-peft fuzz-api fuzz bench-engine bench-demo bench-growth
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -35,6 +35,13 @@ sqlx: ## write .sqlx anew after a change of a query or a migration
 test-peft: setup ## prompts from and to the real peft package, through a running server; fetches PyTorch and peft once
 	cargo build --release
 	scripts/with_postgres.sh $$(scripts/peft_python.sh) scripts/test_peft.py target/release/promptweave
+
+fuzz-api: setup ## schemathesis against a running service, with a key and without; fetches schemathesis once
+	cargo build --release
+	scripts/with_postgres.sh $$(scripts/schemathesis_python.sh) scripts/fuzz_api/run.py $${CARGO_TARGET_DIR:-target}/release/promptweave
+
+fuzz: ## cargo-fuzz on what reads strangers' bytes, SECONDS_EACH (600) a target
+	scripts/fuzz.sh
 
 bench-engine: setup ## promptweave beside the machine's matrix rate and plain PyTorch, in ten minutes; fetches PyTorch once
 	python3 benches/bench_engine.py

@@ -35,6 +35,13 @@ demo_on_a_handful() {
     python3 demo/run.py --limit 48 --compare-offline --out "$(mktemp -d)"
 }
 
+# The same few requests every time; `make fuzz-api` sends more.
+api_against_its_document() {
+    local python
+    python=$(scripts/schemathesis_python.sh)
+    scripts/with_postgres.sh "$python" scripts/fuzz_api/run.py "${CARGO_TARGET_DIR:-target}/release/promptweave" --short --examples 10
+}
+
 part "set-up" scripts/setup.sh
 part "rustfmt and clippy" cargo_components
 part "formatting" cargo fmt --check
@@ -54,4 +61,5 @@ if cargo deny --version >/dev/null 2>&1; then
 else
     printf '\n=== dependencies: skipped, cargo-deny is not installed (cargo install cargo-deny)\n'
 fi
+part "the API against its document" api_against_its_document
 part "the demo on a handful of images" demo_on_a_handful

@@ -61,6 +61,11 @@ pub enum InvalidReference {
     Alias(String),
 }
 
+impl VersionSelector {
+    /// Roughly what it looks like alone in a path; the API document states it.
+    pub const PATTERN: &'static str = "^([a-z0-9][a-z0-9._-]{0,127}|sha256:[0-9a-f]{64})$";
+}
+
 impl FromStr for ResourceName {
     type Err = InvalidReference;
 

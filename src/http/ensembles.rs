@@ -507,6 +507,10 @@ async fn list_ensemble_events(
     Path(id): Path<Uuid>,
     Query(EventQuery { after }): Query<EventQuery>,
 ) -> Result<JsonResponse<Events>, Problem> {
+    if after < 0 {
+        let detail = format!("is {after}; events are counted from 1, and 0 asks for all of them");
+        return Err(Problem::field("invalid_query", "/after", detail));
+    }
     let mut conn = state.pool.acquire().await?;
     existing(&mut conn, caller.project_id, id).await?;
     let items = events::list(&mut conn, caller.project_id, id, after, MAX_EVENTS).await?;

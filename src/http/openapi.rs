@@ -3,8 +3,8 @@
 use axum::http::Method;
 use utoipa::OpenApi as _;
 use utoipa::openapi::content::ContentBuilder;
-use utoipa::openapi::path::Operation;
-use utoipa::openapi::{OpenApi, Ref, RefOr, ResponseBuilder};
+use utoipa::openapi::path::{Operation, ParameterIn};
+use utoipa::openapi::{OpenApi, Ref, RefOr, ResponseBuilder, Schema};
 use utoipa_axum::router::OpenApiRouter;
 
 use super::access::{self, RequiredScopes};
@@ -13,6 +13,7 @@ use super::{
     AppState, HttpSettings, backbones, datasets, ensembles, health, peft, prompt_versions, prompts,
     workers,
 };
+use crate::domain::reference::{ResourceName, VersionSelector};
 
 #[derive(utoipa::OpenApi)]
 #[openapi(
@@ -50,6 +51,7 @@ pub(super) fn routes(settings: &HttpSettings) -> (OpenApiRouter<AppState>, Requi
         .merge(workers::health_router())
         .nest("/v1", v1);
     let scopes = access::document(routes.get_openapi_mut());
+    document_names(routes.get_openapi_mut());
     document_problems(routes.get_openapi_mut());
     (routes, scopes)
 }
@@ -76,22 +78,62 @@ pub(super) fn operations(
     })
 }
 
-/// Says of every operation that its errors, named or not, are problem documents.
+/// Gives parameters that are called the same everywhere the same rule.
+fn document_names(document: &mut OpenApi) {
+    for (_, _, operation) in operations(document) {
+        for parameter in operation.parameters.iter_mut().flatten() {
+            let RefOr::T(parameter) = parameter else {
+                continue;
+            };
+            let pattern = match (&parameter.parameter_in, parameter.name.as_str()) {
+                (ParameterIn::Path, "name") => ResourceName::PATTERN,
+                (ParameterIn::Path, "ref") => VersionSelector::PATTERN,
+                _ => continue,
+            };
+            if let Some(RefOr::T(Schema::Object(schema))) = &mut parameter.schema {
+                schema.pattern = Some(pattern.to_owned());
+            }
+        }
+    }
+}
+
+/// Says of every operation what it may answer because of what it takes, and that its errors are
+/// problem documents. There is no `default`: a status that nobody named is a fault of the document,
+/// which `make fuzz-api` finds.
 fn document_problems(document: &mut OpenApi) {
     const PROBLEM: &str = "application/problem+json";
     let content = ContentBuilder::new()
         .schema(Some(Ref::from_schema_name("ProblemDocument")))
         .build();
-    let any = ResponseBuilder::new().description("An error").build();
     for (_, _, operation) in operations(document) {
+        let mut implied = vec![
+            ("500", "`internal_error`"),
+            (
+                "503",
+                "`database_unavailable`, `request_timeout`: worth another try",
+            ),
+        ];
+        if operation.parameters.is_some() {
+            implied.push(("422", "`invalid_path`, `invalid_query`"));
+        }
+        if operation.request_body.is_some() {
+            implied.extend([
+                ("400", "`malformed_json`, `body_interrupted`"),
+                ("413", "`body_too_large`"),
+                ("415", "`unsupported_media_type`"),
+                ("422", "`invalid_body`"),
+            ]);
+        }
         let responses = &mut operation.responses.responses;
-        responses
-            .entry("default".to_owned())
-            .or_insert_with(|| RefOr::T(any.clone()));
+        for (status, description) in implied {
+            let response = || ResponseBuilder::new().description(description).build();
+            responses
+                .entry(status.to_owned())
+                .or_insert_with(|| response().into());
+        }
         for (status, response) in responses {
-            let is_error = status.starts_with(['4', '5']) || status == "default";
             if let RefOr::T(response) = response
-                && is_error
+                && status.starts_with(['4', '5'])
             {
                 response
                     .content

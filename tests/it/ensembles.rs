@@ -177,6 +177,8 @@ async fn an_ensemble_from_post_to_result(pool: PgPool) {
         .collect();
     assert_eq!(kinds.first().unwrap(), &"queued");
     assert_eq!(kinds.last().unwrap(), &"succeeded");
+    let before_all = format!("{}?after=-1", url(&ensemble, "events"));
+    app.get(&before_all).await.problem(422, "invalid_query");
     let after = format!("{}?after={}", url(&ensemble, "events"), events["last_seq"]);
     assert_eq!(app.get(&after).await.ok(200)["items"], json!([]));
 

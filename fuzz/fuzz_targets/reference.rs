@@ -1,0 +1,20 @@
+//! The grammar of references, whole and alone in a path. What is accepted reads back from its own text.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use promptweave::domain::reference::{Reference, ResourceName, VersionSelector};
+
+fuzz_target!(|text: &str| {
+    if let Ok(reference) = text.parse::<Reference>() {
+        assert_eq!(reference.to_string().parse(), Ok(reference.clone()));
+        let name = reference.name.as_str();
+        assert!((1..=128).contains(&name.len()) && !name.contains(['/', '\\', ':', '@', '\0']));
+        assert!(name.as_bytes()[0].is_ascii_alphanumeric(), "no `..`");
+    }
+    if let Ok(name) = text.parse::<ResourceName>() {
+        assert_eq!(name.as_str(), text);
+    }
+    if let Ok(VersionSelector::Number(number)) = text.parse() {
+        assert!(number >= 1);
+    }
+});
