@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use axum::extract::{FromRequestParts, MatchedPath, Request, State};
-use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header, request};
+use axum::http::{Extensions, HeaderMap, HeaderValue, Method, StatusCode, Uri, header, request};
 use axum::middleware::Next;
 use axum::response::Response;
 use tracing::Span;
@@ -48,6 +48,13 @@ impl Caller {
         }
     }
 
+    /// Whose request this is, below the check.
+    pub(super) fn of<'a>(extensions: &'a Extensions, uri: &Uri) -> Result<&'a Self, Problem> {
+        extensions
+            .get()
+            .ok_or_else(|| Problem::internal(Unchecked(uri.path().to_owned())))
+    }
+
     fn require(&self, scope: Scope) -> Result<(), Problem> {
         if self.scopes.contains(&scope) {
             return Ok(());
@@ -80,8 +87,7 @@ impl<S: Send + Sync> FromRequestParts<S> for Caller {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut request::Parts, _: &S) -> Result<Self, Problem> {
-        let caller = parts.extensions.get().cloned();
-        caller.ok_or_else(|| Problem::internal(Unchecked(parts.uri.path().to_owned())))
+        Self::of(&parts.extensions, &parts.uri).cloned()
     }
 }
 

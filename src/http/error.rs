@@ -226,8 +226,8 @@ impl From<DbError> for Problem {
             DbError::Unavailable(_) => Self::new(
                 StatusCode::SERVICE_UNAVAILABLE,
                 "database_unavailable",
-                "the database is not available; try again, and after a POST look first whether what \
-                 it asked for is there",
+                "the database is not available; try again, with the `Idempotency-Key` it came with where it \
+                 is a POST; without one, look first whether what it asked for is there",
             )
             .retry_after(5)
             .caused_by(error),

@@ -1,5 +1,7 @@
 //! axum's extractors, with problems for rejections.
 
+use std::error::Error;
+
 use axum::RequestPartsExt;
 use axum::body::Bytes;
 use axum::extract::path::ErrorKind;
@@ -37,6 +39,16 @@ pub fn unsupported_media_type(found: Option<&str>, expected: &str) -> Problem {
     )
 }
 
+/// 400: the client's part ended too early.
+pub fn body_interrupted(cause: impl Error + Send + Sync + 'static) -> Problem {
+    Problem::new(
+        StatusCode::BAD_REQUEST,
+        "body_interrupted",
+        "the request's body ended before it was complete",
+    )
+    .caused_by(cause)
+}
+
 impl<S: Send + Sync> FromRequest<S> for Body {
     type Rejection = Problem;
 
@@ -48,12 +60,7 @@ impl<S: Send + Sync> FromRequest<S> for Body {
             {
                 Err(Problem::of_status(StatusCode::PAYLOAD_TOO_LARGE))
             }
-            Err(error) => Err(Problem::new(
-                StatusCode::BAD_REQUEST,
-                "body_interrupted",
-                "the request's body ended before it was complete",
-            )
-            .caused_by(error)),
+            Err(error) => Err(body_interrupted(error)),
         }
     }
 }
@@ -162,7 +169,7 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for Query<T> {
             Ok(axum::extract::Query(value)) => Ok(Self(value)),
             Err(error) => {
                 // The text under axum's own ("Failed to deserialize query string").
-                let cause = std::error::Error::source(&error).map(ToString::to_string);
+                let cause = error.source().map(ToString::to_string);
                 let detail = cause.unwrap_or_else(|| error.to_string());
                 Err(Problem::unprocessable("invalid_query", detail))
             }

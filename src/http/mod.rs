@@ -9,6 +9,7 @@ pub mod ensembles;
 pub mod error;
 pub mod extract;
 pub mod health;
+mod idempotency;
 pub mod openapi;
 pub mod page;
 mod peft;
@@ -82,12 +83,22 @@ impl Default for HttpSettings {
 
 /// The whole service, ready to be served.
 pub fn router(state: AppState) -> Router {
-    let (routes, scopes) = openapi::routes(&state.settings);
+    let openapi::Routes {
+        routes,
+        scopes,
+        keyed,
+    } = openapi::routes(&state.settings);
+    let keyed = idempotency::Keyed {
+        state: state.clone(),
+        operations: Arc::new(keyed),
+    };
     let gate = access::Gate {
         state: state.clone(),
         scopes: Arc::new(scopes),
     };
+    // The last layer is the outermost.
     let (routes, document) = routes
+        .route_layer(from_fn_with_state(keyed, idempotency::once))
         .route_layer(from_fn_with_state(gate, access::check))
         .split_for_parts();
     let docs = SwaggerUi::new("/docs").url("/openapi.json", document);

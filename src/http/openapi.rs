@@ -9,6 +9,7 @@ use utoipa_axum::router::OpenApiRouter;
 
 use super::access::{self, RequiredScopes};
 use super::error::ProblemDocument;
+use super::idempotency::{self, KeyedOperations};
 use super::{
     AppState, HttpSettings, backbones, datasets, ensembles, health, peft, prompt_versions, prompts,
     workers,
@@ -35,9 +36,15 @@ use crate::domain::reference::{ResourceName, VersionSelector};
 )]
 struct Document;
 
-/// Every route with its documentation, and the scopes that this asks for. A new resource is added
-/// here and as a tag above.
-pub(super) fn routes(settings: &HttpSettings) -> (OpenApiRouter<AppState>, RequiredScopes) {
+/// Every route with its documentation, and what the layers around them read from it.
+pub(super) struct Routes {
+    pub routes: OpenApiRouter<AppState>,
+    pub scopes: RequiredScopes,
+    pub keyed: KeyedOperations,
+}
+
+/// A new resource is added here and as a tag above.
+pub(super) fn routes(settings: &HttpSettings) -> Routes {
     let v1 = OpenApiRouter::new()
         .merge(prompts::router())
         .merge(prompt_versions::router(settings))
@@ -52,13 +59,19 @@ pub(super) fn routes(settings: &HttpSettings) -> (OpenApiRouter<AppState>, Requi
         .nest("/v1", v1);
     let scopes = access::document(routes.get_openapi_mut());
     document_names(routes.get_openapi_mut());
+    document_implied(routes.get_openapi_mut());
+    let keyed = idempotency::document(routes.get_openapi_mut(), &scopes);
     document_problems(routes.get_openapi_mut());
-    (routes, scopes)
+    Routes {
+        routes,
+        scopes,
+        keyed,
+    }
 }
 
 /// The API's document, as `/openapi.json` serves it.
 pub fn openapi() -> OpenApi {
-    routes(&HttpSettings::default()).0.into_openapi()
+    routes(&HttpSettings::default()).routes.into_openapi()
 }
 
 /// Every operation by method and path.
@@ -97,14 +110,9 @@ fn document_names(document: &mut OpenApi) {
     }
 }
 
-/// Says of every operation what it may answer because of what it takes, and that its errors are
-/// problem documents. There is no `default`: a status that nobody named is a fault of the document,
-/// which `make fuzz-api` finds.
-fn document_problems(document: &mut OpenApi) {
-    const PROBLEM: &str = "application/problem+json";
-    let content = ContentBuilder::new()
-        .schema(Some(Ref::from_schema_name("ProblemDocument")))
-        .build();
+/// Says of every operation what it may answer because of what it takes. There is no `default`: a
+/// status that nobody named is a fault of the document, which `make fuzz-api` finds.
+fn document_implied(document: &mut OpenApi) {
     for (_, _, operation) in operations(document) {
         let mut implied = vec![
             ("500", "`internal_error`"),
@@ -131,7 +139,17 @@ fn document_problems(document: &mut OpenApi) {
                 .entry(status.to_owned())
                 .or_insert_with(|| response().into());
         }
-        for (status, response) in responses {
+    }
+}
+
+/// Says of every operation that its errors are problem documents.
+fn document_problems(document: &mut OpenApi) {
+    const PROBLEM: &str = "application/problem+json";
+    let content = ContentBuilder::new()
+        .schema(Some(Ref::from_schema_name("ProblemDocument")))
+        .build();
+    for (_, _, operation) in operations(document) {
+        for (status, response) in &mut operation.responses.responses {
             if let RefOr::T(response) = response
                 && status.starts_with(['4', '5'])
             {

@@ -1,4 +1,5 @@
 //! Reaping, every second, in whatever process runs: a lost lease needs no particular one to notice.
+//! Answers kept for clients that ask again go when their day is over.
 
 use std::time::Duration;
 
@@ -6,6 +7,7 @@ use sqlx::PgPool;
 use tokio_util::sync::CancellationToken;
 
 use super::queue::{QueueError, Reaped, reap};
+use crate::registry::idempotency;
 
 const EVERY: Duration = Duration::from_secs(1);
 
@@ -29,5 +31,7 @@ pub async fn run(pool: PgPool, stop: CancellationToken) {
 }
 
 async fn once(pool: &PgPool) -> Result<Vec<Reaped>, QueueError> {
-    reap(&mut *pool.acquire().await?).await
+    let mut conn = pool.acquire().await?;
+    idempotency::reap(&mut conn).await?;
+    reap(&mut conn).await
 }

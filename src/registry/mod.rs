@@ -7,6 +7,7 @@
 pub mod api_keys;
 pub mod backbones;
 pub mod datasets;
+pub mod idempotency;
 pub mod lineage;
 pub mod pack;
 pub mod projects;

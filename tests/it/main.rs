@@ -7,6 +7,7 @@ mod datasets;
 mod ensembles;
 mod fixtures;
 mod formats;
+mod idempotency;
 mod layers;
 mod openapi;
 mod private_postgres;
