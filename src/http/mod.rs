@@ -10,6 +10,7 @@ pub mod error;
 pub mod extract;
 pub mod health;
 mod idempotency;
+mod lineage;
 pub mod openapi;
 pub mod page;
 mod peft;

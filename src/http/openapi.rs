@@ -11,8 +11,8 @@ use super::access::{self, RequiredScopes};
 use super::error::ProblemDocument;
 use super::idempotency::{self, KeyedOperations};
 use super::{
-    AppState, HttpSettings, backbones, datasets, ensembles, health, peft, prompt_versions, prompts,
-    workers,
+    AppState, HttpSettings, backbones, datasets, ensembles, health, lineage, peft, prompt_versions,
+    prompts, workers,
 };
 use crate::domain::reference::{ResourceName, VersionSelector};
 
@@ -48,6 +48,7 @@ pub(super) fn routes(settings: &HttpSettings) -> Routes {
     let v1 = OpenApiRouter::new()
         .merge(prompts::router())
         .merge(prompt_versions::router(settings))
+        .merge(lineage::router())
         .merge(peft::router(settings))
         .merge(backbones::router())
         .merge(datasets::router())

@@ -12,7 +12,7 @@ use super::access::Caller;
 use super::error::Problem;
 use super::extract::{Body, Path, Query, escape, media_type, unsupported_media_type};
 use super::prompt_files::{self, MissingMetadata};
-use super::prompt_versions::VersionPath;
+use super::prompt_versions::{PublishedVersion, VersionPath};
 use super::{AppState, HttpSettings};
 use crate::db::DbError;
 use crate::domain::digest::Digest;
@@ -20,7 +20,7 @@ use crate::domain::peft::archive::{self, ArchiveError};
 use crate::domain::peft::{self, AdapterConfig, CONFIG_FILE, Layers, PeftError};
 use crate::domain::prompt_file::PromptFile;
 use crate::domain::reference::ResourceName;
-use crate::registry::prompt_versions::{self, NewVersion, PromptVersion};
+use crate::registry::prompt_versions::{self, NewVersion};
 use crate::registry::{backbones, prompts};
 
 const TAR: &str = "application/x-tar";
@@ -76,8 +76,8 @@ struct ImportQuery {
         content = TarBytes,
     ),
     responses(
-        (status = 201, body = PromptVersion, headers(("location" = String), ("etag" = String))),
-        (status = 200, description = "These bytes are a version already", body = PromptVersion),
+        (status = 201, body = PublishedVersion, headers(("location" = String), ("etag" = String))),
+        (status = 200, description = "These bytes are a version already", body = PublishedVersion),
         (status = 413, description = "`body_too_large`"),
         (status = 415, description = "`unsupported_format` (not a tar, or the weights are a pickle), \
             `unsupported_media_type`"),

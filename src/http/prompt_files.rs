@@ -12,6 +12,7 @@ use uuid::Uuid;
 
 use super::error::Problem;
 use super::extract::escape;
+use super::prompt_versions::PublishedVersion;
 use crate::domain::digest::Digest;
 use crate::domain::prompt_file::{PromptFile, PromptFileError, PromptMetadata};
 use crate::registry::backbones;
@@ -112,13 +113,11 @@ pub(super) fn with_cause(error: &dyn Error) -> String {
 
 /// The answer to a publication: 201, or 200 where these bytes were a version already.
 pub(super) fn published(version: PromptVersion, created: bool) -> impl IntoResponse {
-    let location = format!(
-        "/v1/prompts/{}/versions/{}",
-        version.prompt, version.version
-    );
+    let etag = format!("\"{}\"", version.digest);
+    let version = PublishedVersion::from(version);
     let headers = [
-        (header::LOCATION, location),
-        (header::ETAG, format!("\"{}\"", version.digest)),
+        (header::LOCATION, version.location().to_owned()),
+        (header::ETAG, etag),
     ];
     let status = if created {
         StatusCode::CREATED

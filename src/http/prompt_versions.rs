@@ -23,7 +23,6 @@ use super::{AppState, HttpSettings};
 use crate::db::DbError;
 use crate::domain::digest::Digest;
 use crate::domain::reference::{Reference, ResourceName, VersionSelector};
-use crate::registry::lineage::{self, LineageEdge, ProducedBy};
 use crate::registry::prompt_versions::{self, NewVersion, PromptVersion};
 
 const PROMPT_FILE: &str = "application/vnd.prompt+safetensors";
@@ -35,9 +34,52 @@ pub fn router(settings: &HttpSettings) -> OpenApiRouter<AppState> {
     OpenApiRouter::new()
         .routes(routes!(get_version))
         .routes(routes!(get_content))
-        .routes(routes!(get_lineage))
         .routes(routes!(deprecate_version))
         .merge(upload)
+}
+
+/// A version, and where to find what belongs to it.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct PublishedVersion {
+    #[serde(flatten)]
+    version: PromptVersion,
+    urls: VersionUrls,
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+struct VersionUrls {
+    #[serde(rename = "self")]
+    this: String,
+    /// The file.
+    content: String,
+    /// What it was made of, where it was composed, and with `?direction=down` what was made with it.
+    lineage: String,
+    /// As a PEFT adapter, where it is not deep.
+    peft: String,
+}
+
+impl From<PromptVersion> for PublishedVersion {
+    fn from(version: PromptVersion) -> Self {
+        let this = format!(
+            "/v1/prompts/{}/versions/{}",
+            version.prompt, version.version
+        );
+        Self {
+            version,
+            urls: VersionUrls {
+                content: format!("{this}/content"),
+                lineage: format!("{this}/lineage"),
+                peft: format!("{this}/peft"),
+                this,
+            },
+        }
+    }
+}
+
+impl PublishedVersion {
+    pub(super) fn location(&self) -> &str {
+        &self.urls.this
+    }
 }
 
 /// A safetensors file.
@@ -64,8 +106,8 @@ struct PromptFileBytes(Vec<u8>);
         content = PromptFileBytes,
     ),
     responses(
-        (status = 201, body = PromptVersion, headers(("location" = String), ("etag" = String))),
-        (status = 200, description = "These bytes are a version already", body = PromptVersion),
+        (status = 201, body = PublishedVersion, headers(("location" = String), ("etag" = String))),
+        (status = 200, description = "These bytes are a version already", body = PublishedVersion),
         (status = 404, description = "`prompt_not_found`"),
         (status = 413, description = "`body_too_large`"),
         (status = 415, description = "`unsupported_format` (a pickle, a zip, a NumPy array, …: the \
@@ -122,7 +164,7 @@ async fn publish_version(
     security(("api_key" = ["read"])),
     params(("name" = String, Path), PageQuery),
     responses(
-        (status = 200, body = Page<PromptVersion>),
+        (status = 200, body = Page<PublishedVersion>),
         (status = 404, description = "`prompt_not_found`"),
     )
 )]
@@ -131,13 +173,16 @@ async fn list_versions(
     caller: Caller,
     Path(name): Path<ResourceName>,
     Query(page): Query<PageQuery>,
-) -> Result<JsonResponse<Page<PromptVersion>>, Problem> {
+) -> Result<JsonResponse<Page<PublishedVersion>>, Problem> {
     let (before, limit) = (page.after::<i32>()?, page.limit()?);
     let mut conn = state.pool.acquire().await?;
     existing(&mut conn, caller.project_id, &name).await?;
     let found = prompt_versions::list(&mut conn, caller.project_id, &name, before, limit).await?;
+    let published = found.into_iter().map(PublishedVersion::from).collect();
     Ok(JsonResponse(
-        page.page(found, |version| version.version.to_string())?,
+        page.page(published, |it: &PublishedVersion| {
+            it.version.version.to_string()
+        })?,
     ))
 }
 
@@ -189,7 +234,7 @@ impl VersionPath {
     security(("api_key" = ["read"])),
     params(VersionPath),
     responses(
-        (status = 200, body = PromptVersion),
+        (status = 200, body = PublishedVersion),
         (status = 404, description = "`prompt_not_found`, `version_not_found`"),
     )
 )]
@@ -197,11 +242,10 @@ async fn get_version(
     State(state): State<AppState>,
     caller: Caller,
     Path(path): Path<VersionPath>,
-) -> Result<JsonResponse<PromptVersion>, Problem> {
+) -> Result<JsonResponse<PublishedVersion>, Problem> {
     let mut conn = state.pool.acquire().await?;
-    Ok(JsonResponse(
-        path.resolve(&mut conn, caller.project_id).await?,
-    ))
+    let version = path.resolve(&mut conn, caller.project_id).await?;
+    Ok(JsonResponse(version.into()))
 }
 
 /// The file of a version
@@ -269,43 +313,6 @@ fn etag(digest: &Digest) -> String {
     format!("\"{digest}\"")
 }
 
-/// What a version was made of, and what was made with it.
-#[derive(Debug, Serialize, ToSchema)]
-struct Lineage {
-    /// Null unless an ensemble made it.
-    produced_by: Option<ProducedBy>,
-    /// Its sources with their weights α, the largest first; empty unless it was composed.
-    parents: Vec<LineageEdge>,
-    /// Prompts composed with it, the newest first; `weight` is its α in them.
-    children: Vec<LineageEdge>,
-}
-
-/// What a version was made of, and what was made with it
-#[utoipa::path(
-    get,
-    path = "/prompts/{name}/versions/{ref}/lineage",
-    tag = "prompts",
-    security(("api_key" = ["read"])),
-    params(VersionPath),
-    responses(
-        (status = 200, body = Lineage),
-        (status = 404, description = "`prompt_not_found`, `version_not_found`"),
-    )
-)]
-async fn get_lineage(
-    State(state): State<AppState>,
-    caller: Caller,
-    Path(path): Path<VersionPath>,
-) -> Result<JsonResponse<Lineage>, Problem> {
-    let mut conn = state.pool.acquire().await?;
-    let version = path.resolve(&mut conn, caller.project_id).await?;
-    Ok(JsonResponse(Lineage {
-        produced_by: lineage::produced_by(&mut conn, caller.project_id, version.id).await?,
-        parents: lineage::parents(&mut conn, caller.project_id, version.id).await?,
-        children: lineage::children(&mut conn, caller.project_id, version.id).await?,
-    }))
-}
-
 /// Hide a version from its bare name; it stays readable by number and digest
 #[utoipa::path(
     post,
@@ -314,7 +321,7 @@ async fn get_lineage(
     security(("api_key" = ["write"])),
     params(VersionPath),
     responses(
-        (status = 200, body = PromptVersion),
+        (status = 200, body = PublishedVersion),
         (status = 404, description = "`prompt_not_found`, `version_not_found`"),
     )
 )]
@@ -322,14 +329,15 @@ async fn deprecate_version(
     State(state): State<AppState>,
     caller: Caller,
     Path(path): Path<VersionPath>,
-) -> Result<JsonResponse<PromptVersion>, Problem> {
+) -> Result<JsonResponse<PublishedVersion>, Problem> {
     let mut transaction = state.pool.begin().await?;
     let version = path.resolve(&mut transaction, caller.project_id).await?;
     let deprecated =
         prompt_versions::deprecate(&mut transaction, caller.project_id, version.id).await?;
     transaction.commit().await?;
-    Ok(JsonResponse(PromptVersion {
+    let version = PromptVersion {
         deprecated_at: Some(deprecated),
         ..version
-    }))
+    };
+    Ok(JsonResponse(version.into()))
 }

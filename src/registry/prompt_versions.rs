@@ -163,7 +163,8 @@ pub async fn insert(
     })?;
     for parent in new.parents {
         sqlx::query!(
-            "INSERT INTO lineage (project_id, child, parent, weight) VALUES ($1, $2, $3, $4)",
+            "INSERT INTO lineage (project_id, child, parent, weight, role)
+             VALUES ($1, $2, $3, $4, 'source')",
             project_id,
             id,
             parent.version_id,

@@ -9,6 +9,7 @@ mod fixtures;
 mod formats;
 mod idempotency;
 mod layers;
+mod lineage;
 mod openapi;
 mod private_postgres;
 mod problems;

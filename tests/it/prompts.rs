@@ -54,6 +54,12 @@ async fn a_published_version_reads_back_to_the_byte(pool: PgPool) {
         "init_seed": u64::MAX, "task": "digits", "classes": ["zero", "one"],
         "training": {"epochs": 3}, "produced_by_job": null, "deprecated_at": null,
         "created_at": version["created_at"],
+        "urls": {
+            "self": "/v1/prompts/dtd/versions/1",
+            "content": "/v1/prompts/dtd/versions/1/content",
+            "lineage": "/v1/prompts/dtd/versions/1/lineage",
+            "peft": "/v1/prompts/dtd/versions/1/peft",
+        },
     });
     assert_eq!(version, expected);
 
@@ -426,19 +432,12 @@ async fn a_composed_version_has_its_lineage_and_one_job_publishes_once(pool: PgP
     );
 
     let lineage = app.get("/v1/prompts/mix/versions/1/lineage").await.ok(200);
-    let parents = lineage["parents"].as_array().unwrap();
-    assert_eq!(
-        (&parents[0]["prompt"], &parents[0]["weight"]),
-        (&json!("flowers"), &json!(0.75))
-    );
-    assert_eq!(
-        (&parents[1]["prompt"], &parents[1]["weight"]),
-        (&json!("digits"), &json!(0.25))
-    );
-    let lineage = app
-        .get("/v1/prompts/digits/versions/1/lineage")
-        .await
-        .ok(200);
-    assert_eq!(lineage["children"][0]["prompt"], "mix");
-    assert_eq!(lineage["parents"], json!([]));
+    let edges = lineage["edges"].as_array().unwrap();
+    let edge = |at: usize| (&edges[at]["parent"], &edges[at]["weight"]);
+    assert_eq!(edge(0), (&json!("flowers:1"), &json!(0.75)));
+    assert_eq!(edge(1), (&json!("digits:1"), &json!(0.25)));
+    let source = "/v1/prompts/digits/versions/1/lineage";
+    let lineage = app.get(&format!("{source}?direction=down")).await.ok(200);
+    assert_eq!(lineage["edges"][0]["child"], "mix:1");
+    assert_eq!(app.get(source).await.ok(200)["edges"], json!([]));
 }

@@ -12,7 +12,8 @@ use promptweave::jobs::events;
 use promptweave::jobs::finish::{Finished, finish};
 use promptweave::jobs::queue::{self, Cancellation, Claimed, QueueError, Renewal};
 use promptweave::jobs::workers::{self, NewWorker, WorkerState};
-use promptweave::registry::{DEFAULT_PROJECT, lineage, prompt_versions};
+use promptweave::registry::lineage::{self, Direction};
+use promptweave::registry::{DEFAULT_PROJECT, prompt_versions};
 use sqlx::pool::PoolConnection;
 use sqlx::{PgConnection, PgPool, Postgres};
 use uuid::Uuid;
@@ -142,14 +143,19 @@ async fn a_job_goes_through_its_phases_and_its_result_is_published(
         .unwrap();
     assert_eq!(version.produced_by_job, Some(id));
     assert_eq!(version.digest, result.composed.digest);
-    let parents = lineage::parents(&mut db, DEFAULT_PROJECT, version.id)
+    let graph = lineage::walk(&mut db, DEFAULT_PROJECT, version.id, Direction::Up, 1)
         .await
         .unwrap();
-    let edges: Vec<_> = parents
+    let edges: Vec<_> = graph
+        .edges
         .iter()
-        .map(|p| (p.prompt.as_str(), p.weight))
+        .map(|edge| (edge.parent.to_string(), edge.weight))
         .collect();
-    assert_eq!(edges, [("flowers", 0.75), ("digits", 0.25)]);
+    let expected = [("flowers:1", 0.75), ("digits:1", 0.25)];
+    assert_eq!(
+        edges,
+        expected.map(|(name, weight)| (name.to_owned(), weight))
+    );
     assert_eq!(
         kinds(&mut db, id).await,
         ["queued", "started", "phase", "phase", "succeeded"]
