@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import struct
 import tarfile
 import uuid
@@ -108,6 +109,7 @@ schemathesis.openapi.media_type("application/x-tar", st.one_of(tars(), tars(), f
 NAMES = ["dtd", "food", "vit-s14"]
 ENSEMBLES = os.environ.get("FUZZ_ENSEMBLES", "").split()
 KEY = os.environ.get("FUZZ_KEY_ID", "")
+DIGEST = re.compile("sha-(256|512)=:[A-Za-z0-9+/]+=*:$")
 
 
 @schemathesis.hook
@@ -125,6 +127,8 @@ def flatmap_path_parameters(context, path_parameters):
 
 @schemathesis.hook
 def before_call(context, case, kwargs):
-    """Does not revoke the key that the run itself uses."""
+    """Does not revoke the key that the run itself uses, and sends no digest that is well made and of other bytes."""
+    if case.headers and DIGEST.match(case.headers.get("content-digest", "")):
+        del case.headers["content-digest"]
     if case.path_parameters and str(case.path_parameters.get("id", "")).replace("-", "") == KEY:
         case.path_parameters["id"] = str(uuid.UUID(int=0))

@@ -5,7 +5,7 @@ mod resolve;
 use axum::Json as JsonResponse;
 use axum::body::Body;
 use axum::extract::State;
-use axum::http::{StatusCode, header};
+use axum::http::{HeaderMap, Method, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use futures::TryStreamExt;
 use serde::{Deserialize, Serialize};
@@ -18,6 +18,7 @@ use uuid::Uuid;
 
 use super::AppState;
 use super::access::Caller;
+use super::content::File;
 use super::error::Problem;
 use super::extract::{Json, Path, Query};
 use super::page::{Page, PageQuery};
@@ -439,10 +440,14 @@ async fn get_ensemble_result(
     path = "/ensembles/{id}/statistics",
     tag = "ensembles",
     security(("api_key" = ["read"])),
-    params(("id" = Uuid, Path)),
+    params(
+        ("id" = Uuid, Path),
+        ("if-none-match" = Option<String>, Header, description = "ETag of a copy at hand"),
+    ),
     responses(
         (status = 200, content_type = "application/octet-stream", body = Vec<u8>,
-         headers(("etag" = String))),
+         headers(("etag" = String), ("content-digest" = String), ("repr-digest" = String))),
+        (status = 304, description = "The copy at hand is this one", headers(("etag" = String))),
         (status = 404, description = "`ensemble_not_found`"),
         (status = 409, description = "`ensemble_not_finished`, `ensemble_failed`, \
             `ensemble_cancelled`"),
@@ -452,23 +457,27 @@ async fn get_ensemble_statistics(
     State(state): State<AppState>,
     caller: Caller,
     Path(id): Path<Uuid>,
-) -> Result<impl IntoResponse, Problem> {
+    method: Method,
+    request: HeaderMap,
+) -> Result<Response, Problem> {
     let digest = succeeded(&state, &caller, id).await?.statistics;
     let (size, pieces) = state.blobs.stream(&digest).await?;
+    let file = File {
+        digest,
+        size,
+        kind: "application/octet-stream",
+        name: format!("{id}-statistics.safetensors"),
+        immutable: true,
+        ranges: false,
+    };
+    if let Some(not_modified) = file.not_modified(&request) {
+        return Ok(not_modified);
+    }
     // The status is sent by then; what is left is to break off and to say why.
     let pieces = pieces.inspect_err(move |error| {
         tracing::error!(job.id = %id, error = chain(error), "statistics could not be sent whole");
     });
-    let headers = [
-        (header::CONTENT_TYPE, "application/octet-stream".to_owned()),
-        (header::CONTENT_LENGTH, size.to_string()),
-        (
-            header::CONTENT_DISPOSITION,
-            format!("attachment; filename=\"{id}-statistics.safetensors\""),
-        ),
-        (header::ETAG, format!("\"{digest}\"")),
-    ];
-    Ok((headers, Body::from_stream(pieces)))
+    Ok(file.whole(&method, Body::from_stream(pieces)))
 }
 
 #[derive(Debug, Deserialize, IntoParams)]

@@ -10,6 +10,7 @@ use axum::extract::{FromRequest, FromRequestParts, OptionalFromRequest, Request}
 use axum::http::{HeaderMap, StatusCode, header, request};
 use serde::de::DeserializeOwned;
 
+use super::content_digest;
 use super::error::Problem;
 
 /// A JSON body. Unreadable JSON is 400, JSON of another shape is 422 with a pointer to the place.
@@ -21,7 +22,7 @@ pub struct Path<T>(pub T);
 /// Parameters of the query.
 pub struct Query<T>(pub T);
 
-/// The whole body, within the route's limit.
+/// The whole body, within the route's limit, and as its `Content-Digest` says if there is one.
 pub struct Body(pub Bytes);
 
 /// The media type without its parameters, in lower case.
@@ -53,8 +54,13 @@ impl<S: Send + Sync> FromRequest<S> for Body {
     type Rejection = Problem;
 
     async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
+        let mut expected = content_digest::Expected::of(request.headers())?;
         match Bytes::from_request(request, state).await {
-            Ok(bytes) => Ok(Self(bytes)),
+            Ok(bytes) => {
+                expected.update(&bytes);
+                expected.check()?;
+                Ok(Self(bytes))
+            }
             Err(BytesRejection::FailedToBufferBody(error))
                 if error.status() == StatusCode::PAYLOAD_TOO_LARGE =>
             {

@@ -8,7 +8,7 @@
 //!
 //! After draft-ietf-httpapi-idempotency-key-header-07.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::convert::Infallible;
 use std::panic::resume_unwind;
 use std::sync::{Arc, Mutex};
@@ -25,13 +25,13 @@ use sqlx::PgPool;
 use tokio::time::{Instant, interval_at, timeout_at};
 use tracing::Instrument;
 use utoipa::openapi::path::{Operation, ParameterBuilder, ParameterIn};
-use utoipa::openapi::{Header, ObjectBuilder, OpenApi, RefOr, Required, ResponseBuilder, Type};
+use utoipa::openapi::{Header, ObjectBuilder, OpenApi, RefOr, Required, Type};
 
 use super::AppState;
 use super::access::{Caller, RequiredScopes};
 use super::error::Problem;
 use super::extract::body_interrupted;
-use super::openapi::operations;
+use super::openapi::{add_refusal, operations};
 use crate::domain::api_key::Scope;
 use crate::domain::digest::DigestBuilder;
 use crate::registry::idempotency::{Claim, Claimed, KeptAnswer, LEASE, RequestDigest, claim};
@@ -325,8 +325,7 @@ fn describe(operation: &mut Operation) {
         .parameters
         .get_or_insert_default()
         .push(RefOr::T(parameter.build()));
-    let responses = &mut operation.responses.responses;
-    for (status, response) in responses.iter_mut() {
+    for (status, response) in &mut operation.responses.responses {
         if let RefOr::T(response) = response
             && status.starts_with('2')
         {
@@ -335,22 +334,14 @@ fn describe(operation: &mut Operation) {
             response.headers.insert(REPLAYED.to_string(), header.into());
         }
     }
-    let refusals = BTreeMap::from([
+    for (status, refusal) in [
         ("400", "`invalid_idempotency_key`"),
         ("409", "`idempotency_key_in_flight`: ask again soon"),
         (
             "422",
             "`idempotency_key_reused`: it came with another request before",
         ),
-    ]);
-    for (status, refusal) in refusals {
-        let response = responses
-            .entry(status.to_owned())
-            .or_insert_with(|| ResponseBuilder::new().build().into());
-        if let RefOr::T(response) = response {
-            let both = [response.description.as_str(), refusal];
-            let both: Vec<_> = both.into_iter().filter(|text| !text.is_empty()).collect();
-            response.description = both.join(", ");
-        }
+    ] {
+        add_refusal(operation, status, refusal);
     }
 }

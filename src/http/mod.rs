@@ -4,6 +4,9 @@
 pub mod access;
 pub mod backbones;
 pub mod boundary;
+pub mod conditional;
+mod content;
+pub mod content_digest;
 pub mod datasets;
 pub mod ensembles;
 pub mod error;
@@ -14,6 +17,7 @@ mod lineage;
 pub mod openapi;
 pub mod page;
 mod peft;
+mod prompt_content;
 mod prompt_files;
 mod prompt_versions;
 pub mod prompts;

@@ -11,8 +11,8 @@ use super::access::{self, RequiredScopes};
 use super::error::ProblemDocument;
 use super::idempotency::{self, KeyedOperations};
 use super::{
-    AppState, HttpSettings, backbones, datasets, ensembles, health, lineage, peft, prompt_versions,
-    prompts, workers,
+    AppState, HttpSettings, backbones, content_digest, datasets, ensembles, health, lineage, peft,
+    prompt_content, prompt_versions, prompts, workers,
 };
 use crate::domain::reference::{ResourceName, VersionSelector};
 
@@ -48,6 +48,7 @@ pub(super) fn routes(settings: &HttpSettings) -> Routes {
     let v1 = OpenApiRouter::new()
         .merge(prompts::router())
         .merge(prompt_versions::router(settings))
+        .merge(prompt_content::router())
         .merge(lineage::router())
         .merge(peft::router(settings))
         .merge(backbones::router())
@@ -61,6 +62,7 @@ pub(super) fn routes(settings: &HttpSettings) -> Routes {
     let scopes = access::document(routes.get_openapi_mut());
     document_names(routes.get_openapi_mut());
     document_implied(routes.get_openapi_mut());
+    content_digest::document(routes.get_openapi_mut());
     let keyed = idempotency::document(routes.get_openapi_mut(), &scopes);
     document_problems(routes.get_openapi_mut());
     Routes {
@@ -140,6 +142,21 @@ fn document_implied(document: &mut OpenApi) {
                 .entry(status.to_owned())
                 .or_insert_with(|| response().into());
         }
+    }
+}
+
+/// Adds to what an operation refuses with a status.
+pub(super) fn add_refusal(operation: &mut Operation, status: &str, refusal: &str) {
+    let response = operation
+        .responses
+        .responses
+        .entry(status.to_owned())
+        .or_insert_with(|| ResponseBuilder::new().build().into());
+    if let RefOr::T(response) = response {
+        let description = &mut response.description;
+        let separator = if description.is_empty() { "" } else { ", " };
+        description.push_str(separator);
+        description.push_str(refusal);
     }
 }
 

@@ -2,10 +2,8 @@
 
 use axum::Json as JsonResponse;
 use axum::extract::{DefaultBodyLimit, State};
-use axum::http::{HeaderMap, HeaderName, StatusCode, header};
-use axum::response::{IntoResponse, Response};
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD;
+use axum::http::HeaderMap;
+use axum::response::IntoResponse;
 use serde::{Deserialize, Serialize};
 use sqlx::PgConnection;
 use utoipa::{IntoParams, ToSchema};
@@ -20,12 +18,10 @@ use super::page::{Page, PageQuery};
 use super::prompt_files::{self, MissingMetadata};
 use super::prompts::existing;
 use super::{AppState, HttpSettings};
-use crate::db::DbError;
-use crate::domain::digest::Digest;
 use crate::domain::reference::{Reference, ResourceName, VersionSelector};
 use crate::registry::prompt_versions::{self, NewVersion, PromptVersion};
 
-const PROMPT_FILE: &str = "application/vnd.prompt+safetensors";
+pub(super) const PROMPT_FILE: &str = "application/vnd.prompt+safetensors";
 
 pub fn router(settings: &HttpSettings) -> OpenApiRouter<AppState> {
     let upload = OpenApiRouter::new()
@@ -33,7 +29,6 @@ pub fn router(settings: &HttpSettings) -> OpenApiRouter<AppState> {
         .layer(DefaultBodyLimit::max(settings.max_upload_bytes));
     OpenApiRouter::new()
         .routes(routes!(get_version))
-        .routes(routes!(get_content))
         .routes(routes!(deprecate_version))
         .merge(upload)
 }
@@ -86,7 +81,7 @@ impl PublishedVersion {
 #[derive(ToSchema)]
 #[schema(value_type = String, format = Binary)]
 #[expect(dead_code, reason = "it exists for the API document alone")]
-struct PromptFileBytes(Vec<u8>);
+pub(super) struct PromptFileBytes(Vec<u8>);
 
 /// Publish a version: the body is a prompt file
 ///
@@ -201,6 +196,12 @@ pub(super) struct VersionPath {
 }
 
 impl VersionPath {
+    /// Whether it means the same bytes for ever.
+    pub(super) fn is_immutable(&self) -> bool {
+        use VersionSelector::{Digest, Number};
+        matches!(self.selector.parse(), Ok(Number(_) | Digest(_)))
+    }
+
     pub(super) async fn resolve(
         self,
         conn: &mut PgConnection,
@@ -246,71 +247,6 @@ async fn get_version(
     let mut conn = state.pool.acquire().await?;
     let version = path.resolve(&mut conn, caller.project_id).await?;
     Ok(JsonResponse(version.into()))
-}
-
-/// The file of a version
-#[utoipa::path(
-    get,
-    path = "/prompts/{name}/versions/{ref}/content",
-    tag = "prompts",
-    security(("api_key" = ["read"])),
-    params(
-        VersionPath,
-        ("if-none-match" = Option<String>, Header, description = "ETag of a copy at hand"),
-    ),
-    responses(
-        (status = 200, description = "safetensors", content_type = PROMPT_FILE, body = PromptFileBytes,
-         headers(("etag" = String), ("content-digest" = String))),
-        (status = 304, description = "The copy at hand is this one"),
-        (status = 404, description = "`prompt_not_found`, `version_not_found`"),
-    )
-)]
-async fn get_content(
-    State(state): State<AppState>,
-    caller: Caller,
-    Path(path): Path<VersionPath>,
-    request: HeaderMap,
-) -> Result<Response, Problem> {
-    let mut conn = state.pool.acquire().await?;
-    let version = path.resolve(&mut conn, caller.project_id).await?;
-    let etag = etag(&version.digest);
-    let known = request.get_all(header::IF_NONE_MATCH).iter();
-    let at_hand = known.filter_map(|value| value.to_str().ok()).any(|value| {
-        value
-            .split(',')
-            .any(|tag| ["*", &etag].contains(&tag.trim().trim_start_matches("W/")))
-    });
-    let caching = [
-        (header::ETAG, etag),
-        (
-            header::CACHE_CONTROL,
-            "private, max-age=31536000, immutable".to_owned(),
-        ),
-    ];
-    if at_hand {
-        return Ok((StatusCode::NOT_MODIFIED, caching).into_response());
-    }
-    let bytes = prompt_versions::content(&mut conn, &version.digest)
-        .await?
-        .ok_or(DbError::RowCount(0))?;
-    let sha256 = STANDARD.encode(version.digest.as_bytes());
-    let file = format!("{}-{}.safetensors", version.prompt, version.version);
-    let content = [
-        (header::CONTENT_TYPE, PROMPT_FILE.to_owned()),
-        (
-            header::CONTENT_DISPOSITION,
-            format!("attachment; filename=\"{file}\""),
-        ),
-        (
-            HeaderName::from_static("content-digest"),
-            format!("sha-256=:{sha256}:"),
-        ),
-    ];
-    Ok((caching, content, bytes).into_response())
-}
-
-fn etag(digest: &Digest) -> String {
-    format!("\"{digest}\"")
 }
 
 /// Hide a version from its bare name; it stays readable by number and digest

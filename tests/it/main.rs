@@ -3,6 +3,7 @@
 mod access;
 mod app;
 mod backbones;
+mod content;
 mod datasets;
 mod ensembles;
 mod fixtures;
