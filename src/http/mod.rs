@@ -14,6 +14,7 @@ pub mod extract;
 pub mod health;
 mod idempotency;
 mod lineage;
+mod links;
 pub mod openapi;
 pub mod page;
 mod peft;

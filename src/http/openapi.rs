@@ -11,8 +11,8 @@ use super::access::{self, RequiredScopes};
 use super::error::ProblemDocument;
 use super::idempotency::{self, KeyedOperations};
 use super::{
-    AppState, HttpSettings, backbones, content_digest, datasets, ensembles, health, lineage, peft,
-    prompt_content, prompt_versions, prompts, workers,
+    AppState, HttpSettings, backbones, content_digest, datasets, ensembles, health, lineage, links,
+    peft, prompt_content, prompt_versions, prompts, workers,
 };
 use crate::domain::reference::{ResourceName, VersionSelector};
 
@@ -63,6 +63,7 @@ pub(super) fn routes(settings: &HttpSettings) -> Routes {
     document_names(routes.get_openapi_mut());
     document_implied(routes.get_openapi_mut());
     content_digest::document(routes.get_openapi_mut());
+    links::document(routes.get_openapi_mut());
     let keyed = idempotency::document(routes.get_openapi_mut(), &scopes);
     document_problems(routes.get_openapi_mut());
     Routes {

@@ -11,6 +11,7 @@ mod formats;
 mod idempotency;
 mod layers;
 mod lineage;
+mod links;
 mod openapi;
 mod private_postgres;
 mod problems;

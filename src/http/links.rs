@@ -1,0 +1,119 @@
+//! OpenAPI links: which operations an answer leads to, and what of it they take. A client that was made
+//! from the document, and a fuzzer that keeps state, follow them.
+
+use utoipa::openapi::link::LinkBuilder;
+use utoipa::openapi::{OpenApi, RefOr};
+
+use super::openapi::operations;
+
+/// From the successes of some operations to others, by their ids. A new resource adds its own here;
+/// tests/it/links.rs checks that both ends exist and fit.
+struct Links {
+    from: &'static [&'static str],
+    to: &'static [&'static str],
+    /// Parameters of the targets, and where they are in the answer.
+    with: &'static [(&'static str, &'static str)],
+}
+
+const LINKS: &[Links] = &[
+    Links {
+        from: &["create_prompt", "get_prompt"],
+        to: &["get_prompt", "publish_version", "list_versions"],
+        with: &[("name", "/name")],
+    },
+    Links {
+        from: &[
+            "publish_version",
+            "import_peft",
+            "get_version",
+            "deprecate_version",
+        ],
+        to: &[
+            "get_version",
+            "get_content",
+            "get_lineage",
+            "export_peft",
+            "deprecate_version",
+        ],
+        with: &[("name", "/prompt"), ("ref", "/version")],
+    },
+    Links {
+        from: &["publish_version", "import_peft"],
+        to: &["get_prompt", "list_versions"],
+        with: &[("name", "/prompt")],
+    },
+    Links {
+        from: &["list_prompts"],
+        to: &["get_prompt"],
+        with: &[("name", "/items/0/name")],
+    },
+    Links {
+        from: &["list_versions"],
+        to: &["get_version"],
+        with: &[("name", "/items/0/prompt"), ("ref", "/items/0/version")],
+    },
+    // A source of the version asked for.
+    Links {
+        from: &["get_lineage"],
+        to: &["get_version"],
+        with: &[("name", "/nodes/1/prompt"), ("ref", "/nodes/1/version")],
+    },
+    Links {
+        from: &["register_backbone"],
+        to: &["get_backbone"],
+        with: &[("name", "/name")],
+    },
+    Links {
+        from: &["register_dataset"],
+        to: &["get_dataset"],
+        with: &[("name", "/name")],
+    },
+    Links {
+        from: &["create_ensemble", "resolve_ensemble", "get_ensemble"],
+        to: &[
+            "get_ensemble",
+            "get_ensemble_result",
+            "get_ensemble_statistics",
+            "list_ensemble_events",
+            "cancel_ensemble",
+            "resolve_ensemble",
+        ],
+        with: &[("id", "/id")],
+    },
+    Links {
+        from: &["cancel_ensemble"],
+        to: &["get_ensemble", "list_ensemble_events"],
+        with: &[("id", "/id")],
+    },
+    Links {
+        from: &["list_ensembles"],
+        to: &["get_ensemble"],
+        with: &[("id", "/items/0/id")],
+    },
+];
+
+/// Adds the links to the answers of status 2xx. A link is called as the operation it leads to.
+pub(super) fn document(document: &mut OpenApi) {
+    for (_, _, operation) in operations(document) {
+        let id = operation.operation_id.as_deref().unwrap_or_default();
+        let links: Vec<_> = LINKS.iter().filter(|it| it.from.contains(&id)).collect();
+        for (status, response) in &mut operation.responses.responses {
+            let RefOr::T(response) = response else {
+                continue;
+            };
+            if !status.starts_with('2') {
+                continue;
+            }
+            for links in &links {
+                for target in links.to {
+                    let mut link = LinkBuilder::new().operation_id(*target);
+                    for (parameter, place) in links.with {
+                        link = link.parameter(*parameter, format!("$response.body#{place}"));
+                    }
+                    let name = (*target).to_owned();
+                    response.links.insert(name, RefOr::T(link.build()));
+                }
+            }
+        }
+    }
+}
