@@ -64,8 +64,8 @@ class Mutation:
 M = Mutation
 MUTATIONS = [
     # ---- H-score ----
-    M("h-class-weights-over-n", 9, "w_c = n_c/N in place of n_c/(N-1)", "h_score/mod.rs",
-      "count(labels, *class) / (n.max(2) - 1) as f64", "count(labels, *class) / n as f64", "h_score::tests::h_"),
+    M("h-class-weights-over-n", 9, "w_c = n_c/N in place of n_c/(N-1)", "h_score/sums.rs",
+      "1.0 / (*count as f64 * self.degrees())", "1.0 / (*count as f64 * (self.degrees() + 1.0))", "h_score::tests::h_"),
     M("h-without-one-minus-rho", 2, "the factor 1-ρ of H is missing", "h_score/mod.rs",
       "let value = (1.0 - rho) * f64::try_from((mixed", "let value = f64::try_from((mixed", "h_score::tests::h_"),
     M("h-rho-without-trace", 6, "ρ is added to Σ as it is, without tr Σ/d", "h_score/mod.rs",
@@ -84,7 +84,7 @@ MUTATIONS = [
     M("h-pairs-not-symmetric", 5, "of x_i x_jᵀ + x_j x_iᵀ twice the first", "h_score/second_moments.rs",
       "&product + product.tr()", "&product * 2.0", "permuting_the_prompts h_score::tests::h_equals"),
     M("h-without-keeps-the-mean", None, "samples left out are not left out of the mean", "h_score/second_moments.rs",
-      "all - left - mean * kept as f64", "all - left - mean * 0.0", "h_score::tests::leaving"),
+      "all - left - mean * num_kept as f64", "all - left - mean * 0.0", "h_score::tests::leaving"),
     M("ledoit-wolf-beta", 16, "β² of Ledoit-Wolf without ‖S‖²", "h_score/shrinkage.rs",
       "(fourth - squared_norm) / n;", "fourth / n;", "h_score::tests::estimated h_score::tests::h_is"),
     # ---- Gradient alignment ----

@@ -2,13 +2,13 @@
 
 use std::ops::ControlFlow;
 
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::EngineError;
 use super::samples::Samples;
 use super::vit::Vit;
 
-/// Features [M, N, d] in f32 on the CPU, for M prompts [m, d]. `progress` hears how many sample ×
+/// Features [M, N, d] in f32 (in f64 where the model is) on the CPU, for M prompts [m, d]. `progress` hears how many sample ×
 /// prompt pairs each step finished.
 pub fn extract(
     vit: &Vit,
@@ -16,18 +16,28 @@ pub fn extract(
     prompts: &[Tensor],
     mut progress: impl FnMut(u64) -> ControlFlow<()>,
 ) -> Result<Tensor, EngineError> {
-    let mut batches = Vec::new();
+    let (m, n) = (prompts.len() as i64, samples.len() as i64);
+    let d = vit.config.embed_dim as i64;
+    let kind = match vit.kind {
+        Kind::Double => Kind::Double,
+        _ => Kind::Float,
+    };
+    // There from the beginning: small tensors that outlive a micro-batch would lie between its large ones, and
+    // their room could not be used again.
+    let features = Tensor::empty([m, n, d], (kind, Device::Cpu));
+    let mut done = 0;
     vit.each_micro_batch(
         &vit.pairs(samples, prompts),
         || (),
-        |(), batch| Ok(batch.features()?.to_device(Device::Cpu)),
-        |_, features| {
-            batches.push(features);
+        |(), batch| batch.features(),
+        |rows, of_batch| {
+            let size = rows.len() as i64;
+            features.narrow(1, done, size).f_copy_(&of_batch)?;
+            done += size;
             Ok(())
         },
         &mut progress,
     )?;
-    let features = Tensor::cat(&batches, 1);
     if !bool::try_from(features.isfinite().all()).expect("one value") {
         return Err(EngineError::NotFinite("features"));
     }

@@ -6,6 +6,8 @@
 //! What is held as it is: λ (or t's ranges), ρ, and the heads that define the loss. So it is the
 //! uncertainty of α from the choice of samples, given those.
 
+use tch::Tensor;
+
 use super::EngineError;
 use super::alignment::{AlignmentStatistics, GradientAlignment};
 use super::gradients::sample_folds;
@@ -17,6 +19,8 @@ use crate::domain::objective::{AlignmentReading, InvalidObjective};
 /// What was solved, on all samples.
 pub struct Solved<'a> {
     pub h_score: &'a HScore,
+    /// What it is of: [M, N, d] and N.
+    pub features: &'a Tensor,
     pub labels: &'a [usize],
     pub reading: AlignmentReading,
     pub scale: Scale,
@@ -38,7 +42,10 @@ pub fn standard_errors(
     let mut without: Vec<Vec<f64>> = Vec::with_capacity(leave_out.len());
     for (fold, statistics) in leave_out.iter().enumerate() {
         let rows: Vec<usize> = (0..folds.len()).filter(|n| folds[*n] == fold).collect();
-        let h_score = match solved.h_score.without(&rows) {
+        let h_score = match solved
+            .h_score
+            .without(solved.features, solved.labels, &rows)
+        {
             Ok(h_score) => h_score,
             Err(EngineError::Objective(InvalidObjective { .. })) => return Ok(None),
             Err(error) => return Err(error),

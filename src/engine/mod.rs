@@ -36,6 +36,7 @@ pub mod tuning;
 pub mod vit;
 pub mod weighing;
 
+mod classes;
 mod compose;
 mod jackknife;
 mod refine;

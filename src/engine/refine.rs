@@ -14,8 +14,9 @@ use std::ops::ControlFlow;
 use tch::{Kind, Tensor};
 
 use super::alignment::GradientAlignment;
+use super::classes::numbered;
 use super::features::extract;
-use super::h_score::{ClassMeans, HScore, centred};
+use super::h_score::{HScore, Sums, centred};
 use super::optimizer::project_to_simplex;
 use super::samples::Samples;
 use super::solver::Tick;
@@ -201,15 +202,15 @@ fn differentiable(
     labels: &[usize],
     options: &HScoreOptions,
 ) -> Result<Tensor, EngineError> {
-    let (n, d) = features.size2()?;
-    let scale = (n.max(2) - 1) as f64;
-    let x = centred(&features.unsqueeze(0), options.standardise)?;
-    let ClassMeans { means, weights } = ClassMeans::of(&x, labels)?;
-    let (x, means) = (x.squeeze_dim(0), means.squeeze_dim(1));
+    let (_, d) = features.size2()?;
+    let (classes, num_classes) = numbered(labels);
+    let x = centred(&features.unsqueeze(0), options.standardise);
+    let sums = Sums::of(std::iter::once(x.shallow_clone()), &classes, num_classes);
+    let (x, by_class) = (x.squeeze_dim(0), sums.by_class.squeeze_dim(1));
+    let (scale, weights) = (sums.degrees(), sums.class_weights());
     if options.mode == HScoreMode::TraceRatio {
-        let between =
-            (means.square().sum_dim_intlist(1, false, Kind::Double) * weights).sum(Kind::Double);
-        return Ok(between * scale / x.square().sum(Kind::Double));
+        let between = by_class.square().sum_dim_intlist(1, false, Kind::Double);
+        return Ok((between * weights).sum(Kind::Double) * scale / x.square().sum(Kind::Double));
     }
     let Shrinkage::Fixed(rho) = options.shrinkage else {
         unreachable!("the refiner is given the shrinkage as it was used");
@@ -221,8 +222,8 @@ fn differentiable(
         &(covariance * (1.0 - rho) + identity * ridge),
         "the features",
     )?;
-    let solved = means.tr().cholesky_solve(&factor, false);
-    let per_class = (means.tr() * solved).sum_dim_intlist(0, false, Kind::Double);
+    let solved = by_class.tr().cholesky_solve(&factor, false);
+    let per_class = (by_class.tr() * solved).sum_dim_intlist(0, false, Kind::Double);
     Ok((per_class * weights).sum(Kind::Double) * (1.0 - rho))
 }
 

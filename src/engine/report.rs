@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::EngineError;
+use super::classes::present;
 use super::compose::Verified;
 use super::device::LIBTORCH;
 use super::head::num_heads;
@@ -40,7 +41,6 @@ pub struct Evidence<'a> {
 
 impl Evidence<'_> {
     pub fn composition(self, steps: Steps<'_>) -> Result<Composition, EngineError> {
-        let statistics = self.statistics.to_bytes(&self.metadata)?;
         let composed = self.composed.to_bytes();
         let objective = self.objective_value()?;
         let diagnostics = self.diagnostics(objective.h_score)?;
@@ -54,7 +54,7 @@ impl Evidence<'_> {
                 digest: Digest::of(&composed),
             },
             provenance: self.provenance(),
-            token_alignment: self.metadata.token_alignment,
+            token_alignment: self.metadata.token_alignment.clone(),
             path: self.solved.solution.path,
             optima: self.solved.solution.optima,
             solver: self.solved.solution.report,
@@ -65,7 +65,7 @@ impl Evidence<'_> {
         Ok(Composition {
             result,
             composed,
-            statistics,
+            statistics: self.statistics.to_bytes(&self.metadata)?,
         })
     }
 
@@ -141,7 +141,7 @@ impl Evidence<'_> {
             .map(|verified| verified.score.clone());
         Ok(Diagnostics {
             num_samples: n,
-            num_classes: super::h_score::present(labels).len(),
+            num_classes: present(labels).len(),
             skipped_images: self.metadata.skipped_images,
             head_folds: num_heads(n, d),
             h_score_shrinkage: self.solved.h_score.shrinkage(),

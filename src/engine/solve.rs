@@ -79,6 +79,7 @@ pub fn solve(
     }
     let whole = jackknife::Solved {
         h_score: &h_score,
+        features: &statistics.features,
         labels: &statistics.labels,
         reading,
         scale,

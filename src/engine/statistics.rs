@@ -18,17 +18,18 @@
 //!
 //! The one metadata key, `promptweave`, names the sources in order, the digests and the options.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 
 use safetensors::tensor::TensorView;
-use safetensors::{SafeTensorError, SafeTensors};
+use safetensors::{Dtype, SafeTensorError, SafeTensors, View};
 use serde::{Deserialize, Serialize};
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
+use super::EngineError;
 use super::alignment::{AlignmentStatistics, num_pairs};
 use super::gradients::GradientSummary;
 use super::transferability::SourceScores;
-use super::{EngineError, plain};
 use crate::domain::composition::TokenAlignment;
 use crate::domain::digest::Digest;
 use crate::domain::objective::Objective;
@@ -175,16 +176,15 @@ impl Statistics {
 
     /// The bytes of the file; the same content gives the same bytes.
     pub fn to_bytes(&self, metadata: &Metadata) -> Result<Vec<u8>, EngineError> {
-        let (m, n, d) = self.size();
+        let (m, _, d) = self.size();
         let t = num_pairs(m);
         let numbers = |shape: &[usize], values: Vec<f64>| {
-            Stored::from(&PlainTensor::new(shape.to_vec(), values))
+            Entry::Small(Stored::from(&PlainTensor::new(shape.to_vec(), values)))
         };
         let whole = |values: &[usize]| {
             let values: Vec<i64> = values.iter().map(|v| *v as i64).collect();
-            Stored::from(&PlainTensor::new([values.len()], values))
+            Entry::Small(Stored::from(&PlainTensor::new([values.len()], values)))
         };
-        let features = PlainTensor::new([m, n, d], plain(&self.features)?);
         let shape = [m, self.prompts[0].shape[0], d];
         let prompts = self.prompts.iter().flat_map(|prompt| &prompt.values);
         let prompts = PlainTensor::new(shape, prompts.copied().collect());
@@ -199,8 +199,8 @@ impl Statistics {
             leave_out.iter().flat_map(of).copied().collect()
         };
         let tensors = vec![
-            ("features", Stored::from(&features)),
-            ("prompts", Stored::from(&prompts)),
+            ("features", Entry::features(&self.features)),
+            ("prompts", Entry::Small(Stored::from(&prompts))),
             ("labels", whole(&self.labels)),
             ("sample_indices", whole(&self.sample_indices)),
             ("folds", whole(&self.folds)),
@@ -335,6 +335,52 @@ impl Statistics {
 }
 
 /// A file's tensors, checked as they are read.
+/// A tensor on its way into the file.
+enum Entry<'a> {
+    Small(Stored),
+    /// On the CPU, with its shape; written in f32. Its bytes are made when they are written: it is the largest thing there is.
+    Features(&'a Tensor, Vec<usize>),
+}
+
+impl<'a> Entry<'a> {
+    fn features(features: &'a Tensor) -> Self {
+        let shape = features.size().iter().map(|size| *size as usize).collect();
+        Self::Features(features, shape)
+    }
+}
+
+impl View for Entry<'_> {
+    fn dtype(&self) -> Dtype {
+        match self {
+            Self::Small(stored) => stored.dtype(),
+            Self::Features(..) => Dtype::F32,
+        }
+    }
+    fn shape(&self) -> &[usize] {
+        match self {
+            Self::Small(stored) => stored.shape(),
+            Self::Features(_, shape) => shape,
+        }
+    }
+    fn data(&self) -> Cow<'_, [u8]> {
+        match self {
+            Self::Small(stored) => stored.data(),
+            Self::Features(features, _) => {
+                let mut bytes = vec![0; self.data_len()];
+                let features = features.to_kind(Kind::Float).contiguous();
+                features.copy_data_u8(&mut bytes, features.numel());
+                Cow::Owned(bytes)
+            }
+        }
+    }
+    fn data_len(&self) -> usize {
+        match self {
+            Self::Small(stored) => stored.data_len(),
+            Self::Features(features, _) => 4 * features.numel(),
+        }
+    }
+}
+
 struct File<'a>(&'a SafeTensors<'a>);
 
 impl File<'_> {

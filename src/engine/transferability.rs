@@ -14,6 +14,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
+use super::classes::numbered;
 use super::{EngineError, assignment};
 use crate::domain::dataset::stratified_subset;
 use crate::domain::prompt_file::{Head, PromptFile, Sketch};
@@ -216,15 +217,6 @@ fn negative_conditional_entropy<Z: Ord + Copy, Y: Ord + Copy>(z: &[Z], y: &[Y]) 
         .map(|((z, _), count): (_, &f64)| count * (count / of_z[z]).ln())
         .sum();
     sum / z.len() as f64
-}
-
-/// Labels by their rank among those present, and how many are.
-fn numbered<L: Ord + Copy>(labels: &[L]) -> (Vec<usize>, usize) {
-    let mut present = labels.to_vec();
-    present.sort_unstable();
-    present.dedup();
-    let rank = |label: &L| present.binary_search(label).expect("collected above");
-    (labels.iter().map(rank).collect(), present.len())
 }
 
 /// [N, K]

@@ -17,11 +17,15 @@
 
 mod second_moments;
 mod shrinkage;
+mod sums;
 
 use tch::{Device, Kind, Tensor};
 
 use self::second_moments::SecondMoments;
-use super::head::class_means;
+use self::sums::Centring;
+pub use self::sums::Sums;
+use super::classes::numbered;
+use super::head::row_tensor;
 use super::{EngineError, cholesky};
 use crate::domain::objective::{HScoreMode, HScoreOptions, Shrinkage, Standardise};
 
@@ -32,11 +36,9 @@ const FLOOR: f64 = 1e-12;
 const DUAL_BELOW: f64 = 0.7;
 
 pub struct HScore {
-    /// [M, N, d] in f64: features centred (and standardised) source by source.
-    features: Tensor,
-    labels: Vec<usize>,
-    classes: ClassMeans,
-    /// [M, M]: Σ_n ⟨x_in, x_jn⟩, so that tr Σ(α) = αᵀ τ α/(N-1).
+    centring: Centring,
+    sums: Sums,
+    /// Σ_n ⟨x_in, x_jn⟩ [M, M], so that tr Σ(α) = αᵀ τ α/(N-1).
     traces: Vec<f64>,
     form: Form,
 }
@@ -56,14 +58,6 @@ enum Form {
     },
 }
 
-/// Of the centred features, for the K classes present.
-pub struct ClassMeans {
-    /// [K, M, d]
-    pub means: Tensor,
-    /// [K]: w_c = n_c/(N-1)
-    pub weights: Tensor,
-}
-
 /// Σ_ρ or δI + A at one α, factored, and what goes with it.
 struct Factored {
     /// L [s, s]
@@ -80,89 +74,101 @@ impl HScore {
         labels: &[usize],
         options: &HScoreOptions,
     ) -> Result<Self, EngineError> {
-        let features = centred(features, options.standardise)?;
         let (_, n, d) = features.size3()?;
         options.check_samples(n as usize, d as usize)?;
+        let centring = Centring::of(features, options.standardise);
+        let (classes, num_classes) = numbered(labels);
+        let sums = Sums::of(centring.blocks(features), &classes, num_classes);
         if options.mode == HScoreMode::TraceRatio {
-            return Self::trace_ratio(features, labels);
+            return Self::trace_ratio(centring, sums);
         }
         let rho = match options.shrinkage {
             Shrinkage::Fixed(rho) => rho,
             Shrinkage::Estimated(estimate) => {
-                let uniform = features.mean_dim(0, false, Kind::Double);
-                shrinkage::usable(shrinkage::estimate(&uniform, estimate)?)
+                let of_block = |x: Tensor| x.mean_dim(0, false, Kind::Double);
+                let uniform: Vec<Tensor> = centring.blocks(features).map(of_block).collect();
+                shrinkage::usable(shrinkage::estimate(&Tensor::cat(&uniform, 0), estimate)?)
             }
         };
         let dual = (n as f64) < DUAL_BELOW * d as f64;
-        let moments = SecondMoments::of(&features, dual);
-        Self::inv(features, labels, rho, moments)
+        let moments = SecondMoments::of(features, &centring, dual);
+        Self::inv(centring, sums, rho, moments, &classes)
     }
 
+    /// `classes` are those of the samples, for the dual form.
     fn inv(
-        features: Tensor,
-        labels: &[usize],
+        centring: Centring,
+        sums: Sums,
         rho: f64,
         moments: SecondMoments,
+        classes: &[usize],
     ) -> Result<Self, EngineError> {
-        let traces = traces(&features)?;
-        let indicators = moments.is_dual().then(|| indicators(labels));
-        let floor = floor(&features, &traces)?;
+        let traces = Vec::try_from(sums.products.flatten(0, -1))?;
+        let indicators = moments.is_dual().then(|| indicators(classes, &sums.counts));
+        let form = Form::Inv {
+            rho,
+            floor: floor(&sums, &traces),
+            moments,
+            indicators,
+        };
         Ok(Self {
-            classes: ClassMeans::of(&features, labels)?,
-            form: Form::Inv {
-                rho,
-                floor,
-                moments,
-                indicators,
-            },
-            features,
-            labels: labels.to_vec(),
+            centring,
+            sums,
             traces,
+            form,
         })
     }
 
-    fn trace_ratio(features: Tensor, labels: &[usize]) -> Result<Self, EngineError> {
-        let traces = traces(&features)?;
-        let classes = ClassMeans::of(&features, labels)?;
-        let rooted = &classes.means * classes.weights.sqrt().view([-1, 1, 1]);
+    fn trace_ratio(centring: Centring, sums: Sums) -> Result<Self, EngineError> {
+        let traces: Vec<f64> = Vec::try_from(sums.products.flatten(0, -1))?;
+        let rooted = &sums.by_class * sums.class_weights().sqrt().view([-1, 1, 1]);
         let by_source = rooted.transpose(0, 1).flatten(1, -1);
         let between = Vec::try_from(by_source.matmul(&by_source.tr()).flatten(0, -1))?;
-        let floor = floor(&features, &traces)? * features.size()[2] as f64;
+        let d = sums.by_class.size()[2] as f64;
+        let floor = floor(&sums, &traces) * d;
         Ok(Self {
-            form: Form::TraceRatio { between, floor },
-            features,
-            labels: labels.to_vec(),
-            classes,
+            centring,
+            sums,
             traces,
+            form: Form::TraceRatio { between, floor },
         })
     }
 
     /// The same function on the samples that are not among `rows` (in order), with ρ and the
-    /// standardisation as they are.
-    pub fn without(&self, rows: &[usize]) -> Result<Self, EngineError> {
-        let kept: Vec<i64> = (0..self.labels.len())
+    /// standardisation as they are. `features` and `labels` are those it was made of.
+    pub fn without(
+        &self,
+        features: &Tensor,
+        labels: &[usize],
+        rows: &[usize],
+    ) -> Result<Self, EngineError> {
+        let kept: Vec<usize> = (0..labels.len())
             .filter(|row| rows.binary_search(row).is_err())
-            .map(|row| row as i64)
             .collect();
-        let labels: Vec<usize> = kept.iter().map(|row| self.labels[*row as usize]).collect();
-        let mut features = self.features.index_select(1, &Tensor::from_slice(&kept));
-        features -= features.mean_dim(1, true, Kind::Double);
-        match &self.form {
-            Form::TraceRatio { .. } => Self::trace_ratio(features, &labels),
-            Form::Inv { rho, moments, .. } => {
-                let d = features.size()[2] as usize;
-                Shrinkage::Fixed(*rho).check_samples(labels.len(), d)?;
-                let left: Vec<i64> = rows.iter().map(|row| *row as i64).collect();
-                let left_out = self.features.index_select(1, &Tensor::from_slice(&left));
-                let moments = moments.without(&left_out, &features);
-                Self::inv(features, &labels, *rho, moments)
-            }
-        }
+        let of_rows = |rows: &[usize]| features.index_select(1, &row_tensor(rows));
+        let (classes, _) = numbered(labels);
+        let their_classes: Vec<usize> = rows.iter().map(|row| classes[*row]).collect();
+        let left_out = self.centring.apply(&of_rows(rows));
+        let theirs = std::iter::once(left_out.shallow_clone());
+        let theirs = Sums::of(theirs, &their_classes, self.sums.counts.len());
+        let (sums, mean) = self.sums.without(&theirs);
+        let centring = self.centring.moved(&mean);
+        let Form::Inv { rho, moments, .. } = &self.form else {
+            return Self::trace_ratio(centring, sums);
+        };
+        let d = features.size()[2] as usize;
+        Shrinkage::Fixed(*rho).check_samples(kept.len(), d)?;
+        let moments = match moments.without(&left_out, &mean, kept.len()) {
+            Some(moments) => moments,
+            None => SecondMoments::of(&of_rows(&kept), &centring, moments.is_dual()),
+        };
+        let kept_labels: Vec<usize> = kept.iter().map(|row| labels[*row]).collect();
+        Self::inv(centring, sums, *rho, moments, &numbered(&kept_labels).0)
     }
 
     /// M
     pub fn num_sources(&self) -> usize {
-        self.features.size()[0] as usize
+        self.sums.by_class.size()[1] as usize
     }
 
     /// ρ as it is used; `None` with `trace_ratio`.
@@ -239,16 +245,16 @@ impl HScore {
 
     fn evaluate_primal(&self, alpha: &[f64], derive: bool) -> Result<(f64, Vec<f64>), EngineError> {
         let (rho, moments) = self.inv_parts();
-        let ClassMeans { means, weights } = &self.classes;
         let Factored { factor, .. } = self.factored(alpha)?;
-        // u_c and v_c = Σ_ρ⁻¹ u_c, as columns [d, K].
-        let mixed = (means * Tensor::from_slice(alpha).view([1, -1, 1])).sum_dim_intlist(
+        // n_c u_c and n_c v_c = Σ_ρ⁻¹ n_c u_c, as columns [d, K].
+        let by_class = &self.sums.by_class;
+        let mixed = (by_class * Tensor::from_slice(alpha).view([1, -1, 1])).sum_dim_intlist(
             1,
             false,
             Kind::Double,
         );
         let solved = mixed.tr().cholesky_solve(&factor, false);
-        let weighted = &solved * weights;
+        let weighted = &solved * self.sums.class_weights();
         let value = (1.0 - rho) * f64::try_from((mixed.tr() * &weighted).sum(Kind::Double))?;
         if !derive {
             return Ok((value, vec![]));
@@ -258,12 +264,12 @@ impl HScore {
         let w = weighted.matmul(&solved.tr());
         let trace_w = f64::try_from(w.trace())?;
         let through_means: Vec<f64> =
-            Vec::try_from((means * weighted.tr().unsqueeze(1)).sum_dim_intlist(
+            Vec::try_from((by_class * weighted.tr().unsqueeze(1)).sum_dim_intlist(
                 [0i64, 2].as_slice(),
                 false,
                 Kind::Double,
             ))?;
-        let through_moments = moments.contract(&self.features, alpha, &w)?;
+        let through_moments = moments.contract(alpha, &w)?;
         let through_trace = self.mean_variance(alpha).1;
         let gradient = (0..alpha.len())
             .map(|i| {
@@ -294,7 +300,7 @@ impl HScore {
         // ∂H/∂αᵢ = -∂ᵢδ tr(ZᵀY) + δ(∂ᵢδ ‖Y‖² + ⟨∂ᵢA, YYᵀ⟩)
         let outer = y.matmul(&y.tr());
         let squared = f64::try_from(outer.trace())?;
-        let through_moments = moments.contract(&self.features, alpha, &outer)?;
+        let through_moments = moments.contract(alpha, &outer)?;
         let through_trace = self.mean_variance(alpha).1;
         let gradient = (0..alpha.len())
             .map(|i| {
@@ -311,7 +317,7 @@ impl HScore {
         };
         let (_, moments) = self.inv_parts();
         let ridge = rho * self.mean_variance(alpha).0 + floor;
-        let matrix = moments.at(&self.features, alpha) * ((1.0 - rho) / self.scale());
+        let matrix = moments.at(alpha) * ((1.0 - rho) / self.scale());
         let _ = matrix.diagonal(0, 0, 1).g_add_scalar_(ridge);
         let factor = cholesky(&matrix, "the mixed features")?;
         Ok(Factored { factor, ridge })
@@ -326,19 +332,19 @@ impl HScore {
 
     /// tr Σ/d at α and its gradient.
     fn mean_variance(&self, alpha: &[f64]) -> (f64, Vec<f64>) {
-        let over = 1.0 / (self.scale() * self.features.size()[2] as f64);
+        let over = 1.0 / (self.scale() * self.sums.by_class.size()[2] as f64);
         let (value, gradient) = quadratic_form(&self.traces, alpha);
         (value * over, gradient.iter().map(|g| g * over).collect())
     }
 
     /// N-1
     fn scale(&self) -> f64 {
-        (self.labels.len().max(2) - 1) as f64
+        self.sums.degrees()
     }
 
     /// K, of the classes present.
     fn num_classes(&self) -> f64 {
-        self.classes.weights.size()[0] as f64
+        self.sums.counts.len() as f64
     }
 }
 
@@ -354,77 +360,28 @@ fn quadratic_form(matrix: &[f64], alpha: &[f64]) -> (f64, Vec<f64>) {
 
 /// [M, N, d] in f64, each source's mean taken out and, if asked, each of its coordinates scaled to
 /// variance 1; a constant coordinate stays 0 (and libtorch can differentiate all of it).
-pub fn centred(features: &Tensor, standardise: Standardise) -> Result<Tensor, EngineError> {
-    // A copy even where they are f64, and the only one: the largest thing there is should not be there twice.
-    let mut centred = features
-        .to_dtype(Kind::Double, false, true)
-        .to_device(Device::Cpu);
-    centred -= centred.mean_dim(1, true, Kind::Double);
-    if standardise == Standardise::None {
-        return Ok(centred);
-    }
-    let n = centred.size()[1];
-    let variance = centred.square().sum_dim_intlist(1, true, Kind::Double) / (n.max(2) - 1) as f64;
-    let constant = variance.le(0.0);
-    Ok(centred / variance.masked_fill(&constant, 1.0).sqrt())
+pub fn centred(features: &Tensor, standardise: Standardise) -> Tensor {
+    Centring::of(features, standardise).apply(features)
 }
 
-fn traces(features: &Tensor) -> Result<Vec<f64>, EngineError> {
-    let flat = features.flatten(1, -1);
-    Ok(Vec::try_from(flat.matmul(&flat.tr()).flatten(0, -1))?)
-}
-
-fn floor(features: &Tensor, traces: &[f64]) -> Result<f64, EngineError> {
-    let (m, n, d) = features.size3()?;
-    let largest = (0..m as usize)
-        .map(|i| traces[i * (m as usize + 1)])
-        .fold(0.0, f64::max);
-    let variance = largest / (n.max(2) - 1) as f64 / d as f64;
-    Ok(if variance > 0.0 {
+fn floor(sums: &Sums, traces: &[f64]) -> f64 {
+    let (m, d) = (sums.products.size()[0] as usize, sums.by_class.size()[2]);
+    let largest = (0..m).map(|i| traces[i * (m + 1)]).fold(0.0, f64::max);
+    let variance = largest / sums.degrees() / d as f64;
+    if variance > 0.0 {
         FLOOR * variance
     } else {
         1.0
-    })
-}
-
-impl ClassMeans {
-    pub fn of(features: &Tensor, labels: &[usize]) -> Result<Self, EngineError> {
-        let (m, n, _) = features.size3()?;
-        let classes = present(labels);
-        let weights: Vec<f64> = classes
-            .iter()
-            .map(|class| count(labels, *class) / (n.max(2) - 1) as f64)
-            .collect();
-        let of_source = |i| class_means(&features.get(i), labels, &classes);
-        let means = (0..m).map(of_source).collect::<Result<Vec<_>, _>>()?;
-        Ok(Self {
-            means: Tensor::stack(&means, 1),
-            weights: Tensor::from_slice(&weights),
-        })
     }
 }
 
 /// Z [N, K]: 1/√n_c where the sample is of class c.
-fn indicators(labels: &[usize]) -> Tensor {
-    let classes = present(labels);
-    let mut values = vec![0.0; labels.len() * classes.len()];
-    for (row, label) in labels.iter().enumerate() {
-        let column = classes.binary_search(label).expect("it is present");
-        values[row * classes.len() + column] = 1.0 / count(labels, *label).sqrt();
+fn indicators(classes: &[usize], counts: &[usize]) -> Tensor {
+    let mut values = vec![0.0; classes.len() * counts.len()];
+    for (row, class) in classes.iter().enumerate() {
+        values[row * counts.len() + class] = 1.0 / (counts[*class] as f64).sqrt();
     }
-    Tensor::from_slice(&values).view([labels.len() as i64, classes.len() as i64])
-}
-
-/// The distinct labels, in order.
-pub fn present(labels: &[usize]) -> Vec<usize> {
-    let mut classes = labels.to_vec();
-    classes.sort_unstable();
-    classes.dedup();
-    classes
-}
-
-fn count(labels: &[usize], class: usize) -> f64 {
-    labels.iter().filter(|label| **label == class).count() as f64
+    Tensor::from_slice(&values).view([classes.len() as i64, counts.len() as i64])
 }
 
 #[cfg(test)]

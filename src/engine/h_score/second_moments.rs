@@ -5,10 +5,13 @@
 //! row: at M = 11 and d = 768 that is 156 MB, and an evaluation reads only the pairs whose weights are
 //! not zero. Where even that is too much the matrix is made from the features each time.
 
+use std::rc::Rc;
+
 use tch::{Device, Kind, Tensor};
 
 use super::super::EngineError;
 use super::super::alignment::num_pairs;
+use super::sums::Centring;
 
 /// Above this many bytes of packed matrices they are not kept.
 const LARGEST: usize = 1 << 30;
@@ -16,16 +19,20 @@ const LARGEST: usize = 1 << 30;
 pub struct SecondMoments {
     /// N × N rather than d × d.
     dual: bool,
-    /// d or N
-    size: i64,
-    packed: Option<Packed>,
+    kept: Kept,
+}
+
+enum Kept {
+    Pairs(Packed),
+    /// x [M, N, d]
+    Features(Tensor),
 }
 
 struct Packed {
     /// One tensor [s(s+1)/2] for each pair i ≤ j, row by row: the lower triangle of Q_ii, or of
     /// Q_ij + Q_ji.
     pairs: Vec<Tensor>,
-    triangle: Triangle,
+    triangle: Rc<Triangle>,
 }
 
 /// Between a lower triangle and the flat matrix.
@@ -41,19 +48,34 @@ struct Triangle {
 }
 
 impl SecondMoments {
-    /// Of centred `features` [M, N, d].
-    pub fn of(features: &Tensor, dual: bool) -> Self {
+    /// Of `features` [M, N, d] as `centring` centres them.
+    pub fn of(features: &Tensor, centring: &Centring, dual: bool) -> Self {
         let (m, n, d) = features.size3().expect("three axes");
         let size = if dual { n } else { d };
         let bytes = num_pairs(m as usize) * (size * (size + 1) / 2) as usize * 8;
-        let packed = (bytes <= LARGEST).then(|| Packed::of(features, dual, size));
-        Self { dual, size, packed }
+        if bytes > LARGEST {
+            return Self::made_each_time(centring.apply(features), dual);
+        }
+        let triangle = Rc::new(Triangle::new(size));
+        let packed = match dual {
+            true => Packed::of(&centring.apply(features), true, triangle),
+            false => (centring.blocks(features))
+                .map(|x| Packed::of(&x, false, Rc::clone(&triangle)))
+                .reduce(Packed::plus)
+                .expect("there are samples"),
+        };
+        Self {
+            dual,
+            kept: Kept::Pairs(packed),
+        }
     }
 
-    /// From now on the matrix is made from the features, as where it is too large to keep.
-    #[cfg(test)]
-    pub fn forget(&mut self) {
-        self.packed = None;
+    /// Of centred features x [M, N, d], which are kept in place of the matrices.
+    pub fn made_each_time(x: Tensor, dual: bool) -> Self {
+        Self {
+            dual,
+            kept: Kept::Features(x),
+        }
     }
 
     pub fn is_dual(&self) -> bool {
@@ -62,31 +84,36 @@ impl SecondMoments {
 
     /// d or N
     pub fn size(&self) -> i64 {
-        self.size
+        match &self.kept {
+            Kept::Pairs(packed) => packed.triangle.size,
+            Kept::Features(x) => x.size()[if self.dual { 1 } else { 2 }],
+        }
     }
 
-    /// The same of fewer samples: those of `kept` [M, N', d], centred; `left_out` are the others,
-    /// centred as all were.
-    pub fn without(&self, left_out: &Tensor, kept: &Tensor) -> Self {
-        match &self.packed {
-            Some(packed) if !self.dual => Self {
+    /// The same of the samples that are not those of `left_out` [M, N - `num_kept`, d], about their `mean`
+    /// [M, d]; none where that takes their features.
+    pub fn without(&self, left_out: &Tensor, mean: &Tensor, num_kept: usize) -> Option<Self> {
+        match &self.kept {
+            Kept::Pairs(packed) if !self.dual => Some(Self {
                 dual: false,
-                size: self.size,
-                packed: Some(packed.without(left_out, kept.size()[1])),
-            },
-            _ => Self::of(kept, self.dual),
+                kept: Kept::Pairs(packed.without(left_out, mean, num_kept)),
+            }),
+            _ => None,
         }
     }
 
     /// The matrix at α [s, s].
-    pub fn at(&self, features: &Tensor, alpha: &[f64]) -> Tensor {
-        let Some(packed) = &self.packed else {
-            let mixed = mixed(features, alpha);
-            return if self.dual {
-                mixed.matmul(&mixed.tr())
-            } else {
-                mixed.tr().matmul(&mixed)
-            };
+    pub fn at(&self, alpha: &[f64]) -> Tensor {
+        let packed = match &self.kept {
+            Kept::Pairs(packed) => packed,
+            Kept::Features(x) => {
+                let mixed = mixed(x, alpha);
+                return if self.dual {
+                    mixed.matmul(&mixed.tr())
+                } else {
+                    mixed.tr().matmul(&mixed)
+                };
+            }
         };
         let mut sum = packed.pairs[0].zeros_like();
         for (i, j, pair) in packed.pairs(alpha.len()) {
@@ -100,21 +127,19 @@ impl SecondMoments {
     }
 
     /// ∂/∂αᵢ of ⟨matrix at α, W⟩ for a symmetric W [s, s] that does not depend on α.
-    pub fn contract(
-        &self,
-        features: &Tensor,
-        alpha: &[f64],
-        w: &Tensor,
-    ) -> Result<Vec<f64>, EngineError> {
-        let Some(packed) = &self.packed else {
-            let mixed = mixed(features, alpha);
-            let by_mixed = if self.dual {
-                w.matmul(&mixed)
-            } else {
-                mixed.matmul(w)
-            };
-            let slopes = features.flatten(1, -1).matmul(&by_mixed.flatten(0, -1));
-            return Ok(Vec::try_from(slopes * 2.0)?);
+    pub fn contract(&self, alpha: &[f64], w: &Tensor) -> Result<Vec<f64>, EngineError> {
+        let packed = match &self.kept {
+            Kept::Pairs(packed) => packed,
+            Kept::Features(x) => {
+                let mixed = mixed(x, alpha);
+                let by_mixed = if self.dual {
+                    w.matmul(&mixed)
+                } else {
+                    mixed.matmul(w)
+                };
+                let slopes = x.flatten(1, -1).matmul(&by_mixed.flatten(0, -1));
+                return Ok(Vec::try_from(slopes * 2.0)?);
+            }
         };
         let w = packed.triangle.pack_weights(w);
         let mut slopes = vec![0.0; alpha.len()];
@@ -132,20 +157,19 @@ impl SecondMoments {
 }
 
 /// Σ αᵢ x_i, [N, d]
-fn mixed(features: &Tensor, alpha: &[f64]) -> Tensor {
-    let (_, n, d) = features.size3().expect("three axes");
+fn mixed(x: &Tensor, alpha: &[f64]) -> Tensor {
+    let (_, n, d) = x.size3().expect("three axes");
     let weights = Tensor::from_slice(alpha);
-    weights.matmul(&features.flatten(1, -1)).view([n, d])
+    weights.matmul(&x.flatten(1, -1)).view([n, d])
 }
 
 impl Packed {
-    fn of(features: &Tensor, dual: bool, size: i64) -> Self {
-        let triangle = Triangle::new(size);
-        let m = features.size()[0];
+    fn of(x: &Tensor, dual: bool, triangle: Rc<Triangle>) -> Self {
+        let m = x.size()[0];
         let mut pairs = Vec::with_capacity(num_pairs(m as usize));
         for i in 0..m {
             for j in i..m {
-                let (a, b) = (features.get(i), features.get(j));
+                let (a, b) = (x.get(i), x.get(j));
                 let product = if dual {
                     a.matmul(&b.tr())
                 } else {
@@ -161,18 +185,25 @@ impl Packed {
         Self { pairs, triangle }
     }
 
-    /// Scatter matrices add up over samples; what is left is centred again: with `kept` samples whose
-    /// mean is now μ, Σ x xᵀ falls by kept·μμᵀ.
-    fn without(&self, left_out: &Tensor, kept: i64) -> Self {
-        let theirs = Self::of(left_out, false, self.triangle.size);
-        let means = left_out.sum_dim_intlist(1, false, Kind::Double) / -(kept as f64);
-        let of_means = Self::of(&means.unsqueeze(1), false, self.triangle.size);
-        let pairs = (self.pairs.iter().zip(theirs.pairs).zip(of_means.pairs))
-            .map(|((all, left), mean)| all - left - mean * kept as f64)
+    /// Scatter matrices add up over samples.
+    fn plus(mut self, other: Self) -> Self {
+        for (sum, more) in self.pairs.iter_mut().zip(other.pairs) {
+            *sum += more;
+        }
+        self
+    }
+
+    /// What is left is centred again: with `num_kept` samples whose mean is now μ, Σ x xᵀ falls by
+    /// num_kept·μμᵀ.
+    fn without(&self, left_out: &Tensor, mean: &Tensor, num_kept: usize) -> Self {
+        let theirs = Self::of(left_out, false, Rc::clone(&self.triangle));
+        let of_mean = Self::of(&mean.unsqueeze(1), false, Rc::clone(&self.triangle));
+        let pairs = (self.pairs.iter().zip(theirs.pairs).zip(of_mean.pairs))
+            .map(|((all, left), mean)| all - left - mean * num_kept as f64)
             .collect();
         Self {
             pairs,
-            triangle: Triangle::new(self.triangle.size),
+            triangle: Rc::clone(&self.triangle),
         }
     }
 

@@ -6,10 +6,12 @@ use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
 
 use super::second_moments::SecondMoments;
-use super::{HScore, centred, shrinkage};
+use super::sums::{Centring, Sums};
+use super::{HScore, centred, numbered, shrinkage};
 use crate::domain::objective::{
     HScoreMode, HScoreOptions, Shrinkage, ShrinkageEstimate, Standardise,
 };
+use crate::engine::head::row_tensor;
 use crate::engine::testing::{assert_close, features, inv, labels, noise, noise_tensor};
 
 fn h(features: &Tensor, labels: &[usize], options: &HScoreOptions) -> HScore {
@@ -71,16 +73,18 @@ fn h_equals_its_definition_in_both_forms_and_stays_in_its_bounds() {
 fn no_way_of_keeping_the_moments_changes_a_value() {
     let labels = labels(30, 3);
     let features = features(&[0.5, 1.0, 0.3], &labels, 9, 2);
-    let centred = centred(&features, Standardise::None).unwrap();
     let alphas = [[0.2, 0.3, 0.5], [0.0, 0.4, 0.6]];
+    let (classes, num_classes) = numbered(&labels);
     let mut of_forms = Vec::new();
     for dual in [false, true] {
         for packed in [true, false] {
-            let mut moments = SecondMoments::of(&centred, dual);
-            if !packed {
-                moments.forget();
-            }
-            let h = HScore::inv(centred.shallow_clone(), &labels, 0.05, moments).unwrap();
+            let centring = Centring::of(&features, Standardise::None);
+            let moments = match packed {
+                true => SecondMoments::of(&features, &centring, dual),
+                false => SecondMoments::made_each_time(centring.apply(&features), dual),
+            };
+            let sums = Sums::of(centring.blocks(&features), &classes, num_classes);
+            let h = HScore::inv(centring, sums, 0.05, moments, &classes).unwrap();
             let values = alphas.map(|alpha| h.value_and_gradient(&alpha).unwrap());
             let chance = alphas.map(|alpha| h.chance(&alpha).unwrap());
             of_forms.push((values, chance));
@@ -194,7 +198,7 @@ fn h_without_shrinkage_is_the_sum_of_squared_canonical_correlations() {
     let features = features(&[0.8], &labels, 6, 7);
     // Orthonormal bases of the centred features and of the centred class indicators: the singular values
     // of their product are the canonical correlations.
-    let x = centred(&features, Standardise::None).unwrap().get(0);
+    let x = centred(&features, Standardise::None).get(0);
     let mut indicators = vec![0.0; 50 * 3];
     for (row, label) in labels.iter().enumerate().filter(|(_, label)| **label < 3) {
         indicators[row * 3 + label] = 1.0;
@@ -298,27 +302,49 @@ fn too_few_samples_without_shrinkage_are_refused_with_the_way_out() {
 #[test]
 fn leaving_samples_out_is_not_having_had_them() {
     let labels = labels(40, 4);
-    let f = features(&[0.5, 1.0], &labels, 6, 9);
-    let rows = [3, 4, 17, 39];
-    let kept: Vec<i64> = (0..40).filter(|n| !rows.contains(&(*n as usize))).collect();
-    let kept_labels: Vec<usize> = kept.iter().map(|n| labels[*n as usize]).collect();
-    let kept_features = f.index_select(1, &Tensor::from_slice(&kept));
-    for options in [
-        inv(0.05),
-        HScoreOptions {
-            mode: HScoreMode::TraceRatio,
-            ..inv(0.05)
-        },
-    ] {
-        let left = h(&f, &labels, &options).without(&rows).unwrap();
-        let anew = h(&kept_features, &kept_labels, &options);
-        let (value, gradient) = left.value_and_gradient(&[0.3, 0.7]).unwrap();
-        let (expected, slopes) = anew.value_and_gradient(&[0.3, 0.7]).unwrap();
-        assert_close(value, expected, 1e-10);
-        for (a, b) in gradient.iter().zip(&slopes) {
-            assert_close(*a, *b, 1e-9);
+    let of_class_two: Vec<usize> = (0..40).filter(|row| labels[*row] == 2).collect();
+    let trace_ratio = HScoreOptions {
+        mode: HScoreMode::TraceRatio,
+        ..inv(0.05)
+    };
+    // In the primal form and the dual one.
+    for (d, options) in [(6, inv(0.05)), (90, inv(0.05)), (6, trace_ratio)] {
+        let f = features(&[0.5, 1.0], &labels, d, 9);
+        for rows in [&[3, 4, 17, 39][..], &of_class_two] {
+            let kept: Vec<usize> = (0..40).filter(|row| !rows.contains(row)).collect();
+            let kept_labels: Vec<usize> = kept.iter().map(|row| labels[*row]).collect();
+            let kept_features = f.index_select(1, &row_tensor(&kept));
+            let left = h(&f, &labels, &options).without(&f, &labels, rows).unwrap();
+            let anew = h(&kept_features, &kept_labels, &options);
+            let (value, gradient) = left.value_and_gradient(&[0.3, 0.7]).unwrap();
+            let (expected, slopes) = anew.value_and_gradient(&[0.3, 0.7]).unwrap();
+            assert_close(value, expected, 1e-10);
+            for (a, b) in gradient.iter().zip(&slopes) {
+                assert_close(*a, *b, 1e-9);
+            }
         }
     }
+}
+
+#[test]
+fn standardisation_stays_as_it_was_when_samples_are_left_out() {
+    let labels = labels(40, 4);
+    let f = features(&[0.5, 1.0], &labels, 6, 9);
+    let rows: Vec<usize> = (0..40).step_by(9).collect();
+    let kept: Vec<usize> = (0..40).filter(|row| row % 9 != 0).collect();
+    let kept_labels: Vec<usize> = kept.iter().map(|row| labels[*row]).collect();
+    let standardised = HScoreOptions {
+        standardise: Standardise::PerSource,
+        ..inv(0.05)
+    };
+    let left = h(&f, &labels, &standardised)
+        .without(&f, &labels, &rows)
+        .unwrap();
+    let scaled = centred(&f, Standardise::PerSource).index_select(1, &row_tensor(&kept));
+    let expected = h(&scaled, &kept_labels, &inv(0.05))
+        .value(&[0.3, 0.7])
+        .unwrap();
+    assert_close(left.value(&[0.3, 0.7]).unwrap(), expected, 1e-10);
 }
 
 #[test]

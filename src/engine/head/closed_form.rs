@@ -18,6 +18,7 @@ use super::row_tensor;
 use crate::domain::objective::{HeadKind, HeadOptions};
 use crate::domain::prompt_file::Head;
 use crate::domain::tensor::Tensor as PlainTensor;
+use crate::engine::classes::{numbered, present};
 use crate::engine::{EngineError, cholesky, plain};
 
 /// Logit of a class that no sample of the fit shows; finite so that it can be stored and scaled.
@@ -52,13 +53,13 @@ impl ClosedFormHead {
     ) -> Result<Self, EngineError> {
         let (n, d) = features.size2()?;
         let (k, on_cpu) = (num_classes as i64, (Kind::Double, Device::Cpu));
-        let mut counts = vec![0u32; num_classes];
-        labels.iter().for_each(|label| counts[*label] += 1);
-        let classes: Vec<usize> = (0..num_classes).filter(|c| counts[*c] > 0).collect();
+        let classes = present(labels);
         let mut head = Self {
             weight: Tensor::zeros([k, d], on_cpu),
             bias: Tensor::full([k], ABSENT, on_cpu),
-            present: counts.iter().map(|count| *count > 0).collect(),
+            present: (0..num_classes)
+                .map(|class| classes.binary_search(&class).is_ok())
+                .collect(),
         };
         if classes.is_empty() {
             return Ok(head);
@@ -69,16 +70,17 @@ impl ClosedFormHead {
         let features = features.to_kind(Kind::Double);
         let centre = features.mean_dim(0, true, Kind::Double);
         let x = &features - &centre;
-        let means = class_means(&x, labels, &classes)?;
+        let (own_rows, of_class) = {
+            let (own, num_present) = numbered(labels);
+            let mut counts = vec![0.0; num_present];
+            own.iter().for_each(|class| counts[*class] += 1.0);
+            (row_tensor(&own), Tensor::from_slice(&counts))
+        };
+        let sums = Tensor::zeros([classes.len() as i64, d], on_cpu).index_add(0, &own_rows, &x);
+        let means = sums / of_class.unsqueeze(1);
         let degrees = (n - 1).max(1) as f64;
         let spread = match options.kind {
-            HeadKind::Lda | HeadKind::Shared => {
-                let own_row: Vec<usize> = labels
-                    .iter()
-                    .map(|label| classes.binary_search(label).expect("present"))
-                    .collect();
-                &x - means.index_select(0, &row_tensor(&own_row))
-            }
+            HeadKind::Lda | HeadKind::Shared => &x - means.index_select(0, &own_rows),
             HeadKind::Ridge => x,
         };
         let covariance = spread.tr().matmul(&spread) / degrees;
@@ -86,8 +88,6 @@ impl ClosedFormHead {
             .tr()
             .cholesky_solve(&shrunken_factor(covariance, options.shrinkage)?, false);
 
-        let of_class: Vec<f64> = classes.iter().map(|c| f64::from(counts[*c])).collect();
-        let of_class = Tensor::from_slice(&of_class);
         let priors = &of_class / n as f64;
         let (weight, bias) = match options.kind {
             HeadKind::Lda | HeadKind::Shared => {
@@ -161,25 +161,6 @@ fn shrunken_factor(covariance: Tensor, shrinkage: f64) -> Result<Tensor, EngineE
     let identity = Tensor::eye(d, (Kind::Double, covariance.device()));
     let shrunk = covariance * (1.0 - shrinkage) + identity * (shrinkage * trace + floor);
     cholesky(&shrunk, "the features")
-}
-
-/// Means of the rows of `x` [n, d] by class, [classes, d].
-pub fn class_means(x: &Tensor, labels: &[usize], classes: &[usize]) -> Result<Tensor, EngineError> {
-    let n = labels.len();
-    let mut indicator = vec![0f64; classes.len() * n];
-    for (row, class) in classes.iter().enumerate() {
-        let count = labels.iter().filter(|label| *label == class).count() as f64;
-        for (column, _) in labels
-            .iter()
-            .enumerate()
-            .filter(|(_, label)| *label == class)
-        {
-            indicator[row * n + column] = 1.0 / count;
-        }
-    }
-    Ok(Tensor::from_slice(&indicator)
-        .view([classes.len() as i64, n as i64])
-        .matmul(x))
 }
 
 #[cfg(test)]

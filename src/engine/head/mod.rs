@@ -10,7 +10,7 @@ mod closed_form;
 
 use tch::{Kind, Tensor};
 
-pub use self::closed_form::{ClosedFormHead, class_means};
+pub use self::closed_form::ClosedFormHead;
 use super::EngineError;
 use crate::domain::objective::{HeadKind, HeadOptions};
 

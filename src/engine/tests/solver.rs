@@ -351,6 +351,7 @@ fn standard_errors_are_those_of_solving_without_each_fold() {
         .collect();
     let whole = jackknife::Solved {
         h_score: &h,
+        features: &f,
         labels: &labels,
         reading: AlignmentReading::R1,
         scale: solution.scale,
