@@ -8,8 +8,8 @@ use super::EngineError;
 use super::samples::Samples;
 use super::vit::Vit;
 
-/// Features [M, N, d] in f32 (in f64 where the model is) on the CPU, for M prompts [m, d]. `progress` hears how many sample ×
-/// prompt pairs each step finished.
+/// Features [M, N, d] in f32 (in f64 where the model is) on the CPU, for M prompts [m, d]. `progress` hears how
+/// many sample × prompt pairs each step finished.
 pub fn extract(
     vit: &Vit,
     samples: &Samples,
@@ -31,6 +31,9 @@ pub fn extract(
         || (),
         |(), batch| batch.features(),
         |rows, of_batch| {
+            if !bool::try_from(of_batch.isfinite().all())? {
+                return Err(EngineError::NotFinite("features"));
+            }
             let size = rows.len() as i64;
             features.narrow(1, done, size).f_copy_(&of_batch)?;
             done += size;
@@ -38,8 +41,5 @@ pub fn extract(
         },
         &mut progress,
     )?;
-    if !bool::try_from(features.isfinite().all()).expect("one value") {
-        return Err(EngineError::NotFinite("features"));
-    }
     Ok(features)
 }
