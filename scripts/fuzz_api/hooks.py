@@ -1,6 +1,7 @@
 """What the API's document does not tell schemathesis: which bytes are a prompt file, and what is there already."""
 
 import io
+import itertools
 import json
 import os
 import re
@@ -109,7 +110,8 @@ schemathesis.openapi.media_type("application/x-tar", st.one_of(tars(), tars(), f
 NAMES = ["dtd", "food", "vit-s14"]
 ENSEMBLES = os.environ.get("FUZZ_ENSEMBLES", "").split()
 KEY = os.environ.get("FUZZ_KEY_ID", "")
-DIGEST = re.compile("sha-(256|512)=:[A-Za-z0-9+/]+=*:$")
+IDEMPOTENCY_KEY = re.compile("[!-~]{1,255}")
+REQUESTS = itertools.count(1)
 
 
 @schemathesis.hook
@@ -127,8 +129,14 @@ def flatmap_path_parameters(context, path_parameters):
 
 @schemathesis.hook
 def before_call(context, case, kwargs):
-    """Does not revoke the key that the run itself uses, and sends no digest that is well made and of other bytes."""
-    if case.headers and DIGEST.match(case.headers.get("content-digest", "")):
-        del case.headers["content-digest"]
+    """Does not revoke the key that the run itself uses, sends no digest of a body that has no bytes yet, and mostly a new
+    Idempotency-Key: with the few that come up by chance, most requests would end as a reuse of another's."""
     if case.path_parameters and str(case.path_parameters.get("id", "")).replace("-", "") == KEY:
         case.path_parameters["id"] = str(uuid.UUID(int=0))
+    # What is wrong on purpose stays as it is.
+    if not case.headers or not case.meta or not case.meta.generation.mode.is_positive:
+        return
+    headers = case.headers
+    headers.pop("content-digest", None)
+    if IDEMPOTENCY_KEY.fullmatch(headers.get("idempotency-key") or "") and (count := next(REQUESTS)) % 4:
+        headers["idempotency-key"] = f"{count}-{headers['idempotency-key']}"[:255]
