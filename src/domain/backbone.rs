@@ -6,12 +6,12 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use safetensors::{SafeTensorError, SafeTensors};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::digest::{Digest, DigestBuilder};
-use super::tensor::{Element, read_f32};
+use super::tensor::Element;
+use super::tensor_file::{TensorFile, TensorFileError};
 
 pub const CONFIG_FILE: &str = "config.json";
 pub const MODEL_FILE: &str = "model.safetensors";
@@ -94,15 +94,13 @@ pub enum BackboneError {
         path: PathBuf,
         source: serde_json::Error,
     },
-    #[error("`{path}` is not a safetensors file")]
+    #[error("cannot take tensors from `{path}`")]
     Model {
         path: PathBuf,
-        source: SafeTensorError,
+        source: TensorFileError,
     },
     #[error("config.json: {0}")]
     Inconsistent(String),
-    #[error("tensor `{tensor}` has dtype {dtype}, expected f32, f16 or bf16")]
-    Dtype { tensor: String, dtype: String },
     #[error("tensor `{0}` is missing")]
     MissingTensor(String),
     #[error("tensor `{0}` is not part of this architecture")]
@@ -140,15 +138,18 @@ impl Backbone {
         let config: BackboneConfig = serde_json::from_slice(&json)
             .map_err(|source| BackboneError::Config { path, source })?;
         config.check()?;
-        let (path, bytes) = read(MODEL_FILE)?;
-        let model = SafeTensors::deserialize(&bytes)
-            .map_err(|source| BackboneError::Model { path, source })?;
+        let path = dir.join(MODEL_FILE);
+        let failed = |source| BackboneError::Model {
+            path: path.clone(),
+            source,
+        };
+        let mut model = TensorFile::open(&path).map_err(failed)?;
         check_tensors(&config, &model)?;
         Ok(Self {
             dir: dir.to_owned(),
-            digest: digest(&model)?,
-            num_weights: (model.tensors().iter())
-                .map(|(_, tensor)| tensor.shape().iter().product::<usize>() as u64)
+            digest: digest(&mut model).map_err(failed)?,
+            num_weights: (model.shapes().values())
+                .map(|shape| shape.iter().product::<usize>() as u64)
                 .sum(),
             config,
         })
@@ -160,7 +161,7 @@ impl Backbone {
 }
 
 impl BackboneConfig {
-    fn check(&self) -> Result<(), BackboneError> {
+    pub(super) fn check(&self) -> Result<(), BackboneError> {
         let fail = |text: String| Err(BackboneError::Inconsistent(text));
         let Preprocessing { size, std, .. } = self.preprocessing;
         if [
@@ -208,18 +209,13 @@ fn is_head(name: &str) -> bool {
     name.starts_with("head.") || name.starts_with("pre_logits.")
 }
 
-fn digest(model: &SafeTensors<'_>) -> Result<Digest, BackboneError> {
-    let mut names: Vec<_> = model.names().into_iter().filter(|n| !is_head(n)).collect();
-    names.sort_unstable();
+fn digest(model: &mut TensorFile) -> Result<Digest, TensorFileError> {
     let mut digest = DigestBuilder::default();
-    for name in names {
-        let view = model.tensor(name).expect("listed");
-        let values = read_f32(&view).ok_or_else(|| BackboneError::Dtype {
-            tensor: name.to_owned(),
-            dtype: format!("{:?}", view.dtype()).to_lowercase(),
-        })?;
-        digest.update(format!("{name}{:?}", view.shape()).as_bytes());
-        digest.update(&f32::bytes(&values));
+    for (name, shape) in model.shapes().clone() {
+        if !is_head(&name) {
+            digest.update(format!("{name}{shape:?}").as_bytes());
+            digest.update(&f32::bytes(&model.read(&name)?));
+        }
     }
     Ok(digest.finish())
 }
@@ -271,35 +267,37 @@ pub fn expected_tensors(
     expected
 }
 
-fn check_tensors(config: &BackboneConfig, model: &SafeTensors<'_>) -> Result<(), BackboneError> {
+fn check_tensors(config: &BackboneConfig, model: &TensorFile) -> Result<(), BackboneError> {
     // The MLP's width is read off the file; all blocks must then agree with it.
     let mlp_dim = model
-        .tensor("blocks.0.mlp.fc1.weight")
-        .ok()
-        .and_then(|t| t.shape().first().copied())
+        .shape("blocks.0.mlp.fc1.weight")
+        .and_then(|shape| shape.first().copied())
         .ok_or_else(|| BackboneError::MissingTensor("blocks.0.mlp.fc1.weight".into()))?;
-    let layer_scale = model.tensor("blocks.0.ls1.gamma").is_ok();
+    let layer_scale = model.shape("blocks.0.ls1.gamma").is_some();
     let expected = expected_tensors(config, mlp_dim, layer_scale);
     for (name, shape) in &expected {
-        let view = model
-            .tensor(name)
-            .map_err(|_| BackboneError::MissingTensor(name.to_owned()))?;
-        if view.shape() != shape {
-            return Err(BackboneError::Shape {
-                tensor: name.clone(),
-                shape: view.shape().to_vec(),
-                expected: shape.clone(),
-            });
-        }
+        check_shape(model, name, shape)?;
     }
-    let mut extra: Vec<_> = model
-        .names()
-        .into_iter()
-        .filter(|name| !is_head(name) && !expected.contains_key(*name))
-        .collect();
-    extra.sort_unstable();
-    match extra.first() {
-        Some(name) => Err(BackboneError::UnknownTensor((*name).to_owned())),
+    let mut extra = model.shapes().keys();
+    match extra.find(|name| !is_head(name) && !expected.contains_key(*name)) {
+        Some(name) => Err(BackboneError::UnknownTensor(name.clone())),
         None => Ok(()),
+    }
+}
+
+/// That a tensor is there and has this shape.
+pub(super) fn check_shape(
+    model: &TensorFile,
+    name: &str,
+    expected: &[usize],
+) -> Result<(), BackboneError> {
+    match model.shape(name) {
+        None => Err(BackboneError::MissingTensor(name.to_owned())),
+        Some(shape) if shape != expected => Err(BackboneError::Shape {
+            tensor: name.to_owned(),
+            shape: shape.to_vec(),
+            expected: expected.to_vec(),
+        }),
+        Some(_) => Ok(()),
     }
 }

@@ -1,4 +1,5 @@
-//! `/v1/backbones`: frozen vision transformers, registered from the operator's directories.
+//! `/v1/backbones`: frozen vision transformers, registered from the operator's directories, in
+//! the names of any library that publishes them.
 
 use axum::Json as JsonResponse;
 use axum::extract::State;
@@ -15,6 +16,7 @@ use super::error::Problem;
 use super::extract::{Json, Path, Query};
 use super::page::{Page, PageQuery};
 use crate::domain::backbone::{Backbone, BackboneError};
+use crate::domain::import::{self, Checkpoint, ImportError, Settings};
 use crate::domain::reference::ResourceName;
 use crate::registry::backbones::{self, RegisteredBackbone};
 
@@ -24,15 +26,21 @@ pub fn router() -> OpenApiRouter<AppState> {
         .routes(routes!(get_backbone))
 }
 
+/// Most bytes of f32 weights that a checkpoint may convert to; a ViT-G has 7.4 GiB.
+const MAX_WEIGHTS: u64 = 16 << 30;
+
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct RegisterBackbone {
     #[schema(value_type = String, pattern = "^[a-z0-9][a-z0-9._-]{0,127}$", example = "vit-s14")]
     name: ResourceName,
-    /// A directory that the server lists under its `--backbone-root`, with `config.json` and
-    /// `model.safetensors`.
+    /// A directory that the server lists under its `--backbone-root`: of ours, with `config.json` and
+    /// `model.safetensors`, or a ViT checkpoint (safetensors, or the original `.npz`) as timm, Hugging
+    /// Face, DINOv2 or Google name its tensors, with their `config.json` where there is one.
     #[schema(example = "vit_s14_focus")]
     directory: String,
+    /// What such a checkpoint and the files beside it do not say, or say wrong.
+    config: Option<Settings>,
 }
 
 /// Register a backbone from a directory of the operator's
@@ -47,7 +55,8 @@ struct RegisterBackbone {
         (status = 200, description = "It is registered already", body = RegisteredBackbone),
         (status = 409, description = "`name_taken`, `backbone_exists`, `file_changed` (while it \
             was read; try again when nobody writes to it)"),
-        (status = 422, description = "`unknown_directory`, `invalid_backbone`"),
+        (status = 422, description = "`unknown_directory`, `invalid_backbone`, \
+            `missing_setting` (the checkpoint does not say it: give it in `config`)"),
     )
 )]
 async fn register_backbone(
@@ -55,21 +64,38 @@ async fn register_backbone(
     caller: Caller,
     Json(body): Json<RegisterBackbone>,
 ) -> Result<impl IntoResponse, Problem> {
-    let RegisterBackbone { name, directory } = body;
+    let RegisterBackbone {
+        name,
+        directory,
+        config,
+    } = body;
     let dir = super::directory(&state.settings.backbone_roots, &directory)?;
+    let scratch = tempfile::tempdir_in(&state.settings.scratch_dir).map_err(Problem::internal)?;
+    let converted = scratch.path().to_owned();
     // Reads and digests the whole file.
-    let opened = tokio::task::spawn_blocking(move || Backbone::open(&dir).map_err(|e| (e, dir)));
-    let backbone = opened
-        .await
-        .map_err(Problem::internal)?
-        .map_err(|(error, dir)| {
+    let opened = tokio::task::spawn_blocking(move || {
+        open(&dir, config, &converted).map_err(|error| {
             let detail = super::chain_for_client(&error, &dir, &directory);
-            let problem = Problem::field("invalid_backbone", "/directory", detail);
-            match error {
-                BackboneError::Read { .. } => problem.caused_by(error),
-                _ => problem,
-            }
-        })?;
+            (error, detail)
+        })
+    });
+    let backbone =
+        opened
+            .await
+            .map_err(Problem::internal)?
+            .map_err(|(error, detail)| match error {
+                ImportError::MissingSetting { setting } => {
+                    Problem::field("missing_setting", format!("/config/{setting}"), detail)
+                }
+                error => {
+                    let problem = Problem::field("invalid_backbone", "/directory", detail);
+                    match error {
+                        ImportError::Backbone(BackboneError::Read { .. })
+                        | ImportError::Io { .. } => problem.caused_by(error),
+                        _ => problem,
+                    }
+                }
+            })?;
     let model = state.blobs.put_file(&backbone.model_path()).await?;
     let mut transaction = state.pool.begin().await?;
     let (registered, created) =
@@ -86,6 +112,31 @@ async fn register_backbone(
         [(header::LOCATION, location)],
         JsonResponse(registered),
     ))
+}
+
+/// The backbone in a directory; another library's checkpoint is converted into `scratch`.
+fn open(
+    dir: &std::path::Path,
+    config: Option<Settings>,
+    scratch: &std::path::Path,
+) -> Result<Backbone, ImportError> {
+    if import::is_ours(dir) && config.is_none() {
+        return Ok(Backbone::open(dir)?);
+    }
+    let checkpoint = Checkpoint::in_folder(dir)?;
+    let imported = import::import(
+        &checkpoint,
+        config.unwrap_or_default(),
+        MAX_WEIGHTS,
+        scratch,
+    )?;
+    tracing::info!(
+        naming = ?imported.naming,
+        left_out = imported.left_out.join(", "),
+        digest = %imported.backbone.digest,
+        "checkpoint converted",
+    );
+    Ok(imported.backbone)
 }
 
 /// List backbones by name

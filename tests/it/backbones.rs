@@ -1,9 +1,11 @@
 //! `/v1/backbones`: registering a folder, and getting it back from the blob store.
 
+use std::path::Path;
+
 use promptweave::db::MIGRATOR;
 use promptweave::domain::backbone::{Backbone, CONFIG_FILE, MODEL_FILE};
 use promptweave::registry::{DEFAULT_PROJECT, backbones};
-use serde_json::json;
+use serde_json::{Value, json};
 use sqlx::PgPool;
 
 use crate::app::{TestApp, WIDTH, tiny_backbone, write_files};
@@ -79,12 +81,12 @@ async fn bad_folders_are_refused_without_the_servers_paths(pool: PgPool) {
         (
             "empty",
             "invalid_backbone",
-            "cannot read `empty/config.json`",
+            "`empty` has neither `model.safetensors`",
         ),
         (
             "broken",
             "invalid_backbone",
-            "`broken/model.safetensors` is not a safetensors file",
+            "cannot take tensors from `broken/model.safetensors`: the file is of an unknown kind",
         ),
         (
             "odd",
@@ -119,4 +121,77 @@ async fn bad_folders_are_refused_without_the_servers_paths(pool: PgPool) {
     app.get("/v1/backbones/bad")
         .await
         .problem(404, "backbone_not_found");
+}
+
+/// Checkpoints that timm, transformers, DINOv2 and vision_transformer wrote of the same weights
+/// (scripts/reference/checkpoints.py).
+#[sqlx::test(migrator = "MIGRATOR")]
+async fn a_checkpoint_of_any_library_is_the_same_backbone(pool: PgPool) {
+    let app = TestApp::new(pool);
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/checkpoints");
+    let place = |name: &str| {
+        let files: Vec<_> = (std::fs::read_dir(fixtures.join(name)).unwrap())
+            .map(|entry| entry.unwrap().path())
+            .map(|path| (path.clone(), std::fs::read(&path).unwrap()))
+            .collect();
+        for (path, bytes) in files {
+            let name_of_file = path.file_name().unwrap().to_str().unwrap();
+            write_files(&app.root(name), &[(name_of_file, &bytes)]);
+        }
+    };
+    let register = async |name: &str, config: Value| {
+        place(name);
+        let resource = name.replace('_', "-");
+        let body = json!({"name": resource, "directory": name, "config": config});
+        app.post("/v1/backbones", &body).await
+    };
+    let preprocessing = json!({
+        "size": 8, "filter": "bicubic", "antialias": true,
+        "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5],
+    });
+    let given = json!({"num_heads": 2, "preprocessing": preprocessing});
+
+    // transformers' files say everything.
+    let first = register("hf_vit", json!(null)).await;
+    let first = first.ok(201);
+    assert_eq!(first["config"]["num_heads"], 2);
+    assert_eq!(first["config"]["preprocessing"], preprocessing);
+    for name in ["timm", "google"] {
+        let same = register(name, given.clone())
+            .await
+            .problem(409, "backbone_exists");
+        assert!(
+            same["detail"].as_str().unwrap().contains("`hf-vit`"),
+            "{same}"
+        );
+    }
+    let scaled = register("dinov2", given.clone()).await;
+    assert_ne!(scaled.ok(201)["digest"], first["digest"]);
+    let same = register("hf_dinov2", given.clone())
+        .await
+        .problem(409, "backbone_exists");
+    assert!(
+        same["detail"].as_str().unwrap().contains("`dinov2`"),
+        "{same}"
+    );
+
+    // What nobody says is asked for.
+    let unsaid = register("timm", json!(null))
+        .await
+        .problem(422, "missing_setting");
+    assert_eq!(unsaid["errors"][0]["pointer"], "/config/num_heads");
+    let pickle = std::fs::read(fixtures.join("pickled.pth")).unwrap();
+    write_files(&app.root("pickled"), &[(MODEL_FILE, &pickle)]);
+    let body = json!({"name": "pickled", "directory": "pickled"});
+    let refused = app
+        .post("/v1/backbones", &body)
+        .await
+        .problem(422, "invalid_backbone");
+    assert!(
+        refused["detail"]
+            .as_str()
+            .unwrap()
+            .contains("a zip of pickles"),
+        "{refused}"
+    );
 }
