@@ -51,7 +51,9 @@ pub struct Preprocessing {
     /// Whether the filter's support grows when shrinking (Pillow's rule).
     pub antialias: bool,
     /// Per channel, RGB, on a scale of 0..=1.
+    #[schema(min_items = 3, max_items = 3)]
     pub mean: [f64; 3],
+    #[schema(min_items = 3, max_items = 3)]
     pub std: [f64; 3],
 }
 

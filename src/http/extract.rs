@@ -8,7 +8,7 @@ use axum::extract::path::ErrorKind;
 use axum::extract::rejection::{BytesRejection, PathRejection};
 use axum::extract::{FromRequest, FromRequestParts, OptionalFromRequest, Request};
 use axum::http::{HeaderMap, StatusCode, header, request};
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, IgnoredAny};
 
 use super::content_digest;
 use super::error::Problem;
@@ -114,11 +114,10 @@ fn read_json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
     let value = serde_path_to_error::deserialize(&mut json).map_err(|error| {
         let pointer = json_pointer(error.path());
         let error = error.into_inner();
-        match error.classify() {
-            serde_json::error::Category::Data => {
-                Problem::field("invalid_body", pointer, error.to_string())
-            }
-            _ => malformed(&error),
+        // The error's category does not say it: an array longer than its field is a syntax error to serde_json.
+        match serde_json::from_slice::<IgnoredAny>(bytes) {
+            Ok(_) => Problem::field("invalid_body", pointer, error.to_string()),
+            Err(error) => malformed(&error),
         }
     })?;
     json.end().map_err(|error| malformed(&error))?;

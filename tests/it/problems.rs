@@ -51,6 +51,17 @@ async fn errors_of_the_framework_are_problems_too(pool: PgPool) {
         .await;
     let problem = answer.problem(422, "invalid_body");
     assert_eq!(problem["errors"][0]["pointer"], "/nmae");
+    // An array longer than its field holds is JSON all the same.
+    let config = json!({"preprocessing": {"size": 98, "filter": "bicubic", "antialias": true, "mean": [0, 0, 0, 0]}});
+    let body = json!({"name": "a", "directory": "vits", "config": config});
+    let problem = app
+        .post("/v1/backbones", &body)
+        .await
+        .problem(422, "invalid_body");
+    assert_eq!(
+        problem["errors"][0]["pointer"],
+        "/config/preprocessing/mean"
+    );
     app.post_empty("/v1/prompts")
         .await
         .problem(415, "unsupported_media_type");
