@@ -68,6 +68,22 @@ const LINKS: &[Links] = &[
         to: &["get_dataset"],
         with: &[("name", "/name")],
     },
+    // Not to revoke what is listed: the key that asks is among it.
+    Links {
+        from: &["create_api_key"],
+        to: &["get_api_key", "revoke_api_key"],
+        with: &[("id", "/id")],
+    },
+    Links {
+        from: &["list_api_keys"],
+        to: &["get_api_key"],
+        with: &[("id", "/items/0/id")],
+    },
+    Links {
+        from: &["create_project"],
+        to: &["get_project"],
+        with: &[("name", "/name")],
+    },
     Links {
         from: &["create_ensemble", "resolve_ensemble", "get_ensemble"],
         to: &[

@@ -2,6 +2,7 @@
 //! and map; SQL is in [`crate::registry`], rules are in [`crate::domain`].
 
 pub mod access;
+pub mod api_keys;
 pub mod backbones;
 pub mod boundary;
 pub mod conditional;
@@ -18,6 +19,7 @@ mod links;
 pub mod openapi;
 pub mod page;
 mod peft;
+pub mod projects;
 mod prompt_content;
 mod prompt_files;
 mod prompt_versions;

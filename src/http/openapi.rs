@@ -11,8 +11,8 @@ use super::access::{self, RequiredScopes};
 use super::error::ProblemDocument;
 use super::idempotency::{self, KeyedOperations};
 use super::{
-    AppState, HttpSettings, backbones, content_digest, datasets, ensembles, health, lineage, links,
-    peft, prompt_content, prompt_versions, prompts, workers,
+    AppState, HttpSettings, api_keys, backbones, content_digest, datasets, ensembles, health,
+    lineage, links, peft, projects, prompt_content, prompt_versions, prompts, workers,
 };
 use crate::domain::reference::{ResourceName, VersionSelector};
 
@@ -31,6 +31,8 @@ use crate::domain::reference::{ResourceName, VersionSelector};
         (name = "datasets", description = "Labelled images, the targets of ensembles"),
         (name = "ensembles", description = "Jobs that weigh prompts for a target and compose them"),
         (name = "workers", description = "The processes that run jobs"),
+        (name = "projects", description = "Each has its own resources, which keys of others do not see"),
+        (name = "api-keys", description = "Who may do what in a project"),
         (name = "health", description = "Whether the server answers, and whether it can work"),
     )
 )]
@@ -54,7 +56,9 @@ pub(super) fn routes(settings: &HttpSettings) -> Routes {
         .merge(backbones::router())
         .merge(datasets::router())
         .merge(ensembles::router())
-        .merge(workers::router());
+        .merge(workers::router())
+        .merge(projects::router())
+        .merge(api_keys::router());
     let mut routes = OpenApiRouter::with_openapi(Document::openapi())
         .merge(health::router())
         .merge(workers::health_router())

@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use super::{RegistryError, read_name};
 use crate::db::DbError;
-use crate::domain::api_key::{ApiKey, KeyName, Scopes};
+use crate::domain::api_key::{ApiKey, KeyName, Scope, Scopes};
 use crate::domain::reference::ResourceName;
 
 /// A key without its secret, which nobody has but its owner.
@@ -23,6 +23,7 @@ pub struct StoredKey {
     pub name: String,
     #[schema(value_type = String, example = "default")]
     pub project: ResourceName,
+    #[schema(value_type = Vec<Scope>)]
     pub scopes: Scopes,
     #[serde(with = "time::serde::rfc3339")]
     pub created_at: OffsetDateTime,
@@ -49,7 +50,7 @@ pub async fn insert(
     key: &ApiKey,
     name: &KeyName,
     scopes: &Scopes,
-) -> Result<StoredKey, RegistryError> {
+) -> Result<(), RegistryError> {
     let secret_sha256 = key.secret_sha256();
     let names: Vec<String> = scopes.iter().map(ToString::to_string).collect();
     sqlx::query!(
@@ -63,11 +64,9 @@ pub async fn insert(
         &secret_sha256[..],
         &names,
     )
-    .execute(&mut *conn)
+    .execute(conn)
     .await?;
-    find(conn, project_id, key.id())
-        .await?
-        .ok_or_else(|| DbError::RowCount(0).into())
+    Ok(())
 }
 
 /// What `key` stands for, unless it is unknown or revoked. Notes the use, at most once a minute.

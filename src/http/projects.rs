@@ -1,0 +1,140 @@
+//! `/v1/projects`: each has its own prompts, backbones, data sets, jobs and keys.
+//!
+//! Keys of the project `default`, which there always is, are the operator's: with the scope `admin`
+//! they make projects and see which there are. What is inside another project they do not see; the
+//! key that comes with a new one is for those who work there.
+
+use axum::Json as JsonResponse;
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::IntoResponse;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+use uuid::Uuid;
+
+use super::AppState;
+use super::access::Caller;
+use super::api_keys::{self, NewApiKey};
+use super::error::Problem;
+use super::extract::{Json, Path, Query};
+use super::page::{Page, PageQuery};
+use crate::domain::api_key::{KeyName, Scope};
+use crate::domain::reference::ResourceName;
+use crate::registry::DEFAULT_PROJECT;
+use crate::registry::projects::{self, Project};
+
+pub fn router() -> OpenApiRouter<AppState> {
+    OpenApiRouter::new()
+        .routes(routes!(create_project, list_projects))
+        .routes(routes!(get_project))
+}
+
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct CreateProject {
+    #[schema(value_type = String, pattern = "^[a-z0-9][a-z0-9._-]{0,127}$", example = "vision")]
+    name: ResourceName,
+}
+
+/// A project and the key to it.
+#[derive(Serialize, ToSchema)]
+struct NewProject {
+    #[serde(flatten)]
+    project: Project,
+    /// Its first key, with every scope.
+    api_key: NewApiKey,
+}
+
+/// The only project that `caller` sees; None: all of them.
+fn only(caller: &Caller) -> Option<Uuid> {
+    Some(caller.project_id).filter(|id| *id != DEFAULT_PROJECT)
+}
+
+/// Make a project and its first key, which is shown this once
+#[utoipa::path(
+    post,
+    path = "/projects",
+    tag = "projects",
+    security(("api_key" = ["admin"])),
+    request_body = CreateProject,
+    responses(
+        (status = 201, body = NewProject, headers(("location" = String))),
+        (status = 403, description = "`scope_missing`; `not_the_default_project`: only keys of the \
+            project `default` make projects"),
+        (status = 409, description = "`name_taken`"),
+        (status = 422, description = "`invalid_body`"),
+    )
+)]
+async fn create_project(
+    State(state): State<AppState>,
+    caller: Caller,
+    Json(body): Json<CreateProject>,
+) -> Result<impl IntoResponse, Problem> {
+    if only(&caller).is_some() {
+        let detail =
+            "only keys of the project `default` make projects; ask whoever runs the server";
+        let code = "not_the_default_project";
+        return Err(Problem::new(StatusCode::FORBIDDEN, code, detail));
+    }
+    let name: KeyName = "came with the project".parse().map_err(Problem::internal)?;
+    let mut transaction = state.pool.begin().await?;
+    let project = projects::create(&mut transaction, &body.name).await?;
+    let id = state.clock.new_id();
+    let api_key =
+        api_keys::make(&mut transaction, id, project.id, &name, &Scope::ALL.into()).await?;
+    transaction.commit().await?;
+    let headers = [
+        (header::LOCATION, format!("/v1/projects/{}", project.name)),
+        (header::CACHE_CONTROL, "no-store".to_owned()),
+    ];
+    let made = NewProject { project, api_key };
+    Ok((StatusCode::CREATED, headers, JsonResponse(made)))
+}
+
+/// List projects by name: with a key of `default` all of them, else the key's own
+#[utoipa::path(
+    get,
+    path = "/projects",
+    tag = "projects",
+    security(("api_key" = ["admin"])),
+    params(PageQuery),
+    responses((status = 200, body = Page<Project>))
+)]
+async fn list_projects(
+    State(state): State<AppState>,
+    caller: Caller,
+    Query(page): Query<PageQuery>,
+) -> Result<JsonResponse<Page<Project>>, Problem> {
+    let (after, limit) = (page.after::<ResourceName>()?, page.limit()?);
+    let mut conn = state.pool.acquire().await?;
+    let found = projects::list(&mut conn, only(&caller), after.as_ref(), limit).await?;
+    Ok(JsonResponse(
+        page.page(found, |project| project.name.to_string())?,
+    ))
+}
+
+/// A project by name; another than the key's own is seen with a key of `default` alone
+#[utoipa::path(
+    get,
+    path = "/projects/{name}",
+    tag = "projects",
+    security(("api_key" = ["admin"])),
+    params(("name" = String, Path)),
+    responses(
+        (status = 200, body = Project),
+        (status = 404, description = "`project_not_found`"),
+    )
+)]
+async fn get_project(
+    State(state): State<AppState>,
+    caller: Caller,
+    Path(name): Path<ResourceName>,
+) -> Result<JsonResponse<Project>, Problem> {
+    let found = projects::find(&mut *state.pool.acquire().await?, &name).await?;
+    let seen = found.filter(|project| only(&caller).is_none_or(|id| id == project.id));
+    seen.map(JsonResponse).ok_or_else(|| {
+        Problem::not_found("project_not_found", format!("there is no project `{name}`"))
+    })
+}
