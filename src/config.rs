@@ -167,6 +167,11 @@ pub struct HttpOptions {
     /// tokens are refused; too high and a few uploads at once fill the memory.
     #[arg(long, env = "PROMPTWEAVE_MAX_BODY_MIB", default_value_t = 64)]
     pub max_body_mib: usize,
+    /// Largest uploaded data set in MiB, as it is sent and as it unpacks; a larger one is answered 413.
+    /// It goes to the disk, where it takes up to three times its size while it is read. Too low and
+    /// data sets are refused; too high and a few of them at once fill the disk.
+    #[arg(long, env = "PROMPTWEAVE_MAX_DATASET_MIB", default_value_t = 8192)]
+    pub max_dataset_mib: u64,
     /// Seconds until an unanswered request ends with 503. Too low and a large data set cannot be
     /// registered; too high and stuck requests pile up.
     #[arg(long, env = "PROMPTWEAVE_REQUEST_TIMEOUT_S", default_value_t = 300)]
@@ -184,6 +189,11 @@ impl HttpOptions {
         anyhow::ensure!(
             self.max_body_mib > 0,
             "--max-body-mib 0 would refuse every upload"
+        );
+        anyhow::ensure!(
+            (1..=1 << 30).contains(&self.max_dataset_mib),
+            "--max-dataset-mib {}: at least 1, at most 2^30",
+            self.max_dataset_mib
         );
         anyhow::ensure!(
             self.request_timeout_s > 0,

@@ -76,6 +76,7 @@ pub(crate) fn app_state(
         .with_context(|| format!("cannot make `{}`", scratch_dir.display()))?;
     let settings = HttpSettings {
         max_upload_bytes: http.max_body_mib << 20,
+        max_dataset_bytes: http.max_dataset_mib << 20,
         request_timeout: http.request_timeout(),
         authentication: !http.no_auth,
         dataset_roots: AllowedRoots::new(http.dataset_root.clone()),

@@ -1,4 +1,4 @@
-//! Labelled images on disk, in the two layouts people have, as one listing.
+//! Labelled images in a folder or an archive, in the two layouts people have, as one listing.
 //!
 //! * **VTAB-1k list files**: `train800val200.txt` (or `train.txt`), `val200.txt` (or `val.txt`),
 //!   `test.txt`; each line is a path relative to the folder, white space, and a label. Class names
@@ -7,14 +7,15 @@
 //!   `<class>/<image>` is all `train`.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
 use std::io;
+use std::ops::Deref;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::digest::Digest;
+use super::files::{Directory, FileError, Files};
 
 #[derive(
     Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema,
@@ -59,18 +60,38 @@ pub struct LabelledImage {
     pub label: usize,
 }
 
-/// A resolved data set folder. Every label is within `classes`; `train` is never empty.
+/// Which images there are and what they show. Every label is within `classes`; `train` is never
+/// empty.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct LabelledImages {
-    pub root: PathBuf,
+pub struct Listing {
     pub classes: Vec<String>,
     pub splits: BTreeMap<Split, Vec<LabelledImage>>,
 }
 
+/// The listing of a folder.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LabelledImages {
+    pub root: PathBuf,
+    pub listing: Listing,
+}
+
+impl Deref for LabelledImages {
+    type Target = Listing;
+
+    fn deref(&self) -> &Listing {
+        &self.listing
+    }
+}
+
+/// Largest list file or `meta.json` accepted, in bytes.
+const MAX_LIST_BYTES: u64 = 64 << 20;
+
 #[derive(Debug, thiserror::Error)]
 pub enum DatasetError {
     #[error("cannot read `{path}`")]
-    Read { path: PathBuf, source: io::Error },
+    Read { path: PathBuf, source: FileError },
+    #[error("`{0}` is not text")]
+    NotText(PathBuf),
     #[error("`{path}` is not a data set's meta.json")]
     Meta {
         path: PathBuf,
@@ -122,19 +143,27 @@ struct Meta {
 impl LabelledImages {
     /// Lists a folder in either layout. Images are not opened.
     pub fn read(root: &Path) -> Result<Self, DatasetError> {
-        fs::read_dir(root).map_err(|source| read_error(root, source))?;
-        let has_lists = Split::Train
-            .list_files()
-            .iter()
-            .any(|f| root.join(f).is_file());
-        let listed = if has_lists {
-            Self::read_lists(root)
-        } else {
-            Self::read_folders(root)
-        }?;
+        Ok(Self {
+            root: root.to_owned(),
+            listing: Listing::read(&Directory::new(root))?,
+        })
+    }
+
+    pub fn image_path(&self, image: &LabelledImage) -> PathBuf {
+        self.root.join(&image.path)
+    }
+}
+
+impl Listing {
+    /// Lists files in either layout. Images are not opened.
+    pub fn read(files: &dyn Files) -> Result<Self, DatasetError> {
+        let listed = match Self::read_lists(files)? {
+            Some(listed) => listed,
+            None => Self::read_folders(files)?,
+        };
         match listed.splits.get(&Split::Train) {
             Some(train) if !train.is_empty() => Ok(listed),
-            _ => Err(DatasetError::Empty(root.to_owned())),
+            _ => Err(DatasetError::Empty(files.shown(""))),
         }
     }
 
@@ -149,25 +178,22 @@ impl LabelledImages {
             })
     }
 
-    pub fn image_path(&self, image: &LabelledImage) -> PathBuf {
-        self.root.join(&image.path)
-    }
-
-    fn read_lists(root: &Path) -> Result<Self, DatasetError> {
+    /// None without a list of training images.
+    fn read_lists(files: &dyn Files) -> Result<Option<Self>, DatasetError> {
+        let list_of = |split: Split| {
+            let is_there = |file: &&str| files.is_file(file);
+            split.list_files().into_iter().find(is_there)
+        };
+        if list_of(Split::Train).is_none() {
+            return Ok(None);
+        }
         let mut splits = BTreeMap::new();
-        let classes = read_class_names(root)?;
+        let classes = read_class_names(files)?;
+        let num_classes = classes.as_ref().map_or(MAX_CLASSES, Vec::len);
         for split in Split::ALL {
-            let Some(file) = split
-                .list_files()
-                .into_iter()
-                .find(|f| root.join(f).is_file())
-            else {
-                continue;
-            };
-            splits.insert(
-                split,
-                read_list(root, file, classes.as_ref().map_or(MAX_CLASSES, Vec::len))?,
-            );
+            if let Some(file) = list_of(split) {
+                splits.insert(split, read_list(files, file, num_classes)?);
+            }
         }
         let classes = classes.unwrap_or_else(|| {
             let largest = splits.values().flatten().map(|image| image.label).max();
@@ -175,17 +201,13 @@ impl LabelledImages {
                 .map(|label| label.to_string())
                 .collect()
         });
-        Ok(Self {
-            root: root.to_owned(),
-            classes,
-            splits,
-        })
+        Ok(Some(Self { classes, splits }))
     }
 
-    fn read_folders(root: &Path) -> Result<Self, DatasetError> {
+    fn read_folders(files: &dyn Files) -> Result<Self, DatasetError> {
         let mut folders: Vec<(Split, String)> = Split::ALL
             .into_iter()
-            .filter(|split| root.join(split.name()).is_dir())
+            .filter(|split| files.is_folder(split.name()))
             .map(|split| (split, format!("{}/", split.name())))
             .collect();
         if folders.is_empty() {
@@ -195,9 +217,11 @@ impl LabelledImages {
         let mut classes = BTreeSet::new();
         for (split, prefix) in folders {
             let images = found.entry(split).or_default();
-            for class in sorted_names(&root.join(&prefix), fs::FileType::is_dir)? {
-                let folder = root.join(&prefix).join(&class);
-                for name in sorted_names(&folder, fs::FileType::is_file)? {
+            let folder = prefix.trim_end_matches('/');
+            let failed = |folder: &str, error: io::Error| read_error(files, folder, error.into());
+            for class in files.folders(folder).map_err(|e| failed(folder, e))? {
+                let folder = format!("{prefix}{class}");
+                for name in files.files(&folder).map_err(|e| failed(&folder, e))? {
                     if is_image_name(&name) {
                         images.push((format!("{prefix}{class}/{name}"), class.clone()));
                         classes.insert(class.clone());
@@ -220,24 +244,21 @@ impl LabelledImages {
                 (split, labelled)
             })
             .collect();
-        Ok(Self {
-            root: root.to_owned(),
-            classes,
-            splits,
-        })
+        Ok(Self { classes, splits })
     }
 }
 
-fn read_error(path: &Path, source: io::Error) -> DatasetError {
+fn read_error(files: &dyn Files, path: &str, source: FileError) -> DatasetError {
     DatasetError::Read {
-        path: path.to_owned(),
+        path: files.shown(path),
         source,
     }
 }
 
-fn read_class_names(root: &Path) -> Result<Option<Vec<String>>, DatasetError> {
-    let path = root.join("meta.json");
-    match fs::read(&path) {
+fn read_class_names(files: &dyn Files) -> Result<Option<Vec<String>>, DatasetError> {
+    const META: &str = "meta.json";
+    let path = files.shown(META);
+    match files.read(META, MAX_LIST_BYTES) {
         Ok(json) => match serde_json::from_slice::<Meta>(&json) {
             Ok(meta) if meta.classes.len() > MAX_CLASSES => Err(DatasetError::TooManyClasses {
                 path,
@@ -246,14 +267,20 @@ fn read_class_names(root: &Path) -> Result<Option<Vec<String>>, DatasetError> {
             Ok(meta) => Ok(Some(meta.classes)),
             Err(source) => Err(DatasetError::Meta { path, source }),
         },
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(read_error(&path, source)),
+        Err(error) if error.is_not_found() => Ok(None),
+        Err(error) => Err(read_error(files, META, error)),
     }
 }
 
-fn read_list(root: &Path, file: &str, classes: usize) -> Result<Vec<LabelledImage>, DatasetError> {
-    let path = root.join(file);
-    let text = fs::read_to_string(&path).map_err(|source| read_error(&path, source))?;
+fn read_list(
+    files: &dyn Files,
+    file: &str,
+    classes: usize,
+) -> Result<Vec<LabelledImage>, DatasetError> {
+    let text = files
+        .read(file, MAX_LIST_BYTES)
+        .map_err(|error| read_error(files, file, error))?;
+    let text = String::from_utf8(text).map_err(|_| DatasetError::NotText(files.shown(file)))?;
     let mut images = Vec::new();
     for (index, text) in text
         .lines()
@@ -304,24 +331,8 @@ pub fn stays_inside(path: &str) -> bool {
             .all(|part| matches!(part, Normal(_)))
 }
 
-fn sorted_names(dir: &Path, keep: fn(&fs::FileType) -> bool) -> Result<Vec<String>, DatasetError> {
-    let mut names = Vec::new();
-    for entry in fs::read_dir(dir).map_err(|source| read_error(dir, source))? {
-        let entry = entry.map_err(|source| read_error(dir, source))?;
-        let kind = entry
-            .file_type()
-            .map_err(|source| read_error(dir, source))?;
-        if keep(&kind)
-            && let Ok(name) = entry.file_name().into_string()
-        {
-            names.push(name);
-        }
-    }
-    names.sort_unstable();
-    Ok(names)
-}
-
-fn is_image_name(name: &str) -> bool {
+/// Whether a name ends as those of images do.
+pub fn is_image_name(name: &str) -> bool {
     let extension = Path::new(name)
         .extension()
         .and_then(|e| e.to_str())
@@ -389,6 +400,8 @@ fn shares(sizes: &[usize], total: usize) -> Vec<usize> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     fn folder(files: &[(&str, &str)]) -> tempfile::TempDir {

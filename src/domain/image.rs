@@ -11,18 +11,27 @@ const MAX_EDGE: u32 = 8192;
 const MAX_ALLOC: u64 = 256 << 20;
 
 #[derive(Debug, thiserror::Error)]
-#[error("unreadable image")]
-pub struct UnreadableImage(#[from] image::ImageError);
+pub enum UnreadableImage {
+    #[error("unreadable image")]
+    Decoder(#[from] image::ImageError),
+    #[error("it is {width}×{height} pixels large, more than {MAX_EDGE}×{MAX_EDGE}")]
+    TooLarge { width: u32, height: u32 },
+}
 
 /// Decodes PNG, JPEG, BMP, GIF or WebP, recognised by content; alpha is dropped.
 pub fn decode(bytes: &[u8]) -> Result<RgbImage, UnreadableImage> {
+    let reader = || ImageReader::new(Cursor::new(bytes)).with_guessed_format();
+    let header = reader().map_err(image::ImageError::IoError)?;
+    // Looked at before the limits below, which do not say how large it is.
+    let (width, height) = header.into_dimensions()?;
+    if width.max(height) > MAX_EDGE {
+        return Err(UnreadableImage::TooLarge { width, height });
+    }
     let mut limits = Limits::default();
     limits.max_image_width = Some(MAX_EDGE);
     limits.max_image_height = Some(MAX_EDGE);
     limits.max_alloc = Some(MAX_ALLOC);
-    let mut reader = ImageReader::new(Cursor::new(bytes))
-        .with_guessed_format()
-        .map_err(image::ImageError::IoError)?;
+    let mut reader = reader().map_err(image::ImageError::IoError)?;
     reader.limits(limits);
     Ok(reader.decode()?.into_rgb8())
 }

@@ -4,11 +4,13 @@
 //! and on nothing else of the crate; so do the registry, the queue and the API.
 
 pub mod api_key;
+pub mod archive;
 pub mod backbone;
 pub mod cache;
 pub mod composition;
 pub mod dataset;
 pub mod digest;
+pub mod files;
 pub mod foreign_format;
 pub mod image;
 pub mod import;

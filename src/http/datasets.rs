@@ -1,9 +1,11 @@
 //! `/v1/datasets`: labelled images, registered from the operator's directories.
 
+use std::path::Path as FilePath;
+
 use axum::Json as JsonResponse;
 use axum::extract::State;
 use axum::http::{StatusCode, header};
-use axum::response::IntoResponse;
+use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
@@ -11,12 +13,13 @@ use utoipa_axum::routes;
 
 use super::AppState;
 use super::access::Caller;
+use super::dataset_uploads;
 use super::error::Problem;
 use super::extract::{Json, Path, Query};
 use super::page::{Page, PageQuery};
 use crate::domain::dataset::DatasetError;
 use crate::domain::reference::{Reference, ResourceName, VersionSelector};
-use crate::registry::datasets::{self, DatasetVersion, NewDatasetVersion, PackError};
+use crate::registry::datasets::{self, DatasetVersion, NewDatasetVersion, PackError, Packed};
 
 /// Most names of left-out images in an answer; the count is always whole.
 const MAX_SKIPPED_NAMES: usize = 100;
@@ -25,6 +28,7 @@ pub fn router() -> OpenApiRouter<AppState> {
     OpenApiRouter::new()
         .routes(routes!(register_dataset, list_datasets))
         .routes(routes!(get_dataset))
+        .merge(dataset_uploads::router())
 }
 
 #[derive(Debug, Deserialize, ToSchema)]
@@ -42,7 +46,7 @@ struct RegisterDataset {
 }
 
 #[derive(Debug, Serialize, ToSchema)]
-struct RegisteredDataset {
+pub(super) struct RegisteredDataset {
     #[serde(flatten)]
     dataset: DatasetVersion,
     /// Names of the first hundred images that were left out.
@@ -79,18 +83,30 @@ async fn register_dataset(
         skip_bad,
     } = body;
     let dir = super::directory(&state.settings.dataset_roots, &directory)?;
+    let pack = move |out: &FilePath| {
+        let packed = datasets::pack(&dir, skip_bad, out);
+        packed.map_err(|error| refuse(error, &dir, &directory))
+    };
+    publish(&state, &caller, &name, pack).await
+}
+
+/// Packs images off the runtime's threads, stores the pack, and answers with its version: 201, or
+/// 200 where it was one already.
+pub(super) async fn publish(
+    state: &AppState,
+    caller: &Caller,
+    name: &ResourceName,
+    pack: impl FnOnce(&FilePath) -> Result<Packed, Problem> + Send + 'static,
+) -> Result<Response, Problem> {
     let scratch = tempfile::Builder::new()
         .prefix("promptweave-pack-")
         .tempfile_in(&state.settings.scratch_dir)
         .map_err(Problem::internal)?
         .into_temp_path();
     // Reads and decodes every image. The scratch file goes with the closure and comes back.
-    let packing = tokio::task::spawn_blocking(move || {
-        let packed = datasets::pack(&dir, skip_bad, &scratch);
-        (packed.map_err(|error| (error, dir)), scratch)
-    });
+    let packing = tokio::task::spawn_blocking(move || (pack(&scratch), scratch));
     let (packed, scratch) = packing.await.map_err(Problem::internal)?;
-    let packed = packed.map_err(|(error, dir)| refuse(error, &dir, &directory))?;
+    let packed = packed?;
     let pack = state.blobs.put_file(&scratch).await?;
     drop(scratch);
 
@@ -102,7 +118,7 @@ async fn register_dataset(
     };
     let mut transaction = state.pool.begin().await?;
     let (dataset, created) =
-        datasets::insert_version(&mut transaction, caller.project_id, &name, new).await?;
+        datasets::insert_version(&mut transaction, caller.project_id, name, new).await?;
     transaction.commit().await?;
     let status = if created {
         StatusCode::CREATED
@@ -116,17 +132,27 @@ async fn register_dataset(
         dataset,
         skipped_images,
     };
-    Ok((status, [(header::LOCATION, location)], JsonResponse(answer)))
+    Ok((status, [(header::LOCATION, location)], JsonResponse(answer)).into_response())
 }
 
-fn refuse(error: PackError, dir: &std::path::Path, directory: &str) -> Problem {
+fn refuse(error: PackError, dir: &FilePath, directory: &str) -> Problem {
+    let detail = super::chain_for_client(&error, dir, directory);
+    refuse_pack(
+        error,
+        "/directory",
+        detail,
+        "send `\"skip_bad\": true` to leave it out",
+    )
+}
+
+/// What is wrong with images that were to be packed. `pointer` says where the request named them.
+pub(super) fn refuse_pack(error: PackError, pointer: &str, detail: String, skip: &str) -> Problem {
     if let PackError::Io(_) | PackError::Foreign(_) = error {
         return Problem::internal(error);
     }
-    let detail = super::chain_for_client(&error, dir, directory);
     if let Some(image) = error.bad_image() {
-        let pointer = format!("/directory/{}", super::extract::escape(image));
-        let detail = format!("{detail}; repair it, or send `\"skip_bad\": true` to leave it out");
+        let pointer = format!("{pointer}/{}", super::extract::escape(image));
+        let detail = format!("{detail}; repair it, or {skip}");
         return Problem::field("unreadable_image", pointer, detail);
     }
     let code = match error {
@@ -134,7 +160,7 @@ fn refuse(error: PackError, dir: &std::path::Path, directory: &str) -> Problem {
         PackError::Listing(DatasetError::Label { .. }) => "label_out_of_range",
         _ => "invalid_dataset",
     };
-    Problem::field(code, "/directory", detail)
+    Problem::field(code, pointer, detail)
 }
 
 /// List data sets by name, each with its newest version

@@ -64,8 +64,8 @@ const LINKS: &[Links] = &[
         with: &[("name", "/name")],
     },
     Links {
-        from: &["register_dataset"],
-        to: &["get_dataset"],
+        from: &["register_dataset", "upload_dataset"],
+        to: &["get_dataset", "upload_dataset"],
         with: &[("name", "/name")],
     },
     // Not to revoke what is listed: the key that asks is among it.

@@ -8,6 +8,7 @@ pub mod boundary;
 pub mod conditional;
 mod content;
 pub mod content_digest;
+mod dataset_uploads;
 pub mod datasets;
 pub mod ensembles;
 pub mod error;
@@ -24,6 +25,7 @@ mod prompt_content;
 mod prompt_files;
 mod prompt_versions;
 pub mod prompts;
+mod spool;
 pub mod workers;
 
 use std::any::Any;
@@ -62,8 +64,10 @@ pub struct AppState {
 
 #[derive(Clone, Debug)]
 pub struct HttpSettings {
-    /// Largest uploaded file.
+    /// Largest uploaded file that is held in memory.
     pub max_upload_bytes: usize,
+    /// Largest uploaded data set, packed or not.
+    pub max_dataset_bytes: u64,
     /// A request that takes longer is answered 503. It bounds the registration of data sets too.
     pub request_timeout: Duration,
     /// Whether keys are asked for. Without, everyone may do everything in the default project.
@@ -80,6 +84,7 @@ impl Default for HttpSettings {
     fn default() -> Self {
         Self {
             max_upload_bytes: 64 << 20,
+            max_dataset_bytes: 8 << 30,
             request_timeout: Duration::from_secs(300),
             authentication: true,
             dataset_roots: AllowedRoots::default(),

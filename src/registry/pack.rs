@@ -1,4 +1,4 @@
-//! A data set as one file: a tar that [`LabelledImages::read`] understands once it is unpacked.
+//! A data set as one file: a tar whose files [`Listing::read`] understands once it is unpacked.
 //!
 //! It holds the original bytes of the images under `images/`, then `train.txt`, `val.txt`,
 //! `test.txt` (those that there are) and `meta.json` with the class names. Order, times, owners and
@@ -12,7 +12,9 @@ use std::path::{Component, Path, PathBuf};
 
 use serde_json::json;
 
-use crate::domain::dataset::{DatasetError, LabelledImages, Split, stays_inside};
+use crate::domain::archive::ArchiveError;
+use crate::domain::dataset::{DatasetError, Listing, Split, stays_inside};
+use crate::domain::files::{Directory, FileError, Files};
 use crate::domain::image::{UnreadableImage, decode};
 
 /// Largest image file accepted, in bytes; the images are read one at a time.
@@ -33,6 +35,8 @@ pub struct Packed {
 pub enum PackError {
     #[error(transparent)]
     Listing(#[from] DatasetError),
+    #[error(transparent)]
+    Archive(#[from] ArchiveError),
     #[error("image `{path}` is {size} bytes large, more than {MAX_IMAGE_BYTES}")]
     TooLarge { path: String, size: u64 },
     #[error("image `{path}` cannot be opened")]
@@ -65,10 +69,23 @@ impl PackError {
     }
 }
 
-/// Lists the folder `root`, decodes every image once and writes the pack to `out`. An image that
-/// cannot be read is an error that names it, or with `skip_bad` is left out.
+/// [`pack_files`] of a folder.
 pub fn pack(root: &Path, skip_bad: bool, out: &Path) -> Result<Packed, PackError> {
-    let listed = LabelledImages::read(root)?;
+    pack_files(&Directory::new(root), skip_bad, out)
+}
+
+/// Lists files, decodes every image once and writes the pack to `out`. An image that cannot be read
+/// is an error that names it, or with `skip_bad` is left out.
+pub fn pack_files(files: &dyn Files, skip_bad: bool, out: &Path) -> Result<Packed, PackError> {
+    pack_listed(Listing::read(files)?, files, skip_bad, out)
+}
+
+fn pack_listed(
+    listed: Listing,
+    files: &dyn Files,
+    skip_bad: bool,
+    out: &Path,
+) -> Result<Packed, PackError> {
     let mut tar = tar::Builder::new(BufWriter::new(File::create(out)?));
     // One image may be in several lists; it is read and stored once.
     let mut stored = BTreeSet::new();
@@ -84,7 +101,7 @@ pub fn pack(root: &Path, skip_bad: bool, out: &Path) -> Result<Packed, PackError
                 continue;
             }
             if !stored.contains(&path) {
-                match read_image(&listed.image_path(image), &image.path) {
+                match read_image(files, &image.path) {
                     Ok(bytes) => append(&mut tar, &path, &bytes)?,
                     Err(error) if skip_bad && error.bad_image().is_some() => {
                         skipped.insert(path);
@@ -156,19 +173,15 @@ fn original(path: String) -> String {
     path[IMAGES.len()..].to_owned()
 }
 
-fn read_image(file: &Path, path: &str) -> Result<Vec<u8>, PackError> {
-    let missing = |source| PackError::Missing {
-        path: path.to_owned(),
-        source,
-    };
-    let size = fs::metadata(file).map_err(missing)?.len();
-    if size > MAX_IMAGE_BYTES {
-        return Err(PackError::TooLarge {
-            path: path.to_owned(),
-            size,
-        });
-    }
-    let bytes = fs::read(file).map_err(missing)?;
+fn read_image(files: &dyn Files, path: &str) -> Result<Vec<u8>, PackError> {
+    let bytes = files.read(path, MAX_IMAGE_BYTES).map_err(|error| {
+        let path = path.to_owned();
+        match error {
+            FileError::TooLarge { size, .. } => PackError::TooLarge { path, size },
+            FileError::Io(source) => PackError::Missing { path, source },
+            FileError::Archive(error) => error.into(),
+        }
+    })?;
     match decode(&bytes) {
         Ok(_) => Ok(bytes),
         Err(source) => Err(PackError::Unreadable {
@@ -191,6 +204,7 @@ fn append<W: io::Write>(tar: &mut tar::Builder<W>, path: &str, bytes: &[u8]) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::dataset::LabelledImages;
     use crate::domain::digest::Digest;
 
     fn png(value: u8) -> Vec<u8> {

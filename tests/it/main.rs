@@ -3,8 +3,10 @@
 mod access;
 mod api_keys;
 mod app;
+mod archives;
 mod backbones;
 mod content;
+mod dataset_uploads;
 mod datasets;
 mod ensembles;
 mod fixtures;

@@ -1,0 +1,271 @@
+//! An uploaded archive as [`Files`]: an index of what lies where in it. It is never unpacked, and no
+//! name in it becomes a path.
+//!
+//! ```text
+//! tar, zip ─────────────────────────► index of names ─► one file's bytes at a time
+//! tar.gz ─► its tar beside it, with ▲
+//!           a limit on what it grows to
+//! ```
+//! Whoever made the archive may be hostile: names that leave it, links, devices, entries that hold
+//! more than they declare and archives that grow without end are refused, with the entry's name and
+//! the rule, before any image is read.
+
+mod names;
+mod tarball;
+mod zipfile;
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+
+use flate2::read::MultiGzDecoder;
+
+use self::names::Names;
+use self::zipfile::ZipFile;
+use super::files::{FileError, Files};
+
+/// Most entries, folders included.
+pub const MAX_ENTRIES: usize = 250_000;
+/// Longest name of an entry, in bytes.
+pub const MAX_NAME: usize = 1024;
+/// Unpacked, an archive may be this many times larger than it is, and some; images hardly shrink.
+pub const MAX_RATIO: u64 = 100;
+pub const RATIO_SLACK: u64 = 64 << 20;
+
+#[derive(Debug, thiserror::Error)]
+pub enum ArchiveError {
+    #[error("it is no archive that can be read: expected tar, tar.gz or zip")]
+    Unrecognised,
+    #[error("the archive is damaged")]
+    Damaged(#[source] Box<dyn std::error::Error + Send + Sync>),
+    #[error("the archive cannot be read")]
+    Read(#[source] io::Error),
+    #[error("the archive has more than {MAX_ENTRIES} entries; register it from a directory")]
+    TooManyEntries,
+    #[error("the archive unpacks to more than {0} bytes")]
+    TooLarge(u64),
+    #[error(
+        "the archive unpacks to more than {MAX_RATIO} times its size, which images do not; send it \
+         uncompressed"
+    )]
+    Ratio,
+    #[error("entry `{0}`: a name must be UTF-8")]
+    NotUtf8(String),
+    #[error("entry `{0}`: a name has at most {MAX_NAME} bytes")]
+    NameTooLong(String),
+    #[error(
+        "entry `{0}`: a name is relative, has `/` between its parts, and no `..`, `\\` or control \
+         character"
+    )]
+    Outside(String),
+    #[error("entry `{name}` is {kind}; only files and folders are taken")]
+    NotAFile { name: String, kind: &'static str },
+    #[error("entry `{0}` is there more than once")]
+    Twice(String),
+    #[error("entry `{0}` is an archive in the archive; unpack it first")]
+    Nested(String),
+    #[error("entry `{0}` is encrypted")]
+    Encrypted(String),
+    #[error("entry `{0}` is compressed in a way that is not supported; use deflate")]
+    Compression(String),
+    #[error("entry `{name}` declares {size} bytes, more than the archive has")]
+    Truncated { name: String, size: u64 },
+    #[error("entry `{name}` is damaged: it holds other than the {size} bytes it declares")]
+    Lies { name: String, size: u64 },
+    #[error("entry `{0}` has attributes that change its size or place")]
+    Attributes(String),
+}
+
+impl ArchiveError {
+    /// The entry at fault.
+    pub fn entry(&self) -> Option<&str> {
+        match self {
+            Self::NotUtf8(name)
+            | Self::NameTooLong(name)
+            | Self::Outside(name)
+            | Self::NotAFile { name, .. }
+            | Self::Twice(name)
+            | Self::Nested(name)
+            | Self::Encrypted(name)
+            | Self::Compression(name)
+            | Self::Truncated { name, .. }
+            | Self::Lies { name, .. }
+            | Self::Attributes(name) => Some(name),
+            _ => None,
+        }
+    }
+}
+
+/// What an upload is, by its first bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    Tar,
+    Gzip,
+    Zip,
+}
+
+impl Format {
+    /// How many bytes [`recognise`](Self::recognise) looks at.
+    pub const MAGIC_BYTES: usize = 512;
+
+    pub fn recognise(start: &[u8]) -> Option<Self> {
+        if start.get(257..262) == Some(b"ustar") {
+            Some(Self::Tar)
+        } else if start.starts_with(b"\x1f\x8b\x08") {
+            Some(Self::Gzip)
+        } else if start.starts_with(b"PK\x03\x04") || start.starts_with(b"PK\x05\x06") {
+            Some(Self::Zip)
+        } else {
+            None
+        }
+    }
+}
+
+/// An archive whose every entry has been looked at.
+pub struct Archive {
+    names: Names,
+    /// All names are below this folder, which is left out of them: `""`, or it ends with `/`.
+    top: String,
+    store: Store,
+}
+
+enum Store {
+    Tar(File),
+    Zip(ZipFile),
+}
+
+impl Archive {
+    /// Opens a tar, tar.gz or zip that unpacks to at most `max_bytes`. What a tar.gz grows to lies in
+    /// `scratch_dir`, in a file without a name.
+    pub fn open(file: File, max_bytes: u64, scratch_dir: &Path) -> Result<Self, ArchiveError> {
+        let file = match format_of(&file)? {
+            Format::Gzip => {
+                let inflated = inflate(&file, max_bytes, scratch_dir)?;
+                match format_of(&inflated)? {
+                    Format::Tar => inflated,
+                    _ => return Err(ArchiveError::Unrecognised),
+                }
+            }
+            _ => file,
+        };
+        let (names, store) = match format_of(&file)? {
+            Format::Zip => {
+                let (names, zip) = ZipFile::open(file, max_bytes)?;
+                (names, Store::Zip(zip))
+            }
+            _ => (tarball::index(&file)?, Store::Tar(file)),
+        };
+        Ok(Self {
+            top: names.top(),
+            names,
+            store,
+        })
+    }
+
+    fn full(&self, path: &str) -> String {
+        format!("{}{path}", self.top)
+    }
+}
+
+impl Files for Archive {
+    fn is_file(&self, path: &str) -> bool {
+        self.names.get(&self.full(path)).is_some()
+    }
+
+    fn is_folder(&self, path: &str) -> bool {
+        self.names.is_folder(&self.full(path))
+    }
+
+    fn folders(&self, folder: &str) -> io::Result<Vec<String>> {
+        Ok(self.names.folders(&self.full(folder)))
+    }
+
+    fn files(&self, folder: &str) -> io::Result<Vec<String>> {
+        Ok(self.names.files(&self.full(folder)))
+    }
+
+    fn read(&self, path: &str, max: u64) -> Result<Vec<u8>, FileError> {
+        let name = names::normal(&self.full(path));
+        let place = self.names.get(&name).ok_or_else(|| {
+            io::Error::new(io::ErrorKind::NotFound, "the archive has no such file")
+        })?;
+        if place.size > max {
+            let size = place.size;
+            return Err(FileError::TooLarge { size, max });
+        }
+        match &self.store {
+            Store::Tar(file) => {
+                let mut bytes = vec![0; place.size as usize];
+                file.read_exact_at(&mut bytes, place.at)?;
+                Ok(bytes)
+            }
+            Store::Zip(zip) => zip.read(&name, place),
+        }
+    }
+
+    fn shown(&self, path: &str) -> PathBuf {
+        match path {
+            "" => "the archive".into(),
+            path => path.into(),
+        }
+    }
+}
+
+fn format_of(file: &File) -> Result<Format, ArchiveError> {
+    let mut start = [0; Format::MAGIC_BYTES];
+    let mut filled = 0;
+    while filled < start.len() {
+        match file.read_at(&mut start[filled..], filled as u64) {
+            Ok(0) => break,
+            Ok(read) => filled += read,
+            Err(error) => return Err(ArchiveError::Read(error)),
+        }
+    }
+    Format::recognise(&start[..filled]).ok_or(ArchiveError::Unrecognised)
+}
+
+/// Counts what is taken from a reader.
+struct Counted<R> {
+    reader: R,
+    count: u64,
+}
+
+impl<R: Read> Read for Counted<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.reader.read(buffer)?;
+        self.count += read as u64;
+        Ok(read)
+    }
+}
+
+/// What a gzip file unpacks to. The ratio is watched on the way: a bomb is known by its first part.
+fn inflate(file: &File, max_bytes: u64, scratch_dir: &Path) -> Result<File, ArchiveError> {
+    let packed = Counted {
+        reader: file,
+        count: 0,
+    };
+    let mut unpacking = MultiGzDecoder::new(packed);
+    let mut out = tempfile::tempfile_in(scratch_dir).map_err(ArchiveError::Read)?;
+    let mut buffer = vec![0; 1 << 18];
+    let mut size = 0;
+    loop {
+        let read = match unpacking.read(&mut buffer) {
+            Ok(0) => return Ok(out),
+            Ok(read) => read,
+            Err(error) => return Err(ArchiveError::Damaged(error.into())),
+        };
+        size += read as u64;
+        if size > max_bytes {
+            return Err(ArchiveError::TooLarge(max_bytes));
+        }
+        if grows_too_much(size, unpacking.get_ref().count) {
+            return Err(ArchiveError::Ratio);
+        }
+        out.write_all(&buffer[..read]).map_err(ArchiveError::Read)?;
+    }
+}
+
+fn grows_too_much(unpacked: u64, packed: u64) -> bool {
+    unpacked > packed.saturating_mul(MAX_RATIO).saturating_add(RATIO_SLACK)
+}

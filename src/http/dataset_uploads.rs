@@ -1,0 +1,125 @@
+//! `POST /v1/datasets/{name}/versions`: labelled images in an archive, sent as the body.
+
+use axum::body::Body;
+use axum::extract::State;
+use axum::http::{HeaderMap, StatusCode};
+use axum::response::IntoResponse;
+use serde::Deserialize;
+use utoipa::{IntoParams, ToSchema};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::AppState;
+use super::access::Caller;
+use super::datasets::{RegisteredDataset, publish, refuse_pack};
+use super::error::Problem;
+use super::extract::{Path, Query, escape, media_type, unsupported_media_type};
+use super::prompt_files::unsupported_format;
+use super::spool::spool;
+use crate::domain::archive::{Archive, ArchiveError};
+use crate::domain::reference::ResourceName;
+use crate::registry::datasets::{PackError, pack_files};
+use crate::telemetry;
+
+const MEDIA_TYPES: [&str; 4] = [
+    "application/x-tar",
+    "application/gzip",
+    "application/zip",
+    "application/octet-stream",
+];
+
+pub fn router() -> OpenApiRouter<AppState> {
+    OpenApiRouter::new().routes(routes!(upload_dataset))
+}
+
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+struct UploadOptions {
+    /// Leave unreadable images out, and count them, instead of refusing the data set.
+    #[serde(default)]
+    skip_bad: bool,
+}
+
+/// An archive of images.
+#[derive(ToSchema)]
+#[schema(value_type = String, format = Binary)]
+#[expect(dead_code, reason = "it exists for the API document alone")]
+struct ArchiveBytes(Vec<u8>);
+
+/// Upload labelled images as the next version of a data set, which is made where there is none
+///
+/// The body is a tar, tar.gz or zip with VTAB-1k list files, or with folders of images named by
+/// class, as `POST /v1/datasets` reads them; a single folder around everything may be there or not.
+/// It is recognised by its content, goes to the disk as it comes in, and is never unpacked. The same
+/// images under the same name once more answer 200 with the version that exists.
+#[utoipa::path(
+    post,
+    path = "/datasets/{name}/versions",
+    tag = "datasets",
+    security(("api_key" = ["write"])),
+    params(("name" = String, Path), UploadOptions),
+    request_body(
+        content_type = "application/x-tar",
+        description = "`application/gzip`, `application/zip` and `application/octet-stream` are \
+            accepted too",
+        content = ArchiveBytes,
+    ),
+    responses(
+        (status = 201, body = RegisteredDataset, headers(("location" = String))),
+        (status = 200, description = "These images are a version already", body = RegisteredDataset),
+        (status = 400, description = "`body_interrupted`"),
+        (status = 413, description = "`body_too_large`, `archive_too_large` (unpacked)"),
+        (status = 415, description = "`unsupported_format`, `unsupported_media_type`"),
+        (status = 422, description = "`invalid_archive` (names the entry and the rule), \
+            `invalid_dataset`, `empty_dataset`, `label_out_of_range`, `unreadable_image` (names the \
+            file; see `skip_bad`)"),
+    )
+)]
+async fn upload_dataset(
+    State(state): State<AppState>,
+    caller: Caller,
+    Path(name): Path<ResourceName>,
+    Query(options): Query<UploadOptions>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<impl IntoResponse, Problem> {
+    if let Some(other) = media_type(&headers)
+        && !MEDIA_TYPES.contains(&other.as_str())
+    {
+        let expected = MEDIA_TYPES.map(|known| format!("`{known}`")).join(", ");
+        return Err(unsupported_media_type(Some(&other), &expected));
+    }
+    let limit = state.settings.max_dataset_bytes;
+    let scratch_dir = state.settings.scratch_dir.clone();
+    let upload = spool(&headers, body, limit, &scratch_dir).await?;
+    let pack = move |out: &std::path::Path| {
+        let archive = upload.into_file();
+        let archive = Archive::open(archive, limit, &scratch_dir).map_err(refuse_archive)?;
+        pack_files(&archive, options.skip_bad, out).map_err(refuse)
+    };
+    publish(&state, &caller, &name, pack).await
+}
+
+fn refuse(error: PackError) -> Problem {
+    if let PackError::Archive(error) = error {
+        return refuse_archive(error);
+    }
+    let detail = telemetry::chain(&error);
+    refuse_pack(error, "", detail, "send `?skip_bad=true` to leave it out")
+}
+
+fn refuse_archive(error: ArchiveError) -> Problem {
+    let detail = telemetry::chain(&error);
+    match &error {
+        ArchiveError::Unrecognised => unsupported_format(detail),
+        ArchiveError::Read(_) => Problem::internal(error),
+        ArchiveError::TooLarge(_) => {
+            Problem::new(StatusCode::PAYLOAD_TOO_LARGE, "archive_too_large", detail)
+        }
+        _ => match error.entry() {
+            Some(entry) => Problem::field("invalid_archive", format!("/{}", escape(entry)), detail),
+            None => Problem::unprocessable("invalid_archive", detail),
+        },
+    }
+}
