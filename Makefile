@@ -1,6 +1,6 @@
 # `make demo` and `make test` need nothing before them: they set up what is missing.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test fmt clippy openapi sqlx test-peft fuzz-api fuzz bench-engine bench-demo bench-growth
+.PHONY: help setup demo up test fmt clippy openapi sqlx test-peft fuzz-api fuzz bench-api bench-engine bench-demo bench-growth
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -42,6 +42,12 @@ fuzz-api: setup ## schemathesis against a running service, with a key and withou
 
 fuzz: ## cargo-fuzz on what reads strangers' bytes, SECONDS_EACH (600) a target
 	scripts/fuzz.sh
+
+bench-api: ## the registry beside MLflow's on the same PostgreSQL, in minutes; fetches MLflow once
+	cargo build --release --no-default-features --bin promptweave --bench api
+	POSTGRES_DURABLE=1 scripts/with_postgres.sh python3 benches/bench_api.py --mlflow $$(benches/mlflow.sh) \
+		--program $${CARGO_TARGET_DIR:-target}/release/promptweave \
+		--load $$(ls -t $${CARGO_TARGET_DIR:-target}/release/deps/api-* | grep -v '[.]d$$' | head -n 1)
 
 bench-engine: setup ## promptweave beside the machine's matrix rate and plain PyTorch, in ten minutes; fetches PyTorch once
 	python3 benches/bench_engine.py

@@ -3,7 +3,8 @@
 #
 #   scripts/with_postgres.sh cargo nextest run --release
 #
-# The cluster forgets everything, so it never waits for the disk. No other cluster is touched.
+# The cluster forgets everything, so it never waits for the disk, unless POSTGRES_DURABLE=1 (benchmarks) has it wait as
+# a real one does. No other cluster is touched.
 set -euo pipefail
 
 bin=${PROMPTWEAVE_POSTGRES_BIN:-}
@@ -28,13 +29,16 @@ trap stop EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
+speed="-c fsync=off -c synchronous_commit=off -c full_page_writes=off"
+[ "${POSTGRES_DURABLE:-0}" = 0 ] || speed=
+
 port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 cd / # the owner may not enter the directory we came from
 "${as_owner[@]}" "$bin/initdb" -D "$folder/data" --username postgres --auth trust --encoding UTF8 --locale C \
     --no-sync >"$folder/initdb.log" || { cat "$folder/initdb.log" >&2 && exit 1; }
 "${as_owner[@]}" "$bin/pg_ctl" start --silent --wait -D "$folder/data" -l "$folder/data/server.log" -o "\
     -c listen_addresses=127.0.0.1 -p $port -c unix_socket_directories=$folder -c max_connections=300 \
-    -c fsync=off -c synchronous_commit=off -c full_page_writes=off" ||
+    $speed" ||
     { cat "$folder/data/server.log" >&2 && exit 1; }
 cd "$OLDPWD"
 

@@ -11,13 +11,16 @@ fuzz_target!(|bytes: &[u8]| {
     };
     assert!((1..=MAX_TOKENS).contains(&file.num_tokens()));
     assert!((1..=MAX_EMBED_DIM).contains(&file.embed_dim()));
-    let values = &file.prompt_embeddings.data;
+    let values = &file.prompt_embeddings.values;
     assert_eq!(values.len(), file.num_tokens() * file.embed_dim());
     assert!(values.iter().all(|value| value.is_finite()));
 
     let written = file.to_bytes();
     let again = PromptFile::parse(&written).expect("it was written here");
-    let widened = PromptFile { dtype: "f32", ..file };
+    let widened = PromptFile {
+        dtype: "f32",
+        ..file
+    };
     assert_eq!(again, widened);
     assert_eq!(again.to_bytes(), written, "same content, same bytes");
 
