@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `name` | the newest version that is not deprecated |
 //! | `name:3` | version 3 |
+//! | `name:production` | the version that the alias `production` points to; data sets have none |
 //! | `name@sha256:<hex>` | the version with these bytes |
 
 use std::fmt;
@@ -27,13 +28,26 @@ impl ResourceName {
     }
 }
 
+/// A movable name of one of a prompt's versions: a [`ResourceName`] that reads neither as a number nor
+/// as a digest, so it is not all digits and does not begin with `sha256`.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct AliasName(String);
+
+impl AliasName {
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
 /// Which version of a resource.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum VersionSelector {
     /// The newest that is not deprecated.
     Newest,
     /// Counted from 1.
     Number(i32),
+    Alias(AliasName),
     Digest(Digest),
 }
 
@@ -52,11 +66,13 @@ pub enum InvalidReference {
          letter or a digit"
     )]
     Name(String),
-    #[error("`{0}` is not a version: expected a number from 1 or `sha256:` and 64 hex digits")]
+    #[error(
+        "`{0}` is not a version: expected a number from 1, an alias, or `sha256:` and 64 hex digits"
+    )]
     Version(String),
     #[error(
-        "`{0}` reads as an alias, and aliases are not supported yet; refer to a version as `name`, \
-         `name:3` or `name@sha256:<hex>`"
+        "`{0}` is not an alias: expected 1 to 128 of a-z, 0-9, `.`, `_` and `-`, beginning with a \
+         letter or a digit, not all digits and not beginning with `sha256`"
     )]
     Alias(String),
 }
@@ -82,7 +98,20 @@ impl FromStr for ResourceName {
     }
 }
 
-/// A selector as it stands alone in a path: `3` or `sha256:<hex>`.
+impl FromStr for AliasName {
+    type Err = InvalidReference;
+
+    fn from_str(text: &str) -> Result<Self, InvalidReference> {
+        let reads_otherwise =
+            text.starts_with("sha256") || text.chars().all(|c| c.is_ascii_digit());
+        match text.parse::<ResourceName>() {
+            Ok(_) if !reads_otherwise => Ok(Self(text.to_owned())),
+            _ => Err(InvalidReference::Alias(text.to_owned())),
+        }
+    }
+}
+
+/// A selector as it stands alone in a path: `3`, `production` or `sha256:<hex>`.
 impl FromStr for VersionSelector {
     type Err = InvalidReference;
 
@@ -99,10 +128,7 @@ impl FromStr for VersionSelector {
                 Err(invalid())
             };
         }
-        match text.parse::<ResourceName>() {
-            Ok(_) => Err(InvalidReference::Alias(text.to_owned())),
-            Err(_) => Err(invalid()),
-        }
+        text.parse().map(Self::Alias).map_err(|_| invalid())
     }
 }
 
@@ -137,11 +163,18 @@ impl fmt::Display for ResourceName {
     }
 }
 
+impl fmt::Display for AliasName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
 impl fmt::Display for Reference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.version {
+        match &self.version {
             VersionSelector::Newest => write!(f, "{}", self.name),
             VersionSelector::Number(number) => write!(f, "{}:{number}", self.name),
+            VersionSelector::Alias(alias) => write!(f, "{}:{alias}", self.name),
             VersionSelector::Digest(digest) => write!(f, "{}@{digest}", self.name),
         }
     }
@@ -161,6 +194,20 @@ impl From<ResourceName> for String {
     }
 }
 
+impl TryFrom<String> for AliasName {
+    type Error = InvalidReference;
+
+    fn try_from(text: String) -> Result<Self, InvalidReference> {
+        text.parse()
+    }
+}
+
+impl From<AliasName> for String {
+    fn from(alias: AliasName) -> String {
+        alias.0
+    }
+}
+
 impl TryFrom<String> for Reference {
     type Error = InvalidReference;
 
@@ -177,14 +224,52 @@ impl From<Reference> for String {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
+    fn reference() -> impl Strategy<Value = Reference> {
+        let name = "[a-z0-9][a-z0-9._-]{0,127}";
+        let alias = name.prop_filter_map("reads otherwise", |text| text.parse().ok());
+        let version = prop_oneof![
+            Just(VersionSelector::Newest),
+            (1..=i32::MAX).prop_map(VersionSelector::Number),
+            alias.prop_map(VersionSelector::Alias),
+            any::<[u8; 32]>().prop_map(|b| VersionSelector::Digest(Digest::from_bytes(b))),
+        ];
+        (name, version).prop_map(|(name, version)| Reference {
+            name: name.parse().unwrap(),
+            version,
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn references_read_back_from_their_own_text(reference in reference()) {
+            let text = reference.to_string();
+            prop_assert_eq!(text.parse::<Reference>().unwrap(), reference);
+        }
+
+        #[test]
+        fn what_reads_as_a_reference_is_written_as_one(text in "[a-z0-9:@._-]{1,20}|\\PC{0,20}") {
+            if let Ok(reference) = text.parse::<Reference>() {
+                let written = reference.to_string();
+                // Numbers may be written with zeros in front.
+                prop_assert_eq!(written.parse::<Reference>().unwrap(), reference);
+            }
+        }
+    }
+
     #[test]
-    fn references_read_back_from_their_own_text() {
+    fn each_form_has_its_meaning() {
         let digest = Digest::of(b"x");
         for (text, version) in [
             ("cifar-100".to_owned(), VersionSelector::Newest),
             ("cifar-100:12".to_owned(), VersionSelector::Number(12)),
+            (
+                "cifar-100:production".to_owned(),
+                VersionSelector::Alias(AliasName("production".into())),
+            ),
             (
                 format!("cifar-100@{digest}"),
                 VersionSelector::Digest(digest),
@@ -200,24 +285,32 @@ mod tests {
     #[test]
     fn what_is_wrong_is_said() {
         let refusal = |text: &str| text.parse::<Reference>().unwrap_err();
-        assert!(matches!(refusal("x:production"), InvalidReference::Alias(a) if a == "production"));
-        assert!(matches!(refusal("x:0"), InvalidReference::Version(_)));
-        assert!(matches!(
-            refusal("x:99999999999"),
-            InvalidReference::Version(_)
-        ));
-        assert!(matches!(
-            refusal("x@sha256:abc"),
-            InvalidReference::Version(_)
-        ));
-        assert!(matches!(refusal("x@3"), InvalidReference::Version(_)));
         let digest = Digest::of(b"x");
-        assert!(matches!(
-            refusal(&format!("x:{digest}")),
-            InvalidReference::Version(_)
-        ));
+        let colon = format!("x:{digest}");
+        for version in [
+            "x:0",
+            "x:99999999999",
+            "x:",
+            "x:A",
+            "x:sha256",
+            "x:sha256-1",
+            "x:a:b",
+            "x@sha256:abc",
+            "x@3",
+            "x@production",
+            &colon,
+        ] {
+            assert!(
+                matches!(refusal(version), InvalidReference::Version(_)),
+                "{version}"
+            );
+        }
         for name in ["", "Big", "-x", "../etc", "a/b", "ü", &"a".repeat(129)] {
             assert!(matches!(refusal(name), InvalidReference::Name(_)), "{name}");
+        }
+        for alias in ["", "3", "007", "sha256", "sha256:1", "Prod", "a/b"] {
+            let refused = alias.parse::<AliasName>().unwrap_err();
+            assert!(matches!(refused, InvalidReference::Alias(_)), "{alias}");
         }
     }
 }

@@ -110,7 +110,7 @@ fn default_max_samples() -> usize {
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct Source {
-    /// `name`, `name:2` or `name@sha256:…`.
+    /// `name`, `name:2`, `name:production` or `name@sha256:…`.
     #[schema(value_type = String, example = "dtd")]
     prompt: Reference,
 }

@@ -216,6 +216,13 @@ impl From<RegistryError> for Problem {
                 Self::conflict("backbone_exists", format!("{detail}; use that name"))
             }
             RegistryError::AlreadyProduced(_) => Self::conflict("already_produced", detail),
+            RegistryError::AliasProtected { version, .. } => {
+                let way_out = format!("put {{\"version\": {version}, \"protected\": false}} first");
+                Self::conflict("alias_protected", format!("{detail}; {way_out}"))
+            }
+            RegistryError::UnknownVersion { .. } => {
+                Self::field("unknown_version", "/version", detail)
+            }
         }
     }
 }

@@ -18,7 +18,12 @@ struct Links {
 const LINKS: &[Links] = &[
     Links {
         from: &["create_prompt", "get_prompt"],
-        to: &["get_prompt", "publish_version", "list_versions"],
+        to: &[
+            "get_prompt",
+            "publish_version",
+            "list_versions",
+            "list_aliases",
+        ],
         with: &[("name", "/name")],
     },
     Links {
@@ -27,6 +32,7 @@ const LINKS: &[Links] = &[
             "import_peft",
             "get_version",
             "deprecate_version",
+            "undeprecate_version",
         ],
         to: &[
             "get_version",
@@ -34,6 +40,7 @@ const LINKS: &[Links] = &[
             "get_lineage",
             "export_peft",
             "deprecate_version",
+            "undeprecate_version",
         ],
         with: &[("name", "/prompt"), ("ref", "/version")],
     },
@@ -51,6 +58,16 @@ const LINKS: &[Links] = &[
         from: &["list_versions"],
         to: &["get_version"],
         with: &[("name", "/items/0/prompt"), ("ref", "/items/0/version")],
+    },
+    Links {
+        from: &["set_alias", "get_alias"],
+        to: &["get_alias", "delete_alias", "list_alias_history"],
+        with: &[("name", "/prompt"), ("alias", "/alias")],
+    },
+    Links {
+        from: &["set_alias", "get_alias"],
+        to: &["get_version"],
+        with: &[("name", "/prompt"), ("ref", "/alias")],
     },
     // A source of the version asked for.
     Links {

@@ -2,6 +2,7 @@
 //! and map; SQL is in [`crate::registry`], rules are in [`crate::domain`].
 
 pub mod access;
+mod aliases;
 pub mod api_keys;
 pub mod backbones;
 pub mod boundary;

@@ -16,8 +16,9 @@ use super::error::Problem;
 use super::extract::{Body, Path, Query, media_type, unsupported_media_type};
 use super::page::{Page, PageQuery};
 use super::prompt_files::{self, MissingMetadata};
-use super::prompts::existing;
+use super::prompts::{existing, locked};
 use super::{AppState, HttpSettings};
+use crate::db::DbError;
 use crate::domain::reference::{Reference, ResourceName, VersionSelector};
 use crate::registry::prompt_versions::{self, NewVersion, PromptVersion};
 
@@ -30,6 +31,7 @@ pub fn router(settings: &HttpSettings) -> OpenApiRouter<AppState> {
     OpenApiRouter::new()
         .routes(routes!(get_version))
         .routes(routes!(deprecate_version))
+        .routes(routes!(undeprecate_version))
         .merge(upload)
 }
 
@@ -189,7 +191,7 @@ async fn list_versions(
 pub(super) struct VersionPath {
     #[param(value_type = String)]
     name: ResourceName,
-    /// A number, or `sha256:` and 64 hex digits.
+    /// A number, an alias, or `sha256:` and 64 hex digits.
     #[serde(rename = "ref")]
     #[param(example = "1")]
     selector: String,
@@ -227,7 +229,7 @@ impl VersionPath {
     }
 }
 
-/// A version by number or digest
+/// A version by number, alias or digest
 #[utoipa::path(
     get,
     path = "/prompts/{name}/versions/{ref}",
@@ -249,7 +251,7 @@ async fn get_version(
     Ok(JsonResponse(version.into()))
 }
 
-/// Hide a version from its bare name; it stays readable by number and digest
+/// Hide a version from its bare name; it stays readable by number, alias and digest
 #[utoipa::path(
     post,
     path = "/prompts/{name}/versions/{ref}/deprecate",
@@ -266,14 +268,45 @@ async fn deprecate_version(
     caller: Caller,
     Path(path): Path<VersionPath>,
 ) -> Result<JsonResponse<PublishedVersion>, Problem> {
+    set_deprecated(&state, &caller, path, true).await
+}
+
+/// Let a bare name mean a deprecated version again, if it is the newest
+#[utoipa::path(
+    post,
+    path = "/prompts/{name}/versions/{ref}/undeprecate",
+    tag = "prompts",
+    security(("api_key" = ["write"])),
+    params(VersionPath),
+    responses(
+        (status = 200, body = PublishedVersion),
+        (status = 404, description = "`prompt_not_found`, `version_not_found`"),
+    )
+)]
+async fn undeprecate_version(
+    State(state): State<AppState>,
+    caller: Caller,
+    Path(path): Path<VersionPath>,
+) -> Result<JsonResponse<PublishedVersion>, Problem> {
+    set_deprecated(&state, &caller, path, false).await
+}
+
+async fn set_deprecated(
+    state: &AppState,
+    caller: &Caller,
+    path: VersionPath,
+    deprecated: bool,
+) -> Result<JsonResponse<PublishedVersion>, Problem> {
     let mut transaction = state.pool.begin().await?;
+    locked(&mut transaction, caller.project_id, &path.name).await?;
     let version = path.resolve(&mut transaction, caller.project_id).await?;
-    let deprecated =
-        prompt_versions::deprecate(&mut transaction, caller.project_id, version.id).await?;
-    transaction.commit().await?;
-    let version = PromptVersion {
-        deprecated_at: Some(deprecated),
-        ..version
+    prompt_versions::set_deprecated(&mut transaction, caller.project_id, &version, deprecated)
+        .await?;
+    let reference = Reference {
+        name: version.prompt,
+        version: VersionSelector::Number(version.version),
     };
-    Ok(JsonResponse(version.into()))
+    let set = prompt_versions::resolve(&mut transaction, caller.project_id, &reference).await?;
+    transaction.commit().await?;
+    Ok(JsonResponse(set.ok_or(DbError::RowCount(0))?.into()))
 }

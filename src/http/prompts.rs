@@ -146,12 +146,27 @@ async fn get_prompt(
     ))
 }
 
+/// [`existing`], held until the transaction ends.
+pub(super) async fn locked(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    name: &ResourceName,
+) -> Result<Prompt, Problem> {
+    prompts::lock(conn, project_id, name)
+        .await?
+        .ok_or_else(|| not_found(name))
+}
+
 pub(super) async fn existing(
     conn: &mut PgConnection,
     project_id: Uuid,
     name: &ResourceName,
 ) -> Result<Prompt, Problem> {
-    prompts::find(conn, project_id, name).await?.ok_or_else(|| {
-        Problem::not_found("prompt_not_found", format!("there is no prompt `{name}`"))
-    })
+    prompts::find(conn, project_id, name)
+        .await?
+        .ok_or_else(|| not_found(name))
+}
+
+fn not_found(name: &ResourceName) -> Problem {
+    Problem::not_found("prompt_not_found", format!("there is no prompt `{name}`"))
 }

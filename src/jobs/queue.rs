@@ -41,14 +41,9 @@ impl QueueError {
             Self::Db(error) | Self::Registry(RegistryError::Db(error)) => {
                 error.is_refused_by_constraint()
             }
-            // Constraints too, by name.
-            Self::Registry(
-                RegistryError::NameTaken { .. }
-                | RegistryError::BackboneExists(_)
-                | RegistryError::AlreadyProduced(_)
-                | RegistryError::ReservedName(_),
-            ) => true,
             Self::Registry(RegistryError::Blob(_)) | Self::LeaseLost(_) => false,
+            // Constraints too, by name.
+            Self::Registry(_) => true,
         }
     }
 }

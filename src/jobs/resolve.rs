@@ -1,7 +1,8 @@
 //! From a request to solve an ensemble again to its specification. Everything it may name was
-//! resolved when that ensemble was posted, so nothing is looked up: not even a version that was
-//! published since can come in.
+//! resolved when that ensemble was posted, so nothing but aliases is looked up: not even a version
+//! that was published since can come in.
 
+use sqlx::PgConnection;
 use uuid::Uuid;
 
 use super::Job;
@@ -14,6 +15,7 @@ use crate::domain::digest::Digest;
 use crate::domain::job::{EnsembleSpec, JobState, ResolvedFrom, SourceSpec, TargetSpec};
 use crate::domain::objective::{Objective, TradeOff, TradeOffRule};
 use crate::domain::reference::{Reference, ResourceName, VersionSelector};
+use crate::registry::prompt_versions;
 
 /// An ensemble that succeeded: what it computed, and what it computed that from.
 #[derive(Clone, Debug)]
@@ -57,6 +59,23 @@ pub struct ResolveRequest {
     pub objective: Option<Objective>,
     /// `<dataset>-<short id of the job>` by default.
     pub output: Option<ResourceName>,
+}
+
+/// Puts the versions that aliases point to now in their place; one that there is not stays, and will
+/// be no source.
+pub async fn pin_aliases(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    references: &mut [Reference],
+) -> Result<(), PlanError> {
+    for reference in references {
+        if let VersionSelector::Alias(_) = reference.version
+            && let Some(found) = prompt_versions::resolve(conn, project_id, reference).await?
+        {
+            reference.version = VersionSelector::Number(found.version);
+        }
+    }
+    Ok(())
 }
 
 /// Checks a request and specifies the job `job_id`.
@@ -160,10 +179,12 @@ fn sources(solved: &Solved, references: &[Reference]) -> Result<Vec<SourceSpec>,
 /// A bare name means the version that the ensemble recorded, not the newest.
 fn means(reference: &Reference, source: &SourceSpec) -> bool {
     reference.name.as_str() == source.prompt
-        && match reference.version {
+        && match &reference.version {
             VersionSelector::Newest => true,
-            VersionSelector::Number(number) => number == source.version,
-            VersionSelector::Digest(digest) => digest == source.digest,
+            VersionSelector::Number(number) => *number == source.version,
+            VersionSelector::Digest(digest) => *digest == source.digest,
+            // Pinned before, if there is such an alias.
+            VersionSelector::Alias(_) => false,
         }
 }
 

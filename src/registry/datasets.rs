@@ -141,9 +141,11 @@ async fn select(
     after: Option<&ResourceName>,
     limit: i64,
 ) -> Result<Vec<DatasetVersion>, RegistryError> {
-    let (number, digest) = match reference.map(|r| r.version) {
-        Some(VersionSelector::Number(number)) => (Some(number), None),
+    let (number, digest) = match reference.map(|r| &r.version) {
+        Some(VersionSelector::Number(number)) => (Some(*number), None),
         Some(VersionSelector::Digest(digest)) => (None, Some(digest)),
+        // Data sets have none.
+        Some(VersionSelector::Alias(_)) => return Ok(Vec::new()),
         Some(VersionSelector::Newest) | None => (None, None),
     };
     let rows = sqlx::query!(
@@ -171,7 +173,7 @@ async fn select(
         project_id,
         reference.map(|r| r.name.as_str()),
         number,
-        digest.as_ref().map(|d| d.as_bytes() as &[u8]),
+        digest.map(|d| d.as_bytes() as &[u8]),
         after.map(ResourceName::as_str),
         limit,
     )

@@ -4,6 +4,7 @@
 //! answer `Ok(None)` for what is not there. Large files go to the [blob store](crate::blobs) before
 //! a row points to them.
 
+pub mod aliases;
 pub mod api_keys;
 pub mod backbones;
 pub mod datasets;
@@ -20,7 +21,7 @@ use uuid::Uuid;
 use crate::blobs::BlobError;
 use crate::db::DbError;
 use crate::domain::digest::Digest;
-use crate::domain::reference::ResourceName;
+use crate::domain::reference::{AliasName, ResourceName};
 
 /// The project there always is; the first migration makes it.
 pub const DEFAULT_PROJECT: Uuid = Uuid::from_u128(0x0000_0000_0000_7000_8000_0000_0000_0001);
@@ -44,6 +45,15 @@ pub enum RegistryError {
     /// A second publication of one job's result: the caller's attempt has been overtaken.
     #[error("job {0} has published its prompt already")]
     AlreadyProduced(Uuid),
+    #[error("alias `{prompt}:{alias}` is protected")]
+    AliasProtected {
+        prompt: ResourceName,
+        alias: AliasName,
+        /// What it points to.
+        version: i32,
+    },
+    #[error("prompt `{prompt}` has no version {version}")]
+    UnknownVersion { prompt: ResourceName, version: i32 },
 }
 
 impl From<sqlx::Error> for RegistryError {

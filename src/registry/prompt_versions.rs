@@ -8,7 +8,7 @@ use time::OffsetDateTime;
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-use super::{RegistryError, read_digest, read_name};
+use super::{RegistryError, prompts, read_digest, read_name};
 use crate::db::{DbError, OnConstraint};
 use crate::domain::digest::Digest;
 use crate::domain::prompt_file::{Origin, PromptFile, PromptMetadata};
@@ -97,7 +97,7 @@ pub async fn insert(
     let digest = Digest::of(new.bytes);
     // The prompt's row is locked until the transaction ends, so versions are numbered one by one.
     let name = sqlx::query_scalar!(
-        "SELECT name FROM prompt WHERE project_id = $1 AND id = $2 FOR UPDATE",
+        "SELECT name FROM prompt WHERE project_id = $1 AND id = $2 FOR NO KEY UPDATE",
         project_id,
         new.prompt_id,
     )
@@ -173,6 +173,7 @@ pub async fn insert(
         .execute(&mut *conn)
         .await?;
     }
+    prompts::touch(conn, project_id, new.prompt_id).await?;
     let version = resolve(conn, project_id, &reference).await?;
     Ok((version.ok_or(DbError::RowCount(0))?, true))
 }
@@ -187,7 +188,7 @@ pub async fn resolve(
         conn,
         project_id,
         &reference.name,
-        Some(reference.version),
+        Some(&reference.version),
         None,
         1,
     );
@@ -218,25 +219,30 @@ pub async fn content(
     .await?)
 }
 
-/// Hides a version from its bare name, and says since when; a second time changes nothing.
-pub async fn deprecate(
+/// Hides a version from its bare name, or shows it again; what is so already stays as it was.
+pub async fn set_deprecated(
     conn: &mut PgConnection,
     project_id: Uuid,
-    version_id: Uuid,
-) -> Result<OffsetDateTime, RegistryError> {
-    let deprecated_at = sqlx::query_scalar!(
+    version: &PromptVersion,
+    deprecated: bool,
+) -> Result<(), RegistryError> {
+    let prompt_id = sqlx::query_scalar!(
         r#"
         UPDATE prompt_version
-        SET deprecated_at = coalesce(deprecated_at, now())
-        WHERE project_id = $1 AND id = $2
-        RETURNING deprecated_at AS "deprecated_at!"
+        SET deprecated_at = CASE WHEN $3 THEN now() END
+        WHERE project_id = $1 AND id = $2 AND (deprecated_at IS NOT NULL) <> $3
+        RETURNING prompt_id
         "#,
         project_id,
-        version_id,
+        version.id,
+        deprecated,
     )
-    .fetch_optional(conn)
+    .fetch_optional(&mut *conn)
     .await?;
-    Ok(deprecated_at.ok_or(DbError::RowCount(0))?)
+    match prompt_id {
+        Some(prompt_id) => prompts::touch(conn, project_id, prompt_id).await,
+        None => Ok(()),
+    }
 }
 
 /// `selector: None` is every version, deprecated or not.
@@ -244,15 +250,17 @@ async fn select_versions(
     conn: &mut PgConnection,
     project_id: Uuid,
     name: &ResourceName,
-    selector: Option<VersionSelector>,
+    selector: Option<&VersionSelector>,
     before: Option<i32>,
     limit: i64,
 ) -> Result<Vec<PromptVersion>, RegistryError> {
-    let (number, digest) = match selector {
-        Some(VersionSelector::Number(number)) => (Some(number), None),
-        Some(VersionSelector::Digest(digest)) => (None, Some(digest)),
-        Some(VersionSelector::Newest) | None => (None, None),
-    };
+    let (mut number, mut alias, mut digest) = (None, None, None);
+    match selector {
+        Some(VersionSelector::Number(n)) => number = Some(*n),
+        Some(VersionSelector::Alias(name)) => alias = Some(name.as_str()),
+        Some(VersionSelector::Digest(d)) => digest = Some(d.as_bytes() as &[u8]),
+        Some(VersionSelector::Newest) | None => {}
+    }
     let rows = sqlx::query_as!(
         VersionRow,
         r#"
@@ -283,16 +291,22 @@ async fn select_versions(
           AND p.name = $2
           AND ($3::int IS NULL OR v.version = $3)
           AND ($4::bytea IS NULL OR v.sha256 = $4)
-          AND ($5 OR v.deprecated_at IS NULL)
-          AND ($6::int IS NULL OR v.version < $6)
+          AND ($5::text IS NULL OR v.version = (
+              SELECT a.version
+              FROM alias a
+              WHERE a.project_id = p.project_id AND a.prompt_id = p.id AND a.name = $5
+          ))
+          AND ($6 OR v.deprecated_at IS NULL)
+          AND ($7::int IS NULL OR v.version < $7)
         ORDER BY v.version DESC
-        LIMIT $7
+        LIMIT $8
         "#,
         project_id,
         name.as_str(),
         number,
-        digest.as_ref().map(|d| d.as_bytes() as &[u8]),
-        selector != Some(VersionSelector::Newest),
+        digest,
+        alias,
+        selector != Some(&VersionSelector::Newest),
         before,
         limit,
     )

@@ -10,8 +10,8 @@ use utoipa::ToSchema;
 use uuid::Uuid;
 
 use super::{RegistryError, read_name};
-use crate::db::{DbError, OnConstraint};
-use crate::domain::reference::ResourceName;
+use crate::db::{DbError, OnConstraint, expect_one_row};
+use crate::domain::reference::{AliasName, ResourceName};
 
 /// A name that versions are published under.
 #[derive(Clone, Debug, Serialize, ToSchema)]
@@ -24,6 +24,9 @@ pub struct Prompt {
     pub tags: BTreeMap<String, String>,
     /// What the bare name refers to; null while there is no version that is not deprecated.
     pub newest_version: Option<i32>,
+    /// The versions its aliases point to.
+    #[schema(value_type = BTreeMap<String, i32>, example = json!({"production": 3}))]
+    pub aliases: BTreeMap<AliasName, i32>,
     #[serde(with = "time::serde::rfc3339")]
     pub created_at: OffsetDateTime,
 }
@@ -72,6 +75,7 @@ pub async fn create(
         description: description.to_owned(),
         tags: tags.clone(),
         newest_version: None,
+        aliases: BTreeMap::new(),
         created_at,
     })
 }
@@ -113,6 +117,40 @@ pub async fn find(
     Ok(found.into_iter().next())
 }
 
+/// Like [`find`], and holds the prompt's row until the transaction ends: changes of one prompt are made
+/// one after the other, and what was read stays true.
+pub async fn lock(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    name: &ResourceName,
+) -> Result<Option<Prompt>, RegistryError> {
+    sqlx::query!(
+        "SELECT id FROM prompt WHERE project_id = $1 AND name = $2 FOR NO KEY UPDATE",
+        project_id,
+        name.as_str(),
+    )
+    .fetch_optional(&mut *conn)
+    .await?;
+    // Read when the row is held, not before.
+    find(conn, project_id, name).await
+}
+
+/// Counts a change of what the prompt shows: its versions and aliases belong to that.
+pub(super) async fn touch(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    prompt_id: Uuid,
+) -> Result<(), RegistryError> {
+    let touched = sqlx::query!(
+        "UPDATE prompt SET revision = revision + 1 WHERE project_id = $1 AND id = $2",
+        project_id,
+        prompt_id,
+    )
+    .execute(conn)
+    .await?;
+    Ok(expect_one_row(touched)?)
+}
+
 /// Prompts by name, those after `after`.
 pub async fn list(
     conn: &mut PgConnection,
@@ -142,7 +180,11 @@ async fn select_prompts(
                FROM prompt_version v
               WHERE v.project_id = p.project_id
                 AND v.prompt_id = p.id
-                AND v.deprecated_at IS NULL) AS newest_version
+                AND v.deprecated_at IS NULL) AS newest_version,
+            (SELECT coalesce(jsonb_object_agg(a.name, a.version), '{}')
+               FROM alias a
+              WHERE a.project_id = p.project_id
+                AND a.prompt_id = p.id) AS "aliases!: Json<BTreeMap<AliasName, i32>>"
         FROM prompt p
         WHERE p.project_id = $1
           AND ($2::text IS NULL OR p.name = $2)
@@ -165,6 +207,7 @@ async fn select_prompts(
                 description: row.description,
                 tags: row.tags.0,
                 newest_version: row.newest_version,
+                aliases: row.aliases.0,
                 created_at: row.created_at,
             })
         })

@@ -41,7 +41,8 @@ fn operations() -> Vec<Operation> {
                 path: path
                     .replace("{id}", &Uuid::nil().to_string())
                     .replace("{name}", "missing")
-                    .replace("{ref}", "1"),
+                    .replace("{ref}", "1")
+                    .replace("{alias}", "production"),
                 scope: scope.to_owned(),
             });
         }
@@ -161,6 +162,9 @@ async fn a_project_sees_nothing_of_another(pool: PgPool) {
         format!("/v1/prompts/dtd/versions/{digest}/content"),
         "/v1/prompts/dtd/versions/1/lineage".to_owned(),
         "/v1/prompts/dtd/versions/1/peft".to_owned(),
+        "/v1/prompts/dtd/aliases".to_owned(),
+        "/v1/prompts/dtd/aliases/production".to_owned(),
+        "/v1/prompts/dtd/aliases/production/history".to_owned(),
     ] {
         get(&path).await.problem(404, "prompt_not_found");
     }

@@ -154,7 +154,11 @@ async fn links_of_what_was_made_can_be_followed(pool: PgPool) {
         owned.collect()
     };
     let prompt = app.post("/v1/prompts", &json!({"name": "dtd"})).await;
-    let expected = named(&[("get_prompt", 200), ("list_versions", 200)]);
+    let expected = named(&[
+        ("get_prompt", 200),
+        ("list_aliases", 200),
+        ("list_versions", 200),
+    ]);
     assert_eq!(follow(&app, "create_prompt", &prompt).await, expected);
 
     let path = "/v1/prompts/dtd/versions";

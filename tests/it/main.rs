@@ -1,6 +1,7 @@
 //! The one integration binary: a module per area.
 
 mod access;
+mod aliases;
 mod api_keys;
 mod app;
 mod archives;

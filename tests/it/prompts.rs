@@ -317,8 +317,8 @@ async fn what_is_not_there_is_said(pool: PgPool) {
         ),
         (
             "/v1/prompts/dtd/versions/production".to_owned(),
-            422,
-            "invalid_reference",
+            404,
+            "version_not_found",
         ),
         ("/v1/prompts/DTD".to_owned(), 422, "invalid_path"),
         ("/v1/prompts/..%2f..%2fetc".to_owned(), 422, "invalid_path"),

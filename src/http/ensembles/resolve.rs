@@ -13,14 +13,14 @@ use crate::http::AppState;
 use crate::http::access::Caller;
 use crate::http::error::Problem;
 use crate::http::extract::{Json, Path};
-use crate::jobs::resolve::{ResolveRequest, plan};
+use crate::jobs::resolve::{ResolveRequest, pin_aliases, plan};
 
 /// Everything may be left out, and the body with it: then α is solved for as it was.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct ResolveEnsemble {
     /// Some of the ensemble's sources, each once; all of them by default. A bare name means the
-    /// version that the ensemble recorded.
+    /// version that the ensemble recorded, an alias the version it points to now.
     #[schema(min_items = 1, max_items = 64)]
     sources: Option<Vec<Source>>,
     /// Replaces the ensemble's own objective as a whole, so repeat what is to stay: `head`,
@@ -76,20 +76,17 @@ pub(super) async fn resolve_ensemble(
     let body = body.and_then(|Json(body)| body).unwrap_or_default();
     check_priority(body.priority)?;
     let named = |sources: Vec<Source>| sources.into_iter().map(|source| source.prompt).collect();
-    let request = ResolveRequest {
+    let mut request = ResolveRequest {
         sources: body.sources.map(named),
         objective: body.objective,
         output: body.output.name,
     };
     let solved = succeeded(&state, &caller, id).await?;
     let job_id = state.clock.new_id();
+    let mut conn = state.pool.acquire().await?;
+    if let Some(sources) = &mut request.sources {
+        pin_aliases(&mut conn, caller.project_id, sources).await?;
+    }
     let spec = plan(job_id, &solved, &request)?;
-    accept(
-        &mut *state.pool.acquire().await?,
-        caller.project_id,
-        job_id,
-        body.priority,
-        &spec,
-    )
-    .await
+    accept(&mut conn, caller.project_id, job_id, body.priority, &spec).await
 }

@@ -1,0 +1,323 @@
+//! Aliases: movable names of a prompt's versions, and who moved them from where to where.
+//!
+//! Whoever changes an alias holds its prompt's row ([`prompts::lock`](super::prompts::lock)), so what
+//! was read before the change is still true when it is made.
+
+use serde::Serialize;
+use sqlx::PgConnection;
+use time::OffsetDateTime;
+use utoipa::ToSchema;
+use uuid::Uuid;
+
+use super::prompts::{self, Prompt};
+use super::{RegistryError, read_digest};
+use crate::db::{DbError, OnConstraint, expect_one_row};
+use crate::domain::digest::Digest;
+use crate::domain::reference::{AliasName, ResourceName};
+
+#[derive(Clone, Debug, PartialEq, Serialize, ToSchema)]
+pub struct Alias {
+    #[schema(value_type = String, example = "dtd")]
+    pub prompt: ResourceName,
+    #[schema(value_type = String, example = "production")]
+    pub alias: AliasName,
+    /// What it points to.
+    pub version: i32,
+    #[schema(value_type = String, example = "sha256:…")]
+    pub digest: Digest,
+    /// While true, it is neither moved nor deleted.
+    pub protected: bool,
+    #[serde(with = "time::serde::rfc3339")]
+    pub created_at: OffsetDateTime,
+    #[serde(with = "time::serde::rfc3339")]
+    pub updated_at: OffsetDateTime,
+    /// Of its last event.
+    #[serde(skip)]
+    pub seq: i32,
+}
+
+/// What happened to an alias, and on whose request.
+#[derive(Clone, Debug, PartialEq, Serialize, ToSchema)]
+pub struct AliasEvent {
+    /// Counted from 1, also across a deletion.
+    pub seq: i32,
+    #[serde(with = "time::serde::rfc3339")]
+    pub at: OffsetDateTime,
+    /// `created`, `moved`, `protected`, `unprotected` or `deleted`.
+    #[schema(example = "moved")]
+    pub kind: String,
+    /// Null when it was created.
+    pub from_version: Option<i32>,
+    /// Null when it was deleted.
+    pub to_version: Option<i32>,
+    /// `x-request-id` of the request that did it; also in the server's log.
+    pub request_id: String,
+    /// The API key that it came with; null where the server asks for none.
+    pub key_id: Option<Uuid>,
+}
+
+/// Who asks for a change.
+#[derive(Clone, Debug)]
+pub struct ChangedBy {
+    pub request_id: String,
+    pub key_id: Option<Uuid>,
+}
+
+/// What an alias is to be.
+#[derive(Clone, Copy, Debug)]
+pub struct NewAlias {
+    pub version: i32,
+    /// None leaves it as it is; a new alias is not protected.
+    pub protected: Option<bool>,
+}
+
+/// Makes an alias, or changes `current`, and records what that was. What is as asked for already is
+/// left alone.
+pub async fn set(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    prompt: &Prompt,
+    alias: &AliasName,
+    current: Option<&Alias>,
+    new: NewAlias,
+    by: &ChangedBy,
+) -> Result<(), RegistryError> {
+    let (from, was_protected) = match current {
+        Some(current) => (Some(current.version), current.protected),
+        None => (None, false),
+    };
+    if was_protected && from != Some(new.version) {
+        return Err(protected(prompt, alias, from));
+    }
+    let protect = new.protected.unwrap_or(was_protected);
+    let mut kinds = Vec::new();
+    match from {
+        None => kinds.push("created"),
+        Some(from) if from != new.version => kinds.push("moved"),
+        Some(_) => {}
+    }
+    match (was_protected, protect) {
+        (false, true) => kinds.push("protected"),
+        (true, false) => kinds.push("unprotected"),
+        _ => {}
+    }
+    if kinds.is_empty() {
+        return Ok(());
+    }
+    let mut seq = last_seq(conn, project_id, prompt, alias).await?;
+    let mut from = from;
+    for kind in kinds {
+        seq += 1;
+        let event = (seq, kind, from, Some(new.version));
+        record(conn, project_id, prompt, alias, event, by).await?;
+        from = Some(new.version);
+    }
+    sqlx::query!(
+        r#"
+        INSERT INTO alias (project_id, prompt_id, name, version, protected, seq)
+        VALUES ($1, $2, $3, $4, $5, $6)
+        ON CONFLICT ON CONSTRAINT alias_pkey DO UPDATE
+        SET version = $4, protected = $5, seq = $6, updated_at = now()
+        "#,
+        project_id,
+        prompt.id,
+        alias.as_str(),
+        new.version,
+        protect,
+        seq,
+    )
+    .execute(&mut *conn)
+    .await
+    .on_constraint("alias_version_fkey", || RegistryError::UnknownVersion {
+        prompt: prompt.name.clone(),
+        version: new.version,
+    })?;
+    prompts::touch(conn, project_id, prompt.id).await
+}
+
+/// Deletes an alias; its history stays.
+pub async fn delete(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    prompt: &Prompt,
+    current: &Alias,
+    by: &ChangedBy,
+) -> Result<(), RegistryError> {
+    let alias = &current.alias;
+    if current.protected {
+        return Err(protected(prompt, alias, Some(current.version)));
+    }
+    let deleted = sqlx::query!(
+        "DELETE FROM alias WHERE project_id = $1 AND prompt_id = $2 AND name = $3",
+        project_id,
+        prompt.id,
+        alias.as_str(),
+    )
+    .execute(&mut *conn)
+    .await?;
+    expect_one_row(deleted)?;
+    let seq = last_seq(conn, project_id, prompt, alias).await? + 1;
+    let event = (seq, "deleted", Some(current.version), None);
+    record(conn, project_id, prompt, alias, event, by).await?;
+    prompts::touch(conn, project_id, prompt.id).await
+}
+
+fn protected(prompt: &Prompt, alias: &AliasName, version: Option<i32>) -> RegistryError {
+    RegistryError::AliasProtected {
+        prompt: prompt.name.clone(),
+        alias: alias.clone(),
+        version: version.unwrap_or_default(),
+    }
+}
+
+async fn last_seq(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    prompt: &Prompt,
+    alias: &AliasName,
+) -> Result<i32, RegistryError> {
+    Ok(sqlx::query_scalar!(
+        r#"
+        SELECT coalesce(max(seq), 0) AS "seq!"
+        FROM alias_event
+        WHERE project_id = $1 AND prompt_id = $2 AND alias = $3
+        "#,
+        project_id,
+        prompt.id,
+        alias.as_str(),
+    )
+    .fetch_one(conn)
+    .await?)
+}
+
+async fn record(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    prompt: &Prompt,
+    alias: &AliasName,
+    (seq, kind, from, to): (i32, &str, Option<i32>, Option<i32>),
+    by: &ChangedBy,
+) -> Result<(), RegistryError> {
+    sqlx::query!(
+        r#"
+        INSERT INTO alias_event (
+            project_id, prompt_id, alias, seq, kind, from_version, to_version, request_id, key_id
+        )
+        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
+        "#,
+        project_id,
+        prompt.id,
+        alias.as_str(),
+        seq,
+        kind,
+        from,
+        to,
+        by.request_id,
+        by.key_id,
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+pub async fn find(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    prompt: &Prompt,
+    alias: &AliasName,
+) -> Result<Option<Alias>, RegistryError> {
+    let found = select(conn, project_id, prompt, Some(alias), None, 1).await?;
+    Ok(found.into_iter().next())
+}
+
+/// A prompt's aliases by name, those after `after`.
+pub async fn list(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    prompt: &Prompt,
+    after: Option<&AliasName>,
+    limit: i64,
+) -> Result<Vec<Alias>, RegistryError> {
+    select(conn, project_id, prompt, None, after, limit).await
+}
+
+async fn select(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    prompt: &Prompt,
+    alias: Option<&AliasName>,
+    after: Option<&AliasName>,
+    limit: i64,
+) -> Result<Vec<Alias>, RegistryError> {
+    sqlx::query!(
+        r#"
+        SELECT a.name, a.version, v.sha256, a.protected, a.created_at, a.updated_at, a.seq
+        FROM alias a
+        JOIN prompt_version v USING (project_id, prompt_id, version)
+        WHERE a.project_id = $1
+          AND a.prompt_id = $2
+          AND ($3::text IS NULL OR a.name = $3)
+          AND ($4::text IS NULL OR a.name COLLATE "C" > $4)
+        ORDER BY a.name COLLATE "C"
+        LIMIT $5
+        "#,
+        project_id,
+        prompt.id,
+        alias.map(AliasName::as_str),
+        after.map(AliasName::as_str),
+        limit,
+    )
+    .fetch_all(conn)
+    .await?
+    .into_iter()
+    .map(|row| {
+        Ok(Alias {
+            prompt: prompt.name.clone(),
+            alias: read_alias(row.name)?,
+            version: row.version,
+            digest: read_digest("prompt_version", "sha256", &row.sha256)?,
+            protected: row.protected,
+            created_at: row.created_at,
+            updated_at: row.updated_at,
+            seq: row.seq,
+        })
+    })
+    .collect()
+}
+
+/// What happened to an alias, the newest first: those before `before`.
+pub async fn history(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    prompt: &Prompt,
+    alias: &AliasName,
+    before: Option<i32>,
+    limit: i64,
+) -> Result<Vec<AliasEvent>, RegistryError> {
+    let events = sqlx::query_as!(
+        AliasEvent,
+        r#"
+        SELECT seq, at, kind, from_version, to_version, request_id, key_id
+        FROM alias_event
+        WHERE project_id = $1
+          AND prompt_id = $2
+          AND alias = $3
+          AND ($4::int IS NULL OR seq < $4)
+        ORDER BY seq DESC
+        LIMIT $5
+        "#,
+        project_id,
+        prompt.id,
+        alias.as_str(),
+        before,
+        limit,
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(events)
+}
+
+fn read_alias(name: String) -> Result<AliasName, DbError> {
+    name.parse()
+        .map_err(|_| DbError::unreadable("alias", "name", name))
+}
