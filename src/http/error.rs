@@ -220,6 +220,12 @@ impl From<RegistryError> for Problem {
                 let way_out = format!("put {{\"version\": {version}, \"protected\": false}} first");
                 Self::conflict("alias_protected", format!("{detail}; {way_out}"))
             }
+            RegistryError::PromptDeleted(name) => {
+                let way_out = format!("bring it back with POST /v1/prompts/{name}/restore");
+                let detail = format!("{detail}, and names are not given again; {way_out}");
+                Self::conflict("prompt_deleted", detail)
+            }
+            RegistryError::PromptInUse { .. } => Self::conflict("prompt_in_use", detail),
             RegistryError::UnknownVersion { .. } => {
                 Self::field("unknown_version", "/version", detail)
             }

@@ -124,6 +124,14 @@ fn read_json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
     Ok(value)
 }
 
+/// JSON that was read before, as what it is to be; 422 as [`Json`] has it.
+pub fn read_value<T: DeserializeOwned>(value: serde_json::Value) -> Result<T, Problem> {
+    serde_path_to_error::deserialize(value).map_err(|error| {
+        let pointer = json_pointer(error.path());
+        Problem::field("invalid_body", pointer, error.into_inner().to_string())
+    })
+}
+
 fn malformed(error: &serde_json::Error) -> Problem {
     let detail = format!("the body is not JSON: {error}");
     Problem::new(StatusCode::BAD_REQUEST, "malformed_json", detail)
@@ -170,14 +178,9 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for Query<T> {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut request::Parts, _: &S) -> Result<Self, Problem> {
-        match axum::extract::Query::try_from_uri(&parts.uri) {
-            Ok(axum::extract::Query(value)) => Ok(Self(value)),
-            Err(error) => {
-                // The text under axum's own ("Failed to deserialize query string").
-                let cause = error.source().map(ToString::to_string);
-                let detail = cause.unwrap_or_else(|| error.to_string());
-                Err(Problem::unprocessable("invalid_query", detail))
-            }
-        }
+        // axum's own reads no parameter that is given several times.
+        serde_html_form::from_str(parts.uri.query().unwrap_or_default())
+            .map(Self)
+            .map_err(|error| Problem::unprocessable("invalid_query", error.to_string()))
     }
 }

@@ -17,9 +17,17 @@ struct Links {
 
 const LINKS: &[Links] = &[
     Links {
-        from: &["create_prompt", "get_prompt"],
+        from: &[
+            "create_prompt",
+            "get_prompt",
+            "change_prompt",
+            "restore_prompt",
+        ],
         to: &[
             "get_prompt",
+            "change_prompt",
+            "delete_prompt",
+            "restore_prompt",
             "publish_version",
             "list_versions",
             "list_aliases",

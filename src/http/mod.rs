@@ -22,6 +22,7 @@ pub mod openapi;
 pub mod page;
 mod peft;
 pub mod projects;
+mod prompt_changes;
 mod prompt_content;
 mod prompt_files;
 mod prompt_versions;

@@ -12,7 +12,8 @@ use super::error::ProblemDocument;
 use super::idempotency::{self, KeyedOperations};
 use super::{
     AppState, HttpSettings, aliases, api_keys, backbones, content_digest, datasets, ensembles,
-    health, lineage, links, peft, projects, prompt_content, prompt_versions, prompts, workers,
+    health, lineage, links, peft, projects, prompt_changes, prompt_content, prompt_versions,
+    prompts, workers,
 };
 use crate::domain::reference::{ResourceName, VersionSelector};
 
@@ -49,6 +50,7 @@ pub(super) struct Routes {
 pub(super) fn routes(settings: &HttpSettings) -> Routes {
     let v1 = OpenApiRouter::new()
         .merge(prompts::router())
+        .merge(prompt_changes::router())
         .merge(prompt_versions::router(settings))
         .merge(prompt_content::router())
         .merge(lineage::router())

@@ -30,6 +30,14 @@ pub struct Page<T> {
 }
 
 impl PageQuery {
+    /// For lists whose query has more than these two.
+    pub fn new(page_size: Option<u32>, page_token: Option<String>) -> Self {
+        Self {
+            page_size,
+            page_token,
+        }
+    }
+
     fn size(&self) -> Result<usize, Problem> {
         match self.page_size.unwrap_or(DEFAULT_SIZE) {
             size @ 1..=MAX_SIZE => Ok(size as usize),

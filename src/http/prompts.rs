@@ -1,25 +1,30 @@
-//! `/v1/prompts`: the names that prompt versions are published under.
+//! `/v1/prompts`: the names that prompt versions are published under, and finding them.
 
 use std::collections::BTreeMap;
 
 use axum::Json as JsonResponse;
 use axum::extract::State;
 use axum::http::{StatusCode, header};
-use axum::response::IntoResponse;
-use serde::Deserialize;
+use axum::response::{IntoResponse, Response};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 use sqlx::PgConnection;
-use utoipa::ToSchema;
+use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use uuid::Uuid;
 
 use super::AppState;
 use super::access::Caller;
+use super::conditional::Preconditions;
 use super::error::Problem;
 use super::extract::{Json, Path, Query, escape};
 use super::page::{Page, PageQuery};
-use crate::domain::reference::ResourceName;
-use crate::registry::prompts::{self, Prompt};
+use crate::domain::digest::Digest;
+use crate::domain::prompt_description::PromptDescription;
+use crate::domain::reference::{AliasName, ResourceName};
+use crate::registry::backbones;
+use crate::registry::prompts::{self, Facet, Prompt};
 
 pub fn router() -> OpenApiRouter<AppState> {
     OpenApiRouter::new()
@@ -37,34 +42,57 @@ struct CreatePrompt {
     description: String,
     #[serde(default)]
     tags: BTreeMap<String, String>,
+    /// Free JSON, at most 16 KiB.
+    #[serde(default)]
+    #[schema(value_type = Object)]
+    metadata: Map<String, Value>,
+    /// The model card, in Markdown.
+    #[serde(default)]
+    #[schema(max_length = 65536)]
+    card: String,
 }
 
-const MAX_DESCRIPTION: usize = 4096;
-const MAX_TAGS: usize = 64;
-const MAX_TAG: usize = 256;
+/// A prompt, with what lists leave out.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct DescribedPrompt {
+    #[serde(flatten)]
+    prompt: Prompt,
+    /// Free JSON.
+    #[schema(value_type = Object)]
+    metadata: Map<String, Value>,
+    /// The model card, in Markdown.
+    card: String,
+}
 
-impl CreatePrompt {
-    fn check(&self) -> Result<(), Problem> {
-        let refuse =
-            |pointer: String, rule: String| Err(Problem::field("invalid_body", pointer, rule));
-        if self.description.chars().count() > MAX_DESCRIPTION {
-            let rule = format!("has more than {MAX_DESCRIPTION} characters");
-            return refuse("/description".to_owned(), rule);
+impl DescribedPrompt {
+    pub(super) fn new(prompt: Prompt, description: PromptDescription) -> Self {
+        let PromptDescription { metadata, card, .. } = description;
+        Self {
+            prompt,
+            metadata,
+            card,
         }
-        if self.tags.len() > MAX_TAGS {
-            return refuse(
-                "/tags".to_owned(),
-                format!("has more than {MAX_TAGS} entries"),
-            );
-        }
-        for (key, value) in &self.tags {
-            if key.is_empty() || key.len().max(value.len()) > MAX_TAG {
-                let rule = format!("keys have 1 to {MAX_TAG} bytes, values at most {MAX_TAG}");
-                return refuse(format!("/tags/{}", escape(key)), rule);
-            }
-        }
-        Ok(())
     }
+
+    pub(super) fn into_response(self, status: StatusCode) -> Response {
+        let etag = [(header::ETAG, etag(&self.prompt))];
+        (status, etag, JsonResponse(self)).into_response()
+    }
+}
+
+pub(super) fn etag(prompt: &Prompt) -> String {
+    format!("\"{}\"", prompt.revision)
+}
+
+pub(super) fn check_description(description: &PromptDescription) -> Result<(), Problem> {
+    description.check().map_err(|broken| {
+        let pointer: String = broken
+            .path
+            .iter()
+            .map(|part| format!("/{}", escape(part)))
+            .collect();
+        Problem::field("invalid_body", pointer, broken.rule)
+    })
 }
 
 /// Create a prompt, which versions are then published under
@@ -75,8 +103,8 @@ impl CreatePrompt {
     security(("api_key" = ["write"])),
     request_body = CreatePrompt,
     responses(
-        (status = 201, body = Prompt, headers(("location" = String))),
-        (status = 409, description = "`name_taken`"),
+        (status = 201, body = DescribedPrompt, headers(("location" = String), ("etag" = String))),
+        (status = 409, description = "`name_taken`, `prompt_deleted`: names are not given again"),
         (status = 422, description = "`invalid_body`, `reserved_name`"),
     )
 )]
@@ -84,54 +112,125 @@ async fn create_prompt(
     State(state): State<AppState>,
     caller: Caller,
     Json(body): Json<CreatePrompt>,
-) -> Result<impl IntoResponse, Problem> {
-    body.check()?;
+) -> Result<Response, Problem> {
+    let description = PromptDescription {
+        description: body.description,
+        tags: body.tags,
+        metadata: body.metadata,
+        card: body.card,
+    };
+    check_description(&description)?;
     let mut conn = state.pool.acquire().await?;
-    let CreatePrompt {
-        name,
-        description,
-        tags,
-    } = &body;
-    let prompt = prompts::create(&mut conn, caller.project_id, name, description, tags).await?;
-    let location = format!("/v1/prompts/{}", prompt.name);
-    Ok((
-        StatusCode::CREATED,
-        [(header::LOCATION, location)],
-        JsonResponse(prompt),
-    ))
+    let prompt = prompts::create(&mut conn, caller.project_id, &body.name, &description).await?;
+    let location = [(header::LOCATION, format!("/v1/prompts/{}", prompt.name))];
+    let created = DescribedPrompt::new(prompt, description);
+    Ok((location, created.into_response(StatusCode::CREATED)).into_response())
 }
 
-/// List prompts by name
+/// What prompts a list shows: those that all of it is true of.
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+struct ListPrompts {
+    /// `key`, or `key=value`; several times, all of them.
+    #[serde(default)]
+    #[param(required = false, example = json!(["domain=texture"]))]
+    tag: Vec<String>,
+    /// Name or digest of a backbone that a version is for.
+    backbone: Option<String>,
+    /// A task that a version was tuned on; 512 characters count.
+    task: Option<String>,
+    /// An alias that points to a version.
+    #[param(value_type = Option<String>)]
+    alias: Option<AliasName>,
+    /// At most this many items; 50 by default.
+    #[param(minimum = 1, maximum = 200)]
+    page_size: Option<u32>,
+    /// `next_page_token` of the page before.
+    page_token: Option<String>,
+}
+
+impl ListPrompts {
+    async fn facets(
+        self,
+        conn: &mut PgConnection,
+        project_id: Uuid,
+    ) -> Result<Vec<Facet>, Problem> {
+        let mut facets: Vec<_> = self.tag.into_iter().map(Facet::Tag).collect();
+        if let Some(backbone) = self.backbone {
+            facets.push(Facet::Backbone(
+                digest_of(conn, project_id, &backbone).await?,
+            ));
+        }
+        facets.extend(self.task.map(Facet::Task));
+        facets.extend(self.alias.map(Facet::Alias));
+        Ok(facets)
+    }
+}
+
+/// Of a backbone by name or digest; prompts may be for one that is not registered.
+async fn digest_of(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    backbone: &str,
+) -> Result<Digest, Problem> {
+    let refuse = |detail: String| Problem::field("unknown_backbone", "/backbone", detail);
+    if let Ok(digest) = backbone.parse() {
+        return Ok(digest);
+    }
+    let Ok(name) = backbone.parse::<ResourceName>() else {
+        let detail = "is neither a name nor `sha256:` and 64 hex digits".to_owned();
+        return Err(refuse(detail));
+    };
+    let found = backbones::find(conn, project_id, &name).await?;
+    found.map(|backbone| backbone.digest).ok_or_else(|| {
+        refuse(format!(
+            "there is no backbone `{name}`; see GET /v1/backbones"
+        ))
+    })
+}
+
+/// List prompts by name: all, or those with a tag, an alias, a backbone, a task
 #[utoipa::path(
     get,
     path = "/prompts",
     tag = "prompts",
     security(("api_key" = ["read"])),
-    params(PageQuery),
-    responses((status = 200, body = Page<Prompt>))
+    params(ListPrompts),
+    responses(
+        (status = 200, body = Page<Prompt>),
+        (status = 422, description = "`invalid_query`, `unknown_backbone`, `invalid_page_size`, \
+            `invalid_page_token`"),
+    )
 )]
 async fn list_prompts(
     State(state): State<AppState>,
     caller: Caller,
-    Query(page): Query<PageQuery>,
+    Query(mut query): Query<ListPrompts>,
 ) -> Result<JsonResponse<Page<Prompt>>, Problem> {
+    let page = PageQuery::new(query.page_size, query.page_token.take());
     let (after, limit) = (page.after::<ResourceName>()?, page.limit()?);
     let mut conn = state.pool.acquire().await?;
-    let found = prompts::list(&mut conn, caller.project_id, after.as_ref(), limit).await?;
+    let facets = query.facets(&mut conn, caller.project_id).await?;
+    let found = prompts::list(&mut conn, caller.project_id, &facets, after.as_ref(), limit).await?;
     Ok(JsonResponse(
         page.page(found, |prompt| prompt.name.to_string())?,
     ))
 }
 
-/// A prompt by name
+/// A prompt by name, with its metadata and its model card
 #[utoipa::path(
     get,
     path = "/prompts/{name}",
     tag = "prompts",
     security(("api_key" = ["read"])),
-    params(("name" = String, Path)),
+    params(
+        ("name" = String, Path),
+        ("if-none-match" = Option<String>, Header, description = "ETag of a copy at hand"),
+    ),
     responses(
-        (status = 200, body = Prompt),
+        (status = 200, body = DescribedPrompt, headers(("etag" = String))),
+        (status = 304, description = "The copy at hand is this one", headers(("etag" = String))),
         (status = 404, description = "`prompt_not_found`"),
     )
 )]
@@ -139,11 +238,16 @@ async fn get_prompt(
     State(state): State<AppState>,
     caller: Caller,
     Path(name): Path<ResourceName>,
-) -> Result<JsonResponse<Prompt>, Problem> {
+    preconditions: Preconditions,
+) -> Result<Response, Problem> {
     let mut conn = state.pool.acquire().await?;
-    Ok(JsonResponse(
-        existing(&mut conn, caller.project_id, &name).await?,
-    ))
+    let prompt = existing(&mut conn, caller.project_id, &name).await?;
+    let etag = etag(&prompt);
+    if preconditions.has_copy(&etag) {
+        return Ok((StatusCode::NOT_MODIFIED, [(header::ETAG, etag)]).into_response());
+    }
+    let description = prompts::description(&mut conn, caller.project_id, &prompt).await?;
+    Ok(DescribedPrompt::new(prompt, description).into_response(StatusCode::OK))
 }
 
 /// [`existing`], held until the transaction ends.

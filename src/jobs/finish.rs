@@ -11,7 +11,7 @@ use crate::domain::digest::Digest;
 use crate::domain::prompt_file::{PromptFile, PromptMetadata};
 use crate::domain::reference::ResourceName;
 use crate::registry::prompt_versions::{self, NewVersion, Parent};
-use crate::registry::prompts;
+use crate::registry::{deletion, prompts};
 
 /// What a composition left to be stored; the statistics are in the blob store already.
 #[derive(Clone, Copy, Debug)]
@@ -51,6 +51,8 @@ pub async fn finish(
     if let Some(from) = &claimed.spec.resolved_from {
         description += &format!(" from the statistics of ensemble {}", from.ensemble);
     }
+    // Deleted since it was posted: a result is not lost for that.
+    deletion::restore(&mut tx, claimed.project_id, finished.output).await?;
     let prompt =
         prompts::find_or_create(&mut tx, claimed.project_id, finished.output, &description).await?;
     let parents: Vec<Parent> = claimed

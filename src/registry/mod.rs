@@ -8,6 +8,7 @@ pub mod aliases;
 pub mod api_keys;
 pub mod backbones;
 pub mod datasets;
+pub mod deletion;
 pub mod idempotency;
 pub mod lineage;
 pub mod pack;
@@ -52,6 +53,10 @@ pub enum RegistryError {
         /// What it points to.
         version: i32,
     },
+    #[error("prompt `{0}` was deleted")]
+    PromptDeleted(ResourceName),
+    #[error("prompt `{prompt}` is in use: {user}")]
+    PromptInUse { prompt: ResourceName, user: String },
     #[error("prompt `{prompt}` has no version {version}")]
     UnknownVersion { prompt: ResourceName, version: i32 },
 }

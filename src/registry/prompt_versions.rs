@@ -96,16 +96,20 @@ pub async fn insert(
 ) -> Result<(PromptVersion, bool), RegistryError> {
     let digest = Digest::of(new.bytes);
     // The prompt's row is locked until the transaction ends, so versions are numbered one by one.
-    let name = sqlx::query_scalar!(
-        "SELECT name FROM prompt WHERE project_id = $1 AND id = $2 FOR NO KEY UPDATE",
+    let prompt = sqlx::query!(
+        "SELECT name, deleted_at FROM prompt WHERE project_id = $1 AND id = $2 FOR NO KEY UPDATE",
         project_id,
         new.prompt_id,
     )
     .fetch_optional(&mut *conn)
     .await?
     .ok_or(DbError::RowCount(0))?;
+    let name = read_name("prompt", prompt.name)?;
+    if prompt.deleted_at.is_some() {
+        return Err(RegistryError::PromptDeleted(name));
+    }
     let reference = Reference {
-        name: read_name("prompt", name)?,
+        name,
         version: VersionSelector::Digest(digest),
     };
     if let Some(existing) = resolve(conn, project_id, &reference).await? {
@@ -289,6 +293,7 @@ async fn select_versions(
         JOIN blob b ON b.sha256 = v.sha256
         WHERE p.project_id = $1
           AND p.name = $2
+          AND p.deleted_at IS NULL
           AND ($3::int IS NULL OR v.version = $3)
           AND ($4::bytea IS NULL OR v.sha256 = $4)
           AND ($5::text IS NULL OR v.version = (

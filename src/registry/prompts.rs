@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use serde::Serialize;
+use serde_json::{Map, Value};
 use sqlx::PgConnection;
 use sqlx::types::Json;
 use time::OffsetDateTime;
@@ -10,7 +11,9 @@ use utoipa::ToSchema;
 use uuid::Uuid;
 
 use super::{RegistryError, read_name};
-use crate::db::{DbError, OnConstraint, expect_one_row};
+use crate::db::expect_one_row;
+use crate::domain::digest::Digest;
+use crate::domain::prompt_description::PromptDescription;
 use crate::domain::reference::{AliasName, ResourceName};
 
 /// A name that versions are published under.
@@ -29,6 +32,9 @@ pub struct Prompt {
     pub aliases: BTreeMap<AliasName, i32>,
     #[serde(with = "time::serde::rfc3339")]
     pub created_at: OffsetDateTime,
+    /// Counts the changes of what it shows.
+    #[serde(skip)]
+    pub revision: i64,
 }
 
 /// Names that are paths of the API, so that no prompt hides behind them.
@@ -46,37 +52,16 @@ pub async fn create(
     conn: &mut PgConnection,
     project_id: Uuid,
     name: &ResourceName,
-    description: &str,
-    tags: &BTreeMap<String, String>,
+    description: &PromptDescription,
 ) -> Result<Prompt, RegistryError> {
-    check_name(name)?;
-    let id = Uuid::now_v7();
-    let created_at = sqlx::query_scalar!(
-        r#"
-        INSERT INTO prompt (id, project_id, name, description, tags)
-        VALUES ($1, $2, $3, $4, $5)
-        RETURNING created_at
-        "#,
-        id,
-        project_id,
-        name.as_str(),
-        description,
-        Json(tags) as _,
-    )
-    .fetch_one(conn)
-    .await
-    .on_constraint("prompt_name_key", || RegistryError::NameTaken {
+    if insert(conn, project_id, name, description).await? {
+        return existing(conn, project_id, name).await;
+    }
+    // One that is deleted is another refusal.
+    existing(conn, project_id, name).await?;
+    Err(RegistryError::NameTaken {
         kind: "prompt",
         name: name.clone(),
-    })?;
-    Ok(Prompt {
-        id,
-        name: name.clone(),
-        description: description.to_owned(),
-        tags: tags.clone(),
-        newest_version: None,
-        aliases: BTreeMap::new(),
-        created_at,
     })
 }
 
@@ -88,32 +73,61 @@ pub async fn find_or_create(
     name: &ResourceName,
     description: &str,
 ) -> Result<Prompt, RegistryError> {
-    check_name(name)?;
+    let description = PromptDescription {
+        description: description.to_owned(),
+        ..PromptDescription::default()
+    };
     // Inserting first settles the race: whoever comes second waits for the first one's commit.
-    sqlx::query!(
+    insert(conn, project_id, name, &description).await?;
+    existing(conn, project_id, name).await
+}
+
+/// False where the name is taken.
+async fn insert(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    name: &ResourceName,
+    description: &PromptDescription,
+) -> Result<bool, RegistryError> {
+    check_name(name)?;
+    let inserted = sqlx::query!(
         r#"
-        INSERT INTO prompt (id, project_id, name, description)
-        VALUES ($1, $2, $3, $4)
+        INSERT INTO prompt (id, project_id, name, description, tags, metadata, card)
+        VALUES ($1, $2, $3, $4, $5, $6, $7)
         ON CONFLICT ON CONSTRAINT prompt_name_key DO NOTHING
         "#,
         Uuid::now_v7(),
         project_id,
         name.as_str(),
-        description,
+        description.description,
+        Json(&description.tags) as _,
+        Json(&description.metadata) as _,
+        description.card,
     )
-    .execute(&mut *conn)
+    .execute(conn)
     .await?;
-    find(conn, project_id, name)
-        .await?
-        .ok_or_else(|| DbError::RowCount(0).into())
+    Ok(inserted.rows_affected() == 1)
 }
 
+/// A prompt whose name was found to be taken.
+async fn existing(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    name: &ResourceName,
+) -> Result<Prompt, RegistryError> {
+    find(conn, project_id, name)
+        .await?
+        .ok_or_else(|| RegistryError::PromptDeleted(name.clone()))
+}
+
+/// None where there is none, and where it is deleted.
 pub async fn find(
     conn: &mut PgConnection,
     project_id: Uuid,
     name: &ResourceName,
 ) -> Result<Option<Prompt>, RegistryError> {
-    let found = select_prompts(conn, project_id, Some(name), None, 1).await?;
+    let names = [name.to_string()];
+    let found = select(conn, project_id, &names).await?;
     Ok(found.into_iter().next())
 }
 
@@ -151,22 +165,132 @@ pub(super) async fn touch(
     Ok(expect_one_row(touched)?)
 }
 
-/// Prompts by name, those after `after`.
+/// What is written about a prompt.
+pub async fn description(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    prompt: &Prompt,
+) -> Result<PromptDescription, RegistryError> {
+    let row = sqlx::query!(
+        r#"
+        SELECT metadata AS "metadata: Json<Map<String, Value>>", card
+        FROM prompt
+        WHERE project_id = $1 AND id = $2
+        "#,
+        project_id,
+        prompt.id,
+    )
+    .fetch_one(conn)
+    .await?;
+    Ok(PromptDescription {
+        description: prompt.description.clone(),
+        tags: prompt.tags.clone(),
+        metadata: row.metadata.0,
+        card: row.card,
+    })
+}
+
+/// Replaces what is written about a prompt.
+pub async fn describe(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    prompt: &Prompt,
+    description: &PromptDescription,
+) -> Result<(), RegistryError> {
+    let changed = sqlx::query!(
+        r#"
+        UPDATE prompt
+        SET description = $3, tags = $4, metadata = $5, card = $6, revision = revision + 1
+        WHERE project_id = $1 AND id = $2
+        "#,
+        project_id,
+        prompt.id,
+        description.description,
+        Json(&description.tags) as _,
+        Json(&description.metadata) as _,
+        description.card,
+    )
+    .execute(conn)
+    .await?;
+    Ok(expect_one_row(changed)?)
+}
+
+// ---- Lists ---------------------------------------------------------------------------------
+
+/// What a list of prompts may ask for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Facet {
+    /// `key` or `key=value`.
+    Tag(String),
+    Alias(AliasName),
+    /// Has a version for it that is not deprecated.
+    Backbone(Digest),
+    /// Has a version tuned on it that is not deprecated.
+    Task(String),
+}
+
+impl Facet {
+    /// As the triggers write it.
+    fn text(&self) -> String {
+        match self {
+            Self::Tag(tag) => format!("tag:{tag}"),
+            Self::Alias(alias) => format!("alias:{alias}"),
+            Self::Backbone(digest) => format!("backbone:{}", hex::encode(digest.as_bytes())),
+            Self::Task(task) => format!("task:{}", task.chars().take(512).collect::<String>()),
+        }
+    }
+}
+
+/// Prompts with all of these facets by name, those after `after`.
 pub async fn list(
     conn: &mut PgConnection,
     project_id: Uuid,
+    facets: &[Facet],
     after: Option<&ResourceName>,
     limit: i64,
 ) -> Result<Vec<Prompt>, RegistryError> {
-    select_prompts(conn, project_id, None, after, limit).await
+    let mut texts: Vec<_> = facets.iter().map(Facet::text).collect();
+    // Every prompt has it.
+    texts.push(String::new());
+    // The rarest facet is walked in the order of names, and the others looked up for each.
+    let names = sqlx::query_scalar!(
+        r#"
+        WITH asked AS MATERIALIZED (
+            SELECT facet, (
+                SELECT count(*)
+                FROM (SELECT FROM prompt_facet f WHERE f.project_id = $1 AND f.facet = a.facet LIMIT 1000) AS first
+            ) AS frequency
+            FROM unnest($2::text[]) AS a (facet)
+        )
+        SELECT f.name
+        FROM prompt_facet f
+        WHERE f.project_id = $1
+          AND f.facet = (SELECT facet FROM asked ORDER BY frequency, facet DESC LIMIT 1)
+          AND f.name > $3
+          AND NOT EXISTS (
+              SELECT FROM asked
+              WHERE NOT EXISTS (
+                  SELECT FROM prompt_facet other
+                  WHERE other.project_id = $1 AND other.facet = asked.facet AND other.name = f.name
+              )
+          )
+        ORDER BY f.name
+        LIMIT $4
+        "#,
+        project_id,
+        &texts,
+        after.map_or("", ResourceName::as_str),
+        limit,
+    )
+    .fetch_all(&mut *conn)
+    .await?;
+    select(conn, project_id, &names).await
 }
 
-async fn select_prompts(
+async fn select(
     conn: &mut PgConnection,
     project_id: Uuid,
-    name: Option<&ResourceName>,
-    after: Option<&ResourceName>,
-    limit: i64,
+    names: &[String],
 ) -> Result<Vec<Prompt>, RegistryError> {
     let rows = sqlx::query!(
         r#"
@@ -176,6 +300,7 @@ async fn select_prompts(
             p.description,
             p.tags AS "tags: Json<BTreeMap<String, String>>",
             p.created_at,
+            p.revision,
             (SELECT max(v.version)
                FROM prompt_version v
               WHERE v.project_id = p.project_id
@@ -186,16 +311,11 @@ async fn select_prompts(
               WHERE a.project_id = p.project_id
                 AND a.prompt_id = p.id) AS "aliases!: Json<BTreeMap<AliasName, i32>>"
         FROM prompt p
-        WHERE p.project_id = $1
-          AND ($2::text IS NULL OR p.name = $2)
-          AND ($3::text IS NULL OR p.name COLLATE "C" > $3)
+        WHERE p.project_id = $1 AND p.name = ANY($2) AND p.deleted_at IS NULL
         ORDER BY p.name COLLATE "C"
-        LIMIT $4
         "#,
         project_id,
-        name.map(ResourceName::as_str),
-        after.map(ResourceName::as_str),
-        limit,
+        names,
     )
     .fetch_all(conn)
     .await?;
@@ -209,6 +329,7 @@ async fn select_prompts(
                 newest_version: row.newest_version,
                 aliases: row.aliases.0,
                 created_at: row.created_at,
+                revision: row.revision,
             })
         })
         .collect()

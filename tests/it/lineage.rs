@@ -14,7 +14,7 @@ use crate::app::TestApp;
 use crate::fixtures::prompt_file;
 
 /// Publishes version 1 of a prompt, composed of `parents` if there are any.
-async fn publish(app: &TestApp, name: &str, parents: &[(Uuid, f64)]) -> Uuid {
+pub async fn publish(app: &TestApp, name: &str, parents: &[(Uuid, f64)]) -> Uuid {
     let mut db = app.state.pool.begin().await.unwrap();
     let file = prompt_file(Origin::Composed, 1.0);
     let name = name.parse().unwrap();

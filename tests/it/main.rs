@@ -19,6 +19,7 @@ mod links;
 mod openapi;
 mod private_postgres;
 mod problems;
+mod prompt_changes;
 mod prompts;
 mod queue;
 mod resolve;

@@ -1,0 +1,100 @@
+//! Deleting a prompt, which is hiding it: its versions stay for the lineage that they are in, its name is
+//! not given again, and it can be restored.
+
+use sqlx::PgConnection;
+use uuid::Uuid;
+
+use super::RegistryError;
+use super::prompts::Prompt;
+use crate::db::expect_one_row;
+use crate::domain::reference::ResourceName;
+
+/// Deletes a prompt that nothing refers to. The caller holds it ([`lock`](super::prompts::lock)).
+///
+/// # Errors
+/// [`RegistryError::PromptInUse`] while an alias of it is protected, another prompt was composed of one of
+/// its versions, or a job that has not ended names it.
+pub async fn delete(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    prompt: &Prompt,
+) -> Result<(), RegistryError> {
+    if let Some(user) = user(conn, project_id, prompt).await? {
+        return Err(RegistryError::PromptInUse {
+            prompt: prompt.name.clone(),
+            user,
+        });
+    }
+    let deleted = sqlx::query!(
+        r#"
+        UPDATE prompt
+        SET deleted_at = now(), revision = revision + 1
+        WHERE project_id = $1 AND id = $2 AND deleted_at IS NULL
+        "#,
+        project_id,
+        prompt.id,
+    )
+    .execute(conn)
+    .await?;
+    Ok(expect_one_row(deleted)?)
+}
+
+/// Who refers to a prompt, as an error says it.
+async fn user(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    prompt: &Prompt,
+) -> Result<Option<String>, RegistryError> {
+    let users = sqlx::query_scalar!(
+        r#"
+        (SELECT format('its alias `%s` is protected', a.name) AS "user!"
+         FROM alias a
+         WHERE a.project_id = $1 AND a.prompt_id = $2 AND a.protected
+         LIMIT 1)
+        UNION ALL
+        (SELECT format('`%s:%s` was composed of it', child_prompt.name, child.version)
+         FROM prompt_version mine
+         JOIN lineage l ON l.project_id = mine.project_id AND l.parent = mine.id
+         JOIN prompt_version child ON child.project_id = l.project_id AND child.id = l.child
+         JOIN prompt child_prompt
+           ON child_prompt.project_id = child.project_id AND child_prompt.id = child.prompt_id
+         WHERE mine.project_id = $1 AND mine.prompt_id = $2
+           AND child.prompt_id <> $2 AND child_prompt.deleted_at IS NULL
+         LIMIT 1)
+        UNION ALL
+        (SELECT format('ensemble %s is %s and names it', j.id, j.state)
+         FROM job j
+         WHERE j.project_id = $1
+           AND j.state IN ('queued', 'running')
+           AND (j.spec @> jsonb_build_object('sources', jsonb_build_array(jsonb_build_object('prompt', $3::text)))
+                OR j.spec ->> 'output' = $3)
+         LIMIT 1)
+        "#,
+        project_id,
+        prompt.id,
+        prompt.name.as_str(),
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(users.into_iter().next())
+}
+
+/// Brings a deleted prompt back with all it had; one that is not deleted, or not there, stays so.
+pub async fn restore(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    name: &ResourceName,
+) -> Result<(), RegistryError> {
+    sqlx::query!(
+        r#"
+        UPDATE prompt
+        SET deleted_at = NULL, revision = revision + 1
+        WHERE project_id = $1 AND name = $2 AND deleted_at IS NOT NULL
+        "#,
+        project_id,
+        name.as_str(),
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
