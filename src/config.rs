@@ -2,6 +2,7 @@
 //! Where a number can be too low or too high, its text says what happens then.
 
 use std::net::SocketAddr;
+use std::num::NonZeroU32;
 #[cfg(feature = "torch")]
 use std::path::Path;
 use std::path::PathBuf;
@@ -19,6 +20,7 @@ use crate::db::{self, PoolSettings};
 use crate::domain::precision::Precision;
 #[cfg(feature = "torch")]
 use crate::engine::cache::ResultCache;
+use crate::http::rate_limit::RateLimit;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
@@ -146,6 +148,15 @@ pub struct HttpOptions {
     /// trying things out; refused on an address that others can reach.
     #[arg(long, env = "PROMPTWEAVE_NO_AUTH")]
     pub no_auth: bool,
+    /// Requests a second that each API key may make in the long run (0.5 is one every other second),
+    /// and each address without a key; more are answered 429. 0, the default, sets no limit. Too low
+    /// and honest scripts wait; too high and one client slows down the others.
+    #[arg(long, env = "PROMPTWEAVE_RATE_LIMIT", default_value_t = 0.0)]
+    pub rate_limit: f64,
+    /// Requests at once after a pause, where there is a `--rate-limit`. Too low and clients that work
+    /// in parallel are refused; too high and the limit is felt late.
+    #[arg(long, env = "PROMPTWEAVE_RATE_BURST", default_value = "100")]
+    pub rate_burst: NonZeroU32,
     /// A directory whose sub-directories may be registered as data sets; may be given several times
     /// (`:` between them in the environment). Without one, no data set can be registered.
     #[arg(
@@ -199,6 +210,11 @@ impl HttpOptions {
             self.request_timeout_s > 0,
             "--request-timeout-s 0 would end every request"
         );
+        anyhow::ensure!(
+            self.rate_limit == 0.0 || (0.001..=1e6).contains(&self.rate_limit),
+            "--rate-limit {} is to lie between 0.001 and 1000000 requests a second, or be 0",
+            self.rate_limit
+        );
         for (option, roots) in [
             ("--dataset-root", &self.dataset_root),
             ("--backbone-root", &self.backbone_root),
@@ -212,6 +228,13 @@ impl HttpOptions {
             }
         }
         Ok(())
+    }
+
+    pub fn rate_limit(&self) -> Option<RateLimit> {
+        (self.rate_limit > 0.0).then_some(RateLimit {
+            per_second: self.rate_limit,
+            burst: self.rate_burst,
+        })
     }
 
     pub fn request_timeout(&self) -> Duration {

@@ -2,6 +2,7 @@
 //! what it needs and runs until it is told to stop.
 
 use std::io::Read;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::thread;
 
@@ -79,6 +80,7 @@ pub(crate) fn app_state(
         max_dataset_bytes: http.max_dataset_mib << 20,
         request_timeout: http.request_timeout(),
         authentication: !http.no_auth,
+        rate_limit: http.rate_limit(),
         dataset_roots: AllowedRoots::new(http.dataset_root.clone()),
         backbone_roots: AllowedRoots::new(http.backbone_root.clone()),
         scratch_dir,
@@ -112,7 +114,8 @@ pub(crate) async fn serve_until(
         listener.local_addr()?
     );
     let reaper = tokio::spawn(reaper::run(state.pool.clone(), shutdown.soft.clone()));
-    let served = axum::serve(listener, router(state))
+    let service = router(state).into_make_service_with_connect_info::<SocketAddr>();
+    let served = axum::serve(listener, service)
         .with_graceful_shutdown(shutdown.soft.clone().cancelled_owned());
     tokio::select! {
         served = served => served.context("the server failed")?,

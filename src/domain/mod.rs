@@ -16,6 +16,7 @@ pub mod image;
 pub mod import;
 pub mod job;
 pub mod merge_patch;
+pub mod mixture;
 pub mod objective;
 pub mod peft;
 pub mod precision;

@@ -7,6 +7,7 @@ use super::statistics::Metadata;
 use crate::domain::backbone::Backbone;
 use crate::domain::composition::Source;
 use crate::domain::digest::Digest;
+pub use crate::domain::mixture::mix;
 use crate::domain::prompt_file::{FORMAT, Origin, PromptFile, PromptMetadata};
 use crate::domain::tensor::Tensor;
 
@@ -67,18 +68,6 @@ pub fn check_sources(sources: &[Source], backbone: &Backbone) -> Result<(), Engi
         }
     }
     Ok(())
-}
-
-/// Σ αᵢ Pᵢ [m, d] in f64, rounded once. A prompt at weight 1 comes out bit by bit.
-pub fn mix(prompts: &[Tensor<f32>], alpha: &[f64]) -> Tensor<f32> {
-    let mut sum = vec![0f64; prompts[0].values.len()];
-    for (prompt, weight) in prompts.iter().zip(alpha) {
-        for (total, value) in sum.iter_mut().zip(&prompt.values) {
-            *total += weight * f64::from(*value);
-        }
-    }
-    let values = sum.into_iter().map(|value| value as f32).collect();
-    Tensor::new(prompts[0].shape.clone(), values)
 }
 
 /// The prompt file of Σ αᵢ Pᵢ, as yet without a head.

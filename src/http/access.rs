@@ -10,7 +10,7 @@ use std::sync::Arc;
 use axum::extract::{FromRequestParts, MatchedPath, Request, State};
 use axum::http::{Extensions, HeaderMap, HeaderValue, Method, StatusCode, Uri, header, request};
 use axum::middleware::Next;
-use axum::response::Response;
+use axum::response::{IntoResponse, Response};
 use tracing::Span;
 use utoipa::openapi::path::Operation;
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityRequirement, SecurityScheme};
@@ -20,6 +20,7 @@ use uuid::Uuid;
 use super::AppState;
 use super::error::Problem;
 use super::openapi::operations;
+use super::rate_limit::{Client, Limiter};
 use crate::domain::api_key::{ApiKey, MalformedKey, Scope, Scopes};
 use crate::registry::DEFAULT_PROJECT;
 use crate::registry::api_keys::{self, Grant};
@@ -101,19 +102,45 @@ pub type RequiredScopes = HashMap<(Method, String), Scope>;
 pub(super) struct Gate {
     pub state: AppState,
     pub scopes: Arc<RequiredScopes>,
+    /// Where the operator limits how often clients ask.
+    pub limiter: Option<Arc<Limiter>>,
 }
 
 /// Lets a request through to its handler, with its [`Caller`], or refuses it before its body is read.
 pub(super) async fn check(
     State(gate): State<Gate>,
     path: MatchedPath,
-    mut request: Request,
+    request: Request,
     next: Next,
 ) -> Result<Response, Problem> {
     if !path.as_str().starts_with(V1) {
         return Ok(next.run(request).await);
     }
-    let caller = caller(&gate.state, request.headers()).await?;
+    let caller = caller(&gate.state, request.headers()).await;
+    let Some(limiter) = &gate.limiter else {
+        return pass(&gate, &path, caller?, request, next).await;
+    };
+    let client = match &caller {
+        Ok(caller) => caller.key_id.map(Client::Key),
+        Err(_) => None,
+    };
+    let left = limiter.count(client.unwrap_or_else(|| limiter.address(request.extensions())))?;
+    let answered = match caller {
+        Ok(caller) => pass(&gate, &path, caller, request, next).await,
+        Err(problem) => Err(problem),
+    };
+    let mut response = answered.into_response();
+    left.describe(&mut response);
+    Ok(response)
+}
+
+async fn pass(
+    gate: &Gate,
+    path: &MatchedPath,
+    caller: Caller,
+    mut request: Request,
+    next: Next,
+) -> Result<Response, Problem> {
     let method = match request.method() {
         // Answered by the handler of GET.
         &Method::HEAD => Method::GET,
@@ -199,6 +226,10 @@ pub(super) fn document(document: &mut OpenApi) -> RequiredScopes {
             (
                 "403",
                 "`scope_missing`: the key lacks the scope of this operation",
+            ),
+            (
+                "429",
+                "`rate_limited`: more requests than the operator allows; `retry-after` says when the next is answered",
             ),
         ];
         for (status, description) in refusals {

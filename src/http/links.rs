@@ -37,6 +37,7 @@ const LINKS: &[Links] = &[
     Links {
         from: &[
             "publish_version",
+            "compose_prompt",
             "import_peft",
             "get_version",
             "deprecate_version",

@@ -6,6 +6,7 @@ mod aliases;
 pub mod api_keys;
 pub mod backbones;
 pub mod boundary;
+mod compose;
 pub mod conditional;
 mod content;
 pub mod content_digest;
@@ -27,6 +28,7 @@ mod prompt_content;
 mod prompt_files;
 mod prompt_versions;
 pub mod prompts;
+pub mod rate_limit;
 mod spool;
 pub mod workers;
 
@@ -51,6 +53,7 @@ use crate::blobs::BlobStore;
 use crate::clock::Clock;
 use crate::registry::roots::AllowedRoots;
 use crate::telemetry;
+use rate_limit::{Limiter, RateLimit};
 
 /// Bodies of JSON requests; uploads have [`HttpSettings::max_upload_bytes`].
 const MAX_JSON_BYTES: usize = 1 << 20;
@@ -74,6 +77,8 @@ pub struct HttpSettings {
     pub request_timeout: Duration,
     /// Whether keys are asked for. Without, everyone may do everything in the default project.
     pub authentication: bool,
+    /// How often each client may ask; None: as often as they like.
+    pub rate_limit: Option<RateLimit>,
     /// Where data sets may be registered from.
     pub dataset_roots: AllowedRoots,
     /// Where backbones may be registered from.
@@ -89,6 +94,7 @@ impl Default for HttpSettings {
             max_dataset_bytes: 8 << 30,
             request_timeout: Duration::from_secs(300),
             authentication: true,
+            rate_limit: None,
             dataset_roots: AllowedRoots::default(),
             backbone_roots: AllowedRoots::default(),
             scratch_dir: std::env::temp_dir(),
@@ -110,6 +116,7 @@ pub fn router(state: AppState) -> Router {
     let gate = access::Gate {
         state: state.clone(),
         scopes: Arc::new(scopes),
+        limiter: state.settings.rate_limit.map(Limiter::new).map(Arc::new),
     };
     // The last layer is the outermost.
     let (routes, document) = routes

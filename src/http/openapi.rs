@@ -11,9 +11,9 @@ use super::access::{self, RequiredScopes};
 use super::error::ProblemDocument;
 use super::idempotency::{self, KeyedOperations};
 use super::{
-    AppState, HttpSettings, aliases, api_keys, backbones, content_digest, datasets, ensembles,
-    health, lineage, links, peft, projects, prompt_changes, prompt_content, prompt_versions,
-    prompts, workers,
+    AppState, HttpSettings, aliases, api_keys, backbones, compose, content_digest, datasets,
+    ensembles, health, lineage, links, peft, projects, prompt_changes, prompt_content,
+    prompt_versions, prompts, workers,
 };
 use crate::domain::reference::{ResourceName, VersionSelector};
 
@@ -53,6 +53,7 @@ pub(super) fn routes(settings: &HttpSettings) -> Routes {
         .merge(prompt_changes::router())
         .merge(prompt_versions::router(settings))
         .merge(prompt_content::router())
+        .merge(compose::router())
         .merge(lineage::router())
         .merge(peft::router(settings))
         .merge(aliases::router())

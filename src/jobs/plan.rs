@@ -249,7 +249,7 @@ fn classes_in<'a>(
 
 // ---- The sources ---------------------------------------------------------------------------
 
-pub(super) fn source_pointer(index: usize) -> String {
+pub fn source_pointer(index: usize) -> String {
     format!("/sources/{index}/prompt")
 }
 
@@ -261,7 +261,8 @@ pub(super) fn no_sources<T>() -> Result<T, PlanError> {
     )
 }
 
-async fn sources(
+/// Prompts that can be summed, as they were named.
+pub async fn sources(
     conn: &mut PgConnection,
     project_id: Uuid,
     references: &[Reference],

@@ -1,0 +1,233 @@
+//! `/v1/prompts/compose`: Σ αᵢ Pᵢ with weights that the user gives, published at once. What an ensemble
+//! with these weights composes has the same numbers, bit by bit.
+
+use axum::extract::State;
+use axum::response::IntoResponse;
+use serde::Deserialize;
+use sqlx::PgConnection;
+use utoipa::ToSchema;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::AppState;
+use super::access::Caller;
+use super::error::Problem;
+use super::extract::Json;
+use super::prompt_files;
+use super::prompt_versions::PublishedVersion;
+use crate::db::DbError;
+use crate::domain::mixture::mix;
+use crate::domain::prompt_file::{FORMAT, Origin, PromptFile, PromptMetadata};
+use crate::domain::reference::{Reference, ResourceName};
+use crate::domain::tensor::Tensor;
+use crate::jobs::plan;
+use crate::registry::prompt_versions::{self, NewVersion, Parent, PromptVersion};
+use crate::registry::prompts;
+
+/// How far the sum of the weights may be from 1.
+const TOLERANCE: f64 = 1e-6;
+/// Of all sources as they are summed.
+const MAX_BYTES: usize = 256 << 20;
+
+pub fn router() -> OpenApiRouter<AppState> {
+    OpenApiRouter::new().routes(routes!(compose_prompt))
+}
+
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct ComposePrompt {
+    #[schema(min_items = 1, max_items = 64)]
+    sources: Vec<WeighedSource>,
+    output: ComposedOutput,
+}
+
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct WeighedSource {
+    /// `name`, `name:3` or `name@sha256:…`.
+    #[schema(value_type = String, example = "dtd:1")]
+    prompt: Reference,
+    /// α, in 0..=1; all of them together are 1, to 1e-6.
+    #[schema(minimum = 0, maximum = 1, example = 1.0)]
+    weight: f64,
+}
+
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct ComposedOutput {
+    /// The prompt it becomes a version of; made where there is none.
+    #[schema(value_type = String, pattern = "^[a-z0-9][a-z0-9._-]{0,127}$", example = "dtd-and-svhn")]
+    name: ResourceName,
+}
+
+/// Compose prompts with given weights, and publish the sum as a version with its lineage
+///
+/// The weights are at least 0 and sum to 1. The sources have one shape and, as far as they say,
+/// one backbone and one preprocessing; none is deep. The same sum once more answers 200 with the
+/// version that exists.
+#[utoipa::path(
+    post,
+    path = "/prompts/compose",
+    tag = "prompts",
+    security(("api_key" = ["write"])),
+    request_body = ComposePrompt,
+    responses(
+        (status = 201, body = PublishedVersion, headers(("location" = String), ("etag" = String))),
+        (status = 200, description = "The sum is a version already", body = PublishedVersion),
+        (status = 409, description = "`prompt_deleted`: of the output"),
+        (status = 422, description = "`invalid_body`, `invalid_weights`, `reserved_name`, \
+            `no_sources`, `too_many_sources`, `unknown_prompt`, `deep_prompt_not_composable`, \
+            `same_source`, `width_mismatch`, `length_mismatch`, `backbone_mismatch`, \
+            `preprocessing_mismatch`, `too_large`, `not_finite`"),
+    )
+)]
+async fn compose_prompt(
+    State(state): State<AppState>,
+    caller: Caller,
+    Json(body): Json<ComposePrompt>,
+) -> Result<impl IntoResponse, Problem> {
+    let project_id = caller.project_id;
+    check_weights(&body.sources)?;
+    prompts::check_name(&body.output.name)
+        .map_err(|error| Problem::field("reserved_name", "/output/name", error.to_string()))?;
+    let references: Vec<_> = body.sources.iter().map(|it| it.prompt.clone()).collect();
+    let alpha: Vec<_> = body.sources.iter().map(|source| source.weight).collect();
+
+    let mut transaction = state.pool.begin().await?;
+    let sources = plan::sources(&mut transaction, project_id, &references).await?;
+    let metadata = common_metadata(&sources)?;
+    let prompts = read(&mut transaction, &sources).await?;
+    let composed = move || {
+        let file = PromptFile {
+            prompt_embeddings: mix(&prompts, &alpha),
+            metadata: Some(metadata),
+            deep_prompt_embeddings: None,
+            head: None,
+            sketch: None,
+            dtype: "f32",
+        };
+        file.to_bytes()
+    };
+    let bytes = tokio::task::spawn_blocking(composed)
+        .await
+        .map_err(Problem::internal)?;
+    // Checked as any other: a sum of finite numbers may not be.
+    let (bytes, file) = prompt_files::read(bytes).await?;
+    let metadata = file
+        .metadata
+        .clone()
+        .unwrap_or_else(PromptMetadata::unknown);
+    prompt_files::check_backbone(&mut transaction, project_id, &file, &metadata).await?;
+    let output =
+        prompts::find_or_create(&mut transaction, project_id, &body.output.name, "").await?;
+    let parents: Vec<_> = sources
+        .iter()
+        .zip(&body.sources)
+        .map(|(version, source)| Parent {
+            version_id: version.id,
+            weight: source.weight,
+        })
+        .collect();
+    let new = NewVersion {
+        prompt_id: output.id,
+        bytes: &bytes,
+        file: &file,
+        metadata: &metadata,
+        produced_by_job: None,
+        parents: &parents,
+    };
+    let (version, created) = prompt_versions::insert(&mut transaction, project_id, new).await?;
+    transaction.commit().await?;
+    Ok(prompt_files::published(version, created))
+}
+
+fn check_weights(sources: &[WeighedSource]) -> Result<(), Problem> {
+    const CODE: &str = "invalid_weights";
+    for (index, WeighedSource { weight, .. }) in sources.iter().enumerate() {
+        if !(0.0..=1.0).contains(weight) {
+            let detail = format!("is {weight}; a weight lies in 0..=1");
+            return Err(Problem::field(
+                CODE,
+                format!("/sources/{index}/weight"),
+                detail,
+            ));
+        }
+    }
+    let sum: f64 = sources.iter().map(|source| source.weight).sum();
+    if !sources.is_empty() && (sum - 1.0).abs() > TOLERANCE {
+        let detail = format!("the weights sum to {sum}; they must sum to 1, to {TOLERANCE:e}");
+        return Err(Problem::field(CODE, "/sources", detail));
+    }
+    Ok(())
+}
+
+/// What the sum says of itself: what all sources agree on. Those that say nothing are taken at the
+/// user's word, as in an ensemble.
+fn common_metadata(sources: &[PromptVersion]) -> Result<PromptMetadata, Problem> {
+    let backbone_digest = agreed(sources, "backbone", |it| it.backbone_digest.as_ref())?;
+    let preprocessing_id = agreed(sources, "preprocessing", |it| it.preprocessing_id.as_ref())?;
+    let mut seeds = sources.iter().map(|source| source.init_seed);
+    let first = seeds.next().flatten();
+    Ok(PromptMetadata {
+        format: FORMAT,
+        backbone_digest,
+        preprocessing_id,
+        init_seed: first.filter(|_| seeds.all(|seed| seed == first)),
+        task: None,
+        classes: None,
+        origin: Origin::Composed,
+        training: None,
+    })
+}
+
+fn agreed<T: Clone + PartialEq + std::fmt::Display>(
+    sources: &[PromptVersion],
+    what: &str,
+    value: impl Fn(&PromptVersion) -> Option<&T>,
+) -> Result<Option<T>, Problem> {
+    let mut said = sources
+        .iter()
+        .enumerate()
+        .filter_map(|(index, source)| Some((index, source, value(source)?)));
+    let Some((_, first, common)) = said.next() else {
+        return Ok(None);
+    };
+    if let Some((index, other, found)) = said.find(|(_, _, found)| *found != common) {
+        let detail = format!(
+            "`{}:{}` was made with {what} {found}, and `{}:{}` with {common}; such prompts do not mix",
+            other.prompt, other.version, first.prompt, first.version
+        );
+        let code = match what {
+            "backbone" => "backbone_mismatch",
+            _ => "preprocessing_mismatch",
+        };
+        return Err(Problem::field(code, plan::source_pointer(index), detail));
+    }
+    Ok(Some(common.clone()))
+}
+
+/// The sources' numbers, one file in memory at a time.
+async fn read(
+    conn: &mut PgConnection,
+    sources: &[PromptVersion],
+) -> Result<Vec<Tensor<f32>>, Problem> {
+    let numbers: usize = sources
+        .iter()
+        .map(|it| it.num_tokens as usize * it.embed_dim as usize)
+        .sum();
+    if numbers * size_of::<f32>() > MAX_BYTES {
+        let detail = format!(
+            "the sources have {numbers} numbers; at most {} are summed at once",
+            MAX_BYTES / size_of::<f32>()
+        );
+        return Err(Problem::field("too_large", "/sources", detail));
+    }
+    let mut prompts = Vec::with_capacity(sources.len());
+    for source in sources {
+        let bytes = prompt_versions::content(conn, &source.digest).await?;
+        let bytes = bytes.ok_or(DbError::RowCount(0))?;
+        let (_, file) = prompt_files::read(bytes).await?;
+        prompts.push(file.prompt_embeddings);
+    }
+    Ok(prompts)
+}
