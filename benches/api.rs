@@ -86,6 +86,7 @@ async fn client(
     end: Instant,
 ) -> (Vec<f64>, Vec<String>) {
     let idle = if plan.keep_alive { 1 } else { 0 };
+    let _ = rustls::crypto::ring::default_provider().install_default();
     let client = reqwest::Client::builder()
         .pool_max_idle_per_host(idle)
         .timeout(Duration::from_secs(60))

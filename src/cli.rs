@@ -37,6 +37,8 @@ pub enum Command {
     Migrate(DatabaseOptions),
     /// Make, list and revoke API keys, directly in a database: the first one, say.
     Keys(KeysArgs),
+    #[command(flatten)]
+    Client(crate::client::Command),
     /// Print the OpenAPI document.
     Openapi,
     /// Train one visual prompt on a labelled image set with a frozen backbone (VPT).
@@ -175,8 +177,11 @@ mod tests {
         let command = Cli::command();
         command.clone().debug_assert();
         // What works on local files is typed by people; what serves is configured.
-        let offline = ["tune", "compose", "solve", "evaluate", "doctor", "plot"];
-        let serving = |c: &&clap::Command| !offline.contains(&c.get_name());
+        let typed = [
+            "tune", "compose", "solve", "evaluate", "doctor", "plot", "push", "pull", "ls",
+            "verify",
+        ];
+        let serving = |c: &&clap::Command| !typed.contains(&c.get_name());
         for sub in command.get_subcommands().filter(serving) {
             for option in sub.get_arguments().filter(|a| !a.is_hide_set()) {
                 let env = option

@@ -9,6 +9,7 @@
 pub mod blob_cache;
 pub mod blobs;
 pub mod cli;
+pub mod client;
 pub mod clock;
 pub mod config;
 pub mod db;

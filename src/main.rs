@@ -4,19 +4,23 @@ use std::time::Duration;
 use clap::Parser;
 use promptweave::cli::{Cli, Command};
 use promptweave::http::openapi::openapi;
-use promptweave::{healthcheck, keys, plot, roles, telemetry};
+use promptweave::{client, healthcheck, keys, plot, roles, telemetry};
 #[cfg(feature = "torch")]
 use promptweave::{offline, up, worker};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    let is_client = matches!(cli.command, Command::Client(_));
     let outcome = telemetry::init(&cli.log).and_then(|()| dispatch(cli));
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // On a terminal the answer to a command, not a log record.
             eprintln!("error: {}", telemetry::chain(error.as_ref()));
-            ExitCode::FAILURE
+            match is_client {
+                true => client::exit_status(&error).into(),
+                false => ExitCode::FAILURE,
+            }
         }
     }
 }
@@ -33,6 +37,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
         }
         Command::Migrate(options) => block_on(roles::migrate(options)),
         Command::Keys(args) => block_on(keys::run(args)),
+        Command::Client(command) => block_on(client::run(command)),
         Command::Openapi => {
             println!("{}", openapi().to_pretty_json()?);
             Ok(())

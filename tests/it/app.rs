@@ -189,6 +189,13 @@ impl std::fmt::Debug for Answer {
     }
 }
 
+/// A client of what listens on a socket.
+pub fn http_client() -> reqwest::Client {
+    // Once a process; every other time it is there.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    reqwest::Client::new()
+}
+
 // ---- Files ---------------------------------------------------------------------------------
 
 /// A prompt of 2 tokens of [`WIDTH`]; its numbers differ by `seed`.

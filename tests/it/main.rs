@@ -6,6 +6,7 @@ mod api_keys;
 mod app;
 mod archives;
 mod backbones;
+mod client;
 mod compose;
 mod content;
 mod dataset_uploads;

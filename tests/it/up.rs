@@ -84,12 +84,13 @@ impl Up {
     }
 
     async fn get(&self, path: &str) -> reqwest::Result<reqwest::Response> {
-        reqwest::get(format!("http://127.0.0.1:{}{path}", self.port)).await
+        let url = format!("http://127.0.0.1:{}{path}", self.port);
+        crate::app::http_client().get(url).send().await
     }
 
     async fn status_with(&self, key: &str, path: &str) -> u16 {
         let url = format!("http://127.0.0.1:{}{path}", self.port);
-        let request = reqwest::Client::new().get(url).bearer_auth(key.trim());
+        let request = crate::app::http_client().get(url).bearer_auth(key.trim());
         request.send().await.unwrap().status().as_u16()
     }
 

@@ -1,0 +1,186 @@
+//! `promptweave ls`: what prompts there are, or what versions of one, for people or as JSON.
+
+use std::collections::BTreeMap;
+use std::io::Write;
+
+use indicatif::HumanBytes;
+use reqwest::Method;
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::server::{Server, ServerOptions};
+use crate::domain::reference::ResourceName;
+
+#[derive(Clone, Debug, clap::Args)]
+pub struct Args {
+    /// The prompt whose versions are listed; without one, the prompts are.
+    name: Option<ResourceName>,
+    /// Only prompts with this tag; several times, with all of them.
+    #[arg(long, value_name = "KEY[=VALUE]", conflicts_with = "name")]
+    tag: Vec<String>,
+    /// The items as the API gives them, in one array.
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    server: ServerOptions,
+}
+
+#[derive(Deserialize)]
+struct Prompt {
+    name: String,
+    newest_version: Option<i32>,
+    aliases: BTreeMap<String, i32>,
+    tags: BTreeMap<String, String>,
+    created_at: String,
+}
+
+#[derive(Deserialize)]
+struct Version {
+    version: i32,
+    digest: String,
+    size: u64,
+    origin: String,
+    num_tokens: i32,
+    embed_dim: i32,
+    depth: String,
+    created_at: String,
+    deprecated_at: Option<String>,
+}
+
+pub async fn run(args: Args) -> anyhow::Result<()> {
+    let server = args.server.server()?;
+    let tags: Vec<_> = args.tag.into_iter().map(|tag| ("tag", tag)).collect();
+    let path = match &args.name {
+        Some(name) => vec!["prompts", name.as_str(), "versions"],
+        None => vec!["prompts"],
+    };
+    let out = if args.json {
+        let items: Vec<Value> = server.list(&path, &tags).await?;
+        format!("{}\n", serde_json::to_string_pretty(&items)?)
+    } else if let Some(name) = &args.name {
+        versions(&server, name, server.list(&path, &[]).await?).await?
+    } else {
+        prompts(server.list(&path, &tags).await?)
+    };
+    match std::io::stdout().write_all(out.as_bytes()) {
+        // `ls | head` has read what it wants.
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        written => Ok(written?),
+    }
+}
+
+fn prompts(prompts: Vec<Prompt>) -> String {
+    let rows = prompts.into_iter().map(|prompt| {
+        let aliases = prompt
+            .aliases
+            .iter()
+            .map(|(name, at)| format!("{name}={at}"));
+        let tags = prompt
+            .tags
+            .iter()
+            .map(|(key, value)| format!("{key}={value}"));
+        let newest = prompt.newest_version.map(|it| it.to_string());
+        [
+            prompt.name,
+            newest.unwrap_or_else(|| "-".to_owned()),
+            joined(aliases),
+            joined(tags),
+            minute(&prompt.created_at),
+        ]
+    });
+    table(["NAME", "NEWEST", "ALIASES", "TAGS", "CREATED"], rows)
+}
+
+async fn versions(
+    server: &Server,
+    name: &ResourceName,
+    versions: Vec<Version>,
+) -> anyhow::Result<String> {
+    let request = server.request(Method::GET, &["prompts", name.as_str()]);
+    let prompt: Prompt = server.json(request).await?;
+    let rows = versions.into_iter().map(|version| {
+        let aliases = prompt.aliases.iter();
+        let aliases = aliases.filter(|(_, at)| **at == version.version);
+        let state = match version.deprecated_at {
+            Some(_) => "deprecated",
+            None => "",
+        };
+        [
+            version.version.to_string(),
+            joined(aliases.map(|(name, _)| name.clone())),
+            version.origin,
+            format!(
+                "{} × {} {}",
+                version.num_tokens, version.embed_dim, version.depth
+            ),
+            HumanBytes(version.size).to_string(),
+            version.digest,
+            minute(&version.created_at),
+            state.to_owned(),
+        ]
+    });
+    let head = [
+        "VERSION", "ALIASES", "ORIGIN", "PROMPT", "SIZE", "DIGEST", "CREATED", "",
+    ];
+    Ok(table(head, rows))
+}
+
+fn joined(words: impl Iterator<Item = String>) -> String {
+    match words.collect::<Vec<_>>().join(",") {
+        none if none.is_empty() => "-".to_owned(),
+        words => words,
+    }
+}
+
+/// `2026-11-24 10:30` of `2026-11-24T10:30:12.5Z`.
+fn minute(rfc3339: &str) -> String {
+    rfc3339
+        .chars()
+        .take(16)
+        .collect::<String>()
+        .replace('T', " ")
+}
+
+/// Columns as wide as their widest cell.
+fn table<const N: usize>(head: [&str; N], rows: impl Iterator<Item = [String; N]>) -> String {
+    let rows: Vec<[String; N]> = std::iter::once(head.map(str::to_owned))
+        .chain(rows.map(|row| row.map(|cell| plain(&cell))))
+        .collect();
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max();
+    let widths: [usize; N] = std::array::from_fn(|column| width(column).unwrap_or(0));
+    let mut text = String::new();
+    for row in rows {
+        let mut line = String::new();
+        for (cell, width) in row.iter().zip(widths) {
+            line += &format!("{cell:width$}  ");
+        }
+        text += line.trim_end();
+        text.push('\n');
+    }
+    text
+}
+
+/// Tags are anybody's: none of them is to move the cursor of a terminal, or to begin a line.
+fn plain(text: &str) -> String {
+    text.chars()
+        .map(|c| if c.is_control() { '\u{fffd}' } else { c })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_line_up_and_what_is_in_them_stays_in_its_line() {
+        let rows = [["a", "1"], ["long\u{1b}[2J\nname", "22"]];
+        let rows = rows.map(|row| row.map(str::to_owned));
+        let text = table(["NAME", "N"], rows.into_iter());
+        assert_eq!(
+            text,
+            "NAME           N\na              1\nlong\u{fffd}[2J\u{fffd}name  22\n"
+        );
+        assert_eq!(minute("2026-11-24T10:30:12.5Z"), "2026-11-24 10:30");
+        assert_eq!(joined(std::iter::empty()), "-");
+    }
+}

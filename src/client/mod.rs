@@ -1,0 +1,79 @@
+//! The registry from the shell: `promptweave push | pull | ls | verify`, as clients of the HTTP API.
+//!
+//! | exit status | means |
+//! |---|---|
+//! | 0 | done; `verify`: the same bytes |
+//! | 1 | `verify`: other bytes |
+//! | 2 | it could not be done here: a local file, a damaged download, the command itself |
+//! | 3 | the registry refused |
+//! | 4 | the registry cannot be reached |
+
+mod ls;
+mod progress;
+mod pull;
+mod push;
+mod server;
+mod verify;
+
+use std::path::Path;
+
+use anyhow::Context;
+use clap::Subcommand;
+use tokio::io::AsyncReadExt;
+
+use crate::domain::digest::{Digest, DigestBuilder};
+use server::ServerError;
+
+#[derive(Clone, Debug, Subcommand)]
+pub enum Command {
+    /// Upload a prompt file as a version of a prompt, and point an alias to it.
+    Push(push::Args),
+    /// Download a version's file, checking its digest.
+    Pull(pull::Args),
+    /// List prompts, or the versions of one.
+    Ls(ls::Args),
+    /// Check that a local file is a version in the registry.
+    Verify(verify::Args),
+}
+
+/// The answer goes to stdout, progress to stderr.
+pub async fn run(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Push(args) => push::run(args).await,
+        Command::Pull(args) => pull::run(args).await,
+        Command::Ls(args) => ls::run(args).await,
+        Command::Verify(args) => verify::run(args).await,
+    }
+}
+
+/// The status that a command ends with after this error.
+pub fn exit_status(error: &anyhow::Error) -> u8 {
+    if error.is::<verify::Differs>() {
+        return 1;
+    }
+    match error.downcast_ref::<ServerError>() {
+        None => 2,
+        Some(ServerError::Refused { .. }) => 3,
+        Some(ServerError::Unreachable { .. } | ServerError::NotARegistry { .. }) => 4,
+    }
+}
+
+/// A local file by what it holds; it is read in pieces.
+async fn digest_of(path: &Path) -> anyhow::Result<(Digest, u64)> {
+    let read = async {
+        let mut file = tokio::fs::File::open(path).await?;
+        let (mut digest, mut size) = (DigestBuilder::default(), 0);
+        let mut buffer = vec![0; 1 << 16];
+        loop {
+            match file.read(&mut buffer).await? {
+                0 => return std::io::Result::Ok((digest.finish(), size)),
+                read => {
+                    digest.update(&buffer[..read]);
+                    size += read as u64;
+                }
+            }
+        }
+    };
+    let context = || format!("cannot read `{}`", path.display());
+    read.await.with_context(context)
+}

@@ -1,0 +1,267 @@
+//! A registry as its clients see it: where it is, with which key, and what it answers.
+
+use std::fs;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::Args;
+use reqwest::redirect::Policy;
+use reqwest::{Method, RequestBuilder, Response, Url};
+use secrecy::{ExposeSecret, SecretString};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+
+use crate::domain::digest::Digest;
+use crate::domain::reference::{Reference, ResourceName, VersionSelector};
+
+const CONNECT: Duration = Duration::from_secs(10);
+/// Between two pieces of an answer; a server gives up earlier by itself.
+const SILENCE: Duration = Duration::from_secs(120);
+/// The most that the API gives at once.
+const PAGE_SIZE: &str = "200";
+/// Holds the key where no file is named. Not an option: those show in `ps`.
+const KEY_VARIABLE: &str = "PROMPTWEAVE_API_KEY";
+
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Registry")]
+pub struct ServerOptions {
+    /// Where the registry is: `http://` or `https://`, host, port, and a path where a proxy has it
+    /// below one.
+    #[arg(
+        long,
+        env = "PROMPTWEAVE_SERVER",
+        value_name = "URL",
+        default_value = "http://127.0.0.1:8080"
+    )]
+    server: Url,
+    /// A file that holds the API key, as `promptweave up` keeps one. Default: the key itself in the
+    /// variable PROMPTWEAVE_API_KEY; without either, none is sent.
+    #[arg(long, env = "PROMPTWEAVE_API_KEY_FILE", value_name = "FILE")]
+    api_key_file: Option<PathBuf>,
+}
+
+pub struct Server {
+    url: Url,
+    key: Option<SecretString>,
+    http: reqwest::Client,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    #[error("cannot reach {url}; name the registry with --server or PROMPTWEAVE_SERVER")]
+    Unreachable { url: Url, source: reqwest::Error },
+    #[error("{detail} ({code})")]
+    Refused { code: String, detail: String },
+    #[error("{url} does not answer as a promptweave registry does (status {status})")]
+    NotARegistry { url: Url, status: u16 },
+}
+
+/// What the client reads of an error.
+#[derive(Deserialize)]
+struct Problem {
+    code: String,
+    detail: String,
+}
+
+/// What the client reads of a prompt.
+#[derive(Deserialize)]
+struct Prompt {
+    newest_version: Option<i32>,
+}
+
+/// What the client reads of a version.
+#[derive(Debug, Deserialize)]
+pub struct Version {
+    pub version: i32,
+    pub digest: Digest,
+    pub size: u64,
+}
+
+#[derive(Deserialize)]
+struct Page<T> {
+    items: Vec<T>,
+    next_page_token: Option<String>,
+}
+
+impl ServerOptions {
+    pub fn server(self) -> anyhow::Result<Server> {
+        anyhow::ensure!(
+            ["http", "https"].contains(&self.server.scheme()) && self.server.has_host(),
+            "--server `{}` is not http:// or https:// and a host",
+            self.server
+        );
+        // What is installed already is as good.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let mut http = reqwest::Client::builder()
+            .connect_timeout(CONNECT)
+            .read_timeout(SILENCE)
+            // The API has none; a key and a body do not go to where another server points.
+            .redirect(Policy::none());
+        if self.server.scheme() == "http" {
+            // So that a machine without certificates reaches what needs none.
+            http = http.tls_certs_only([]);
+        }
+        Ok(Server {
+            key: key(self.api_key_file)?,
+            http: http.build().context("cannot set up HTTP")?,
+            url: self.server,
+        })
+    }
+}
+
+fn key(file: Option<PathBuf>) -> anyhow::Result<Option<SecretString>> {
+    let text = match file {
+        Some(file) => {
+            let text = fs::read_to_string(&file);
+            text.with_context(|| format!("cannot read the API key in `{}`", file.display()))?
+        }
+        None => std::env::var(KEY_VARIABLE).unwrap_or_default(),
+    };
+    let text = text.trim();
+    Ok((!text.is_empty()).then(|| text.into()))
+}
+
+impl Server {
+    /// Of what is below `/v1`.
+    pub fn request(&self, method: Method, path: &[&str]) -> RequestBuilder {
+        self.request_with(method, path, &[])
+    }
+
+    /// The same with a query.
+    pub fn request_with(
+        &self,
+        method: Method,
+        path: &[&str],
+        query: &[(&str, String)],
+    ) -> RequestBuilder {
+        let mut url = self.url.clone();
+        url.path_segments_mut()
+            .expect("checked to have a host")
+            .pop_if_empty()
+            .push("v1")
+            .extend(path);
+        if !query.is_empty() {
+            url.query_pairs_mut().extend_pairs(query);
+        }
+        let request = self.http.request(method, url);
+        match &self.key {
+            Some(key) => request.bearer_auth(key.expose_secret()),
+            None => request,
+        }
+    }
+
+    /// A success, whose body is still to be read.
+    pub async fn send(&self, request: RequestBuilder) -> Result<Response, ServerError> {
+        let response = request.send().await.map_err(|e| self.unreachable(e))?;
+        if response.status().is_success() {
+            return Ok(response);
+        }
+        let status = response.status().as_u16();
+        let body = response.bytes().await.map_err(|e| self.unreachable(e))?;
+        let Ok(Problem { code, mut detail }) = serde_json::from_slice(&body) else {
+            return Err(self.not_a_registry(status));
+        };
+        if status == 401 {
+            detail +=
+                &format!("; it comes from {KEY_VARIABLE}, or from the file of --api-key-file");
+        }
+        Err(ServerError::Refused { code, detail })
+    }
+
+    /// A success's JSON.
+    pub async fn json<T: DeserializeOwned>(
+        &self,
+        request: RequestBuilder,
+    ) -> Result<T, ServerError> {
+        read(self, self.send(request).await?).await
+    }
+
+    /// `json`, and None where it is refused for this reason.
+    pub async fn json_unless<T: DeserializeOwned>(
+        &self,
+        code: &str,
+        request: RequestBuilder,
+    ) -> Result<Option<T>, ServerError> {
+        match self.json(request).await {
+            Ok(found) => Ok(Some(found)),
+            Err(ServerError::Refused { code: other, .. }) if other == code => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// All pages of a list.
+    pub async fn list<T: DeserializeOwned>(
+        &self,
+        path: &[&str],
+        filters: &[(&str, String)],
+    ) -> Result<Vec<T>, ServerError> {
+        let mut query = filters.to_vec();
+        query.push(("page_size", PAGE_SIZE.to_owned()));
+        let (mut items, first) = (Vec::new(), query.len());
+        loop {
+            let request = self.request_with(Method::GET, path, &query);
+            let page: Page<T> = self.json(request).await?;
+            items.extend(page.items);
+            query.truncate(first);
+            match page.next_page_token {
+                Some(token) => query.push(("page_token", token)),
+                None => return Ok(items),
+            }
+        }
+    }
+
+    /// The version that a reference means now.
+    pub async fn resolve(&self, reference: &Reference) -> anyhow::Result<Version> {
+        let name = reference.name.as_str();
+        let selector = match &reference.version {
+            VersionSelector::Newest => {
+                let request = self.request(Method::GET, &["prompts", name]);
+                let prompt: Prompt = self.json(request).await?;
+                let newest = prompt.newest_version.with_context(|| {
+                    format!("prompt `{name}` has no version, or deprecated ones alone")
+                })?;
+                newest.to_string()
+            }
+            VersionSelector::Number(number) => number.to_string(),
+            VersionSelector::Alias(alias) => alias.to_string(),
+            VersionSelector::Digest(digest) => digest.to_string(),
+        };
+        let path = ["prompts", name, "versions", &selector];
+        Ok(self.json(self.request(Method::GET, &path)).await?)
+    }
+
+    /// The version of a prompt that has these bytes, if one has.
+    pub async fn version_with(
+        &self,
+        name: &ResourceName,
+        digest: &Digest,
+    ) -> Result<Option<Version>, ServerError> {
+        let path = ["prompts", name.as_str(), "versions", &digest.to_string()];
+        let request = self.request(Method::GET, &path);
+        self.json_unless("version_not_found", request).await
+    }
+
+    pub fn unreachable(&self, error: reqwest::Error) -> ServerError {
+        ServerError::Unreachable {
+            url: self.url.clone(),
+            // It names the path; the message has the server already.
+            source: error.without_url(),
+        }
+    }
+
+    fn not_a_registry(&self, status: u16) -> ServerError {
+        let url = self.url.clone();
+        ServerError::NotARegistry { url, status }
+    }
+}
+
+/// The JSON of a success.
+pub async fn read<T: DeserializeOwned>(
+    server: &Server,
+    response: Response,
+) -> Result<T, ServerError> {
+    let status = response.status().as_u16();
+    let body = response.bytes().await.map_err(|e| server.unreachable(e))?;
+    serde_json::from_slice(&body).map_err(|_| server.not_a_registry(status))
+}
