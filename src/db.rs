@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use sqlx::PgPool;
 use sqlx::migrate::Migrator;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions, PgQueryResult};
+use sqlx::{Connection, PgPool};
 
 /// The schema, embedded: `MIGRATOR.run(&pool)` brings a database up to date.
 pub static MIGRATOR: Migrator = sqlx::migrate!();
@@ -19,6 +19,9 @@ pub struct PoolSettings {
     /// Longest single statement. Uploads write about 1 MB, so anything near this is a fault.
     pub statement_timeout: Duration,
 }
+
+/// How long an idle connection is taken to be alive.
+const UNTESTED: Duration = Duration::from_secs(1);
 
 impl Default for PoolSettings {
     fn default() -> Self {
@@ -49,6 +52,17 @@ pub fn pool(options: PgConnectOptions, settings: &PoolSettings) -> PgPool {
         .max_connections(settings.max_connections)
         .acquire_timeout(settings.acquire_timeout)
         .idle_timeout(Duration::from_secs(300))
+        // Asking before each use whether the server is still there costs as much as reading a row. Of a
+        // connection that was used a moment ago it is taken for granted.
+        .test_before_acquire(false)
+        .before_acquire(|connection, metadata| {
+            Box::pin(async move {
+                if metadata.idle_for > UNTESTED {
+                    connection.ping().await?;
+                }
+                Ok(true)
+            })
+        })
         .connect_lazy_with(options)
 }
 

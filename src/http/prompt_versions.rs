@@ -16,11 +16,12 @@ use super::error::Problem;
 use super::extract::{Body, Path, Query, media_type, unsupported_media_type};
 use super::page::{Page, PageQuery};
 use super::prompt_files::{self, MissingMetadata};
-use super::prompts::{existing, locked};
+use super::prompts::{existing, locked, not_found};
 use super::{AppState, HttpSettings};
 use crate::db::DbError;
 use crate::domain::reference::{Reference, ResourceName, VersionSelector};
 use crate::registry::prompt_versions::{self, NewVersion, PromptVersion};
+use crate::registry::prompts;
 
 pub(super) const PROMPT_FILE: &str = "application/vnd.prompt+safetensors";
 
@@ -136,10 +137,12 @@ async fn publish_version(
     let metadata = missing.complete(file.metadata.as_ref())?;
 
     let mut transaction = state.pool.begin().await?;
-    let prompt = existing(&mut transaction, caller.project_id, &name).await?;
+    let prompt_id = prompts::find_id(&mut transaction, caller.project_id, &name)
+        .await?
+        .ok_or_else(|| not_found(&name))?;
     prompt_files::check_backbone(&mut transaction, caller.project_id, &file, &metadata).await?;
     let new = NewVersion {
-        prompt_id: prompt.id,
+        prompt_id,
         bytes: &bytes,
         file: &file,
         metadata: &metadata,

@@ -271,6 +271,6 @@ pub(super) async fn existing(
         .ok_or_else(|| not_found(name))
 }
 
-fn not_found(name: &ResourceName) -> Problem {
+pub(super) fn not_found(name: &ResourceName) -> Problem {
     Problem::not_found("prompt_not_found", format!("there is no prompt `{name}`"))
 }

@@ -1,5 +1,7 @@
 //! Prompt versions: immutable, numbered within their prompt, addressed by the sha256 of their file.
 
+use std::ops::RangeInclusive;
+
 use serde::Serialize;
 use serde_json::Value;
 use sqlx::PgConnection;
@@ -12,7 +14,7 @@ use super::{RegistryError, prompts, read_digest, read_name};
 use crate::db::{DbError, OnConstraint};
 use crate::domain::digest::Digest;
 use crate::domain::prompt_file::{Origin, PromptFile, PromptMetadata};
-use crate::domain::reference::{Reference, ResourceName, VersionSelector};
+use crate::domain::reference::{AliasName, Reference, ResourceName, VersionSelector};
 
 /// An immutable visual prompt: the facts about a file. The file is [`content`].
 #[derive(Clone, Debug, Serialize, ToSchema)]
@@ -95,25 +97,23 @@ pub async fn insert(
     new: NewVersion<'_>,
 ) -> Result<(PromptVersion, bool), RegistryError> {
     let digest = Digest::of(new.bytes);
-    // The prompt's row is locked until the transaction ends, so versions are numbered one by one.
-    let prompt = sqlx::query!(
-        "SELECT name, deleted_at FROM prompt WHERE project_id = $1 AND id = $2 FOR NO KEY UPDATE",
+    let known = sqlx::query!(
+        r#"
+        SELECT p.name, v.version AS "version?"
+        FROM prompt p
+        LEFT JOIN prompt_version v ON v.project_id = p.project_id AND v.prompt_id = p.id AND v.sha256 = $3
+        WHERE p.project_id = $1 AND p.id = $2
+        "#,
         project_id,
         new.prompt_id,
+        digest.as_bytes(),
     )
     .fetch_optional(&mut *conn)
     .await?
     .ok_or(DbError::RowCount(0))?;
-    let name = read_name("prompt", prompt.name)?;
-    if prompt.deleted_at.is_some() {
-        return Err(RegistryError::PromptDeleted(name));
-    }
-    let reference = Reference {
-        name,
-        version: VersionSelector::Digest(digest),
-    };
-    if let Some(existing) = resolve(conn, project_id, &reference).await? {
-        return Ok((existing, false));
+    let name = read_name("prompt", known.name)?;
+    if let Some(version) = known.version {
+        return Ok((numbered(conn, project_id, &name, version).await?, false));
     }
     sqlx::query!(
         "INSERT INTO blob (sha256, bytes) VALUES ($1, $2) ON CONFLICT (sha256) DO NOTHING",
@@ -122,12 +122,27 @@ pub async fn insert(
     )
     .execute(&mut *conn)
     .await?;
+    // From here on the prompt's row is held, so that versions are numbered one by one; the bytes are on their
+    // way to the disk by then.
+    let held = sqlx::query!(
+        r#"
+        UPDATE prompt SET revision = revision + 1
+        WHERE project_id = $1 AND id = $2 AND deleted_at IS NULL
+        "#,
+        project_id,
+        new.prompt_id,
+    )
+    .execute(&mut *conn)
+    .await?;
+    if held.rows_affected() == 0 {
+        return Err(RegistryError::PromptDeleted(name));
+    }
     let id = Uuid::now_v7();
     let depth = match new.file.deep_prompt_embeddings {
         None => Depth::Shallow,
         Some(_) => Depth::Deep,
     };
-    sqlx::query!(
+    let version = sqlx::query_scalar!(
         r#"
         INSERT INTO prompt_version (
             id, project_id, prompt_id, version, sha256, origin, num_tokens, embed_dim, depth,
@@ -139,6 +154,8 @@ pub async fn insert(
                $16
         FROM prompt_version
         WHERE project_id = $2 AND prompt_id = $3
+        ON CONFLICT ON CONSTRAINT prompt_version_sha256_key DO NOTHING
+        RETURNING version
         "#,
         id,
         project_id,
@@ -160,11 +177,17 @@ pub async fn insert(
         new.metadata.training.as_ref(),
         new.produced_by_job,
     )
-    .execute(&mut *conn)
+    .fetch_optional(&mut *conn)
     .await
     .on_constraint("prompt_version_produced_by_job_key", || {
         RegistryError::AlreadyProduced(new.produced_by_job.unwrap_or_default())
     })?;
+    let Some(version) = version else {
+        // Somebody else published the same bytes meanwhile.
+        let version = VersionSelector::Digest(digest);
+        let found = resolve(conn, project_id, &Reference { name, version }).await?;
+        return Ok((found.ok_or(DbError::RowCount(0))?, false));
+    };
     for parent in new.parents {
         sqlx::query!(
             "INSERT INTO lineage (project_id, child, parent, weight, role)
@@ -177,9 +200,21 @@ pub async fn insert(
         .execute(&mut *conn)
         .await?;
     }
-    prompts::touch(conn, project_id, new.prompt_id).await?;
-    let version = resolve(conn, project_id, &reference).await?;
-    Ok((version.ok_or(DbError::RowCount(0))?, true))
+    Ok((numbered(conn, project_id, &name, version).await?, true))
+}
+
+/// A version that there is, unless its prompt was deleted.
+async fn numbered(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    name: &ResourceName,
+    version: i32,
+) -> Result<PromptVersion, RegistryError> {
+    let found = select(conn, project_id, name, version..=version, true, 1).await?;
+    found
+        .into_iter()
+        .next()
+        .ok_or_else(|| RegistryError::PromptDeleted(name.clone()))
 }
 
 /// The version a reference means.
@@ -188,15 +223,70 @@ pub async fn resolve(
     project_id: Uuid,
     reference: &Reference,
 ) -> Result<Option<PromptVersion>, RegistryError> {
-    let found = select_versions(
-        conn,
+    let name = &reference.name;
+    let number = match &reference.version {
+        VersionSelector::Newest => None,
+        VersionSelector::Number(number) => Some(*number),
+        VersionSelector::Alias(alias) => {
+            let Some(number) = aliased(conn, project_id, name, alias).await? else {
+                return Ok(None);
+            };
+            Some(number)
+        }
+        VersionSelector::Digest(digest) => {
+            let Some(number) = with_digest(conn, project_id, name, digest).await? else {
+                return Ok(None);
+            };
+            Some(number)
+        }
+    };
+    let found = match number {
+        Some(number) => select(conn, project_id, name, number..=number, true, 1).await?,
+        None => select(conn, project_id, name, 1..=i32::MAX, false, 1).await?,
+    };
+    Ok(found.into_iter().next())
+}
+
+async fn aliased(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    name: &ResourceName,
+    alias: &AliasName,
+) -> Result<Option<i32>, RegistryError> {
+    Ok(sqlx::query_scalar!(
+        r#"
+        SELECT a.version
+        FROM prompt p
+        JOIN alias a ON a.project_id = p.project_id AND a.prompt_id = p.id
+        WHERE p.project_id = $1 AND p.name = $2 AND a.name = $3
+        "#,
         project_id,
-        &reference.name,
-        Some(&reference.version),
-        None,
-        1,
-    );
-    Ok(found.await?.into_iter().next())
+        name.as_str(),
+        alias.as_str(),
+    )
+    .fetch_optional(conn)
+    .await?)
+}
+
+async fn with_digest(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    name: &ResourceName,
+    digest: &Digest,
+) -> Result<Option<i32>, RegistryError> {
+    Ok(sqlx::query_scalar!(
+        r#"
+        SELECT v.version
+        FROM prompt p
+        JOIN prompt_version v ON v.project_id = p.project_id AND v.prompt_id = p.id
+        WHERE p.project_id = $1 AND p.name = $2 AND v.sha256 = $3
+        "#,
+        project_id,
+        name.as_str(),
+        digest.as_bytes(),
+    )
+    .fetch_optional(conn)
+    .await?)
 }
 
 /// Versions of a prompt, newest first, those before `before`.
@@ -207,7 +297,8 @@ pub async fn list(
     before: Option<i32>,
     limit: i64,
 ) -> Result<Vec<PromptVersion>, RegistryError> {
-    select_versions(conn, project_id, name, None, before, limit).await
+    let last = before.map_or(i32::MAX, |before| before.saturating_sub(1));
+    select(conn, project_id, name, 1..=last, true, limit).await
 }
 
 /// The bytes of a prompt file.
@@ -249,22 +340,16 @@ pub async fn set_deprecated(
     }
 }
 
-/// `selector: None` is every version, deprecated or not.
-async fn select_versions(
+/// Versions of these numbers, newest first. A range, so that one plan serves a version and a list: planning
+/// it each time would cost more than running it.
+async fn select(
     conn: &mut PgConnection,
     project_id: Uuid,
     name: &ResourceName,
-    selector: Option<&VersionSelector>,
-    before: Option<i32>,
+    versions: RangeInclusive<i32>,
+    deprecated_too: bool,
     limit: i64,
 ) -> Result<Vec<PromptVersion>, RegistryError> {
-    let (mut number, mut alias, mut digest) = (None, None, None);
-    match selector {
-        Some(VersionSelector::Number(n)) => number = Some(*n),
-        Some(VersionSelector::Alias(name)) => alias = Some(name.as_str()),
-        Some(VersionSelector::Digest(d)) => digest = Some(d.as_bytes() as &[u8]),
-        Some(VersionSelector::Newest) | None => {}
-    }
     let rows = sqlx::query_as!(
         VersionRow,
         r#"
@@ -294,25 +379,16 @@ async fn select_versions(
         WHERE p.project_id = $1
           AND p.name = $2
           AND p.deleted_at IS NULL
-          AND ($3::int IS NULL OR v.version = $3)
-          AND ($4::bytea IS NULL OR v.sha256 = $4)
-          AND ($5::text IS NULL OR v.version = (
-              SELECT a.version
-              FROM alias a
-              WHERE a.project_id = p.project_id AND a.prompt_id = p.id AND a.name = $5
-          ))
-          AND ($6 OR v.deprecated_at IS NULL)
-          AND ($7::int IS NULL OR v.version < $7)
+          AND v.version BETWEEN $3 AND $4
+          AND ($5 OR v.deprecated_at IS NULL)
         ORDER BY v.version DESC
-        LIMIT $8
+        LIMIT $6
         "#,
         project_id,
         name.as_str(),
-        number,
-        digest,
-        alias,
-        selector != Some(&VersionSelector::Newest),
-        before,
+        versions.start(),
+        versions.end(),
+        deprecated_too,
         limit,
     )
     .fetch_all(conn)

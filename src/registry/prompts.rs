@@ -1,6 +1,6 @@
 //! Prompt names, which versions are published under.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -131,6 +131,21 @@ pub async fn find(
     Ok(found.into_iter().next())
 }
 
+/// [`find`], where nothing but the id is needed.
+pub async fn find_id(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    name: &ResourceName,
+) -> Result<Option<Uuid>, RegistryError> {
+    Ok(sqlx::query_scalar!(
+        "SELECT id FROM prompt WHERE project_id = $1 AND name = $2 AND deleted_at IS NULL",
+        project_id,
+        name.as_str(),
+    )
+    .fetch_optional(conn)
+    .await?)
+}
+
 /// Like [`find`], and holds the prompt's row until the transaction ends: changes of one prompt are made
 /// one after the other, and what was read stays true.
 pub async fn lock(
@@ -249,42 +264,69 @@ pub async fn list(
     after: Option<&ResourceName>,
     limit: i64,
 ) -> Result<Vec<Prompt>, RegistryError> {
-    let mut texts: Vec<_> = facets.iter().map(Facet::text).collect();
-    // Every prompt has it.
-    texts.push(String::new());
-    // The rarest facet is walked in the order of names, and the others looked up for each.
+    let mut texts: BTreeSet<_> = facets.iter().map(Facet::text).collect();
+    if texts.is_empty() {
+        // Every prompt has it.
+        texts.insert(String::new());
+    }
+    let walked = rarest(conn, project_id, &texts).await?;
+    texts.remove(&walked);
+    let others: Vec<_> = texts.into_iter().collect();
+    // One facet is walked in the order of names, and the others looked up for each.
     let names = sqlx::query_scalar!(
         r#"
-        WITH asked AS MATERIALIZED (
-            SELECT facet, (
-                SELECT count(*)
-                FROM (SELECT FROM prompt_facet f WHERE f.project_id = $1 AND f.facet = a.facet LIMIT 1000) AS first
-            ) AS frequency
-            FROM unnest($2::text[]) AS a (facet)
-        )
         SELECT f.name
         FROM prompt_facet f
         WHERE f.project_id = $1
-          AND f.facet = (SELECT facet FROM asked ORDER BY frequency, facet DESC LIMIT 1)
+          AND f.facet = $2
           AND f.name > $3
-          AND NOT EXISTS (
-              SELECT FROM asked
-              WHERE NOT EXISTS (
-                  SELECT FROM prompt_facet other
-                  WHERE other.project_id = $1 AND other.facet = asked.facet AND other.name = f.name
-              )
-          )
+          AND (cardinality($4::text[]) = 0 OR cardinality($4) = (
+              SELECT count(*)
+              FROM unnest($4) AS asked (facet)
+              JOIN prompt_facet other
+                ON other.project_id = $1 AND other.facet = asked.facet AND other.name = f.name
+          ))
         ORDER BY f.name
-        LIMIT $4
+        LIMIT $5
         "#,
         project_id,
-        &texts,
+        walked,
         after.map_or("", ResourceName::as_str),
+        &others,
         limit,
     )
     .fetch_all(&mut *conn)
     .await?;
     select(conn, project_id, &names).await
+}
+
+/// The facet that the fewest prompts have; counting ends at 1,000.
+async fn rarest(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    facets: &BTreeSet<String>,
+) -> Result<String, RegistryError> {
+    let facets: Vec<_> = facets.iter().cloned().collect();
+    if let [only] = &facets[..] {
+        return Ok(only.clone());
+    }
+    Ok(sqlx::query_scalar!(
+        r#"
+        SELECT asked.facet AS "facet!"
+        FROM unnest($2::text[]) AS asked (facet)
+        ORDER BY (
+            SELECT count(*)
+            FROM (
+                SELECT FROM prompt_facet f WHERE f.project_id = $1 AND f.facet = asked.facet LIMIT 1000
+            ) AS some_of_them
+        )
+        LIMIT 1
+        "#,
+        project_id,
+        &facets,
+    )
+    .fetch_one(conn)
+    .await?)
 }
 
 async fn select(
