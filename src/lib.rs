@@ -25,6 +25,7 @@ pub mod offline;
 pub mod plot;
 pub mod private_postgres;
 pub mod registry;
+pub mod remote;
 pub mod roles;
 pub mod shutdown;
 pub mod telemetry;

@@ -25,6 +25,7 @@ mod prompt_changes;
 mod prompts;
 mod queue;
 mod rate_limits;
+mod remote;
 mod resolve;
 mod traversal;
 mod up;
