@@ -1,10 +1,11 @@
-//! Labelled images in a folder or an archive, in the two layouts people have, as one listing.
+//! Labelled images in a folder or an archive, in the layouts people have, as one listing.
 //!
 //! * **VTAB-1k list files**: `train800val200.txt` (or `train.txt`), `val200.txt` (or `val.txt`),
 //!   `test.txt`; each line is a path relative to the folder, white space, and a label. Class names
 //!   come from `meta.json` (`{"classes": [...]}`); without it a class is named by its number.
 //! * **Image folder**: `train/<class>/<image>`, `val/…`, `test/…`; without those sub-folders,
 //!   `<class>/<image>` is all `train`.
+//! * **WebDataset**: [`webdataset`](super::webdataset).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -16,6 +17,7 @@ use utoipa::ToSchema;
 
 use super::digest::Digest;
 use super::files::{Directory, FileError, Files};
+use super::webdataset;
 
 #[derive(
     Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema,
@@ -118,11 +120,13 @@ pub enum DatasetError {
     },
     #[error(
         "`{0}` holds no training images: expected train800val200.txt or train.txt with \
-         `path label` lines, or folders of images named by class"
+         `path label` lines, folders of images named by class, or images with a `.cls` beside each"
     )]
     Empty(PathBuf),
     #[error("`{path}` names {classes} classes; at most {MAX_CLASSES} are accepted")]
     TooManyClasses { path: PathBuf, classes: usize },
+    #[error("sample `{sample}` {rule}")]
+    Sample { sample: String, rule: String },
     #[error("the data set has no split `{}`; it has {}", .wanted.name(), names(.present))]
     NoSplit { wanted: Split, present: Vec<Split> },
 }
@@ -141,7 +145,7 @@ struct Meta {
 }
 
 impl LabelledImages {
-    /// Lists a folder in either layout. Images are not opened.
+    /// Lists a folder in any layout. Images are not opened.
     pub fn read(root: &Path) -> Result<Self, DatasetError> {
         Ok(Self {
             root: root.to_owned(),
@@ -155,11 +159,14 @@ impl LabelledImages {
 }
 
 impl Listing {
-    /// Lists files in either layout. Images are not opened.
+    /// Lists files in any layout. Images are not opened.
     pub fn read(files: &dyn Files) -> Result<Self, DatasetError> {
-        let listed = match Self::read_lists(files)? {
-            Some(listed) => listed,
-            None => Self::read_folders(files)?,
+        let listed = if let Some(listed) = Self::read_lists(files)? {
+            listed
+        } else if let Some(listed) = webdataset::read(files)? {
+            listed
+        } else {
+            Self::read_folders(files)?
         };
         match listed.splits.get(&Split::Train) {
             Some(train) if !train.is_empty() => Ok(listed),
@@ -248,7 +255,7 @@ impl Listing {
     }
 }
 
-fn read_error(files: &dyn Files, path: &str, source: FileError) -> DatasetError {
+pub(super) fn read_error(files: &dyn Files, path: &str, source: FileError) -> DatasetError {
     DatasetError::Read {
         path: files.shown(path),
         source,

@@ -25,3 +25,4 @@ pub mod prompt_file;
 pub mod reference;
 pub mod tensor;
 pub mod tensor_file;
+pub mod webdataset;

@@ -350,3 +350,24 @@ async fn hostile_archives_are_refused_by_entry_and_rule(pool: PgPool) {
     );
     assert_nothing_kept(&app).await;
 }
+
+#[sqlx::test(migrator = "MIGRATOR")]
+async fn a_shard_of_a_webdataset_is_a_data_set(pool: PgPool) {
+    let app = app(pool);
+    let (one, two) = (png(1), png(2));
+    let shard: &[(&str, &[u8])] = &[
+        ("000000.png", &one),
+        ("000000.cls", b"1"),
+        ("000000.json", br#"{"width": 1}"#),
+        ("000001.png", &two),
+        ("000001.cls", b"0\n"),
+    ];
+    let dataset = upload(&app, "", tar(shard)).await.ok(201);
+    assert_eq!(dataset["classes"], json!(["0", "1"]));
+    assert_eq!(dataset["class_counts"], json!({"train": [1, 1]}));
+    let without = &shard[..4];
+    let refused = upload(&app, "", gzip(&tar(without))).await;
+    let problem = refused.problem(422, "invalid_dataset");
+    let detail = problem["detail"].as_str().unwrap();
+    assert!(detail.contains("sample `000001` has no label"), "{detail}");
+}
