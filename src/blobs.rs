@@ -11,10 +11,11 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::stream::BoxStream;
-use futures::{Stream, StreamExt};
+use futures::{Stream, StreamExt, TryStreamExt};
 use object_store::local::LocalFileSystem;
 use object_store::path::Path as Key;
 use object_store::{ObjectStore, ObjectStoreExt, PutPayload, WriteMultipart};
+use time::OffsetDateTime;
 
 use crate::domain::digest::{Digest, DigestBuilder};
 
@@ -167,6 +168,37 @@ impl BlobStore {
         }
     }
 
+    /// What was stored before, in no order.
+    pub fn stored_before(
+        &self,
+        moment: OffsetDateTime,
+    ) -> impl Stream<Item = Result<StoredBlob, BlobError>> + use<> {
+        let moment = moment.unix_timestamp();
+        self.store
+            .list(Some(&Key::from(ROOT)))
+            .err_into()
+            .try_filter_map(move |meta| async move {
+                let old = meta.last_modified.timestamp() < moment;
+                // What is called otherwise is not ours.
+                let digest = meta
+                    .location
+                    .filename()
+                    .and_then(|name| format!("sha256:{name}").parse().ok());
+                Ok(digest.filter(|_| old).map(|digest| StoredBlob {
+                    digest,
+                    size: meta.size,
+                }))
+            })
+    }
+
+    /// Deletes a blob; one that is not there is no error.
+    pub async fn delete(&self, digest: &Digest) -> Result<(), BlobError> {
+        match self.store.delete(&key(digest)).await {
+            Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
     async fn open(&self, digest: &Digest) -> Result<object_store::GetResult, BlobError> {
         match self.store.get(&key(digest)).await {
             Err(object_store::Error::NotFound { .. }) => Err(BlobError::Missing(*digest)),
@@ -198,10 +230,12 @@ impl Checked {
     }
 }
 
+const ROOT: &str = "sha256";
+
 /// `sha256/ab/ab12…`: two levels, so that no directory grows too large.
 fn key(digest: &Digest) -> Key {
     let hex = digest.hex();
-    Key::from_iter(["sha256", &hex[..2], &hex])
+    Key::from_iter([ROOT, &hex[..2], &hex])
 }
 
 fn check(expected: &Digest, found: DigestBuilder) -> Result<(), BlobError> {

@@ -7,8 +7,8 @@ use clap::{Args, Parser, Subcommand};
 use uuid::Uuid;
 
 use crate::config::{
-    DatabaseOptions, HttpOptions, LogOptions, PoolOptions, PrivatePostgresOptions, ShutdownOptions,
-    StorageOptions, WorkerOptions,
+    DatabaseOptions, HttpOptions, LogOptions, PoolOptions, PrivatePostgresOptions,
+    RetentionOptions, ShutdownOptions, StorageOptions, WorkerOptions,
 };
 use crate::domain::api_key::{KeyName, Scope};
 use crate::domain::reference::ResourceName;
@@ -39,6 +39,8 @@ pub enum Command {
     Keys(KeysArgs),
     #[command(flatten)]
     Client(crate::client::Command),
+    /// Delete files that nothing refers to, and statistics after their time; a server does so once a day.
+    Gc(GcArgs),
     /// Print the OpenAPI document.
     Openapi,
     /// Train one visual prompt on a labelled image set with a frozen backbone (VPT).
@@ -72,6 +74,8 @@ pub struct UpArgs {
     #[command(flatten)]
     pub worker: WorkerOptions,
     #[command(flatten)]
+    pub retention: RetentionOptions,
+    #[command(flatten)]
     pub postgres: PrivatePostgresOptions,
     #[command(flatten)]
     pub pool: PoolOptions,
@@ -87,6 +91,8 @@ pub struct ServeArgs {
     pub database: DatabaseOptions,
     #[command(flatten)]
     pub storage: StorageOptions,
+    #[command(flatten)]
+    pub retention: RetentionOptions,
     #[command(flatten)]
     pub shutdown: ShutdownOptions,
 }
@@ -144,6 +150,19 @@ pub enum KeysCommand {
         #[arg(long, default_value = "default")]
         project: ResourceName,
     },
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct GcArgs {
+    #[command(flatten)]
+    pub database: DatabaseOptions,
+    #[command(flatten)]
+    pub storage: StorageOptions,
+    #[command(flatten)]
+    pub retention: RetentionOptions,
+    /// Only say how much there is.
+    #[arg(long, env = "PROMPTWEAVE_DRY_RUN")]
+    pub dry_run: bool,
 }
 
 #[derive(Clone, Debug, Args)]

@@ -20,6 +20,7 @@ use crate::db::{self, PoolSettings};
 use crate::domain::precision::Precision;
 #[cfg(feature = "torch")]
 use crate::engine::cache::ResultCache;
+use crate::gc::Retention;
 use crate::http::rate_limit::RateLimit;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -99,6 +100,32 @@ pub struct StorageOptions {
     /// Default: `/var/lib/promptweave` as root, else `$XDG_DATA_HOME/promptweave`.
     #[arg(long, env = "PROMPTWEAVE_DATA_DIR", value_name = "DIR")]
     pub data_dir: Option<PathBuf>,
+}
+
+/// How long files are kept.
+#[derive(Clone, Debug, Args)]
+pub struct RetentionOptions {
+    /// How old a file that nothing refers to must be before it is deleted, in hours. Too low and an
+    /// upload that takes longer is in vain; too high and uploads that broke off take space.
+    #[arg(long, env = "PROMPTWEAVE_GC_GRACE_HOURS", default_value_t = 24,
+          value_parser = clap::value_parser!(u32).range(1..))]
+    pub gc_grace_hours: u32,
+    /// Days for which an ensemble's statistics are kept after it ended: for so long it can be solved
+    /// again. For ever by default.
+    #[arg(long, env = "PROMPTWEAVE_STATISTICS_DAYS")]
+    pub statistics_days: Option<u32>,
+}
+
+impl RetentionOptions {
+    pub fn retention(&self) -> Retention {
+        const HOUR: u64 = 3600;
+        Retention {
+            grace: Duration::from_secs(u64::from(self.gc_grace_hours) * HOUR),
+            statistics: self
+                .statistics_days
+                .map(|days| Duration::from_secs(u64::from(days) * 24 * HOUR)),
+        }
+    }
 }
 
 impl StorageOptions {

@@ -4,7 +4,7 @@ use std::time::Duration;
 use clap::Parser;
 use promptweave::cli::{Cli, Command};
 use promptweave::http::openapi::openapi;
-use promptweave::{client, healthcheck, keys, plot, roles, telemetry};
+use promptweave::{client, gc, healthcheck, keys, plot, roles, telemetry};
 #[cfg(feature = "torch")]
 use promptweave::{offline, up, worker};
 
@@ -38,6 +38,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Command::Migrate(options) => block_on(roles::migrate(options)),
         Command::Keys(args) => block_on(keys::run(args)),
         Command::Client(command) => block_on(client::run(command)),
+        Command::Gc(args) => block_on(gc::run(args)),
         Command::Openapi => {
             println!("{}", openapi().to_pretty_json()?);
             Ok(())

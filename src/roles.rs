@@ -13,8 +13,9 @@ use tokio::net::TcpListener;
 use crate::blobs::BlobStore;
 use crate::cli::{ServeArgs, WorkerArgs};
 use crate::clock::SystemClock;
-use crate::config::{DatabaseOptions, HttpOptions, StorageOptions};
+use crate::config::{DatabaseOptions, HttpOptions, RetentionOptions, StorageOptions};
 use crate::db::MIGRATOR;
+use crate::gc;
 use crate::http::{AppState, HttpSettings, router};
 use crate::jobs::reaper;
 use crate::registry::roots::AllowedRoots;
@@ -27,7 +28,7 @@ pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     args.http.validate()?;
     let shutdown = Shutdown::on_signals(args.shutdown.grace())?;
     let state = app_state(&args.http, &args.storage, args.database.pool()?)?;
-    serve_until(bind(&args.http).await?, state, &shutdown).await
+    serve_until(bind(&args.http).await?, state, args.retention, &shutdown).await
 }
 
 /// `promptweave worker`, with the engine it is to use.
@@ -102,10 +103,11 @@ pub(crate) async fn bind(http: &HttpOptions) -> anyhow::Result<TcpListener> {
     })
 }
 
-/// Answers requests, and reaps, until told to stop.
+/// Answers requests, reaps and collects garbage until told to stop.
 pub(crate) async fn serve_until(
     listener: TcpListener,
     state: AppState,
+    retention: RetentionOptions,
     shutdown: &Shutdown,
 ) -> anyhow::Result<()> {
     // For people and for programs that asked for port 0: one line, the actual address.
@@ -114,6 +116,9 @@ pub(crate) async fn serve_until(
         listener.local_addr()?
     );
     let reaper = tokio::spawn(reaper::run(state.pool.clone(), shutdown.soft.clone()));
+    let (pool, blobs) = (state.pool.clone(), state.blobs.clone());
+    let collector = gc::run_daily(pool, blobs, retention, shutdown.soft.clone());
+    let collector = tokio::spawn(collector);
     let service = router(state).into_make_service_with_connect_info::<SocketAddr>();
     let served = axum::serve(listener, service)
         .with_graceful_shutdown(shutdown.soft.clone().cancelled_owned());
@@ -122,6 +127,8 @@ pub(crate) async fn serve_until(
         () = shutdown.hard.cancelled() => tracing::warn!("requests were cut off"),
     }
     reaper.await?;
+    // What it has begun is safe to break off.
+    collector.abort();
     Ok(())
 }
 

@@ -117,7 +117,7 @@ pub async fn run_with(args: UpArgs, mut worker: Command, shutdown: Shutdown) -> 
     let supervised = tokio::spawn(supervise(worker, shutdown.clone()));
 
     let served = tokio::select! {
-        served = serve_until(listener, state, &shutdown) => served,
+        served = serve_until(listener, state, args.retention.clone(), &shutdown) => served,
         status = postgres.exited() => {
             let status = status?;
             Err(anyhow::anyhow!("the private database has ended by itself ({status})"))

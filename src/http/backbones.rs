@@ -19,6 +19,7 @@ use crate::domain::backbone::{Backbone, BackboneError};
 use crate::domain::import::{self, Checkpoint, ImportError, Settings};
 use crate::domain::reference::ResourceName;
 use crate::registry::backbones::{self, RegisteredBackbone};
+use crate::registry::references;
 
 pub fn router() -> OpenApiRouter<AppState> {
     OpenApiRouter::new()
@@ -98,6 +99,7 @@ async fn register_backbone(
             })?;
     let model = state.blobs.put_file(&backbone.model_path()).await?;
     let mut transaction = state.pool.begin().await?;
+    references::hold(&mut transaction, &state.blobs, &model.digest).await?;
     let (registered, created) =
         backbones::insert(&mut transaction, caller.project_id, &name, &backbone, model).await?;
     transaction.commit().await?;

@@ -20,6 +20,7 @@ use super::page::{Page, PageQuery};
 use crate::domain::dataset::DatasetError;
 use crate::domain::reference::{Reference, ResourceName, VersionSelector};
 use crate::registry::datasets::{self, DatasetVersion, NewDatasetVersion, PackError, Packed};
+use crate::registry::references;
 
 /// Most names of left-out images in an answer; the count is always whole.
 const MAX_SKIPPED_NAMES: usize = 100;
@@ -117,6 +118,7 @@ pub(super) async fn publish(
         skipped: packed.skipped.len(),
     };
     let mut transaction = state.pool.begin().await?;
+    references::hold(&mut transaction, &state.blobs, &pack.digest).await?;
     let (dataset, created) =
         datasets::insert_version(&mut transaction, caller.project_id, name, new).await?;
     transaction.commit().await?;

@@ -205,7 +205,8 @@ impl From<Job> for Ensemble {
                 cancel: format!("{this}/cancel"),
                 result: format!("{this}/result"),
                 statistics: format!("{this}/statistics"),
-                resolve: job.statistics_digest.map(|_| format!("{this}/resolve")),
+                resolve: (job.statistics_digest.is_some() && job.statistics_deleted_at.is_none())
+                    .then(|| format!("{this}/resolve")),
                 composed,
                 this,
             },
@@ -412,6 +413,21 @@ async fn succeeded(state: &AppState, caller: &Caller, id: Uuid) -> Result<Solved
     })
 }
 
+/// One that succeeded, whose statistics are still there.
+async fn with_statistics(state: &AppState, caller: &Caller, id: Uuid) -> Result<Solved, Problem> {
+    let solved = succeeded(state, caller, id).await?;
+    match solved.statistics_deleted_at {
+        None => Ok(solved),
+        Some(at) => {
+            let detail = format!(
+                "the statistics of ensemble `{id}` were let go at {at}: they are kept for so many days as the \
+                 operator says (--statistics-days); post the ensemble again"
+            );
+            Err(Problem::new(StatusCode::GONE, "statistics_deleted", detail))
+        }
+    }
+}
+
 /// Source weights, both terms, the path of trade-offs, diagnostics
 #[utoipa::path(
     get,
@@ -451,6 +467,7 @@ async fn get_ensemble_result(
         (status = 404, description = "`ensemble_not_found`"),
         (status = 409, description = "`ensemble_not_finished`, `ensemble_failed`, \
             `ensemble_cancelled`"),
+        (status = 410, description = "`statistics_deleted`: their time is over"),
     )
 )]
 async fn get_ensemble_statistics(
@@ -460,7 +477,7 @@ async fn get_ensemble_statistics(
     method: Method,
     request: HeaderMap,
 ) -> Result<Response, Problem> {
-    let digest = succeeded(&state, &caller, id).await?.statistics;
+    let digest = with_statistics(&state, &caller, id).await?.statistics;
     let (size, pieces) = state.blobs.stream(&digest).await?;
     let file = File {
         digest,

@@ -225,6 +225,13 @@ impl From<RegistryError> for Problem {
                 let detail = format!("{detail}, and names are not given again; {way_out}");
                 Self::conflict("prompt_deleted", detail)
             }
+            // It was there before, old and unused, when it was uploaded once more.
+            RegistryError::BlobGone(_) => Self::new(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "blob_gone",
+                "the file was deleted while it was being registered; send it again",
+            )
+            .retry_after(1),
             RegistryError::PromptInUse { .. } => Self::conflict("prompt_in_use", detail),
             RegistryError::UnknownVersion { .. } => {
                 Self::field("unknown_version", "/version", detail)

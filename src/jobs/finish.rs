@@ -5,13 +5,14 @@ use sqlx::{Connection, PgConnection};
 
 use super::leaving::{Held, Leaving};
 use super::queue::{Claimed, QueueError};
+use crate::blobs::BlobStore;
 use crate::db::DbError;
 use crate::domain::composition::CompositionResult;
 use crate::domain::digest::Digest;
 use crate::domain::prompt_file::{PromptFile, PromptMetadata};
 use crate::domain::reference::ResourceName;
 use crate::registry::prompt_versions::{self, NewVersion, Parent};
-use crate::registry::{deletion, prompts};
+use crate::registry::{deletion, prompts, references};
 
 /// What a composition left to be stored; the statistics are in the blob store already.
 #[derive(Clone, Copy, Debug)]
@@ -28,6 +29,7 @@ pub struct Finished<'a> {
 /// Ends the job as succeeded and publishes its prompt.
 pub async fn finish(
     conn: &mut PgConnection,
+    blobs: &BlobStore,
     claimed: &Claimed,
     finished: Finished<'_>,
 ) -> Result<(), QueueError> {
@@ -43,6 +45,7 @@ pub async fn finish(
     if !valid {
         return Err(QueueError::LeaseLost(claimed.lease.job_id));
     }
+    references::hold(&mut tx, blobs, &finished.statistics).await?;
     let target = &claimed.spec.target;
     let mut description = format!(
         "composed for {}:{} by ensemble {}",

@@ -14,6 +14,7 @@ pub mod plan;
 pub mod queue;
 pub mod reaper;
 pub mod resolve;
+pub mod retention;
 pub mod workers;
 
 use sqlx::PgConnection;
@@ -45,6 +46,8 @@ pub struct Job {
     /// Of a job that succeeded.
     pub result: Option<CompositionResult>,
     pub statistics_digest: Option<Digest>,
+    /// Since when they are no longer there.
+    pub statistics_deleted_at: Option<OffsetDateTime>,
     /// Of a job that failed, or of the last attempt of one that waits for another.
     pub error: Option<JobError>,
     /// When a queued job may be claimed.
@@ -93,7 +96,7 @@ async fn select(
             spec AS "spec: Json<EnsembleSpec>",
             spec_digest,
             result AS "result: Json<CompositionResult>",
-            statistics_digest,
+            statistics_digest, statistics_deleted_at,
             error AS "error: Json<JobError>"
         FROM job
         WHERE project_id = $1
@@ -132,6 +135,7 @@ async fn select(
                     .statistics_digest
                     .map(|bytes| read_digest("statistics_digest", &bytes))
                     .transpose()?,
+                statistics_deleted_at: row.statistics_deleted_at,
                 error: row.error.map(|json| json.0),
                 run_at: row.run_at,
                 created_at: row.created_at,

@@ -41,7 +41,8 @@ impl QueueError {
             Self::Db(error) | Self::Registry(RegistryError::Db(error)) => {
                 error.is_refused_by_constraint()
             }
-            Self::Registry(RegistryError::Blob(_)) | Self::LeaseLost(_) => false,
+            Self::Registry(RegistryError::Blob(_) | RegistryError::BlobGone(_))
+            | Self::LeaseLost(_) => false,
             // Constraints too, by name.
             Self::Registry(_) => true,
         }

@@ -3,6 +3,7 @@
 //! that was published since can come in.
 
 use sqlx::PgConnection;
+use time::OffsetDateTime;
 use uuid::Uuid;
 
 use super::Job;
@@ -25,6 +26,8 @@ pub struct Solved {
     pub result: CompositionResult,
     /// Of `statistics.safetensors` in the blob store.
     pub statistics: Digest,
+    /// Since when they are no longer there.
+    pub statistics_deleted_at: Option<OffsetDateTime>,
 }
 
 impl TryFrom<Job> for Solved {
@@ -39,12 +42,14 @@ impl TryFrom<Job> for Solved {
                 spec,
                 result: Some(result),
                 statistics_digest: Some(statistics),
+                statistics_deleted_at,
                 ..
             } => Ok(Self {
                 id,
                 spec,
                 result,
                 statistics,
+                statistics_deleted_at,
             }),
             job => Err(Box::new(job)),
         }

@@ -15,6 +15,7 @@ pub mod pack;
 pub mod projects;
 pub mod prompt_versions;
 pub mod prompts;
+pub mod references;
 pub mod roots;
 
 use uuid::Uuid;
@@ -53,6 +54,9 @@ pub enum RegistryError {
         /// What it points to.
         version: i32,
     },
+    /// Deleted by `gc` before a row referred to it.
+    #[error("the blob store no longer has {0}")]
+    BlobGone(Digest),
     #[error("prompt `{0}` was deleted")]
     PromptDeleted(ResourceName),
     #[error("prompt `{prompt}` is in use: {user}")]

@@ -116,7 +116,11 @@ pub async fn insert(
         return Ok((numbered(conn, project_id, &name, version).await?, false));
     }
     sqlx::query!(
-        "INSERT INTO blob (sha256, bytes) VALUES ($1, $2) ON CONFLICT (sha256) DO NOTHING",
+        r#"
+        INSERT INTO blob (sha256, bytes) VALUES ($1, $2)
+        -- Held, and young again, so that it is not collected before the version refers to it.
+        ON CONFLICT (sha256) DO UPDATE SET created_at = now()
+        "#,
         digest.as_bytes(),
         new.bytes,
     )

@@ -290,7 +290,9 @@ impl Runner {
         let mut connection = self.pool().acquire().await?;
         let lease = claimed.lease;
         match outcome {
-            Outcome::Finished(finished) => finish(&mut connection, claimed, *finished).await,
+            Outcome::Finished(finished) => {
+                finish(&mut connection, &self.inputs.blobs, claimed, *finished).await
+            }
             Outcome::Cancelled => queue::finish_cancelled(&mut connection, lease).await,
             Outcome::Released => queue::release(&mut connection, lease).await,
             Outcome::Failed { error, backoff } => {

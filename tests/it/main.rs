@@ -14,6 +14,7 @@ mod datasets;
 mod ensembles;
 mod fixtures;
 mod formats;
+mod gc;
 mod idempotency;
 mod layers;
 mod lineage;

@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use promptweave::blobs::BlobStore;
 use promptweave::db::MIGRATOR;
 use promptweave::domain::composition::Phase;
 use promptweave::domain::digest::Digest;
@@ -69,7 +70,10 @@ async fn finish_with(
         output: &spec.output.parse().unwrap(),
         statistics: Digest::of(&composed.statistics),
     };
-    finish(db, claimed, finished).await
+    let dir = tempfile::tempdir().unwrap();
+    let blobs = BlobStore::directory(dir.path()).unwrap();
+    blobs.put_bytes(composed.statistics.clone()).await.unwrap();
+    finish(db, &blobs, claimed, finished).await
 }
 
 async fn outcomes(db: &mut PgConnection, job: Uuid) -> Vec<String> {

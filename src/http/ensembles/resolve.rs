@@ -6,7 +6,7 @@ use serde::Deserialize;
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-use super::{Ensemble, Output, Source, accept, check_priority, default_priority, succeeded};
+use super::{Ensemble, Output, Source, accept, check_priority, default_priority, with_statistics};
 use crate::domain::job::DEFAULT_PRIORITY;
 use crate::domain::objective::Objective;
 use crate::http::AppState;
@@ -63,6 +63,7 @@ impl Default for ResolveEnsemble {
         (status = 404, description = "`ensemble_not_found`"),
         (status = 409, description = "`ensemble_not_finished`, `ensemble_failed`, \
             `ensemble_cancelled`"),
+        (status = 410, description = "`statistics_deleted`: their time is over"),
         (status = 422, description = "`no_sources`, `unknown_source`, `ambiguous_source`, \
             `same_source`, `invalid_objective`, `invalid_priority`"),
     )
@@ -81,7 +82,7 @@ pub(super) async fn resolve_ensemble(
         objective: body.objective,
         output: body.output.name,
     };
-    let solved = succeeded(&state, &caller, id).await?;
+    let solved = with_statistics(&state, &caller, id).await?;
     let job_id = state.clock.new_id();
     let mut conn = state.pool.acquire().await?;
     if let Some(sources) = &mut request.sources {

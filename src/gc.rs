@@ -1,0 +1,142 @@
+//! Garbage: files that nothing refers to. `promptweave gc` collects it at once, a server once a day.
+//!
+//! An upload that broke off, a registration that was refused in the end, statistics after their time: their
+//! files stay in the blob store. What is younger than the grace time is left alone, since its row may be on
+//! its way; what is older is settled by [`references`].
+
+use std::time::Duration;
+
+use futures::TryStreamExt;
+use sqlx::{Connection, PgConnection, PgPool};
+use time::OffsetDateTime;
+use tokio_util::sync::CancellationToken;
+
+use crate::blobs::{BlobStore, StoredBlob};
+use crate::cli::GcArgs;
+use crate::config::RetentionOptions;
+use crate::jobs::retention;
+use crate::registry::{RegistryError, references};
+use crate::telemetry::chain;
+
+/// Digests looked up at once.
+const BATCH: usize = 500;
+const FIRST: Duration = Duration::from_secs(3600);
+const EVERY: Duration = Duration::from_secs(24 * 3600);
+
+/// How long things are kept.
+#[derive(Clone, Copy, Debug)]
+pub struct Retention {
+    /// Of files without a reference.
+    pub grace: Duration,
+    /// Of the statistics of ensembles that have ended; None for ever.
+    pub statistics: Option<Duration>,
+}
+
+/// What was deleted, or with `dry_run` would be.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Collected {
+    /// Ensembles whose statistics were let go.
+    pub ensembles: u64,
+    pub files: u64,
+    pub bytes: u64,
+}
+
+/// `promptweave gc`.
+pub async fn run(args: GcArgs) -> anyhow::Result<()> {
+    let pool = args.database.pool()?;
+    let blobs = BlobStore::directory(&args.storage.blob_dir())?;
+    let collected = collect(&pool, &blobs, args.retention.retention(), args.dry_run).await?;
+    let Collected {
+        ensembles,
+        files,
+        bytes,
+    } = collected;
+    if ensembles > 0 {
+        println!("let go of the statistics of {ensembles} ensembles");
+    }
+    let what = if args.dry_run {
+        "nothing refers to"
+    } else {
+        "deleted"
+    };
+    println!("{what} {files} files, {}", indicatif::HumanBytes(bytes));
+    Ok(())
+}
+
+/// Collects once a day until `stop`.
+pub async fn run_daily(
+    pool: PgPool,
+    blobs: BlobStore,
+    options: RetentionOptions,
+    stop: CancellationToken,
+) {
+    let mut pause = FIRST;
+    while stop
+        .run_until_cancelled(tokio::time::sleep(pause))
+        .await
+        .is_some()
+    {
+        pause = EVERY;
+        match collect(&pool, &blobs, options.retention(), false).await {
+            Ok(Collected {
+                ensembles,
+                files,
+                bytes,
+            }) => tracing::info!(ensembles, files, bytes, "collected garbage"),
+            Err(error) => tracing::warn!(error = chain(&error), "cannot collect garbage"),
+        }
+    }
+}
+
+/// Deletes what nothing refers to. With `dry_run` it is only counted, without the statistics that are due.
+pub async fn collect(
+    pool: &PgPool,
+    blobs: &BlobStore,
+    retention: Retention,
+    dry_run: bool,
+) -> Result<Collected, RegistryError> {
+    let now = OffsetDateTime::now_utc();
+    let before = now - retention.grace;
+    let mut conn = pool.acquire().await?;
+    let mut collected = Collected::default();
+    if let Some(kept) = retention.statistics.filter(|_| !dry_run) {
+        collected.ensembles = retention::let_statistics_go(&mut conn, now - kept).await?;
+    }
+    let (rows, bytes) = references::collect_rows(&mut conn, before, dry_run).await?;
+    collected.files += rows;
+    collected.bytes += bytes;
+    let mut old = std::pin::pin!(blobs.stored_before(before).try_chunks(BATCH));
+    loop {
+        let batch = match old.try_next().await {
+            Ok(Some(batch)) => batch,
+            Ok(None) => return Ok(collected),
+            Err(error) => return Err(error.1.into()),
+        };
+        let digests: Vec<_> = batch.iter().map(|blob| blob.digest).collect();
+        let free = references::unreferenced(&mut conn, &digests).await?;
+        for blob in batch.iter().filter(|blob| free.contains(&blob.digest)) {
+            if dry_run || delete(&mut conn, blobs, blob).await? {
+                collected.files += 1;
+                collected.bytes += blob.size;
+            }
+        }
+    }
+}
+
+/// Deletes one blob, unless it has a reference by now.
+async fn delete(
+    conn: &mut PgConnection,
+    blobs: &BlobStore,
+    blob: &StoredBlob,
+) -> Result<bool, RegistryError> {
+    let mut tx = conn.begin().await?;
+    references::lock_alone(&mut tx, &blob.digest).await?;
+    let free = references::unreferenced(&mut tx, &[blob.digest]).await?;
+    if free.is_empty() {
+        return Ok(false);
+    }
+    blobs.delete(&blob.digest).await?;
+    tx.commit().await?;
+    tracing::debug!(blob = %blob.digest, size = blob.size, "deleted");
+    Ok(true)
+}
