@@ -1,6 +1,6 @@
 # `make demo` and `make test` need nothing before them: they set up what is missing.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test fmt clippy openapi sqlx test-peft fuzz-api fuzz bench-api bench-engine bench-demo bench-growth
+.PHONY: help setup demo up test fmt clippy openapi sqlx test-peft fuzz-api fuzz bench-api bench-upload bench-engine bench-demo bench-growth
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -48,6 +48,10 @@ bench-api: ## the registry beside MLflow's on the same PostgreSQL, in minutes; f
 	POSTGRES_DURABLE=1 scripts/with_postgres.sh python3 benches/bench_api.py --mlflow $$(benches/mlflow.sh) \
 		--program $${CARGO_TARGET_DIR:-target}/release/promptweave \
 		--load $$(ls -t $${CARGO_TARGET_DIR:-target}/release/deps/api-* | grep -v '[.]d$$' | head -n 1)
+
+bench-upload: ## the API's memory while a data set of 2 GiB is uploaded, in minutes
+	cargo build --release --no-default-features --bin promptweave
+	scripts/with_postgres.sh python3 benches/bench_upload.py --program $${CARGO_TARGET_DIR:-target}/release/promptweave
 
 bench-engine: setup ## promptweave beside the machine's matrix rate and plain PyTorch, in ten minutes; fetches PyTorch once
 	python3 benches/bench_engine.py
