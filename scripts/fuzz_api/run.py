@@ -30,26 +30,27 @@ def fill(service: Service, key: str) -> list[str]:
     """Puts one of everything in, under the names that the document's examples have: without, most requests would end
     at the first 404. Returns the ids of two ensembles, one that waits for a worker and one cancelled."""
 
-    def post(path: str, body, kind="application/json"):
+    def send(path: str, body, kind="application/json", method="POST"):
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         headers = {"authorization": f"Bearer {key}", "content-type": kind}
-        request = urllib.request.Request(service.url + path, data, headers)
+        request = urllib.request.Request(service.url + path, data, headers, method=method)
         with urllib.request.urlopen(request, timeout=60) as answer:
             return json.load(answer)
 
     files = sorted((ROOT / "demo" / "prompts").glob("*.safetensors"))[:2]
     names = ["dtd", "food"]
     for name, file in zip(names, files):
-        post("/v1/prompts", {"name": name, "tags": {"kind": "demo"}})
-        post(f"/v1/prompts/{name}/versions", file.read_bytes(), "application/vnd.prompt+safetensors")
-    post("/v1/datasets", {"name": "food", "directory": "target"})
-    post("/v1/backbones", {"name": "vit-s14", "directory": "vit_s14_focus"})
+        send("/v1/prompts", {"name": name, "tags": {"kind": "demo"}})
+        send(f"/v1/prompts/{name}/versions", file.read_bytes(), "application/vnd.prompt+safetensors")
+    send("/v1/prompts/dtd/aliases/production", {"version": 1}, method="PUT")
+    send("/v1/datasets", {"name": "food", "directory": "target"})
+    send("/v1/backbones", {"name": "vit-s14", "directory": "vit_s14_focus"})
     ensembles = []
     for seed in (0, 1):
         target = {"dataset": "food", "seed": seed}
         body = {"backbone": "vit-s14", "target": target, "sources": [{"prompt": name} for name in names]}
-        ensembles.append(post("/v1/ensembles", body)["id"])
-    post(f"/v1/ensembles/{ensembles[1]}/cancel", {})
+        ensembles.append(send("/v1/ensembles", body)["id"])
+    send(f"/v1/ensembles/{ensembles[1]}/cancel", {})
     return ensembles
 
 

@@ -178,8 +178,19 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for Query<T> {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut request::Parts, _: &S) -> Result<Self, Problem> {
+        let query = parts.uri.query().unwrap_or_default();
+        // Forms send fields that were not filled in so, and they would count as left out.
+        let mut pairs = form_urlencoded::parse(query.as_bytes());
+        if let Some((name, _)) = pairs.find(|(_, value)| value.is_empty()) {
+            let detail = "is empty; give it a value, or leave it out";
+            return Err(Problem::field(
+                "invalid_query",
+                format!("/{}", escape(&name)),
+                detail,
+            ));
+        }
         // axum's own reads no parameter that is given several times.
-        serde_html_form::from_str(parts.uri.query().unwrap_or_default())
+        serde_html_form::from_str(query)
             .map(Self)
             .map_err(|error| Problem::unprocessable("invalid_query", error.to_string()))
     }

@@ -359,6 +359,8 @@ async fn lists_come_in_pages(pool: PgPool) {
         ("page_size=201", "invalid_page_size"),
         ("page_size=0", "invalid_page_size"),
         ("page_size=many", "invalid_query"),
+        ("page_size=", "invalid_query"),
+        ("page_token", "invalid_query"),
         ("page_token=%21", "invalid_page_token"),
         ("size=2", "invalid_query"),
     ] {
