@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Runs the cargo-fuzz targets one after another, SECONDS_EACH (default 600) each; `make fuzz` runs this.
 #
-#   scripts/fuzz.sh [TARGET …]
+#   scripts/fuzz.sh [TARGET …]        begins with the corpus that is kept, fuzz/corpus/TARGET.tar.gz
+#   scripts/fuzz.sh keep [TARGET …]   packs what of that and of the runs since then covers anything of its own
 #
-# Needs cargo-fuzz (`cargo install cargo-fuzz`), not the nightly toolchain. What a run finds new goes to fuzz/found,
-# which git ignores; the corpus that is kept (fuzz/corpus) is made of it by `cargo fuzz cmin`.
+# Needs cargo-fuzz (`cargo install cargo-fuzz`), not the nightly toolchain. Runs work in fuzz/found, which git ignores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -12,12 +12,19 @@ cd "$(dirname "$0")/.."
 export RUSTC_BOOTSTRAP=1
 cargo fuzz --version >/dev/null 2>&1 || { echo "cargo-fuzz is not installed: cargo install cargo-fuzz" >&2 && exit 1; }
 
+keep=
+[ "${1:-}" != keep ] || { keep=1 && shift; }
 # shellcheck disable=SC2046 # names have no spaces
 [ $# -gt 0 ] || set -- $(cargo fuzz list)
 for target in "$@"; do
-    mkdir -p "fuzz/found/$target"
-    folders=("fuzz/found/$target" "fuzz/corpus/$target")
-    case $target in prompt_file) folders+=(tests/fixtures/formats/vpt tests/fixtures/formats/foreign) ;; esac
+    found=fuzz/found/$target kept=fuzz/corpus/$target.tar.gz
+    mkdir -p "$found"
+    tar -xzf "$kept" -C "$found"
+    if [ "$keep" ]; then
+        cargo fuzz cmin "$target" "$found"
+        tar --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner -C "$found" -cf - . | gzip -9n >"$kept"
+        continue
+    fi
     # Nothing that is refused may take long or much memory either.
-    cargo fuzz run "$target" "${folders[@]}" -- -max_total_time="${SECONDS_EACH:-600}" -timeout=5 -rss_limit_mb=512
+    cargo fuzz run "$target" "$found" -- -max_total_time="${SECONDS_EACH:-600}" -timeout=5 -rss_limit_mb=512
 done
