@@ -41,6 +41,18 @@ pub struct Collected {
     pub bytes: u64,
 }
 
+#[derive(Debug, thiserror::Error)]
+pub enum GcError {
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    /// Most likely the database of another data directory, or an empty one.
+    #[error(
+        "the database refers to none of the files in the blob store; nothing was deleted, since the two do not \
+         seem to belong together: look at DATABASE_URL and the data directory"
+    )]
+    Strangers,
+}
+
 /// `promptweave gc`.
 pub async fn run(args: GcArgs) -> anyhow::Result<()> {
     let pool = args.database.pool()?;
@@ -94,13 +106,17 @@ pub async fn collect(
     blobs: &BlobStore,
     retention: Retention,
     dry_run: bool,
-) -> Result<Collected, RegistryError> {
+) -> Result<Collected, GcError> {
     let now = OffsetDateTime::now_utc();
     let before = now - retention.grace;
-    let mut conn = pool.acquire().await?;
+    let mut conn = pool.acquire().await.map_err(RegistryError::from)?;
+    if !belong_together(&mut conn, blobs, now).await? {
+        return Err(GcError::Strangers);
+    }
     let mut collected = Collected::default();
     if let Some(kept) = retention.statistics.filter(|_| !dry_run) {
-        collected.ensembles = retention::let_statistics_go(&mut conn, now - kept).await?;
+        let let_go = retention::let_statistics_go(&mut conn, now - kept).await;
+        collected.ensembles = let_go.map_err(RegistryError::from)?;
     }
     let (rows, bytes) = references::collect_rows(&mut conn, before, dry_run).await?;
     collected.files += rows;
@@ -110,7 +126,7 @@ pub async fn collect(
         let batch = match old.try_next().await {
             Ok(Some(batch)) => batch,
             Ok(None) => return Ok(collected),
-            Err(error) => return Err(error.1.into()),
+            Err(error) => return Err(RegistryError::from(error.1).into()),
         };
         let digests: Vec<_> = batch.iter().map(|blob| blob.digest).collect();
         let free = references::unreferenced(&mut conn, &digests).await?;
@@ -121,6 +137,24 @@ pub async fn collect(
             }
         }
     }
+}
+
+/// Whether a file of the blob store has a reference, or there is none.
+async fn belong_together(
+    conn: &mut PgConnection,
+    blobs: &BlobStore,
+    now: OffsetDateTime,
+) -> Result<bool, RegistryError> {
+    let mut all = std::pin::pin!(blobs.stored_before(now).try_chunks(BATCH));
+    let mut empty = true;
+    while let Some(batch) = all.try_next().await.map_err(|error| error.1)? {
+        let digests: Vec<_> = batch.iter().map(|blob| blob.digest).collect();
+        if references::unreferenced(conn, &digests).await?.len() < digests.len() {
+            return Ok(true);
+        }
+        empty = false;
+    }
+    Ok(empty)
 }
 
 /// Deletes one blob, unless it has a reference by now.

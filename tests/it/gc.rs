@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use promptweave::db::MIGRATOR;
 use promptweave::domain::digest::Digest;
-use promptweave::gc::{Collected, Retention, collect};
+use promptweave::gc::{Collected, GcError, Retention, collect};
 use promptweave::registry::{RegistryError, references};
 use serde_json::{Value, json};
 use sqlx::PgPool;
@@ -79,7 +79,7 @@ async fn old_files_without_a_reference_go_and_nothing_else(pool: PgPool) {
 
 #[sqlx::test(migrator = "MIGRATOR")]
 async fn what_is_about_to_be_referred_to_stays(pool: PgPool) {
-    let app = TestApp::new(pool);
+    let app = furnished(pool).await;
     let (pool, blobs) = (app.state.pool.clone(), app.state.blobs.clone());
     let found = blobs.put_bytes("found there").await.unwrap();
     age(&app).await;
@@ -101,7 +101,7 @@ async fn what_is_about_to_be_referred_to_stays(pool: PgPool) {
         tokio::task::yield_now().await;
     }
     sqlx::query(
-        "WITH made AS (INSERT INTO dataset (id, project_id, name) SELECT gen_random_uuid(), id, 'pets' FROM project
+        "WITH made AS (INSERT INTO dataset (id, project_id, name) SELECT gen_random_uuid(), id, 'other' FROM project
                        RETURNING id, project_id)
          INSERT INTO dataset_version (id, project_id, dataset_id, version, digest, size, classes, class_counts, skipped)
          SELECT gen_random_uuid(), project_id, id, 1, $1, 11, '[]', '{}', 0 FROM made",
@@ -167,4 +167,19 @@ async fn statistics_go_after_their_time_and_say_so(pool: PgPool) {
     assert_eq!(after["urls"]["resolve"], Value::Null);
     // The answer itself stays.
     app.get(&url(&ensemble, "result")).await.ok(200);
+}
+
+#[sqlx::test(migrator = "MIGRATOR")]
+async fn the_files_of_another_database_are_not_garbage(pool: PgPool) {
+    let app = TestApp::new(pool);
+    assert_eq!(
+        gc(&app, false).await,
+        Collected::default(),
+        "nothing at all is well"
+    );
+    app.state.blobs.put_bytes("of another").await.unwrap();
+    age(&app).await;
+    let refused = collect(&app.state.pool, &app.state.blobs, GRACE, false).await;
+    assert!(matches!(refused, Err(GcError::Strangers)), "{refused:?}");
+    assert_eq!(files(&app).len(), 1);
 }

@@ -14,6 +14,7 @@ use crate::http::access::Caller;
 use crate::http::error::Problem;
 use crate::http::extract::{Json, Path};
 use crate::jobs::resolve::{ResolveRequest, pin_aliases, plan};
+use crate::registry::references;
 
 /// Everything may be left out, and the body with it: then α is solved for as it was.
 #[derive(Debug, Deserialize, ToSchema)]
@@ -84,10 +85,14 @@ pub(super) async fn resolve_ensemble(
     };
     let solved = with_statistics(&state, &caller, id).await?;
     let job_id = state.clock.new_id();
-    let mut conn = state.pool.acquire().await?;
+    let mut tx = state.pool.begin().await?;
+    // They stay at least until the job that needs them is there.
+    references::hold(&mut tx, &state.blobs, &solved.statistics).await?;
     if let Some(sources) = &mut request.sources {
-        pin_aliases(&mut conn, caller.project_id, sources).await?;
+        pin_aliases(&mut tx, caller.project_id, sources).await?;
     }
     let spec = plan(job_id, &solved, &request)?;
-    accept(&mut conn, caller.project_id, job_id, body.priority, &spec).await
+    let accepted = accept(&mut tx, caller.project_id, job_id, body.priority, &spec).await?;
+    tx.commit().await?;
+    Ok(accepted)
 }
