@@ -1,10 +1,12 @@
-//! `/v1/backbones`: frozen vision transformers, registered from the operator's directories, in
-//! the names of any library that publishes them.
+//! `/v1/backbones`: frozen vision transformers, registered from the operator's directories (or
+//! [uploaded](super::backbone_uploads)), in the names of any library that publishes them.
+
+use std::path::Path as FilePath;
 
 use axum::Json as JsonResponse;
 use axum::extract::State;
 use axum::http::{StatusCode, header};
-use axum::response::IntoResponse;
+use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
@@ -28,7 +30,7 @@ pub fn router() -> OpenApiRouter<AppState> {
 }
 
 /// Most bytes of f32 weights that a checkpoint may convert to; a ViT-G has 7.4 GiB.
-const MAX_WEIGHTS: u64 = 16 << 30;
+pub(super) const MAX_WEIGHTS: u64 = 16 << 30;
 
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -64,63 +66,80 @@ async fn register_backbone(
     State(state): State<AppState>,
     caller: Caller,
     Json(body): Json<RegisterBackbone>,
-) -> Result<impl IntoResponse, Problem> {
+) -> Result<Response, Problem> {
     let RegisterBackbone {
         name,
         directory,
         config,
     } = body;
     let dir = super::directory(&state.settings.backbone_roots, &directory)?;
+    let read = move |scratch: &FilePath| {
+        open(&dir, config, scratch).map_err(|error| refuse(error, &dir, &directory, "/directory"))
+    };
+    publish(&state, &caller, &name, read).await
+}
+
+/// Reads a backbone off the runtime's threads, with a folder for what is made on the way, stores it, and
+/// answers with it: 201, or 200 where it was there already.
+pub(super) async fn publish(
+    state: &AppState,
+    caller: &Caller,
+    name: &ResourceName,
+    read: impl FnOnce(&FilePath) -> Result<Backbone, Problem> + Send + 'static,
+) -> Result<Response, Problem> {
     let scratch = tempfile::tempdir_in(&state.settings.scratch_dir).map_err(Problem::internal)?;
-    let converted = scratch.path().to_owned();
-    // Reads and digests the whole file.
-    let opened = tokio::task::spawn_blocking(move || {
-        open(&dir, config, &converted).map_err(|error| {
-            let detail = super::chain_for_client(&error, &dir, &directory);
-            (error, detail)
-        })
-    });
-    let backbone =
-        opened
-            .await
-            .map_err(Problem::internal)?
-            .map_err(|(error, detail)| match error {
-                ImportError::MissingSetting { setting } => {
-                    Problem::field("missing_setting", format!("/config/{setting}"), detail)
-                }
-                error => {
-                    let problem = Problem::field("invalid_backbone", "/directory", detail);
-                    match error {
-                        ImportError::Backbone(BackboneError::Read { .. })
-                        | ImportError::Io { .. } => problem.caused_by(error),
-                        _ => problem,
-                    }
-                }
-            })?;
+    // Reads and digests the whole file. The folder goes with the closure and comes back.
+    let reading = tokio::task::spawn_blocking(move || (read(scratch.path()), scratch));
+    let (backbone, scratch) = reading.await.map_err(Problem::internal)?;
+    let backbone = backbone?;
     let model = state.blobs.put_file(&backbone.model_path()).await?;
+    drop(scratch);
     let mut transaction = state.pool.begin().await?;
     references::hold(&mut transaction, &state.blobs, &model.digest).await?;
     let (registered, created) =
-        backbones::insert(&mut transaction, caller.project_id, &name, &backbone, model).await?;
+        backbones::insert(&mut transaction, caller.project_id, name, &backbone, model).await?;
     transaction.commit().await?;
     let status = if created {
         StatusCode::CREATED
     } else {
         StatusCode::OK
     };
-    let location = format!("/v1/backbones/{name}");
-    Ok((
-        status,
-        [(header::LOCATION, location)],
-        JsonResponse(registered),
-    ))
+    let location = [(header::LOCATION, format!("/v1/backbones/{name}"))];
+    Ok((status, location, JsonResponse(registered)).into_response())
+}
+
+/// What is wrong with a folder that the client knows as `shown`; `pointer` says where it named it.
+pub(super) fn refuse(
+    error: ImportError,
+    dir: &FilePath,
+    shown: &str,
+    pointer: &'static str,
+) -> Problem {
+    let detail = super::chain_for_client(&error, dir, shown);
+    match error {
+        ImportError::MissingSetting { setting } => {
+            Problem::field("missing_setting", format!("/config/{setting}"), detail)
+        }
+        error => {
+            let problem = match pointer {
+                "" => Problem::unprocessable("invalid_backbone", detail),
+                pointer => Problem::field("invalid_backbone", pointer, detail),
+            };
+            match error {
+                ImportError::Backbone(BackboneError::Read { .. }) | ImportError::Io { .. } => {
+                    problem.caused_by(error)
+                }
+                _ => problem,
+            }
+        }
+    }
 }
 
 /// The backbone in a directory; another library's checkpoint is converted into `scratch`.
-fn open(
-    dir: &std::path::Path,
+pub(super) fn open(
+    dir: &FilePath,
     config: Option<Settings>,
-    scratch: &std::path::Path,
+    scratch: &FilePath,
 ) -> Result<Backbone, ImportError> {
     if import::is_ours(dir) && config.is_none() {
         return Ok(Backbone::open(dir)?);

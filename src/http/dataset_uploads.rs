@@ -41,11 +41,11 @@ struct UploadOptions {
     skip_bad: bool,
 }
 
-/// An archive of images.
+/// An archive.
 #[derive(ToSchema)]
 #[schema(value_type = String, format = Binary)]
 #[expect(dead_code, reason = "it exists for the API document alone")]
-struct ArchiveBytes(Vec<u8>);
+pub(super) struct ArchiveBytes(Vec<u8>);
 
 /// Upload labelled images as the next version of a data set, which is made where there is none
 ///
@@ -84,12 +84,7 @@ async fn upload_dataset(
     headers: HeaderMap,
     body: Body,
 ) -> Result<impl IntoResponse, Problem> {
-    if let Some(other) = media_type(&headers)
-        && !MEDIA_TYPES.contains(&other.as_str())
-    {
-        let expected = MEDIA_TYPES.map(|known| format!("`{known}`")).join(", ");
-        return Err(unsupported_media_type(Some(&other), &expected));
-    }
+    check_media_type(&headers)?;
     let limit = state.settings.max_dataset_bytes;
     let scratch_dir = state.settings.scratch_dir.clone();
     let upload = spool(&headers, body, limit, &scratch_dir).await?;
@@ -101,6 +96,17 @@ async fn upload_dataset(
     publish(&state, &caller, &name, pack).await
 }
 
+/// An archive is known by its content; what says that it is something else is refused.
+pub(super) fn check_media_type(headers: &HeaderMap) -> Result<(), Problem> {
+    match media_type(headers) {
+        Some(other) if !MEDIA_TYPES.contains(&other.as_str()) => {
+            let expected = MEDIA_TYPES.map(|known| format!("`{known}`")).join(", ");
+            Err(unsupported_media_type(Some(&other), &expected))
+        }
+        _ => Ok(()),
+    }
+}
+
 fn refuse(error: PackError) -> Problem {
     if let PackError::Archive(error) = error {
         return refuse_archive(error);
@@ -109,7 +115,7 @@ fn refuse(error: PackError) -> Problem {
     refuse_pack(error, "", detail, "send `?skip_bad=true` to leave it out")
 }
 
-fn refuse_archive(error: ArchiveError) -> Problem {
+pub(super) fn refuse_archive(error: ArchiveError) -> Problem {
     let detail = telemetry::chain(&error);
     match &error {
         ArchiveError::Unrecognised => unsupported_format(detail),

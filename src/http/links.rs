@@ -85,7 +85,7 @@ const LINKS: &[Links] = &[
         with: &[("name", "/nodes/1/prompt"), ("ref", "/nodes/1/version")],
     },
     Links {
-        from: &["register_backbone"],
+        from: &["register_backbone", "upload_backbone"],
         to: &["get_backbone"],
         with: &[("name", "/name")],
     },

@@ -11,9 +11,9 @@ use super::access::{self, RequiredScopes};
 use super::error::ProblemDocument;
 use super::idempotency::{self, KeyedOperations};
 use super::{
-    AppState, HttpSettings, aliases, api_keys, backbones, compose, content_digest, datasets,
-    ensembles, health, lineage, links, peft, projects, prompt_changes, prompt_content,
-    prompt_versions, prompts, workers,
+    AppState, HttpSettings, aliases, api_keys, backbone_uploads, backbones, compose,
+    content_digest, datasets, ensembles, health, lineage, links, peft, projects, prompt_changes,
+    prompt_content, prompt_versions, prompts, workers,
 };
 use crate::domain::reference::{ResourceName, VersionSelector};
 
@@ -58,6 +58,7 @@ pub(super) fn routes(settings: &HttpSettings) -> Routes {
         .merge(peft::router(settings))
         .merge(aliases::router())
         .merge(backbones::router())
+        .merge(backbone_uploads::router())
         .merge(datasets::router())
         .merge(ensembles::router())
         .merge(workers::router())

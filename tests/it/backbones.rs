@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use axum::body::Body;
+use axum::http::Request;
 use promptweave::db::MIGRATOR;
 use promptweave::domain::backbone::{Backbone, CONFIG_FILE, MODEL_FILE};
 use promptweave::registry::{DEFAULT_PROJECT, backbones};
@@ -9,6 +11,7 @@ use serde_json::{Value, json};
 use sqlx::PgPool;
 
 use crate::app::{TestApp, WIDTH, tiny_backbone, write_files};
+use crate::archives::{tar, zip};
 
 #[sqlx::test(migrator = "MIGRATOR")]
 async fn a_registered_backbone_needs_its_folder_no_more(pool: PgPool) {
@@ -194,4 +197,102 @@ async fn a_checkpoint_of_any_library_is_the_same_backbone(pool: PgPool) {
             .contains("a zip of pickles"),
         "{refused}"
     );
+}
+
+#[sqlx::test(migrator = "MIGRATOR")]
+async fn an_uploaded_folder_is_the_backbone_that_its_directory_is(pool: PgPool) {
+    let app = TestApp::new(pool);
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/checkpoints");
+    let files = |name: &str| -> Vec<(String, Vec<u8>)> {
+        (std::fs::read_dir(fixtures.join(name)).unwrap())
+            .map(|entry| entry.unwrap().path())
+            .map(|path| {
+                let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+                (name, std::fs::read(path).unwrap())
+            })
+            .collect()
+    };
+    let put = async |name: &str, query: &str, archive: Vec<u8>| {
+        let request = Request::put(format!("/v1/backbones/{name}{query}"));
+        app.send(request.body(Body::from(archive)).unwrap()).await
+    };
+    let borrowed = |files: &'_ [(String, Vec<u8>)], folder: &str| -> Vec<(String, Vec<u8>)> {
+        let named = files
+            .iter()
+            .map(|(name, bytes)| (format!("{folder}{name}"), bytes.clone()));
+        named.collect()
+    };
+    type Pack = fn(&[(&str, &[u8])]) -> Vec<u8>;
+    let packed = |files: &[(String, Vec<u8>)], pack: Pack| {
+        let files: Vec<_> = files
+            .iter()
+            .map(|(name, bytes)| (name.as_str(), &bytes[..]))
+            .collect();
+        pack(&files)
+    };
+
+    let hf = files("hf_vit");
+    let mut with_more = borrowed(&hf, "vit/");
+    with_more.push((
+        "vit/pytorch_model.bin".to_owned(),
+        b"not looked at".to_vec(),
+    ));
+    let made = put("hf-vit", "", packed(&with_more, tar)).await;
+    let backbone = made.ok(201);
+    assert_eq!(made.header("location"), "/v1/backbones/hf-vit");
+    // However it is packed, and whatever its tensors are called.
+    assert_eq!(put("hf-vit", "", packed(&hf, zip)).await.ok(200), backbone);
+    let config = "?config=%7B%22num_heads%22%3A2%2C%22preprocessing%22%3A%7B%22size%22%3A8%2C%22filter%22%3A%22bicubic\
+        %22%2C%22antialias%22%3Atrue%2C%22mean%22%3A%5B0.5%2C0.5%2C0.5%5D%2C%22std%22%3A%5B0.5%2C0.5%2C0.5%5D%7D%7D";
+    let google = packed(&files("google"), tar);
+    let same = put("google", config, google.clone()).await;
+    let same = same.problem(409, "backbone_exists");
+    assert!(
+        same["detail"].as_str().unwrap().contains("`hf-vit`"),
+        "{same}"
+    );
+    let unsaid = put("google", "", google)
+        .await
+        .problem(422, "missing_setting");
+    assert_eq!(unsaid["errors"][0]["pointer"], "/config/preprocessing");
+
+    // Nothing of these is kept, and none of them names a path of the server's.
+    let pickle = std::fs::read(fixtures.join("pickled.pth")).unwrap();
+    for (archive, status, code) in [
+        (
+            tar(&[("pytorch_model.bin", &pickle)]),
+            415,
+            "unsupported_format",
+        ),
+        (b"safetensors".to_vec(), 415, "unsupported_format"),
+        (
+            tar(&[("model.safetensors", &pickle)]),
+            422,
+            "invalid_backbone",
+        ),
+        (tar(&[("config.json", b"{}")]), 422, "invalid_backbone"),
+        (
+            tar(&[("a.safetensors", b""), ("b.safetensors", b"")]),
+            422,
+            "invalid_backbone",
+        ),
+        (
+            tar(&[("../model.safetensors", b"")]),
+            422,
+            "invalid_archive",
+        ),
+    ] {
+        let problem = put("bad", "", archive).await.problem(status, code);
+        let detail = problem["detail"].as_str().unwrap();
+        assert!(
+            !detail.contains("/folder") && !detail.contains("promptweave"),
+            "{detail}"
+        );
+    }
+    put("bad", "?config=x", tar(&[]))
+        .await
+        .problem(422, "invalid_query");
+    app.get("/v1/backbones/bad")
+        .await
+        .problem(404, "backbone_not_found");
 }

@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 
 use flate2::read::MultiGzDecoder;
 
-use self::names::Names;
+use self::names::{Names, Place};
 use self::zipfile::ZipFile;
 use super::files::{FileError, Files};
 
@@ -163,6 +163,38 @@ impl Archive {
         })
     }
 
+    /// Writes a file's bytes, at most `max` of them, a piece at a time.
+    pub fn copy(&self, path: &str, max: u64, out: &mut File) -> Result<(), FileError> {
+        let (name, place) = self.place(path, max)?;
+        match &self.store {
+            Store::Tar(file) => {
+                let mut buffer = vec![0; 1 << 20];
+                let mut copied = 0;
+                while copied < place.size {
+                    let piece = (place.size - copied).min(buffer.len() as u64) as usize;
+                    file.read_exact_at(&mut buffer[..piece], place.at + copied)?;
+                    out.write_all(&buffer[..piece])?;
+                    copied += piece as u64;
+                }
+                Ok(())
+            }
+            Store::Zip(zip) => zip.copy(&name, place, out),
+        }
+    }
+
+    /// Where a file lies that has at most `max` bytes, and its one name.
+    fn place(&self, path: &str, max: u64) -> Result<(String, Place), FileError> {
+        let name = names::normal(&self.full(path));
+        let place = self.names.get(&name).ok_or_else(|| {
+            io::Error::new(io::ErrorKind::NotFound, "the archive has no such file")
+        })?;
+        let size = place.size;
+        if size > max {
+            return Err(FileError::TooLarge { size, max });
+        }
+        Ok((name, place))
+    }
+
     fn full(&self, path: &str) -> String {
         format!("{}{path}", self.top)
     }
@@ -186,14 +218,7 @@ impl Files for Archive {
     }
 
     fn read(&self, path: &str, max: u64) -> Result<Vec<u8>, FileError> {
-        let name = names::normal(&self.full(path));
-        let place = self.names.get(&name).ok_or_else(|| {
-            io::Error::new(io::ErrorKind::NotFound, "the archive has no such file")
-        })?;
-        if place.size > max {
-            let size = place.size;
-            return Err(FileError::TooLarge { size, max });
-        }
+        let (name, place) = self.place(path, max)?;
         match &self.store {
             Store::Tar(file) => {
                 let mut bytes = vec![0; place.size as usize];

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::io::{self, BufReader, Read as _, Seek as _, SeekFrom};
+use std::io::{self, BufReader, Read as _, Seek as _, SeekFrom, Write};
 use std::os::unix::fs::FileExt as _;
 use std::sync::Mutex;
 
@@ -73,17 +73,32 @@ impl ZipFile {
     }
 
     pub fn read(&self, name: &str, place: Place) -> Result<Vec<u8>, FileError> {
-        let mut zip = self.0.lock().expect("nobody panics with the lock held");
-        let entry = zip.by_index(place.at as usize).map_err(damaged)?;
         // No room is made for what an entry merely says of itself.
         let mut bytes = Vec::new();
-        // One byte more than it declares is one too many.
-        let read = entry.take(place.size + 1).read_to_end(&mut bytes);
-        if read.is_err() || bytes.len() as u64 != place.size {
-            let (name, size) = (name.to_owned(), place.size);
-            return Err(ArchiveError::Lies { name, size }.into());
-        }
+        self.copy(name, place, &mut bytes)?;
         Ok(bytes)
+    }
+
+    pub fn copy(&self, name: &str, place: Place, out: &mut impl Write) -> Result<(), FileError> {
+        let mut zip = self.0.lock().expect("nobody panics with the lock held");
+        let entry = zip.by_index(place.at as usize).map_err(damaged)?;
+        // One byte more than it declares is one too many.
+        let mut entry = entry.take(place.size + 1);
+        let mut buffer = vec![0; 1 << 16];
+        let mut copied = 0;
+        loop {
+            match entry.read(&mut buffer) {
+                Ok(0) if copied == place.size => return Ok(()),
+                Ok(read) if read > 0 => {
+                    out.write_all(&buffer[..read])?;
+                    copied += read as u64;
+                }
+                Ok(_) | Err(_) => {
+                    let (name, size) = (name.to_owned(), place.size);
+                    return Err(ArchiveError::Lies { name, size }.into());
+                }
+            }
+        }
     }
 }
 
