@@ -66,6 +66,11 @@ impl BlobStore {
         })
     }
 
+    /// A store that others keep: of S3, say.
+    pub fn over(store: Arc<dyn ObjectStore>) -> Self {
+        Self { store }
+    }
+
     pub async fn put_bytes(&self, bytes: impl Into<Bytes>) -> Result<StoredBlob, BlobError> {
         let bytes: Bytes = bytes.into();
         let stored = StoredBlob {

@@ -16,12 +16,16 @@ use sqlx::postgres::PgConnectOptions;
 
 #[cfg(feature = "torch")]
 use crate::blob_cache::BlobCache;
+use crate::blobs::BlobStore;
 use crate::db::{self, PoolSettings};
 use crate::domain::precision::Precision;
 #[cfg(feature = "torch")]
 use crate::engine::cache::ResultCache;
 use crate::gc::Retention;
 use crate::http::rate_limit::RateLimit;
+use crate::remote::client::Client;
+use crate::remote::network::Opening;
+use crate::remote::s3::S3Url;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
@@ -94,12 +98,27 @@ impl PoolOptions {
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Storage")]
 pub struct StorageOptions {
-    /// Where files are kept: the blob store (`blobs/`), a worker's cache (`cache/`) and, for `up`,
-    /// the private database (`postgres/`) and a key to its API (`api-key`). Server and workers share
-    /// the blob store.
+    /// Where files are kept: the blob store (`blobs/`, where there is no `--blob-store`), a worker's
+    /// cache (`cache/`) and, for `up`, the private database (`postgres/`) and a key to its API
+    /// (`api-key`). Server and workers share the blob store.
     /// Default: `/var/lib/promptweave` as root, else `$XDG_DATA_HOME/promptweave`.
     #[arg(long, env = "PROMPTWEAVE_DATA_DIR", value_name = "DIR")]
     pub data_dir: Option<PathBuf>,
+    /// `s3://bucket/prefix`: keep the blob store there, so that server and workers share no directory.
+    /// Endpoint, region and credentials are taken from the environment, as AWS names them
+    /// (`AWS_ENDPOINT_URL`, `AWS_REGION`, `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, …).
+    #[arg(long, env = "PROMPTWEAVE_BLOB_STORE", value_name = "URL")]
+    pub blob_store: Option<S3Url>,
+    /// Addresses (`10.1.0.0/16`) or a host with its port (`minio.internal:9000`) that connections may go
+    /// to besides public addresses: an S3 of your own, say. May be given several times (`,` between
+    /// them in the environment).
+    #[arg(
+        long,
+        env = "PROMPTWEAVE_ALLOW_NETWORK",
+        value_name = "CIDR|HOST:PORT",
+        value_delimiter = ','
+    )]
+    pub allow_network: Vec<Opening>,
 }
 
 /// How long files are kept.
@@ -129,6 +148,19 @@ impl RetentionOptions {
 }
 
 impl StorageOptions {
+    /// Where large files are.
+    pub fn blobs(&self) -> anyhow::Result<BlobStore> {
+        let Some(url) = &self.blob_store else {
+            return Ok(BlobStore::directory(&self.blob_dir())?);
+        };
+        let network = self.allow_network.iter().cloned().collect();
+        let client = Client::new(network).context("cannot set up HTTP")?;
+        let store = url
+            .open(client)
+            .with_context(|| format!("--blob-store {url} cannot be used"))?;
+        Ok(BlobStore::over(store))
+    }
+
     pub fn data_dir(&self) -> PathBuf {
         if let Some(dir) = &self.data_dir {
             return dir.clone();
@@ -143,7 +175,7 @@ impl StorageOptions {
             .join("promptweave")
     }
 
-    /// The blob store's directory.
+    /// The blob store's directory, where it is one, and that of results kept between compositions.
     pub fn blob_dir(&self) -> PathBuf {
         self.data_dir().join("blobs")
     }

@@ -56,7 +56,7 @@ pub enum GcError {
 /// `promptweave gc`.
 pub async fn run(args: GcArgs) -> anyhow::Result<()> {
     let pool = args.database.pool()?;
-    let blobs = BlobStore::directory(&args.storage.blob_dir())?;
+    let blobs = args.storage.blobs()?;
     let collected = collect(&pool, &blobs, args.retention.retention(), args.dry_run).await?;
     let Collected {
         ensembles,

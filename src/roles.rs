@@ -10,7 +10,6 @@ use anyhow::Context;
 use sqlx::PgPool;
 use tokio::net::TcpListener;
 
-use crate::blobs::BlobStore;
 use crate::cli::{ServeArgs, WorkerArgs};
 use crate::clock::SystemClock;
 use crate::config::{DatabaseOptions, HttpOptions, RetentionOptions, StorageOptions};
@@ -44,7 +43,7 @@ pub async fn worker(args: WorkerArgs, new_composer: NewComposer) -> anyhow::Resu
         cache_dir: args.storage.cache_dir(),
         cache_bytes: u64::from(args.worker.inputs_gib) << 30,
     };
-    let blobs = BlobStore::directory(&args.storage.blob_dir())?;
+    let blobs = args.storage.blobs()?;
     worker::run(
         settings,
         args.database.pool()?,
@@ -88,7 +87,7 @@ pub(crate) fn app_state(
     };
     Ok(AppState {
         pool,
-        blobs: BlobStore::directory(&storage.blob_dir())?,
+        blobs: storage.blobs()?,
         clock: Arc::new(SystemClock),
         settings: Arc::new(settings),
     })

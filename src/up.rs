@@ -22,6 +22,7 @@ use crate::config::{LogOptions, PoolOptions, WorkerOptions};
 use crate::db::{MIGRATOR, pool};
 use crate::keys;
 use crate::private_postgres::PrivatePostgres;
+use crate::remote::network::Opening;
 use crate::roles::{app_state, bind, serve_until};
 use crate::shutdown::Shutdown;
 
@@ -59,6 +60,14 @@ fn set_options(worker: &mut Command, args: &UpArgs, log: &LogOptions) {
     } = &args.pool;
     if let Some(format) = log.log_format.to_possible_value() {
         worker.env("PROMPTWEAVE_LOG_FORMAT", format.get_name());
+    }
+    if let Some(url) = &args.storage.blob_store {
+        worker.env("PROMPTWEAVE_BLOB_STORE", url.to_string());
+    }
+    if !args.storage.allow_network.is_empty() {
+        let openings = args.storage.allow_network.iter().map(Opening::to_string);
+        let openings: Vec<_> = openings.collect();
+        worker.env("PROMPTWEAVE_ALLOW_NETWORK", openings.join(","));
     }
     if let Some(dir) = libtorch_cuda {
         worker.env("PROMPTWEAVE_LIBTORCH_CUDA", dir);
@@ -226,6 +235,12 @@ mod tests {
             "up",
             "--data-dir",
             "/data",
+            "--blob-store",
+            "s3://bucket/prefix",
+            "--allow-network",
+            "10.0.0.0/8",
+            "--allow-network",
+            "minio:9000",
             "--device",
             "cpu",
             "--libtorch-cuda",
@@ -265,7 +280,9 @@ mod tests {
             .filter_map(|(name, value)| Some((name.to_str()?, value?.to_str()?)))
             .collect();
         let expected = BTreeMap::from([
+            ("PROMPTWEAVE_ALLOW_NETWORK", "10.0.0.0/8,minio:9000"),
             ("PROMPTWEAVE_BACKBONES_GIB", "8"),
+            ("PROMPTWEAVE_BLOB_STORE", "s3://bucket/prefix"),
             ("PROMPTWEAVE_CACHE_GIB", "9"),
             ("PROMPTWEAVE_CACHE_GRADIENTS", "false"),
             ("PROMPTWEAVE_DATABASE_CONNECTIONS", "6"),

@@ -9,3 +9,4 @@
 
 pub mod client;
 pub mod network;
+pub mod s3;

@@ -1,6 +1,7 @@
 //! Which addresses may be connected to: public ones, and what the operator opened.
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::str::FromStr;
 use std::sync::Arc;
@@ -64,6 +65,15 @@ pub enum Opening {
     Addresses(IpNet),
     /// One port of a host as it is written in a URL, wherever its name leads.
     Host(Host, u16),
+}
+
+impl fmt::Display for Opening {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Addresses(net) => net.fmt(f),
+            Self::Host(host, port) => write!(f, "{host}:{port}"),
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -280,6 +290,7 @@ mod tests {
     fn an_opening_is_addresses_or_a_host_with_its_port() {
         for text in ["10.0.0.0/8", "fd00::/8", "127.0.0.1/32", "::1/128"] {
             assert!(matches!(text.parse(), Ok(Opening::Addresses(_))), "{text}");
+            assert_eq!(text.parse::<Opening>().unwrap().to_string(), text);
         }
         for text in [
             "minio.internal:9000",

@@ -28,6 +28,7 @@ mod queue;
 mod rate_limits;
 mod remote;
 mod resolve;
+mod s3;
 mod traversal;
 mod up;
 mod worker;
