@@ -4,8 +4,7 @@
 //! Postgres). A key is made from a digest and from nothing else, so no name that a client sends
 //! ever becomes part of a path. A file appears under its key whole or not at all.
 
-use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -17,7 +16,7 @@ use object_store::path::Path as Key;
 use object_store::{ObjectStore, ObjectStoreExt, PutPayload, WriteMultipart};
 use time::OffsetDateTime;
 
-use crate::domain::digest::{Digest, DigestBuilder};
+use crate::domain::digest::{Digest, DigestBuilder, digest_of_file};
 
 /// Files pass through memory in pieces of this size.
 const CHUNK: usize = 8 << 20;
@@ -88,7 +87,11 @@ impl BlobStore {
     pub async fn put_file(&self, path: &Path) -> Result<StoredBlob, BlobError> {
         let stored = {
             let path = path.to_owned();
-            blocking(move || digest_of_file(&path)).await?
+            blocking(move || match digest_of_file(&path) {
+                Ok((digest, size)) => Ok(StoredBlob { digest, size }),
+                Err(source) => Err(BlobError::File { path, source }),
+            })
+            .await?
         };
         if !self.exists(&stored.digest).await? {
             self.put_as(&stored.digest, path).await?;
@@ -253,30 +256,6 @@ fn check(expected: &Digest, found: DigestBuilder) -> Result<(), BlobError> {
             found,
         })
     }
-}
-
-fn digest_of_file(path: &Path) -> Result<StoredBlob, BlobError> {
-    let failed = |source| BlobError::File {
-        path: path.to_owned(),
-        source,
-    };
-    let mut file = File::open(path).map_err(failed)?;
-    let mut digest = DigestBuilder::default();
-    let mut size = 0;
-    let mut buffer = vec![0; 1 << 20];
-    loop {
-        match file.read(&mut buffer).map_err(failed)? {
-            0 => break,
-            read => {
-                digest.update(&buffer[..read]);
-                size += read as u64;
-            }
-        }
-    }
-    Ok(StoredBlob {
-        digest: digest.finish(),
-        size,
-    })
 }
 
 /// Sends a file's bytes, and answers the digest of those it sent.

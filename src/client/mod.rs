@@ -19,9 +19,8 @@ use std::path::Path;
 
 use anyhow::Context;
 use clap::Subcommand;
-use tokio::io::AsyncReadExt;
 
-use crate::domain::digest::{Digest, DigestBuilder};
+use crate::domain::digest::{Digest, digest_of_file};
 use server::ServerError;
 
 #[derive(Clone, Debug, Subcommand)]
@@ -58,22 +57,9 @@ pub fn exit_status(error: &anyhow::Error) -> u8 {
     }
 }
 
-/// A local file by what it holds; it is read in pieces.
+/// A local file by what it holds, and its size in bytes.
 async fn digest_of(path: &Path) -> anyhow::Result<(Digest, u64)> {
-    let read = async {
-        let mut file = tokio::fs::File::open(path).await?;
-        let (mut digest, mut size) = (DigestBuilder::default(), 0);
-        let mut buffer = vec![0; 1 << 16];
-        loop {
-            match file.read(&mut buffer).await? {
-                0 => return std::io::Result::Ok((digest.finish(), size)),
-                read => {
-                    digest.update(&buffer[..read]);
-                    size += read as u64;
-                }
-            }
-        }
-    };
-    let context = || format!("cannot read `{}`", path.display());
-    read.await.with_context(context)
+    let file = path.to_owned();
+    let read = tokio::task::spawn_blocking(move || digest_of_file(&file)).await?;
+    read.with_context(|| format!("cannot read `{}`", path.display()))
 }

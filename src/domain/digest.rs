@@ -1,6 +1,9 @@
 //! Content addresses: `sha256:<64 hex digits>` names bytes by what they are.
 
 use std::fmt;
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::Path;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
@@ -43,6 +46,22 @@ impl DigestBuilder {
 
     pub fn finish(self) -> Digest {
         Digest(self.0.finalize().into())
+    }
+}
+
+/// The digest of a file and its size in bytes; it is read in pieces.
+pub fn digest_of_file(path: &Path) -> io::Result<(Digest, u64)> {
+    let mut file = File::open(path)?;
+    let (mut digest, mut size) = (DigestBuilder::default(), 0);
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        match file.read(&mut buffer)? {
+            0 => return Ok((digest.finish(), size)),
+            read => {
+                digest.update(&buffer[..read]);
+                size += read as u64;
+            }
+        }
     }
 }
 

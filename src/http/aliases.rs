@@ -6,9 +6,11 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json as JsonResponse};
 use serde::Deserialize;
+use sqlx::PgConnection;
 use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
+use uuid::Uuid;
 
 use super::AppState;
 use super::access::Caller;
@@ -20,6 +22,7 @@ use super::page::{Page, PageQuery};
 use super::prompts::{existing, locked};
 use crate::domain::reference::{AliasName, ResourceName};
 use crate::registry::aliases::{self, Alias, AliasEvent, ChangedBy, NewAlias};
+use crate::registry::prompts::Prompt;
 
 pub fn router() -> OpenApiRouter<AppState> {
     OpenApiRouter::new()
@@ -101,9 +104,8 @@ async fn set_alias(
         &by,
     )
     .await?;
-    let set = aliases::find(&mut tx, caller.project_id, &prompt, &alias).await?;
+    let set = existing_alias(&mut tx, caller.project_id, &prompt, &alias).await?;
     tx.commit().await?;
-    let set = set.ok_or_else(|| not_found(&name, &alias))?;
     let etag = [(header::ETAG, etag(&set))];
     Ok(match current {
         Some(_) => (etag, JsonResponse(set)).into_response(),
@@ -140,9 +142,7 @@ async fn get_alias(
 ) -> Result<Response, Problem> {
     let mut conn = state.pool.acquire().await?;
     let prompt = existing(&mut conn, caller.project_id, &name).await?;
-    let found = aliases::find(&mut conn, caller.project_id, &prompt, &alias)
-        .await?
-        .ok_or_else(|| not_found(&name, &alias))?;
+    let found = existing_alias(&mut conn, caller.project_id, &prompt, &alias).await?;
     let etag = etag(&found);
     let not_modified = preconditions.has_copy(&etag);
     let etag = [(header::ETAG, etag)];
@@ -181,9 +181,7 @@ async fn delete_alias(
 ) -> Result<StatusCode, Problem> {
     let mut tx = state.pool.begin().await?;
     let prompt = locked(&mut tx, caller.project_id, &name).await?;
-    let current = aliases::find(&mut tx, caller.project_id, &prompt, &alias)
-        .await?
-        .ok_or_else(|| not_found(&name, &alias))?;
+    let current = existing_alias(&mut tx, caller.project_id, &prompt, &alias).await?;
     preconditions.check_change(Some(&etag(&current)))?;
     let by = changed_by(&caller, request_id);
     aliases::delete(&mut tx, caller.project_id, &prompt, &current, &by).await?;
@@ -251,6 +249,16 @@ async fn list_alias_history(
     Ok(JsonResponse(
         page.page(events, |event| event.seq.to_string())?,
     ))
+}
+
+async fn existing_alias(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    prompt: &Prompt,
+    alias: &AliasName,
+) -> Result<Alias, Problem> {
+    let found = aliases::find(conn, project_id, prompt, alias).await?;
+    found.ok_or_else(|| not_found(&prompt.name, alias))
 }
 
 fn etag(alias: &Alias) -> String {

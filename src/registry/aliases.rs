@@ -82,13 +82,14 @@ pub async fn set(
     new: NewAlias,
     by: &ChangedBy,
 ) -> Result<(), RegistryError> {
-    let (from, was_protected) = match current {
-        Some(current) => (Some(current.version), current.protected),
-        None => (None, false),
-    };
-    if was_protected && from != Some(new.version) {
-        return Err(protected(prompt, alias, from));
+    if let Some(current) = current
+        && current.protected
+        && current.version != new.version
+    {
+        return Err(protected(prompt, current));
     }
+    let was_protected = current.is_some_and(|current| current.protected);
+    let mut from = current.map(|current| current.version);
     let protect = new.protected.unwrap_or(was_protected);
     let mut kinds = Vec::new();
     match from {
@@ -104,8 +105,11 @@ pub async fn set(
     if kinds.is_empty() {
         return Ok(());
     }
-    let mut seq = last_seq(conn, project_id, prompt, alias).await?;
-    let mut from = from;
+    let mut seq = match current {
+        Some(current) => current.seq,
+        // It may have had a former life.
+        None => last_seq(conn, project_id, prompt, alias).await?,
+    };
     for kind in kinds {
         seq += 1;
         let event = (seq, kind, from, Some(new.version));
@@ -145,7 +149,7 @@ pub async fn delete(
 ) -> Result<(), RegistryError> {
     let alias = &current.alias;
     if current.protected {
-        return Err(protected(prompt, alias, Some(current.version)));
+        return Err(protected(prompt, current));
     }
     let deleted = sqlx::query!(
         "DELETE FROM alias WHERE project_id = $1 AND prompt_id = $2 AND name = $3",
@@ -156,17 +160,16 @@ pub async fn delete(
     .execute(&mut *conn)
     .await?;
     expect_one_row(deleted)?;
-    let seq = last_seq(conn, project_id, prompt, alias).await? + 1;
-    let event = (seq, "deleted", Some(current.version), None);
+    let event = (current.seq + 1, "deleted", Some(current.version), None);
     record(conn, project_id, prompt, alias, event, by).await?;
     prompts::touch(conn, project_id, prompt.id).await
 }
 
-fn protected(prompt: &Prompt, alias: &AliasName, version: Option<i32>) -> RegistryError {
+fn protected(prompt: &Prompt, alias: &Alias) -> RegistryError {
     RegistryError::AliasProtected {
         prompt: prompt.name.clone(),
-        alias: alias.clone(),
-        version: version.unwrap_or_default(),
+        alias: alias.alias.clone(),
+        version: alias.version,
     }
 }
 
