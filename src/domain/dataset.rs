@@ -6,6 +6,8 @@
 //! * **Image folder**: `train/<class>/<image>`, `val/…`, `test/…`; without those sub-folders,
 //!   `<class>/<image>` is all `train`.
 //! * **WebDataset**: [`webdataset`](super::webdataset).
+//!
+//! Parquet files are no listing of files: see [`parquet`](super::parquet).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -120,7 +122,8 @@ pub enum DatasetError {
     },
     #[error(
         "`{0}` holds no training images: expected train800val200.txt or train.txt with \
-         `path label` lines, folders of images named by class, or images with a `.cls` beside each"
+         `path label` lines, folders of images named by class, images with a `.cls` beside each, or \
+         Parquet files"
     )]
     Empty(PathBuf),
     #[error("`{path}` names {classes} classes; at most {MAX_CLASSES} are accepted")]

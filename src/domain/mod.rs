@@ -18,6 +18,7 @@ pub mod job;
 pub mod merge_patch;
 pub mod mixture;
 pub mod objective;
+pub mod parquet;
 pub mod peft;
 pub mod precision;
 pub mod prompt_description;

@@ -1,5 +1,9 @@
 //! `POST /v1/datasets/{name}/versions`: labelled images in an archive, sent as the body.
 
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt as _;
+
 use axum::body::Body;
 use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode};
@@ -17,8 +21,10 @@ use super::extract::{Path, Query, escape, media_type, unsupported_media_type};
 use super::prompt_files::unsupported_format;
 use super::spool::spool;
 use crate::domain::archive::{Archive, ArchiveError};
+use crate::domain::dataset::Split;
+use crate::domain::parquet::{self, Shard};
 use crate::domain::reference::ResourceName;
-use crate::registry::datasets::{PackError, pack_files};
+use crate::registry::datasets::{PackError, Packed, pack_files, pack_parquet};
 use crate::telemetry;
 
 const MEDIA_TYPES: [&str; 4] = [
@@ -49,8 +55,10 @@ pub(super) struct ArchiveBytes(Vec<u8>);
 
 /// Upload labelled images as the next version of a data set, which is made where there is none
 ///
-/// The body is a tar, tar.gz or zip with VTAB-1k list files, or with folders of images named by
-/// class, as `POST /v1/datasets` reads them; a single folder around everything may be there or not.
+/// The body is a tar, tar.gz or zip with VTAB-1k list files, with folders of images named by class, or in
+/// WebDataset's layout, as `POST /v1/datasets` reads them; a single folder around everything may be there or
+/// not. Or it is one Parquet file as Hugging Face writes them (columns `image` and `label`): all of it is
+/// `train`, and shards or further splits are registered from a directory.
 /// It is recognised by its content, goes to the disk as it comes in, and is never unpacked. The same
 /// images under the same name once more answer 200 with the version that exists.
 #[utoipa::path(
@@ -89,11 +97,43 @@ async fn upload_dataset(
     let scratch_dir = state.settings.scratch_dir.clone();
     let upload = spool(&headers, body, limit, &scratch_dir).await?;
     let pack = move |out: &std::path::Path| {
-        let archive = upload.into_file();
-        let archive = Archive::open(archive, limit, &scratch_dir).map_err(refuse_archive)?;
-        pack_files(&archive, options.skip_bad, out).map_err(refuse)
+        pack_uploaded(
+            upload.into_file(),
+            limit,
+            options.skip_bad,
+            &scratch_dir,
+            out,
+        )
     };
     publish(&state, &caller, &name, pack).await
+}
+
+/// The images in one file, whatever it is: by its content, not by what it is called.
+pub(super) fn pack_uploaded(
+    file: File,
+    limit: u64,
+    skip_bad: bool,
+    scratch_dir: &std::path::Path,
+    out: &std::path::Path,
+) -> Result<Packed, Problem> {
+    if starts_with(&file, parquet::MAGIC).map_err(Problem::internal)? {
+        let shard = Shard {
+            split: Split::Train,
+            name: "the file".to_owned(),
+            file,
+        };
+        return pack_parquet(vec![shard], skip_bad, limit, out).map_err(refuse);
+    }
+    let archive = Archive::open(file, limit, scratch_dir).map_err(refuse_archive)?;
+    pack_files(&archive, skip_bad, out).map_err(refuse)
+}
+
+fn starts_with(file: &File, magic: &[u8]) -> io::Result<bool> {
+    let mut start = vec![0; magic.len()];
+    match file.read_exact_at(&mut start, 0) {
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
+        read => read.map(|()| start == magic),
+    }
 }
 
 /// An archive is known by its content; what says that it is something else is refused.

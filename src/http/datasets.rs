@@ -18,6 +18,7 @@ use super::error::Problem;
 use super::extract::{Json, Path, Query};
 use super::page::{Page, PageQuery};
 use crate::domain::dataset::DatasetError;
+use crate::domain::parquet::ParquetError;
 use crate::domain::reference::{Reference, ResourceName, VersionSelector};
 use crate::registry::datasets::{self, DatasetVersion, NewDatasetVersion, PackError, Packed};
 use crate::registry::references;
@@ -37,8 +38,8 @@ pub fn router() -> OpenApiRouter<AppState> {
 struct RegisterDataset {
     #[schema(value_type = String, pattern = "^[a-z0-9][a-z0-9._-]{0,127}$", example = "food")]
     name: ResourceName,
-    /// A directory that the server lists under its `--dataset-root`: VTAB-1k list files, or
-    /// folders of images named by class.
+    /// A directory that the server lists under its `--dataset-root`: VTAB-1k list files, folders of
+    /// images named by class, WebDataset's layout, or Hugging Face's Parquet files.
     #[schema(example = "target")]
     directory: String,
     /// Leave unreadable images out, and count them, instead of refusing the data set.
@@ -149,8 +150,12 @@ fn refuse(error: PackError, dir: &FilePath, directory: &str) -> Problem {
 
 /// What is wrong with images that were to be packed. `pointer` says where the request named them.
 pub(super) fn refuse_pack(error: PackError, pointer: &str, detail: String, skip: &str) -> Problem {
-    if let PackError::Io(_) | PackError::Foreign(_) = error {
-        return Problem::internal(error);
+    match error {
+        PackError::Io(_) | PackError::Foreign(_) => return Problem::internal(error),
+        PackError::PackTooLarge(_) => {
+            return Problem::new(StatusCode::PAYLOAD_TOO_LARGE, "archive_too_large", detail);
+        }
+        _ => {}
     }
     if let Some(image) = error.bad_image() {
         let pointer = format!("{pointer}/{}", super::extract::escape(image));
@@ -159,7 +164,8 @@ pub(super) fn refuse_pack(error: PackError, pointer: &str, detail: String, skip:
     }
     let code = match error {
         PackError::NothingLeft(_) | PackError::Listing(DatasetError::Empty(_)) => "empty_dataset",
-        PackError::Listing(DatasetError::Label { .. }) => "label_out_of_range",
+        PackError::Listing(DatasetError::Label { .. })
+        | PackError::Parquet(ParquetError::Label { .. }) => "label_out_of_range",
         _ => "invalid_dataset",
     };
     Problem::field(code, pointer, detail)

@@ -9,7 +9,7 @@ use time::OffsetDateTime;
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-pub use super::pack::{PackError, Packed, pack, pack_files, unpack};
+pub use super::pack::{PackError, Packed, pack, pack_files, pack_parquet, unpack};
 use super::{RegistryError, read_digest, read_name};
 use crate::blobs::StoredBlob;
 use crate::db::DbError;

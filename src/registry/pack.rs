@@ -16,6 +16,7 @@ use crate::domain::archive::ArchiveError;
 use crate::domain::dataset::{DatasetError, Listing, Split, stays_inside};
 use crate::domain::files::{Directory, FileError, Files};
 use crate::domain::image::{UnreadableImage, decode};
+use crate::domain::parquet::{self, ParquetError, ParquetImages, Shard};
 
 /// Largest image file accepted, in bytes; the images are read one at a time.
 const MAX_IMAGE_BYTES: u64 = 64 << 20;
@@ -49,8 +50,12 @@ pub enum PackError {
     /// A list file could not name it.
     #[error("image path {0:?} holds a control character")]
     ControlCharacter(String),
-    #[error("none of the {0} training images can be read")]
+    #[error(transparent)]
+    Parquet(#[from] ParquetError),
+    #[error("no training image is left: {0} cannot be read")]
     NothingLeft(usize),
+    #[error("the images have more than {0} bytes together")]
+    PackTooLarge(u64),
     #[error("the pack holds `{0}`, which is no file inside it")]
     Foreign(PathBuf),
     #[error("cannot read or write the pack")]
@@ -69,68 +74,149 @@ impl PackError {
     }
 }
 
-/// [`pack_files`] of a folder.
+/// [`pack_files`] of a folder, or [`pack_parquet`] of the files in it.
 pub fn pack(root: &Path, skip_bad: bool, out: &Path) -> Result<Packed, PackError> {
-    pack_files(&Directory::new(root), skip_bad, out)
+    match pack_files(&Directory::new(root), skip_bad, out) {
+        Err(PackError::Listing(DatasetError::Empty(_))) if !parquet::shards(root)?.is_empty() => {
+            pack_parquet(parquet::shards(root)?, skip_bad, u64::MAX, out)
+        }
+        packed => packed,
+    }
 }
 
 /// Lists files, decodes every image once and writes the pack to `out`. An image that cannot be read
 /// is an error that names it, or with `skip_bad` is left out.
 pub fn pack_files(files: &dyn Files, skip_bad: bool, out: &Path) -> Result<Packed, PackError> {
-    pack_listed(Listing::read(files)?, files, skip_bad, out)
-}
-
-fn pack_listed(
-    listed: Listing,
-    files: &dyn Files,
-    skip_bad: bool,
-    out: &Path,
-) -> Result<Packed, PackError> {
-    let mut tar = tar::Builder::new(BufWriter::new(File::create(out)?));
+    let listed = Listing::read(files)?;
+    let mut packer = Packer::new(out, listed.classes, skip_bad, u64::MAX)?;
     // One image may be in several lists; it is read and stored once.
-    let mut stored = BTreeSet::new();
-    let mut skipped = BTreeSet::new();
-    let mut class_counts = BTreeMap::new();
-    let mut lists = Vec::new();
+    let mut stored = BTreeMap::new();
     for (split, images) in &listed.splits {
-        let mut counts = vec![0; listed.classes.len()];
-        let mut list = String::new();
+        packer.begin(*split);
         for image in images {
             let path = normal(&image.path)?;
-            if skipped.contains(&path) {
-                continue;
-            }
-            if !stored.contains(&path) {
-                match read_image(files, &image.path) {
-                    Ok(bytes) => append(&mut tar, &path, &bytes)?,
-                    Err(error) if skip_bad && error.bad_image().is_some() => {
-                        skipped.insert(path);
-                        continue;
-                    }
-                    Err(error) => return Err(error),
+            let is_good = match stored.get(&path) {
+                Some(is_good) => *is_good,
+                None => {
+                    let is_good = packer.store(&path, read_image(files, &image.path))?;
+                    stored.insert(path.clone(), is_good);
+                    is_good
                 }
-                stored.insert(path.clone());
+            };
+            if is_good {
+                packer.list(*split, &path, image.label);
             }
-            counts[image.label] += 1;
-            writeln!(list, "{path} {}", image.label).expect("a String takes everything");
         }
-        if *split == Split::Train && list.is_empty() {
-            return Err(PackError::NothingLeft(images.len()));
+    }
+    packer.finish()
+}
+
+/// Packs the images of Parquet files, numbered within their split, into at most `max_bytes`.
+pub fn pack_parquet(
+    shards: Vec<Shard>,
+    skip_bad: bool,
+    max_bytes: u64,
+    out: &Path,
+) -> Result<Packed, PackError> {
+    let ParquetImages { classes, shards } = ParquetImages::open(shards)?;
+    let mut packer = Packer::new(out, classes, skip_bad, max_bytes)?;
+    let mut numbers = BTreeMap::new();
+    for shard in &shards {
+        packer.begin(shard.split);
+        let number = numbers.entry(shard.split).or_insert(0);
+        for (row, (image, label)) in shard.images()?.zip(&shard.labels).enumerate() {
+            let path = format!("{IMAGES}{}/{number:06}", shard.split.name());
+            *number += 1;
+            let image = checked(image?, &format!("row {row} of {}", shard.name));
+            if packer.store(&path, image)? {
+                packer.list(shard.split, &path, *label);
+            }
         }
-        class_counts.insert(*split, counts);
-        lists.push((format!("{}.txt", split.name()), list));
     }
-    for (name, list) in lists {
-        append(&mut tar, &name, list.as_bytes())?;
+    packer.finish()
+}
+
+/// Writes a pack: images first, lists and class names at the end.
+struct Packer {
+    tar: tar::Builder<BufWriter<File>>,
+    classes: Vec<String>,
+    skip_bad: bool,
+    skipped: BTreeSet<String>,
+    /// List file and images by class of each split that was begun.
+    splits: BTreeMap<Split, (String, Vec<u64>)>,
+    max_bytes: u64,
+    written: u64,
+}
+
+impl Packer {
+    fn new(
+        out: &Path,
+        classes: Vec<String>,
+        skip_bad: bool,
+        max_bytes: u64,
+    ) -> Result<Self, PackError> {
+        Ok(Self {
+            tar: tar::Builder::new(BufWriter::new(File::create(out)?)),
+            classes,
+            skip_bad,
+            skipped: BTreeSet::new(),
+            splits: BTreeMap::new(),
+            max_bytes,
+            written: 0,
+        })
     }
-    let meta = json!({ "classes": listed.classes }).to_string();
-    append(&mut tar, "meta.json", meta.as_bytes())?;
-    tar.into_inner()?.flush()?;
-    Ok(Packed {
-        classes: listed.classes,
-        class_counts,
-        skipped: skipped.into_iter().map(original).collect(),
-    })
+
+    fn begin(&mut self, split: Split) {
+        let classes = self.classes.len();
+        let begun = self.splits.entry(split);
+        begun.or_insert_with(|| (String::new(), vec![0; classes]));
+    }
+
+    /// Stores an image, or leaves it out: then the answer is `false`.
+    fn store(&mut self, path: &str, image: Result<Vec<u8>, PackError>) -> Result<bool, PackError> {
+        let bytes = match image {
+            Ok(bytes) => bytes,
+            Err(error) => match error.bad_image() {
+                Some(image) if self.skip_bad => {
+                    self.skipped.insert(image.to_owned());
+                    return Ok(false);
+                }
+                _ => return Err(error),
+            },
+        };
+        self.written += bytes.len() as u64;
+        if self.written > self.max_bytes {
+            return Err(PackError::PackTooLarge(self.max_bytes));
+        }
+        append(&mut self.tar, path, &bytes)?;
+        Ok(true)
+    }
+
+    fn list(&mut self, split: Split, path: &str, label: usize) {
+        let (list, counts) = self.splits.get_mut(&split).expect("the split was begun");
+        writeln!(list, "{path} {label}").expect("a String takes everything");
+        counts[label] += 1;
+    }
+
+    fn finish(mut self) -> Result<Packed, PackError> {
+        let train = self.splits.get(&Split::Train);
+        if train.is_none_or(|(list, _)| list.is_empty()) {
+            return Err(PackError::NothingLeft(self.skipped.len()));
+        }
+        for (split, (list, _)) in &self.splits {
+            let name = format!("{}.txt", split.name());
+            append(&mut self.tar, &name, list.as_bytes())?;
+        }
+        let meta = json!({ "classes": self.classes }).to_string();
+        append(&mut self.tar, "meta.json", meta.as_bytes())?;
+        self.tar.into_inner()?.flush()?;
+        let counts = |(split, (_, counts))| (split, counts);
+        Ok(Packed {
+            classes: self.classes,
+            class_counts: self.splits.into_iter().map(counts).collect(),
+            skipped: self.skipped.into_iter().collect(),
+        })
+    }
 }
 
 /// Writes the files of a pack into the existing folder `dir`.
@@ -169,10 +255,6 @@ fn normal(path: &str) -> Result<String, PackError> {
     Ok(format!("{IMAGES}{}", parts.join("/")))
 }
 
-fn original(path: String) -> String {
-    path[IMAGES.len()..].to_owned()
-}
-
 fn read_image(files: &dyn Files, path: &str) -> Result<Vec<u8>, PackError> {
     let bytes = files.read(path, MAX_IMAGE_BYTES).map_err(|error| {
         let path = path.to_owned();
@@ -182,12 +264,18 @@ fn read_image(files: &dyn Files, path: &str) -> Result<Vec<u8>, PackError> {
             FileError::Archive(error) => error.into(),
         }
     })?;
+    checked(bytes, path)
+}
+
+/// An image file that can be decoded; `path` is what it is called.
+fn checked(bytes: Vec<u8>, path: &str) -> Result<Vec<u8>, PackError> {
+    let (path, size) = (path.to_owned(), bytes.len() as u64);
+    if size > MAX_IMAGE_BYTES {
+        return Err(PackError::TooLarge { path, size });
+    }
     match decode(&bytes) {
         Ok(_) => Ok(bytes),
-        Err(source) => Err(PackError::Unreadable {
-            path: path.to_owned(),
-            source,
-        }),
+        Err(source) => Err(PackError::Unreadable { path, source }),
     }
 }
 

@@ -1,6 +1,7 @@
 //! `POST /v1/datasets/{name}/versions`: archives as bodies, and what is refused of them.
 
 use std::fs;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use axum::body::Body;
@@ -370,4 +371,43 @@ async fn a_shard_of_a_webdataset_is_a_data_set(pool: PgPool) {
     let problem = refused.problem(422, "invalid_dataset");
     let detail = problem["detail"].as_str().unwrap();
     assert!(detail.contains("sample `000001` has no label"), "{detail}");
+}
+
+#[sqlx::test(migrator = "MIGRATOR")]
+async fn parquet_files_are_data_sets_from_a_directory_and_one_of_them_as_a_body(pool: PgPool) {
+    let app = app(pool);
+    let fixture = |name: &str| {
+        let path = ["tests/fixtures/parquet", name].iter().collect::<PathBuf>();
+        fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).unwrap()
+    };
+    let names = [
+        "train-00000-of-00002.parquet",
+        "train-00001-of-00002.parquet",
+        "test-00000-of-00001.parquet",
+    ];
+    let bytes = names.map(fixture);
+    let paths = names.map(|name| format!("data/{name}"));
+    let files: Vec<(&str, &[u8])> = (0..3).map(|i| (paths[i].as_str(), &bytes[i][..])).collect();
+    write_files(&app.root("pets"), &files);
+    let body = json!({"name": "pets", "directory": "pets"});
+    let dataset = app.post("/v1/datasets", &body).await.ok(201);
+    assert_eq!(dataset["classes"], json!(["cat", "dog", "owl"]));
+    assert_eq!(dataset["class_counts"]["train"], json!([2, 2, 2]));
+    assert_eq!(dataset["class_counts"]["test"], json!([1, 1, 1]));
+
+    let dataset = upload(&app, "", bytes[0].clone()).await.ok(201);
+    assert_eq!(dataset["class_counts"], json!({"train": [2, 1, 1]}));
+    // The first image's bytes are not compressed, being the first.
+    let at = bytes[0].windows(4).position(|it| it == b"\x89PNG").unwrap();
+    let mut broken = bytes[0].clone();
+    broken[at + 1] = b'X';
+    let refused = upload(&app, "", broken.clone()).await;
+    let refused = refused.problem(422, "unreadable_image");
+    let detail = refused["errors"][0]["detail"].to_string();
+    assert!(detail.contains("row 0 of the file"), "{detail}");
+    let dataset = upload(&app, "?skip_bad=true", broken).await.ok(201);
+    assert_eq!(dataset["skipped_images"], json!(["row 0 of the file"]));
+    let cut = bytes[0][..bytes[0].len() - 4].to_vec();
+    let refused = upload(&app, "", cut).await.problem(422, "invalid_dataset");
+    assert!(refused.to_string().contains("cut off"), "{refused}");
 }

@@ -148,7 +148,7 @@ async fn bad_directories_are_refused_without_the_servers_paths(pool: PgPool) {
             "unread",
             true,
             "empty_dataset",
-            "none of the 1 training images can be read",
+            "no training image is left: 1 cannot be read",
         ),
         (
             "none",
