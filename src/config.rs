@@ -10,9 +10,11 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::{ArgAction, Args, ValueEnum};
+use object_store::aws::AmazonS3Builder;
 use secrecy::{ExposeSecret, SecretString};
 use sqlx::PgPool;
 use sqlx::postgres::PgConnectOptions;
+use url::Url;
 
 #[cfg(feature = "torch")]
 use crate::blob_cache::BlobCache;
@@ -26,6 +28,8 @@ use crate::http::rate_limit::RateLimit;
 use crate::remote::client::Client;
 use crate::remote::network::Opening;
 use crate::remote::s3::S3Url;
+use crate::remote::sources::Sources;
+use crate::remote::uri::{AllowedUris, SourceUri};
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
@@ -153,12 +157,15 @@ impl StorageOptions {
         let Some(url) = &self.blob_store else {
             return Ok(BlobStore::directory(&self.blob_dir())?);
         };
-        let network = self.allow_network.iter().cloned().collect();
-        let client = Client::new(network).context("cannot set up HTTP")?;
         let store = url
-            .open(client)
+            .open(self.client()?)
             .with_context(|| format!("--blob-store {url} cannot be used"))?;
         Ok(BlobStore::over(store))
+    }
+
+    fn client(&self) -> anyhow::Result<Client> {
+        let network = self.allow_network.iter().cloned().collect();
+        Client::new(network).context("cannot set up HTTP")
     }
 
     pub fn data_dir(&self) -> PathBuf {
@@ -233,6 +240,32 @@ pub struct HttpOptions {
         value_delimiter = ':'
     )]
     pub backbone_root: Vec<PathBuf>,
+    /// What data sets and backbones may be fetched from: `https://host/path`, `s3://bucket/prefix`,
+    /// `hf://datasets/org` or `hf://org/name`, and all below it. May be given several times (`,` between
+    /// them in the environment). Without one, nothing is fetched. S3 is reached as `--blob-store` says.
+    #[arg(
+        long,
+        env = "PROMPTWEAVE_ALLOW_URI",
+        value_name = "URI",
+        value_delimiter = ','
+    )]
+    pub allow_uri: Vec<SourceUri>,
+    /// The Hub that `hf://` means.
+    #[arg(
+        long,
+        env = "PROMPTWEAVE_HUB",
+        value_name = "URL",
+        default_value = "https://huggingface.co"
+    )]
+    pub hub: Url,
+    /// A token of that Hub, for repositories that are not public.
+    #[arg(
+        long,
+        env = "PROMPTWEAVE_HUB_TOKEN",
+        value_name = "TOKEN",
+        hide_env_values = true
+    )]
+    pub hub_token: Option<SecretString>,
     /// Largest request body in MiB; a larger one is answered 413. Too low and prompts with many
     /// tokens are refused; too high and a few uploads at once fill the memory.
     #[arg(long, env = "PROMPTWEAVE_MAX_BODY_MIB", default_value_t = 64)]
@@ -287,6 +320,21 @@ impl HttpOptions {
             }
         }
         Ok(())
+    }
+
+    /// None where nothing is allowed.
+    pub fn sources(&self, storage: &StorageOptions) -> anyhow::Result<Option<Sources>> {
+        if self.allow_uri.is_empty() {
+            return Ok(None);
+        }
+        let token = self.hub_token.as_ref().map(ExposeSecret::expose_secret);
+        Ok(Some(Sources::new(
+            AllowedUris::new(self.allow_uri.clone()),
+            storage.client()?,
+            self.hub.clone(),
+            token,
+            AmazonS3Builder::from_env(),
+        )))
     }
 
     pub fn rate_limit(&self) -> Option<RateLimit> {

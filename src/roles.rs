@@ -83,6 +83,7 @@ pub(crate) fn app_state(
         rate_limit: http.rate_limit(),
         dataset_roots: AllowedRoots::new(http.dataset_root.clone()),
         backbone_roots: AllowedRoots::new(http.backbone_root.clone()),
+        sources: http.sources(storage)?,
         scratch_dir,
     };
     Ok(AppState {

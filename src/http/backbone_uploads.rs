@@ -21,7 +21,7 @@ use super::extract::{Path, Query};
 use super::prompt_files::unsupported_format;
 use super::spool::spool;
 use crate::domain::archive::Archive;
-use crate::domain::backbone::{CONFIG_FILE, MODEL_FILE};
+use crate::domain::backbone::{Backbone, CONFIG_FILE, MODEL_FILE};
 use crate::domain::files::{FileError, Files as _};
 use crate::domain::import::{PREPROCESSOR_FILE, Settings};
 use crate::domain::reference::ResourceName;
@@ -29,7 +29,7 @@ use crate::registry::backbones::RegisteredBackbone;
 use crate::telemetry;
 
 /// Weights may be f64 in a foreign checkpoint, and beside them are small files.
-const MAX_UPLOAD: u64 = 2 * MAX_WEIGHTS + (64 << 20);
+pub(super) const MAX_UPLOAD: u64 = 2 * MAX_WEIGHTS + (64 << 20);
 const MAX_SETTINGS: u64 = 1 << 20;
 /// Files that libraries keep weights in as pickles.
 const PICKLED: [&str; 4] = ["bin", "pt", "pth", "ckpt"];
@@ -100,15 +100,27 @@ async fn upload_backbone(
     let scratch_dir = state.settings.scratch_dir.clone();
     let upload = spool(&headers, body, MAX_UPLOAD, &scratch_dir).await?;
     let read = move |scratch: &FilePath| {
-        let archive = Archive::open(upload.into_file(), MAX_UPLOAD, &scratch_dir);
-        let (folder, converted) = (scratch.join("folder"), scratch.join("converted"));
-        for dir in [&folder, &converted] {
-            std::fs::create_dir(dir).map_err(Problem::internal)?;
-        }
-        take_out(&archive.map_err(refuse_archive)?, &folder)?;
-        open(&folder, config, &converted).map_err(|error| refuse(error, &folder, "the archive", ""))
+        open_archive(upload.into_file(), config, scratch, &scratch_dir, "")
     };
     publish(&state, &caller, &name, read).await
+}
+
+/// The backbone in an archive; `pointer` says where the request named it.
+pub(super) fn open_archive(
+    file: File,
+    config: Option<Settings>,
+    scratch: &FilePath,
+    scratch_dir: &FilePath,
+    pointer: &'static str,
+) -> Result<Backbone, Problem> {
+    let archive = Archive::open(file, MAX_UPLOAD, scratch_dir);
+    let (folder, converted) = (scratch.join("folder"), scratch.join("converted"));
+    for dir in [&folder, &converted] {
+        std::fs::create_dir(dir).map_err(Problem::internal)?;
+    }
+    take_out(&archive.map_err(refuse_archive)?, &folder)?;
+    let opened = open(&folder, config, &converted);
+    opened.map_err(|error| refuse(error, &folder, "the archive", pointer))
 }
 
 /// Copies the files of a backbone out of an archive, under names of our own.

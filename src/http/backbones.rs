@@ -1,4 +1,4 @@
-//! `/v1/backbones`: frozen vision transformers, registered from the operator's directories (or
+//! `/v1/backbones`: frozen vision transformers, registered from the operator's directories or URIs (or
 //! [uploaded](super::backbone_uploads)), in the names of any library that publishes them.
 
 use std::path::Path as FilePath;
@@ -14,11 +14,13 @@ use utoipa_axum::routes;
 
 use super::AppState;
 use super::access::Caller;
+use super::backbone_uploads::{MAX_UPLOAD, open_archive};
 use super::error::Problem;
 use super::extract::{Json, Path, Query};
 use super::page::{Page, PageQuery};
-use crate::domain::backbone::{Backbone, BackboneError};
-use crate::domain::import::{self, Checkpoint, ImportError, Settings};
+use super::sources::{Named, fetch_file, fetch_repository, is_repository};
+use crate::domain::backbone::{Backbone, BackboneError, CONFIG_FILE, MODEL_FILE};
+use crate::domain::import::{self, Checkpoint, ImportError, PREPROCESSOR_FILE, Settings};
 use crate::domain::reference::ResourceName;
 use crate::registry::backbones::{self, RegisteredBackbone};
 use crate::registry::references;
@@ -39,14 +41,21 @@ struct RegisterBackbone {
     name: ResourceName,
     /// A directory that the server lists under its `--backbone-root`: of ours, with `config.json` and
     /// `model.safetensors`, or a ViT checkpoint (safetensors, or the original `.npz`) as timm, Hugging
-    /// Face, DINOv2 or Google name its tensors, with their `config.json` where there is one.
+    /// Face, DINOv2 or Google name its tensors, with their `config.json` where there is one. Or give a `uri`.
     #[schema(example = "vit_s14_focus")]
-    directory: String,
+    directory: Option<String>,
+    /// Below one that the operator allows (`--allow-uri`): `hf://org/name@revision` (`model.safetensors`,
+    /// `config.json`, `preprocessor_config.json`; the revision may be left out), or `https://…` or
+    /// `s3://bucket/key` of an archive as `PUT /v1/backbones/{name}` takes it.
+    uri: Option<String>,
     /// What such a checkpoint and the files beside it do not say, or say wrong.
     config: Option<Settings>,
 }
 
-/// Register a backbone from a directory of the operator's
+/// Register a backbone from a directory of the operator's or a URI
+///
+/// What a URI leads to is fetched within the request: it must come within the server's
+/// `--request-timeout-s`.
 #[utoipa::path(
     post,
     path = "/backbones",
@@ -58,7 +67,12 @@ struct RegisterBackbone {
         (status = 200, description = "It is registered already", body = RegisteredBackbone),
         (status = 409, description = "`name_taken`, `backbone_exists`, `file_changed` (while it \
             was read; try again when nobody writes to it)"),
-        (status = 422, description = "`unknown_directory`, `invalid_backbone`, \
+        (status = 403, description = "`uri_not_allowed` (by the operator, or as it leads to no public \
+            address)"),
+        (status = 413, description = "`archive_too_large`"),
+        (status = 415, description = "`unsupported_format`"),
+        (status = 422, description = "`directory_or_uri` (give one of them), `unknown_directory`, \
+            `invalid_uri`, `uri_failed` (says what came), `invalid_archive`, `invalid_backbone`, \
             `missing_setting` (the checkpoint does not say it: give it in `config`)"),
     )
 )]
@@ -70,11 +84,43 @@ async fn register_backbone(
     let RegisterBackbone {
         name,
         directory,
+        uri,
         config,
     } = body;
-    let dir = super::directory(&state.settings.backbone_roots, &directory)?;
+    let uri = match Named::of(directory, uri)? {
+        Named::Uri(uri) => uri,
+        Named::Directory(directory) => {
+            let dir = super::directory(&state.settings.backbone_roots, &directory)?;
+            let read = move |scratch: &FilePath| {
+                let opened = open(&dir, config, scratch);
+                opened.map_err(|error| refuse(error, &dir, &directory, "/directory"))
+            };
+            return publish(&state, &caller, &name, read).await;
+        }
+    };
+    if !is_repository(&uri) {
+        let fetched = fetch_file(&state, &uri, MAX_UPLOAD).await?;
+        let scratch_dir = state.settings.scratch_dir.clone();
+        let read =
+            move |scratch: &FilePath| open_archive(fetched, config, scratch, &scratch_dir, "/uri");
+        return publish(&state, &caller, &name, read).await;
+    }
+    let (dir, found) = fetch_repository(&state, &uri, MAX_UPLOAD, |names| {
+        let wanted = [MODEL_FILE, CONFIG_FILE, PREPROCESSOR_FILE].into_iter();
+        let there = wanted.filter(|file| names.iter().any(|name| name == file));
+        there
+            .map(|file| ((), file.to_owned(), file.to_owned()))
+            .collect()
+    })
+    .await?;
+    if !found.iter().any(|(_, file, _)| file == MODEL_FILE) {
+        let detail =
+            format!("`{uri}` has no `{MODEL_FILE}`; weights are read from no other file there");
+        return Err(Problem::field("invalid_backbone", "/uri", detail));
+    }
     let read = move |scratch: &FilePath| {
-        open(&dir, config, scratch).map_err(|error| refuse(error, &dir, &directory, "/directory"))
+        let opened = open(dir.path(), config, scratch);
+        opened.map_err(|error| refuse(error, dir.path(), uri.url().as_str(), "/uri"))
     };
     publish(&state, &caller, &name, read).await
 }

@@ -97,35 +97,35 @@ async fn upload_dataset(
     let scratch_dir = state.settings.scratch_dir.clone();
     let upload = spool(&headers, body, limit, &scratch_dir).await?;
     let pack = move |out: &std::path::Path| {
-        pack_uploaded(
+        let packed = pack_file(
             upload.into_file(),
             limit,
             options.skip_bad,
             &scratch_dir,
             out,
-        )
+        );
+        packed.map_err(|error| refuse_file(error, "", "send `?skip_bad=true` to leave it out"))
     };
     publish(&state, &caller, &name, pack).await
 }
 
-/// The images in one file, whatever it is: by its content, not by what it is called.
-pub(super) fn pack_uploaded(
+/// Packs the images in one file, which is an archive or Parquet by its content, whatever it is called.
+pub(super) fn pack_file(
     file: File,
     limit: u64,
     skip_bad: bool,
     scratch_dir: &std::path::Path,
     out: &std::path::Path,
-) -> Result<Packed, Problem> {
-    if starts_with(&file, parquet::MAGIC).map_err(Problem::internal)? {
+) -> Result<Packed, PackError> {
+    if starts_with(&file, parquet::MAGIC)? {
         let shard = Shard {
             split: Split::Train,
             name: "the file".to_owned(),
             file,
         };
-        return pack_parquet(vec![shard], skip_bad, limit, out).map_err(refuse);
+        return pack_parquet(vec![shard], skip_bad, limit, out);
     }
-    let archive = Archive::open(file, limit, scratch_dir).map_err(refuse_archive)?;
-    pack_files(&archive, skip_bad, out).map_err(refuse)
+    pack_files(&Archive::open(file, limit, scratch_dir)?, skip_bad, out)
 }
 
 fn starts_with(file: &File, magic: &[u8]) -> io::Result<bool> {
@@ -147,12 +147,13 @@ pub(super) fn check_media_type(headers: &HeaderMap) -> Result<(), Problem> {
     }
 }
 
-fn refuse(error: PackError) -> Problem {
+/// What is wrong with a file of images; `pointer` and `skip` as in [`refuse_pack`].
+pub(super) fn refuse_file(error: PackError, pointer: &str, skip: &str) -> Problem {
     if let PackError::Archive(error) = error {
         return refuse_archive(error);
     }
     let detail = telemetry::chain(&error);
-    refuse_pack(error, "", detail, "send `?skip_bad=true` to leave it out")
+    refuse_pack(error, pointer, detail, skip)
 }
 
 pub(super) fn refuse_archive(error: ArchiveError) -> Problem {

@@ -1,5 +1,6 @@
-//! `/v1/datasets`: labelled images, registered from the operator's directories.
+//! `/v1/datasets`: labelled images, registered from the operator's directories or URIs.
 
+use std::fs::File;
 use std::path::Path as FilePath;
 
 use axum::Json as JsonResponse;
@@ -13,16 +14,21 @@ use utoipa_axum::routes;
 
 use super::AppState;
 use super::access::Caller;
-use super::dataset_uploads;
+use super::dataset_uploads::{self, pack_file, refuse_file};
 use super::error::Problem;
 use super::extract::{Json, Path, Query};
 use super::page::{Page, PageQuery};
+use super::sources::{Named, fetch_file, fetch_repository, is_repository};
 use crate::domain::dataset::DatasetError;
-use crate::domain::parquet::ParquetError;
+use crate::domain::parquet::{self, ParquetError, Shard};
 use crate::domain::reference::{Reference, ResourceName, VersionSelector};
-use crate::registry::datasets::{self, DatasetVersion, NewDatasetVersion, PackError, Packed};
+use crate::registry::datasets::{
+    self, DatasetVersion, NewDatasetVersion, PackError, Packed, pack_parquet,
+};
 use crate::registry::references;
+use crate::remote::uri::SourceUri;
 
+const SKIP: &str = "send `\"skip_bad\": true` to leave it out";
 /// Most names of left-out images in an answer; the count is always whole.
 const MAX_SKIPPED_NAMES: usize = 100;
 
@@ -39,9 +45,13 @@ struct RegisterDataset {
     #[schema(value_type = String, pattern = "^[a-z0-9][a-z0-9._-]{0,127}$", example = "food")]
     name: ResourceName,
     /// A directory that the server lists under its `--dataset-root`: VTAB-1k list files, folders of
-    /// images named by class, WebDataset's layout, or Hugging Face's Parquet files.
+    /// images named by class, WebDataset's layout, or Hugging Face's Parquet files. Or give a `uri`.
     #[schema(example = "target")]
-    directory: String,
+    directory: Option<String>,
+    /// Below one that the operator allows (`--allow-uri`): `https://…` or `s3://bucket/key` of an archive or
+    /// a Parquet file, or `hf://datasets/org/name@revision/folder` for the Parquet files of a repository
+    /// (`@~parquet` for those that the Hub made itself; revision and folder may be left out).
+    uri: Option<String>,
     /// Leave unreadable images out, and count them, instead of refusing the data set.
     #[serde(default)]
     skip_bad: bool,
@@ -55,10 +65,11 @@ pub(super) struct RegisteredDataset {
     skipped_images: Vec<String>,
 }
 
-/// Register a directory of labelled images as the next version of a data set
+/// Register labelled images from a directory or a URI as the next version of a data set
 ///
 /// Every image is decoded once as a check, and the original files are stored. The same images
-/// under the same name once more answer 200 with the version that exists.
+/// under the same name once more answer 200 with the version that exists. What a URI leads to is fetched
+/// within the request: it must come within the server's `--request-timeout-s`.
 #[utoipa::path(
     post,
     path = "/datasets",
@@ -70,8 +81,13 @@ pub(super) struct RegisteredDataset {
         (status = 200, description = "These images are a version already", body = RegisteredDataset),
         (status = 409, description = "`file_changed`: while it was read; try again when nobody \
             writes to it"),
-        (status = 422, description = "`unknown_directory`, `invalid_dataset`, `empty_dataset`, \
-            `label_out_of_range`, `unreadable_image` (names the file; see `skip_bad`)"),
+        (status = 403, description = "`uri_not_allowed` (by the operator, or as it leads to no public \
+            address)"),
+        (status = 413, description = "`archive_too_large`"),
+        (status = 415, description = "`unsupported_format`"),
+        (status = 422, description = "`directory_or_uri` (give one of them), `unknown_directory`, \
+            `invalid_uri`, `uri_failed` (says what came), `invalid_archive`, `invalid_dataset`, \
+            `empty_dataset`, `label_out_of_range`, `unreadable_image` (names the file; see `skip_bad`)"),
     )
 )]
 async fn register_dataset(
@@ -82,14 +98,79 @@ async fn register_dataset(
     let RegisterDataset {
         name,
         directory,
+        uri,
         skip_bad,
     } = body;
-    let dir = super::directory(&state.settings.dataset_roots, &directory)?;
-    let pack = move |out: &FilePath| {
-        let packed = datasets::pack(&dir, skip_bad, out);
-        packed.map_err(|error| refuse(error, &dir, &directory))
-    };
-    publish(&state, &caller, &name, pack).await
+    match Named::of(directory, uri)? {
+        Named::Directory(directory) => {
+            let dir = super::directory(&state.settings.dataset_roots, &directory)?;
+            let pack = move |out: &FilePath| {
+                let packed = datasets::pack(&dir, skip_bad, out);
+                packed.map_err(|error| refuse(error, &dir, &directory))
+            };
+            publish(&state, &caller, &name, pack).await
+        }
+        Named::Uri(uri) => {
+            let fetched = Fetched::fetch(&state, &uri).await?;
+            let (limit, scratch_dir) = (
+                state.settings.max_dataset_bytes,
+                state.settings.scratch_dir.clone(),
+            );
+            let pack = move |out: &FilePath| {
+                let packed = fetched.pack(limit, skip_bad, &scratch_dir, out);
+                packed.map_err(|error| refuse_file(error, "/uri", SKIP))
+            };
+            publish(&state, &caller, &name, pack).await
+        }
+    }
+}
+
+/// What a URI led to, until it is packed.
+enum Fetched {
+    File(File),
+    Shards(Vec<Shard>),
+}
+
+impl Fetched {
+    async fn fetch(state: &AppState, uri: &SourceUri) -> Result<Self, Problem> {
+        let limit = state.settings.max_dataset_bytes;
+        if !is_repository(uri) {
+            return Ok(Self::File(fetch_file(state, uri, limit).await?));
+        }
+        let (dir, found) = fetch_repository(state, uri, limit, |names| {
+            let chosen = parquet::choose(names).into_iter().enumerate();
+            let numbered = chosen.map(|(i, (split, name))| (split, name, i.to_string()));
+            numbered.collect()
+        })
+        .await?;
+        if found.is_empty() {
+            let detail = format!(
+                "`{uri}` has no Parquet files of a split: a data set is `hf://datasets/org/name`, with the folder of \
+                 its files behind it where it has several; `name@~parquet` means those that the Hub made itself"
+            );
+            return Err(Problem::field("empty_dataset", "/uri", detail));
+        }
+        let shards = found.into_iter().map(|(split, name, number)| {
+            let file = File::open(dir.path().join(number))?;
+            Ok(Shard { split, name, file })
+        });
+        // Open files stay readable without their names, which go with the folder.
+        let shards: Result<_, std::io::Error> = shards.collect();
+        Ok(Self::Shards(shards.map_err(Problem::internal)?))
+    }
+
+    fn pack(
+        self,
+        limit: u64,
+        skip_bad: bool,
+        scratch_dir: &FilePath,
+        out: &FilePath,
+    ) -> Result<Packed, PackError> {
+        match self {
+            Self::File(file) => pack_file(file, limit, skip_bad, scratch_dir, out),
+            Self::Shards(shards) => pack_parquet(shards, skip_bad, limit, out),
+        }
+    }
 }
 
 /// Packs images off the runtime's threads, stores the pack, and answers with its version: 201, or
@@ -140,12 +221,7 @@ pub(super) async fn publish(
 
 fn refuse(error: PackError, dir: &FilePath, directory: &str) -> Problem {
     let detail = super::chain_for_client(&error, dir, directory);
-    refuse_pack(
-        error,
-        "/directory",
-        detail,
-        "send `\"skip_bad\": true` to leave it out",
-    )
+    refuse_pack(error, "/directory", detail, SKIP)
 }
 
 /// What is wrong with images that were to be packed. `pointer` says where the request named them.

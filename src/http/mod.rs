@@ -30,6 +30,7 @@ mod prompt_files;
 mod prompt_versions;
 pub mod prompts;
 pub mod rate_limit;
+mod sources;
 mod spool;
 pub mod workers;
 
@@ -53,6 +54,7 @@ use utoipa_swagger_ui::SwaggerUi;
 use crate::blobs::BlobStore;
 use crate::clock::Clock;
 use crate::registry::roots::AllowedRoots;
+use crate::remote::sources::Sources;
 use crate::telemetry;
 use rate_limit::{Limiter, RateLimit};
 
@@ -84,6 +86,8 @@ pub struct HttpSettings {
     pub dataset_roots: AllowedRoots,
     /// Where backbones may be registered from.
     pub backbone_roots: AllowedRoots,
+    /// Where else they may be fetched from; None: nowhere.
+    pub sources: Option<Sources>,
     /// Packs are made here before they go to the blob store; must have room for a data set.
     pub scratch_dir: PathBuf,
 }
@@ -98,6 +102,7 @@ impl Default for HttpSettings {
             rate_limit: None,
             dataset_roots: AllowedRoots::default(),
             backbone_roots: AllowedRoots::default(),
+            sources: None,
             scratch_dir: std::env::temp_dir(),
         }
     }

@@ -8,5 +8,8 @@
 //! the neighbours. The address that is checked is the one that is connected to.
 
 pub mod client;
+pub mod hub;
 pub mod network;
 pub mod s3;
+pub mod sources;
+pub mod uri;

@@ -31,4 +31,5 @@ mod resolve;
 mod s3;
 mod traversal;
 mod up;
+mod uris;
 mod worker;

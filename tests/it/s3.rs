@@ -24,10 +24,10 @@ use tower::ServiceExt as _;
 use crate::remote::{network, serve};
 
 const KEY: &str = "an-access-key";
-const SECRET: &str = "a-secret-key";
+pub const SECRET: &str = "a-secret-key";
 
 /// Serves the buckets that are the directories of `root`.
-async fn server(root: &Path) -> SocketAddr {
+pub async fn server(root: &Path) -> SocketAddr {
     let files = s3s_fs::FileSystem::new(root).unwrap();
     let mut service = S3ServiceBuilder::new(files);
     service.set_auth(SimpleAuth::from_single(KEY, SECRET));
@@ -41,14 +41,18 @@ async fn server(root: &Path) -> SocketAddr {
 
 fn store(at: SocketAddr, secret: &str, network: Network) -> Arc<dyn ObjectStore> {
     let url: S3Url = "s3://bucket/some/prefix".parse().unwrap();
-    let builder = AmazonS3Builder::new()
+    url.open_with(builder(at, secret), Client::new(network).unwrap())
+        .unwrap()
+}
+
+/// What the server at `at` is reached by.
+pub fn builder(at: SocketAddr, secret: &str) -> AmazonS3Builder {
+    AmazonS3Builder::new()
         .with_endpoint(format!("http://{at}"))
         .with_region("us-east-1")
         .with_access_key_id(KEY)
         .with_secret_access_key(secret)
-        .with_allow_http(true);
-    url.open_with(builder, Client::new(network).unwrap())
-        .unwrap()
+        .with_allow_http(true)
 }
 
 #[tokio::test]

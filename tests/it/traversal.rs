@@ -282,6 +282,12 @@ async fn no_string_of_a_client_leads_out(pool: PgPool) {
                 for place in places {
                     let mut json = usual.clone().unwrap();
                     *json.pointer_mut(&place).unwrap() = json!(hostile);
+                    // One of two, of which only one may be given.
+                    for (this, other) in [("/directory", "uri"), ("/uri", "directory")] {
+                        if place == this {
+                            json.as_object_mut().unwrap().remove(other);
+                        }
+                    }
                     probe.send(&method, &good, &[], with(Some(&json))).await;
                 }
             }

@@ -28,6 +28,8 @@ pub use pages::MAX_PAGE;
 
 /// The first and the last bytes of such a file.
 pub const MAGIC: &[u8] = b"PAR1";
+/// Where repositories keep their files.
+const DATA: &str = "data";
 /// Most rows of all files together.
 pub const MAX_ROWS: usize = 250_000;
 /// Most pages of the columns that are read, of all row groups together.
@@ -103,38 +105,53 @@ pub struct LabelledShard {
     images: TypePtr,
 }
 
-/// The files in a folder, or in its folder `data`; none where it is no data set of this kind. Files of other
-/// splits than ours are left alone; where no file is of any, all are `train`.
+/// The files of a folder that are a data set of this kind; none where there are none.
 pub fn shards(dir: &Path) -> io::Result<Vec<Shard>> {
     let files = Directory::new(dir);
-    for base in ["", "data/"] {
-        if !base.is_empty() && !files.is_folder(base) {
-            continue;
-        }
-        let mut found = Vec::new();
-        let is_parquet = |name: &String| name.ends_with(".parquet");
-        for name in files.files(base)?.into_iter().filter(is_parquet) {
-            found.push((split(&name), format!("{base}{name}")));
-        }
-        for folder in files.folders(base)? {
-            if let Some(split) = split(&folder) {
-                let inside = format!("{base}{folder}");
-                let names = files.files(&inside)?.into_iter().filter(is_parquet);
-                found.extend(names.map(|name| (Some(split), format!("{inside}/{name}"))));
+    let mut names = files.files("")?;
+    for folder in files.folders("")? {
+        let inside = |name: String| format!("{folder}/{name}");
+        names.extend(files.files(&folder)?.into_iter().map(inside));
+        if folder == DATA {
+            for inner in files.folders(&folder)? {
+                let inner = format!("{folder}/{inner}");
+                let names_inside = files.files(&inner)?.into_iter();
+                names.extend(names_inside.map(|name| format!("{inner}/{name}")));
             }
         }
-        if found.is_empty() {
-            continue;
-        }
-        let any = found.iter().any(|(split, _)| split.is_some());
-        let opened = found.into_iter().filter_map(|(split, name)| {
-            let split = if any { split? } else { Split::Train };
-            let file = File::open(files.shown(&name));
-            Some(file.map(|file| Shard { split, name, file }))
-        });
-        return opened.collect();
     }
-    Ok(Vec::new())
+    let opened = choose(&names).into_iter().map(|(split, name)| {
+        let file = File::open(files.shown(&name))?;
+        Ok(Shard { split, name, file })
+    });
+    opened.collect()
+}
+
+/// Which of these files are the data set: those of the outermost folder, or of its folder `data`, and in
+/// folders of splits there. Files of other splits than ours are left alone; where no file is of any, all are
+/// `train`.
+pub fn choose(names: &[String]) -> Vec<(Split, String)> {
+    let of = |base: &str| -> Vec<(Option<Split>, String)> {
+        let parquet = names.iter().filter(|name| name.ends_with(".parquet"));
+        let found = parquet.filter_map(|name| match name.strip_prefix(base)?.split_once('/') {
+            None => Some((split(&name[base.len()..]), name.clone())),
+            Some((folder, inner)) if !inner.contains('/') => {
+                Some((Some(split(folder)?), name.clone()))
+            }
+            Some(_) => None,
+        });
+        found.collect()
+    };
+    let mut found = of("");
+    if found.is_empty() {
+        found = of(&format!("{DATA}/"));
+    }
+    let any = found.iter().any(|(split, _)| split.is_some());
+    let of_a_split = |(split, name)| match split {
+        None if !any => Some((Split::Train, name)),
+        split => split.map(|split| (split, name)),
+    };
+    found.into_iter().filter_map(of_a_split).collect()
 }
 
 /// What a file's or folder's name says that it is for.
