@@ -1,6 +1,6 @@
 # `make demo` and `make test` need nothing before them: they set up what is missing.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test fmt clippy openapi sqlx test-peft fuzz-api fuzz bench-api bench-upload bench-engine bench-demo bench-growth
+.PHONY: help setup demo up test fmt clippy openapi sqlx test-peft fuzz-api fuzz bench-api bench-upload bench-hostile bench-engine bench-demo bench-growth
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -52,6 +52,10 @@ bench-api: ## the registry beside MLflow's on the same PostgreSQL, in minutes; f
 bench-upload: ## the API's memory while a data set of 2 GiB is uploaded, in minutes
 	cargo build --release --no-default-features --bin promptweave
 	scripts/with_postgres.sh python3 benches/bench_upload.py --program $${CARGO_TARGET_DIR:-target}/release/promptweave
+
+bench-hostile: ## how soon bombs are refused, and with what memory; fails above a second or 512 MiB
+	cargo build --release --no-default-features --bin promptweave
+	scripts/with_postgres.sh python3 benches/bench_hostile.py --program $${CARGO_TARGET_DIR:-target}/release/promptweave
 
 bench-engine: setup ## promptweave beside the machine's matrix rate and plain PyTorch, in ten minutes; fetches PyTorch once
 	python3 benches/bench_engine.py

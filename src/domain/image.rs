@@ -8,13 +8,18 @@ use super::backbone::{Filter, Preprocessing};
 
 /// Largest edge accepted, in pixels; a small file can claim a huge picture.
 const MAX_EDGE: u32 = 8192;
+/// Most pixels: a progressive JPEG is kept as coefficients besides, up to 15 bytes a pixel in all.
+const MAX_PIXELS: u64 = 32_000_000;
 const MAX_ALLOC: u64 = 256 << 20;
 
 #[derive(Debug, thiserror::Error)]
 pub enum UnreadableImage {
     #[error("unreadable image")]
     Decoder(#[from] image::ImageError),
-    #[error("it is {width}×{height} pixels large, more than {MAX_EDGE}×{MAX_EDGE}")]
+    #[error(
+        "it is {width}×{height} pixels large; at most {MAX_EDGE} by {MAX_EDGE} and {} million are accepted",
+        MAX_PIXELS / 1_000_000
+    )]
     TooLarge { width: u32, height: u32 },
 }
 
@@ -24,7 +29,7 @@ pub fn decode(bytes: &[u8]) -> Result<RgbImage, UnreadableImage> {
     let header = reader().map_err(image::ImageError::IoError)?;
     // Looked at before the limits below, which do not say how large it is.
     let (width, height) = header.into_dimensions()?;
-    if width.max(height) > MAX_EDGE {
+    if width.max(height) > MAX_EDGE || u64::from(width) * u64::from(height) > MAX_PIXELS {
         return Err(UnreadableImage::TooLarge { width, height });
     }
     let mut limits = Limits::default();

@@ -349,6 +349,11 @@ async fn hostile_archives_are_refused_by_entry_and_rule(pool: PgPool) {
         detail.contains("`cat/1.png`") && detail.contains("60000×60000"),
         "{detail}"
     );
+    // Each edge may be so long, not both.
+    let large = tar(&[("cat/1.png", &huge_png(6_000))]);
+    let problem = upload(&app, "", large).await;
+    let problem = problem.problem(422, "unreadable_image");
+    assert!(problem.to_string().contains("32 million"), "{problem}");
     assert_nothing_kept(&app).await;
 }
 
