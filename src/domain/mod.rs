@@ -15,6 +15,7 @@ pub mod foreign_format;
 pub mod image;
 pub mod import;
 pub mod job;
+pub mod labels;
 pub mod merge_patch;
 pub mod mixture;
 pub mod objective;

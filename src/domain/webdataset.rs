@@ -5,14 +5,13 @@
 //! `classnames.txt`, a line each, or by themselves.
 //! (<https://github.com/webdataset/webdataset>, "The WebDataset Format")
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Deserialize;
 
-use super::dataset::{
-    DatasetError, LabelledImage, Listing, MAX_CLASSES, Split, is_image_name, read_error,
-};
+use super::dataset::{DatasetError, LabelledImage, Listing, Split, is_image_name, read_error};
 use super::files::Files;
+use super::labels::{Classes, Label, NoClass};
 
 /// Largest label file, in bytes.
 const MAX_LABEL_BYTES: u64 = 1 << 20;
@@ -25,17 +24,10 @@ struct Sample {
     label: Option<Label>,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
-#[serde(untagged)]
-enum Label {
-    Number(usize),
-    Name(String),
-}
-
 #[derive(Deserialize)]
 struct Fields {
-    #[serde(alias = "cls")]
-    label: Label,
+    label: Option<Label>,
+    cls: Option<Label>,
 }
 
 /// None where no image has a label file beside it.
@@ -62,7 +54,7 @@ pub(super) fn read(files: &dyn Files) -> Result<Option<Listing>, DatasetError> {
     let mut splits = BTreeMap::new();
     for (split, samples) in found {
         let labelled = samples.into_iter().map(|(path, label)| {
-            let label = classes.index(&label, &path)?;
+            let label = classes.index(&label).map_err(|it| refuse(&path, &it))?;
             Ok(LabelledImage { path, label })
         });
         splits.insert(split, labelled.collect::<Result<_, DatasetError>>()?);
@@ -71,57 +63,21 @@ pub(super) fn read(files: &dyn Files) -> Result<Option<Listing>, DatasetError> {
     Ok(Some(Listing { classes, splits }))
 }
 
-struct Classes {
-    names: Vec<String>,
-    indices: HashMap<String, usize>,
-    /// Whether a number is the index of a name, or a name as others are.
-    numbers_are_indices: bool,
+fn refuse(path: &str, no_class: &NoClass) -> DatasetError {
+    match no_class {
+        NoClass::Negative(label) => {
+            let rule =
+                format!("has the label {label}, which says that there is none; leave it out");
+            broken(path, &rule)
+        }
+        NoClass::Outside { label, classes } => unknown(path, label, *classes),
+        NoClass::Unknown { label, classes } => unknown(path, label, *classes),
+    }
 }
 
-impl Classes {
-    /// As `named`; or where nothing names them as the labels are, in order.
-    fn of<'a>(named: Option<Vec<String>>, labels: impl Iterator<Item = &'a Label>) -> Self {
-        let labels: BTreeSet<_> = labels.collect();
-        let largest = labels.iter().try_fold(0, |largest, label| match label {
-            Label::Number(number) => Some((*number).max(largest)),
-            Label::Name(_) => None,
-        });
-        let numbers_are_indices = named.is_some() || largest.is_some();
-        let names = match (named, largest) {
-            (Some(names), _) => names,
-            // One beyond that has no name, and is refused.
-            (None, Some(largest)) => (0..=largest.min(MAX_CLASSES - 1))
-                .map(|number| number.to_string())
-                .collect(),
-            (None, None) => {
-                let names: BTreeSet<_> = labels.into_iter().map(Label::text).collect();
-                names.into_iter().collect()
-            }
-        };
-        let numbered = names.iter().cloned().enumerate();
-        Self {
-            indices: numbered.map(|(index, name)| (name, index)).collect(),
-            names,
-            numbers_are_indices,
-        }
-    }
-
-    fn index(&self, label: &Label, path: &str) -> Result<usize, DatasetError> {
-        let found = match label {
-            Label::Number(number) if self.numbers_are_indices => {
-                Some(*number).filter(|number| *number < self.names.len())
-            }
-            label => self.indices.get(&label.text()).copied(),
-        };
-        found.ok_or_else(|| {
-            let classes = self.names.len();
-            let rule = format!(
-                "has the label `{}`, which is none of the {classes} classes",
-                label.text()
-            );
-            broken(path, &rule)
-        })
-    }
+fn unknown(path: &str, label: &dyn std::fmt::Display, classes: usize) -> DatasetError {
+    let rule = format!("has the label `{label}`, which is none of the {classes} classes");
+    broken(path, &rule)
 }
 
 /// The images of a folder by path, with their labels. None where none has one.
@@ -195,18 +151,18 @@ fn read_label(files: &dyn Files, path: &str, kind: &str) -> Result<Option<Label>
         .read(path, MAX_LABEL_BYTES)
         .map_err(|error| read_error(files, path, error))?;
     if kind == "json" {
-        return Ok(serde_json::from_slice::<Fields>(&bytes)
-            .ok()
-            .map(|it| it.label));
+        let Ok(Fields { label, cls }) = serde_json::from_slice(&bytes) else {
+            return Ok(None);
+        };
+        if label.is_some() && cls.is_some() && label != cls {
+            return Err(broken(path, "has a `label` and another one as `cls`"));
+        }
+        return Ok(label.or(cls));
     }
     let text = std::str::from_utf8(&bytes).map_err(|_| DatasetError::NotText(files.shown(path)))?;
-    let text = text.trim();
-    match text.parse() {
-        Ok(number) => Ok(Some(Label::Number(number))),
-        Err(_) if text.is_empty() || text.contains(char::is_control) => {
-            Err(broken(path, "is neither a number nor a class name"))
-        }
-        Err(_) => Ok(Some(Label::Name(text.to_owned()))),
+    match Label::of_text(text) {
+        Some(label) => Ok(Some(label)),
+        None => Err(broken(path, "is neither a number nor a class name")),
     }
 }
 
@@ -229,15 +185,6 @@ fn broken(sample: &str, rule: &str) -> DatasetError {
     DatasetError::Sample {
         sample: sample.to_owned(),
         rule: rule.to_owned(),
-    }
-}
-
-impl Label {
-    fn text(&self) -> String {
-        match self {
-            Self::Number(number) => number.to_string(),
-            Self::Name(name) => name.clone(),
-        }
     }
 }
 
@@ -316,10 +263,21 @@ mod tests {
             ([("1.cls", "0")], "sample `1` has a label and no image"),
             ([("0.png", "")], "sample `0` has two images"),
             ([("0.json", r#"{"label": 1}"#)], "sample `0` has two labels"),
+            (
+                [("1.json", r#"{"label": 1, "cls": "b"}"#)],
+                "sample `1.json` has a `label` and another one as `cls`",
+            ),
         ] {
             let error = read(&[&whole[..], &more[..]].concat()).unwrap_err();
             assert!(error.starts_with(refusal), "{error}");
         }
+        let error = read(&[("0.jpg", ""), ("0.cls", "-1")]).unwrap_err();
+        assert!(
+            error.starts_with("sample `0.jpg` has the label -1"),
+            "{error}"
+        );
+        let both = read(&[("0.jpg", ""), ("0.json", r#"{"label": 1, "cls": 1}"#)]);
+        assert_eq!(both.unwrap().classes, ["0", "1"]);
         let error = read(&[("0.jpg", ""), ("0.cls", " \n")]).unwrap_err();
         assert_eq!(error, "sample `0.cls` is neither a number nor a class name");
         let error = read(&[("0.jpg", ""), ("0.cls", "1000000")]).unwrap_err();
