@@ -2,7 +2,7 @@
 //! entries here, with limits, which the crate's own way of doing so has not.
 
 use std::fs::File;
-use std::io::{BufReader, Read as _, Seek as _};
+use std::io::{self, BufReader, Read, Seek, SeekFrom};
 
 use tar::{Archive, EntryType, PaxExtensions};
 
@@ -22,9 +22,7 @@ struct Coming {
 
 pub fn index(file: &File) -> Result<Names, ArchiveError> {
     let length = file.metadata().map_err(ArchiveError::Read)?.len();
-    let mut reader = BufReader::with_capacity(64 << 10, file);
-    reader.rewind().map_err(ArchiveError::Read)?;
-    let mut archive = Archive::new(reader);
+    let mut archive = Archive::new(Skipping::new(file).map_err(ArchiveError::Read)?);
     let mut found = Names::default();
     let mut coming = Coming::default();
     for entry in archive.entries_with_seek().map_err(damaged)?.raw(true) {
@@ -78,6 +76,43 @@ pub fn index(file: &File) -> Result<Names, ArchiveError> {
     Ok(found)
 }
 
+/// Reads ahead, and keeps what it read when little is skipped; `BufReader` reads it again, which for small
+/// files is most of the time.
+struct Skipping<'a> {
+    buffer: BufReader<&'a File>,
+    at: u64,
+}
+
+impl<'a> Skipping<'a> {
+    fn new(mut file: &'a File) -> io::Result<Self> {
+        file.rewind()?;
+        let buffer = BufReader::with_capacity(64 << 10, file);
+        Ok(Self { buffer, at: 0 })
+    }
+}
+
+impl Read for Skipping<'_> {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        let read = self.buffer.read(into)?;
+        self.at += read as u64;
+        Ok(read)
+    }
+}
+
+impl Seek for Skipping<'_> {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        self.at = match to {
+            SeekFrom::Current(by) => {
+                self.buffer.seek_relative(by)?;
+                let to = self.at.checked_add_signed(by);
+                to.ok_or(io::ErrorKind::InvalidInput)?
+            }
+            to => self.buffer.seek(to)?,
+        };
+        Ok(self.at)
+    }
+}
+
 impl Coming {
     fn take(
         &mut self,
@@ -114,7 +149,7 @@ impl Coming {
     }
 }
 
-fn damaged(error: std::io::Error) -> ArchiveError {
+fn damaged(error: io::Error) -> ArchiveError {
     ArchiveError::Damaged(error.into())
 }
 
