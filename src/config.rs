@@ -275,6 +275,11 @@ pub struct HttpOptions {
     /// data sets are refused; too high and a few of them at once fill the disk.
     #[arg(long, env = "PROMPTWEAVE_MAX_DATASET_MIB", default_value_t = 8192)]
     pub max_dataset_mib: u64,
+    /// Most ensembles that may wait for a worker; more are answered 429. Too low and bursts are refused;
+    /// too high and clients learn late that the workers cannot keep up.
+    #[arg(long, env = "PROMPTWEAVE_MAX_QUEUED", default_value_t = 10_000,
+          value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_queued: u32,
     /// Seconds until an unanswered request ends with 503. Too low and a large data set cannot be
     /// registered; too high and stuck requests pile up.
     #[arg(long, env = "PROMPTWEAVE_REQUEST_TIMEOUT_S", default_value_t = 300)]

@@ -17,6 +17,7 @@ use crate::db::MIGRATOR;
 use crate::gc;
 use crate::http::{AppState, HttpSettings, router};
 use crate::jobs::reaper;
+use crate::jobs::watch::JobWatch;
 use crate::registry::roots::AllowedRoots;
 use crate::shutdown::Shutdown;
 use crate::worker::composer_thread::NewComposer;
@@ -26,7 +27,8 @@ use crate::worker::{self, WorkerSettings};
 pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     args.http.validate()?;
     let shutdown = Shutdown::on_signals(args.shutdown.grace())?;
-    let state = app_state(&args.http, &args.storage, args.database.pool()?)?;
+    let pool = args.database.pool()?;
+    let state = app_state(&args.http, &args.storage, pool, &shutdown)?;
     serve_until(bind(&args.http).await?, state, args.retention, &shutdown).await
 }
 
@@ -71,6 +73,7 @@ pub(crate) fn app_state(
     http: &HttpOptions,
     storage: &StorageOptions,
     pool: PgPool,
+    shutdown: &Shutdown,
 ) -> anyhow::Result<AppState> {
     let scratch_dir = storage.scratch_dir();
     std::fs::create_dir_all(&scratch_dir)
@@ -79,6 +82,7 @@ pub(crate) fn app_state(
         max_upload_bytes: http.max_body_mib << 20,
         max_dataset_bytes: http.max_dataset_mib << 20,
         request_timeout: http.request_timeout(),
+        max_queued: http.max_queued,
         authentication: !http.no_auth,
         rate_limit: http.rate_limit(),
         dataset_roots: AllowedRoots::new(http.dataset_root.clone()),
@@ -87,6 +91,7 @@ pub(crate) fn app_state(
         scratch_dir,
     };
     Ok(AppState {
+        watch: JobWatch::new(pool.clone(), shutdown.soft.clone()),
         pool,
         blobs: storage.blobs()?,
         clock: Arc::new(SystemClock),

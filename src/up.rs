@@ -112,7 +112,7 @@ pub async fn run_with(args: UpArgs, mut worker: Command, shutdown: Shutdown) -> 
         .run(&pool)
         .await
         .context("the private database cannot be brought up to date")?;
-    let state = app_state(&args.http, &args.storage, pool.clone())?;
+    let state = app_state(&args.http, &args.storage, pool.clone(), &shutdown)?;
     if !args.http.no_auth {
         tell_key(&pool, &args.storage.key_file()).await?;
     }

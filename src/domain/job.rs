@@ -4,13 +4,16 @@
 //! ```text
 //!            claim                     finish
 //!  queued ─────────► running ─┬──────────────► succeeded
-//!    ▲ │               │      ├─ refused, ─────► failed
-//!    │ │ cancel        │      │  attempts exhausted
-//!    │ └──────────┐    │      │
-//!    │            ▼    │      │ cancel requested
-//!    │        cancelled◄──────┘ and noticed
-//!    └─────────────────┘
-//!      lease lost, retry, graceful stop
+//!    ▲ │               │      ├─ refused, ─────► failed ──┐
+//!    │ │ cancel        │      │  attempts exhausted       │
+//!    │ └──────────┐    │      │                           │
+//!    │            ▼    │      │ cancel requested          │
+//!    │        cancelled◄──────┘ and noticed               │
+//!    │            │    │                                  │
+//!    ├────────────┼────┘ lease lost, graceful stop,       │
+//!    │            │      an error that may pass           │
+//!    └────────────┴───────────────────────────────────────┘
+//!                        another try, when a client asks
 //! ```
 
 use serde::{Deserialize, Serialize};
@@ -70,7 +73,10 @@ impl JobState {
         use JobState::{Cancelled, Failed, Queued, Running, Succeeded};
         matches!(
             (self, next),
-            (Queued, Running | Cancelled) | (Running, Queued | Succeeded | Failed | Cancelled)
+            (Queued, Running | Cancelled)
+                | (Running, Queued | Succeeded | Failed | Cancelled)
+                // When a client asks for another try.
+                | (Failed | Cancelled, Queued)
         )
     }
 }
@@ -275,10 +281,17 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn nothing_leaves_a_terminal_state_and_every_other_state_can_be_left() {
+    fn every_state_but_success_can_be_left_and_a_terminal_one_for_the_queue_alone() {
         for state in JobState::ALL {
-            let leaves = JobState::ALL.iter().any(|next| state.may_become(*next));
-            assert_eq!(leaves, !state.is_terminal(), "{state:?}");
+            let nexts: Vec<_> = JobState::ALL
+                .into_iter()
+                .filter(|next| state.may_become(*next))
+                .collect();
+            match state {
+                JobState::Succeeded => assert_eq!(nexts, []),
+                state if state.is_terminal() => assert_eq!(nexts, [JobState::Queued]),
+                _ => assert!(nexts.len() > 1, "{state:?}"),
+            }
             assert!(!state.may_become(state));
             assert_eq!(JobState::from_name(state.name()), Some(state));
         }

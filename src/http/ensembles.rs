@@ -1,16 +1,19 @@
 //! `/v1/ensembles`: jobs that learn source weights for a target and compose the prompt.
 
+mod actions;
+mod answer;
+mod events;
+mod outcome;
 mod resolve;
+mod validate;
 
 use axum::Json as JsonResponse;
-use axum::body::Body;
 use axum::extract::State;
-use axum::http::{HeaderMap, Method, StatusCode, header};
+use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use futures::TryStreamExt;
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use sqlx::PgConnection;
-use time::OffsetDateTime;
+use tokio::time::{Duration, Instant, timeout_at};
 use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -18,35 +21,38 @@ use uuid::Uuid;
 
 use super::AppState;
 use super::access::Caller;
-use super::content::File;
 use super::error::Problem;
 use super::extract::{Json, Path, Query};
 use super::page::{Page, PageQuery};
-use crate::domain::composition::{CompositionResult, Phase, TargetSamples};
+use crate::domain::composition::TargetSamples;
 use crate::domain::dataset::Split;
-use crate::domain::digest::Digest;
-use crate::domain::job::{DEFAULT_PRIORITY, EnsembleSpec, JobError, JobState};
+use crate::domain::job::{DEFAULT_PRIORITY, EnsembleSpec};
 use crate::domain::objective::Objective;
 use crate::domain::reference::{Reference, ResourceName};
-use crate::jobs::events::{self, JobEvent};
 use crate::jobs::plan::{EnsembleRequest, PlanError, plan};
-use crate::jobs::queue::{self, Cancellation, NewJob, QueueError};
-use crate::jobs::resolve::Solved;
+use crate::jobs::queue::QueueError;
+use crate::jobs::requests::{self, NewJob, Posted, Reuse};
 use crate::jobs::{self, ENSEMBLE, Job};
-use crate::telemetry::chain;
+use answer::{Ensemble, path};
 
 /// Seconds between two looks at a job.
 const LOOK_AGAIN_AFTER: u32 = 1;
-const MAX_EVENTS: i64 = 200;
+/// Seconds after which a full queue may have room.
+const POST_AGAIN_AFTER: u32 = 10;
+/// Longest that a request may wait for an ensemble, in seconds.
+const MAX_WAIT: u32 = 60;
 
 pub fn router() -> OpenApiRouter<AppState> {
     OpenApiRouter::new()
         .routes(routes!(create_ensemble, list_ensembles))
+        .routes(routes!(validate::validate_ensemble))
         .routes(routes!(get_ensemble))
-        .routes(routes!(get_ensemble_result))
-        .routes(routes!(get_ensemble_statistics))
-        .routes(routes!(list_ensemble_events))
-        .routes(routes!(cancel_ensemble))
+        .routes(routes!(outcome::get_ensemble_result))
+        .routes(routes!(outcome::get_ensemble_statistics))
+        .routes(routes!(events::list_ensemble_events))
+        .routes(routes!(actions::cancel_ensemble))
+        .routes(routes!(actions::retry_ensemble))
+        .routes(routes!(actions::replay_ensemble))
         .routes(routes!(resolve::resolve_ensemble))
 }
 
@@ -70,6 +76,9 @@ struct CreateEnsemble {
     #[serde(default = "default_priority")]
     #[schema(minimum = 0, maximum = 1000, default = 100)]
     priority: i32,
+    /// Compute it also where an ensemble of the same `spec_digest` is under way or has a result.
+    #[serde(default)]
+    force: bool,
 }
 
 fn default_priority() -> i32 {
@@ -123,101 +132,6 @@ struct Output {
     name: Option<ResourceName>,
 }
 
-// ---- Answers -------------------------------------------------------------------------------
-
-#[derive(Debug, Serialize, ToSchema)]
-struct Ensemble {
-    id: Uuid,
-    state: JobState,
-    /// The phase in work, or the one it stopped in.
-    phase: Option<Phase>,
-    progress: Option<EnsembleProgress>,
-    /// Attempts begun, of `max_attempts`.
-    attempt: i32,
-    max_attempts: i32,
-    /// Somebody asked it to stop.
-    cancel_requested: bool,
-    priority: i32,
-    /// What is computed, with every reference resolved when it was posted.
-    spec: EnsembleSpec,
-    /// Equal digests mean equal answers.
-    #[schema(value_type = String, example = "sha256:…")]
-    spec_digest: Digest,
-    /// Of a failed job, or of the last attempt of one that waits for another.
-    error: Option<JobError>,
-    #[serde(with = "time::serde::rfc3339")]
-    created_at: OffsetDateTime,
-    #[serde(with = "time::serde::rfc3339::option")]
-    started_at: Option<OffsetDateTime>,
-    #[serde(with = "time::serde::rfc3339::option")]
-    finished_at: Option<OffsetDateTime>,
-    urls: Urls,
-}
-
-/// How far the phase is.
-#[derive(Debug, Serialize, ToSchema)]
-struct EnsembleProgress {
-    done: u64,
-    total: u64,
-}
-
-#[derive(Debug, Serialize, ToSchema)]
-struct Urls {
-    #[serde(rename = "self")]
-    this: String,
-    events: String,
-    cancel: String,
-    result: String,
-    statistics: String,
-    /// The composed prompt's file, once there is one.
-    composed: Option<String>,
-    /// Where to solve again from its statistics, once there are some.
-    resolve: Option<String>,
-}
-
-impl From<Job> for Ensemble {
-    fn from(job: Job) -> Self {
-        let this = path(job.id);
-        let composed = job.result.as_ref().and_then(|result| {
-            let (prompt, version) = (result.composed.prompt.as_ref()?, result.composed.version?);
-            Some(format!("/v1/prompts/{prompt}/versions/{version}/content"))
-        });
-        Self {
-            id: job.id,
-            state: job.state,
-            phase: job.progress.map(|progress| progress.phase),
-            progress: job.progress.map(|progress| EnsembleProgress {
-                done: progress.done,
-                total: progress.total,
-            }),
-            attempt: job.attempt,
-            max_attempts: job.max_attempts,
-            cancel_requested: job.cancel_requested,
-            priority: job.priority,
-            spec: job.spec,
-            spec_digest: job.spec_digest,
-            error: job.error,
-            created_at: job.created_at,
-            started_at: job.started_at,
-            finished_at: job.finished_at,
-            urls: Urls {
-                events: format!("{this}/events"),
-                cancel: format!("{this}/cancel"),
-                result: format!("{this}/result"),
-                statistics: format!("{this}/statistics"),
-                resolve: (job.statistics_digest.is_some() && job.statistics_deleted_at.is_none())
-                    .then(|| format!("{this}/resolve")),
-                composed,
-                this,
-            },
-        }
-    }
-}
-
-fn path(id: Uuid) -> String {
-    format!("/v1/ensembles/{id}")
-}
-
 impl From<PlanError> for Problem {
     fn from(error: PlanError) -> Self {
         match error {
@@ -244,7 +158,9 @@ impl From<QueueError> for Problem {
 
 /// Learn how much of each source prompt helps a target, and compose the prompt
 ///
-/// Everything is resolved and checked here; the work is a job that a worker takes.
+/// Everything is resolved and checked here; the work is a job that a worker takes. Where an ensemble of the
+/// same `spec_digest` waits, runs or has succeeded (and is published under `output.name`, if one is asked
+/// for), the answer is that one, unless `force` is set.
 #[utoipa::path(
     post,
     path = "/ensembles",
@@ -252,6 +168,8 @@ impl From<QueueError> for Problem {
     security(("api_key" = ["run"])),
     request_body = CreateEnsemble,
     responses(
+        (status = 200, description = "It was computed before", body = Ensemble,
+         headers(("location" = String))),
         (status = 202, body = Ensemble, headers(("location" = String), ("retry-after" = u32))),
         (status = 422, description = "`unknown_dataset`, `unknown_split`, `empty_target`, \
             `one_class`, `empty_split`, `same_split`, `invalid_max_samples`, `no_sources`, \
@@ -259,40 +177,56 @@ impl From<QueueError> for Problem {
             `width_mismatch`, `length_mismatch`, `unknown_backbone`, `backbone_required`, \
             `backbone_ambiguous`, `backbone_mismatch`, `preprocessing_mismatch`, \
             `invalid_objective`, `too_large` (features above 4 GiB), `invalid_priority`"),
+        (status = 429, description = "`queue_full`: as many ensembles wait as the operator lets",
+         headers(("retry-after" = u32))),
     )
 )]
 async fn create_ensemble(
     State(state): State<AppState>,
     caller: Caller,
     Json(body): Json<CreateEnsemble>,
-) -> Result<impl IntoResponse, Problem> {
-    let CreateEnsemble {
-        target,
-        sources,
-        backbone,
-        objective,
-        output,
-        priority,
-    } = body;
-    check_priority(priority)?;
-    let request = EnsembleRequest {
-        dataset: target.dataset,
-        samples: TargetSamples {
-            split: target.split,
-            eval_split: target.eval_split,
-            max_samples: target.max_samples,
-            seed: target.seed,
-            skip_bad: target.skip_bad,
-        },
-        sources: sources.into_iter().map(|source| source.prompt).collect(),
-        backbone,
-        objective,
-        output: output.name,
-    };
+) -> Result<Response, Problem> {
+    let (priority, force) = (body.priority, body.force);
+    let request = body.request()?;
     let id = state.clock.new_id();
     let mut conn = state.pool.acquire().await?;
     let spec = plan(&mut conn, caller.project_id, id, &request).await?;
-    accept(&mut conn, caller.project_id, id, priority, &spec).await
+    let order = Order {
+        id,
+        priority,
+        spec: &spec,
+        replay_of: None,
+        reuse: (!force).then(|| request.reuse()),
+    };
+    accept(&state, &mut conn, caller.project_id, order).await
+}
+
+impl CreateEnsemble {
+    fn request(self) -> Result<EnsembleRequest, Problem> {
+        check_priority(self.priority)?;
+        let target = self.target;
+        Ok(EnsembleRequest {
+            dataset: target.dataset,
+            samples: TargetSamples {
+                split: target.split,
+                eval_split: target.eval_split,
+                max_samples: target.max_samples,
+                seed: target.seed,
+                skip_bad: target.skip_bad,
+            },
+            sources: self.sources.into_iter().map(|it| it.prompt).collect(),
+            backbone: self.backbone,
+            objective: self.objective,
+            output: self.output.name,
+        })
+    }
+}
+
+impl EnsembleRequest {
+    fn reuse(&self) -> Reuse<'_> {
+        let output = self.output.as_ref().map(ResourceName::as_str);
+        Reuse { output }
+    }
 }
 
 fn check_priority(priority: i32) -> Result<(), Problem> {
@@ -303,28 +237,53 @@ fn check_priority(priority: i32) -> Result<(), Problem> {
     Err(Problem::field("invalid_priority", "/priority", detail))
 }
 
-/// Puts the job into the queue, and answers with it.
-async fn accept(
-    conn: &mut PgConnection,
-    project_id: Uuid,
+/// A job to be put into the queue.
+struct Order<'a> {
     id: Uuid,
     priority: i32,
-    spec: &EnsembleSpec,
-) -> Result<impl IntoResponse + use<>, Problem> {
+    spec: &'a EnsembleSpec,
+    replay_of: Option<Uuid>,
+    reuse: Option<Reuse<'a>>,
+}
+
+/// Puts the job into the queue, and answers with it, or with one that is as good.
+async fn accept(
+    state: &AppState,
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    order: Order<'_>,
+) -> Result<Response, Problem> {
     let new = NewJob {
-        id,
+        id: order.id,
         project_id,
         kind: ENSEMBLE,
-        priority,
-        spec,
+        priority: order.priority,
+        spec: order.spec,
+        replay_of: order.replay_of,
     };
-    queue::enqueue(conn, new).await?;
-    let ensemble = Ensemble::from(existing(conn, project_id, id).await?);
-    let headers = [
-        (header::LOCATION, path(id)),
-        (header::RETRY_AFTER, LOOK_AGAIN_AFTER.to_string()),
-    ];
-    Ok((StatusCode::ACCEPTED, headers, JsonResponse(ensemble)))
+    let most = state.settings.max_queued;
+    let id = match requests::post(conn, new, order.reuse, most).await? {
+        Posted::Queued => order.id,
+        Posted::Same(id) => id,
+        Posted::Full => {
+            let detail = format!(
+                "{most} ensembles wait already, which is the most that the operator lets (--max-queued); \
+                 post it again later, or ask for more workers"
+            );
+            let full = Problem::new(StatusCode::TOO_MANY_REQUESTS, "queue_full", detail);
+            return Err(full.retry_after(POST_AGAIN_AFTER));
+        }
+    };
+    let job = existing(conn, project_id, id).await?;
+    let location = [(header::LOCATION, path(id))];
+    Ok(match job.state.is_terminal() {
+        true => (StatusCode::OK, location, JsonResponse(Ensemble::from(job))).into_response(),
+        false => {
+            let again = [(header::RETRY_AFTER, LOOK_AGAIN_AFTER.to_string())];
+            let ensemble = JsonResponse(Ensemble::from(job));
+            (StatusCode::ACCEPTED, location, again, ensemble).into_response()
+        }
+    })
 }
 
 /// List ensembles, the newest first
@@ -360,15 +319,25 @@ fn not_found(id: Uuid) -> Problem {
     Problem::not_found("ensemble_not_found", format!("there is no ensemble `{id}`"))
 }
 
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+struct WaitQuery {
+    /// Seconds to wait for the ensemble's end; the answer comes with it, or after them. 0 by default.
+    #[serde(default)]
+    #[param(minimum = 0, maximum = 60)]
+    wait: u32,
+}
+
 /// An ensemble's state and progress
 ///
-/// `Retry-After` is there as long as another look makes sense.
+/// `Retry-After` is there as long as another look makes sense; with `wait` that look takes no polling.
 #[utoipa::path(
     get,
     path = "/ensembles/{id}",
     tag = "ensembles",
     security(("api_key" = ["read"])),
-    params(("id" = Uuid, Path)),
+    params(("id" = Uuid, Path), WaitQuery),
     responses(
         (status = 200, body = Ensemble),
         (status = 404, description = "`ensemble_not_found`"),
@@ -378,10 +347,19 @@ async fn get_ensemble(
     State(state): State<AppState>,
     caller: Caller,
     Path(id): Path<Uuid>,
+    Query(WaitQuery { wait }): Query<WaitQuery>,
 ) -> Result<Response, Problem> {
-    let job = existing(&mut *state.pool.acquire().await?, caller.project_id, id).await?;
-    let mut response = JsonResponse(Ensemble::from(job.clone())).into_response();
-    if !job.state.is_terminal() {
+    if wait > MAX_WAIT {
+        let detail = format!("is {wait}; it must lie in 0..={MAX_WAIT}");
+        return Err(Problem::field("invalid_query", "/wait", detail));
+    }
+    let job = match wait {
+        0 => existing(&mut *state.pool.acquire().await?, caller.project_id, id).await?,
+        wait => until_over(&state, caller.project_id, id, wait).await?,
+    };
+    let look_again = !job.state.is_terminal();
+    let mut response = JsonResponse(Ensemble::from(job)).into_response();
+    if look_again {
         response
             .headers_mut()
             .insert(header::RETRY_AFTER, LOOK_AGAIN_AFTER.into());
@@ -389,198 +367,26 @@ async fn get_ensemble(
     Ok(response)
 }
 
-/// The ensemble once it succeeded; otherwise why it has no result.
-async fn succeeded(state: &AppState, caller: &Caller, id: Uuid) -> Result<Solved, Problem> {
-    let job = existing(&mut *state.pool.acquire().await?, caller.project_id, id).await?;
-    let job = match Solved::try_from(job) {
-        Ok(solved) => return Ok(solved),
-        Err(job) => job,
-    };
-    Err(match job.state {
-        JobState::Failed => {
-            let reason = job.error.map(|e| format!(": {}: {}", e.code, e.detail));
-            let detail = format!("ensemble `{id}` failed{}", reason.unwrap_or_default());
-            Problem::conflict("ensemble_failed", detail)
+/// The job when it is over, or as it is after `wait` seconds or when the server stops.
+async fn until_over(
+    state: &AppState,
+    project_id: Uuid,
+    id: Uuid,
+    wait: u32,
+) -> Result<Job, Problem> {
+    // An answer still has to be in time.
+    let longest = state.settings.request_timeout / 2;
+    let end = Instant::now() + longest.min(Duration::from_secs(wait.into()));
+    let mut waiting = state.watch.wait_for(id);
+    loop {
+        // No connection is held while it waits.
+        let job = existing(&mut *state.pool.acquire().await?, project_id, id).await?;
+        if job.state.is_terminal() {
+            return Ok(job);
         }
-        JobState::Cancelled => {
-            let detail = format!("ensemble `{id}` was cancelled; post it again");
-            Problem::conflict("ensemble_cancelled", detail)
-        }
-        other => {
-            let detail = format!("ensemble `{id}` is {}; ask again", other.name());
-            Problem::conflict("ensemble_not_finished", detail).retry_after(LOOK_AGAIN_AFTER)
-        }
-    })
-}
-
-/// One that succeeded, whose statistics are still there.
-async fn with_statistics(state: &AppState, caller: &Caller, id: Uuid) -> Result<Solved, Problem> {
-    let solved = succeeded(state, caller, id).await?;
-    match solved.statistics_deleted_at {
-        None => Ok(solved),
-        Some(at) => {
-            let detail = format!(
-                "the statistics of ensemble `{id}` were let go at {at}: they are kept for so many days as the \
-                 operator says (--statistics-days); post the ensemble again"
-            );
-            Err(Problem::new(StatusCode::GONE, "statistics_deleted", detail))
+        match timeout_at(end, waiting.look_again()).await {
+            Ok(true) => {}
+            Ok(false) | Err(_) => return Ok(job),
         }
     }
-}
-
-/// Source weights, both terms, the path of trade-offs, diagnostics
-#[utoipa::path(
-    get,
-    path = "/ensembles/{id}/result",
-    tag = "ensembles",
-    security(("api_key" = ["read"])),
-    params(("id" = Uuid, Path)),
-    responses(
-        (status = 200, body = CompositionResult),
-        (status = 404, description = "`ensemble_not_found`"),
-        (status = 409, description = "`ensemble_not_finished`, `ensemble_failed`, \
-            `ensemble_cancelled`"),
-    )
-)]
-async fn get_ensemble_result(
-    State(state): State<AppState>,
-    caller: Caller,
-    Path(id): Path<Uuid>,
-) -> Result<JsonResponse<CompositionResult>, Problem> {
-    Ok(JsonResponse(succeeded(&state, &caller, id).await?.result))
-}
-
-/// What the numbers were computed from, as safetensors
-#[utoipa::path(
-    get,
-    path = "/ensembles/{id}/statistics",
-    tag = "ensembles",
-    security(("api_key" = ["read"])),
-    params(
-        ("id" = Uuid, Path),
-        ("if-none-match" = Option<String>, Header, description = "ETag of a copy at hand"),
-    ),
-    responses(
-        (status = 200, content_type = "application/octet-stream", body = Vec<u8>,
-         headers(("etag" = String), ("content-digest" = String), ("repr-digest" = String))),
-        (status = 304, description = "The copy at hand is this one", headers(("etag" = String))),
-        (status = 404, description = "`ensemble_not_found`"),
-        (status = 409, description = "`ensemble_not_finished`, `ensemble_failed`, \
-            `ensemble_cancelled`"),
-        (status = 410, description = "`statistics_deleted`: their time is over"),
-    )
-)]
-async fn get_ensemble_statistics(
-    State(state): State<AppState>,
-    caller: Caller,
-    Path(id): Path<Uuid>,
-    method: Method,
-    request: HeaderMap,
-) -> Result<Response, Problem> {
-    let digest = with_statistics(&state, &caller, id).await?.statistics;
-    let (size, pieces) = state.blobs.stream(&digest).await?;
-    let file = File {
-        digest,
-        size,
-        kind: "application/octet-stream",
-        name: format!("{id}-statistics.safetensors"),
-        immutable: true,
-        ranges: false,
-    };
-    if let Some(not_modified) = file.not_modified(&request) {
-        return Ok(not_modified);
-    }
-    // The status is sent by then; what is left is to break off and to say why.
-    let pieces = pieces.inspect_err(move |error| {
-        tracing::error!(job.id = %id, error = chain(error), "statistics could not be sent whole");
-    });
-    Ok(file.whole(&method, Body::from_stream(pieces)))
-}
-
-#[derive(Debug, Deserialize, IntoParams)]
-#[serde(deny_unknown_fields)]
-#[into_params(parameter_in = Query)]
-struct EventQuery {
-    /// Only events with a larger number.
-    #[serde(default)]
-    #[param(minimum = 0)]
-    after: i32,
-}
-
-#[derive(Debug, Serialize, ToSchema)]
-struct Events {
-    /// At most 200, in order.
-    items: Vec<JobEvent>,
-    /// `after` of the next request.
-    last_seq: i32,
-}
-
-/// What happened to an ensemble, in order
-#[utoipa::path(
-    get,
-    path = "/ensembles/{id}/events",
-    tag = "ensembles",
-    security(("api_key" = ["read"])),
-    params(("id" = Uuid, Path), EventQuery),
-    responses(
-        (status = 200, body = Events),
-        (status = 404, description = "`ensemble_not_found`"),
-    )
-)]
-async fn list_ensemble_events(
-    State(state): State<AppState>,
-    caller: Caller,
-    Path(id): Path<Uuid>,
-    Query(EventQuery { after }): Query<EventQuery>,
-) -> Result<JsonResponse<Events>, Problem> {
-    if after < 0 {
-        let detail = format!("is {after}; events are counted from 1, and 0 asks for all of them");
-        return Err(Problem::field("invalid_query", "/after", detail));
-    }
-    let mut conn = state.pool.acquire().await?;
-    existing(&mut conn, caller.project_id, id).await?;
-    let items = events::list(&mut conn, caller.project_id, id, after, MAX_EVENTS).await?;
-    let last_seq = items.last().map_or(after, |event| event.seq);
-    Ok(JsonResponse(Events { items, last_seq }))
-}
-
-/// Cancel an ensemble
-///
-/// One that waits is cancelled at once; one that runs stops at its next step.
-#[utoipa::path(
-    post,
-    path = "/ensembles/{id}/cancel",
-    tag = "ensembles",
-    security(("api_key" = ["run"])),
-    params(("id" = Uuid, Path)),
-    responses(
-        (status = 200, description = "It is cancelled", body = Ensemble),
-        (status = 202, description = "It was asked to stop", body = Ensemble),
-        (status = 404, description = "`ensemble_not_found`"),
-        (status = 409, description = "`ensemble_over`: it has succeeded or failed"),
-    )
-)]
-async fn cancel_ensemble(
-    State(state): State<AppState>,
-    caller: Caller,
-    Path(id): Path<Uuid>,
-) -> Result<impl IntoResponse, Problem> {
-    let mut conn = state.pool.acquire().await?;
-    let status = match queue::cancel(&mut conn, caller.project_id, id).await? {
-        None => return Err(not_found(id)),
-        Some(Cancellation::Requested) => StatusCode::ACCEPTED,
-        Some(Cancellation::Cancelled | Cancellation::AlreadyOver(JobState::Cancelled)) => {
-            StatusCode::OK
-        }
-        Some(Cancellation::AlreadyOver(state)) => {
-            let detail = format!("ensemble `{id}` has {} already", state.name());
-            return Err(Problem::conflict("ensemble_over", detail));
-        }
-    };
-    Ok((
-        status,
-        JsonResponse(Ensemble::from(
-            existing(&mut conn, caller.project_id, id).await?,
-        )),
-    ))
 }

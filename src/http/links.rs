@@ -111,20 +111,28 @@ const LINKS: &[Links] = &[
         with: &[("name", "/name")],
     },
     Links {
-        from: &["create_ensemble", "resolve_ensemble", "get_ensemble"],
+        from: &[
+            "create_ensemble",
+            "resolve_ensemble",
+            "replay_ensemble",
+            "retry_ensemble",
+            "get_ensemble",
+        ],
         to: &[
             "get_ensemble",
             "get_ensemble_result",
             "get_ensemble_statistics",
             "list_ensemble_events",
             "cancel_ensemble",
+            "retry_ensemble",
+            "replay_ensemble",
             "resolve_ensemble",
         ],
         with: &[("id", "/id")],
     },
     Links {
         from: &["cancel_ensemble"],
-        to: &["get_ensemble", "list_ensemble_events"],
+        to: &["get_ensemble", "list_ensemble_events", "retry_ensemble"],
         with: &[("id", "/id")],
     },
     Links {

@@ -53,6 +53,7 @@ use utoipa_swagger_ui::SwaggerUi;
 
 use crate::blobs::BlobStore;
 use crate::clock::Clock;
+use crate::jobs::watch::JobWatch;
 use crate::registry::roots::AllowedRoots;
 use crate::remote::sources::Sources;
 use crate::telemetry;
@@ -67,6 +68,7 @@ pub struct AppState {
     pub pool: PgPool,
     pub blobs: BlobStore,
     pub clock: Arc<dyn Clock>,
+    pub watch: JobWatch,
     pub settings: Arc<HttpSettings>,
 }
 
@@ -78,6 +80,8 @@ pub struct HttpSettings {
     pub max_dataset_bytes: u64,
     /// A request that takes longer is answered 503. It bounds the registration of data sets too.
     pub request_timeout: Duration,
+    /// Most jobs that may wait in the queue; more are answered 429.
+    pub max_queued: u32,
     /// Whether keys are asked for. Without, everyone may do everything in the default project.
     pub authentication: bool,
     /// How often each client may ask; None: as often as they like.
@@ -98,6 +102,7 @@ impl Default for HttpSettings {
             max_upload_bytes: 64 << 20,
             max_dataset_bytes: 8 << 30,
             request_timeout: Duration::from_secs(300),
+            max_queued: 10_000,
             authentication: true,
             rate_limit: None,
             dataset_roots: AllowedRoots::default(),
@@ -191,12 +196,14 @@ mod tests {
     #[tokio::test]
     async fn a_panic_is_a_problem_that_tells_nothing() {
         let dir = tempfile::tempdir().unwrap();
+        // Never connected to.
+        let pool = db::pool(
+            "postgres://127.0.0.1:1".parse().unwrap(),
+            &Default::default(),
+        );
         let state = AppState {
-            // Never connected to.
-            pool: db::pool(
-                "postgres://127.0.0.1:1".parse().unwrap(),
-                &Default::default(),
-            ),
+            watch: JobWatch::new(pool.clone(), Default::default()),
+            pool,
             blobs: BlobStore::directory(dir.path()).unwrap(),
             clock: Arc::new(MockClock::default()),
             settings: Arc::default(),

@@ -15,13 +15,16 @@ pub struct JobEvent {
     pub seq: i32,
     #[serde(with = "time::serde::rfc3339")]
     pub at: OffsetDateTime,
-    /// `queued`, `started`, `phase`, `retried`, `lost`, `released`, `cancel_requested`,
+    /// `queued`, `started`, `phase`, `retried`, `lost`, `released`, `retry_requested`, `cancel_requested`,
     /// `cancelled`, `failed` or `succeeded`.
     #[schema(example = "started")]
     pub kind: String,
     /// What belongs to that kind: the attempt, the phase, the error.
     pub data: Value,
 }
+
+/// Where jobs are named that something happened to; a hint, as [`super::queue::WORK_CHANNEL`].
+pub const EVENT_CHANNEL: &str = "promptweave_event";
 
 /// Adds an event within the transaction that makes it true; the caller holds the job's row.
 pub(super) async fn record(
@@ -32,14 +35,19 @@ pub(super) async fn record(
 ) -> Result<(), DbError> {
     sqlx::query!(
         r#"
-        INSERT INTO job_event (job_id, seq, kind, data)
-        SELECT $1, coalesce(max(seq), 0) + 1, $2, $3 FROM job_event WHERE job_id = $1
+        WITH added AS (
+            INSERT INTO job_event (job_id, seq, kind, data)
+            SELECT $1, coalesce(max(seq), 0) + 1, $2, $3 FROM job_event WHERE job_id = $1
+            RETURNING job_id
+        )
+        SELECT pg_notify($4, job_id::text) FROM added
         "#,
         job_id,
         kind,
         data,
+        EVENT_CHANNEL,
     )
-    .execute(conn)
+    .fetch_one(conn)
     .await?;
     Ok(())
 }

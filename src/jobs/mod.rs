@@ -1,11 +1,12 @@
 //! The queue, directly on Postgres: a job's row is the public resource and the lock in one.
 //!
-//! [`queue`] holds the statements of the state machine ([`crate::domain::job`] draws it), `leaving`
-//! the one by which a job leaves `running`, [`plan`] and [`resolve`] make a request a specification,
-//! [`finish`] is the one transaction that makes a result,
-//! [`events`] what happened, [`workers`] who is there, and
+//! [`queue`] holds the statements of the state machine ([`crate::domain::job`] draws it) that workers make,
+//! [`requests`] those of clients, `leaving` the one by which a job leaves `running`, [`plan`] and [`resolve`]
+//! make a request a specification, [`finish`] is the one transaction that makes a result,
+//! [`events`] what happened, [`watch`] who waits for that, [`workers`] who is there, and
 //! [`listener`] the wake-up.
 
+pub mod cost;
 pub mod events;
 pub mod finish;
 mod leaving;
@@ -13,8 +14,10 @@ pub mod listener;
 pub mod plan;
 pub mod queue;
 pub mod reaper;
+pub mod requests;
 pub mod resolve;
 pub mod retention;
+pub mod watch;
 pub mod workers;
 
 use sqlx::PgConnection;
@@ -23,7 +26,7 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use crate::db::DbError;
-use crate::domain::composition::CompositionResult;
+use crate::domain::composition::{CompositionResult, SourceWeight};
 use crate::domain::digest::Digest;
 use crate::domain::job::{EnsembleSpec, JobError, JobState, Progress};
 
@@ -41,8 +44,13 @@ pub struct Job {
     pub max_attempts: i32,
     pub cancel_requested: bool,
     pub progress: Option<Progress>,
+    /// Since the phase in work began, until its numbers last moved.
+    pub phase_seconds: Option<f64>,
     pub spec: EnsembleSpec,
     pub spec_digest: Digest,
+    /// The job that this one repeats, and the weights that one had.
+    pub replay_of: Option<Uuid>,
+    pub original_weights: Option<Vec<SourceWeight>>,
     /// Of a job that succeeded.
     pub result: Option<CompositionResult>,
     pub statistics_digest: Option<Digest>,
@@ -93,6 +101,10 @@ async fn select(
             id, state, priority, attempt, max_attempts, run_at, created_at, started_at, finished_at,
             cancel_requested_at IS NOT NULL AS "cancel_requested!",
             progress AS "progress: Json<Progress>",
+            extract(epoch FROM progress_at - phase_started_at)::float8 AS phase_seconds,
+            replay_of,
+            (SELECT o.result->'source_weights' FROM job o WHERE o.id = job.replay_of)
+                AS "original_weights: Json<Vec<SourceWeight>>",
             spec AS "spec: Json<EnsembleSpec>",
             spec_digest,
             result AS "result: Json<CompositionResult>",
@@ -128,6 +140,9 @@ async fn select(
                 max_attempts: row.max_attempts,
                 cancel_requested: row.cancel_requested,
                 progress: row.progress.map(|json| json.0),
+                phase_seconds: row.phase_seconds,
+                replay_of: row.replay_of,
+                original_weights: row.original_weights.map(|json| json.0),
                 spec: row.spec.0,
                 spec_digest: read_digest("spec_digest", &row.spec_digest)?,
                 result: row.result.map(|json| json.0),

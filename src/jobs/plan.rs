@@ -132,7 +132,7 @@ pub(super) fn check_output(name: Option<&ResourceName>) -> Result<(), PlanError>
 }
 
 /// `<dataset>-<short id>`: the end of the id, since its beginning is the time.
-pub(super) fn default_output(dataset: &str, job_id: Uuid) -> String {
+pub fn default_output(dataset: &str, job_id: Uuid) -> String {
     let id = job_id.simple().to_string();
     let dataset: String = dataset.chars().take(128 - 9).collect();
     format!("{dataset}-{}", &id[id.len() - 8..])

@@ -1,4 +1,4 @@
-//! The statements of the state machine. Long work holds a lease, never a transaction; everything a
+//! The statements of the state machine that workers make; [`requests`](super::requests) has those of clients. Long work holds a lease, never a transaction; everything a
 //! worker writes names the token of its attempt, so that one who lost the job changes nothing.
 //!
 //! Time is the database's `now()` throughout. Each function that makes a move is one transaction and
@@ -13,11 +13,9 @@ use uuid::Uuid;
 
 use super::events::record;
 use super::leaving::{Held, Leaving};
-use crate::db::{DbError, expect_one_row};
+use crate::db::DbError;
 use crate::domain::composition::Phase;
-use crate::domain::job::{
-    AttemptOutcome, EnsembleSpec, JobError, JobState, MAX_ATTEMPTS, Progress,
-};
+use crate::domain::job::{AttemptOutcome, EnsembleSpec, JobError, JobState, Progress};
 use crate::registry::RegistryError;
 
 /// Where workers listen for "there may be work"; a hint, never the only way.
@@ -71,52 +69,6 @@ pub struct Claimed {
     pub spec: EnsembleSpec,
 }
 
-#[derive(Clone, Debug)]
-pub struct NewJob<'a> {
-    pub id: Uuid,
-    pub project_id: Uuid,
-    pub kind: &'a str,
-    pub priority: i32,
-    pub spec: &'a EnsembleSpec,
-}
-
-/// Puts a job into the queue, with one shard a phase.
-pub async fn enqueue(conn: &mut PgConnection, new: NewJob<'_>) -> Result<(), QueueError> {
-    let spec_digest = new.spec.digest();
-    let mut tx = conn.begin().await?;
-    sqlx::query!(
-        r#"
-        INSERT INTO job (id, project_id, kind, priority, max_attempts, spec, spec_digest)
-        VALUES ($1, $2, $3, $4, $5, $6, $7)
-        "#,
-        new.id,
-        new.project_id,
-        new.kind,
-        new.priority,
-        MAX_ATTEMPTS,
-        Json(new.spec) as _,
-        spec_digest.as_bytes(),
-    )
-    .execute(&mut *tx)
-    .await?;
-    let phases: Vec<String> = new
-        .spec
-        .phases()
-        .iter()
-        .map(|phase| phase.name().to_owned())
-        .collect();
-    sqlx::query!(
-        "INSERT INTO job_shard (job_id, phase, index) SELECT $1, phase, 0 FROM unnest($2::text[]) phase",
-        new.id,
-        &phases,
-    )
-    .execute(&mut *tx)
-    .await?;
-    record(&mut tx, new.id, "queued", json!({})).await?;
-    notify(&mut tx).await?;
-    Ok(tx.commit().await?)
-}
-
 /// Takes the next job: smallest priority number first, then the longest waiting.
 pub async fn claim(
     conn: &mut PgConnection,
@@ -144,6 +96,7 @@ pub async fn claim(
             worker_id   = $3,
             phase       = NULL,
             progress    = NULL,
+            phase_started_at = NULL,
             progress_at = now(),
             started_at  = coalesce(started_at, now())
         FROM next
@@ -222,7 +175,9 @@ pub async fn progress(
     let row = sqlx::query!(
         r#"
         UPDATE job
-        SET phase = $3, progress = $4, progress_at = now()
+        SET phase = $3, progress = $4, progress_at = now(),
+            phase_started_at = CASE WHEN before.phase IS DISTINCT FROM $3 THEN now()
+                                    ELSE phase_started_at END
         FROM (SELECT id, phase FROM job WHERE id = $1 FOR UPDATE) before
         WHERE job.id = before.id AND lease_token = $2 AND state = 'running'
         RETURNING
@@ -332,63 +287,6 @@ pub async fn finish_cancelled(conn: &mut PgConnection, lease: Lease) -> Result<(
     )
     .await?;
     Ok(tx.commit().await?)
-}
-
-/// What asking for a cancellation did.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Cancellation {
-    /// It was waiting, and is cancelled now.
-    Cancelled,
-    /// Its worker will notice.
-    Requested,
-    /// It had ended before.
-    AlreadyOver(JobState),
-}
-
-/// Cancels a waiting job at once, asks the worker of a running one. None: there is no such job.
-pub async fn cancel(
-    conn: &mut PgConnection,
-    project_id: Uuid,
-    id: Uuid,
-) -> Result<Option<Cancellation>, QueueError> {
-    let mut tx = conn.begin().await?;
-    let row = sqlx::query!(
-        r#"
-        SELECT state, cancel_requested_at IS NOT NULL AS "requested!"
-        FROM job WHERE project_id = $1 AND id = $2 FOR UPDATE
-        "#,
-        project_id,
-        id,
-    )
-    .fetch_optional(&mut *tx)
-    .await?;
-    let Some(row) = row else {
-        return Ok(None);
-    };
-    let state = JobState::from_name(&row.state)
-        .ok_or_else(|| DbError::unreadable("job", "state", &row.state))?;
-    let (done, event) = match state {
-        JobState::Queued => (Cancellation::Cancelled, "cancelled"),
-        JobState::Running if row.requested => return Ok(Some(Cancellation::Requested)),
-        JobState::Running => (Cancellation::Requested, "cancel_requested"),
-        over => return Ok(Some(Cancellation::AlreadyOver(over))),
-    };
-    let changed = sqlx::query!(
-        r#"
-        UPDATE job
-        SET cancel_requested_at = now(),
-            state       = CASE state WHEN 'queued' THEN 'cancelled' ELSE state END,
-            finished_at = CASE state WHEN 'queued' THEN now() END
-        WHERE id = $1
-        "#,
-        id,
-    )
-    .execute(&mut *tx)
-    .await?;
-    expect_one_row(changed)?;
-    record(&mut tx, id, event, json!({})).await?;
-    tx.commit().await?;
-    Ok(Some(done))
 }
 
 /// A job whose worker was not heard of in time, and where it went.

@@ -20,6 +20,7 @@ use promptweave::domain::digest::Digest;
 use promptweave::domain::prompt_file::{FORMAT, Origin, PromptFile, PromptMetadata};
 use promptweave::domain::tensor::{Stored, Tensor};
 use promptweave::http::{AppState, HttpSettings, router};
+use promptweave::jobs::watch::JobWatch;
 use promptweave::registry::roots::AllowedRoots;
 use promptweave::registry::{DEFAULT_PROJECT, api_keys};
 use secrecy::ExposeSecret;
@@ -27,6 +28,7 @@ use serde_json::Value;
 use sqlx::PgPool;
 use tempfile::TempDir;
 use tokio::sync::OnceCell;
+use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
 use uuid::Uuid;
 
@@ -64,6 +66,7 @@ impl TestApp {
         };
         change(&mut settings);
         let state = AppState {
+            watch: JobWatch::new(pool.clone(), CancellationToken::new()),
             pool,
             blobs: BlobStore::directory(&dir.path().join("blobs")).unwrap(),
             clock: Arc::new(MockClock::default()),
@@ -75,6 +78,12 @@ impl TestApp {
             key: OnceCell::new(),
             dir,
         }
+    }
+
+    /// Changes settings of an app that has things in it already.
+    pub fn set(&mut self, change: impl FnOnce(&mut HttpSettings)) {
+        change(Arc::make_mut(&mut self.state.settings));
+        self.router = router(self.state.clone());
     }
 
     /// Makes a directory that may be registered.

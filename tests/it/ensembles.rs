@@ -354,8 +354,10 @@ async fn features_that_no_memory_is_meant_to_hold_are_refused(pool: PgPool) {
 async fn ensembles_are_listed_and_cancelled(pool: PgPool) {
     let app = furnished(pool).await;
     let mut posted = Vec::new();
+    let mut anew = request();
+    anew["force"] = json!(true);
     for _ in 0..3 {
-        posted.push(post(&app, &request()).await.ok(202));
+        posted.push(post(&app, &anew).await.ok(202));
     }
     let page = app.get("/v1/ensembles?page_size=2").await.ok(200);
     let ids = |page: &Value| -> Vec<Value> {

@@ -19,7 +19,7 @@ use promptweave::domain::objective::Objective;
 use promptweave::domain::precision::Precision;
 use promptweave::domain::prompt_file::{FORMAT, Origin, PromptFile, PromptMetadata};
 use promptweave::domain::tensor::Tensor;
-use promptweave::jobs::queue::{self, NewJob};
+use promptweave::jobs::requests::{self, NewJob};
 use promptweave::jobs::{self, ENSEMBLE, Job};
 use promptweave::registry::DEFAULT_PROJECT;
 use promptweave::registry::prompt_versions::{self, NewVersion};
@@ -149,8 +149,9 @@ pub async fn enqueue_with_priority(
         kind: ENSEMBLE,
         priority,
         spec,
+        replay_of: None,
     };
-    queue::enqueue(db, new).await.unwrap();
+    requests::enqueue(db, new).await.unwrap();
     id
 }
 

@@ -32,4 +32,5 @@ mod s3;
 mod traversal;
 mod up;
 mod uris;
+mod watching;
 mod worker;

@@ -11,7 +11,8 @@ use promptweave::domain::job::{EnsembleSpec, JobError, JobState, MAX_ATTEMPTS, P
 use promptweave::domain::prompt_file::PromptFile;
 use promptweave::jobs::events;
 use promptweave::jobs::finish::{Finished, finish};
-use promptweave::jobs::queue::{self, Cancellation, Claimed, QueueError, Renewal};
+use promptweave::jobs::queue::{self, Claimed, QueueError, Renewal};
+use promptweave::jobs::requests::{self, Cancellation};
 use promptweave::jobs::workers::{self, NewWorker, WorkerState};
 use promptweave::registry::lineage::{self, Direction};
 use promptweave::registry::{DEFAULT_PROJECT, prompt_versions};
@@ -285,7 +286,7 @@ async fn a_renewed_lease_is_not_reaped(mut db: PoolConnection<Postgres>) {
 async fn cancelling(mut db: PoolConnection<Postgres>) {
     let spec = spec(&mut db).await;
     let worker = worker(&mut db).await;
-    let none = queue::cancel(&mut db, DEFAULT_PROJECT, Uuid::now_v7())
+    let none = requests::cancel(&mut db, DEFAULT_PROJECT, Uuid::now_v7())
         .await
         .unwrap();
     assert_eq!(none, None);
@@ -293,7 +294,7 @@ async fn cancelling(mut db: PoolConnection<Postgres>) {
     // A waiting job is cancelled at once and never claimed.
     let id = enqueue(&mut db, &spec).await;
     let mut cancel = async |id| {
-        queue::cancel(&mut db, DEFAULT_PROJECT, id)
+        requests::cancel(&mut db, DEFAULT_PROJECT, id)
             .await
             .unwrap()
             .unwrap()
@@ -310,7 +311,7 @@ async fn cancelling(mut db: PoolConnection<Postgres>) {
     let id = enqueue(&mut db, &spec).await;
     let claimed = claim(&mut db, worker).await;
     let mut cancel = async |id| {
-        queue::cancel(&mut db, DEFAULT_PROJECT, id)
+        requests::cancel(&mut db, DEFAULT_PROJECT, id)
             .await
             .unwrap()
             .unwrap()
@@ -331,7 +332,9 @@ async fn cancelling(mut db: PoolConnection<Postgres>) {
     // The worker dies first: reaping cancels instead of trying again.
     let id = enqueue(&mut db, &spec).await;
     claim(&mut db, worker).await;
-    queue::cancel(&mut db, DEFAULT_PROJECT, id).await.unwrap();
+    requests::cancel(&mut db, DEFAULT_PROJECT, id)
+        .await
+        .unwrap();
     run_out(&mut db, id).await;
     assert_eq!(
         queue::reap(&mut db).await.unwrap()[0].state,

@@ -10,7 +10,8 @@ use promptweave::db::MIGRATOR;
 use promptweave::domain::dataset::Split;
 use promptweave::domain::digest::Digest;
 use promptweave::domain::job::{EnsembleSpec, JobState, ResolvedFrom};
-use promptweave::jobs::queue::{self, Cancellation};
+use promptweave::jobs::queue;
+use promptweave::jobs::requests::{self, Cancellation};
 use promptweave::jobs::{Job, events, reaper, workers};
 use promptweave::private_postgres::PrivatePostgres;
 use promptweave::registry::{DEFAULT_PROJECT, datasets};
@@ -106,7 +107,7 @@ impl Place {
 
     async fn cancel(&self, id: Uuid) -> Cancellation {
         let mut db = self.pool.acquire().await.unwrap();
-        queue::cancel(&mut db, DEFAULT_PROJECT, id)
+        requests::cancel(&mut db, DEFAULT_PROJECT, id)
             .await
             .unwrap()
             .unwrap()

@@ -1,18 +1,22 @@
 //! `/v1/ensembles/{id}/resolve`: the weights once more, from what an ensemble kept.
 
 use axum::extract::State;
-use axum::response::IntoResponse;
+use axum::response::Response;
 use serde::Deserialize;
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-use super::{Ensemble, Output, Source, accept, check_priority, default_priority, with_statistics};
+use super::answer::Ensemble;
+use super::outcome::with_statistics;
+use super::{Order, Output, Source, accept, check_priority, default_priority};
 use crate::domain::job::DEFAULT_PRIORITY;
 use crate::domain::objective::Objective;
+use crate::domain::reference::ResourceName;
 use crate::http::AppState;
 use crate::http::access::Caller;
 use crate::http::error::Problem;
 use crate::http::extract::{Json, Path};
+use crate::jobs::requests::Reuse;
 use crate::jobs::resolve::{ResolveRequest, pin_aliases, plan};
 use crate::registry::references;
 
@@ -35,6 +39,9 @@ pub(super) struct ResolveEnsemble {
     #[serde(default = "default_priority")]
     #[schema(minimum = 0, maximum = 1000, default = 100)]
     priority: i32,
+    /// Solve for it also where an ensemble of the same `spec_digest` is under way or has a result.
+    #[serde(default)]
+    force: bool,
 }
 
 impl Default for ResolveEnsemble {
@@ -44,6 +51,7 @@ impl Default for ResolveEnsemble {
             objective: None,
             output: Output::default(),
             priority: DEFAULT_PRIORITY,
+            force: false,
         }
     }
 }
@@ -60,6 +68,8 @@ impl Default for ResolveEnsemble {
     params(("id" = Uuid, Path)),
     request_body = Option<ResolveEnsemble>,
     responses(
+        (status = 200, description = "It was solved for before", body = Ensemble,
+         headers(("location" = String))),
         (status = 202, body = Ensemble, headers(("location" = String), ("retry-after" = u32))),
         (status = 404, description = "`ensemble_not_found`"),
         (status = 409, description = "`ensemble_not_finished`, `ensemble_failed`, \
@@ -67,6 +77,7 @@ impl Default for ResolveEnsemble {
         (status = 410, description = "`statistics_deleted`: their time is over"),
         (status = 422, description = "`no_sources`, `unknown_source`, `ambiguous_source`, \
             `same_source`, `invalid_objective`, `invalid_priority`"),
+        (status = 429, description = "`queue_full`", headers(("retry-after" = u32))),
     )
 )]
 pub(super) async fn resolve_ensemble(
@@ -74,7 +85,7 @@ pub(super) async fn resolve_ensemble(
     caller: Caller,
     Path(id): Path<Uuid>,
     body: Option<Json<Option<ResolveEnsemble>>>,
-) -> Result<impl IntoResponse, Problem> {
+) -> Result<Response, Problem> {
     let body = body.and_then(|Json(body)| body).unwrap_or_default();
     check_priority(body.priority)?;
     let named = |sources: Vec<Source>| sources.into_iter().map(|source| source.prompt).collect();
@@ -92,7 +103,15 @@ pub(super) async fn resolve_ensemble(
         pin_aliases(&mut tx, caller.project_id, sources).await?;
     }
     let spec = plan(job_id, &solved, &request)?;
-    let accepted = accept(&mut tx, caller.project_id, job_id, body.priority, &spec).await?;
+    let output = request.output.as_ref().map(ResourceName::as_str);
+    let order = Order {
+        id: job_id,
+        priority: body.priority,
+        spec: &spec,
+        replay_of: None,
+        reuse: (!body.force).then_some(Reuse { output }),
+    };
+    let accepted = accept(&state, &mut tx, caller.project_id, order).await?;
     tx.commit().await?;
     Ok(accepted)
 }

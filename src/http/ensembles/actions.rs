@@ -1,0 +1,143 @@
+//! What can be asked of an ensemble: to stop, to be tried again, to be repeated.
+
+use axum::Json as JsonResponse;
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use uuid::Uuid;
+
+use super::answer::Ensemble;
+use super::{LOOK_AGAIN_AFTER, Order, accept, existing, not_found};
+use crate::domain::job::JobState;
+use crate::http::AppState;
+use crate::http::access::Caller;
+use crate::http::error::Problem;
+use crate::http::extract::Path;
+use crate::jobs::plan::default_output;
+use crate::jobs::requests::{self, Cancellation};
+use crate::registry::references;
+
+/// Cancel an ensemble
+///
+/// One that waits is cancelled at once; one that runs stops at its next step.
+#[utoipa::path(
+    post,
+    path = "/ensembles/{id}/cancel",
+    tag = "ensembles",
+    security(("api_key" = ["run"])),
+    params(("id" = Uuid, Path)),
+    responses(
+        (status = 200, description = "It is cancelled", body = Ensemble),
+        (status = 202, description = "It was asked to stop", body = Ensemble),
+        (status = 404, description = "`ensemble_not_found`"),
+        (status = 409, description = "`ensemble_over`: it has succeeded or failed"),
+    )
+)]
+pub(super) async fn cancel_ensemble(
+    State(state): State<AppState>,
+    caller: Caller,
+    Path(id): Path<Uuid>,
+) -> Result<impl IntoResponse, Problem> {
+    let mut conn = state.pool.acquire().await?;
+    let status = match requests::cancel(&mut conn, caller.project_id, id).await? {
+        None => return Err(not_found(id)),
+        Some(Cancellation::Requested) => StatusCode::ACCEPTED,
+        Some(Cancellation::Cancelled | Cancellation::AlreadyOver(JobState::Cancelled)) => {
+            StatusCode::OK
+        }
+        Some(Cancellation::AlreadyOver(state)) => {
+            let detail = format!("ensemble `{id}` has {} already", state.name());
+            return Err(Problem::conflict("ensemble_over", detail));
+        }
+    };
+    Ok((
+        status,
+        JsonResponse(Ensemble::from(
+            existing(&mut conn, caller.project_id, id).await?,
+        )),
+    ))
+}
+
+/// Try an ensemble again
+///
+/// One that failed or was cancelled goes back into the queue as it was posted, with as many attempts as a
+/// new one has.
+#[utoipa::path(
+    post,
+    path = "/ensembles/{id}/retry",
+    tag = "ensembles",
+    security(("api_key" = ["run"])),
+    params(("id" = Uuid, Path)),
+    responses(
+        (status = 202, body = Ensemble, headers(("retry-after" = u32))),
+        (status = 404, description = "`ensemble_not_found`"),
+        (status = 409, description = "`ensemble_not_over` (it waits or runs), `ensemble_over` (it has \
+            succeeded; see `replay`)"),
+    )
+)]
+pub(super) async fn retry_ensemble(
+    State(state): State<AppState>,
+    caller: Caller,
+    Path(id): Path<Uuid>,
+) -> Result<impl IntoResponse, Problem> {
+    let mut conn = state.pool.acquire().await?;
+    match requests::retry(&mut conn, caller.project_id, id).await? {
+        None => return Err(not_found(id)),
+        Some(Ok(())) => {}
+        Some(Err(JobState::Succeeded)) => {
+            let detail = format!("ensemble `{id}` has succeeded; to compute it again, replay it");
+            return Err(Problem::conflict("ensemble_over", detail));
+        }
+        Some(Err(state)) => {
+            let detail = format!("ensemble `{id}` is {}; cancel it first", state.name());
+            return Err(Problem::conflict("ensemble_not_over", detail));
+        }
+    }
+    let again = [(header::RETRY_AFTER, LOOK_AGAIN_AFTER.to_string())];
+    let ensemble = Ensemble::from(existing(&mut conn, caller.project_id, id).await?);
+    Ok((StatusCode::ACCEPTED, again, JsonResponse(ensemble)))
+}
+
+/// Compute an ensemble once more, and compare the answers
+///
+/// A new ensemble of the same specification, published under a name of its own; its `replay` has the largest
+/// difference of a weight once both have succeeded.
+#[utoipa::path(
+    post,
+    path = "/ensembles/{id}/replay",
+    tag = "ensembles",
+    security(("api_key" = ["run"])),
+    params(("id" = Uuid, Path)),
+    responses(
+        (status = 202, body = Ensemble, headers(("location" = String), ("retry-after" = u32))),
+        (status = 404, description = "`ensemble_not_found`"),
+        (status = 410, description = "`statistics_deleted`: those that it was solved again from"),
+        (status = 429, description = "`queue_full`", headers(("retry-after" = u32))),
+    )
+)]
+pub(super) async fn replay_ensemble(
+    State(state): State<AppState>,
+    caller: Caller,
+    Path(id): Path<Uuid>,
+) -> Result<Response, Problem> {
+    let mut tx = state.pool.begin().await?;
+    let job = existing(&mut tx, caller.project_id, id).await?;
+    if let Some(from) = &job.spec.resolved_from {
+        let origin = existing(&mut tx, caller.project_id, from.ensemble).await?;
+        super::outcome::check_statistics(origin.id, origin.statistics_deleted_at)?;
+        references::hold(&mut tx, &state.blobs, &from.statistics).await?;
+    }
+    let new_id = state.clock.new_id();
+    let mut spec = job.spec;
+    spec.output = default_output(&spec.target.dataset, new_id);
+    let order = Order {
+        id: new_id,
+        priority: job.priority,
+        spec: &spec,
+        replay_of: Some(id),
+        reuse: None,
+    };
+    let accepted = accept(&state, &mut tx, caller.project_id, order).await?;
+    tx.commit().await?;
+    Ok(accepted)
+}

@@ -1,0 +1,139 @@
+//! What an ensemble that succeeded left: its result, and the statistics it was computed from.
+
+use axum::Json as JsonResponse;
+use axum::body::Body;
+use axum::extract::State;
+use axum::http::{HeaderMap, Method, StatusCode};
+use axum::response::Response;
+use futures::TryStreamExt;
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+use super::{LOOK_AGAIN_AFTER, existing};
+use crate::domain::composition::CompositionResult;
+use crate::domain::job::JobState;
+use crate::http::AppState;
+use crate::http::access::Caller;
+use crate::http::content::File;
+use crate::http::error::Problem;
+use crate::http::extract::Path;
+use crate::jobs::resolve::Solved;
+use crate::telemetry::chain;
+
+/// The ensemble once it succeeded; otherwise why it has no result.
+async fn succeeded(state: &AppState, caller: &Caller, id: Uuid) -> Result<Solved, Problem> {
+    let job = existing(&mut *state.pool.acquire().await?, caller.project_id, id).await?;
+    let job = match Solved::try_from(job) {
+        Ok(solved) => return Ok(solved),
+        Err(job) => job,
+    };
+    Err(match job.state {
+        JobState::Failed => {
+            let reason = job.error.map(|e| format!(": {}: {}", e.code, e.detail));
+            let detail = format!("ensemble `{id}` failed{}", reason.unwrap_or_default());
+            Problem::conflict("ensemble_failed", detail)
+        }
+        JobState::Cancelled => {
+            let detail = format!("ensemble `{id}` was cancelled; post it again");
+            Problem::conflict("ensemble_cancelled", detail)
+        }
+        other => {
+            let detail = format!("ensemble `{id}` is {}; ask again", other.name());
+            Problem::conflict("ensemble_not_finished", detail).retry_after(LOOK_AGAIN_AFTER)
+        }
+    })
+}
+
+/// One that succeeded, whose statistics are still there.
+pub(super) async fn with_statistics(
+    state: &AppState,
+    caller: &Caller,
+    id: Uuid,
+) -> Result<Solved, Problem> {
+    let solved = succeeded(state, caller, id).await?;
+    check_statistics(id, solved.statistics_deleted_at)?;
+    Ok(solved)
+}
+
+pub(super) fn check_statistics(
+    id: Uuid,
+    deleted_at: Option<OffsetDateTime>,
+) -> Result<(), Problem> {
+    let Some(at) = deleted_at else {
+        return Ok(());
+    };
+    let detail = format!(
+        "the statistics of ensemble `{id}` were let go at {at}: they are kept for so many days as the \
+         operator says (--statistics-days); post the ensemble again"
+    );
+    Err(Problem::new(StatusCode::GONE, "statistics_deleted", detail))
+}
+
+/// Source weights, both terms, the path of trade-offs, diagnostics
+#[utoipa::path(
+    get,
+    path = "/ensembles/{id}/result",
+    tag = "ensembles",
+    security(("api_key" = ["read"])),
+    params(("id" = Uuid, Path)),
+    responses(
+        (status = 200, body = CompositionResult),
+        (status = 404, description = "`ensemble_not_found`"),
+        (status = 409, description = "`ensemble_not_finished`, `ensemble_failed`, \
+            `ensemble_cancelled`"),
+    )
+)]
+pub(super) async fn get_ensemble_result(
+    State(state): State<AppState>,
+    caller: Caller,
+    Path(id): Path<Uuid>,
+) -> Result<JsonResponse<CompositionResult>, Problem> {
+    Ok(JsonResponse(succeeded(&state, &caller, id).await?.result))
+}
+
+/// What the numbers were computed from, as safetensors
+#[utoipa::path(
+    get,
+    path = "/ensembles/{id}/statistics",
+    tag = "ensembles",
+    security(("api_key" = ["read"])),
+    params(
+        ("id" = Uuid, Path),
+        ("if-none-match" = Option<String>, Header, description = "ETag of a copy at hand"),
+    ),
+    responses(
+        (status = 200, content_type = "application/octet-stream", body = Vec<u8>,
+         headers(("etag" = String), ("content-digest" = String), ("repr-digest" = String))),
+        (status = 304, description = "The copy at hand is this one", headers(("etag" = String))),
+        (status = 404, description = "`ensemble_not_found`"),
+        (status = 409, description = "`ensemble_not_finished`, `ensemble_failed`, \
+            `ensemble_cancelled`"),
+        (status = 410, description = "`statistics_deleted`: their time is over"),
+    )
+)]
+pub(super) async fn get_ensemble_statistics(
+    State(state): State<AppState>,
+    caller: Caller,
+    Path(id): Path<Uuid>,
+    method: Method,
+    request: HeaderMap,
+) -> Result<Response, Problem> {
+    let digest = with_statistics(&state, &caller, id).await?.statistics;
+    let (size, pieces) = state.blobs.stream(&digest).await?;
+    let file = File {
+        digest,
+        size,
+        kind: "application/octet-stream",
+        name: format!("{id}-statistics.safetensors"),
+        immutable: true,
+        ranges: false,
+    };
+    if let Some(not_modified) = file.not_modified(&request) {
+        return Ok(not_modified);
+    }
+    // The status is sent by then; what is left is to break off and to say why.
+    let pieces = pieces.inspect_err(move |error| {
+        tracing::error!(job.id = %id, error = chain(error), "statistics could not be sent whole");
+    });
+    Ok(file.whole(&method, Body::from_stream(pieces)))
+}

@@ -1,0 +1,69 @@
+//! `/v1/ensembles/validate`: what a request would be, and cost, without its being done.
+
+use axum::Json as JsonResponse;
+use axum::extract::State;
+use serde::Serialize;
+use utoipa::ToSchema;
+use uuid::Uuid;
+
+use super::CreateEnsemble;
+use crate::domain::digest::Digest;
+use crate::domain::job::EnsembleSpec;
+use crate::http::AppState;
+use crate::http::access::Caller;
+use crate::http::error::Problem;
+use crate::http::extract::Json;
+use crate::jobs::ENSEMBLE;
+use crate::jobs::cost::{Cost, estimate};
+use crate::jobs::plan::plan;
+use crate::jobs::requests::{NewJob, same};
+
+/// What would be computed.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct EnsemblePlan {
+    /// With every reference resolved. Where no output is named, its name changes with each request.
+    spec: EnsembleSpec,
+    #[schema(value_type = String, example = "sha256:…")]
+    spec_digest: Digest,
+    /// The ensemble that computes or computed the same: a POST is answered with it, unless forced.
+    same_as: Option<Uuid>,
+    cost: Cost,
+}
+
+/// Check a request for an ensemble, and estimate its cost, without queueing it
+#[utoipa::path(
+    post,
+    path = "/ensembles/validate",
+    tag = "ensembles",
+    security(("api_key" = ["run"])),
+    request_body = CreateEnsemble,
+    responses(
+        (status = 200, body = EnsemblePlan),
+        (status = 422, description = "As `POST /v1/ensembles`"),
+    )
+)]
+pub(super) async fn validate_ensemble(
+    State(state): State<AppState>,
+    caller: Caller,
+    Json(body): Json<CreateEnsemble>,
+) -> Result<JsonResponse<EnsemblePlan>, Problem> {
+    let priority = body.priority;
+    let request = body.request()?;
+    let id = state.clock.new_id();
+    let mut conn = state.pool.acquire().await?;
+    let spec = plan(&mut conn, caller.project_id, id, &request).await?;
+    let new = NewJob {
+        id,
+        project_id: caller.project_id,
+        kind: ENSEMBLE,
+        priority,
+        spec: &spec,
+        replay_of: None,
+    };
+    Ok(JsonResponse(EnsemblePlan {
+        same_as: same(&mut conn, &new, request.reuse()).await?,
+        cost: estimate(&mut conn, caller.project_id, &spec).await?,
+        spec_digest: spec.digest(),
+        spec,
+    }))
+}

@@ -1,0 +1,255 @@
+//! What clients ask of the queue: a new job, its end, another try. What workers do is in
+//! [`queue`](super::queue).
+
+use serde_json::json;
+use sqlx::types::Json;
+use sqlx::{Connection, PgConnection};
+use uuid::Uuid;
+
+use super::events::record;
+use super::queue::{QueueError, notify};
+use crate::db::{DbError, expect_one_row};
+use crate::domain::job::{EnsembleSpec, JobState, MAX_ATTEMPTS};
+
+#[derive(Clone, Debug)]
+pub struct NewJob<'a> {
+    pub id: Uuid,
+    pub project_id: Uuid,
+    pub kind: &'a str,
+    pub priority: i32,
+    pub spec: &'a EnsembleSpec,
+    /// The job whose answer this one is to be compared with.
+    pub replay_of: Option<Uuid>,
+}
+
+/// What is computed already need not be computed again.
+#[derive(Clone, Copy, Debug)]
+pub struct Reuse<'a> {
+    /// The prompt that the result is to be published under, where that was asked for by name.
+    pub output: Option<&'a str>,
+}
+
+/// What became of a request for a job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Posted {
+    Queued,
+    /// This job computes, or computed, the same.
+    Same(Uuid),
+    /// As many wait as may.
+    Full,
+}
+
+/// Puts a job into the queue, with one shard a phase; unless there is one that may be reused, or `most`
+/// are waiting. Of equal requests at one time one makes the job.
+pub async fn post(
+    conn: &mut PgConnection,
+    new: NewJob<'_>,
+    reuse: Option<Reuse<'_>>,
+    most: u32,
+) -> Result<Posted, QueueError> {
+    let mut tx = conn.begin().await?;
+    if let Some(reuse) = reuse {
+        // Until the transaction's end, so that nobody looks between our look and our job.
+        sqlx::query!(
+            "SELECT pg_advisory_xact_lock(hashtextextended($1, 0))",
+            format!("{}{}", new.project_id, new.spec.digest()),
+        )
+        .fetch_one(&mut *tx)
+        .await?;
+        if let Some(id) = same(&mut tx, &new, reuse).await? {
+            return Ok(Posted::Same(id));
+        }
+    }
+    let waiting = sqlx::query_scalar!(
+        r#"SELECT count(*) AS "waiting!" FROM (SELECT FROM job WHERE state = 'queued' LIMIT $1) queued"#,
+        i64::from(most),
+    )
+    .fetch_one(&mut *tx)
+    .await?;
+    if waiting >= i64::from(most) {
+        return Ok(Posted::Full);
+    }
+    enqueue(&mut tx, new).await?;
+    tx.commit().await?;
+    Ok(Posted::Queued)
+}
+
+/// The oldest job that computes the same and may be reused: not one that is to stop, and not one whose
+/// prompt was deleted.
+pub async fn same(
+    conn: &mut PgConnection,
+    new: &NewJob<'_>,
+    reuse: Reuse<'_>,
+) -> Result<Option<Uuid>, DbError> {
+    let spec_digest = new.spec.digest();
+    let found = sqlx::query_scalar!(
+        r#"
+        SELECT id
+        FROM job
+        WHERE project_id = $1 AND kind = $2 AND spec_digest = $3
+          AND cancel_requested_at IS NULL
+          AND ($4::text IS NULL OR spec->>'output' = $4)
+          AND (state IN ('queued', 'running') OR state = 'succeeded' AND EXISTS (
+              SELECT FROM prompt p
+              WHERE p.project_id = job.project_id
+                AND p.name = job.result->'composed'->>'prompt'
+                AND p.deleted_at IS NULL
+          ))
+        ORDER BY id
+        LIMIT 1
+        "#,
+        new.project_id,
+        new.kind,
+        spec_digest.as_bytes(),
+        reuse.output,
+    )
+    .fetch_optional(conn)
+    .await?;
+    Ok(found)
+}
+
+/// Puts a job into the queue, with one shard a phase.
+pub async fn enqueue(conn: &mut PgConnection, new: NewJob<'_>) -> Result<(), QueueError> {
+    let spec_digest = new.spec.digest();
+    let mut tx = conn.begin().await?;
+    sqlx::query!(
+        r#"
+        INSERT INTO job (id, project_id, kind, priority, max_attempts, spec, spec_digest, replay_of)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
+        "#,
+        new.id,
+        new.project_id,
+        new.kind,
+        new.priority,
+        MAX_ATTEMPTS,
+        Json(new.spec) as _,
+        spec_digest.as_bytes(),
+        new.replay_of,
+    )
+    .execute(&mut *tx)
+    .await?;
+    let phases: Vec<String> = new
+        .spec
+        .phases()
+        .iter()
+        .map(|phase| phase.name().to_owned())
+        .collect();
+    sqlx::query!(
+        "INSERT INTO job_shard (job_id, phase, index) SELECT $1, phase, 0 FROM unnest($2::text[]) phase",
+        new.id,
+        &phases,
+    )
+    .execute(&mut *tx)
+    .await?;
+    record(&mut tx, new.id, "queued", json!({})).await?;
+    notify(&mut tx).await?;
+    Ok(tx.commit().await?)
+}
+
+/// What asking for a cancellation did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cancellation {
+    /// It was waiting, and is cancelled now.
+    Cancelled,
+    /// Its worker will notice.
+    Requested,
+    /// It had ended before.
+    AlreadyOver(JobState),
+}
+
+/// Cancels a waiting job at once, asks the worker of a running one. None: there is no such job.
+pub async fn cancel(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    id: Uuid,
+) -> Result<Option<Cancellation>, QueueError> {
+    let mut tx = conn.begin().await?;
+    let row = sqlx::query!(
+        r#"
+        SELECT state, cancel_requested_at IS NOT NULL AS "requested!"
+        FROM job WHERE project_id = $1 AND id = $2 FOR UPDATE
+        "#,
+        project_id,
+        id,
+    )
+    .fetch_optional(&mut *tx)
+    .await?;
+    let Some(row) = row else {
+        return Ok(None);
+    };
+    let state = JobState::from_name(&row.state)
+        .ok_or_else(|| DbError::unreadable("job", "state", &row.state))?;
+    let (done, event) = match state {
+        JobState::Queued => (Cancellation::Cancelled, "cancelled"),
+        JobState::Running if row.requested => return Ok(Some(Cancellation::Requested)),
+        JobState::Running => (Cancellation::Requested, "cancel_requested"),
+        over => return Ok(Some(Cancellation::AlreadyOver(over))),
+    };
+    let changed = sqlx::query!(
+        r#"
+        UPDATE job
+        SET cancel_requested_at = now(),
+            state       = CASE state WHEN 'queued' THEN 'cancelled' ELSE state END,
+            finished_at = CASE state WHEN 'queued' THEN now() END
+        WHERE id = $1
+        "#,
+        id,
+    )
+    .execute(&mut *tx)
+    .await?;
+    expect_one_row(changed)?;
+    record(&mut tx, id, event, json!({})).await?;
+    tx.commit().await?;
+    Ok(Some(done))
+}
+
+/// Puts a failed or cancelled job back into the queue, for as many attempts as a new one has. An error is
+/// the state in which that cannot be. None: there is no such job.
+pub async fn retry(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    id: Uuid,
+) -> Result<Option<Result<(), JobState>>, QueueError> {
+    let mut tx = conn.begin().await?;
+    let state = sqlx::query_scalar!(
+        "SELECT state FROM job WHERE project_id = $1 AND id = $2 FOR UPDATE",
+        project_id,
+        id,
+    )
+    .fetch_optional(&mut *tx)
+    .await?;
+    let Some(state) = state else {
+        return Ok(None);
+    };
+    let state =
+        JobState::from_name(&state).ok_or_else(|| DbError::unreadable("job", "state", &state))?;
+    if !(state.is_terminal() && state.may_become(JobState::Queued)) {
+        return Ok(Some(Err(state)));
+    }
+    let changed = sqlx::query!(
+        r#"
+        UPDATE job
+        SET state               = 'queued',
+            run_at              = now(),
+            max_attempts        = attempt + $2,
+            cancel_requested_at = NULL,
+            finished_at         = NULL
+        WHERE id = $1
+        "#,
+        id,
+        MAX_ATTEMPTS,
+    )
+    .execute(&mut *tx)
+    .await?;
+    expect_one_row(changed)?;
+    sqlx::query!(
+        "UPDATE job_shard SET state = 'queued', started_at = NULL, finished_at = NULL WHERE job_id = $1",
+        id,
+    )
+    .execute(&mut *tx)
+    .await?;
+    record(&mut tx, id, "retry_requested", json!({})).await?;
+    notify(&mut tx).await?;
+    tx.commit().await?;
+    Ok(Some(Ok(())))
+}
