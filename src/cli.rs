@@ -198,7 +198,7 @@ mod tests {
         // What works on local files is typed by people; what serves is configured.
         let typed = [
             "tune", "compose", "solve", "evaluate", "doctor", "plot", "push", "pull", "ls",
-            "verify",
+            "verify", "ensemble",
         ];
         let serving = |c: &&clap::Command| !typed.contains(&c.get_name());
         for sub in command.get_subcommands().filter(serving) {

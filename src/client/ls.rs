@@ -1,7 +1,6 @@
 //! `promptweave ls`: what prompts there are, or what versions of one, for people or as JSON.
 
 use std::collections::BTreeMap;
-use std::io::Write;
 
 use indicatif::HumanBytes;
 use reqwest::Method;
@@ -9,6 +8,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::server::{Server, ServerOptions};
+use super::table::{print, table};
 use crate::domain::reference::ResourceName;
 
 #[derive(Clone, Debug, clap::Args)]
@@ -62,11 +62,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     } else {
         prompts(server.list(&path, &tags).await?)
     };
-    match std::io::stdout().write_all(out.as_bytes()) {
-        // `ls | head` has read what it wants.
-        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
-        written => Ok(written?),
-    }
+    print(&out)
 }
 
 fn prompts(prompts: Vec<Prompt>) -> String {
@@ -141,45 +137,12 @@ fn minute(rfc3339: &str) -> String {
         .replace('T', " ")
 }
 
-/// Columns as wide as their widest cell.
-fn table<const N: usize>(head: [&str; N], rows: impl Iterator<Item = [String; N]>) -> String {
-    let rows: Vec<[String; N]> = std::iter::once(head.map(str::to_owned))
-        .chain(rows.map(|row| row.map(|cell| plain(&cell))))
-        .collect();
-    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max();
-    let widths: [usize; N] = std::array::from_fn(|column| width(column).unwrap_or(0));
-    let mut text = String::new();
-    for row in rows {
-        let mut line = String::new();
-        for (cell, width) in row.iter().zip(widths) {
-            line += &format!("{cell:width$}  ");
-        }
-        text += line.trim_end();
-        text.push('\n');
-    }
-    text
-}
-
-/// Tags are anybody's: none of them is to move the cursor of a terminal, or to begin a line.
-fn plain(text: &str) -> String {
-    text.chars()
-        .map(|c| if c.is_control() { '\u{fffd}' } else { c })
-        .collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn columns_line_up_and_what_is_in_them_stays_in_its_line() {
-        let rows = [["a", "1"], ["long\u{1b}[2J\nname", "22"]];
-        let rows = rows.map(|row| row.map(str::to_owned));
-        let text = table(["NAME", "N"], rows.into_iter());
-        assert_eq!(
-            text,
-            "NAME           N\na              1\nlong\u{fffd}[2J\u{fffd}name  22\n"
-        );
+    fn times_are_shown_to_the_minute_and_nothing_as_a_dash() {
         assert_eq!(minute("2026-11-24T10:30:12.5Z"), "2026-11-24 10:30");
         assert_eq!(joined(std::iter::empty()), "-");
     }

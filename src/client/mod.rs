@@ -1,18 +1,20 @@
-//! The registry from the shell: `promptweave push | pull | ls | verify`, as clients of the HTTP API.
+//! The registry from the shell: `promptweave push | pull | ls | verify | ensemble`, as clients of the HTTP API.
 //!
 //! | exit status | means |
 //! |---|---|
 //! | 0 | done; `verify`: the same bytes |
-//! | 1 | `verify`: other bytes |
+//! | 1 | `verify`: other bytes; `ensemble watch`: it has failed or was cancelled |
 //! | 2 | it could not be done here: a local file, a damaged download, the command itself |
 //! | 3 | the registry refused |
 //! | 4 | the registry cannot be reached |
 
+mod ensemble;
 mod ls;
 mod progress;
 mod pull;
 mod push;
 mod server;
+mod table;
 mod verify;
 
 use std::path::Path;
@@ -33,6 +35,9 @@ pub enum Command {
     Ls(ls::Args),
     /// Check that a local file is a version in the registry.
     Verify(verify::Args),
+    /// Post, watch and stop ensembles, and show their weights.
+    #[command(subcommand)]
+    Ensemble(ensemble::Command),
 }
 
 /// The answer goes to stdout, progress to stderr.
@@ -42,12 +47,13 @@ pub async fn run(command: Command) -> anyhow::Result<()> {
         Command::Pull(args) => pull::run(args).await,
         Command::Ls(args) => ls::run(args).await,
         Command::Verify(args) => verify::run(args).await,
+        Command::Ensemble(command) => ensemble::run(command).await,
     }
 }
 
 /// The status that a command ends with after this error.
 pub fn exit_status(error: &anyhow::Error) -> u8 {
-    if error.is::<verify::Differs>() {
+    if error.is::<verify::Differs>() || error.is::<ensemble::Unsuccessful>() {
         return 1;
     }
     match error.downcast_ref::<ServerError>() {

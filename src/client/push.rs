@@ -161,10 +161,7 @@ impl Missing {
 }
 
 async fn create(server: &Server, name: &ResourceName) -> Result<(), ServerError> {
-    let request = server
-        .request(Method::POST, &["prompts"])
-        .header(header::CONTENT_TYPE, "application/json")
-        .body(json!({ "name": name }).to_string());
+    let request = server.request_json(Method::POST, &["prompts"], &json!({ "name": name }));
     // Where somebody made it meanwhile, it is there.
     let made: Option<Value> = server.json_unless("name_taken", request).await?;
     if made.is_some() {
@@ -185,10 +182,7 @@ async fn point(
         version: i32,
     }
     let path = ["prompts", name.as_str(), "aliases", alias.as_str()];
-    let set = server
-        .request(Method::PUT, &path)
-        .header(header::CONTENT_TYPE, "application/json")
-        .body(json!({ "version": version }).to_string());
+    let set = server.request_json(Method::PUT, &path, &json!({ "version": version }));
     let (from, set) = match server.send(server.request(Method::GET, &path)).await {
         Ok(found) => {
             let etag = found.headers().get(header::ETAG).cloned();

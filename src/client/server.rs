@@ -7,10 +7,11 @@ use std::time::Duration;
 use anyhow::Context;
 use clap::Args;
 use reqwest::redirect::Policy;
-use reqwest::{Method, RequestBuilder, Response, Url};
+use reqwest::{Method, RequestBuilder, Response, Url, header};
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 use crate::domain::digest::Digest;
 use crate::domain::reference::{Reference, ResourceName, VersionSelector};
@@ -149,6 +150,13 @@ impl Server {
             Some(key) => request.bearer_auth(key.expose_secret()),
             None => request,
         }
+    }
+
+    /// With a JSON body.
+    pub fn request_json(&self, method: Method, path: &[&str], body: &Value) -> RequestBuilder {
+        self.request(method, path)
+            .header(header::CONTENT_TYPE, "application/json")
+            .body(body.to_string())
     }
 
     /// A success, whose body is still to be read.

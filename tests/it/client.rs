@@ -16,6 +16,8 @@ use tokio::net::TcpListener;
 use tokio::process::Command;
 
 use crate::app::{TestApp, prompt_file};
+use crate::ensembles::{Worker, furnished};
+use crate::fixtures::{FakeComposer, Script};
 
 /// A registry, and a shell in a directory of its own.
 struct Shell {
@@ -35,7 +37,10 @@ struct Ended {
 
 impl Shell {
     async fn new(pool: PgPool) -> Self {
-        let app = TestApp::new(pool);
+        Self::over(TestApp::new(pool)).await
+    }
+
+    async fn over(app: TestApp) -> Self {
         let key = app.make_key(DEFAULT_PROJECT, &Scope::ALL).await;
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
@@ -334,4 +339,63 @@ async fn what_goes_wrong_is_said_with_a_way_out_and_a_status(pool: PgPool) {
     assert!(other.contains("(route_not_found)"), "{other}");
     let nonsense = shell.fails(2, &["ls", "--server", "localhost:8080"]).await;
     assert!(nonsense.contains("http://"), "{nonsense}");
+}
+
+#[sqlx::test(migrator = "MIGRATOR")]
+async fn an_ensemble_is_posted_watched_and_stopped(pool: PgPool) {
+    let shell = Shell::over(furnished(pool).await).await;
+    let create = [
+        "ensemble",
+        "create",
+        "pets",
+        "--source",
+        "digits",
+        "--source",
+        "flowers:1",
+    ];
+    let with = |more: &[&'static str]| [&create[..], more].concat();
+    let plan = shell.ok(&with(&["--dry-run"])).await;
+    let plan: Value = serde_json::from_str(&plan).unwrap();
+    assert_eq!(plan["cost"]["image_passes"], 6);
+    let refused = shell.fails(3, &with(&["--max-samples", "1"])).await;
+    assert!(refused.contains("(invalid_max_samples)"), "{refused}");
+    let wrong = shell.fails(2, &with(&["--objective", "{\"t\": 1}"])).await;
+    assert!(wrong.contains("unknown field `t`"), "{wrong}");
+
+    let fake = FakeComposer::playing([Script::Refuse]);
+    let worker = Worker::start(&shell.app, &fake);
+    let failed = shell.run(&with(&["--watch"])).await;
+    assert_eq!(failed.status, 1, "{failed:?}");
+    let id = failed.stdout.trim();
+    let reason = "the ensemble failed: sample 3 has NaN (not_finite)";
+    assert!(failed.stderr.contains(reason), "{failed:?}");
+    assert!(failed.stderr.contains("\nstarted {"), "{failed:?}");
+    let early = shell.fails(3, &["ensemble", "result", id]).await;
+    assert!(early.contains("ensemble_failed"), "{early}");
+
+    let done = shell.ok(&with(&["--output", "composed", "--watch"])).await;
+    let (id, weights) = done.split_once('\n').unwrap();
+    assert_eq!(
+        weights,
+        "SOURCE     WEIGHT  STANDARD ERROR\n\
+         digits:1   0.2500\n\
+         flowers:1  0.7500\n\
+         composed prompt: composed:1\n"
+    );
+    assert_eq!(shell.ok(&["ensemble", "result", id]).await, weights);
+    let whole = shell.ok(&["ensemble", "result", id, "--json"]).await;
+    let whole: Value = serde_json::from_str(&whole).unwrap();
+    assert_eq!(whole["source_weights"][1]["weight"], 0.75);
+    // Computed before: the same one.
+    let again = shell.ok(&with(&["--output", "composed"])).await;
+    assert_eq!(again.trim(), id);
+    worker.stop().await;
+
+    let waiting = shell.ok(&with(&["--force"])).await;
+    let id = waiting.trim();
+    let cancelled = shell.ok(&["ensemble", "cancel", id]).await;
+    assert_eq!(cancelled, format!("{id}: cancelled\n"));
+    let watched = shell.run(&["ensemble", "watch", id]).await;
+    assert_eq!(watched.status, 1, "{watched:?}");
+    assert!(watched.stderr.contains("the ensemble was cancelled"));
 }

@@ -1,0 +1,335 @@
+//! `promptweave ensemble create | watch | cancel | result`: jobs from the shell.
+
+use std::time::{Duration, Instant};
+
+use clap::Subcommand;
+use reqwest::Method;
+use serde::Deserialize;
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use super::progress::Phases;
+use super::server::{Server, ServerError, ServerOptions};
+use super::table::{plain, print, table};
+use crate::domain::dataset::Split;
+use crate::domain::job::JobState;
+use crate::domain::objective::Objective;
+use crate::domain::reference::{Reference, ResourceName};
+
+/// For so long a server that is being restarted is asked again.
+const PATIENCE: Duration = Duration::from_secs(60);
+const AGAIN: Duration = Duration::from_secs(1);
+
+#[derive(Clone, Debug, Subcommand)]
+pub enum Command {
+    /// Learn how much of each source helps a target, and compose the prompt. Prints the ensemble's id.
+    Create(Box<CreateArgs>),
+    /// Show how far an ensemble is, until it is over, then its weights.
+    Watch(IdArgs),
+    /// Stop an ensemble.
+    Cancel(IdArgs),
+    /// The weights of an ensemble that succeeded.
+    Result(ResultArgs),
+}
+
+#[derive(Clone, Debug, clap::Args)]
+pub struct CreateArgs {
+    /// The data set whose images the weights are learned on.
+    #[arg(value_name = "DATASET[:VERSION]")]
+    target: Reference,
+    /// A prompt to weigh: `name`, `name:2`, `name:production` or `name@sha256:…`; once for each.
+    #[arg(long = "source", value_name = "PROMPT", required = true)]
+    sources: Vec<Reference>,
+    /// Where more than one fits the sources.
+    #[arg(long, value_name = "NAME")]
+    backbone: Option<ResourceName>,
+    /// The images of the target that the weights are learned on.
+    #[arg(long, default_value = "train", value_parser = split)]
+    split: Split,
+    /// Images that the result is tried on.
+    #[arg(long, value_parser = split)]
+    eval_split: Option<Split>,
+    /// At most this many images; 2000 where it is left out.
+    #[arg(long, value_name = "N")]
+    max_samples: Option<usize>,
+    /// Of the choice of images.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// As in the API's `objective`: `{"trade_off": "knee"}`, say.
+    #[arg(long, value_name = "JSON", value_parser = objective)]
+    objective: Option<Value>,
+    /// The prompt that the result becomes a version of.
+    #[arg(long, value_name = "NAME")]
+    output: Option<ResourceName>,
+    /// Ensembles with a smaller number go first; 100 where it is left out.
+    #[arg(long)]
+    priority: Option<i32>,
+    /// Compute it also where the same was computed before.
+    #[arg(long)]
+    force: bool,
+    /// Only say what it would cost.
+    #[arg(long, conflicts_with = "watch")]
+    dry_run: bool,
+    /// Then watch it.
+    #[arg(long)]
+    watch: bool,
+    #[command(flatten)]
+    server: ServerOptions,
+}
+
+#[derive(Clone, Debug, clap::Args)]
+pub struct IdArgs {
+    id: Uuid,
+    #[command(flatten)]
+    server: ServerOptions,
+}
+
+#[derive(Clone, Debug, clap::Args)]
+pub struct ResultArgs {
+    id: Uuid,
+    /// All of it, as the API gives it.
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    server: ServerOptions,
+}
+
+/// It is over, and has no weights.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Unsuccessful(String);
+
+/// What the client reads of an ensemble.
+#[derive(Deserialize)]
+struct Ensemble {
+    id: Uuid,
+    state: JobState,
+    progress: Option<Progress>,
+    error: Option<Refusal>,
+}
+
+#[derive(Clone, Deserialize)]
+pub struct Progress {
+    pub phase: String,
+    pub done: u64,
+    pub total: u64,
+    pub per_second: Option<f64>,
+    pub seconds_left: Option<f64>,
+}
+
+#[derive(Deserialize)]
+struct Refusal {
+    code: String,
+    detail: String,
+}
+
+#[derive(Deserialize)]
+struct Events {
+    items: Vec<Event>,
+    last_seq: i32,
+}
+
+#[derive(Deserialize)]
+struct Event {
+    kind: String,
+    data: Value,
+}
+
+#[derive(Deserialize)]
+struct Outcome {
+    source_weights: Vec<Weight>,
+    composed: Composed,
+}
+
+#[derive(Deserialize)]
+struct Weight {
+    prompt: String,
+    version: Option<i32>,
+    weight: f64,
+    standard_error: Option<f64>,
+}
+
+#[derive(Deserialize)]
+struct Composed {
+    prompt: Option<String>,
+    version: Option<i32>,
+}
+
+fn split(text: &str) -> Result<Split, String> {
+    let known = Split::ALL.into_iter().find(|split| split.name() == text);
+    known.ok_or_else(|| "expected `train`, `val` or `test`".to_owned())
+}
+
+/// Checked here, where the shell's quotes are at hand.
+fn objective(text: &str) -> Result<Value, String> {
+    let checked: Result<Objective, _> = serde_json::from_str(text);
+    checked.map_err(|error| error.to_string())?;
+    serde_json::from_str(text).map_err(|error| error.to_string())
+}
+
+pub async fn run(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Create(args) => create(*args).await,
+        Command::Watch(args) => watch(&args.server.server()?, args.id).await,
+        Command::Cancel(args) => cancel(&args.server.server()?, args.id).await,
+        Command::Result(args) => {
+            let server = args.server.server()?;
+            let result: Value = server.json(get(&server, args.id, &["result"])).await?;
+            match args.json {
+                true => print(&format!("{}\n", serde_json::to_string_pretty(&result)?)),
+                false => print(&shown(serde_json::from_value(result)?)),
+            }
+        }
+    }
+}
+
+async fn create(args: CreateArgs) -> anyhow::Result<()> {
+    let body = args.body();
+    let server = args.server.server()?;
+    if args.dry_run {
+        let path = ["ensembles", "validate"];
+        let plan: Value = server
+            .json(server.request_json(Method::POST, &path, &body))
+            .await?;
+        return print(&format!("{}\n", serde_json::to_string_pretty(&plan)?));
+    }
+    // Sent again by a hand that lost the answer, it finds the one there is, unless forced.
+    let ensemble: Ensemble = server
+        .json(server.request_json(Method::POST, &["ensembles"], &body))
+        .await?;
+    print(&format!("{}\n", ensemble.id))?;
+    match args.watch {
+        true => watch(&server, ensemble.id).await,
+        false => Ok(()),
+    }
+}
+
+impl CreateArgs {
+    fn body(&self) -> Value {
+        let prompt = |source: &Reference| json!({"prompt": source.to_string()});
+        let mut body = json!({
+            "target": {
+                "dataset": self.target.to_string(),
+                "split": self.split,
+                "eval_split": self.eval_split,
+                "seed": self.seed,
+            },
+            "sources": self.sources.iter().map(prompt).collect::<Vec<_>>(),
+            "output": {"name": self.output.as_ref().map(ResourceName::as_str)},
+            "force": self.force,
+        });
+        // What is left out is the server's to choose.
+        if let Some(most) = self.max_samples {
+            body["target"]["max_samples"] = json!(most);
+        }
+        if let Some(backbone) = &self.backbone {
+            body["backbone"] = json!(backbone.as_str());
+        }
+        if let Some(objective) = &self.objective {
+            body["objective"] = objective.clone();
+        }
+        if let Some(priority) = self.priority {
+            body["priority"] = json!(priority);
+        }
+        body
+    }
+}
+
+fn get(server: &Server, id: Uuid, rest: &[&str]) -> reqwest::RequestBuilder {
+    let id = id.to_string();
+    let path = [&["ensembles", &id], rest].concat();
+    server.request(Method::GET, &path)
+}
+
+async fn cancel(server: &Server, id: Uuid) -> anyhow::Result<()> {
+    let id = id.to_string();
+    let request = server.request(Method::POST, &["ensembles", &id, "cancel"]);
+    let ensemble: Ensemble = server.json(request).await?;
+    match ensemble.state {
+        JobState::Cancelled => print(&format!("{id}: cancelled\n")),
+        _ => print(&format!("{id}: asked to stop\n")),
+    }
+}
+
+/// Asks for what is new until the ensemble is over; a server that is away for a moment is waited for.
+async fn watch(server: &Server, id: Uuid) -> anyhow::Result<()> {
+    let mut phases = Phases::default();
+    let mut after = 0;
+    let mut answered = Instant::now();
+    let ensemble = loop {
+        match look(server, id, after, &mut phases).await {
+            Ok((ensemble, last)) => {
+                (after, answered) = (last, Instant::now());
+                if ensemble.state.is_terminal() {
+                    break ensemble;
+                }
+            }
+            Err(ServerError::Unreachable { .. }) if answered.elapsed() < PATIENCE => {
+                tokio::time::sleep(AGAIN).await;
+            }
+            Err(error) => return Err(error.into()),
+        }
+    };
+    phases.finish();
+    match (ensemble.state, ensemble.error) {
+        (JobState::Succeeded, _) => {
+            let outcome: Outcome = server.json(get(server, id, &["result"])).await?;
+            print(&shown(outcome))
+        }
+        (state, Some(Refusal { code, detail })) => {
+            let text = format!("the ensemble {}: {} ({code})", said(state), plain(&detail));
+            Err(Unsuccessful(text).into())
+        }
+        (state, None) => Err(Unsuccessful(format!("the ensemble {}", said(state))).into()),
+    }
+}
+
+fn said(state: JobState) -> &'static str {
+    match state {
+        JobState::Cancelled => "was cancelled",
+        other => other.name(),
+    }
+}
+
+/// Waits for the ensemble's end a second long, shows what happened meanwhile, and answers with the number
+/// of the last event that was shown.
+async fn look(
+    server: &Server,
+    id: Uuid,
+    after: i32,
+    phases: &mut Phases,
+) -> Result<(Ensemble, i32), ServerError> {
+    let wait = [("wait", "1".to_owned())];
+    let path = ["ensembles", &id.to_string()];
+    let request = server.request_with(Method::GET, &path, &wait);
+    let ensemble: Ensemble = server.json(request).await?;
+    let path = ["ensembles", &id.to_string(), "events"];
+    let request = server.request_with(Method::GET, &path, &[("after", after.to_string())]);
+    let events: Events = server.json(request).await?;
+    for Event { kind, data } in events.items {
+        phases.event(&kind, &data);
+    }
+    if let Some(progress) = &ensemble.progress
+        && ensemble.state == JobState::Running
+    {
+        phases.progress(progress);
+    }
+    Ok((ensemble, events.last_seq))
+}
+
+fn shown(outcome: Outcome) -> String {
+    let composed = match (outcome.composed.prompt, outcome.composed.version) {
+        (Some(prompt), Some(version)) => format!("composed prompt: {prompt}:{version}\n"),
+        _ => String::new(),
+    };
+    let rows = outcome.source_weights.into_iter().map(|source| {
+        let version = source.version.map(|version| format!(":{version}"));
+        let error = source.standard_error.map(|error| format!("± {error:.4}"));
+        [
+            source.prompt + &version.unwrap_or_default(),
+            format!("{:.4}", source.weight),
+            error.unwrap_or_default(),
+        ]
+    });
+    table(["SOURCE", "WEIGHT", "STANDARD ERROR"], rows) + &composed
+}
