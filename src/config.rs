@@ -280,6 +280,10 @@ pub struct HttpOptions {
     #[arg(long, env = "PROMPTWEAVE_MAX_QUEUED", default_value_t = 10_000,
           value_parser = clap::value_parser!(u32).range(1..))]
     pub max_queued: u32,
+    /// Longest that `?wait=` of an ensemble waits, in seconds. Too low and clients ask more often; too high
+    /// and more requests are open at a time. Keep it below `--request-timeout-s`.
+    #[arg(long, env = "PROMPTWEAVE_MAX_WAIT_S", default_value_t = 60)]
+    pub max_wait_s: u64,
     /// Seconds until an unanswered request ends with 503. Too low and a large data set cannot be
     /// registered; too high and stuck requests pile up.
     #[arg(long, env = "PROMPTWEAVE_REQUEST_TIMEOUT_S", default_value_t = 300)]
@@ -293,6 +297,12 @@ impl HttpOptions {
             "--no-auth lets in everyone who reaches --listen {}, and that is more than this \
              machine; listen on 127.0.0.1, or leave --no-auth out and use API keys",
             self.listen
+        );
+        anyhow::ensure!(
+            self.max_wait_s < self.request_timeout_s,
+            "--max-wait-s {} is not below --request-timeout-s {}: who waits would be answered 503",
+            self.max_wait_s,
+            self.request_timeout_s
         );
         anyhow::ensure!(
             self.max_body_mib > 0,

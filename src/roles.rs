@@ -5,6 +5,7 @@ use std::io::Read;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
 use anyhow::Context;
 use sqlx::PgPool;
@@ -83,6 +84,7 @@ pub(crate) fn app_state(
         max_dataset_bytes: http.max_dataset_mib << 20,
         request_timeout: http.request_timeout(),
         max_queued: http.max_queued,
+        max_wait: Duration::from_secs(http.max_wait_s),
         authentication: !http.no_auth,
         rate_limit: http.rate_limit(),
         dataset_roots: AllowedRoots::new(http.dataset_root.clone()),

@@ -23,7 +23,7 @@ sys.path.insert(0, str(SCRIPTS))
 from service import Service  # noqa: E402
 
 # A request that waits ends after this, so that a route that waits for something cannot hold up the run.
-OPTIONS = ["--request-timeout-s", "20", "--dataset-root", str(ROOT / "demo"), "--backbone-root", str(ROOT / ".assets")]
+OPTIONS = ["--request-timeout-s", "20", "--max-wait-s", "1", "--dataset-root", str(ROOT / "demo"), "--backbone-root", str(ROOT / ".assets")]
 
 
 def fill(service: Service, key: str) -> list[str]:

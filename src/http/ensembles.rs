@@ -323,7 +323,8 @@ fn not_found(id: Uuid) -> Problem {
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 struct WaitQuery {
-    /// Seconds to wait for the ensemble's end; the answer comes with it, or after them. 0 by default.
+    /// Seconds to wait for the ensemble's end; the answer comes with it, or after them, or earlier where the
+    /// operator lets nobody wait so long (`--max-wait-s`). 0 by default.
     #[serde(default)]
     #[param(minimum = 0, maximum = 60)]
     wait: u32,
@@ -374,9 +375,11 @@ async fn until_over(
     id: Uuid,
     wait: u32,
 ) -> Result<Job, Problem> {
-    // An answer still has to be in time.
-    let longest = state.settings.request_timeout / 2;
-    let end = Instant::now() + longest.min(Duration::from_secs(wait.into()));
+    let end = Instant::now()
+        + state
+            .settings
+            .max_wait
+            .min(Duration::from_secs(wait.into()));
     let mut waiting = state.watch.wait_for(id);
     loop {
         // No connection is held while it waits.

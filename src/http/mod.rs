@@ -82,6 +82,8 @@ pub struct HttpSettings {
     pub request_timeout: Duration,
     /// Most jobs that may wait in the queue; more are answered 429.
     pub max_queued: u32,
+    /// Longest that a request waits for a job's end; shorter than `request_timeout`.
+    pub max_wait: Duration,
     /// Whether keys are asked for. Without, everyone may do everything in the default project.
     pub authentication: bool,
     /// How often each client may ask; None: as often as they like.
@@ -103,6 +105,7 @@ impl Default for HttpSettings {
             max_dataset_bytes: 8 << 30,
             request_timeout: Duration::from_secs(300),
             max_queued: 10_000,
+            max_wait: Duration::from_secs(60),
             authentication: true,
             rate_limit: None,
             dataset_roots: AllowedRoots::default(),
