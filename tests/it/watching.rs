@@ -69,8 +69,11 @@ async fn a_stream_has_every_event_and_ends_with_the_ensemble(pool: PgPool) {
     assert_eq!(rest, seen[2..]);
     let last = seen.len().to_string();
     assert_eq!(stream(&app, &ensemble, Some(&last)).await.status, 204);
-    for wrong in ["-1", "x"] {
+    for wrong in ["-1", "x", "2147483648"] {
         let refused = stream(&app, &ensemble, Some(wrong)).await;
+        refused.problem(422, "invalid_query");
+        let page = Request::get(url(&ensemble, "events")).header("last-event-id", wrong);
+        let refused = app.send(page.body(Body::empty()).unwrap()).await;
         refused.problem(422, "invalid_query");
     }
     let page = app.get(&url(&ensemble, "events")).await.ok(200);

@@ -78,13 +78,15 @@ pub(super) async fn list_ensemble_events(
 ) -> Result<Response, Problem> {
     let accept = headers.get(header::ACCEPT).and_then(|it| it.to_str().ok());
     let is_stream = accept.is_some_and(|accept| accept.contains("text/event-stream"));
-    let after = match headers.get(LAST_EVENT_ID).filter(|_| is_stream) {
-        None => number(after, "/after")?,
-        Some(last) => {
-            let last = last.to_str().ok().and_then(|it| it.parse().ok());
-            number(last.unwrap_or(-1), "/last-event-id")?
+    let mut after = number(after, "/after")?;
+    if let Some(last) = headers.get(LAST_EVENT_ID) {
+        let last = last.to_str().ok().and_then(|it| it.parse().ok());
+        // Looked at for a page too: what the document does not allow is not passed over.
+        let last = number(last.unwrap_or(-1), "/last-event-id")?;
+        if is_stream {
+            after = last;
         }
-    };
+    }
     if is_stream {
         return follow(state, caller.project_id, id, after).await;
     }
