@@ -25,6 +25,7 @@ mod problems;
 mod prompt_changes;
 mod prompts;
 mod queue;
+mod queue_model;
 mod rate_limits;
 mod remote;
 mod resolve;

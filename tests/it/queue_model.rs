@@ -1,0 +1,421 @@
+//! The queue's statements in any order, beside a model of a few lines: what a lease may do, and that who has
+//! lost it changes nothing.
+//!
+//! Each statement is a transaction that locks the job's row first, so that what runs at one time runs one after
+//! the other; any order of statements of several workers is then any interleaving. `PROPTEST_CASES=10000` runs
+//! as many; `make test` a few hundred.
+
+use std::time::Duration;
+
+use promptweave::blobs::BlobStore;
+use promptweave::db::MIGRATOR;
+use promptweave::domain::composition::Phase;
+use promptweave::domain::job::{EnsembleSpec, JobError, JobState, MAX_ATTEMPTS, Progress};
+use promptweave::domain::prompt_file::PromptFile;
+use promptweave::jobs::finish::{Finished, finish};
+use promptweave::jobs::queue::{self, Claimed, QueueError, Renewal};
+use promptweave::jobs::requests::{self, Cancellation};
+use promptweave::jobs::workers::{self, NewWorker};
+use promptweave::registry::DEFAULT_PROJECT;
+use proptest::prelude::*;
+use proptest::test_runner::{Config, TestRunner};
+use sqlx::{PgConnection, PgPool};
+use uuid::Uuid;
+
+use crate::fixtures::{composition, enqueue, job, sources_of, spec};
+
+const JOBS: usize = 2;
+const CASES: u32 = 300;
+/// Longer than a case takes.
+const LEASE: Duration = Duration::from_secs(3600);
+
+#[derive(Clone, Copy, Debug)]
+enum Step {
+    Claim,
+    /// Of the lease that was given out as the n-th, counted back from the last.
+    Renew(usize),
+    Progress(usize),
+    Finish(usize),
+    Fail(usize, bool),
+    Release(usize),
+    FinishCancelled(usize),
+    /// A job's lease runs out.
+    RunOut(usize),
+    Reap,
+    Cancel(usize),
+    Retry(usize),
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    // Old leases come back as often as the newest, which is where zombies are.
+    let lease = 0..4usize;
+    let job = 0..JOBS;
+    prop_oneof![
+        5 => Just(Step::Claim),
+        2 => lease.clone().prop_map(Step::Renew),
+        2 => lease.clone().prop_map(Step::Progress),
+        3 => lease.clone().prop_map(Step::Finish),
+        2 => (lease.clone(), any::<bool>()).prop_map(|(lease, again)| Step::Fail(lease, again)),
+        1 => lease.clone().prop_map(Step::Release),
+        1 => lease.prop_map(Step::FinishCancelled),
+        3 => job.clone().prop_map(Step::RunOut),
+        3 => Just(Step::Reap),
+        1 => job.clone().prop_map(Step::Cancel),
+        1 => job.prop_map(Step::Retry),
+    ]
+}
+
+/// A job as it should be.
+#[derive(Clone, Debug, PartialEq)]
+struct Model {
+    state: JobState,
+    attempt: i32,
+    max_attempts: i32,
+    cancel_requested: bool,
+    /// Which lease holds it, and whether its time is over.
+    held: Option<(usize, bool)>,
+    /// The lease whose result it has.
+    result: Option<usize>,
+}
+
+impl Model {
+    fn new() -> Self {
+        Self {
+            state: JobState::Queued,
+            attempt: 0,
+            max_attempts: MAX_ATTEMPTS,
+            cancel_requested: false,
+            held: None,
+            result: None,
+        }
+    }
+
+    fn holds(&self, lease: usize) -> bool {
+        self.held.is_some_and(|(held, _)| held == lease)
+    }
+
+    fn leave(&mut self, state: JobState) {
+        self.held = None;
+        self.state = state;
+    }
+
+    /// After an attempt that may be followed by another.
+    fn again(&mut self) {
+        self.leave(match () {
+            () if self.cancel_requested => JobState::Cancelled,
+            () if self.attempt >= self.max_attempts => JobState::Failed,
+            () => JobState::Queued,
+        });
+    }
+}
+
+struct Run<'a> {
+    db: &'a mut PgConnection,
+    blobs: &'a BlobStore,
+    spec: &'a EnsembleSpec,
+    worker: Uuid,
+    ids: Vec<Uuid>,
+    models: Vec<Model>,
+    /// All that were given out, and the job of each.
+    leases: Vec<(Claimed, usize)>,
+}
+
+/// The n-th lease's answer is told from every other's by its weight.
+fn weight(lease: usize) -> f64 {
+    (lease + 1) as f64 / 1024.0
+}
+
+impl Run<'_> {
+    async fn step(&mut self, step: Step) {
+        match step {
+            Step::Claim => self.claim().await,
+            Step::Renew(back) => {
+                if let Some((n, claimed, model)) = lease(&self.leases, &mut self.models, back) {
+                    let answer = queue::renew(self.db, claimed.lease, LEASE).await;
+                    check(model, n, answer.map(Some));
+                    if model.holds(n) {
+                        model.held = Some((n, false));
+                    }
+                }
+            }
+            Step::Progress(back) => {
+                if let Some((n, claimed, model)) = lease(&self.leases, &mut self.models, back) {
+                    let progress = Progress {
+                        phase: Phase::Gradients,
+                        done: 1,
+                        total: 2,
+                    };
+                    let answer = queue::progress(self.db, claimed.lease, progress).await;
+                    check(model, n, answer.map(Some));
+                }
+            }
+            Step::Finish(back) => self.finish(back).await,
+            Step::Fail(back, again) => {
+                if let Some((n, claimed, model)) = lease(&self.leases, &mut self.models, back) {
+                    let error = JobError::new("out_of_memory", "no room");
+                    let backoff = again.then_some(Duration::ZERO);
+                    let answer = queue::fail(self.db, claimed.lease, error, backoff).await;
+                    let state = answer.as_ref().ok().copied();
+                    if check(model, n, answer.map(|_| None)) {
+                        match again {
+                            true => model.again(),
+                            false => model.leave(JobState::Failed),
+                        }
+                        assert_eq!(state, Some(model.state));
+                    }
+                }
+            }
+            Step::Release(back) => {
+                if let Some((n, claimed, model)) = lease(&self.leases, &mut self.models, back) {
+                    let answer = queue::release(self.db, claimed.lease).await;
+                    if check(model, n, answer.map(|()| None)) {
+                        match model.cancel_requested {
+                            true => model.leave(JobState::Cancelled),
+                            false => {
+                                model.attempt -= 1;
+                                model.leave(JobState::Queued);
+                            }
+                        }
+                    }
+                }
+            }
+            Step::FinishCancelled(back) => {
+                if let Some((n, claimed, model)) = lease(&self.leases, &mut self.models, back) {
+                    let answer = queue::finish_cancelled(self.db, claimed.lease).await;
+                    if check(model, n, answer.map(|()| None)) {
+                        model.leave(JobState::Cancelled);
+                    }
+                }
+            }
+            Step::RunOut(at) => {
+                let over = "UPDATE job SET lease_until = now() - interval '1 second'
+                            WHERE id = $1 AND state = 'running'";
+                let query = sqlx::query(over).bind(self.ids[at]);
+                query.execute(&mut *self.db).await.unwrap();
+                if let Some((_, over)) = &mut self.models[at].held {
+                    *over = true;
+                }
+            }
+            Step::Reap => {
+                let reaped = queue::reap(self.db).await.unwrap();
+                let mut expected = 0;
+                for (id, model) in self.ids.iter().zip(&mut self.models) {
+                    if model.held.is_some_and(|(_, over)| over) {
+                        model.again();
+                        let said = reaped.iter().find(|it| it.job_id == *id);
+                        assert_eq!(said.unwrap().state, model.state);
+                        expected += 1;
+                    }
+                }
+                assert_eq!(reaped.len(), expected);
+            }
+            Step::Cancel(at) => self.cancel(at).await,
+            Step::Retry(at) => {
+                let model = &mut self.models[at];
+                let answer = requests::retry(self.db, DEFAULT_PROJECT, self.ids[at]).await;
+                match answer.unwrap().unwrap() {
+                    Ok(()) => {
+                        assert!([JobState::Failed, JobState::Cancelled].contains(&model.state));
+                        model.leave(JobState::Queued);
+                        model.cancel_requested = false;
+                        model.max_attempts = model.attempt + MAX_ATTEMPTS;
+                    }
+                    Err(state) => {
+                        assert_eq!(state, model.state);
+                        assert!(![JobState::Failed, JobState::Cancelled].contains(&state));
+                    }
+                }
+            }
+        }
+    }
+
+    async fn claim(&mut self) {
+        let claimed = queue::claim(self.db, self.worker, LEASE).await.unwrap();
+        let Some(claimed) = claimed else {
+            let waits = |model: &Model| model.state == JobState::Queued;
+            assert!(!self.models.iter().any(waits), "a job waits");
+            return;
+        };
+        let ids = &mut self.ids.iter();
+        let at = ids.position(|id| *id == claimed.lease.job_id).unwrap();
+        let model = &mut self.models[at];
+        assert_eq!(model.state, JobState::Queued);
+        model.state = JobState::Running;
+        model.attempt += 1;
+        assert_eq!(claimed.attempt, model.attempt);
+        model.held = Some((self.leases.len(), false));
+        self.leases.push((claimed, at));
+    }
+
+    async fn finish(&mut self, back: usize) {
+        let Some((n, claimed, model)) = lease(&self.leases, &mut self.models, back) else {
+            return;
+        };
+        let weights = [weight(n), 1.0 - weight(n)];
+        let composed = composition(&sources_of(self.spec), &weights);
+        let file = PromptFile::parse(&composed.composed).unwrap();
+        let finished = Finished {
+            result: &composed.result,
+            composed: &composed.composed,
+            metadata: file.metadata.as_ref().unwrap(),
+            file: &file,
+            output: &self.spec.output.parse().unwrap(),
+            statistics: self.blobs.put_bytes("statistics").await.unwrap().digest,
+        };
+        let answer = finish(self.db, self.blobs, claimed, finished).await;
+        // Its time is over: also before somebody reaps it.
+        if model.held == Some((n, true)) {
+            assert!(matches!(answer, Err(QueueError::LeaseLost(_))));
+        } else if check(model, n, answer.map(|()| None)) {
+            assert_eq!(model.result, None, "a second result");
+            model.leave(JobState::Succeeded);
+            model.result = Some(n);
+        }
+    }
+
+    async fn cancel(&mut self, at: usize) {
+        let model = &mut self.models[at];
+        let answer = requests::cancel(self.db, DEFAULT_PROJECT, self.ids[at]).await;
+        let expected = match model.state {
+            JobState::Queued => {
+                model.leave(JobState::Cancelled);
+                model.cancel_requested = true;
+                Cancellation::Cancelled
+            }
+            JobState::Running => {
+                model.cancel_requested = true;
+                Cancellation::Requested
+            }
+            over => Cancellation::AlreadyOver(over),
+        };
+        assert_eq!(answer.unwrap().unwrap(), expected);
+    }
+
+    /// Every job is as its model, with the one result that it may have.
+    async fn compare(&mut self) {
+        for (id, model) in self.ids.iter().zip(&self.models) {
+            let found = job(self.db, *id).await;
+            let held = sqlx::query_scalar("SELECT lease_token FROM job WHERE id = $1").bind(id);
+            let token: Option<Uuid> = held.fetch_one(&mut *self.db).await.unwrap();
+            let seen = (found.state, found.attempt, found.max_attempts, token);
+            let holder = model.held.map(|(n, _)| self.leases[n].0.lease.token);
+            assert_eq!(
+                seen,
+                (model.state, model.attempt, model.max_attempts, holder)
+            );
+            assert_eq!(found.cancel_requested, model.cancel_requested);
+            let answer = found.result.map(|it| it.source_weights[0].weight);
+            assert_eq!(answer, model.result.map(weight));
+        }
+    }
+
+    /// What is written down of it all: an attempt a claim, open while it runs, and events without a gap.
+    async fn check_records(&mut self) {
+        let records = "SELECT
+                (SELECT count(*) FROM job_attempt WHERE job_id = $1),
+                (SELECT count(*) FROM job_attempt WHERE job_id = $1 AND ended_at IS NULL),
+                (SELECT count(*) - max(seq) FROM job_event WHERE job_id = $1),
+                (SELECT count(*) FROM prompt_version WHERE produced_by_job = $1)";
+        for (at, (id, model)) in self.ids.iter().zip(&self.models).enumerate() {
+            let query = sqlx::query_as(records).bind(id);
+            let found: (i64, i64, i64, i64) = query.fetch_one(&mut *self.db).await.unwrap();
+            let claims = self.leases.iter().filter(|(_, job)| *job == at).count();
+            let running = i64::from(model.state == JobState::Running);
+            assert_eq!((found.0, found.1, found.2), (claims as i64, running, 0));
+            // Equal bytes under one name are one version, which another case may have made.
+            assert!(found.3 <= i64::from(model.result.is_some()));
+        }
+    }
+}
+
+/// The lease that was given out `back` before the last, with the model of its job.
+fn lease<'a>(
+    leases: &'a [(Claimed, usize)],
+    models: &'a mut [Model],
+    back: usize,
+) -> Option<(usize, &'a Claimed, &'a mut Model)> {
+    let n = leases.len().checked_sub(back + 1)?;
+    let (claimed, at) = &leases[n];
+    Some((n, claimed, &mut models[*at]))
+}
+
+/// Whether the lease held, which is what the answer must say.
+fn check(model: &Model, lease: usize, answer: Result<Option<Renewal>, QueueError>) -> bool {
+    match answer {
+        Ok(renewal) => {
+            assert!(model.holds(lease), "a lost lease wrote");
+            if let Some(renewal) = renewal {
+                let asked = renewal == Renewal::CancelRequested;
+                assert_eq!(asked, model.cancel_requested);
+            }
+            true
+        }
+        Err(QueueError::LeaseLost(_)) => {
+            assert!(!model.holds(lease), "a lease that holds was refused");
+            false
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+async fn case(db: &mut PgConnection, blobs: &BlobStore, spec: &EnsembleSpec, steps: Vec<Step>) {
+    let worker = Uuid::now_v7();
+    let new = NewWorker {
+        id: worker,
+        host: "test",
+        pid: 1,
+        device: "fake",
+    };
+    workers::register(db, &new).await.unwrap();
+    let mut ids = Vec::new();
+    for _ in 0..JOBS {
+        ids.push(enqueue(db, spec).await);
+    }
+    let mut run = Run {
+        db,
+        blobs,
+        spec,
+        worker,
+        models: vec![Model::new(); JOBS],
+        ids,
+        leases: Vec::new(),
+    };
+    for step in steps {
+        run.step(step).await;
+        run.compare().await;
+    }
+    run.check_records().await;
+}
+
+#[sqlx::test(migrator = "MIGRATOR")]
+async fn any_order_of_the_statements_is_as_the_model(pool: PgPool) {
+    let handle = tokio::runtime::Handle::current();
+    let run = move || {
+        let cases = std::env::var("PROPTEST_CASES").ok();
+        let config = Config {
+            cases: cases.map_or(CASES, |cases| cases.parse().expect("a number")),
+            failure_persistence: None,
+            ..Config::default()
+        };
+        let dir = tempfile::tempdir().unwrap();
+        let blobs = BlobStore::directory(dir.path()).unwrap();
+        let mut db = handle.block_on(pool.acquire()).unwrap();
+        let spec = handle.block_on(spec(&mut db));
+        let db = std::cell::RefCell::new(db);
+        let steps = prop::collection::vec(step(), 1..30);
+        let ran = TestRunner::new(config).run(&steps, |steps| {
+            let mut db = db.borrow_mut();
+            handle.block_on(async {
+                // What the case before left, which may have failed in the middle.
+                let left = "UPDATE job SET state = 'cancelled', finished_at = now(),
+                                lease_token = NULL, lease_until = NULL
+                            WHERE state IN ('queued', 'running')";
+                sqlx::query(left).execute(&mut **db).await.unwrap();
+                case(&mut db, &blobs, &spec, steps).await;
+            });
+            Ok(())
+        });
+        ran.unwrap_or_else(|failed| panic!("{failed}"));
+    };
+    tokio::task::spawn_blocking(run).await.unwrap();
+}
