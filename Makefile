@@ -1,6 +1,6 @@
 # `make demo` and `make test` need nothing before them: they set up what is missing.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test fmt clippy openapi sqlx test-peft fuzz-api fuzz bench-api bench-upload bench-hostile bench-engine bench-demo bench-growth
+.PHONY: help setup demo up test fmt clippy openapi sqlx test-peft fuzz-api fuzz bench-api bench-upload bench-hostile bench-engine bench-demo bench-growth bench-workers
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -62,6 +62,10 @@ bench-engine: setup ## promptweave beside the machine's matrix rate and plain Py
 
 bench-demo: setup ## the demo's composition by every path and precision, and what one more source costs, in minutes
 	python3 benches/bench_demo.py
+
+bench-workers: setup ## one job shared by several workers, with kills in the middle, in minutes
+	cargo build --release
+	scripts/with_postgres.sh python3 benches/bench_workers.py $${CARGO_TARGET_DIR:-target}/release/promptweave
 
 bench-growth: setup ## time and memory as sources and samples grow, in a few minutes
 	python3 benches/bench_growth.py

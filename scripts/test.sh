@@ -35,6 +35,10 @@ demo_on_a_handful() {
     python3 demo/run.py --limit 48 --compare-offline --out "$(mktemp -d)"
 }
 
+workers_that_share() {
+    scripts/with_postgres.sh python3 benches/bench_workers.py --short "${CARGO_TARGET_DIR:-target}/release/promptweave"
+}
+
 # The same few requests every time; `make fuzz-api` sends more.
 api_against_its_document() {
     local python
@@ -63,3 +67,4 @@ else
 fi
 part "the API against its document" api_against_its_document
 part "the demo on a handful of images" demo_on_a_handful
+part "one job by several workers, and a kill" workers_that_share

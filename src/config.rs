@@ -376,6 +376,11 @@ pub struct QueueOptions {
     /// unnoticed. There is no limit on the whole: honest jobs take hours on a CPU.
     #[arg(long, env = "PROMPTWEAVE_STALL_S", default_value_t = 600)]
     pub stall_s: u32,
+    /// Images times sources that make a part of a job worth sharing with idle workers: a job of twice as
+    /// many is cut in two, of sixteen times and more in sixteen. Too low and small jobs spend their time on
+    /// storing parts; too high and machines stay idle beside a long job, and a crash costs more of it. 0 shares nothing.
+    #[arg(long, env = "PROMPTWEAVE_SHARD_PAIRS", default_value_t = 2000)]
+    pub shard_pairs: u64,
 }
 
 impl QueueOptions {

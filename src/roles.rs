@@ -43,6 +43,7 @@ pub async fn worker(args: WorkerArgs, new_composer: NewComposer) -> anyhow::Resu
     let settings = WorkerSettings {
         lease: args.worker.queue.lease(),
         stall: args.worker.queue.stall(),
+        shard_pairs: args.worker.queue.shard_pairs,
         cache_dir: args.storage.cache_dir(),
         cache_bytes: u64::from(args.worker.inputs_gib) << 30,
     };

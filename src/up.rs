@@ -92,6 +92,7 @@ fn set_options(worker: &mut Command, args: &UpArgs, log: &LogOptions) {
         )
         .env("PROMPTWEAVE_LEASE_S", queue.lease_s.to_string())
         .env("PROMPTWEAVE_STALL_S", queue.stall_s.to_string())
+        .env("PROMPTWEAVE_SHARD_PAIRS", queue.shard_pairs.to_string())
         .env("PROMPTWEAVE_GRACE_S", args.shutdown.grace_s.to_string());
 }
 
@@ -261,6 +262,8 @@ mod tests {
             "5",
             "--stall-s",
             "50",
+            "--shard-pairs",
+            "70",
             "--grace-s",
             "4",
             "--database-connections",
@@ -296,6 +299,7 @@ mod tests {
             ("PROMPTWEAVE_LOG", "debug"),
             ("PROMPTWEAVE_LOG_FORMAT", "json"),
             ("PROMPTWEAVE_PRECISION", "bf16"),
+            ("PROMPTWEAVE_SHARD_PAIRS", "70"),
             ("PROMPTWEAVE_STALL_S", "50"),
             ("PROMPTWEAVE_THREADS", "3"),
         ]);

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::Context;
 use clap::Args;
 use reqwest::redirect::Policy;
-use reqwest::{Method, RequestBuilder, Response, Url, header};
+use reqwest::{Method, RequestBuilder, Response, StatusCode, Url, header};
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -19,6 +19,8 @@ use crate::domain::reference::{Reference, ResourceName, VersionSelector};
 const CONNECT: Duration = Duration::from_secs(10);
 /// Between two pieces of an answer; a server gives up earlier by itself.
 const SILENCE: Duration = Duration::from_secs(120);
+/// With a registry that answers 429.
+const PATIENCE: Duration = Duration::from_secs(60);
 /// The most that the API gives at once.
 const PAGE_SIZE: &str = "200";
 /// Holds the key where no file is named. Not an option: those show in `ps`.
@@ -159,9 +161,22 @@ impl Server {
             .body(body.to_string())
     }
 
-    /// A success, whose body is still to be read.
-    pub async fn send(&self, request: RequestBuilder) -> Result<Response, ServerError> {
-        let response = request.send().await.map_err(|e| self.unreachable(e))?;
+    /// A success, whose body is still to be read. Where it is too early for the request, and that is no file on its way,
+    /// it is sent again when the registry says, for a minute at most.
+    pub async fn send(&self, mut request: RequestBuilder) -> Result<Response, ServerError> {
+        let mut patience = PATIENCE;
+        let response = loop {
+            let again = request.try_clone();
+            let response = request.send().await.map_err(|e| self.unreachable(e))?;
+            match (again, too_early(&response)) {
+                (Some(again), Some(pause)) if pause <= patience => {
+                    tokio::time::sleep(pause).await;
+                    patience -= pause;
+                    request = again;
+                }
+                _ => break response,
+            }
+        };
         if response.status().is_success() {
             return Ok(response);
         }
@@ -262,6 +277,15 @@ impl Server {
         let url = self.url.clone();
         ServerError::NotARegistry { url, status }
     }
+}
+
+/// For how long, of an answer 429.
+fn too_early(response: &Response) -> Option<Duration> {
+    if response.status() != StatusCode::TOO_MANY_REQUESTS {
+        return None;
+    }
+    let seconds = response.headers().get(header::RETRY_AFTER)?.to_str().ok()?;
+    Some(Duration::from_secs(seconds.parse().ok()?))
 }
 
 /// The JSON of a success.

@@ -14,6 +14,7 @@ use super::digest::Digest;
 use super::objective::{Objective, TradeOffRule};
 use super::precision::Precision;
 use super::prompt_file::PromptFile;
+use super::sharing::{EarlyStop, ShardInput, Shards, StopWhen};
 
 // ---- What is asked -------------------------------------------------------------------------
 
@@ -51,6 +52,8 @@ pub struct CompositionInput {
     pub target: TargetSamples,
     pub sources: Vec<Source>,
     pub objective: Objective,
+    /// Where the work is shared; elsewhere all samples' gradients are taken.
+    pub stop_when: Option<StopWhen>,
 }
 
 /// Solving again: what a composition was computed from stands in for backbone and images.
@@ -117,6 +120,11 @@ impl Phase {
 pub trait Observer {
     /// `done` of `total` units of `phase` are finished. `Break` stops the composition.
     fn progress(&mut self, phase: Phase, done: u64, total: u64) -> std::ops::ControlFlow<()>;
+
+    /// Others that may share the work. None: there are none.
+    fn shards(&mut self) -> Option<&mut dyn Shards> {
+        None
+    }
 }
 
 /// Composes prompts. The engine is one; tests of queue and API have a fake without libtorch.
@@ -133,6 +141,13 @@ pub trait Composer: Send {
         input: &ResolveInput,
         observer: &mut dyn Observer,
     ) -> Result<Composition, CompositionError>;
+
+    /// Computes a shard of a composition that somebody else has, for them to merge.
+    fn shard(
+        &mut self,
+        input: &ShardInput,
+        observer: &mut dyn Observer,
+    ) -> Result<Vec<u8>, CompositionError>;
 
     /// e.g. `cpu` or `cuda:0`.
     fn device(&self) -> String;
@@ -179,6 +194,9 @@ pub struct CompositionResult {
     pub solver: SolverReport,
     pub diagnostics: Diagnostics,
     pub composed: ComposedPrompt,
+    /// Present where `stop_when` ended it before all gradients were taken.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub early_stop: Option<EarlyStop>,
     pub provenance: Provenance,
     pub warnings: Vec<Warning>,
     /// Seconds by phase.

@@ -25,6 +25,7 @@ use super::backbone::BackboneConfig;
 use super::composition::{Phase, TargetSamples};
 use super::digest::Digest;
 use super::objective::Objective;
+use super::sharing::StopWhen;
 
 /// Attempts of a job before it ends as `attempts_exhausted`.
 pub const MAX_ATTEMPTS: i32 = 5;
@@ -146,6 +147,9 @@ pub struct EnsembleSpec {
     pub objective: Objective,
     /// Name of the prompt the result is published under.
     pub output: String,
+    /// Take no more gradients than this needs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stop_when: Option<StopWhen>,
     /// Present where α is solved for again from the statistics of an earlier ensemble, without
     /// backbone and images; then `sources` are some of that ensemble's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -216,6 +220,9 @@ impl EnsembleSpec {
             "objective": self.objective,
             "promptweave": env!("CARGO_PKG_VERSION"),
         });
+        if let Some(stop_when) = &self.stop_when {
+            computed["stop_when"] = json!(stop_when);
+        }
         // Whose statistics they were is a name; a whole composition keeps the digest it always had.
         if let Some(from) = &self.resolved_from {
             computed["statistics"] = json!(from.statistics);
@@ -276,6 +283,7 @@ pub(crate) mod tests {
             },
             objective: Objective::default(),
             output: "emoji-1".into(),
+            stop_when: None,
             resolved_from: None,
         }
     }
@@ -311,6 +319,9 @@ pub(crate) mod tests {
         let mut changed = spec.clone();
         changed.target.samples.seed = 1;
         assert_ne!(changed.digest(), spec.digest());
+        let mut impatient = spec.clone();
+        impatient.stop_when = Some(StopWhen { weight_se: 0.01 });
+        assert_ne!(impatient.digest(), spec.digest());
         let mut swapped = spec.clone();
         swapped.sources.reverse();
         assert_ne!(swapped.digest(), spec.digest());

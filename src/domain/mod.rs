@@ -25,6 +25,7 @@ pub mod precision;
 pub mod prompt_description;
 pub mod prompt_file;
 pub mod reference;
+pub mod sharing;
 pub mod tensor;
 pub mod tensor_file;
 pub mod webdataset;

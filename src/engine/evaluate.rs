@@ -49,7 +49,7 @@ impl Evaluation<'_> {
     ) -> Result<Evaluated, EngineError> {
         let mut features_of = |samples: &Samples| -> Result<Tensor, EngineError> {
             let prompts = std::slice::from_ref(prompt);
-            Ok(extract(self.vit, samples, prompts, &mut progress)?.get(0))
+            Ok(extract(self.vit, &self.vit.pairs(samples, prompts), &mut progress)?.get(0))
         };
         let train_features = match train_features {
             Some(features) => features,
@@ -84,7 +84,7 @@ impl Evaluation<'_> {
         progress: impl FnMut(u64) -> ControlFlow<()>,
     ) -> Result<f64, EngineError> {
         let prompts = std::slice::from_ref(prompt);
-        let features = extract(self.vit, self.train, prompts, progress)?.get(0);
+        let features = extract(self.vit, &self.vit.pairs(self.train, prompts), progress)?.get(0);
         let labels = &self.train.labels;
         let folds = sample_folds(labels);
         let select = |of_fold: &dyn Fn(usize) -> bool| -> (Tensor, Vec<usize>) {

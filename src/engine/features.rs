@@ -5,18 +5,17 @@ use std::ops::ControlFlow;
 use tch::{Device, Kind, Tensor};
 
 use super::EngineError;
-use super::samples::Samples;
+use super::streams::Pairs;
 use super::vit::Vit;
 
-/// Features [M, N, d] in f32 (in f64 where the model is) on the CPU, for M prompts [m, d]. `progress` hears how
-/// many sample × prompt pairs each step finished.
+/// Features [M, N, d] in f32 (in f64 where the model is) on the CPU, for M prompts [m, d] and the N samples of
+/// `pairs` in their order. `progress` hears how many sample × prompt pairs each step finished.
 pub fn extract(
     vit: &Vit,
-    samples: &Samples,
-    prompts: &[Tensor],
+    pairs: &Pairs<'_>,
     mut progress: impl FnMut(u64) -> ControlFlow<()>,
 ) -> Result<Tensor, EngineError> {
-    let (m, n) = (prompts.len() as i64, samples.len() as i64);
+    let (m, n) = (pairs.prompts.len() as i64, pairs.num_samples() as i64);
     let d = vit.config.embed_dim as i64;
     let kind = match vit.kind {
         Kind::Double => Kind::Double,
@@ -27,7 +26,7 @@ pub fn extract(
     let features = Tensor::empty([m, n, d], (kind, Device::Cpu));
     let mut done = 0;
     vit.each_micro_batch(
-        &vit.pairs(samples, prompts),
+        pairs,
         || (),
         |(), batch| batch.features(),
         |rows, of_batch| {

@@ -17,7 +17,6 @@ use super::EngineError;
 use super::alignment::{AlignmentStatistics, num_pairs, packed};
 use super::cache::CachedGradients;
 use super::head::SourceHead;
-use super::samples::Samples;
 use super::steps::stop_on;
 use super::streams::Pairs;
 use super::vit::Vit;
@@ -31,14 +30,24 @@ const MAX_FOLD_BYTES: usize = 2 << 30;
 /// The fold of every sample for the jackknife, 0..J with J = min(10, N): stratified, so that leaving one
 /// out removes about the same share of every class.
 pub fn sample_folds(labels: &[usize]) -> Vec<usize> {
-    let mut by_label: Vec<usize> = (0..labels.len()).collect();
-    by_label.sort_by_key(|row| labels[*row]);
-    let num_folds = labels.len().min(MAX_SAMPLE_FOLDS);
+    let num_folds = num_folds(labels.len());
     let mut folds = vec![0; labels.len()];
-    for (rank, row) in by_label.into_iter().enumerate() {
+    for (rank, row) in by_label(labels).into_iter().enumerate() {
         folds[row] = rank % num_folds;
     }
     folds
+}
+
+/// J
+pub fn num_folds(num_samples: usize) -> usize {
+    num_samples.min(MAX_SAMPLE_FOLDS)
+}
+
+/// Rows in the order of their classes, within one as they are.
+pub fn by_label(labels: &[usize]) -> Vec<usize> {
+    let mut rows: Vec<usize> = (0..labels.len()).collect();
+    rows.sort_by_key(|row| labels[*row]);
+    rows
 }
 
 /// What the gradients came to.
@@ -73,12 +82,12 @@ impl GradientSummary {
 /// them. So the products of the normalised gradients are a linear map of these.
 pub struct GradientStatistics {
     /// [J, T', P]: Σ_n a_n[p] b_n[p] over pairs of those vectors, packed; T' = (M+1)(M+2)/2, P = m·d.
-    products: Tensor,
+    pub(super) products: Tensor,
     /// [J, M, P]: Σ_n gᵢₙ[p] and Σ_n gᵢₙ[p]², of the gradients as they are.
-    sums: Tensor,
-    squares: Tensor,
+    pub(super) sums: Tensor,
+    pub(super) squares: Tensor,
     /// Samples a fold.
-    counts: Vec<usize>,
+    pub(super) counts: Vec<usize>,
 }
 
 impl GradientStatistics {
@@ -130,6 +139,11 @@ impl GradientStatistics {
         Ok(())
     }
 
+    /// How many samples were added.
+    pub fn num_samples(&self) -> usize {
+        self.counts.iter().sum()
+    }
+
     /// Adds another shard's sums, of the same prompts and number of folds.
     ///
     /// # Panics
@@ -145,14 +159,14 @@ impl GradientStatistics {
     }
 
     /// Γ and the rest, with all that can only be known when every sample was seen.
-    pub fn finish(self, norm: GradientNorm) -> Result<GradientSummary, EngineError> {
+    pub fn finish(&self, norm: GradientNorm) -> Result<GradientSummary, EngineError> {
         let over_folds = |x: &Tensor| x.sum_dim_intlist(0, false, Kind::Double);
         let (products, sums, squares) = (
             over_folds(&self.products),
             over_folds(&self.sums),
             over_folds(&self.squares),
         );
-        let count: usize = self.counts.iter().sum();
+        let count = self.num_samples();
         let per_prompt = squares.sum_dim_intlist(1, false, Kind::Double) / count.max(1) as f64;
         let rms = numbers(&per_prompt.sqrt())?;
         let scales: Vec<f64> = match norm {
@@ -252,36 +266,35 @@ fn numbers(tensor: &Tensor) -> Result<Vec<f64>, EngineError> {
     Ok(Vec::try_from(tensor.to_device(Device::Cpu).flatten(0, -1))?)
 }
 
-/// What gradients are taken by, source by source: its prompt [m, d], the head that defines its loss, and whether they
-/// are known already.
+/// What gradients are taken by, source by source: the head that defines its loss, and whether they are known
+/// already.
 pub struct Sources<'a> {
-    pub prompts: &'a [Tensor],
     pub heads: &'a [SourceHead],
     pub known: &'a CachedGradients,
 }
 
-/// Runs every sample forward and backward through every prompt whose gradients are not known. `folds` are the
-/// cross-fit folds of the heads, `sample_folds` those of the jackknife.
+/// Runs the samples of `pairs` forward and backward through every prompt whose gradients are not known. `folds` are
+/// the cross-fit folds of the heads, `sample_folds` those of the jackknife, both of all samples.
 pub fn accumulate(
     vit: &Vit,
-    samples: &Samples,
+    pairs: &Pairs<'_>,
     sources: &Sources<'_>,
     folds: &[usize],
     sample_folds: &[usize],
     mut progress: impl FnMut(u64) -> ControlFlow<()>,
 ) -> Result<GradientStatistics, EngineError> {
-    let Sources {
+    let Pairs {
+        samples,
         prompts,
-        heads,
-        known,
-    } = sources;
+        batches,
+    } = pairs;
+    let Sources { heads, known } = sources;
     let num_params = prompts.first().map_or(0, |prompt| prompt.numel() as i64);
     let num_folds = sample_folds.iter().max().map_or(1, |last| last + 1);
     let mut statistics = GradientStatistics::new(prompts.len(), num_params, num_folds, vit.device);
     let unknown = known.unknown();
-    let batches = vit.pairs(samples, prompts).batches;
     if unknown.is_empty() {
-        for rows in &batches {
+        for rows in batches {
             stop_on(progress(0))?;
             let gradients = known.complete(rows, Vec::new())?;
             statistics.add(
@@ -297,7 +310,7 @@ pub fn accumulate(
     let pairs = Pairs {
         samples,
         prompts: &those(prompts),
-        batches,
+        batches: batches.clone(),
     };
     vit.each_micro_batch(
         &pairs,

@@ -15,6 +15,7 @@ pub mod backbones;
 pub mod cache;
 pub mod checkpoint;
 pub mod device;
+pub mod estimates;
 pub mod evaluate;
 pub mod features;
 pub mod gradients;
@@ -25,6 +26,8 @@ pub mod mkl;
 pub mod optimizer;
 pub mod pixels;
 pub mod samples;
+pub mod shard_file;
+pub mod sharing;
 pub mod solve;
 pub mod solver;
 pub mod sources;
@@ -38,6 +41,7 @@ pub mod weighing;
 
 mod classes;
 mod compose;
+mod helping;
 mod jackknife;
 mod refine;
 mod report;
@@ -56,6 +60,7 @@ use tch::{Device, Kind, TchError, Tensor};
 
 use self::backbones::Backbones;
 use self::cache::ResultCache;
+use self::helping::Prepared;
 use self::statistics::StatisticsError;
 use self::vit::{Compute, Vit};
 use crate::domain::backbone::{Backbone, BackboneError};
@@ -64,6 +69,7 @@ use crate::domain::composition::{
 };
 use crate::domain::dataset::DatasetError;
 use crate::domain::precision::Precision;
+use crate::domain::sharing::{ShardInput, SharingError};
 use crate::domain::tensor::Tensor as PlainTensor;
 
 #[derive(Debug, thiserror::Error)]
@@ -118,6 +124,8 @@ pub enum EngineError {
     NotFinite(&'static str),
     #[error("a file of the cache cannot be read")]
     Cache(#[source] std::io::Error),
+    #[error(transparent)]
+    Sharing(#[from] SharingError),
     #[error("libtorch failed")]
     Torch(#[from] TchError),
 }
@@ -142,6 +150,7 @@ impl EngineError {
             Self::Objective(_) => "invalid_objective",
             Self::NotFinite(_) => "not_finite",
             Self::Cache(_) => "cache_unreadable",
+            Self::Sharing(_) => "sharing_failed",
             Self::Torch(_) => "libtorch",
         }
     }
@@ -161,6 +170,7 @@ impl From<EngineError> for CompositionError {
             // Out of memory or disk, or a device that failed: the next attempt may meet a better machine.
             EngineError::Torch(_)
             | EngineError::Cache(_)
+            | EngineError::Sharing(_)
             | EngineError::PixelFile { .. }
             | EngineError::NoThread(_) => Self::Retry { code, detail },
             _ => Self::Refused { code, detail },
@@ -172,6 +182,8 @@ impl From<EngineError> for CompositionError {
 pub struct Engine {
     backbones: Backbones,
     cache: Option<ResultCache>,
+    /// For the next shard of the job that was last helped with.
+    prepared: Option<Prepared>,
 }
 
 impl Engine {
@@ -184,6 +196,7 @@ impl Engine {
         Self {
             backbones: Backbones::new(compute),
             cache: None,
+            prepared: None,
         }
     }
 
@@ -215,6 +228,7 @@ impl Composer for Engine {
     ) -> Result<Composition, CompositionError> {
         let (backbone, vit) = self.backbones.open(&input.backbone_dir)?;
         let cache = self.cache.as_mut();
+        self.prepared = None;
         Ok(compose::compose(backbone, vit, cache, input, observer)?)
     }
 
@@ -224,6 +238,16 @@ impl Composer for Engine {
         observer: &mut dyn Observer,
     ) -> Result<Composition, CompositionError> {
         Ok(resolve::resolve(input, self.device(), observer)?)
+    }
+
+    fn shard(
+        &mut self,
+        input: &ShardInput,
+        observer: &mut dyn Observer,
+    ) -> Result<Vec<u8>, CompositionError> {
+        let (backbone, vit) = self.backbones.open(&input.composition.backbone_dir)?;
+        let prepared = &mut self.prepared;
+        Ok(helping::shard(backbone, vit, prepared, input, observer)?)
     }
 
     fn device(&self) -> String {

@@ -115,9 +115,9 @@ impl Refiner<'_> {
     fn point(&self, alpha: Vec<f64>, tick: Tick<'_>) -> Result<Point, EngineError> {
         let prompt = self.mixed(&alpha);
         let mut ticked = Ok(());
-        let extracted = extract(self.vit, self.samples, &[prompt], |_| {
-            ticking(&mut *tick, &mut ticked)
-        });
+        let prompt = [prompt];
+        let pairs = self.vit.pairs(self.samples, &prompt);
+        let extracted = extract(self.vit, &pairs, |_| ticking(&mut *tick, &mut ticked));
         ticked?;
         let features = extracted?;
         let h = HScore::new(&features, &self.samples.labels, &self.h_score)?.value(&[1.0])?;

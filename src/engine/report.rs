@@ -17,6 +17,7 @@ use crate::domain::composition::{
 };
 use crate::domain::digest::Digest;
 use crate::domain::prompt_file::PromptFile;
+use crate::domain::sharing::EarlyStop;
 
 /// A share of saturated samples above which a head is warned of.
 const MANY_SATURATED: f64 = 0.2;
@@ -37,6 +38,7 @@ pub struct Evidence<'a> {
     /// What forward passes showed, where there was a backbone.
     pub verified: Option<Verified>,
     pub refinement: Option<Refinement>,
+    pub early_stop: Option<EarlyStop>,
 }
 
 impl Evidence<'_> {
@@ -54,6 +56,7 @@ impl Evidence<'_> {
                 digest: Digest::of(&composed),
             },
             provenance: self.provenance(),
+            early_stop: self.early_stop,
             token_alignment: self.metadata.token_alignment.clone(),
             path: self.solved.solution.path,
             optima: self.solved.solution.optima,

@@ -27,9 +27,12 @@ pub fn resolve(
         objective: input.objective.clone(),
         ..recorded.of_sources(&rows)
     };
-    let solved = solve(&statistics, &input.objective, &mut steps, &mut |_, _| {
-        unreachable!("`validation` was refused")
-    })?;
+    let solved = solve(
+        statistics.ground(),
+        &input.objective,
+        &mut steps,
+        &mut |_, _| unreachable!("`validation` was refused"),
+    )?;
     let alpha = solved.solution.alpha.clone();
     // Without the backbone there are no features of the composed prompt to fit a head on.
     let composed = composed_prompt(&metadata, &statistics.prompts, &alpha);
@@ -44,6 +47,7 @@ pub fn resolve(
         composed,
         verified: None,
         refinement: None,
+        early_stop: None,
     };
     evidence.composition(steps)
 }

@@ -10,6 +10,7 @@ use super::EngineError;
 use super::images;
 use super::pixels::PixelFile;
 use crate::domain::backbone::Preprocessing;
+use crate::domain::composition::TargetSamples;
 use crate::domain::dataset::{LabelledImages, Split, stratified_subset};
 use crate::domain::digest::{Digest, DigestBuilder};
 use crate::domain::image::{decode, resize};
@@ -38,6 +39,17 @@ pub struct Selection {
     pub max_samples: Option<usize>,
     pub seed: u64,
     pub skip_bad: bool,
+}
+
+impl Selection {
+    pub fn of_target(target: &TargetSamples) -> Self {
+        Self {
+            split: target.split,
+            max_samples: Some(target.max_samples),
+            seed: target.seed,
+            skip_bad: target.skip_bad,
+        }
+    }
 }
 
 impl Samples {
@@ -138,15 +150,6 @@ impl Samples {
             device,
             kind,
         ))
-    }
-
-    /// Rows in order, cut into micro-batches of at most `size`.
-    pub fn micro_batches(&self, size: usize) -> Vec<Vec<usize>> {
-        let len = self.len();
-        (0..len)
-            .step_by(size)
-            .map(|start| (start..len.min(start + size)).collect())
-            .collect()
     }
 }
 

@@ -5,7 +5,7 @@ use super::alignment::GradientAlignment;
 use super::h_score::HScore;
 use super::jackknife::{self, standard_errors};
 use super::solver::{Solution, Solver, Terms};
-use super::statistics::Statistics;
+use super::statistics::Ground;
 use super::steps::{Steps, stop_on};
 use super::threads::OneThread;
 use crate::domain::composition::{PathPoint, Phase};
@@ -30,18 +30,18 @@ pub type Validate<'a> =
 
 /// Solves as `objective` says. `validate` is called for the rule that needs it and no other.
 pub fn solve(
-    statistics: &Statistics,
+    ground: Ground<'_>,
     objective: &Objective,
     steps: &mut Steps<'_>,
     validate: Validate<'_>,
 ) -> Result<Solved, EngineError> {
     let weighing = objective.weighing()?;
     let reading = objective.alignment.reading;
-    let h_score = HScore::new(&statistics.features, &statistics.labels, &objective.h_score)?;
+    let h_score = HScore::new(ground.features, ground.labels, &objective.h_score)?;
     // Each evaluation is a few small products: a second thread does not make one faster, and where another
     // process has its core, waiting for it makes all of them a hundred times slower.
     let _alone = OneThread::begin();
-    let alignment = GradientAlignment::new(reading, statistics.gradients.whole.clone());
+    let alignment = GradientAlignment::new(reading, ground.gradients.whole.clone());
     let terms = Terms {
         h_score: &h_score,
         alignment: &alignment,
@@ -79,14 +79,14 @@ pub fn solve(
     }
     let whole = jackknife::Solved {
         h_score: &h_score,
-        features: &statistics.features,
-        labels: &statistics.labels,
+        features: ground.features,
+        labels: ground.labels,
         reading,
         scale,
         entropy: objective.entropy,
         alpha: &solution.alpha,
     };
-    let standard_errors = standard_errors(&whole, &statistics.gradients.leave_out, tick)?;
+    let standard_errors = standard_errors(&whole, &ground.gradients.leave_out, tick)?;
     Ok(Solved {
         h_score,
         alignment,

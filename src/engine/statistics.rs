@@ -78,6 +78,15 @@ pub struct Statistics {
     pub gradients: GradientSummary,
 }
 
+/// The part of [`Statistics`] that α is solved from.
+#[derive(Clone, Copy)]
+pub struct Ground<'a> {
+    /// [M, N, d]
+    pub features: &'a Tensor,
+    pub labels: &'a [usize],
+    pub gradients: &'a GradientSummary,
+}
+
 /// One number a source each.
 pub struct HeadStatistics {
     pub temperature: Vec<f64>,
@@ -172,6 +181,14 @@ impl Statistics {
     pub fn size(&self) -> (usize, usize, usize) {
         let (m, n, d) = self.features.size3().expect("three axes");
         (m as usize, n as usize, d as usize)
+    }
+
+    pub fn ground(&self) -> Ground<'_> {
+        Ground {
+            features: &self.features,
+            labels: &self.labels,
+            gradients: &self.gradients,
+        }
     }
 
     /// The bytes of the file; the same content gives the same bytes.
@@ -334,7 +351,6 @@ impl Statistics {
     }
 }
 
-/// A file's tensors, checked as they are read.
 /// A tensor on its way into the file.
 enum Entry<'a> {
     Small(Stored),
@@ -381,16 +397,21 @@ impl View for Entry<'_> {
     }
 }
 
-struct File<'a>(&'a SafeTensors<'a>);
+/// A file's tensors, checked as they are read.
+pub(super) struct File<'a>(pub &'a SafeTensors<'a>);
 
 impl File<'_> {
-    fn view(&self, name: &'static str) -> Result<TensorView<'_>, StatisticsError> {
+    pub fn view(&self, name: &'static str) -> Result<TensorView<'_>, StatisticsError> {
         self.0
             .tensor(name)
             .map_err(|_| StatisticsError::MissingTensor(name))
     }
 
-    fn numbers(&self, name: &'static str, shape: &[usize]) -> Result<Vec<f64>, StatisticsError> {
+    pub fn numbers(
+        &self,
+        name: &'static str,
+        shape: &[usize],
+    ) -> Result<Vec<f64>, StatisticsError> {
         let view = self.view(name)?;
         let values = read_f64(&view).filter(|_| view.shape() == shape);
         let values = values.ok_or_else(|| misshapen(name, &view, format!("f64 {shape:?}")))?;
@@ -401,7 +422,11 @@ impl File<'_> {
         }
     }
 
-    fn whole(&self, name: &'static str, len: Option<usize>) -> Result<Vec<usize>, StatisticsError> {
+    pub fn whole(
+        &self,
+        name: &'static str,
+        len: Option<usize>,
+    ) -> Result<Vec<usize>, StatisticsError> {
         let view = self.view(name)?;
         let fits = view.shape().len() == 1 && len.is_none_or(|len| view.shape() == [len]);
         let values = read_i64(&view).filter(|_| fits);
@@ -413,7 +438,7 @@ impl File<'_> {
     }
 
     /// Values and shape; `None` in `expected` stands for any length but 0.
-    fn floats(
+    pub fn floats(
         &self,
         name: &'static str,
         expected: [Option<usize>; 3],

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use super::EngineError;
 use crate::domain::composition::{Observer, Phase};
+use crate::domain::sharing::Shards;
 
 /// `Break` from the observer as an error.
 pub fn stop_on(flow: ControlFlow<()>) -> Result<(), EngineError> {
@@ -21,6 +22,8 @@ pub struct Steps<'a> {
     observer: &'a mut dyn Observer,
     started: Instant,
     current: Option<Phase>,
+    /// Where the last count began.
+    at: (u64, u64),
     timings: BTreeMap<String, f64>,
 }
 
@@ -30,6 +33,7 @@ impl<'a> Steps<'a> {
             observer,
             started: Instant::now(),
             current: None,
+            at: (0, 1),
             timings: BTreeMap::new(),
         }
     }
@@ -55,19 +59,54 @@ impl<'a> Steps<'a> {
         self.observer.progress(phase, 0, 1)
     }
 
+    /// Others that may share the work.
+    pub fn shards(&mut self) -> Option<&mut dyn Shards> {
+        self.observer.shards()
+    }
+
     /// Counts finished units of the current phase up to `total`; where nothing is to be done, it is done.
     pub fn counter(&mut self, total: u64) -> impl FnMut(u64) -> ControlFlow<()> {
+        let (done, total) = if total == 0 { (1, 1) } else { (0, total) };
+        self.counter_from(done, total)
+    }
+
+    /// The same where `done` are finished already.
+    pub fn counter_from(&mut self, done: u64, total: u64) -> impl FnMut(u64) -> ControlFlow<()> {
         let phase = self.current.expect("a phase has begun");
+        self.at = (done, total);
         let observer = &mut *self.observer;
-        let (mut done, total) = if total == 0 { (1, 1) } else { (0, total) };
+        let mut done = done;
         move |finished| {
             done += finished;
             observer.progress(phase, done, total)
         }
     }
 
+    /// Work within the current phase that has steps of its own, of which the observer hears as signs of life.
+    pub fn aside<T>(&mut self, work: impl FnOnce(&mut Steps<'_>) -> T) -> T {
+        let mut aside = Aside {
+            phase: self.current.expect("a phase has begun"),
+            at: self.at,
+            observer: &mut *self.observer,
+        };
+        work(&mut Steps::new(&mut aside))
+    }
+
     pub fn finish(mut self) -> BTreeMap<String, f64> {
         self.close();
         self.timings
+    }
+}
+
+/// Hears of other steps, and says what is true of the phase they are made in.
+struct Aside<'a> {
+    observer: &'a mut dyn Observer,
+    phase: Phase,
+    at: (u64, u64),
+}
+
+impl Observer for Aside<'_> {
+    fn progress(&mut self, _: Phase, _: u64, _: u64) -> ControlFlow<()> {
+        self.observer.progress(self.phase, self.at.0, self.at.1)
     }
 }

@@ -44,6 +44,16 @@ pub struct Pairs<'a> {
     pub batches: Vec<Vec<usize>>,
 }
 
+impl Pairs<'_> {
+    pub fn num_samples(&self) -> usize {
+        self.batches.iter().map(Vec::len).sum()
+    }
+
+    pub fn len(&self) -> u64 {
+        (self.num_samples() * self.prompts.len()) as u64
+    }
+}
+
 /// Some samples' images in a stream, with all prompts.
 pub struct MicroBatch<'a> {
     pub rows: &'a [usize],
@@ -145,10 +155,22 @@ enum Told<T> {
 impl Vit {
     /// Every sample with every prompt, samples in order.
     pub fn pairs<'a>(&self, samples: &'a Samples, prompts: &'a [Tensor]) -> Pairs<'a> {
+        let all: Vec<usize> = (0..samples.len()).collect();
+        self.pairs_of(&all, samples, prompts)
+    }
+
+    /// The samples at these rows alone, in this order.
+    pub fn pairs_of<'a>(
+        &self,
+        rows: &[usize],
+        samples: &'a Samples,
+        prompts: &'a [Tensor],
+    ) -> Pairs<'a> {
+        let batches = rows.chunks(self.batch(prompts).images);
         Pairs {
             samples,
             prompts,
-            batches: samples.micro_batches(self.batch(prompts).images),
+            batches: batches.map(<[usize]>::to_vec).collect(),
         }
     }
 
@@ -315,7 +337,7 @@ mod tests {
             } = problem(threads);
             assert_eq!(vit.num_streams(), threads);
             let mut told = 0;
-            let features = extract(&vit, &samples, &prompts, |pairs| {
+            let features = extract(&vit, &vit.pairs(&samples, &prompts), |pairs| {
                 told += pairs;
                 go_on(pairs)
             });

@@ -196,6 +196,7 @@ pub fn input(dir: &Path, m: usize) -> CompositionInput {
         },
         sources,
         objective: Objective::default(),
+        stop_when: None,
     }
 }
 

@@ -271,7 +271,9 @@ fn sketch(
     }
     let few = train.only(&rows);
     let prompts = [prompt.to_device(vit.device)];
-    let features = extract(vit, &few, &prompts, |_| ControlFlow::Continue(()))?;
+    let features = extract(vit, &vit.pairs(&few, &prompts), |_| {
+        ControlFlow::Continue(())
+    })?;
     let labels: Vec<i64> = few.labels.iter().map(|label| *label as i64).collect();
     Ok(Some(Sketch {
         features: PlainTensor::new([rows.len(), vit.config.embed_dim], plain(&features)?),

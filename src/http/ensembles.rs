@@ -29,6 +29,7 @@ use crate::domain::dataset::Split;
 use crate::domain::job::{DEFAULT_PRIORITY, EnsembleSpec};
 use crate::domain::objective::Objective;
 use crate::domain::reference::{Reference, ResourceName};
+use crate::domain::sharing::StopWhen;
 use crate::jobs::plan::{EnsembleRequest, PlanError, plan};
 use crate::jobs::queue::QueueError;
 use crate::jobs::requests::{self, NewJob, Posted, Reuse};
@@ -70,6 +71,8 @@ struct CreateEnsemble {
     backbone: Option<ResourceName>,
     #[serde(default)]
     objective: Objective,
+    /// Take no more gradients than it needs for weights this certain, and say so in the result.
+    stop_when: Option<StopWhen>,
     #[serde(default)]
     output: Output,
     /// Jobs with a smaller number go first; 100 by default.
@@ -176,7 +179,7 @@ impl From<QueueError> for Problem {
             `too_many_sources`, `unknown_prompt`, `same_source`, `deep_prompt_not_composable`, \
             `width_mismatch`, `length_mismatch`, `unknown_backbone`, `backbone_required`, \
             `backbone_ambiguous`, `backbone_mismatch`, `preprocessing_mismatch`, \
-            `invalid_objective`, `too_large` (features above 4 GiB), `invalid_priority`"),
+            `invalid_objective`, `invalid_stop_when`, `too_large` (features above 4 GiB), `invalid_priority`"),
         (status = 429, description = "`queue_full`: as many ensembles wait as the operator lets",
          headers(("retry-after" = u32))),
     )
@@ -217,6 +220,7 @@ impl CreateEnsemble {
             sources: self.sources.into_iter().map(|it| it.prompt).collect(),
             backbone: self.backbone,
             objective: self.objective,
+            stop_when: self.stop_when,
             output: self.output.name,
         })
     }

@@ -15,11 +15,11 @@ pub struct JobEvent {
     pub seq: i32,
     #[serde(with = "time::serde::rfc3339")]
     pub at: OffsetDateTime,
-    /// `queued`, `started`, `phase`, `retried`, `lost`, `released`, `retry_requested`, `cancel_requested`,
+    /// `queued`, `started`, `phase`, `shard`, `shard_lost`, `estimate`, `retried`, `lost`, `released`, `retry_requested`, `cancel_requested`,
     /// `cancelled`, `failed` or `succeeded`.
     #[schema(example = "started")]
     pub kind: String,
-    /// What belongs to that kind: the attempt, the phase, the error.
+    /// What belongs to that kind: the attempt, the phase, the error; of `estimate` what α is by the shards so far.
     pub data: Value,
 }
 

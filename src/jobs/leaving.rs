@@ -179,40 +179,27 @@ impl Held {
         Ok(())
     }
 
-    /// Shards are done with the job, or begin anew with its next attempt.
+    /// Shards are done with the job. While it waits for another attempt those that are there stay, and helpers go on.
     async fn leave_shards(
         &self,
         tx: &mut PgTransaction<'_>,
         state: JobState,
     ) -> Result<(), QueueError> {
-        match state {
-            JobState::Succeeded => {
-                sqlx::query!(
-                    r#"
-                    UPDATE job_shard
-                    SET state = 'succeeded', attempt = $2,
-                        started_at = coalesce(started_at, now()), finished_at = now()
-                    WHERE job_id = $1 AND state <> 'succeeded'
-                    "#,
-                    self.job_id,
-                    self.attempt,
-                )
+        if state.is_terminal() {
+            sqlx::query!("DELETE FROM job_shard WHERE job_id = $1", self.job_id)
                 .execute(&mut **tx)
                 .await?;
-            }
-            JobState::Queued => {
-                sqlx::query!(
-                    r#"
-                    UPDATE job_shard
-                    SET state = 'queued', started_at = NULL, finished_at = NULL
-                    WHERE job_id = $1
-                    "#,
-                    self.job_id,
-                )
-                .execute(&mut **tx)
-                .await?;
-            }
-            _ => {}
+        } else {
+            sqlx::query!(
+                r#"
+                UPDATE job_shard SET state = 'queued', lease_token = NULL, done = 0, started_at = NULL
+                WHERE job_id = $1 AND lease_token = $2 AND state = 'running'
+                "#,
+                self.job_id,
+                self.token,
+            )
+            .execute(&mut **tx)
+            .await?;
         }
         Ok(())
     }

@@ -1,7 +1,7 @@
 //! The queue, directly on Postgres: a job's row is the public resource and the lock in one.
 //!
 //! [`queue`] holds the statements of the state machine ([`crate::domain::job`] draws it) that workers make,
-//! [`requests`] those of clients, `leaving` the one by which a job leaves `running`, [`plan`] and [`resolve`]
+//! [`requests`] those of clients, [`shards`] those by which several workers share one job, `leaving` the one by which a job leaves `running`, [`plan`] and [`resolve`]
 //! make a request a specification, [`finish`] is the one transaction that makes a result,
 //! [`events`] what happened, [`watch`] who waits for that, [`workers`] who is there, and
 //! [`listener`] the wake-up.
@@ -17,6 +17,7 @@ pub mod reaper;
 pub mod requests;
 pub mod resolve;
 pub mod retention;
+pub mod shards;
 pub mod watch;
 pub mod workers;
 

@@ -11,8 +11,9 @@ use crate::domain::composition::TargetSamples;
 use crate::domain::dataset::Split;
 use crate::domain::digest::Digest;
 use crate::domain::job::{BackboneSpec, EnsembleSpec, SourceSpec, TargetSpec};
-use crate::domain::objective::{InvalidObjective, Objective};
+use crate::domain::objective::{InvalidObjective, Objective, TradeOffRule, Weighing};
 use crate::domain::reference::{Reference, ResourceName};
+use crate::domain::sharing::StopWhen;
 use crate::registry::RegistryError;
 use crate::registry::backbones::{self, RegisteredBackbone};
 use crate::registry::datasets::{self, DatasetVersion};
@@ -36,6 +37,7 @@ pub struct EnsembleRequest {
     /// May be left out where only one backbone fits the prompts.
     pub backbone: Option<ResourceName>,
     pub objective: Objective,
+    pub stop_when: Option<StopWhen>,
     /// `<dataset>-<short id of the job>` by default.
     pub output: Option<ResourceName>,
 }
@@ -71,6 +73,23 @@ pub(super) fn refuse<T>(
     }))
 }
 
+fn check_stop_when(asked: Option<StopWhen>, weighing: Weighing) -> Result<(), PlanError> {
+    let Some(StopWhen { weight_se }) = asked else {
+        return Ok(());
+    };
+    let refused = |pointer: &str, detail| refuse("invalid_stop_when", pointer, detail);
+    if !(weight_se > 0.0 && weight_se <= 1.0) {
+        let detail = format!("is {weight_se}; it must lie above 0 and not above 1");
+        return refused("/stop_when/weight_se", detail);
+    }
+    if weighing == Weighing::Rule(TradeOffRule::Validation) {
+        let detail = "cannot be watched with `trade_off: \"validation\"`, which knows α at the end \
+                      only; use `knee` or a number";
+        return refused("/stop_when", detail.to_owned());
+    }
+    Ok(())
+}
+
 /// Resolves and checks a project's request for the job `job_id`.
 pub async fn plan(
     conn: &mut PgConnection,
@@ -78,7 +97,8 @@ pub async fn plan(
     job_id: Uuid,
     request: &EnsembleRequest,
 ) -> Result<EnsembleSpec, PlanError> {
-    request.objective.weighing().map_err(invalid_objective)?;
+    let weighing = request.objective.weighing().map_err(invalid_objective)?;
+    check_stop_when(request.stop_when, weighing)?;
     check_output(request.output.as_ref())?;
     let target = target(conn, project_id, request).await?;
     let sources = sources(conn, project_id, &request.sources).await?;
@@ -119,6 +139,7 @@ pub async fn plan(
             Some(name) => name.to_string(),
             None => default_output(target.name.as_str(), job_id),
         },
+        stop_when: request.stop_when,
         resolved_from: None,
     })
 }

@@ -14,7 +14,6 @@ use uuid::Uuid;
 use super::events::record;
 use super::leaving::{Held, Leaving};
 use crate::db::DbError;
-use crate::domain::composition::Phase;
 use crate::domain::job::{AttemptOutcome, EnsembleSpec, JobError, JobState, Progress};
 use crate::registry::RegistryError;
 
@@ -165,7 +164,7 @@ pub async fn renew(
     renewal(lease, cancel)
 }
 
-/// Stores how far the work is; a new phase closes the shards before it and makes an event.
+/// Stores how far the work is; a new phase makes an event.
 pub async fn progress(
     conn: &mut PgConnection,
     lease: Lease,
@@ -181,7 +180,6 @@ pub async fn progress(
         FROM (SELECT id, phase FROM job WHERE id = $1 FOR UPDATE) before
         WHERE job.id = before.id AND lease_token = $2 AND state = 'running'
         RETURNING
-            job.attempt,
             before.phase IS DISTINCT FROM job.phase AS "new_phase!",
             job.cancel_requested_at IS NOT NULL AS "cancel!"
         "#,
@@ -195,27 +193,6 @@ pub async fn progress(
     if let Some(row) = &row
         && row.new_phase
     {
-        let before: Vec<String> = Phase::ALL
-            .iter()
-            .filter(|phase| **phase < progress.phase)
-            .map(|phase| phase.name().to_owned())
-            .collect();
-        sqlx::query!(
-            r#"
-            UPDATE job_shard
-            SET state       = CASE WHEN phase = $2 THEN 'running' ELSE 'succeeded' END,
-                attempt     = $4,
-                started_at  = coalesce(started_at, now()),
-                finished_at = CASE WHEN phase = $2 THEN NULL ELSE now() END
-            WHERE job_id = $1 AND state <> 'succeeded' AND (phase = $2 OR phase = ANY ($3))
-            "#,
-            lease.job_id,
-            progress.phase.name(),
-            &before,
-            row.attempt,
-        )
-        .execute(&mut *tx)
-        .await?;
         record(
             &mut tx,
             lease.job_id,
@@ -228,7 +205,7 @@ pub async fn progress(
     renewal(lease, row.map(|row| row.cancel))
 }
 
-fn renewal(lease: Lease, cancel: Option<bool>) -> Result<Renewal, QueueError> {
+pub(super) fn renewal(lease: Lease, cancel: Option<bool>) -> Result<Renewal, QueueError> {
     match cancel {
         None => Err(QueueError::LeaseLost(lease.job_id)),
         Some(true) => Ok(Renewal::CancelRequested),

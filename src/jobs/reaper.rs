@@ -7,6 +7,7 @@ use sqlx::PgPool;
 use tokio_util::sync::CancellationToken;
 
 use super::queue::{QueueError, Reaped, reap};
+use super::shards;
 use crate::registry::idempotency;
 
 const EVERY: Duration = Duration::from_secs(1);
@@ -33,5 +34,9 @@ pub async fn run(pool: PgPool, stop: CancellationToken) {
 async fn once(pool: &PgPool) -> Result<Vec<Reaped>, QueueError> {
     let mut conn = pool.acquire().await?;
     idempotency::reap(&mut conn).await?;
+    let shards = shards::reap(&mut conn).await?;
+    if shards > 0 {
+        tracing::warn!(shards, "leases of shards ran out");
+    }
     reap(&mut conn).await
 }

@@ -39,7 +39,7 @@ pub enum Posted {
     Full,
 }
 
-/// Puts a job into the queue, with one shard a phase; unless there is one that may be reused, or `most`
+/// Puts a job into the queue, unless there is one that may be reused, or `most`
 /// are waiting. Of equal requests at one time one makes the job.
 pub async fn post(
     conn: &mut PgConnection,
@@ -108,7 +108,7 @@ pub async fn same(
     Ok(found)
 }
 
-/// Puts a job into the queue, with one shard a phase.
+/// Puts a job into the queue.
 pub async fn enqueue(conn: &mut PgConnection, new: NewJob<'_>) -> Result<(), QueueError> {
     let spec_digest = new.spec.digest();
     let mut tx = conn.begin().await?;
@@ -125,19 +125,6 @@ pub async fn enqueue(conn: &mut PgConnection, new: NewJob<'_>) -> Result<(), Que
         Json(new.spec) as _,
         spec_digest.as_bytes(),
         new.replay_of,
-    )
-    .execute(&mut *tx)
-    .await?;
-    let phases: Vec<String> = new
-        .spec
-        .phases()
-        .iter()
-        .map(|phase| phase.name().to_owned())
-        .collect();
-    sqlx::query!(
-        "INSERT INTO job_shard (job_id, phase, index) SELECT $1, phase, 0 FROM unnest($2::text[]) phase",
-        new.id,
-        &phases,
     )
     .execute(&mut *tx)
     .await?;
@@ -198,6 +185,12 @@ pub async fn cancel(
     .execute(&mut *tx)
     .await?;
     expect_one_row(changed)?;
+    if done == Cancellation::Cancelled {
+        // Of an earlier attempt.
+        sqlx::query!("DELETE FROM job_shard WHERE job_id = $1", id)
+            .execute(&mut *tx)
+            .await?;
+    }
     record(&mut tx, id, event, json!({})).await?;
     tx.commit().await?;
     Ok(Some(done))
@@ -242,12 +235,6 @@ pub async fn retry(
     .execute(&mut *tx)
     .await?;
     expect_one_row(changed)?;
-    sqlx::query!(
-        "UPDATE job_shard SET state = 'queued', started_at = NULL, finished_at = NULL WHERE job_id = $1",
-        id,
-    )
-    .execute(&mut *tx)
-    .await?;
     record(&mut tx, id, "retry_requested", json!({})).await?;
     notify(&mut tx).await?;
     tx.commit().await?;

@@ -123,6 +123,7 @@ pub fn plan(
             Some(name) => name.to_string(),
             None => default_output(&recorded.target.dataset, job_id),
         },
+        stop_when: None,
         resolved_from: Some(ResolvedFrom {
             ensemble: solved.id,
             statistics: solved.statistics,

@@ -81,6 +81,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         },
         sources,
         objective: args.solve.over(&args.backbone_options.objective()),
+        stop_when: None,
     };
     let mut engine = args.engine.engine()?;
     if let Some(dir) = &args.cache

@@ -60,6 +60,9 @@ pub async fn unreferenced(
         SELECT EXISTS (SELECT FROM backbone b WHERE b.model_sha256 = asked.digest)
             OR EXISTS (SELECT FROM dataset_version d WHERE d.digest = asked.digest)
             OR EXISTS (
+                SELECT FROM job_shard s WHERE s.state = 'succeeded' AND s.digest = asked.digest
+            )
+            OR EXISTS (
                 SELECT FROM job j
                 WHERE j.statistics_digest = asked.digest AND j.statistics_deleted_at IS NULL
             )

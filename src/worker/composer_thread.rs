@@ -16,6 +16,7 @@ use crate::domain::composition::{
     Composer, Composition, CompositionError, CompositionInput, Observer, Phase, ResolveInput,
 };
 use crate::domain::job::Progress;
+use crate::domain::sharing::{ShardInput, Shards};
 
 /// Makes a composer on the thread that will own it; called again after a panic.
 pub type NewComposer =
@@ -60,6 +61,7 @@ pub type Watched = (Option<Progress>, Instant);
 struct Watcher {
     stop: Stop,
     progress: watch::Sender<Watched>,
+    shards: Option<Box<dyn Shards + Send>>,
 }
 
 impl Observer for Watcher {
@@ -71,6 +73,13 @@ impl Observer for Watcher {
             None => ControlFlow::Continue(()),
         }
     }
+
+    fn shards(&mut self) -> Option<&mut dyn Shards> {
+        match &mut self.shards {
+            Some(shards) => Some(shards.as_mut()),
+            None => None,
+        }
+    }
 }
 
 /// What a composer is given to do, with all its files at hand.
@@ -78,6 +87,21 @@ impl Observer for Watcher {
 pub enum Work {
     Compose(CompositionInput),
     Resolve(ResolveInput),
+    Shard(ShardInput),
+}
+
+/// What came of it.
+#[derive(Debug)]
+pub enum Done {
+    Composition(Box<Composition>),
+    /// The file of a shard.
+    Shard(Vec<u8>),
+}
+
+impl From<Composition> for Done {
+    fn from(composition: Composition) -> Self {
+        Self::Composition(Box::new(composition))
+    }
 }
 
 impl Work {
@@ -85,10 +109,11 @@ impl Work {
         &self,
         composer: &mut dyn Composer,
         observer: &mut dyn Observer,
-    ) -> Result<Composition, CompositionError> {
+    ) -> Result<Done, CompositionError> {
         match self {
-            Self::Compose(input) => composer.compose(input, observer),
-            Self::Resolve(input) => composer.resolve(input, observer),
+            Self::Compose(input) => composer.compose(input, observer).map(Done::from),
+            Self::Resolve(input) => composer.resolve(input, observer).map(Done::from),
+            Self::Shard(input) => composer.shard(input, observer).map(Done::Shard),
         }
     }
 }
@@ -97,7 +122,7 @@ enum Request {
     Work {
         work: Box<Work>,
         watcher: Watcher,
-        answer: oneshot::Sender<Result<Composition, CompositionError>>,
+        answer: oneshot::Sender<Result<Done, CompositionError>>,
     },
     /// Does the thread take requests at all?
     Ping { answer: oneshot::Sender<()> },
@@ -133,18 +158,23 @@ impl ComposerThread {
         &self.device
     }
 
-    /// Hands work over. Progress and answer come through the channels that are returned.
+    /// Hands work over, which others may share in. Progress and answer come through the channels that are returned.
     pub fn begin(
         &self,
         work: Work,
         stop: Stop,
+        shards: Option<Box<dyn Shards + Send>>,
     ) -> (
         watch::Receiver<Watched>,
-        oneshot::Receiver<Result<Composition, CompositionError>>,
+        oneshot::Receiver<Result<Done, CompositionError>>,
     ) {
         let (progress, watched) = watch::channel((None, Instant::now()));
         let (answer, answered) = oneshot::channel();
-        let watcher = Watcher { stop, progress };
+        let watcher = Watcher {
+            stop,
+            progress,
+            shards,
+        };
         // A thread that is gone drops the request, which the receiver of the answer notices.
         let _ = self.requests.send(Request::Work {
             work: Box::new(work),

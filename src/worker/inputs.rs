@@ -13,6 +13,8 @@ use crate::domain::composition::{CompositionInput, ResolveInput, Source, SourceR
 use crate::domain::digest::Digest;
 use crate::domain::job::{BackboneSpec, EnsembleSpec, SourceSpec, TargetSpec};
 use crate::domain::prompt_file::{PromptFile, PromptFileError};
+use crate::domain::sharing::ShardInput;
+use crate::jobs::shards::ClaimedShard;
 use crate::registry::datasets::{self, PackError};
 use crate::registry::{RegistryError, prompt_versions};
 
@@ -61,7 +63,7 @@ pub struct Inputs {
 }
 
 impl Inputs {
-    /// Everything `spec` names, at hand for as long as the directories are in use.
+    /// What `spec` says to do, with everything that it names at hand for as long as the directories are in use.
     pub async fn fetch(&self, spec: &EnsembleSpec) -> Result<(Work, Vec<InUse>), InputError> {
         if let Some(from) = &spec.resolved_from {
             let statistics = self.blobs.get_bytes(&from.statistics).await?;
@@ -72,20 +74,48 @@ impl Inputs {
             });
             return Ok((work, Vec::new()));
         }
+        let (input, in_use) = self.composition(spec).await?;
+        Ok((Work::Compose(input), in_use))
+    }
+
+    /// The same for a shard of somebody's job.
+    pub async fn fetch_shard(
+        &self,
+        claimed: &ClaimedShard,
+    ) -> Result<(Work, Vec<InUse>), InputError> {
+        let (composition, in_use) = self.composition(&claimed.spec).await?;
+        let mut features = Vec::with_capacity(claimed.features.len());
+        for file in &claimed.features {
+            features.push(self.blobs.get_bytes(file).await?.into());
+        }
+        let input = ShardInput {
+            job: claimed.lease.job_id,
+            composition,
+            shard: claimed.shard,
+            features,
+        };
+        Ok((Work::Shard(input), in_use))
+    }
+
+    async fn composition(
+        &self,
+        spec: &EnsembleSpec,
+    ) -> Result<(CompositionInput, Vec<InUse>), InputError> {
         let mut sources = Vec::with_capacity(spec.sources.len());
         for source in &spec.sources {
             sources.push(self.source(source).await?);
         }
         let backbone = self.backbone(&spec.backbone).await?;
         let images = self.images(&spec.target).await?;
-        let work = Work::Compose(CompositionInput {
+        let input = CompositionInput {
             backbone_dir: backbone.dir.clone(),
             target_dir: images.dir.clone(),
             target: spec.target.samples.clone(),
             sources,
             objective: spec.objective.clone(),
-        });
-        Ok((work, vec![backbone, images]))
+            stop_when: spec.stop_when,
+        };
+        Ok((input, vec![backbone, images]))
     }
 
     async fn source(&self, source: &SourceSpec) -> Result<Source, InputError> {

@@ -5,6 +5,7 @@ pub mod composer_thread;
 pub mod engine;
 mod file_cache;
 mod inputs;
+mod job_shards;
 mod renewal;
 mod runner;
 
@@ -22,6 +23,7 @@ use crate::domain::composition::CompositionError;
 use crate::jobs::listener::WorkListener;
 use crate::jobs::queue::{self, Claimed, QueueError};
 use crate::jobs::reaper;
+use crate::jobs::shards::{self, ClaimedShard};
 use crate::jobs::workers::{self, NewWorker, WorkerState};
 use crate::shutdown::Shutdown;
 use crate::telemetry::chain;
@@ -40,6 +42,8 @@ pub struct WorkerSettings {
     pub lease: Duration,
     /// An attempt without progress for this long is given up, and the process with it.
     pub stall: Duration,
+    /// Sample × source pairs that make a shard of a job worth sharing; 0: none do.
+    pub shard_pairs: u64,
     pub cache_dir: PathBuf,
     /// Of backbones and data sets there; those of a running job do not count as evictable.
     pub cache_bytes: u64,
@@ -80,10 +84,12 @@ pub async fn run(
     let worker = Arc::new(Worker {
         id,
         runner: Runner {
+            worker_id: id,
             inputs,
             composer,
             lease: settings.lease,
             stall: settings.stall,
+            shard_pairs: settings.shard_pairs,
         },
         pool,
         shutdown,
@@ -135,6 +141,12 @@ async fn register(
     }
 }
 
+/// What a worker may do next.
+enum Task {
+    Job(Box<Claimed>),
+    Shard(Box<ClaimedShard>),
+}
+
 struct Worker {
     id: Uuid,
     runner: Runner,
@@ -150,12 +162,10 @@ impl Worker {
         while !self.shutdown.soft.is_cancelled() {
             let claimed_at = Instant::now();
             match self.claim().await {
-                Ok(Some(claimed)) => {
+                Ok(Some(task)) => {
                     self.busy.store(true, Ordering::Relaxed);
-                    tracing::info!(job.id = %claimed.lease.job_id, attempt = claimed.attempt,
-                        "working on a job");
                     self.seen(WorkerState::Busy, false).await;
-                    let ran = self.runner.run(&claimed, claimed_at, &self.shutdown).await;
+                    let ran = self.run(task, claimed_at).await;
                     self.busy.store(false, Ordering::Relaxed);
                     ran?;
                     self.sign_of_life().await;
@@ -177,8 +187,30 @@ impl Worker {
         Ok(())
     }
 
-    async fn claim(&self) -> Result<Option<Claimed>, QueueError> {
-        queue::claim(&mut *self.pool.acquire().await?, self.id, self.runner.lease).await
+    /// A job that waits; where none does, a part of one that somebody else has.
+    async fn claim(&self) -> Result<Option<Task>, QueueError> {
+        let mut conn = self.pool.acquire().await?;
+        let length = self.runner.lease;
+        if let Some(job) = queue::claim(&mut conn, self.id, length).await? {
+            return Ok(Some(Task::Job(Box::new(job))));
+        }
+        let shard = shards::claim(&mut conn, self.id, length).await?;
+        Ok(shard.map(|shard| Task::Shard(Box::new(shard))))
+    }
+
+    async fn run(&self, task: Task, claimed_at: Instant) -> Result<(), EngineStuck> {
+        match task {
+            Task::Job(job) => {
+                tracing::info!(job.id = %job.lease.job_id, attempt = job.attempt, "working on a job");
+                self.runner.run(&job, claimed_at, &self.shutdown).await
+            }
+            Task::Shard(claimed) => {
+                let shard = &claimed.shard;
+                tracing::info!(job.id = %claimed.lease.job_id, job.phase = shard.phase.name(),
+                    shard.index, shard.count, "helping with a job");
+                self.runner.help(&claimed, claimed_at, &self.shutdown).await
+            }
+        }
     }
 
     async fn show_life(self: Arc<Self>) {

@@ -10,11 +10,19 @@ use sqlx::{ConnectOptions, PgConnection};
 use tokio_util::sync::CancellationToken;
 
 use super::composer_thread::{Stop, StopReason};
-use crate::jobs::queue::{Lease, QueueError, Renewal as Answer, renew};
+use crate::jobs::queue::{self, Lease, QueueError, Renewal as Answer};
+use crate::jobs::shards;
 use crate::telemetry::chain;
 
 /// Part of the lease after which a worker that could not renew stops.
 const GIVE_UP_AT: f64 = 0.8;
+
+/// What a lease is of.
+#[derive(Clone, Copy, Debug)]
+pub enum Of {
+    Job,
+    Shard,
+}
 
 /// Renews until dropped.
 #[derive(Debug)]
@@ -28,6 +36,7 @@ impl Renewal {
     pub fn start(
         options: PgConnectOptions,
         lease: Lease,
+        of: Of,
         length: Duration,
         claimed_at: Instant,
         stop: Stop,
@@ -40,6 +49,7 @@ impl Renewal {
         let keeper = Keeper {
             options,
             lease,
+            of,
             length,
             renewed_at: claimed_at,
             stop,
@@ -79,6 +89,7 @@ impl Drop for Renewal {
 struct Keeper {
     options: PgConnectOptions,
     lease: Lease,
+    of: Of,
     length: Duration,
     renewed_at: Instant,
     stop: Stop,
@@ -134,6 +145,9 @@ impl Keeper {
             Some(connection) => connection,
             none => none.insert(self.options.connect().await?),
         };
-        renew(connection, self.lease, self.length).await
+        match self.of {
+            Of::Job => queue::renew(connection, self.lease, self.length).await,
+            Of::Shard => shards::renew(connection, self.lease, self.length).await,
+        }
     }
 }

@@ -4,18 +4,23 @@
 use std::time::{Duration, Instant};
 
 use sqlx::PgPool;
+use tokio::runtime::Handle;
 use tokio::time::MissedTickBehavior;
+use uuid::Uuid;
 
-use super::composer_thread::{ComposerThread, Stop, StopReason, Work};
+use super::composer_thread::{ComposerThread, Done, Stop, StopReason, Work};
 use super::inputs::{InputError, Inputs};
-use super::renewal::Renewal;
+use super::job_shards::JobShards;
+use super::renewal::{Of, Renewal};
 use crate::blobs::BlobError;
 use crate::db::DbError;
-use crate::domain::composition::{Composition, CompositionError};
+use crate::domain::composition::{Composition, CompositionError, Phase};
 use crate::domain::job::{JobError, Progress};
 use crate::domain::prompt_file::PromptFile;
+use crate::domain::sharing::Shards;
 use crate::jobs::finish::{Finished, finish};
-use crate::jobs::queue::{self, Claimed, QueueError, Renewal as Answer};
+use crate::jobs::queue::{self, Claimed, Lease, QueueError, Renewal as Answer};
+use crate::jobs::shards::{self, ClaimedShard, GivenBack};
 use crate::registry::RegistryError;
 use crate::shutdown::Shutdown;
 use crate::telemetry::chain;
@@ -74,10 +79,13 @@ pub struct EngineStuck;
 
 #[derive(Debug)]
 pub struct Runner {
+    pub worker_id: Uuid,
     pub inputs: Inputs,
     pub composer: ComposerThread,
     pub lease: Duration,
     pub stall: Duration,
+    /// Sample × source pairs that make a shard; 0 shares nothing.
+    pub shard_pairs: u64,
 }
 
 impl Runner {
@@ -89,34 +97,39 @@ impl Runner {
         shutdown: &Shutdown,
     ) -> Result<(), EngineStuck> {
         let stop = Stop::default();
-        let options = (*self.pool().connect_options()).clone();
-        let renewal = Renewal::start(options, claimed.lease, self.lease, claimed_at, stop.clone());
-        let outcome = {
-            let attempt = self.attempt(claimed, &stop, &renewal);
-            tokio::pin!(attempt);
-            tokio::select! {
-                outcome = &mut attempt => outcome,
-                () = shutdown.soft.cancelled() => {
-                    stop.because(StopReason::Shutdown);
-                    tokio::select! {
-                        outcome = &mut attempt => outcome,
-                        () = shutdown.hard.cancelled() => Err(AttemptError::Stopped),
-                    }
-                }
-            }
-        };
-        let stuck = matches!(
-            outcome,
-            Err(AttemptError::Stalled(_) | AttemptError::EngineGone)
-        );
-        if let Err(error) = outcome {
-            self.write_failure(claimed, &stop, &renewal, &error).await;
+        let renewal = self.renewal(claimed.lease, Of::Job, claimed_at, &stop);
+        let attempt = self.attempt(claimed, &stop, &renewal);
+        let outcome = until_shutdown(attempt, &stop, shutdown).await;
+        if let Err(error) = &outcome {
+            self.write_failure(claimed, &stop, &renewal, error).await;
         }
-        if stuck { Err(EngineStuck) } else { Ok(()) }
+        stuck(&outcome)
+    }
+
+    /// Works on a shard of somebody's job until it is stored or given back, or the lease is lost.
+    pub async fn help(
+        &self,
+        claimed: &ClaimedShard,
+        claimed_at: Instant,
+        shutdown: &Shutdown,
+    ) -> Result<(), EngineStuck> {
+        let stop = Stop::default();
+        let renewal = self.renewal(claimed.lease, Of::Shard, claimed_at, &stop);
+        let outcome = until_shutdown(self.shard(claimed, &stop), &stop, shutdown).await;
+        drop(renewal);
+        if let Err(error) = &outcome {
+            self.give_back(claimed, &stop, error).await;
+        }
+        stuck(&outcome)
     }
 
     fn pool(&self) -> &PgPool {
         &self.inputs.pool
+    }
+
+    fn renewal(&self, lease: Lease, of: Of, claimed_at: Instant, stop: &Stop) -> Renewal {
+        let options = (*self.pool().connect_options()).clone();
+        Renewal::start(options, lease, of, self.lease, claimed_at, stop.clone())
     }
 
     async fn attempt(
@@ -130,25 +143,59 @@ impl Runner {
             fetched = self.inputs.fetch(&claimed.spec) => fetched?,
             () = stop.asked() => return Err(AttemptError::Stopped),
         };
-        let composition = self.compose(claimed, work, stop).await?;
-        self.store(claimed, renewal, &composition).await
+        let shards = JobShards {
+            runtime: Handle::current(),
+            pool: self.pool().clone(),
+            blobs: self.inputs.blobs.clone(),
+            worker_id: self.worker_id,
+            lease: claimed.lease,
+            stop: stop.clone(),
+            shard_pairs: self.shard_pairs,
+            merged: (Phase::Features, 0),
+            done: 0.0,
+        };
+        let lease = (Of::Job, claimed.lease);
+        let done = self.drive(work, lease, Some(Box::new(shards)), stop);
+        match done.await? {
+            Done::Composition(composition) => self.store(claimed, renewal, &composition).await,
+            Done::Shard(_) => unreachable!("a job was asked for"),
+        }
+    }
+
+    async fn shard(&self, claimed: &ClaimedShard, stop: &Stop) -> Result<(), AttemptError> {
+        let (work, _in_use) = tokio::select! {
+            fetched = self.inputs.fetch_shard(claimed) => fetched?,
+            () = stop.asked() => return Err(AttemptError::Stopped),
+        };
+        let lease = (Of::Shard, claimed.lease);
+        match self.drive(work, lease, None, stop).await? {
+            Done::Shard(file) => {
+                let file = self.inputs.blobs.put_bytes(file).await;
+                let file = file.map_err(AttemptError::Statistics)?;
+                let mut conn = self.pool().acquire().await.map_err(QueueError::from)?;
+                shards::give(&mut conn, &self.inputs.blobs, claimed, &file.digest).await?;
+                Ok(())
+            }
+            Done::Composition(_) => unreachable!("a shard was asked for"),
+        }
     }
 
     /// Lets the composer work, storing its progress and passing on wishes to stop.
-    async fn compose(
+    async fn drive(
         &self,
-        claimed: &Claimed,
         work: Work,
+        lease: (Of, Lease),
+        shards: Option<Box<dyn Shards + Send>>,
         stop: &Stop,
-    ) -> Result<Composition, AttemptError> {
-        let (watched, mut answer) = self.composer.begin(work, stop.clone());
+    ) -> Result<Done, AttemptError> {
+        let (watched, mut answer) = self.composer.begin(work, stop.clone(), shards);
         let mut tick = tokio::time::interval(PROGRESS_EVERY);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut stored = None;
         loop {
             tokio::select! {
                 answer = &mut answer => return match answer {
-                    Ok(Ok(composition)) => Ok(composition),
+                    Ok(Ok(done)) => Ok(done),
                     Ok(Err(CompositionError::Stopped)) => Err(AttemptError::Stopped),
                     Ok(Err(error)) => Err(AttemptError::Composition(error)),
                     Err(_) => Err(AttemptError::EngineGone),
@@ -160,17 +207,24 @@ impl Runner {
                 stop.because(StopReason::Stalled);
                 return Err(AttemptError::Stalled(self.stall));
             }
-            if let Some(progress) = progress.filter(|progress| stored != Some(*progress)) {
-                stored = Some(progress);
-                self.store_progress(claimed, progress, stop).await;
-            }
+            let Some(progress) = progress.filter(|progress| stored != Some(*progress)) else {
+                continue;
+            };
+            stored = Some(progress);
+            self.store_progress(lease, progress, stop).await;
         }
     }
 
-    async fn store_progress(&self, claimed: &Claimed, progress: Progress, stop: &Stop) {
+    async fn store_progress(&self, (of, lease): (Of, Lease), progress: Progress, stop: &Stop) {
         let write = async {
-            let mut connection = self.pool().acquire().await?;
-            queue::progress(&mut connection, claimed.lease, progress).await
+            let mut conn = self.pool().acquire().await?;
+            match of {
+                Of::Job => queue::progress(&mut conn, lease, progress).await,
+                Of::Shard => {
+                    let done = progress.done as f64 / progress.total.max(1) as f64;
+                    shards::progress(&mut conn, lease, done).await
+                }
+            }
         };
         match write.await {
             Ok(Answer::Held) => {}
@@ -178,7 +232,7 @@ impl Runner {
             Err(QueueError::LeaseLost(_)) => stop.because(StopReason::LeaseLost),
             // Progress is for people; the renewal decides whether the job is still ours.
             Err(error) => {
-                tracing::warn!(job.id = %claimed.lease.job_id, error = chain(&error),
+                tracing::warn!(job.id = %lease.job_id, error = chain(&error),
                     "progress was not stored");
             }
         }
@@ -259,6 +313,33 @@ impl Runner {
         }
     }
 
+    /// A shard that was not computed is somebody else's to compute. Where not even this can be written, its lease runs out.
+    async fn give_back(&self, claimed: &ClaimedShard, stop: &Stop, error: &AttemptError) {
+        let job_id = claimed.lease.job_id;
+        let lost = matches!(error, AttemptError::Queue(QueueError::LeaseLost(_)));
+        if lost || stop.reason() == Some(StopReason::LeaseLost) {
+            return;
+        }
+        let why = match error {
+            AttemptError::Stopped => GivenBack::Released,
+            error => {
+                let (error, passing) = error.verdict();
+                tracing::warn!(job.id = %job_id, error.code = error.code, error = error.detail,
+                    retry = passing, "a shard failed");
+                match passing {
+                    true => GivenBack::Failed,
+                    false => GivenBack::Refused,
+                }
+            }
+        };
+        let write = async {
+            shards::give_back(&mut *self.pool().acquire().await?, claimed.lease, why).await
+        };
+        if let Err(error) = write.await {
+            tracing::warn!(job.id = %job_id, error = chain(&error), "a shard was not given back");
+        }
+    }
+
     /// Writes an outcome, waiting for a database that is gone for as long as the lease holds. A
     /// commit whose acknowledgement got lost shows as a lost lease the second time, with the
     /// outcome in place.
@@ -301,6 +382,32 @@ impl Runner {
                     .map(drop)
             }
         }
+    }
+}
+
+/// The outcome of an attempt, which is asked to stop with the process.
+async fn until_shutdown(
+    attempt: impl Future<Output = Result<(), AttemptError>>,
+    stop: &Stop,
+    shutdown: &Shutdown,
+) -> Result<(), AttemptError> {
+    tokio::pin!(attempt);
+    tokio::select! {
+        outcome = &mut attempt => outcome,
+        () = shutdown.soft.cancelled() => {
+            stop.because(StopReason::Shutdown);
+            tokio::select! {
+                outcome = &mut attempt => outcome,
+                () = shutdown.hard.cancelled() => Err(AttemptError::Stopped),
+            }
+        }
+    }
+}
+
+fn stuck(outcome: &Result<(), AttemptError>) -> Result<(), EngineStuck> {
+    match outcome {
+        Err(AttemptError::Stalled(_) | AttemptError::EngineGone) => Err(EngineStuck),
+        _ => Ok(()),
     }
 }
 

@@ -2,12 +2,15 @@
 
 use std::fs;
 use std::net::SocketAddr;
+use std::num::NonZeroU32;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use promptweave::db::MIGRATOR;
 use promptweave::domain::api_key::Scope;
 use promptweave::domain::digest::Digest;
+use promptweave::http::rate_limit::RateLimit;
 use promptweave::registry::DEFAULT_PROJECT;
 use serde_json::{Value, json};
 use sqlx::PgPool;
@@ -398,4 +401,20 @@ async fn an_ensemble_is_posted_watched_and_stopped(pool: PgPool) {
     let watched = shell.run(&["ensemble", "watch", id]).await;
     assert_eq!(watched.status, 1, "{watched:?}");
     assert!(watched.stderr.contains("the ensemble was cancelled"));
+}
+
+#[sqlx::test(migrator = "MIGRATOR")]
+async fn who_is_told_to_come_later_does(pool: PgPool) {
+    let limit = RateLimit {
+        per_second: 1.0,
+        burst: NonZeroU32::MIN,
+    };
+    let app = TestApp::with_settings(pool, |settings| settings.rate_limit = Some(limit));
+    let shell = Shell::over(app).await;
+    let begun = Instant::now();
+    for _ in 0..3 {
+        shell.ok(&["ls"]).await;
+    }
+    // The first at once, and each of the others a second later than it might have been.
+    assert!(begun.elapsed() >= Duration::from_secs(2));
 }

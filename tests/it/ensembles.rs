@@ -97,6 +97,7 @@ impl Worker {
             lease: Duration::from_secs(30),
             stall: Duration::from_secs(600),
             cache_dir: app.dir.path().join("cache"),
+            shard_pairs: 0,
             cache_bytes: 1 << 30,
         };
         let shutdown = Shutdown::default();

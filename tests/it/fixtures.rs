@@ -18,6 +18,7 @@ use promptweave::domain::job::{
 use promptweave::domain::objective::Objective;
 use promptweave::domain::precision::Precision;
 use promptweave::domain::prompt_file::{FORMAT, Origin, PromptFile, PromptMetadata};
+use promptweave::domain::sharing::{Next, Shard, ShardInput};
 use promptweave::domain::tensor::Tensor;
 use promptweave::jobs::requests::{self, NewJob};
 use promptweave::jobs::{self, ENSEMBLE, Job};
@@ -129,6 +130,7 @@ pub async fn spec(db: &mut PgConnection) -> EnsembleSpec {
         },
         objective: Objective::default(),
         output: "emoji-composed".into(),
+        stop_when: None,
         resolved_from: None,
     }
 }
@@ -227,6 +229,7 @@ pub fn composition(input_sources: &[(String, i32, Digest)], weights: &[f64]) -> 
                 version: None,
                 digest: Digest::of(&composed),
             },
+            early_stop: None,
             provenance: Provenance {
                 backbone_digest: Digest::of(b"backbone"),
                 preprocessing_id: preprocessing().id(),
@@ -284,6 +287,10 @@ pub struct FakeComposer {
     pub stopped: Arc<AtomicUsize>,
     /// Composers made.
     pub made: Arc<AtomicUsize>,
+    /// Gradients are dealt out in so many shards, where there is somebody to share with.
+    pub shards: usize,
+    /// Of what was computed here.
+    pub computed: Arc<Mutex<Vec<usize>>>,
 }
 
 impl FakeComposer {
@@ -320,6 +327,43 @@ impl FakeComposer {
         if observer.progress(phase, done, u64::MAX >> 1).is_break() {
             self.stopped.fetch_add(1, Ordering::SeqCst);
             return Err(CompositionError::Stopped);
+        }
+        Ok(())
+    }
+
+    fn file_of(&self, shard: Shard) -> Vec<u8> {
+        self.computed.lock().unwrap().push(shard.index);
+        format!("shard {}", shard.index).into_bytes()
+    }
+
+    /// Gradients by shards, as the engine does it.
+    fn share(&self, script: Script, observer: &mut dyn Observer) -> Result<(), CompositionError> {
+        let shards = observer.shards().expect("a job's are given");
+        let phase = Phase::Gradients;
+        let features = Shard {
+            phase: Phase::Features,
+            index: 0,
+            count: 1,
+        };
+        shards.give(features, b"features".to_vec()).unwrap();
+        let count = shards.lay_out(phase, self.shards).unwrap();
+        let mut merged = 0;
+        while merged < count {
+            let shards = observer.shards().unwrap();
+            let (next, done) = shards.next(phase).unwrap();
+            match next {
+                Next::Compute(shard) => {
+                    self.play(script, phase, observer)?;
+                    let shards = observer.shards().unwrap();
+                    shards.give(shard, self.file_of(shard)).unwrap();
+                }
+                Next::There(file) => {
+                    assert_eq!(file, format!("shard {merged}").into_bytes());
+                    merged += 1;
+                }
+                Next::Wait => {}
+            }
+            self.report(observer, phase, (done * 100.0) as u64)?;
         }
         Ok(())
     }
@@ -377,6 +421,9 @@ impl Composer for FakeComposer {
         for phase in Phase::ALL {
             self.report(observer, phase, 0)?;
             if phase == Phase::Gradients {
+                if self.shards > 1 {
+                    self.share(script, observer)?;
+                }
                 self.play(script, phase, observer)?;
             }
         }
@@ -410,6 +457,18 @@ impl Composer for FakeComposer {
         resolved.result.diagnostics.composed = None;
         resolved.result.diagnostics.surrogate_gap = None;
         Ok(resolved)
+    }
+
+    fn shard(
+        &mut self,
+        input: &ShardInput,
+        observer: &mut dyn Observer,
+    ) -> Result<Vec<u8>, CompositionError> {
+        let script = self.begin();
+        assert_eq!(input.features, [b"features"]);
+        self.report(observer, input.shard.phase, 0)?;
+        self.play(script, input.shard.phase, observer)?;
+        Ok(self.file_of(input.shard))
     }
 
     fn device(&self) -> String {

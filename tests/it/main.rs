@@ -30,6 +30,7 @@ mod rate_limits;
 mod remote;
 mod resolve;
 mod s3;
+mod shards;
 mod traversal;
 mod up;
 mod uris;

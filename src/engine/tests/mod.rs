@@ -4,4 +4,5 @@
 mod cache;
 mod composition;
 mod cuda;
+mod sharing;
 mod solver;

@@ -1,18 +1,17 @@
 //! The whole method, step by step.
 
+mod ground;
+
 use tch::Tensor;
 
-use super::cache::{CachedGradients, CachedSources, ResultCache};
+use super::cache::{CachedSources, ResultCache};
 use super::evaluate::Evaluation;
-use super::features::extract;
-use super::gradients::{self, accumulate, sample_folds};
-use super::head::{fit_heads, folds};
 use super::refine::Refiner;
 use super::report::Evidence;
 use super::samples::{Samples, Selection};
 use super::solve::{Solved, solve};
 use super::sources::{check_sources, composed_prompt, mix};
-use super::statistics::{HeadStatistics, Metadata, RecordedSource, Statistics};
+use super::statistics::{Metadata, RecordedSource, Statistics};
 use super::steps::{Steps, stop_on};
 use super::token_alignment::align;
 use super::transferability::SourceScores;
@@ -26,6 +25,7 @@ use crate::domain::composition::{
 use crate::domain::dataset::LabelledImages;
 use crate::domain::objective::{HScoreOptions, Objective, Shrinkage};
 use crate::domain::prompt_file::PromptFile;
+use crate::domain::sharing::StopWhen;
 use crate::domain::tensor::Tensor as PlainTensor;
 
 pub fn compose(
@@ -36,7 +36,10 @@ pub fn compose(
     observer: &mut dyn Observer,
 ) -> Result<Composition, EngineError> {
     let CompositionInput {
-        objective, target, ..
+        objective,
+        target,
+        stop_when,
+        ..
     } = input;
     let mut steps = Steps::new(observer);
     objective.weighing()?;
@@ -46,12 +49,7 @@ pub fn compose(
     let dataset = LabelledImages::read(&input.target_dir)?;
 
     steps.begin(Phase::Features)?;
-    let selection = Selection {
-        split: target.split,
-        max_samples: Some(target.max_samples),
-        seed: target.seed,
-        skip_bad: target.skip_bad,
-    };
+    let selection = Selection::of_target(target);
     let preprocessing = &backbone.config.preprocessing;
     let samples = Samples::load(&dataset, &selection, preprocessing)?;
     check_samples(&samples, &dataset, objective, vit)?;
@@ -74,15 +72,17 @@ pub fn compose(
         eval: eval.as_ref(),
         num_classes: dataset.classes.len(),
         objective,
+        stop_when: *stop_when,
         tensors: prompts.iter().map(|p| prompt_tensor(p, vit)).collect(),
         prompts,
         sources,
     };
     let cached = CachedSources::new(cache, backbone, vit, &samples, &work.prompts);
-    let statistics = work.statistics(cached, &mut steps)?;
+    let (statistics, early_stop) = work.statistics(cached, &mut steps)?;
 
     steps.begin(Phase::Solve)?;
-    let solved = solve(&statistics, objective, &mut steps, &mut |path, steps| {
+    let ground = statistics.ground();
+    let solved = solve(ground, objective, &mut steps, &mut |path, steps| {
         work.validate(path, steps)
     })?;
 
@@ -114,6 +114,7 @@ pub fn compose(
         composed,
         verified: Some(verified),
         refinement,
+        early_stop,
     };
     evidence.composition(steps)
 }
@@ -147,6 +148,7 @@ struct Work<'a> {
     /// Of the data set, whether present or not.
     num_classes: usize,
     objective: &'a Objective,
+    stop_when: Option<StopWhen>,
     sources: &'a [Source],
     /// Theirs, with their rows in the common order, and the same on the device [m, d].
     prompts: Vec<PlainTensor<f32>>,
@@ -154,84 +156,6 @@ struct Work<'a> {
 }
 
 impl Work<'_> {
-    /// Features, heads and gradients: all that α is computed from.
-    fn statistics(
-        &self,
-        mut cached: CachedSources<'_>,
-        steps: &mut Steps<'_>,
-    ) -> Result<Statistics, EngineError> {
-        let Self {
-            vit,
-            samples,
-            tensors: prompts,
-            ..
-        } = self;
-        let pairs = |prompts: usize| (samples.len() * prompts) as u64;
-        let features = cached.features(prompts, |unknown| {
-            extract(vit, samples, unknown, steps.counter(pairs(unknown.len())))
-        })?;
-        self.eval.map_or(Ok(()), Samples::wait)?;
-
-        steps.begin(Phase::Heads)?;
-        let labels = &samples.labels;
-        let folds = folds(labels, vit.config.embed_dim);
-        let mut count = steps.counter(prompts.len() as u64);
-        let heads = fit_heads(
-            &features,
-            labels,
-            &folds,
-            self.num_classes,
-            &self.objective.head,
-            &mut || stop_on(count(1)),
-        )?;
-        drop(count);
-
-        steps.begin(Phase::Gradients)?;
-        let head = &self.objective.head;
-        let num_tokens = self.prompts[0].shape[0];
-        let mut accumulated = |known: &CachedGradients| {
-            let sources = gradients::Sources {
-                prompts,
-                heads: &heads,
-                known,
-            };
-            let counter = steps.counter(pairs(known.unknown().len()));
-            accumulate(
-                vit,
-                samples,
-                &sources,
-                &folds,
-                &sample_folds(labels),
-                counter,
-            )
-        };
-        let known = cached.gradients(num_tokens, head, &folds, self.num_classes);
-        let gradients = match accumulated(&known) {
-            // The disk failed under an open file. It takes longer so, and that is all.
-            Err(EngineError::Cache(error)) => {
-                tracing::warn!(%error, "gradients that were kept are computed again");
-                accumulated(&CachedGradients::none(prompts.len()))?
-            }
-            accumulated => accumulated?,
-        };
-        let gradients = gradients.finish(self.objective.alignment.gradient_norm)?;
-        cached.keep(&known);
-        let of_heads = |of: fn(&super::head::SourceHead) -> f64| heads.iter().map(of).collect();
-        Ok(Statistics {
-            features,
-            prompts: self.prompts.clone(),
-            labels: labels.clone(),
-            sample_indices: samples.indices.clone(),
-            folds,
-            heads: HeadStatistics {
-                temperature: of_heads(|head| head.temperature),
-                loss: of_heads(|head| head.loss),
-                saturation: of_heads(|head| head.saturation),
-            },
-            gradients,
-        })
-    }
-
     /// The sources as the statistics name them, with their isolated scores.
     fn recorded(&self, statistics: &Statistics) -> Result<Vec<RecordedSource>, EngineError> {
         let Statistics {

@@ -1,0 +1,198 @@
+//! All that α is computed from: features, heads and gradients, here or by whoever shares the work.
+
+use std::ops::ControlFlow;
+
+use tch::Tensor;
+
+use super::Work;
+use crate::domain::composition::Phase;
+use crate::domain::sharing::{EarlyStop, Shard, Shards, most_shards, num_shards};
+use crate::engine::EngineError;
+use crate::engine::cache::{CachedGradients, CachedSources};
+use crate::engine::estimates::Estimates;
+use crate::engine::features::extract;
+use crate::engine::gradients::{self, GradientStatistics, accumulate, sample_folds};
+use crate::engine::head::{SourceHead, fit_heads, folds};
+use crate::engine::samples::Samples;
+use crate::engine::shard_file;
+use crate::engine::sharing::{Shared, by_shards};
+use crate::engine::statistics::{HeadStatistics, Statistics};
+use crate::engine::steps::{Steps, stop_on};
+
+impl Work<'_> {
+    /// Features, heads and gradients: all that α is computed from, and whether less than all was enough.
+    pub(super) fn statistics(
+        &self,
+        mut cached: CachedSources<'_>,
+        steps: &mut Steps<'_>,
+    ) -> Result<(Statistics, Option<EarlyStop>), EngineError> {
+        let Self { vit, samples, .. } = self;
+        let labels = &samples.labels;
+        let features = cached.features(&self.tensors, |unknown| self.features(unknown, steps))?;
+        self.eval.map_or(Ok(()), Samples::wait)?;
+
+        steps.begin(Phase::Heads)?;
+        let folds = folds(labels, vit.config.embed_dim);
+        let mut count = steps.counter(self.tensors.len() as u64);
+        let heads = fit_heads(
+            &features,
+            labels,
+            &folds,
+            self.num_classes,
+            &self.objective.head,
+            &mut || stop_on(count(1)),
+        )?;
+        drop(count);
+
+        steps.begin(Phase::Gradients)?;
+        let known = cached.gradients(
+            self.prompts[0].shape[0],
+            &self.objective.head,
+            &folds,
+            self.num_classes,
+        );
+        let nothing_known = known.unknown().len() == self.tensors.len();
+        let in_shards = match nothing_known {
+            true => self.gradients_in_shards(&features, &heads, steps)?,
+            false => None,
+        };
+        let (gradients, early_stop) = match in_shards {
+            Some(merged) => merged,
+            None => (self.gradients(&heads, &folds, &known, steps)?, None),
+        };
+        let gradients = gradients.finish(self.objective.alignment.gradient_norm)?;
+        cached.keep(&known);
+        let of_heads = |of: fn(&SourceHead) -> f64| heads.iter().map(of).collect();
+        let statistics = Statistics {
+            features,
+            prompts: self.prompts.clone(),
+            labels: labels.clone(),
+            sample_indices: samples.indices.clone(),
+            folds,
+            heads: HeadStatistics {
+                temperature: of_heads(|head| head.temperature),
+                loss: of_heads(|head| head.loss),
+                saturation: of_heads(|head| head.saturation),
+            },
+            gradients,
+        };
+        Ok((statistics, early_stop))
+    }
+
+    /// Of these prompts, by whoever is free; where only some of the sources' are asked for, it is little, and done here.
+    fn features(&self, prompts: &[Tensor], steps: &mut Steps<'_>) -> Result<Tensor, EngineError> {
+        let shared = self.shared();
+        let all = prompts.len() == self.tensors.len();
+        let count = match steps.shards().filter(|_| all) {
+            Some(shards) => shards.lay_out(Phase::Features, self.num_shards(shards))?,
+            None => 1,
+        };
+        if count == 1 {
+            let pairs = self.vit.pairs(self.samples, prompts);
+            return extract(self.vit, &pairs, steps.counter(pairs.len()));
+        }
+        let mut merged = shared.merge_features();
+        by_shards(
+            steps,
+            Phase::Features,
+            count,
+            shared.pairs(),
+            |shard, progress| shared.features_of(shard, progress),
+            |bytes, _| Ok(ControlFlow::Continue(merged.add(&bytes, count)?)),
+        )?;
+        Ok(merged.whole())
+    }
+
+    /// All of them here, less those that are known.
+    fn gradients(
+        &self,
+        heads: &[SourceHead],
+        folds: &[usize],
+        known: &CachedGradients,
+        steps: &mut Steps<'_>,
+    ) -> Result<GradientStatistics, EngineError> {
+        let pairs = self.vit.pairs(self.samples, &self.tensors);
+        let sample_folds = sample_folds(&self.samples.labels);
+        let mut accumulated = |known: &CachedGradients| {
+            let sources = gradients::Sources { heads, known };
+            let counter = steps.counter((self.samples.len() * known.unknown().len()) as u64);
+            accumulate(self.vit, &pairs, &sources, folds, &sample_folds, counter)
+        };
+        match accumulated(known) {
+            // The disk failed under an open file. It takes longer so, and that is all.
+            Err(EngineError::Cache(error)) => {
+                tracing::warn!(%error, "gradients that were kept are computed again");
+                accumulated(&CachedGradients::none(heads.len()))
+            }
+            accumulated => accumulated,
+        }
+    }
+
+    /// The same by whoever is free, merged shard by shard until enough is known; `None` where it is not worth it.
+    fn gradients_in_shards(
+        &self,
+        features: &Tensor,
+        heads: &[SourceHead],
+        steps: &mut Steps<'_>,
+    ) -> Result<Option<(GradientStatistics, Option<EarlyStop>)>, EngineError> {
+        let shared = self.shared();
+        let Some(shards) = steps.shards() else {
+            return Ok(None);
+        };
+        let planned = match self.stop_when {
+            Some(_) => most_shards(self.samples.len()),
+            None => self.num_shards(shards),
+        };
+        if planned > 1 && shards.lay_out(Phase::Features, 1)? == 1 {
+            // Computed here, and needed by who helps.
+            let whole = Shard {
+                phase: Phase::Features,
+                index: 0,
+                count: 1,
+            };
+            shards.give(whole, shard_file::of_features(features)?)?;
+        }
+        let count = shards.lay_out(Phase::Gradients, planned)?;
+        if count == 1 {
+            return Ok(None);
+        }
+        let mut merged = shared.no_gradients();
+        let mut estimates = Estimates::new(
+            self.sources,
+            self.objective,
+            self.stop_when,
+            features,
+            &self.samples.labels,
+            count,
+        );
+        let mut early_stop = None;
+        by_shards(
+            steps,
+            Phase::Gradients,
+            count,
+            shared.pairs(),
+            |shard, progress| shared.gradients_of(shard, heads, progress),
+            |bytes, steps| {
+                shard_file::add_gradients(&mut merged, &bytes)?;
+                early_stop = estimates.after(&merged, steps)?;
+                Ok(match early_stop {
+                    Some(_) => ControlFlow::Break(()),
+                    None => ControlFlow::Continue(()),
+                })
+            },
+        )?;
+        Ok(Some((merged, early_stop)))
+    }
+
+    fn num_shards(&self, shards: &dyn Shards) -> usize {
+        num_shards(self.samples.len(), self.tensors.len(), shards.shard_pairs())
+    }
+
+    fn shared(&self) -> Shared<'_> {
+        Shared {
+            vit: self.vit,
+            samples: self.samples,
+            prompts: &self.tensors,
+        }
+    }
+}

@@ -1,0 +1,123 @@
+//! α while gradients are still being taken: by the shards that were merged so far, with the features of all samples.
+
+use std::time::{Duration, Instant};
+
+use tch::Tensor;
+
+use super::EngineError;
+use super::gradients::GradientStatistics;
+use super::solve::{Solved, solve};
+use super::statistics::Ground;
+use super::steps::Steps;
+use crate::domain::composition::{Source, SourceWeight};
+use crate::domain::objective::{Objective, TradeOffRule, Weighing};
+use crate::domain::sharing::{EarlyStop, Estimate, StopWhen};
+
+/// An estimate that nobody's end depends on is made where it takes at most this part of the time.
+const SHARE: u32 = 10;
+
+/// Estimates of one composition, after each shard.
+pub struct Estimates<'a> {
+    sources: &'a [Source],
+    objective: &'a Objective,
+    stop_when: Option<StopWhen>,
+    /// Of all samples, [M, N, d].
+    features: &'a Tensor,
+    labels: &'a [usize],
+    shards: usize,
+    merged: usize,
+    /// When the last was made, and how long it took.
+    last: (Instant, Duration),
+}
+
+impl<'a> Estimates<'a> {
+    pub fn new(
+        sources: &'a [Source],
+        objective: &'a Objective,
+        stop_when: Option<StopWhen>,
+        features: &'a Tensor,
+        labels: &'a [usize],
+        shards: usize,
+    ) -> Self {
+        Self {
+            sources,
+            objective,
+            stop_when,
+            features,
+            labels,
+            shards,
+            merged: 0,
+            last: (Instant::now(), Duration::ZERO),
+        }
+    }
+
+    /// Tells what one shard more has made of α; an answer says that this is enough.
+    pub fn after(
+        &mut self,
+        merged: &GradientStatistics,
+        steps: &mut Steps<'_>,
+    ) -> Result<Option<EarlyStop>, EngineError> {
+        self.merged += 1;
+        // The last one is the answer, which is on its way; and a choice by accuracy needs forward passes.
+        let by_accuracy = self.objective.weighing()? == Weighing::Rule(TradeOffRule::Validation);
+        if self.merged == self.shards || by_accuracy {
+            return Ok(None);
+        }
+        let (at, took) = self.last;
+        if self.stop_when.is_none() && took * SHARE > at.elapsed() {
+            return Ok(None);
+        }
+        let begun = Instant::now();
+        let gradients = merged.finish(self.objective.alignment.gradient_norm)?;
+        let ground = Ground {
+            features: self.features,
+            labels: self.labels,
+            gradients: &gradients,
+        };
+        let solved = steps.aside(|steps| {
+            solve(ground, self.objective, steps, &mut |_, _| {
+                unreachable!("not by accuracy")
+            })
+        })?;
+        self.last = (Instant::now(), begun.elapsed());
+        let source_weights = self.weights(&solved);
+        let stop = self.stop(&source_weights, merged.num_samples());
+        let estimate = Estimate {
+            shards_done: self.merged,
+            shards: self.shards,
+            samples: merged.num_samples(),
+            source_weights,
+            h_score: solved.solution.h_score,
+            gradient_alignment: solved.solution.gradient_alignment,
+        };
+        if let Some(shards) = steps.shards() {
+            shards.estimate(&estimate);
+        }
+        Ok(stop)
+    }
+
+    fn weights(&self, solved: &Solved) -> Vec<SourceWeight> {
+        let errors = solved.standard_errors.as_ref();
+        let weights = self.sources.iter().zip(&solved.solution.alpha).enumerate();
+        weights
+            .map(|(i, (source, weight))| SourceWeight {
+                prompt: source.prompt.clone(),
+                version: source.version,
+                digest: source.digest,
+                weight: *weight,
+                standard_error: errors.map(|errors| errors[i]),
+            })
+            .collect()
+    }
+
+    fn stop(&self, weights: &[SourceWeight], samples: usize) -> Option<EarlyStop> {
+        let asked = self.stop_when.filter(|asked| asked.is_met_by(weights))?;
+        let errors = weights.iter().filter_map(|source| source.standard_error);
+        Some(EarlyStop {
+            samples,
+            of: self.labels.len(),
+            asked: asked.weight_se,
+            weight_se: errors.fold(0.0, f64::max),
+        })
+    }
+}

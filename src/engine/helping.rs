@@ -1,0 +1,106 @@
+//! A shard of somebody else's composition.
+
+use uuid::Uuid;
+
+use super::EngineError;
+use super::head::{SourceHead, fit_heads, folds};
+use super::prompt_tensor;
+use super::samples::{Samples, Selection};
+use super::sharing::Shared;
+use super::sources::check_sources;
+use super::steps::{Steps, stop_on};
+use super::token_alignment::align;
+use super::vit::Vit;
+use crate::domain::backbone::Backbone;
+use crate::domain::composition::{CompositionInput, Observer, Phase};
+use crate::domain::dataset::LabelledImages;
+use crate::domain::sharing::{Shard, ShardInput};
+use crate::domain::tensor::Tensor as PlainTensor;
+
+/// What the last shard was computed from, for the next one of the same job.
+pub struct Prepared {
+    job: Uuid,
+    samples: Samples,
+    num_classes: usize,
+    prompts: Vec<PlainTensor<f32>>,
+    /// Once gradients are asked for.
+    heads: Option<Vec<SourceHead>>,
+}
+
+impl Prepared {
+    fn for_job(
+        job: Uuid,
+        input: &CompositionInput,
+        backbone: &Backbone,
+    ) -> Result<Self, EngineError> {
+        check_sources(&input.sources, backbone)?;
+        let (prompts, _) = align(&input.sources, input.objective.align_tokens)?;
+        let dataset = LabelledImages::read(&input.target_dir)?;
+        let selection = Selection::of_target(&input.target);
+        Ok(Self {
+            job,
+            samples: Samples::load(&dataset, &selection, &backbone.config.preprocessing)?,
+            num_classes: dataset.classes.len(),
+            prompts,
+            heads: None,
+        })
+    }
+}
+
+/// The file of a shard. `prepared` is what an earlier one left, if any.
+pub fn shard(
+    backbone: &Backbone,
+    vit: &Vit,
+    prepared: &mut Option<Prepared>,
+    input: &ShardInput,
+    observer: &mut dyn Observer,
+) -> Result<Vec<u8>, EngineError> {
+    let mut steps = Steps::new(observer);
+    steps.begin(input.shard.phase)?;
+    let of_job = prepared.take().filter(|it| it.job == input.job);
+    let it = match of_job {
+        Some(it) => prepared.insert(it),
+        None => prepared.insert(Prepared::for_job(input.job, &input.composition, backbone)?),
+    };
+    let tensors: Vec<_> = it.prompts.iter().map(|p| prompt_tensor(p, vit)).collect();
+    let shared = Shared {
+        vit,
+        samples: &it.samples,
+        prompts: &tensors,
+    };
+    let Shard { phase, count, .. } = input.shard;
+    let pairs = shared.pairs() / count as u64;
+    if phase == Phase::Features {
+        return shared.features_of(input.shard, steps.counter(pairs));
+    }
+    let heads = match it.heads.take() {
+        Some(heads) => it.heads.insert(heads),
+        None => it
+            .heads
+            .insert(heads_of(&shared, it.num_classes, input, &mut steps)?),
+    };
+    shared.gradients_of(input.shard, heads, steps.counter(pairs))
+}
+
+/// As who has the job fitted them: on the same features in the same way.
+fn heads_of(
+    shared: &Shared<'_>,
+    num_classes: usize,
+    input: &ShardInput,
+    steps: &mut Steps<'_>,
+) -> Result<Vec<SourceHead>, EngineError> {
+    let mut merged = shared.merge_features();
+    for bytes in &input.features {
+        merged.add(bytes, input.features.len())?;
+    }
+    let labels = &shared.samples.labels;
+    let mut count = steps.counter(shared.prompts.len() as u64);
+    fit_heads(
+        &merged.whole(),
+        labels,
+        &folds(labels, shared.vit.config.embed_dim),
+        num_classes,
+        &input.composition.objective.head,
+        &mut || stop_on(count(0)),
+    )
+}

@@ -1,0 +1,166 @@
+//! The shards of the job that this worker has, as its engine sees them. Lives on the engine's thread, which may wait.
+
+use std::ops::ControlFlow;
+use std::time::Duration;
+
+use sqlx::PgPool;
+use tokio::runtime::Handle;
+use uuid::Uuid;
+
+use super::composer_thread::{Stop, StopReason};
+use crate::blobs::BlobStore;
+use crate::db::DbError;
+use crate::domain::composition::Phase;
+use crate::domain::sharing::{Estimate, Next, Shard, Shards, SharingError};
+use crate::jobs::queue::{Lease, QueueError};
+use crate::jobs::shards;
+use crate::registry::RegistryError;
+use crate::telemetry::chain;
+
+/// Between two looks for a shard that somebody else computes, and between two tries while the database is gone.
+const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(200);
+
+pub struct JobShards {
+    pub runtime: Handle,
+    pub pool: PgPool,
+    pub blobs: BlobStore,
+    pub worker_id: Uuid,
+    pub lease: Lease,
+    pub stop: Stop,
+    pub shard_pairs: u64,
+    /// The phase in work, and how many of its shards were handed to the engine.
+    pub merged: (Phase, usize),
+    /// As it was last seen.
+    pub done: f64,
+}
+
+impl Shards for JobShards {
+    fn shard_pairs(&self) -> u64 {
+        self.shard_pairs
+    }
+
+    fn lay_out(&mut self, phase: Phase, count: usize) -> Result<usize, SharingError> {
+        self.merged = (phase, 0);
+        let laid_out = self.until_done(async || {
+            shards::lay_out(&mut *self.pool.acquire().await?, self.lease, phase, count).await
+        });
+        // Where it has to stop, the engine is told at the next sign of life.
+        Ok(laid_out?.unwrap_or(1))
+    }
+
+    fn next(&mut self, phase: Phase) -> Result<(Next, f64), SharingError> {
+        let (next, done) = self
+            .until_done(async || self.look(phase).await)?
+            .unwrap_or((Next::Wait, self.done));
+        self.done = done;
+        match next {
+            Next::There(_) => self.merged.1 += 1,
+            Next::Compute(_) => {}
+            // The engine asks whether to stop by itself.
+            Next::Wait => _ = self.runtime.block_on(self.pause()),
+        }
+        Ok((next, done))
+    }
+
+    fn give(&mut self, shard: Shard, bytes: Vec<u8>) -> Result<(), SharingError> {
+        let bytes = bytes::Bytes::from(bytes);
+        self.until_done(async || {
+            let file = self
+                .blobs
+                .put_bytes(bytes.clone())
+                .await
+                .map_err(RegistryError::from)?;
+            let mut conn = self.pool.acquire().await?;
+            let (lease, worker_id) = (self.lease, self.worker_id);
+            shards::put(
+                &mut conn,
+                &self.blobs,
+                lease,
+                worker_id,
+                shard,
+                &file.digest,
+            )
+            .await
+        })?;
+        Ok(())
+    }
+
+    fn end(&mut self, phase: Phase) -> Result<(), SharingError> {
+        self.until_done(async || {
+            shards::end(&mut *self.pool.acquire().await?, self.lease, phase).await
+        })?;
+        Ok(())
+    }
+
+    fn estimate(&mut self, estimate: &Estimate) {
+        let write = async {
+            shards::estimate(&mut *self.pool.acquire().await?, self.lease, estimate).await
+        };
+        // It is for people; the renewal decides whether the job is still ours.
+        if let Err(error) = self.runtime.block_on(write) {
+            let error = chain(&error);
+            tracing::warn!(job.id = %self.lease.job_id, error, "an estimate was not stored");
+        }
+    }
+}
+
+impl JobShards {
+    async fn look(&self, phase: Phase) -> Result<(Next, f64), QueueError> {
+        let mut conn = self.pool.acquire().await?;
+        let there = shards::there(&mut conn, self.lease.job_id, phase).await?;
+        let (_, merged) = self.merged;
+        if let Some(Some(file)) = there.files.get(merged) {
+            drop(conn);
+            let bytes = self
+                .blobs
+                .get_bytes(file)
+                .await
+                .map_err(RegistryError::from)?;
+            return Ok((Next::There(bytes.into()), there.done));
+        }
+        let next = match shards::take(&mut conn, self.lease, self.worker_id, phase).await? {
+            Some(index) => Next::Compute(Shard {
+                phase,
+                index,
+                count: there.files.len(),
+            }),
+            None => Next::Wait,
+        };
+        Ok((next, there.done))
+    }
+
+    /// `Break`: it was asked to stop.
+    async fn pause(&self) -> ControlFlow<()> {
+        let asked = tokio::time::timeout(LOOK_AGAIN_AFTER, self.stop.asked());
+        match asked.await {
+            Ok(()) => ControlFlow::Break(()),
+            Err(_) => ControlFlow::Continue(()),
+        }
+    }
+
+    /// Waits for a database that is gone. None: the work is to stop.
+    fn until_done<T>(
+        &self,
+        work: impl AsyncFn() -> Result<T, QueueError>,
+    ) -> Result<Option<T>, SharingError> {
+        self.runtime.block_on(async {
+            loop {
+                match work().await {
+                    Ok(done) => return Ok(Some(done)),
+                    Err(QueueError::LeaseLost(_)) => {
+                        self.stop.because(StopReason::LeaseLost);
+                        return Ok(None);
+                    }
+                    Err(
+                        QueueError::Db(DbError::Unavailable(_))
+                        | QueueError::Registry(RegistryError::Db(DbError::Unavailable(_))),
+                    ) => {}
+                    Err(error) => return Err(SharingError(Box::new(error))),
+                }
+                if self.pause().await.is_break() {
+                    return Ok(None);
+                }
+            }
+        })
+    }
+}
