@@ -26,7 +26,7 @@ use crate::engine::cache::ResultCache;
 use crate::gc::Retention;
 use crate::http::rate_limit::RateLimit;
 use crate::remote::client::Client;
-use crate::remote::network::Opening;
+use crate::remote::network::{Network, Opening};
 use crate::remote::s3::S3Url;
 use crate::remote::sources::Sources;
 use crate::remote::uri::{AllowedUris, SourceUri};
@@ -114,7 +114,7 @@ pub struct StorageOptions {
     #[arg(long, env = "PROMPTWEAVE_BLOB_STORE", value_name = "URL")]
     pub blob_store: Option<S3Url>,
     /// Addresses (`10.1.0.0/16`) or a host with its port (`minio.internal:9000`) that connections may go
-    /// to besides public addresses: an S3 of your own, say. May be given several times (`,` between
+    /// to besides public addresses: an S3 of your own, say, or a receiver of webhooks. May be given several times (`,` between
     /// them in the environment).
     #[arg(
         long,
@@ -164,8 +164,12 @@ impl StorageOptions {
     }
 
     fn client(&self) -> anyhow::Result<Client> {
-        let network = self.allow_network.iter().cloned().collect();
-        Client::new(network).context("cannot set up HTTP")
+        Client::new(self.network()).context("cannot set up HTTP")
+    }
+
+    /// Where connections may go.
+    pub fn network(&self) -> Network {
+        self.allow_network.iter().cloned().collect()
     }
 
     pub fn data_dir(&self) -> PathBuf {

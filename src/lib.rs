@@ -31,4 +31,5 @@ pub mod roles;
 pub mod shutdown;
 pub mod telemetry;
 pub mod up;
+pub mod webhooks;
 pub mod worker;

@@ -20,7 +20,9 @@ use crate::http::{AppState, HttpSettings, router};
 use crate::jobs::reaper;
 use crate::jobs::watch::JobWatch;
 use crate::registry::roots::AllowedRoots;
+use crate::remote::client::Client;
 use crate::shutdown::Shutdown;
+use crate::webhooks::deliverer;
 use crate::worker::composer_thread::NewComposer;
 use crate::worker::{self, WorkerSettings};
 
@@ -91,6 +93,7 @@ pub(crate) fn app_state(
         dataset_roots: AllowedRoots::new(http.dataset_root.clone()),
         backbone_roots: AllowedRoots::new(http.backbone_root.clone()),
         sources: http.sources(storage)?,
+        network: storage.network(),
         scratch_dir,
     };
     Ok(AppState {
@@ -111,7 +114,7 @@ pub(crate) async fn bind(http: &HttpOptions) -> anyhow::Result<TcpListener> {
     })
 }
 
-/// Answers requests, reaps and collects garbage until told to stop.
+/// Answers requests, reaps, delivers webhooks' messages and collects garbage until told to stop.
 pub(crate) async fn serve_until(
     listener: TcpListener,
     state: AppState,
@@ -124,6 +127,9 @@ pub(crate) async fn serve_until(
         listener.local_addr()?
     );
     let reaper = tokio::spawn(reaper::run(state.pool.clone(), shutdown.soft.clone()));
+    let client = Client::new(state.settings.network.clone()).context("cannot set up HTTP")?;
+    let deliverer = deliverer::run(state.pool.clone(), client, shutdown.soft.clone());
+    let deliverer = tokio::spawn(deliverer);
     let (pool, blobs) = (state.pool.clone(), state.blobs.clone());
     let collector = gc::run_daily(pool, blobs, retention, shutdown.soft.clone());
     let collector = tokio::spawn(collector);
@@ -135,6 +141,7 @@ pub(crate) async fn serve_until(
         () = shutdown.hard.cancelled() => tracing::warn!("requests were cut off"),
     }
     reaper.await?;
+    deliverer.await?;
     // What it has begun is safe to break off.
     collector.abort();
     Ok(())

@@ -21,13 +21,13 @@ use uuid::Uuid;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Scope {
-    /// Read everything but keys, projects and workers.
+    /// Read everything but keys, projects, webhooks and workers.
     Read,
     /// Register prompts, backbones and data sets, and change them.
     Write,
     /// Start and cancel ensembles.
     Run,
-    /// Keys, projects and workers.
+    /// Keys, projects, webhooks and workers.
     Admin,
 }
 

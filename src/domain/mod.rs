@@ -29,3 +29,4 @@ pub mod sharing;
 pub mod tensor;
 pub mod tensor_file;
 pub mod webdataset;
+pub mod webhook;

@@ -106,6 +106,35 @@ const LINKS: &[Links] = &[
         with: &[("id", "/items/0/id")],
     },
     Links {
+        from: &["create_webhook", "get_webhook", "change_webhook"],
+        to: &[
+            "get_webhook",
+            "change_webhook",
+            "delete_webhook",
+            "test_webhook",
+            "list_webhook_deliveries",
+        ],
+        with: &[("id", "/id")],
+    },
+    Links {
+        from: &["list_webhooks"],
+        to: &["get_webhook"],
+        with: &[("id", "/items/0/id")],
+    },
+    Links {
+        from: &["test_webhook", "get_webhook_delivery", "redeliver"],
+        to: &["get_webhook_delivery", "redeliver"],
+        with: &[("id", "/webhook_id"), ("delivery_id", "/id")],
+    },
+    Links {
+        from: &["list_webhook_deliveries"],
+        to: &["get_webhook_delivery"],
+        with: &[
+            ("id", "/items/0/webhook_id"),
+            ("delivery_id", "/items/0/id"),
+        ],
+    },
+    Links {
         from: &["create_project"],
         to: &["get_project"],
         with: &[("name", "/name")],

@@ -32,6 +32,8 @@ pub mod prompts;
 pub mod rate_limit;
 mod sources;
 mod spool;
+mod webhook_deliveries;
+pub mod webhooks;
 pub mod workers;
 
 use std::any::Any;
@@ -55,6 +57,7 @@ use crate::blobs::BlobStore;
 use crate::clock::Clock;
 use crate::jobs::watch::JobWatch;
 use crate::registry::roots::AllowedRoots;
+use crate::remote::network::Network;
 use crate::remote::sources::Sources;
 use crate::telemetry;
 use rate_limit::{Limiter, RateLimit};
@@ -94,6 +97,8 @@ pub struct HttpSettings {
     pub backbone_roots: AllowedRoots,
     /// Where else they may be fetched from; None: nowhere.
     pub sources: Option<Sources>,
+    /// Where webhooks may lead.
+    pub network: Network,
     /// Packs are made here before they go to the blob store; must have room for a data set.
     pub scratch_dir: PathBuf,
 }
@@ -111,6 +116,7 @@ impl Default for HttpSettings {
             dataset_roots: AllowedRoots::default(),
             backbone_roots: AllowedRoots::default(),
             sources: None,
+            network: Network::default(),
             scratch_dir: std::env::temp_dir(),
         }
     }

@@ -13,6 +13,7 @@ use crate::db::expect_one_row;
 use crate::domain::composition::CompositionResult;
 use crate::domain::digest::Digest;
 use crate::domain::job::{AttemptOutcome, JobError, JobState};
+use crate::webhooks::outbox;
 
 /// A running job whose row this transaction holds.
 pub(super) struct Held {
@@ -175,6 +176,8 @@ impl Held {
         record(tx, self.job_id, event_name(state, outcome), data).await?;
         if state == JobState::Queued {
             notify(tx).await?;
+        } else {
+            outbox::ended(tx, self.job_id).await?;
         }
         Ok(())
     }

@@ -10,6 +10,7 @@ use super::events::record;
 use super::queue::{QueueError, notify};
 use crate::db::{DbError, expect_one_row};
 use crate::domain::job::{EnsembleSpec, JobState, MAX_ATTEMPTS};
+use crate::webhooks::outbox;
 
 #[derive(Clone, Debug)]
 pub struct NewJob<'a> {
@@ -192,6 +193,9 @@ pub async fn cancel(
             .await?;
     }
     record(&mut tx, id, event, json!({})).await?;
+    if done == Cancellation::Cancelled {
+        outbox::ended(&mut tx, id).await?;
+    }
     tx.commit().await?;
     Ok(Some(done))
 }

@@ -40,6 +40,7 @@ fn operations() -> Vec<Operation> {
                 method: method.to_uppercase().parse().unwrap(),
                 path: path
                     .replace("{id}", &Uuid::nil().to_string())
+                    .replace("{delivery_id}", &Uuid::nil().to_string())
                     .replace("{name}", "missing")
                     .replace("{ref}", "1")
                     .replace("{alias}", "production"),

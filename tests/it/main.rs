@@ -35,4 +35,6 @@ mod traversal;
 mod up;
 mod uris;
 mod watching;
+mod webhook_deliveries;
+mod webhooks;
 mod worker;

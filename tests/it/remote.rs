@@ -20,13 +20,13 @@ use tokio::net::TcpListener;
 use url::Url;
 
 /// Answers each lookup with the next of these; the last stays.
-struct Names {
+pub struct Names {
     answers: Mutex<VecDeque<Vec<IpAddr>>>,
     lookups: AtomicUsize,
 }
 
 impl Names {
-    fn new(answers: &[&[&str]]) -> Arc<Self> {
+    pub fn new(answers: &[&[&str]]) -> Arc<Self> {
         let parse = |answer: &&[&str]| answer.iter().map(|ip| ip.parse().unwrap()).collect();
         Arc::new(Self {
             answers: Mutex::new(answers.iter().map(parse).collect()),

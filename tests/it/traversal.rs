@@ -221,6 +221,7 @@ async fn no_string_of_a_client_leads_out(pool: PgPool) {
             let method: Method = method.to_uppercase().parse().unwrap();
             let good = path
                 .replace("{id}", "00000000-0000-0000-0000-000000000000")
+                .replace("{delivery_id}", "00000000-0000-0000-0000-000000000000")
                 .replace("{name}", "digits")
                 .replace("{ref}", "1")
                 .replace("{alias}", "production");
@@ -251,13 +252,16 @@ async fn no_string_of_a_client_leads_out(pool: PgPool) {
                             for text in [hostile.clone(), escaped(hostile)] {
                                 let values = [
                                     "00000000-0000-0000-0000-000000000000",
+                                    "00000000-0000-0000-0000-000000000000",
                                     "digits",
                                     "1",
                                     "production",
                                 ];
                                 let mut bad = path.replace(&format!("{{{name}}}"), &text);
                                 for (other, value) in
-                                    ["{id}", "{name}", "{ref}", "{alias}"].iter().zip(values)
+                                    ["{id}", "{delivery_id}", "{name}", "{ref}", "{alias}"]
+                                        .iter()
+                                        .zip(values)
                                 {
                                     bad = bad.replace(other, value);
                                 }

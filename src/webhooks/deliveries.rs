@@ -1,0 +1,124 @@
+//! Messages as their webhook's owner sees them, and sending one once more.
+
+use serde::Serialize;
+use serde_json::Value;
+use sqlx::PgConnection;
+use time::OffsetDateTime;
+use utoipa::ToSchema;
+use uuid::Uuid;
+
+use crate::db::DbError;
+
+/// A message to one webhook.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct Delivery {
+    /// The receiver sees it as `webhook-id`, the same in every try.
+    pub id: Uuid,
+    pub webhook_id: Uuid,
+    /// The ensemble that ended; null for a test.
+    pub ensemble: Option<Uuid>,
+    /// An event type, or `webhook.test`.
+    #[schema(example = "ensemble.succeeded")]
+    pub event_type: String,
+    /// `pending`, `delivered` or `failed`, after the last try.
+    #[schema(example = "delivered")]
+    pub state: String,
+    /// Tries begun since it was written, or since somebody asked for it once more.
+    pub attempt: i32,
+    /// When the next try is due; of no meaning once it is over.
+    #[serde(with = "time::serde::rfc3339")]
+    pub next_at: OffsetDateTime,
+    #[serde(with = "time::serde::rfc3339::option")]
+    pub last_attempt_at: Option<OffsetDateTime>,
+    /// What the receiver answered to the last try; null where it did not.
+    pub last_status: Option<i32>,
+    pub last_error: Option<String>,
+    #[serde(with = "time::serde::rfc3339")]
+    pub created_at: OffsetDateTime,
+    #[serde(with = "time::serde::rfc3339::option")]
+    pub finished_at: Option<OffsetDateTime>,
+    /// The body that is sent.
+    pub payload: Value,
+}
+
+pub async fn find(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    webhook_id: Uuid,
+    id: Uuid,
+) -> Result<Option<Delivery>, DbError> {
+    let found = select(conn, project_id, webhook_id, Some(id), None, 1).await?;
+    Ok(found.into_iter().next())
+}
+
+/// A webhook's messages, the newest first: those before `before`.
+pub async fn list(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    webhook_id: Uuid,
+    before: Option<Uuid>,
+    limit: i64,
+) -> Result<Vec<Delivery>, DbError> {
+    select(conn, project_id, webhook_id, None, before, limit).await
+}
+
+/// Makes a message due now, with all its tries before it. One that is being sent stays as it is.
+pub async fn redeliver(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    webhook_id: Uuid,
+    id: Uuid,
+) -> Result<(), DbError> {
+    sqlx::query!(
+        r#"
+        UPDATE webhook_delivery
+        SET state       = 'pending',
+            attempt     = 0,
+            next_at     = now(),
+            finished_at = NULL,
+            lease_token = NULL,
+            lease_until = NULL
+        WHERE project_id = $1 AND webhook_id = $2 AND id = $3
+          AND (lease_until IS NULL OR lease_until <= now())
+        "#,
+        project_id,
+        webhook_id,
+        id,
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+async fn select(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    webhook_id: Uuid,
+    id: Option<Uuid>,
+    before: Option<Uuid>,
+    limit: i64,
+) -> Result<Vec<Delivery>, DbError> {
+    let deliveries = sqlx::query_as!(
+        Delivery,
+        r#"
+        SELECT
+            id, webhook_id, job_id AS ensemble, event_type, state, attempt, next_at, last_attempt_at,
+            last_status, last_error, created_at, finished_at, payload AS "payload: Value"
+        FROM webhook_delivery
+        WHERE project_id = $1
+          AND webhook_id = $2
+          AND ($3::uuid IS NULL OR id = $3)
+          AND ($4::uuid IS NULL OR id < $4)
+        ORDER BY id DESC
+        LIMIT $5
+        "#,
+        project_id,
+        webhook_id,
+        id,
+        before,
+        limit,
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(deliveries)
+}
