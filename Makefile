@@ -1,6 +1,6 @@
 # `make demo` and `make test` need nothing before them: they set up what is missing.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test fmt clippy openapi sqlx test-peft fuzz-api fuzz bench-api bench-upload bench-hostile bench-engine bench-demo bench-growth bench-workers
+.PHONY: help setup demo up test fmt clippy openapi sqlx test-peft fuzz-api fuzz bench-api bench-upload bench-hostile bench-engine bench-demo bench-growth bench-workers chaos chaos-short
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -23,7 +23,7 @@ fmt: ## format the code
 
 clippy: ## lints, with and without libtorch
 	cargo clippy --release --all-targets -- -D warnings
-	cargo clippy --release --all-targets --no-default-features -- -D warnings
+	cargo clippy --release --all-targets --no-default-features --features chaos -- -D warnings
 
 openapi: ## write openapi/openapi.json anew after a change of the API
 	cargo run --release --quiet -- openapi >openapi/openapi.json.new
@@ -39,6 +39,13 @@ test-peft: setup ## prompts from and to the real peft package, through a running
 fuzz-api: setup ## schemathesis against a running service, with a key and without; fetches schemathesis once
 	cargo build --release
 	scripts/with_postgres.sh $$(scripts/schemathesis_python.sh) scripts/fuzz_api/run.py $${CARGO_TARGET_DIR:-target}/release/promptweave
+
+chaos: ## kill -9, SIGSTOP, a database that dies: whether the queue keeps its promises, in 45 minutes; writes docs/reliability.md
+	cargo build --release --no-default-features --features chaos --bin promptweave-chaos
+	python3 tests/chaos/run.py $${CARGO_TARGET_DIR:-target}/release/promptweave-chaos
+
+chaos-short: ## the same in three minutes, of everything a little
+	scripts/chaos_short.sh
 
 fuzz: ## cargo-fuzz on what reads strangers' bytes, SECONDS_EACH (600) a target
 	scripts/fuzz.sh

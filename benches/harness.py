@@ -11,7 +11,7 @@ import sys
 import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-DOCUMENT = ROOT / "docs" / "performance.md"
+PERFORMANCE = ROOT / "docs" / "performance.md"
 
 
 class BenchError(Exception):
@@ -115,15 +115,15 @@ def write_result(folder, result):
     say(f"wrote {path}")
 
 
-def write_into_document(section, text):
-    """Puts `text` between the markers of `section` in docs/performance.md."""
+def write_into_document(section, text, document=PERFORMANCE):
+    """Puts `text` between the markers of `section`."""
     begin, end = f"<!-- {section}: made by `make {section}` -->", f"<!-- end of {section} -->"
-    document = DOCUMENT.read_text()
-    if document.count(begin) != 1 or document.count(end) != 1:
-        raise BenchError(f"{DOCUMENT} has no markers `{begin}` and `{end}`")
-    head, tail = document.split(begin)[0], document.split(end)[1]
-    DOCUMENT.write_text(f"{head}{begin}\n\n{text.strip()}\n\n{end}{tail}")
-    say(f"wrote {DOCUMENT}")
+    before = document.read_text()
+    if before.count(begin) != 1 or before.count(end) != 1:
+        raise BenchError(f"{document} has no markers `{begin}` and `{end}`")
+    head, tail = before.split(begin)[0], before.split(end)[1]
+    document.write_text(f"{head}{begin}\n\n{text.strip()}\n\n{end}{tail}")
+    say(f"wrote {document}")
 
 
 def main(of):

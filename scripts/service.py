@@ -14,16 +14,16 @@ START_TIMEOUT_S = 60
 
 
 class Service:
-    """On a free port, with the database that DATABASE_URL names. Stops at the end of its `with` block."""
+    """On a free port if no other is named, with the database that DATABASE_URL names. Stops at the end of its `with` block."""
 
-    def __init__(self, program, folder: pathlib.Path, *options: str, database: str | None = None):
+    def __init__(self, program, folder: pathlib.Path, *options: str, database: str | None = None, listen: str = "127.0.0.1:0"):
         self.program = str(program)
         self.environment = os.environ | {"PROMPTWEAVE_LOG": "warn"}
         if database:
             self.environment["DATABASE_URL"] = database
         subprocess.run([self.program, "migrate"], check=True, env=self.environment)
-        command = [self.program, "serve", "--listen", "127.0.0.1:0", "--data-dir", str(folder), *options]
-        self.log = open(folder / "service.log", "w+")
+        command = [self.program, "serve", "--listen", listen, "--data-dir", str(folder), *options]
+        self.log = open(folder / "service.log", "a+")
         environment = self.environment | {"PROMPTWEAVE_LOG": "info"}
         self.process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=self.log, text=True)
         try:

@@ -50,7 +50,7 @@ part "set-up" scripts/setup.sh
 part "rustfmt and clippy" cargo_components
 part "formatting" cargo fmt --check
 part "lints" cargo clippy --release --all-targets -- -D warnings
-part "lints without libtorch" cargo clippy --release --all-targets --no-default-features -- -D warnings
+part "lints without libtorch" cargo clippy --release --all-targets --no-default-features --features chaos -- -D warnings
 part "build" cargo build --release
 if cargo nextest --version >/dev/null 2>&1; then
     part "build of the tests" cargo nextest run --release --no-run
@@ -65,6 +65,7 @@ if cargo deny --version >/dev/null 2>&1; then
 else
     printf '\n=== dependencies: skipped, cargo-deny is not installed (cargo install cargo-deny)\n'
 fi
+part "faults, in short" scripts/chaos_short.sh
 part "the API against its document" api_against_its_document
 part "the demo on a handful of images" demo_on_a_handful
 part "one job by several workers, and a kill" workers_that_share

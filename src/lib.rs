@@ -16,6 +16,7 @@ pub mod db;
 pub mod domain;
 #[cfg(feature = "torch")]
 pub mod engine;
+pub mod failpoints;
 pub mod gc;
 pub mod healthcheck;
 pub mod http;

@@ -113,7 +113,7 @@ pub struct Estimate {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct StopWhen {
-    /// Every weight's standard error is at most this.
+    /// Every weight's standard error is at most this, and none moved by more with the last shard.
     #[schema(exclusive_minimum = 0, maximum = 1, example = 0.01)]
     pub weight_se: f64,
 }

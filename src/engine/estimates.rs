@@ -26,6 +26,8 @@ pub struct Estimates<'a> {
     labels: &'a [usize],
     shards: usize,
     merged: usize,
+    /// α of the last.
+    weights: Vec<f64>,
     /// When the last was made, and how long it took.
     last: (Instant, Duration),
 }
@@ -47,6 +49,7 @@ impl<'a> Estimates<'a> {
             labels,
             shards,
             merged: 0,
+            weights: Vec::new(),
             last: (Instant::now(), Duration::ZERO),
         }
     }
@@ -82,6 +85,7 @@ impl<'a> Estimates<'a> {
         self.last = (Instant::now(), begun.elapsed());
         let source_weights = self.weights(&solved);
         let stop = self.stop(&source_weights, merged.num_samples());
+        self.weights.clone_from(&solved.solution.alpha);
         let estimate = Estimate {
             shards_done: self.merged,
             shards: self.shards,
@@ -110,8 +114,16 @@ impl<'a> Estimates<'a> {
             .collect()
     }
 
+    /// Whether these weights are certain enough, and moved by no more than that since the last estimate: few samples
+    /// may all say the same, and be wrong.
     fn stop(&self, weights: &[SourceWeight], samples: usize) -> Option<EarlyStop> {
         let asked = self.stop_when.filter(|asked| asked.is_met_by(weights))?;
+        let moved = |(source, before): (&SourceWeight, &f64)| {
+            (source.weight - before).abs() > asked.weight_se
+        };
+        if self.weights.is_empty() || weights.iter().zip(&self.weights).any(moved) {
+            return None;
+        }
         let errors = weights.iter().filter_map(|source| source.standard_error);
         Some(EarlyStop {
             samples,

@@ -11,6 +11,7 @@ use crate::domain::composition::CompositionResult;
 use crate::domain::digest::Digest;
 use crate::domain::prompt_file::{PromptFile, PromptMetadata};
 use crate::domain::reference::ResourceName;
+use crate::failpoints;
 use crate::registry::prompt_versions::{self, NewVersion, Parent};
 use crate::registry::{deletion, prompts, references};
 
@@ -83,6 +84,7 @@ pub async fn finish(
     result.composed.version = Some(version.version);
     held.leave(&mut tx, Leaving::with_result(&result, finished.statistics))
         .await?;
+    failpoints::reach("finishing", claimed.lease.job_id);
     // Also where the deferred constraint on the weights speaks up.
     tx.commit()
         .await

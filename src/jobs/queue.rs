@@ -15,6 +15,7 @@ use super::events::record;
 use super::leaving::{Held, Leaving};
 use crate::db::DbError;
 use crate::domain::job::{AttemptOutcome, EnsembleSpec, JobError, JobState, Progress};
+use crate::failpoints;
 use crate::registry::RegistryError;
 
 /// Where workers listen for "there may be work"; a hint, never the only way.
@@ -122,7 +123,9 @@ pub async fn claim(
     .await?;
     let data = json!({"attempt": row.attempt, "worker": worker_id});
     record(&mut tx, row.id, "started", data).await?;
+    failpoints::reach("claiming", row.id);
     tx.commit().await?;
+    failpoints::reach("claimed", row.id);
     Ok(Some(Claimed {
         lease: Lease {
             job_id: row.id,
@@ -201,6 +204,7 @@ pub async fn progress(
         )
         .await?;
     }
+    failpoints::reach("progressing", lease.job_id);
     tx.commit().await?;
     renewal(lease, row.map(|row| row.cancel))
 }
@@ -237,6 +241,7 @@ pub async fn fail(
     };
     let state = leaving.state;
     held.leave(&mut tx, leaving).await?;
+    failpoints::reach("failing", lease.job_id);
     tx.commit().await?;
     Ok(state)
 }
@@ -251,6 +256,7 @@ pub async fn release(conn: &mut PgConnection, lease: Lease) -> Result<(), QueueE
         Leaving::to(JobState::Queued, AttemptOutcome::Released).uncounted()
     };
     held.leave(&mut tx, leaving).await?;
+    failpoints::reach("releasing", lease.job_id);
     Ok(tx.commit().await?)
 }
 
@@ -263,6 +269,7 @@ pub async fn finish_cancelled(conn: &mut PgConnection, lease: Lease) -> Result<(
         Leaving::to(JobState::Cancelled, AttemptOutcome::Cancelled),
     )
     .await?;
+    failpoints::reach("cancelling", lease.job_id);
     Ok(tx.commit().await?)
 }
 
@@ -309,6 +316,7 @@ pub async fn reap(conn: &mut PgConnection) -> Result<Vec<Reaped>, QueueError> {
         } else {
             to(JobState::Queued).because(error)
         };
+        failpoints::reach("reaping", held.job_id);
         reaped.push(Reaped {
             job_id: held.job_id,
             state: leaving.state,

@@ -26,6 +26,7 @@ use crate::domain::composition::Phase;
 use crate::domain::digest::Digest;
 use crate::domain::job::EnsembleSpec;
 use crate::domain::sharing::{Estimate, Shard};
+use crate::failpoints;
 use crate::registry::references;
 
 /// A shard that so many helpers lost or failed at is left to who has the job, whose attempts are counted.
@@ -180,6 +181,7 @@ pub async fn put(
     if changed.rows_affected() == 1 {
         tell(&mut tx, lease.job_id, "shard", shard, worker_id).await?;
     }
+    failpoints::reach("shard_putting", lease.job_id);
     Ok(tx.commit().await?)
 }
 
@@ -271,6 +273,7 @@ pub async fn claim(
         _ => there(&mut tx, row.job_id, Phase::Features).await?.files,
     };
     tx.commit().await?;
+    failpoints::reach("shard_claimed", row.job_id);
     Ok(Some(ClaimedShard {
         lease: Lease {
             job_id: row.job_id,
@@ -360,6 +363,7 @@ pub async fn give(
     .await?;
     let worker_id = worker_id.ok_or(QueueError::LeaseLost(job_id))?;
     tell(&mut tx, job_id, "shard", claimed.shard, worker_id).await?;
+    failpoints::reach("shard_giving", job_id);
     Ok(tx.commit().await?)
 }
 

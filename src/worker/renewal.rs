@@ -10,6 +10,7 @@ use sqlx::{ConnectOptions, PgConnection};
 use tokio_util::sync::CancellationToken;
 
 use super::composer_thread::{Stop, StopReason};
+use crate::failpoints;
 use crate::jobs::queue::{self, Lease, QueueError, Renewal as Answer};
 use crate::jobs::shards;
 use crate::telemetry::chain;
@@ -145,9 +146,12 @@ impl Keeper {
             Some(connection) => connection,
             none => none.insert(self.options.connect().await?),
         };
-        match self.of {
+        failpoints::reach("renewing", self.lease.job_id);
+        let renewed = match self.of {
             Of::Job => queue::renew(connection, self.lease, self.length).await,
             Of::Shard => shards::renew(connection, self.lease, self.length).await,
-        }
+        };
+        failpoints::reach("renewed", self.lease.job_id);
+        renewed
     }
 }

@@ -18,6 +18,7 @@ use crate::domain::composition::{Composition, CompositionError, Phase};
 use crate::domain::job::{JobError, Progress};
 use crate::domain::prompt_file::PromptFile;
 use crate::domain::sharing::Shards;
+use crate::failpoints;
 use crate::jobs::finish::{Finished, finish};
 use crate::jobs::queue::{self, Claimed, Lease, QueueError, Renewal as Answer};
 use crate::jobs::shards::{self, ClaimedShard, GivenBack};
@@ -138,11 +139,13 @@ impl Runner {
         stop: &Stop,
         renewal: &Renewal,
     ) -> Result<(), AttemptError> {
+        failpoints::reach("fetching", claimed.lease.job_id);
         // The directories stay in use until the end of the attempt.
         let (work, _in_use) = tokio::select! {
             fetched = self.inputs.fetch(&claimed.spec) => fetched?,
             () = stop.asked() => return Err(AttemptError::Stopped),
         };
+        failpoints::reach("fetched", claimed.lease.job_id);
         let shards = JobShards {
             runtime: Handle::current(),
             pool: self.pool().clone(),
@@ -256,12 +259,14 @@ impl Runner {
             .output
             .parse()
             .map_err(|error| AttemptError::Unusable(chain(&error)))?;
+        failpoints::reach("storing", claimed.lease.job_id);
         let statistics = self
             .inputs
             .blobs
             .put_bytes(composition.statistics.clone())
             .await
             .map_err(AttemptError::Statistics)?;
+        failpoints::reach("stored", claimed.lease.job_id);
         let finished = Finished {
             result: &composition.result,
             composed: &composition.composed,
@@ -272,6 +277,7 @@ impl Runner {
         };
         self.write(claimed, renewal, &Outcome::Finished(finished))
             .await?;
+        failpoints::reach("finished", claimed.lease.job_id);
         tracing::info!(job.id = %claimed.lease.job_id, "succeeded");
         Ok(())
     }

@@ -1,14 +1,13 @@
 //! Things to test with: a tiny spec whose prompts are in the registry, and its answer.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-use promptweave::domain::backbone::{BackboneConfig, Filter, Preprocessing};
+use promptweave::domain::backbone::BackboneConfig;
 use promptweave::domain::composition::{
-    ComposedPrompt, Composer, Composition, CompositionError, CompositionInput, CompositionResult,
-    Diagnostics, ObjectiveValue, Observer, Phase, PromptScore, Provenance, ResolveInput,
-    SolverReport, SourceWeight, StopReason, TargetSamples,
+    Composer, Composition, CompositionError, CompositionInput, Observer, Phase, ResolveInput,
+    TargetSamples,
 };
 use promptweave::domain::dataset::Split;
 use promptweave::domain::digest::Digest;
@@ -16,10 +15,8 @@ use promptweave::domain::job::{
     BackboneSpec, DEFAULT_PRIORITY, EnsembleSpec, SourceSpec, TargetSpec,
 };
 use promptweave::domain::objective::Objective;
-use promptweave::domain::precision::Precision;
-use promptweave::domain::prompt_file::{FORMAT, Origin, PromptFile, PromptMetadata};
+use promptweave::domain::prompt_file::Origin;
 use promptweave::domain::sharing::{Next, Shard, ShardInput};
-use promptweave::domain::tensor::Tensor;
 use promptweave::jobs::requests::{self, NewJob};
 use promptweave::jobs::{self, ENSEMBLE, Job};
 use promptweave::registry::DEFAULT_PROJECT;
@@ -29,38 +26,7 @@ use promptweave::worker::composer_thread::NewComposer;
 use sqlx::PgConnection;
 use uuid::Uuid;
 
-pub const EMBED_DIM: usize = 8;
-
-/// A prompt file of two tokens of `value`, for the backbone of [`spec`].
-pub fn prompt_file(origin: Origin, value: f32) -> PromptFile {
-    PromptFile {
-        metadata: Some(PromptMetadata {
-            format: FORMAT,
-            backbone_digest: Some(Digest::of(b"backbone")),
-            preprocessing_id: Some(preprocessing().id()),
-            init_seed: Some(0),
-            task: None,
-            classes: None,
-            origin,
-            training: None,
-        }),
-        prompt_embeddings: Tensor::new([2, EMBED_DIM], vec![value; 2 * EMBED_DIM]),
-        deep_prompt_embeddings: None,
-        head: None,
-        sketch: None,
-        dtype: "f32",
-    }
-}
-
-pub fn preprocessing() -> Preprocessing {
-    Preprocessing {
-        size: 14,
-        filter: Filter::Bicubic,
-        antialias: true,
-        mean: [0.5; 3],
-        std: [0.5; 3],
-    }
-}
+pub use crate::composition::{EMBED_DIM, composition, preprocessing, prompt_file};
 
 pub fn backbone_config() -> BackboneConfig {
     BackboneConfig {
@@ -162,92 +128,6 @@ pub async fn job(db: &mut PgConnection, id: Uuid) -> Job {
         .await
         .unwrap()
         .expect("the job exists")
-}
-
-/// The answer with these weights: numbers of the right shape that mean nothing.
-pub fn composition(input_sources: &[(String, i32, Digest)], weights: &[f64]) -> Composition {
-    let score = PromptScore {
-        h_score: 1.0,
-        h_score_adjusted: 0.5,
-        train_accuracy: 0.9,
-        eval_accuracy: None,
-    };
-    let source_weights = input_sources
-        .iter()
-        .zip(weights)
-        .map(|((prompt, version, digest), weight)| SourceWeight {
-            prompt: prompt.clone(),
-            version: Some(*version),
-            digest: *digest,
-            weight: *weight,
-            standard_error: None,
-        })
-        .collect();
-    let value = weights
-        .iter()
-        .zip(1..)
-        .map(|(w, i)| *w as f32 * i as f32)
-        .sum();
-    let composed = prompt_file(Origin::Composed, value).to_bytes();
-    Composition {
-        result: CompositionResult {
-            source_weights,
-            token_alignment: None,
-            objective: ObjectiveValue {
-                h_score: 1.0,
-                h_score_adjusted: 0.5,
-                gradient_alignment: 0.1,
-                alignment_weight: Some(1.0),
-                trade_off: Some(0.5),
-                trade_off_rule: None,
-                total: Some(-0.9),
-            },
-            path: vec![],
-            optima: vec![],
-            solver: SolverReport {
-                starts: 1,
-                iterations: 1,
-                evaluations: 1,
-                stop_reason: StopReason::Converged,
-            },
-            diagnostics: Diagnostics {
-                num_samples: 4,
-                num_classes: 2,
-                skipped_images: 0,
-                head_folds: 1,
-                per_source: vec![],
-                h_score_shrinkage: Some(0.01),
-                conflict_rate: None,
-                gradient_cosines: vec![],
-                composed: Some(score),
-                surrogate_gap: Some(0.0),
-                refinement: None,
-                baselines: None,
-            },
-            composed: ComposedPrompt {
-                prompt: None,
-                version: None,
-                digest: Digest::of(&composed),
-            },
-            early_stop: None,
-            provenance: Provenance {
-                backbone_digest: Digest::of(b"backbone"),
-                preprocessing_id: preprocessing().id(),
-                sample_digest: Digest::of(b"samples"),
-                seed: 0,
-                device: "fake".into(),
-                num_threads: 1,
-                precision: Precision::F32,
-                libtorch: "none".into(),
-                version: "0".into(),
-                resolved_from: None,
-            },
-            warnings: vec![],
-            timings: BTreeMap::new(),
-        },
-        composed,
-        statistics: b"statistics".to_vec(),
-    }
 }
 
 /// The sources of a spec as [`composition`] takes them.

@@ -8,6 +8,7 @@ mod archives;
 mod backbones;
 mod client;
 mod compose;
+mod composition;
 mod content;
 mod dataset_uploads;
 mod datasets;

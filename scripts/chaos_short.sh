@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# The short form of `make chaos`. Our own code is not optimised, which builds several times faster; what is measured are
+# leases and database restarts.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+cargo build --config 'profile.release.package.promptweave.opt-level=0' --config 'profile.release.package.promptweave.debug=false' \
+    --release --no-default-features --features chaos --bin promptweave-chaos
+python3 tests/chaos/run.py "${CARGO_TARGET_DIR:-target}/release/promptweave-chaos" --short

@@ -1,0 +1,172 @@
+//! An engine that computes nothing, in a given time: it reports progress, stops when it is told to, and answers with
+//! weights drawn at random, so that two attempts at a job never have the same result.
+
+use std::thread;
+use std::time::Duration;
+
+use promptweave::domain::composition::{
+    Composer, Composition, CompositionError, CompositionInput, Observer, Phase, ResolveInput,
+};
+use promptweave::domain::digest::Digest;
+use promptweave::domain::sharing::{Next, Shard, ShardInput, SharingError};
+use promptweave::failpoints;
+use promptweave::worker::composer_thread::NewComposer;
+
+use crate::composition::composition;
+
+/// Of each phase.
+const STEPS: u64 = 10;
+/// Of features and of gradients, where they are shared.
+const SHARDS: usize = 4;
+/// Answered at a failpoint to have the attempt fail.
+const FAIL: &str = "fail";
+
+/// What makes an engine whose compositions take `time`, and are shared or not.
+pub fn factory(time: Duration, shares: bool) -> NewComposer {
+    let step = time / (Phase::ALL.len() as u32 * STEPS as u32);
+    Box::new(move || Ok(Box::new(Pretending { step, shares })))
+}
+
+struct Pretending {
+    step: Duration,
+    shares: bool,
+}
+
+impl Pretending {
+    /// Works, as far as anyone can tell; in the middle is a failpoint with the phase's name.
+    fn work(
+        &self,
+        phase: Phase,
+        step: Duration,
+        observer: &mut dyn Observer,
+    ) -> Result<(), CompositionError> {
+        for done in 0..STEPS {
+            if done == STEPS / 2 && failpoints::ask(phase.name(), None) == FAIL {
+                return Err(CompositionError::Retry {
+                    code: "out_of_memory",
+                    detail: "it was told to fail".to_owned(),
+                });
+            }
+            if observer.progress(phase, done, STEPS).is_break() {
+                return Err(CompositionError::Stopped);
+            }
+            thread::sleep(step);
+        }
+        Ok(())
+    }
+
+    /// A phase by shards, with whoever helps; what comes together must be what was dealt out, in order.
+    fn share(&self, phase: Phase, observer: &mut dyn Observer) -> Result<(), CompositionError> {
+        let failed = |error: SharingError| CompositionError::Retry {
+            code: "sharing_failed",
+            detail: error.to_string(),
+        };
+        let shards = observer.shards().expect("a worker gives them");
+        let count = shards.lay_out(phase, SHARDS).map_err(failed)?;
+        let mut merged = 0;
+        while merged < count {
+            let shards = observer.shards().expect("a worker gives them");
+            let (next, done) = shards.next(phase).map_err(failed)?;
+            match next {
+                Next::Compute(shard) => {
+                    self.work(phase, self.step / SHARDS as u32, observer)?;
+                    let shards = observer.shards().expect("a worker gives them");
+                    shards.give(shard, file_of(shard)).map_err(failed)?;
+                }
+                Next::There(file) => {
+                    let (index, of) = (
+                        merged,
+                        file_of(Shard {
+                            phase,
+                            index: merged,
+                            count,
+                        }),
+                    );
+                    assert_eq!(file, of, "shard {index}");
+                    merged += 1;
+                }
+                Next::Wait => {}
+            }
+            if observer
+                .progress(phase, done as u64, count as u64)
+                .is_break()
+            {
+                return Err(CompositionError::Stopped);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn file_of(shard: Shard) -> Vec<u8> {
+    format!("{shard:?}").into_bytes()
+}
+
+/// Name, version and digest of a source.
+type Source = (String, i32, Digest);
+
+fn answer(sources: &[Source]) -> Composition {
+    let drawn: Vec<f64> = sources
+        .iter()
+        .map(|_| rand::random_range(0.1..1.0))
+        .collect();
+    let total: f64 = drawn.iter().sum();
+    let weights: Vec<f64> = drawn.iter().map(|weight| weight / total).collect();
+    Composition {
+        // Of this attempt alone, as the composed prompt is.
+        statistics: format!("{weights:?}").into_bytes(),
+        ..composition(sources, &weights)
+    }
+}
+
+fn source(prompt: &str, version: Option<i32>, digest: Digest) -> Source {
+    // Offline there is none; no worker is.
+    (prompt.to_owned(), version.unwrap_or_default(), digest)
+}
+
+impl Composer for Pretending {
+    fn compose(
+        &mut self,
+        input: &CompositionInput,
+        observer: &mut dyn Observer,
+    ) -> Result<Composition, CompositionError> {
+        for phase in Phase::ALL {
+            if self.shares && [Phase::Features, Phase::Gradients].contains(&phase) {
+                self.share(phase, observer)?;
+            } else {
+                self.work(phase, self.step, observer)?;
+            }
+        }
+        let sources = input.sources.iter();
+        let sources: Vec<_> = sources
+            .map(|it| source(&it.prompt, it.version, it.digest))
+            .collect();
+        Ok(answer(&sources))
+    }
+
+    fn resolve(
+        &mut self,
+        input: &ResolveInput,
+        observer: &mut dyn Observer,
+    ) -> Result<Composition, CompositionError> {
+        self.work(Phase::Solve, self.step, observer)?;
+        let sources = input.sources.iter();
+        let sources: Vec<_> = sources
+            .map(|it| source(&it.prompt, it.version, it.digest))
+            .collect();
+        Ok(answer(&sources))
+    }
+
+    fn shard(
+        &mut self,
+        input: &ShardInput,
+        observer: &mut dyn Observer,
+    ) -> Result<Vec<u8>, CompositionError> {
+        self.work(input.shard.phase, self.step / SHARDS as u32, observer)?;
+        Ok(file_of(input.shard))
+    }
+
+    fn device(&self) -> String {
+        "none".to_owned()
+    }
+}
