@@ -80,12 +80,25 @@ pub struct PoolOptions {
 impl DatabaseOptions {
     /// A pool that connects on first use.
     pub fn pool(&self) -> anyhow::Result<PgPool> {
+        self.pool_with(&self.pool.settings())
+    }
+
+    /// That of a worker, whose transactions are short: one that freezes in the middle of one must not keep
+    /// its job from being reaped for much longer than its lease.
+    pub fn worker_pool(&self) -> anyhow::Result<PgPool> {
+        self.pool_with(&PoolSettings {
+            idle_in_transaction_timeout: Duration::from_secs(5),
+            ..self.pool.settings()
+        })
+    }
+
+    fn pool_with(&self, settings: &PoolSettings) -> anyhow::Result<PgPool> {
         let options: PgConnectOptions = self
             .database_url
             .expose_secret()
             .parse()
             .context("DATABASE_URL is not a postgres:// URL")?;
-        Ok(db::pool(options, &self.pool.settings()))
+        Ok(db::pool(options, settings))
     }
 }
 

@@ -18,6 +18,9 @@ pub struct PoolSettings {
     pub acquire_timeout: Duration,
     /// Longest single statement. Uploads write about 1 MB, so anything near this is a fault.
     pub statement_timeout: Duration,
+    /// How long a session may do nothing in the middle of a transaction: a process that froze there, or whose
+    /// machine is gone, holds its locks until the server ends the session.
+    pub idle_in_transaction_timeout: Duration,
 }
 
 /// How long an idle connection is taken to be alive.
@@ -29,6 +32,7 @@ impl Default for PoolSettings {
             max_connections: 10,
             acquire_timeout: Duration::from_secs(3),
             statement_timeout: Duration::from_secs(30),
+            idle_in_transaction_timeout: Duration::from_secs(60),
         }
     }
 }
@@ -42,10 +46,9 @@ pub fn pool(options: PgConnectOptions, settings: &PoolSettings) -> PgPool {
             milliseconds(settings.statement_timeout),
         ),
         ("lock_timeout", milliseconds(settings.statement_timeout / 3)),
-        // A process stopped in the middle of a transaction must not hold its locks for ever.
         (
             "idle_in_transaction_session_timeout",
-            milliseconds(settings.statement_timeout * 2),
+            milliseconds(settings.idle_in_transaction_timeout),
         ),
     ]);
     PgPoolOptions::new()

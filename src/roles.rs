@@ -52,7 +52,7 @@ pub async fn worker(args: WorkerArgs, new_composer: NewComposer) -> anyhow::Resu
     let blobs = args.storage.blobs()?;
     worker::run(
         settings,
-        args.database.pool()?,
+        args.database.worker_pool()?,
         blobs,
         new_composer,
         shutdown,

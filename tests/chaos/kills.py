@@ -9,12 +9,10 @@ import time
 
 from audit import Audit, percentile, write
 from faults import PHASES, POINTS
-from stage import Broken, Stage, Unreachable, Worker, wait_until
+from stage import MARGIN_S, Broken, Stage, Unreachable, Worker, wait_until
 
 # Fewer than the attempts that a job has: none is to end because of this harness.
 MOST_OF_ONE_JOB = 3
-# Of the seconds in which a lost job is to be claimed again, those beyond the lease.
-MARGIN_S = 5
 # What a lease of 30 s does not come to in a job of a second, and what is no part of a worker's way, left out.
 WITH_LONG_LEASE = ["claiming", "claimed", "fetched", *PHASES, "progressing", "storing", "stored", "finishing", "finished"]
 BOTH_ENDS = ("succeeded", "cancelled")

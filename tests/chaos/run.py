@@ -55,7 +55,7 @@ class Size:
     receiver_down_s: float
 
 
-LONG = Size(620, 100, 20, stops.POINTS * 3 + stops.IN_A_TRANSACTION, 200, cancels.LIMITS_S, 50, 24, 20, 600)
+LONG = Size(620, 100, 20, stops.POINTS * 3, 200, cancels.LIMITS_S, 50, 24, 20, 600)
 # The machine that it runs on may be building something else.
 SHORT = Size(25, 8, 0, stops.SHORT, 20, tuple(5 * it for it in cancels.LIMITS_S), 50, 3, 3, 0)
 
@@ -142,7 +142,7 @@ def rows(found: dict[str, dict]):
         ("long lease", "the same with the default lease", "{kills} × kill -9, lease 30 s",
          "{jobs} jobs, {lost} lost; claimed again after {p50:.1f} s (p50), {p99:.1f} s (p99)"),
         ("stops", "no second result from a worker that comes back", "{stops} × SIGSTOP past the lease, another finishes, SIGCONT",
-         "{duplicates} duplicate results, {lost} lost"),
+         "{duplicates} duplicate results, {lost} lost; claimed again after {max:.1f} s at most"),
         ("restarts", "the database may go away", "{restarts} × restart in immediate mode, one every 5 s, under load",
          "{jobs} jobs, {lost} lost; all over {over_after:.1f} s after the last"),
         ("uploads", "what was acknowledged is there", "{kills} × kill -9 of PostgreSQL right after an upload",

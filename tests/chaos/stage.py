@@ -25,6 +25,8 @@ FIXTURES = ROOT / "tests" / "fixtures"
 # Of tests/fixtures/timm_vit.
 WIDTH = 32
 SOURCES = ["digits", "flowers"]
+# Of the seconds in which a lost job is to be claimed again, those beyond the lease.
+MARGIN_S = 5
 BETWEEN_LOOKS_S = 0.02
 ANSWER_TIMEOUT_S = 75
 

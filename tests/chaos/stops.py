@@ -7,13 +7,11 @@ import threading
 import time
 
 from audit import Audit, write
-from stage import Broken, Stage, wait_until
+from stage import MARGIN_S, Broken, Stage, wait_until
 
-# In the middle of a transaction the row is locked, until the database ends the session: after a minute
-# (`idle_in_transaction_session_timeout`, src/db.rs).
-IN_A_TRANSACTION = ["claiming", "finishing"]
-POINTS = ["claimed", "fetched", "features", "gradients", "verify", "renewing", "storing", "stored"]
-SHORT = ["gradients", "stored"]
+# At `claiming` and `finishing` the job's row is locked, until the database ends the session (`worker_pool` in src/config.rs).
+POINTS = ["claiming", "claimed", "fetched", "features", "gradients", "verify", "renewing", "storing", "stored", "finishing"]
+SHORT = ["gradients", "stored", "finishing"]
 
 EVERYTHING = """
     SELECT json_build_object(
@@ -35,13 +33,14 @@ class Stop:
     def __init__(self, stage: Stage, point: str):
         self.stage, self.point = stage, point
         self.stopped = None
+        self.at = 0.0
         self.lock = threading.Lock()
         stage.decide = self.decide
 
     def decide(self, worker, process, point: str, job: str | None) -> str:
         with self.lock:
             if worker and point == self.point and not self.stopped:
-                self.stopped = process
+                self.stopped, self.at = process, time.time()
                 os.kill(process.pid, signal.SIGSTOP)
         return ""
 
@@ -51,8 +50,8 @@ class Stop:
         return at
 
 
-def one(stage: Stage, point: str, seed: int) -> tuple[str, dict, bool]:
-    """The job, its result, and whether the stopped worker left it alone."""
+def one(stage: Stage, point: str, seed: int) -> tuple[str, dict, bool, float]:
+    """The job, its result, whether the stopped worker left it alone, and when that was stopped."""
     stop = Stop(stage, point)
     try:
         job = stage.new_job(seed)
@@ -69,29 +68,33 @@ def one(stage: Stage, point: str, seed: int) -> tuple[str, dict, bool]:
     idle = lambda: stop.stopped.poll() is not None or any(row["later"] for row in stage.rows(query))  # noqa: E731
     wait_until(idle, 60, f"an idle worker after a stop while {point}")
     after = stage.cluster.sql(stage.database, EVERYTHING.format(job=job))
-    return job, result, before == after
+    return job, result, before == after, stop.at
 
 
 def run(stage: Stage, points: list[str], seed: int) -> dict:
     expected, results, stopped_at, overwritten, broken = {}, {}, {}, 0, []
     for number, point in enumerate(points):
         try:
-            job, result, alone = one(stage, point, seed * 1000 + number)
+            job, result, alone, stopped = one(stage, point, seed * 1000 + number)
         except Broken as error:
             broken.append(str(error))
             continue
-        expected[job], results[job], stopped_at[job] = ("succeeded",), result, point
+        expected[job], results[job], stopped_at[job] = ("succeeded",), result, (point, stopped)
         if not alone:
             overwritten += 1
             broken.append(f"ensemble {job} was changed by a worker that had been stopped while {point}")
     audit = Audit(stage)
     judged = audit.judge(expected, results)
-    # The job has to have been taken away from the stopped one, or nothing was shown.
-    lost_attempts = {attempt["job_id"] for attempt in audit.attempts if attempt["outcome"] == "lost"}
-    for job, point in stopped_at.items():
-        if point != "claiming" and job not in lost_attempts:
-            broken.append(f"ensemble {job} was never taken from the worker that was stopped while {point}")
+    limit, seconds = stage.lease_s + MARGIN_S, []
+    for job, (point, at) in stopped_at.items():
+        # Somebody else has to have done it, or nothing was shown.
+        again = [it["started"] - at for it in audit.attempts if it["job_id"] == job and it["started"] > at]
+        if len(again) != 1:
+            broken.append(f"ensemble {job} was claimed {len(again)} times after its worker was stopped while {point}")
+        seconds += again
+        broken += [f"claimed again {it:.1f} s after a stop while {point}, more than {limit} s" for it in again if it > limit]
     write(stage.folder / "stops.json", stopped_at)
     broken += [f"lost: {it}" for it in judged["lost"]] + [f"twice: {it}" for it in judged["duplicates"]]
     duplicates = len(judged["duplicates"]) + overwritten
-    return {"stops": len(points), "jobs": len(expected), "lost": len(judged["lost"]), "duplicates": duplicates, "broken": broken}
+    return {"stops": len(points), "jobs": len(expected), "lost": len(judged["lost"]), "duplicates": duplicates,
+            "max": max(seconds, default=0.0), "broken": broken}
