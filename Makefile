@@ -1,6 +1,6 @@
 # `make demo` and `make test` need nothing before them: they set up what is missing.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test fmt clippy openapi sqlx test-peft fuzz-api fuzz bench-api bench-upload bench-hostile bench-engine bench-demo bench-growth bench-workers chaos chaos-short
+.PHONY: help setup demo up test fmt clippy openapi sqlx test-peft fuzz-api fuzz bench-api bench-upload bench-hostile bench-engine bench-demo bench-growth bench-workers chaos chaos-short bench-queue
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -55,6 +55,13 @@ bench-api: ## the registry beside MLflow's on the same PostgreSQL, in minutes; f
 	POSTGRES_DURABLE=1 scripts/with_postgres.sh python3 benches/bench_api.py --mlflow $$(benches/mlflow.sh) \
 		--program $${CARGO_TARGET_DIR:-target}/release/promptweave \
 		--load $$(ls -t $${CARGO_TARGET_DIR:-target}/release/deps/api-* | grep -v '[.]d$$' | head -n 1)
+
+bench-queue: ## the job queue beside graphile-worker's and procrastinate's on the same PostgreSQL, in minutes; fetches both once
+	cargo build --release --no-default-features --bin promptweave --bench api --bench queue
+	POSTGRES_DURABLE=1 scripts/with_postgres.sh python3 benches/bench_queue.py --peers $$(benches/queue_peers.sh) \
+		--program $${CARGO_TARGET_DIR:-target}/release/promptweave \
+		--load $$(ls -t $${CARGO_TARGET_DIR:-target}/release/deps/api-* | grep -v '[.]d$$' | head -n 1) \
+		--queue $$(ls -t $${CARGO_TARGET_DIR:-target}/release/deps/queue-* | grep -v '[.]d$$' | head -n 1)
 
 bench-upload: ## the API's memory while a data set of 2 GiB is uploaded, in minutes
 	cargo build --release --no-default-features --bin promptweave
