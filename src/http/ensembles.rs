@@ -266,9 +266,9 @@ async fn accept(
         replay_of: order.replay_of,
     };
     let most = state.settings.max_queued;
-    let id = match requests::post(conn, new, order.reuse, most).await? {
-        Posted::Queued => order.id,
-        Posted::Same(id) => id,
+    let (id, is_new) = match requests::post(conn, new, order.reuse, most).await? {
+        Posted::Queued => (order.id, true),
+        Posted::Same(id) => (id, false),
         Posted::Full => {
             let detail = format!(
                 "{most} ensembles wait already, which is the most that the operator lets (--max-queued); \
@@ -280,7 +280,8 @@ async fn accept(
     };
     let job = existing(conn, project_id, id).await?;
     let location = [(header::LOCATION, path(id))];
-    Ok(match job.state.is_terminal() {
+    // A new one may be over already where a worker was quick; it was accepted all the same.
+    Ok(match job.state.is_terminal() && !is_new {
         true => (StatusCode::OK, location, JsonResponse(Ensemble::from(job))).into_response(),
         false => {
             let again = [(header::RETRY_AFTER, LOOK_AGAIN_AFTER.to_string())];
