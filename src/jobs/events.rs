@@ -7,6 +7,7 @@ use time::OffsetDateTime;
 use utoipa::ToSchema;
 use uuid::Uuid;
 
+use super::queue::WORK_CHANNEL;
 use crate::db::DbError;
 
 #[derive(Clone, Debug, Serialize, ToSchema)]
@@ -26,7 +27,8 @@ pub struct JobEvent {
 /// Where jobs are named that something happened to; a hint, as [`super::queue::WORK_CHANNEL`].
 pub const EVENT_CHANNEL: &str = "promptweave_event";
 
-/// Adds an event within the transaction that makes it true; the caller holds the job's row.
+/// Adds an event within the transaction that makes it true; the caller holds the job's row, and
+/// [tells](tell) of it after the commit.
 pub(super) async fn record(
     conn: &mut PgConnection,
     job_id: Uuid,
@@ -35,21 +37,34 @@ pub(super) async fn record(
 ) -> Result<(), DbError> {
     sqlx::query!(
         r#"
-        WITH added AS (
-            INSERT INTO job_event (job_id, seq, kind, data)
-            SELECT $1, coalesce(max(seq), 0) + 1, $2, $3 FROM job_event WHERE job_id = $1
-            RETURNING job_id
-        )
-        SELECT pg_notify($4, job_id::text) FROM added
+        INSERT INTO job_event (job_id, seq, kind, data)
+        SELECT $1, coalesce(max(seq), 0) + 1, $2, $3 FROM job_event WHERE job_id = $1
         "#,
         job_id,
         kind,
         data,
-        EVENT_CHANNEL,
     )
-    .fetch_one(conn)
+    .execute(conn)
     .await?;
     Ok(())
+}
+
+/// Wakes who waits for this job, and workers where there may be work. After the commit, not within it: a
+/// transaction that notifies holds a lock while its commit waits for the disk, and no other that
+/// notifies can commit meanwhile. A hint that is lost here costs those who wait the time until they look again.
+pub(super) async fn tell(conn: &mut PgConnection, job_id: Uuid, work: bool) {
+    let told = sqlx::query!(
+        "SELECT pg_notify($1, $2), CASE WHEN $3 THEN pg_notify($4, '') END AS work",
+        EVENT_CHANNEL,
+        job_id.to_string(),
+        work,
+        WORK_CHANNEL,
+    )
+    .fetch_one(conn)
+    .await;
+    if let Err(error) = told {
+        tracing::debug!(job.id = %job_id, %error, "nobody was told");
+    }
 }
 
 /// The events of a job after number `after`.

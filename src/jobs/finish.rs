@@ -3,6 +3,7 @@
 
 use sqlx::{Connection, PgConnection};
 
+use super::events::tell;
 use super::leaving::{Held, Leaving};
 use super::queue::{Claimed, QueueError};
 use crate::blobs::BlobStore;
@@ -86,7 +87,7 @@ pub async fn finish(
         .await?;
     failpoints::reach("finishing", claimed.lease.job_id);
     // Also where the deferred constraint on the weights speaks up.
-    tx.commit()
-        .await
-        .map_err(|error| DbError::from(error).into())
+    tx.commit().await.map_err(DbError::from)?;
+    tell(conn, claimed.lease.job_id, false).await;
+    Ok(())
 }

@@ -8,7 +8,7 @@ use sqlx::types::Json;
 use uuid::Uuid;
 
 use super::events::record;
-use super::queue::{Lease, QueueError, notify};
+use super::queue::{Lease, QueueError};
 use crate::db::expect_one_row;
 use crate::domain::composition::CompositionResult;
 use crate::domain::digest::Digest;
@@ -174,9 +174,7 @@ impl Held {
             data["error"] = json!(error);
         }
         record(tx, self.job_id, event_name(state, outcome), data).await?;
-        if state == JobState::Queued {
-            notify(tx).await?;
-        } else {
+        if state.is_terminal() {
             outbox::ended(tx, self.job_id).await?;
         }
         Ok(())

@@ -8,10 +8,10 @@ use std::time::Duration;
 
 use serde_json::json;
 use sqlx::types::Json;
-use sqlx::{Connection, PgConnection, PgTransaction};
+use sqlx::{Connection, PgConnection};
 use uuid::Uuid;
 
-use super::events::record;
+use super::events::{record, tell};
 use super::leaving::{Held, Leaving};
 use crate::db::DbError;
 use crate::domain::job::{AttemptOutcome, EnsembleSpec, JobError, JobState, Progress};
@@ -126,6 +126,7 @@ pub async fn claim(
     failpoints::reach("claiming", row.id);
     tx.commit().await?;
     failpoints::reach("claimed", row.id);
+    tell(conn, row.id, false).await;
     Ok(Some(Claimed {
         lease: Lease {
             job_id: row.id,
@@ -206,6 +207,9 @@ pub async fn progress(
     }
     failpoints::reach("progressing", lease.job_id);
     tx.commit().await?;
+    if row.as_ref().is_some_and(|row| row.new_phase) {
+        tell(conn, lease.job_id, false).await;
+    }
     renewal(lease, row.map(|row| row.cancel))
 }
 
@@ -243,6 +247,7 @@ pub async fn fail(
     held.leave(&mut tx, leaving).await?;
     failpoints::reach("failing", lease.job_id);
     tx.commit().await?;
+    tell(conn, lease.job_id, state == JobState::Queued).await;
     Ok(state)
 }
 
@@ -255,9 +260,12 @@ pub async fn release(conn: &mut PgConnection, lease: Lease) -> Result<(), QueueE
     } else {
         Leaving::to(JobState::Queued, AttemptOutcome::Released).uncounted()
     };
+    let state = leaving.state;
     held.leave(&mut tx, leaving).await?;
     failpoints::reach("releasing", lease.job_id);
-    Ok(tx.commit().await?)
+    tx.commit().await?;
+    tell(conn, lease.job_id, state == JobState::Queued).await;
+    Ok(())
 }
 
 /// Ends a job whose cancellation the worker has noticed.
@@ -270,7 +278,9 @@ pub async fn finish_cancelled(conn: &mut PgConnection, lease: Lease) -> Result<(
     )
     .await?;
     failpoints::reach("cancelling", lease.job_id);
-    Ok(tx.commit().await?)
+    tx.commit().await?;
+    tell(conn, lease.job_id, false).await;
+    Ok(())
 }
 
 /// A job whose worker was not heard of in time, and where it went.
@@ -324,15 +334,10 @@ pub async fn reap(conn: &mut PgConnection) -> Result<Vec<Reaped>, QueueError> {
         held.leave(&mut tx, leaving).await?;
     }
     tx.commit().await?;
+    for reaped in &reaped {
+        tell(conn, reaped.job_id, reaped.state == JobState::Queued).await;
+    }
     Ok(reaped)
-}
-
-/// Wakes the workers once the transaction commits.
-pub(super) async fn notify(tx: &mut PgTransaction<'_>) -> Result<(), sqlx::Error> {
-    sqlx::query!("SELECT pg_notify($1, '')", WORK_CHANNEL)
-        .fetch_one(&mut **tx)
-        .await?;
-    Ok(())
 }
 
 /// How long to wait before attempt `attempt` + 1: 2, 4, 8 … seconds up to five minutes, give or take

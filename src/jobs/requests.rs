@@ -3,11 +3,11 @@
 
 use serde_json::json;
 use sqlx::types::Json;
-use sqlx::{Connection, PgConnection};
+use sqlx::{Connection, PgConnection, PgTransaction};
 use uuid::Uuid;
 
-use super::events::record;
-use super::queue::{QueueError, notify};
+use super::events::{record, tell};
+use super::queue::QueueError;
 use crate::db::{DbError, expect_one_row};
 use crate::domain::job::{EnsembleSpec, JobState, MAX_ATTEMPTS};
 use crate::webhooks::outbox;
@@ -70,8 +70,10 @@ pub async fn post(
     if waiting >= i64::from(most) {
         return Ok(Posted::Full);
     }
-    enqueue(&mut tx, new).await?;
+    let id = new.id;
+    insert(&mut tx, new).await?;
     tx.commit().await?;
+    tell(conn, id, true).await;
     Ok(Posted::Queued)
 }
 
@@ -111,8 +113,16 @@ pub async fn same(
 
 /// Puts a job into the queue.
 pub async fn enqueue(conn: &mut PgConnection, new: NewJob<'_>) -> Result<(), QueueError> {
-    let spec_digest = new.spec.digest();
+    let id = new.id;
     let mut tx = conn.begin().await?;
+    insert(&mut tx, new).await?;
+    tx.commit().await?;
+    tell(conn, id, true).await;
+    Ok(())
+}
+
+async fn insert(tx: &mut PgTransaction<'_>, new: NewJob<'_>) -> Result<(), QueueError> {
+    let spec_digest = new.spec.digest();
     sqlx::query!(
         r#"
         INSERT INTO job (id, project_id, kind, priority, max_attempts, spec, spec_digest, replay_of)
@@ -127,11 +137,9 @@ pub async fn enqueue(conn: &mut PgConnection, new: NewJob<'_>) -> Result<(), Que
         spec_digest.as_bytes(),
         new.replay_of,
     )
-    .execute(&mut *tx)
+    .execute(&mut **tx)
     .await?;
-    record(&mut tx, new.id, "queued", json!({})).await?;
-    notify(&mut tx).await?;
-    Ok(tx.commit().await?)
+    Ok(record(tx, new.id, "queued", json!({})).await?)
 }
 
 /// What asking for a cancellation did.
@@ -197,6 +205,7 @@ pub async fn cancel(
         outbox::ended(&mut tx, id).await?;
     }
     tx.commit().await?;
+    tell(conn, id, false).await;
     Ok(Some(done))
 }
 
@@ -240,7 +249,7 @@ pub async fn retry(
     .await?;
     expect_one_row(changed)?;
     record(&mut tx, id, "retry_requested", json!({})).await?;
-    notify(&mut tx).await?;
     tx.commit().await?;
+    tell(conn, id, true).await;
     Ok(Some(Ok(())))
 }

@@ -17,9 +17,9 @@ use sqlx::types::Json;
 use sqlx::{Connection, PgConnection};
 use uuid::Uuid;
 
-use super::events::record;
+use super::events::{record, tell};
 use super::leaving::Held;
-use super::queue::{Lease, QueueError, Renewal, notify, renewal};
+use super::queue::{Lease, QueueError, Renewal, renewal};
 use crate::blobs::BlobStore;
 use crate::db::DbError;
 use crate::domain::composition::Phase;
@@ -51,6 +51,7 @@ pub async fn lay_out(
     .fetch_optional(&mut *tx)
     .await?;
     let count = before.map_or(count, |before| before as usize);
+    let mut new_shards = false;
     if before.is_some() || count > 1 {
         let new = sqlx::query!(
             r#"
@@ -65,11 +66,12 @@ pub async fn lay_out(
         )
         .execute(&mut *tx)
         .await?;
-        if new.rows_affected() > 0 {
-            notify(&mut tx).await?;
-        }
+        new_shards = new.rows_affected() > 0;
     }
     tx.commit().await?;
+    if new_shards {
+        tell(conn, lease.job_id, true).await;
+    }
     Ok(count)
 }
 
@@ -179,10 +181,12 @@ pub async fn put(
     .await?;
     // Else it was there already: the same one, sent again after a commit whose answer was lost.
     if changed.rows_affected() == 1 {
-        tell(&mut tx, lease.job_id, "shard", shard, worker_id).await?;
+        record_shard(&mut tx, lease.job_id, "shard", shard, worker_id).await?;
     }
     failpoints::reach("shard_putting", lease.job_id);
-    Ok(tx.commit().await?)
+    tx.commit().await?;
+    tell(conn, lease.job_id, false).await;
+    Ok(())
 }
 
 /// What is not there of a phase is not needed; who works on it loses it.
@@ -208,7 +212,9 @@ pub async fn estimate(
     let mut tx = conn.begin().await?;
     Held::lock(&mut tx, lease).await?;
     record(&mut tx, lease.job_id, "estimate", json!(estimate)).await?;
-    Ok(tx.commit().await?)
+    tx.commit().await?;
+    tell(conn, lease.job_id, false).await;
+    Ok(())
 }
 
 // ---- Who helps -------------------------------------------------------------------------------
@@ -362,9 +368,11 @@ pub async fn give(
     .fetch_optional(&mut *tx)
     .await?;
     let worker_id = worker_id.ok_or(QueueError::LeaseLost(job_id))?;
-    tell(&mut tx, job_id, "shard", claimed.shard, worker_id).await?;
+    record_shard(&mut tx, job_id, "shard", claimed.shard, worker_id).await?;
     failpoints::reach("shard_giving", job_id);
-    Ok(tx.commit().await?)
+    tx.commit().await?;
+    tell(conn, job_id, false).await;
+    Ok(())
 }
 
 /// How a helper gives a shard back.
@@ -384,7 +392,6 @@ pub async fn give_back(
     lease: Lease,
     why: GivenBack,
 ) -> Result<(), QueueError> {
-    let mut tx = conn.begin().await?;
     let attempt = match why {
         GivenBack::Released => -1,
         GivenBack::Failed => 0,
@@ -401,13 +408,13 @@ pub async fn give_back(
         lease.token,
         attempt,
     )
-    .execute(&mut *tx)
+    .execute(&mut *conn)
     .await?;
     if changed.rows_affected() == 0 {
         return Err(QueueError::LeaseLost(lease.job_id));
     }
-    notify(&mut tx).await?;
-    Ok(tx.commit().await?)
+    tell(conn, lease.job_id, true).await;
+    Ok(())
 }
 
 /// Puts shards back whose helpers were not heard of in time; answers how many.
@@ -442,11 +449,11 @@ pub async fn reap(conn: &mut PgConnection) -> Result<usize, QueueError> {
                 count: row_of_shard.count as usize,
             };
             let worker_id = row_of_shard.worker_id;
-            tell(&mut tx, row.job_id, "shard_lost", shard, worker_id).await?;
-            notify(&mut tx).await?;
+            record_shard(&mut tx, row.job_id, "shard_lost", shard, worker_id).await?;
             reaped += 1;
         }
         tx.commit().await?;
+        tell(conn, row.job_id, true).await;
     }
     Ok(reaped)
 }
@@ -459,7 +466,7 @@ async fn lock_job(conn: &mut PgConnection, job_id: Uuid) -> Result<(), QueueErro
     Ok(())
 }
 
-async fn tell(
+async fn record_shard(
     conn: &mut PgConnection,
     job_id: Uuid,
     kind: &str,
