@@ -107,6 +107,9 @@ pub struct WorkerArgs {
     pub storage: StorageOptions,
     #[command(flatten)]
     pub shutdown: ShutdownOptions,
+    /// Of its row in `/v1/workers`: how `up` knows which worker is the one that it started.
+    #[arg(long, env = "PROMPTWEAVE_WORKER_ID", hide = true, value_name = "UUID")]
+    pub id: Option<Uuid>,
     /// Stop when stdin ends: how `up` makes sure that no worker outlives it.
     #[arg(long, hide = true)]
     pub stop_with_stdin: bool,

@@ -4,6 +4,7 @@ use std::time::Duration;
 use clap::Parser;
 use promptweave::cli::{Cli, Command};
 use promptweave::http::openapi::openapi;
+use promptweave::worker::WorkerError;
 use promptweave::{client, gc, healthcheck, keys, plot, roles, telemetry};
 #[cfg(feature = "torch")]
 use promptweave::{offline, up, worker};
@@ -19,7 +20,10 @@ fn main() -> ExitCode {
             eprintln!("error: {}", telemetry::chain(error.as_ref()));
             match is_client {
                 true => client::exit_status(&error).into(),
-                false => ExitCode::FAILURE,
+                false => match error.downcast_ref::<WorkerError>() {
+                    Some(error) => error.exit_status().into(),
+                    None => ExitCode::FAILURE,
+                },
             }
         }
     }
@@ -32,7 +36,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Command::Serve(args) => block_on(roles::serve(args)),
         #[cfg(feature = "torch")]
         Command::Worker(args) => {
-            let engine = worker::engine::factory(&args.worker, &args.storage)?;
+            let engine = worker::engine::factory(&args.worker, &args.storage);
             block_on(roles::worker(args, engine))
         }
         Command::Migrate(options) => block_on(roles::migrate(options)),

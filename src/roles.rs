@@ -10,6 +10,7 @@ use std::time::Duration;
 use anyhow::Context;
 use sqlx::PgPool;
 use tokio::net::TcpListener;
+use uuid::Uuid;
 
 use crate::cli::{ServeArgs, WorkerArgs};
 use crate::clock::SystemClock;
@@ -24,7 +25,7 @@ use crate::remote::client::Client;
 use crate::shutdown::Shutdown;
 use crate::webhooks::deliverer;
 use crate::worker::composer_thread::NewComposer;
-use crate::worker::{self, WorkerSettings};
+use crate::worker::{self, SEEN_EVERY, WorkerSettings};
 
 /// `promptweave serve`.
 pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
@@ -43,6 +44,9 @@ pub async fn worker(args: WorkerArgs, new_composer: NewComposer) -> anyhow::Resu
         stop_with_stdin(shutdown.clone());
     }
     let settings = WorkerSettings {
+        id: args.id.unwrap_or_else(Uuid::now_v7),
+        device: args.worker.device.clone(),
+        seen_every: SEEN_EVERY,
         lease: args.worker.queue.lease(),
         stall: args.worker.queue.stall(),
         shard_pairs: args.worker.queue.shard_pairs,

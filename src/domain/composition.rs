@@ -149,8 +149,24 @@ pub trait Composer: Send {
         observer: &mut dyn Observer,
     ) -> Result<Vec<u8>, CompositionError>;
 
-    /// e.g. `cpu` or `cuda:0`.
-    fn device(&self) -> String;
+    /// Composes a known tiny job, which must give its known α: whether the device computes at all, and
+    /// rightly. Takes well below a second.
+    fn self_test(&mut self) -> Result<(), CompositionError>;
+
+    fn platform(&self) -> Platform;
+}
+
+/// What a composer computes on, and with.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Platform {
+    /// e.g. `cpu`, `cuda:0` or `cuda:0,cuda:1`.
+    pub device: String,
+    /// NVIDIA's, e.g. `580.65.06`.
+    pub driver: Option<String>,
+    /// Of the devices together; the machine's for a CPU.
+    pub memory_bytes: Option<u64>,
+    /// Its version.
+    pub libtorch: Option<String>,
 }
 
 /// A finished composition: the answer and the two files that belong to it.
@@ -175,6 +191,34 @@ pub enum CompositionError {
     /// The machine failed (memory, device); another try may help.
     #[error("{detail}")]
     Retry { code: &'static str, detail: String },
+}
+
+impl CompositionError {
+    /// After this the process that owns the device is not to be trusted.
+    pub fn device_failed(detail: String) -> Self {
+        Self::Retry {
+            code: DEVICE_FAILED,
+            detail,
+        }
+    }
+
+    pub fn is_device_failure(&self) -> bool {
+        matches!(self, Self::Retry { code, .. } if *code == DEVICE_FAILED)
+    }
+}
+
+const DEVICE_FAILED: &str = "device_failed";
+
+/// Whether what libtorch says is about memory or device, and so not the input's fault.
+pub fn blames_the_device(text: &str) -> bool {
+    let words = [
+        "CUDA",
+        "cuDNN error",
+        "cusolver error",
+        "out of memory",
+        "can't allocate memory",
+    ];
+    words.iter().any(|words| text.contains(words))
 }
 
 // ---- The answer ----------------------------------------------------------------------------

@@ -104,6 +104,12 @@ pub fn name_of(device: Device) -> String {
     }
 }
 
+/// As [`all_named`] reads them.
+pub fn names_of(devices: &[Device]) -> String {
+    let names: Vec<String> = devices.iter().map(|device| name_of(*device)).collect();
+    names.join(",")
+}
+
 /// Opens `libtorch_cuda.so` in `dir`, or beside the `libtorch_cpu.so` of this process if it is there; says
 /// which it opened.
 pub fn open_cuda(dir: Option<&Path>) -> Result<Option<PathBuf>, DeviceError> {

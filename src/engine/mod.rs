@@ -22,7 +22,9 @@ pub mod gradients;
 pub mod h_score;
 pub mod head;
 pub mod images;
+pub mod memory;
 pub mod mkl;
+pub mod nvidia;
 pub mod optimizer;
 pub mod pixels;
 pub mod samples;
@@ -43,13 +45,16 @@ mod classes;
 mod compose;
 mod helping;
 mod jackknife;
+mod platform;
 mod refine;
 mod report;
 mod resolve;
 mod row_file;
+mod self_test;
 #[cfg(test)]
 mod testing;
 mod threads;
+mod tiny;
 mod token_alignment;
 
 use std::io;
@@ -65,7 +70,8 @@ use self::statistics::StatisticsError;
 use self::vit::{Compute, Vit};
 use crate::domain::backbone::{Backbone, BackboneError};
 use crate::domain::composition::{
-    Composer, Composition, CompositionError, CompositionInput, Observer, ResolveInput,
+    Composer, Composition, CompositionError, CompositionInput, Observer, Platform, ResolveInput,
+    blames_the_device,
 };
 use crate::domain::dataset::DatasetError;
 use crate::domain::precision::Precision;
@@ -158,15 +164,10 @@ impl EngineError {
 
 impl From<EngineError> for CompositionError {
     fn from(error: EngineError) -> Self {
-        let code = error.code();
-        let mut detail = error.to_string();
-        let mut source = std::error::Error::source(&error);
-        while let Some(cause) = source {
-            detail = format!("{detail}: {cause}");
-            source = cause.source();
-        }
+        let (code, detail) = (error.code(), chain(&error));
         match error {
             EngineError::Stopped => Self::Stopped,
+            EngineError::Torch(_) if blames_the_device(&detail) => Self::device_failed(detail),
             // Out of memory or disk, or a device that failed: the next attempt may meet a better machine.
             EngineError::Torch(_)
             | EngineError::Cache(_)
@@ -176,6 +177,17 @@ impl From<EngineError> for CompositionError {
             _ => Self::Refused { code, detail },
         }
     }
+}
+
+/// An error and its causes.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
 }
 
 /// What stays between compositions: backbones that are loaded, results of single sources.
@@ -237,7 +249,8 @@ impl Composer for Engine {
         input: &ResolveInput,
         observer: &mut dyn Observer,
     ) -> Result<Composition, CompositionError> {
-        Ok(resolve::resolve(input, self.device(), observer)?)
+        let device = device::names_of(&self.backbones.compute.devices);
+        Ok(resolve::resolve(input, device, observer)?)
     }
 
     fn shard(
@@ -250,10 +263,12 @@ impl Composer for Engine {
         Ok(helping::shard(backbone, vit, prepared, input, observer)?)
     }
 
-    fn device(&self) -> String {
-        let devices = self.backbones.compute.devices.iter();
-        let names: Vec<String> = devices.map(|device| device::name_of(*device)).collect();
-        names.join(",")
+    fn self_test(&mut self) -> Result<(), CompositionError> {
+        self_test::run(&self.backbones.compute)
+    }
+
+    fn platform(&self) -> Platform {
+        platform::of(&self.backbones.compute.devices)
     }
 }
 

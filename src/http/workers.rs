@@ -8,13 +8,19 @@ use serde::Serialize;
 use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
+use uuid::Uuid;
 
 use super::AppState;
+use super::access::Caller;
 use super::error::Problem;
-use crate::jobs::workers::{self, Worker};
+use super::extract::Path;
+use crate::jobs::workers::{self, Drain, Worker};
+use crate::registry::DEFAULT_PROJECT;
 
 pub fn router() -> OpenApiRouter<AppState> {
-    OpenApiRouter::new().routes(routes!(list_workers))
+    OpenApiRouter::new()
+        .routes(routes!(list_workers))
+        .routes(routes!(drain_worker))
 }
 
 /// Outside `/v1`.
@@ -34,13 +40,57 @@ async fn list_workers(State(state): State<AppState>) -> Result<JsonResponse<Work
     Ok(JsonResponse(Workers { items }))
 }
 
+/// Let a worker finish the job it has, claim nothing more, and end
+///
+/// It is `draining` until then. Its process ends with the status 0; under `promptweave up` it stays down until `up`
+/// is started anew.
+#[utoipa::path(
+    post,
+    path = "/workers/{id}/drain",
+    tag = "workers",
+    security(("api_key" = ["admin"])),
+    params(("id" = Uuid, Path)),
+    responses(
+        (status = 202, description = "It claims nothing more, whether or not it did before"),
+        (status = 403, description = "`scope_missing`; `not_the_default_project`: workers are the operator's, \
+            and work for all projects"),
+        (status = 404, description = "`worker_not_found`"),
+        (status = 409, description = "`worker_ended`"),
+    )
+)]
+async fn drain_worker(
+    State(state): State<AppState>,
+    caller: Caller,
+    Path(id): Path<Uuid>,
+) -> Result<StatusCode, Problem> {
+    if caller.project_id != DEFAULT_PROJECT {
+        let detail =
+            "only keys of the project `default` drain workers; ask whoever runs the server";
+        let code = "not_the_default_project";
+        return Err(Problem::new(StatusCode::FORBIDDEN, code, detail));
+    }
+    let mut conn = state.pool.acquire().await?;
+    match workers::drain(&mut conn, id).await? {
+        Some(Drain::Requested) => Ok(StatusCode::ACCEPTED),
+        Some(Drain::Ended(state)) => Err(Problem::new(
+            StatusCode::CONFLICT,
+            "worker_ended",
+            format!("worker {id} is {state} and has nothing to finish"),
+        )),
+        None => Err(Problem::not_found(
+            "worker_not_found",
+            format!("there is no worker {id}; GET /v1/workers lists those of the last day"),
+        )),
+    }
+}
+
 #[derive(Debug, Serialize, ToSchema)]
 struct WorkersHealth {
     #[schema(example = "ok")]
     status: &'static str,
 }
 
-/// Whether some worker can work: its engine answered, or made progress, within the last minute
+/// Whether some worker can work: it passed its self-test, or made progress, within the last minute
 #[utoipa::path(
     get,
     path = "/readyz/workers",
@@ -59,7 +109,8 @@ async fn readyz_workers(
     Err(Problem::new(
         StatusCode::SERVICE_UNAVAILABLE,
         "no_worker",
-        "no worker's engine has answered within the last minute; jobs wait until one does",
+        "no worker has passed its self-test within the last minute; jobs wait until one does, and \
+         GET /v1/workers says what became of each",
     )
     .retry_after(5))
 }

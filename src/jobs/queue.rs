@@ -83,6 +83,7 @@ pub async fn claim(
             SELECT id
             FROM job
             WHERE state = 'queued' AND run_at <= now()
+              AND NOT EXISTS (SELECT FROM worker WHERE id = $3 AND state = 'draining')
             ORDER BY priority, run_at, id
             LIMIT 1
             -- Two workers never wait for the same row: the second takes the next one.

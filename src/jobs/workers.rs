@@ -1,19 +1,23 @@
 //! Which workers there are, and whether any of them can work.
 
 use serde::Serialize;
-use sqlx::PgConnection;
+use sqlx::{Connection, PgConnection};
 use time::OffsetDateTime;
 use utoipa::ToSchema;
 use uuid::Uuid;
 
+use super::queue::notify;
 use crate::db::{DbError, expect_one_row};
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct NewWorker<'a> {
     pub id: Uuid,
     pub host: &'a str,
     pub pid: u32,
     pub device: &'a str,
+    pub driver: Option<&'a str>,
+    pub memory_bytes: Option<u64>,
+    pub libtorch: Option<&'a str>,
 }
 
 #[derive(Clone, Debug, Serialize, ToSchema)]
@@ -21,23 +25,34 @@ pub struct Worker {
     pub id: Uuid,
     pub host: String,
     pub pid: i32,
-    #[schema(example = "cpu")]
+    #[schema(example = "cuda:0")]
     pub device: String,
+    /// NVIDIA's; null without one.
+    #[schema(example = "580.65.06")]
+    pub driver: Option<String>,
+    /// Of its devices together; the machine's for a CPU.
+    pub memory_bytes: Option<i64>,
+    /// Its version.
+    #[schema(example = "2.11.0")]
+    pub libtorch: Option<String>,
     /// promptweave's own.
     pub version: String,
-    /// `idle`, `busy` or `stopped`.
+    /// `idle`, `busy`, `draining` (claims nothing more, and ends with the job it has), `stopped`, or
+    /// `defunct`: several starts in a row have failed.
     #[schema(example = "idle")]
     pub state: String,
+    /// Why it ended; null where it was asked to.
+    pub reason: Option<String>,
     /// The job it has.
     pub job_id: Option<Uuid>,
     #[serde(with = "time::serde::rfc3339")]
     pub started_at: OffsetDateTime,
     #[serde(with = "time::serde::rfc3339")]
     pub last_seen: OffsetDateTime,
-    /// When its engine last answered.
+    /// When its engine last passed its self-test, or ended an attempt.
     #[serde(with = "time::serde::rfc3339")]
     pub selftest_at: OffsetDateTime,
-    /// Seen within the last minute, by the database's clock, and not stopped.
+    /// Seen within the last minute, by the database's clock, and neither stopped nor defunct.
     pub live: bool,
 }
 
@@ -58,17 +73,26 @@ impl WorkerState {
     }
 }
 
-/// Makes a worker known, its engine having answered.
+/// A worker that is ready, or is so again under an id whose starts failed before.
 pub async fn register(conn: &mut PgConnection, new: &NewWorker<'_>) -> Result<(), DbError> {
     sqlx::query!(
         r#"
-        INSERT INTO worker (id, host, pid, device, version, state)
-        VALUES ($1, $2, $3, $4, $5, 'idle')
+        INSERT INTO worker (id, host, pid, device, driver, memory_bytes, libtorch, version, state)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, 'idle')
+        ON CONFLICT (id) DO UPDATE
+        SET host = excluded.host, pid = excluded.pid, device = excluded.device,
+            driver = excluded.driver, memory_bytes = excluded.memory_bytes,
+            libtorch = excluded.libtorch, version = excluded.version,
+            state = 'idle', reason = NULL,
+            started_at = now(), last_seen = now(), selftest_at = now()
         "#,
         new.id,
         new.host,
         new.pid as i32,
         new.device,
+        new.driver,
+        new.memory_bytes.map(|bytes| bytes as i64),
+        new.libtorch,
         env!("CARGO_PKG_VERSION"),
     )
     .execute(conn)
@@ -76,7 +100,7 @@ pub async fn register(conn: &mut PgConnection, new: &NewWorker<'_>) -> Result<()
     Ok(())
 }
 
-/// A sign of life; `answered` says that the engine gave one too.
+/// A sign of life; `answered` says that the engine gave one too. One that drains stays so until it stops.
 pub async fn seen(
     conn: &mut PgConnection,
     id: Uuid,
@@ -86,7 +110,7 @@ pub async fn seen(
     let changed = sqlx::query!(
         r#"
         UPDATE worker
-        SET state = $2,
+        SET state = CASE WHEN state = 'draining' AND $2 <> 'stopped' THEN state ELSE $2 END,
             last_seen = now(),
             selftest_at = CASE WHEN $3 THEN now() ELSE selftest_at END
         WHERE id = $1
@@ -100,16 +124,109 @@ pub async fn seen(
     expect_one_row(changed)
 }
 
+/// What became of a wish to drain a worker.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Drain {
+    /// It claims nothing more.
+    Requested,
+    /// It is in this state, and has ended.
+    Ended(String),
+}
+
+/// Lets a worker finish what it has and end; idle ones are woken for it. None: there is no such worker.
+pub async fn drain(conn: &mut PgConnection, id: Uuid) -> Result<Option<Drain>, DbError> {
+    let mut tx = conn.begin().await?;
+    let state = sqlx::query_scalar!(
+        r#"
+        UPDATE worker
+        SET state = CASE WHEN state IN ('idle', 'busy') THEN 'draining' ELSE state END
+        WHERE id = $1
+        RETURNING state
+        "#,
+        id,
+    )
+    .fetch_optional(&mut *tx)
+    .await?;
+    notify(&mut tx).await?;
+    tx.commit().await?;
+    Ok(state.map(|state| match state.as_str() {
+        "draining" => Drain::Requested,
+        _ => Drain::Ended(state),
+    }))
+}
+
+pub async fn is_draining(conn: &mut PgConnection, id: Uuid) -> Result<bool, DbError> {
+    let draining = sqlx::query_scalar!(
+        r#"SELECT EXISTS (SELECT FROM worker WHERE id = $1 AND state = 'draining') AS "draining!""#,
+        id,
+    )
+    .fetch_one(conn)
+    .await?;
+    Ok(draining)
+}
+
+/// An end that nobody asked for.
+#[derive(Clone, Copy, Debug)]
+pub struct End<'a> {
+    /// Several starts in a row have failed. Only a worker that registers ends this state.
+    pub defunct: bool,
+    pub reason: &'a str,
+    /// The worker's own words, where it left some, stay in place of these.
+    pub unless_said: bool,
+}
+
+/// Stores how a worker ended, whether it had registered or not.
+pub async fn ended(
+    conn: &mut PgConnection,
+    worker: &NewWorker<'_>,
+    end: End<'_>,
+) -> Result<(), DbError> {
+    sqlx::query!(
+        r#"
+        INSERT INTO worker (id, host, pid, device, version, state, reason)
+        VALUES ($1, $2, $3, $4, $5, CASE WHEN $6 THEN 'defunct' ELSE 'stopped' END, $7)
+        ON CONFLICT (id) DO UPDATE
+        SET state = CASE worker.state WHEN 'defunct' THEN 'defunct' ELSE excluded.state END,
+            pid = excluded.pid,
+            last_seen = now(),
+            reason = CASE WHEN $8 THEN coalesce(worker.reason, excluded.reason)
+                          ELSE excluded.reason END
+        "#,
+        worker.id,
+        worker.host,
+        worker.pid as i32,
+        worker.device,
+        env!("CARGO_PKG_VERSION"),
+        end.defunct,
+        end.reason,
+        end.unless_said,
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// Whether it ever claimed a job.
+pub async fn has_worked(conn: &mut PgConnection, id: Uuid) -> Result<bool, DbError> {
+    let worked = sqlx::query_scalar!(
+        r#"SELECT EXISTS (SELECT FROM job_attempt WHERE worker_id = $1) AS "worked!""#,
+        id,
+    )
+    .fetch_one(conn)
+    .await?;
+    Ok(worked)
+}
+
 /// Workers seen within a day, the newest first.
 pub async fn list(conn: &mut PgConnection) -> Result<Vec<Worker>, DbError> {
     let workers = sqlx::query_as!(
         Worker,
         r#"
         SELECT
-            w.id, w.host, w.pid, w.device, w.version, w.state, w.started_at, w.last_seen,
-            w.selftest_at,
+            w.id, w.host, w.pid, w.device, w.driver, w.memory_bytes, w.libtorch, w.version, w.state,
+            w.reason, w.started_at, w.last_seen, w.selftest_at,
             j.id AS "job_id?",
-            w.state <> 'stopped' AND w.last_seen > now() - interval '1 minute' AS "live!"
+            w.state NOT IN ('stopped', 'defunct') AND w.last_seen > now() - interval '1 minute' AS "live!"
         FROM worker w
         LEFT JOIN job j ON j.worker_id = w.id AND j.state = 'running'
         WHERE w.last_seen > now() - interval '1 day'
@@ -122,14 +239,14 @@ pub async fn list(conn: &mut PgConnection) -> Result<Vec<Worker>, DbError> {
     Ok(workers)
 }
 
-/// Whether some worker's engine answered, or made progress on a job, within the last minute.
+/// Whether some worker that takes jobs passed its self-test, or made progress on a job, within the last minute.
 pub async fn any_ready(conn: &mut PgConnection) -> Result<bool, DbError> {
     let ready = sqlx::query_scalar!(
         r#"
         SELECT EXISTS (
             SELECT FROM worker w
             LEFT JOIN job j ON j.worker_id = w.id AND j.state = 'running'
-            WHERE w.state <> 'stopped'
+            WHERE w.state IN ('idle', 'busy')
               AND w.last_seen > now() - interval '1 minute'
               AND greatest(w.selftest_at, j.progress_at) > now() - interval '1 minute'
         ) AS "ready!"

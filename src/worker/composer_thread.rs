@@ -7,16 +7,21 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc;
 use std::sync::{Arc, OnceLock};
 use std::thread;
+use std::time::Duration;
 
 use tokio::sync::{oneshot, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::domain::composition::{
-    Composer, Composition, CompositionError, CompositionInput, Observer, Phase, ResolveInput,
+    Composer, Composition, CompositionError, CompositionInput, Observer, Phase, Platform,
+    ResolveInput, blames_the_device,
 };
 use crate::domain::job::Progress;
 use crate::domain::sharing::{ShardInput, Shards};
+
+/// CUDA's libraries may come from a slow disk; a device that hangs takes for ever.
+const STARTS_WITHIN: Duration = Duration::from_secs(300);
 
 /// Makes a composer on the thread that will own it; called again after a panic.
 pub type NewComposer =
@@ -124,38 +129,39 @@ enum Request {
         watcher: Watcher,
         answer: oneshot::Sender<Result<Done, CompositionError>>,
     },
-    /// Does the thread take requests at all?
-    Ping { answer: oneshot::Sender<()> },
+    SelfTest {
+        begun: oneshot::Sender<()>,
+        answer: oneshot::Sender<Result<(), CompositionError>>,
+    },
 }
-
-/// The thread is gone: its composer could not be made anew after a panic.
-#[derive(Debug, thiserror::Error)]
-#[error("the engine's thread has ended")]
-pub struct ThreadEnded;
 
 #[derive(Debug)]
 pub struct ComposerThread {
     requests: mpsc::Sender<Request>,
-    device: String,
+    platform: Platform,
 }
 
 impl ComposerThread {
-    /// Starts the thread and waits until its composer is made.
+    /// Starts the thread and waits until its composer is made and has passed its self-test.
     pub async fn start(new: NewComposer) -> Result<Self, CompositionError> {
         let (requests, queue) = mpsc::channel();
-        let (made, device) = oneshot::channel();
+        let (made, platform) = oneshot::channel();
         thread::Builder::new()
             .name("composer".to_owned())
             .spawn(move || own(&new, made, &queue))
             .expect("the system lets a process start one thread");
         let ended = |_| Err(panicked(&"the engine's constructor panicked"));
-        let device = device.await.unwrap_or_else(ended)?;
-        Ok(Self { requests, device })
+        let late = |_| {
+            let seconds = STARTS_WITHIN.as_secs();
+            CompositionError::device_failed(format!("the engine is not ready after {seconds} s"))
+        };
+        let platform = tokio::time::timeout(STARTS_WITHIN, platform).await;
+        let platform = platform.map_err(late)?.unwrap_or_else(ended)?;
+        Ok(Self { requests, platform })
     }
 
-    /// e.g. `cpu`.
-    pub fn device(&self) -> &str {
-        &self.device
+    pub fn platform(&self) -> &Platform {
+        &self.platform
     }
 
     /// Hands work over, which others may share in. Progress and answer come through the channels that are returned.
@@ -184,34 +190,48 @@ impl ComposerThread {
         (watched, answered)
     }
 
-    /// Waits until the thread answers.
-    pub async fn ping(&self) -> Result<(), ThreadEnded> {
+    /// Tests the device anew. False: the thread was at something else all the while, and nothing is known.
+    pub async fn self_test(&self, patience: Duration) -> Result<bool, CompositionError> {
+        let (begun, beginning) = oneshot::channel();
         let (answer, answered) = oneshot::channel();
-        self.requests
-            .send(Request::Ping { answer })
-            .map_err(|_| ThreadEnded)?;
-        answered.await.map_err(|_| ThreadEnded)
+        // A thread that is gone drops the request, which the receivers notice.
+        let _ = self.requests.send(Request::SelfTest { begun, answer });
+        let gone = || CompositionError::device_failed("the engine's thread has ended".to_owned());
+        match tokio::time::timeout(patience, beginning).await {
+            Err(_) => return Ok(false),
+            Ok(begun) => begun.map_err(|_| gone())?,
+        }
+        match tokio::time::timeout(patience, answered).await {
+            Ok(answer) => answer.map_err(|_| gone())?.map(|()| true),
+            Err(_) => Err(CompositionError::device_failed(format!(
+                "the self-test has not ended within {} s",
+                patience.as_secs()
+            ))),
+        }
     }
 }
 
 /// The thread's life.
 fn own(
     new: &NewComposer,
-    made: oneshot::Sender<Result<String, CompositionError>>,
+    made: oneshot::Sender<Result<Platform, CompositionError>>,
     queue: &mpsc::Receiver<Request>,
 ) {
-    let mut composer = match new() {
+    let mut composer = match tested(new) {
         Ok(composer) => composer,
         Err(error) => {
             let _ = made.send(Err(error));
             return;
         }
     };
-    let _ = made.send(Ok(composer.device()));
+    let _ = made.send(Ok(composer.platform()));
     while let Ok(request) = queue.recv() {
         match request {
-            Request::Ping { answer } => {
-                let _ = answer.send(());
+            Request::SelfTest { begun, answer } => {
+                // Nobody waits any more for one that had to wait too long itself.
+                if begun.send(()).is_ok() {
+                    let _ = answer.send(self_test(composer.as_mut()));
+                }
             }
             Request::Work {
                 work,
@@ -227,7 +247,7 @@ fn own(
                 let _ = answer.send(outcome);
                 if panic {
                     // What it left behind is not to be trusted.
-                    match new() {
+                    match tested(new) {
                         Ok(fresh) => composer = fresh,
                         Err(error) => {
                             let error = crate::telemetry::chain(&error);
@@ -241,6 +261,18 @@ fn own(
     }
 }
 
+/// A composer that is fit for work.
+fn tested(new: &NewComposer) -> Result<Box<dyn Composer>, CompositionError> {
+    let mut composer = new()?;
+    self_test(composer.as_mut())?;
+    Ok(composer)
+}
+
+fn self_test(composer: &mut dyn Composer) -> Result<(), CompositionError> {
+    catch_unwind(AssertUnwindSafe(|| composer.self_test()))
+        .unwrap_or_else(|payload| Err(panicked(payload.as_ref())))
+}
+
 fn panicked(payload: &(dyn Any + Send)) -> CompositionError {
     let text = payload
         .downcast_ref::<String>()
@@ -248,18 +280,9 @@ fn panicked(payload: &(dyn Any + Send)) -> CompositionError {
         .or_else(|| payload.downcast_ref::<&str>().copied())
         .unwrap_or("no message");
     let detail = format!("the engine failed: {text}");
-    // libtorch's errors arrive as panics; those of memory and device are not the input's fault.
-    let passing = [
-        "out of memory",
-        "can't allocate memory",
-        "CUDA error",
-        "cuDNN error",
-    ];
-    if passing.iter().any(|words| text.contains(words)) {
-        return CompositionError::Retry {
-            code: "device_failed",
-            detail,
-        };
+    // libtorch's errors arrive as panics.
+    if blames_the_device(text) {
+        return CompositionError::device_failed(detail);
     }
     CompositionError::Refused {
         code: "engine_panicked",
@@ -274,14 +297,13 @@ mod tests {
     #[test]
     fn a_panic_is_the_devices_fault_or_the_inputs() {
         let of = |text: &str| panicked(&text.to_owned());
-        assert!(matches!(
-            of("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
-            CompositionError::Retry { .. }
-        ));
-        assert!(matches!(
-            of("CUDA error: unspecified launch failure"),
-            CompositionError::Retry { .. }
-        ));
+        for text in [
+            "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes",
+            "CUDA error: unspecified launch failure",
+            "CUDA out of memory. Tried to allocate 2.00 GiB",
+        ] {
+            assert!(of(text).is_device_failure(), "{text}");
+        }
         assert!(matches!(
             of("index out of bounds"),
             CompositionError::Refused { .. }

@@ -3,24 +3,29 @@
 use super::composer_thread::NewComposer;
 use crate::config::{StorageOptions, WorkerOptions};
 use crate::domain::composition::CompositionError;
+use crate::engine::Engine;
+use crate::engine::device::{self, DeviceError};
 use crate::engine::vit::Compute;
-use crate::engine::{Engine, device};
 use crate::telemetry::chain;
 
-/// What makes the engine on the device of the options.
-pub fn factory(options: &WorkerOptions, storage: &StorageOptions) -> anyhow::Result<NewComposer> {
-    let devices = device::all_named(&options.device, options.libtorch_cuda.as_deref())?;
-    let mut compute = Compute::over(devices, options.precision);
-    if options.threads > 0 {
-        compute.threads = options.threads;
-    }
-    let backbone_bytes = u64::from(options.backbones_gib) << 30;
-    let (cache, blob_dir) = (options.cache, storage.blob_dir());
-    Ok(Box::new(move || {
+/// What makes the engine on the device of the options. All that can fail fails when it is called, where the worker
+/// can still say in the database why it does not start.
+pub fn factory(options: &WorkerOptions, storage: &StorageOptions) -> NewComposer {
+    let (options, blob_dir) = (options.clone(), storage.blob_dir());
+    Box::new(move || {
+        let unusable = |error: DeviceError| CompositionError::device_failed(chain(&error));
+        let devices = device::all_named(&options.device, options.libtorch_cuda.as_deref())
+            .map_err(unusable)?;
+        let mut compute = Compute::over(devices, options.precision);
+        if options.threads > 0 {
+            compute.threads = options.threads;
+        }
         // libtorch keeps the number of threads by thread.
         tch::set_num_threads(compute.threads as i32);
-        let engine = Engine::with(compute.clone()).with_backbone_bytes(backbone_bytes);
-        let cache = cache
+        let backbone_bytes = u64::from(options.backbones_gib) << 30;
+        let engine = Engine::with(compute).with_backbone_bytes(backbone_bytes);
+        let cache = options
+            .cache
             .cache(&blob_dir)
             .map_err(|error| CompositionError::Retry {
                 code: "cache_unusable",
@@ -30,5 +35,5 @@ pub fn factory(options: &WorkerOptions, storage: &StorageOptions) -> anyhow::Res
             Some(cache) => engine.with_cache(cache),
             None => engine,
         }))
-    }))
+    })
 }

@@ -24,7 +24,7 @@ use crate::jobs::listener::WorkListener;
 use crate::jobs::queue::{self, Claimed, QueueError};
 use crate::jobs::reaper;
 use crate::jobs::shards::{self, ClaimedShard};
-use crate::jobs::workers::{self, NewWorker, WorkerState};
+use crate::jobs::workers::{self, End, NewWorker, WorkerState};
 use crate::shutdown::Shutdown;
 use crate::telemetry::chain;
 use composer_thread::{ComposerThread, NewComposer};
@@ -32,13 +32,21 @@ use file_cache::FileCache;
 use inputs::Inputs;
 use runner::{EngineStuck, Runner};
 
-/// Between two signs of life; a worker counts as live for a minute after one.
-const SEEN_EVERY: Duration = Duration::from_secs(15);
+/// Between two signs of life, of those who know no better; a worker counts as live for a minute after one.
+pub const SEEN_EVERY: Duration = Duration::from_secs(20);
+/// How long one that cannot start tries to say so in the database.
+const LAST_WORDS: Duration = Duration::from_secs(5);
 /// Between two tries while the database is gone.
 const DATABASE_AGAIN_AFTER: Duration = Duration::from_secs(1);
 
 #[derive(Clone, Debug)]
 pub struct WorkerSettings {
+    /// Whoever supervises the process may choose it, to know which row tells of it.
+    pub id: Uuid,
+    /// The device as it was asked for; what it turns out to be is told by the composer.
+    pub device: String,
+    /// Between two signs of life; while the worker is idle, each is a self-test.
+    pub seen_every: Duration,
     pub lease: Duration,
     /// An attempt without progress for this long is given up, and the process with it.
     pub stall: Duration,
@@ -55,14 +63,28 @@ pub enum WorkerError {
     Engine(#[source] CompositionError),
     #[error("cannot register with the database; is it migrated?")]
     Register(#[source] DbError),
+    /// While the worker was idle.
+    #[error("the engine cannot work any more")]
+    SelfTest(#[source] CompositionError),
     #[error(transparent)]
     Stuck(#[from] EngineStuck),
 }
 
-/// Works until `shutdown`, which hands a running job back.
+impl WorkerError {
+    /// How the process is to end: with 70 (EX_SOFTWARE) where it worked and a fresh one may work again.
+    pub fn exit_status(&self) -> u8 {
+        match self {
+            Self::SelfTest(_) | Self::Stuck(_) => 70,
+            Self::Engine(_) | Self::Register(_) => 1,
+        }
+    }
+}
+
+/// Works until `shutdown`, which hands a running job back, or until it is drained, which does not.
 ///
 /// # Errors
-/// When the engine cannot be made, or is stuck: the process should end and be started again.
+/// When the engine cannot be made, fails its self-test, is stuck, or its device failed: the process should end
+/// and be started again.
 pub async fn run(
     settings: WorkerSettings,
     pool: PgPool,
@@ -70,21 +92,43 @@ pub async fn run(
     new_composer: NewComposer,
     shutdown: Shutdown,
 ) -> Result<(), WorkerError> {
-    let composer = ComposerThread::start(new_composer)
-        .await
-        .map_err(WorkerError::Engine)?;
-    let Some(id) = register(&pool, &composer, &shutdown).await? else {
-        return Ok(());
+    let host = hostname();
+    let asked = NewWorker {
+        id: settings.id,
+        host: &host,
+        pid: std::process::id(),
+        device: &settings.device,
+        ..NewWorker::default()
     };
+    let composer = match ComposerThread::start(new_composer).await {
+        Ok(composer) => composer,
+        Err(error) => {
+            let error = WorkerError::Engine(error);
+            say_why(&pool, &asked, &error).await;
+            return Err(error);
+        }
+    };
+    let platform = composer.platform().clone();
+    let new = NewWorker {
+        device: &platform.device,
+        driver: platform.driver.as_deref(),
+        memory_bytes: platform.memory_bytes,
+        libtorch: platform.libtorch.as_deref(),
+        ..asked
+    };
+    if !register(&pool, &new, &shutdown).await? {
+        return Ok(());
+    }
     let inputs = Inputs {
         pool: pool.clone(),
         blobs,
         files: FileCache::new(settings.cache_dir, settings.cache_bytes),
     };
     let worker = Arc::new(Worker {
-        id,
+        id: settings.id,
+        seen_every: settings.seen_every,
         runner: Runner {
-            worker_id: id,
+            worker_id: settings.id,
             inputs,
             composer,
             lease: settings.lease,
@@ -95,40 +139,46 @@ pub async fn run(
         shutdown,
         busy: AtomicBool::new(false),
     });
-    tracing::info!(worker.id = %id, device = worker.runner.composer.device(), "worker is ready");
+    tracing::info!(worker.id = %worker.id, device = platform.device, driver = platform.driver, "worker is ready");
     let reaper = tokio::spawn(reaper::run(
         worker.pool.clone(),
         worker.shutdown.soft.clone(),
     ));
     let life = tokio::spawn(worker.clone().show_life());
     let ended = worker.work().await;
-    life.abort();
     reaper.abort();
-    worker.seen(WorkerState::Stopped, false).await;
-    Ok(ended?)
+    life.abort();
+    let ended = match (ended, life.await) {
+        (Err(stuck), _) => Err(WorkerError::Stuck(stuck)),
+        // Not aborted: it ended first, and had the worker stop.
+        (Ok(()), Ok(failed)) => Err(WorkerError::SelfTest(failed)),
+        (Ok(()), Err(_)) => Ok(()),
+    };
+    match &ended {
+        Ok(()) => {
+            worker.seen(WorkerState::Stopped, false).await;
+        }
+        Err(error) => say_why(&worker.pool, &new, error).await,
+    }
+    ended
 }
 
-/// Makes the worker known, as soon as the database is there. None: told to stop before that.
+/// The machine's name, as its kernel has it.
+pub fn hostname() -> String {
+    let name = rustix::system::uname();
+    name.nodename().to_string_lossy().into_owned()
+}
+
+/// Makes the worker known, as soon as the database is there. False: told to stop before that.
 async fn register(
     pool: &PgPool,
-    composer: &ComposerThread,
+    new: &NewWorker<'_>,
     shutdown: &Shutdown,
-) -> Result<Option<Uuid>, WorkerError> {
-    let id = Uuid::now_v7();
-    let host = rustix::system::uname()
-        .nodename()
-        .to_string_lossy()
-        .into_owned();
-    let new = NewWorker {
-        id,
-        host: &host,
-        pid: std::process::id(),
-        device: composer.device(),
-    };
+) -> Result<bool, WorkerError> {
     loop {
-        let registered = async { workers::register(&mut *pool.acquire().await?, &new).await };
+        let registered = async { workers::register(&mut *pool.acquire().await?, new).await };
         match registered.await {
-            Ok(()) => return Ok(Some(id)),
+            Ok(()) => return Ok(true),
             Err(error @ DbError::Unavailable(_)) => {
                 tracing::warn!(error = chain(&error), "waiting for the database");
             }
@@ -136,8 +186,25 @@ async fn register(
         }
         let pause = tokio::time::sleep(DATABASE_AGAIN_AFTER);
         if shutdown.soft.run_until_cancelled(pause).await.is_none() {
-            return Ok(None);
+            return Ok(false);
         }
+    }
+}
+
+/// Leaves the reason of an end where those look who wonder where the worker is.
+async fn say_why(pool: &PgPool, new: &NewWorker<'_>, error: &WorkerError) {
+    let why = chain(error);
+    let write = async {
+        let end = End {
+            defunct: false,
+            reason: &why,
+            unless_said: false,
+        };
+        workers::ended(&mut *pool.acquire().await?, new, end).await
+    };
+    let written = tokio::time::timeout(LAST_WORDS, write).await;
+    if let Ok(Err(error)) = written {
+        tracing::debug!(error = chain(&error), "the reason was not stored");
     }
 }
 
@@ -149,6 +216,7 @@ enum Task {
 
 struct Worker {
     id: Uuid,
+    seen_every: Duration,
     runner: Runner,
     pool: PgPool,
     shutdown: Shutdown,
@@ -168,8 +236,13 @@ impl Worker {
                     let ran = self.run(task, claimed_at).await;
                     self.busy.store(false, Ordering::Relaxed);
                     ran?;
-                    self.sign_of_life().await;
+                    // No self-test, which would be in the way of the next job.
+                    self.seen(WorkerState::Idle, true).await;
                     continue;
+                }
+                Ok(None) if self.is_draining().await => {
+                    tracing::info!("drained");
+                    return Ok(());
                 }
                 Ok(None) => database_gone = false,
                 Err(error) => {
@@ -213,25 +286,35 @@ impl Worker {
         }
     }
 
-    async fn show_life(self: Arc<Self>) {
+    /// Whether it is to end; asked where there is no work, as a worker that drains is given none.
+    async fn is_draining(&self) -> bool {
+        let ask = async { workers::is_draining(&mut *self.pool.acquire().await?, self.id).await };
+        ask.await.unwrap_or(false)
+    }
+
+    /// Gives signs of life until a self-test fails; then the worker hands back what it has, and ends.
+    async fn show_life(self: Arc<Self>) -> CompositionError {
         loop {
-            self.sign_of_life().await;
-            tokio::time::sleep(SEEN_EVERY).await;
+            tokio::time::sleep(self.seen_every).await;
+            if let Err(error) = self.sign_of_life().await {
+                self.shutdown.soft.cancel();
+                return error;
+            }
         }
     }
 
-    /// Says that this worker lives, and while it is idle that its engine does.
-    async fn sign_of_life(&self) {
+    /// Says that this worker lives, and while it is idle that its device computes.
+    async fn sign_of_life(&self) -> Result<(), CompositionError> {
         let busy = || self.busy.load(Ordering::Relaxed);
-        let ping = tokio::time::timeout(SEEN_EVERY, self.runner.composer.ping());
-        let answered = !busy() && matches!(ping.await, Ok(Ok(())));
+        let passed = !busy() && self.runner.composer.self_test(SEEN_EVERY).await?;
         // A job may have come in the meantime.
         let state = if busy() {
             WorkerState::Busy
         } else {
             WorkerState::Idle
         };
-        self.seen(state, answered).await;
+        self.seen(state, passed).await;
+        Ok(())
     }
 
     async fn seen(&self, state: WorkerState, answered: bool) {

@@ -75,7 +75,7 @@ impl AttemptError {
 
 /// The engine is not to be used again; the process ends and its supervisor starts another.
 #[derive(Debug, thiserror::Error)]
-#[error("the engine is stuck")]
+#[error("the engine is stuck, or its device has failed")]
 pub struct EngineStuck;
 
 #[derive(Debug)]
@@ -413,6 +413,7 @@ async fn until_shutdown(
 fn stuck(outcome: &Result<(), AttemptError>) -> Result<(), EngineStuck> {
     match outcome {
         Err(AttemptError::Stalled(_) | AttemptError::EngineGone) => Err(EngineStuck),
+        Err(AttemptError::Composition(error)) if error.is_device_failure() => Err(EngineStuck),
         _ => Ok(()),
     }
 }

@@ -10,10 +10,11 @@ use promptweave::domain::digest::Digest;
 use promptweave::domain::prompt_file::PromptFile;
 use promptweave::domain::tensor::Tensor;
 use promptweave::shutdown::Shutdown;
-use promptweave::worker::{WorkerError, WorkerSettings, run};
+use promptweave::worker::{SEEN_EVERY, WorkerError, WorkerSettings, run};
 use serde_json::{Value, json};
 use sqlx::PgPool;
 use tokio::task::JoinHandle;
+use uuid::Uuid;
 
 use crate::app::{Answer, TestApp, WIDTH, png, prompt_file, tiny_backbone, write_files};
 use crate::fixtures::{FakeComposer, Script};
@@ -94,6 +95,9 @@ pub struct Worker(Shutdown, JoinHandle<Result<(), WorkerError>>);
 impl Worker {
     pub fn start(app: &TestApp, fake: &FakeComposer) -> Self {
         let settings = WorkerSettings {
+            id: Uuid::now_v7(),
+            device: "auto".to_owned(),
+            seen_every: SEEN_EVERY,
             lease: Duration::from_secs(30),
             stall: Duration::from_secs(600),
             cache_dir: app.dir.path().join("cache"),

@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex};
 
 use promptweave::domain::backbone::BackboneConfig;
 use promptweave::domain::composition::{
-    Composer, Composition, CompositionError, CompositionInput, Observer, Phase, ResolveInput,
-    TargetSamples,
+    Composer, Composition, CompositionError, CompositionInput, Observer, Phase, Platform,
+    ResolveInput, TargetSamples,
 };
 use promptweave::domain::dataset::Split;
 use promptweave::domain::digest::Digest;
@@ -150,6 +150,7 @@ pub enum Script {
     Succeed,
     Refuse,
     Retry,
+    DeviceFailed,
     Panic,
     /// Report progress until told to stop.
     UntilStopped,
@@ -171,6 +172,10 @@ pub struct FakeComposer {
     pub shards: usize,
     /// Of what was computed here.
     pub computed: Arc<Mutex<Vec<usize>>>,
+    /// From now on the device computes no more.
+    pub broken: Arc<AtomicBool>,
+    /// Self-tests asked for.
+    pub tested: Arc<AtomicUsize>,
 }
 
 impl FakeComposer {
@@ -271,6 +276,10 @@ impl FakeComposer {
                     detail,
                 });
             }
+            Script::DeviceFailed => {
+                let detail = "CUDA error: an illegal memory access was encountered".to_owned();
+                return Err(CompositionError::device_failed(detail));
+            }
             Script::Panic => panic!("a kernel failed"),
             Script::UntilStopped | Script::UntilOpened => {
                 let open =
@@ -351,7 +360,22 @@ impl Composer for FakeComposer {
         Ok(self.file_of(input.shard))
     }
 
-    fn device(&self) -> String {
-        "fake".to_owned()
+    fn self_test(&mut self) -> Result<(), CompositionError> {
+        self.tested.fetch_add(1, Ordering::SeqCst);
+        match self.broken.load(Ordering::SeqCst) {
+            true => Err(CompositionError::device_failed(
+                "the self-test failed: fake computes wrongly".to_owned(),
+            )),
+            false => Ok(()),
+        }
+    }
+
+    fn platform(&self) -> Platform {
+        Platform {
+            device: "fake".to_owned(),
+            driver: Some("580.65.06".to_owned()),
+            memory_bytes: Some(80 << 30),
+            libtorch: None,
+        }
     }
 }

@@ -39,3 +39,4 @@ mod watching;
 mod webhook_deliveries;
 mod webhooks;
 mod worker;
+mod workers;

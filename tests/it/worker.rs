@@ -16,7 +16,7 @@ use promptweave::jobs::{Job, events, reaper, workers};
 use promptweave::private_postgres::PrivatePostgres;
 use promptweave::registry::{DEFAULT_PROJECT, datasets};
 use promptweave::shutdown::Shutdown;
-use promptweave::worker::{WorkerError, WorkerSettings, run};
+use promptweave::worker::{SEEN_EVERY, WorkerError, WorkerSettings, run};
 use rustix::process::{Pid, Signal, kill_process};
 use sqlx::PgPool;
 use sqlx::postgres::PgPoolOptions;
@@ -131,6 +131,9 @@ impl Place {
     ) -> RunningWorker {
         let shutdown = Shutdown::default();
         let settings = WorkerSettings {
+            id: Uuid::now_v7(),
+            device: "auto".to_owned(),
+            seen_every: SEEN_EVERY,
             lease,
             stall,
             cache_dir: self.dir.path().join("cache"),
@@ -317,6 +320,7 @@ async fn a_worker_that_vanishes_loses_the_job_to_another(pool: PgPool) {
         host: "ghost",
         pid: 1,
         device: "fake",
+        ..workers::NewWorker::default()
     };
     workers::register(&mut db, &new).await.unwrap();
     queue::claim(&mut db, ghost, Duration::from_millis(300))
@@ -347,6 +351,7 @@ async fn a_worker_whose_lease_is_taken_stops_and_writes_nothing(pool: PgPool) {
         host: "other",
         pid: 1,
         device: "fake",
+        ..workers::NewWorker::default()
     };
     workers::register(&mut place.pool.acquire().await.unwrap(), &new)
         .await
@@ -461,6 +466,7 @@ async fn any_process_reaps(pool: PgPool) {
         host: "ghost",
         pid: 1,
         device: "fake",
+        ..workers::NewWorker::default()
     };
     workers::register(&mut db, &new).await.unwrap();
     queue::claim(&mut db, ghost, Duration::ZERO)
@@ -513,6 +519,7 @@ async fn solving_again_needs_statistics_alone_and_is_a_job_like_any(pool: PgPool
         host: "ghost",
         pid: 1,
         device: "fake",
+        ..workers::NewWorker::default()
     };
     workers::register(&mut db, &new).await.unwrap();
     queue::claim(&mut db, ghost, Duration::ZERO)

@@ -5,8 +5,10 @@ use std::path::PathBuf;
 use tch::{Device, Kind, Tensor};
 
 use crate::domain::composition::Composer as _;
+use crate::domain::precision::Precision;
 use crate::engine::statistics::Statistics;
 use crate::engine::testing::{Recorder, input};
+use crate::engine::vit::Compute;
 use crate::engine::{Engine, device};
 
 /// Features, Γ and α of the tiny task.
@@ -62,5 +64,10 @@ fn cuda_gives_what_the_cpu_gives() {
     assert!(off(&same.gram, &cpu.gram) < 1e-3);
     for found in [same, fast] {
         assert!(f64::try_from((found.alpha - &cpu.alpha).abs().max()).unwrap() <= 1e-3);
+    }
+    // A worker starts here.
+    for precision in [Precision::F32, Precision::Bf16] {
+        let mut engine = Engine::with(Compute::on(cuda, precision));
+        engine.self_test().unwrap();
     }
 }

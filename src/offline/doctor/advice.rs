@@ -77,10 +77,11 @@ fn missing_library(error: &str) -> Option<&str> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::cpu::{Cpu, Memory};
-    use super::super::nvidia::{Card, Nvidia};
+    use super::super::cpu::Cpu;
     use super::super::{Asked, CudaLibrary, Libtorch};
     use super::*;
+    use crate::engine::memory::Memory;
+    use crate::engine::nvidia::{Card, Nvidia};
 
     fn report(asked: &str, nvidia: Nvidia, cuda_library: CudaLibrary) -> Report {
         Report {

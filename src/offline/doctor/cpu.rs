@@ -1,4 +1,4 @@
-//! The processor and the memory, as Linux tells them.
+//! The processor, as Linux tells it.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -25,14 +25,6 @@ pub struct Cpu {
     /// That this process may use.
     pub cores: usize,
     pub instruction_sets: Vec<String>,
-}
-
-#[derive(Debug, Serialize)]
-pub struct Memory {
-    pub total_bytes: u64,
-    pub available_bytes: u64,
-    /// Of this container, where it has one.
-    pub limit_bytes: Option<u64>,
 }
 
 impl Cpu {
@@ -65,53 +57,21 @@ impl Cpu {
     }
 }
 
-impl Memory {
-    pub fn here() -> Self {
-        let limit = fs::read_to_string("/sys/fs/cgroup/memory.max");
-        Self {
-            limit_bytes: limit.ok().and_then(|text| text.trim().parse().ok()),
-            ..Self::of(&fs::read_to_string("/proc/meminfo").unwrap_or_default())
-        }
-    }
-
-    fn of(meminfo: &str) -> Self {
-        let bytes = |name: &str| -> u64 {
-            let kib = meminfo.lines().find_map(|line| {
-                let value = line.strip_prefix(name)?.strip_prefix(':')?;
-                value.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()
-            });
-            kib.unwrap_or(0) * 1024
-        };
-        Self {
-            total_bytes: bytes("MemTotal"),
-            available_bytes: bytes("MemAvailable"),
-            limit_bytes: None,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn processor_and_memory_are_read_as_linux_writes_them() {
+    fn a_processor_is_read_as_linux_writes_it() {
         let cpu = Cpu::of(
             "processor\t: 0\nmodel name\t: AMD EPYC 9B45\nflags\t\t: fpu avx2 avx512f avx512_bf16x\n",
         );
         assert_eq!(cpu.model, "AMD EPYC 9B45");
         assert_eq!(cpu.instruction_sets, ["avx2", "avx512f"]);
-        let memory = Memory::of("MemTotal:       16 kB\nMemFree: 3 kB\nMemAvailable:    8 kB\n");
-        assert_eq!(
-            (memory.total_bytes, memory.available_bytes),
-            (16 << 10, 8 << 10)
-        );
     }
 
     #[test]
-    fn this_machine_has_some_of_both() {
+    fn this_machine_has_one() {
         assert!(Cpu::here().cores >= 1);
-        let memory = Memory::here();
-        assert!(memory.available_bytes > 0 && memory.total_bytes >= memory.available_bytes);
     }
 }

@@ -3,7 +3,6 @@
 
 mod advice;
 mod cpu;
-mod nvidia;
 mod rates;
 
 use std::fmt;
@@ -13,10 +12,11 @@ use anyhow::Context as _;
 use serde::Serialize;
 use tch::Device;
 
-use self::cpu::{Cpu, Memory};
-use self::nvidia::Nvidia;
+use self::cpu::Cpu;
 use self::rates::Rate;
 use crate::engine::device;
+use crate::engine::memory::Memory;
+use crate::engine::nvidia::Nvidia;
 use crate::telemetry::chain;
 
 #[derive(Clone, Debug, clap::Args)]

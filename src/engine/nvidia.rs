@@ -7,7 +7,7 @@ use std::fs;
 use libloading::os::unix::Library;
 use serde::Serialize;
 
-use crate::telemetry::chain;
+use super::chain;
 
 #[derive(Debug, Default, Serialize)]
 pub struct Nvidia {
