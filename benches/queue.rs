@@ -110,6 +110,7 @@ impl Bench {
             host: "bench",
             pid: std::process::id(),
             device: "none",
+            ..NewWorker::default()
         };
         workers::register(&mut *self.pool.acquire().await?, &new).await?;
         Ok(id)

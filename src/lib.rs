@@ -30,6 +30,7 @@ pub mod registry;
 pub mod remote;
 pub mod roles;
 pub mod shutdown;
+pub mod supervisor;
 pub mod telemetry;
 pub mod up;
 pub mod webhooks;

@@ -6,16 +6,14 @@
 //! The worker is a process of its own, since a CUDA fault or an out-of-memory kill must never take
 //! the API down. It holds the other end of a pipe: when `up` is gone, even by `kill -9`, it stops.
 
-use std::io;
 use std::path::Path;
-use std::process::{ExitStatus, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::Context;
 use clap::ValueEnum;
 use secrecy::ExposeSecret;
 use sqlx::PgPool;
-use tokio::process::{Child, Command};
+use tokio::process::Command;
 
 use crate::cli::UpArgs;
 use crate::config::{LogOptions, PoolOptions, WorkerOptions};
@@ -25,10 +23,8 @@ use crate::private_postgres::PrivatePostgres;
 use crate::remote::network::Opening;
 use crate::roles::{app_state, bind, serve_until};
 use crate::shutdown::Shutdown;
+use crate::supervisor::Supervisor;
 
-/// A worker that lived this long has started well; its next failure is not a second one in a row.
-const STARTED_WELL: Duration = Duration::from_secs(60);
-const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 /// Connections that are still at work after this long end with the database.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(3);
 
@@ -124,7 +120,13 @@ pub async fn run_with(args: UpArgs, mut worker: Command, shutdown: Shutdown) -> 
         );
     }
     worker.env("DATABASE_URL", postgres.url());
-    let supervised = tokio::spawn(supervise(worker, shutdown.clone()));
+    let supervisor = Supervisor {
+        program: worker,
+        pool: pool.clone(),
+        device: args.worker.device.clone(),
+        shutdown: shutdown.clone(),
+    };
+    let supervised = tokio::spawn(supervisor.run());
 
     let served = tokio::select! {
         served = serve_until(listener, state, args.retention.clone(), &shutdown) => served,
@@ -156,62 +158,6 @@ async fn tell_key(pool: &PgPool, file: &Path) -> anyhow::Result<()> {
         println!("it is new: {}", key.expose_secret());
     }
     Ok(())
-}
-
-/// Keeps one worker running until `shutdown`, then waits for its end.
-async fn supervise(mut program: Command, shutdown: Shutdown) {
-    // A group of its own: Ctrl-C in a terminal is for `up`, which stops its worker itself.
-    program
-        .stdin(Stdio::piped())
-        .process_group(0)
-        .kill_on_drop(true);
-    let mut pause = Duration::from_secs(1);
-    loop {
-        let started = Instant::now();
-        match program.spawn() {
-            Ok(child) => match run_one(child, &shutdown).await {
-                None => return,
-                Some(Ok(status)) => tracing::error!(
-                    worker.status = %status,
-                    "the worker has ended, starting another"
-                ),
-                Some(Err(error)) => {
-                    tracing::error!(%error, "the worker is lost, starting another");
-                }
-            },
-            Err(error) => {
-                tracing::error!(error = %error, "the worker cannot be started, trying again");
-            }
-        }
-        if started.elapsed() > STARTED_WELL {
-            pause = Duration::from_secs(1);
-        }
-        let sleep = tokio::time::sleep(pause);
-        if shutdown.soft.run_until_cancelled(sleep).await.is_none() {
-            return;
-        }
-        pause = (pause * 2).min(LONGEST_PAUSE);
-    }
-}
-
-/// Waits for a worker that ends by itself, and answers how; None: it was asked to stop, and has.
-async fn run_one(mut child: Child, shutdown: &Shutdown) -> Option<io::Result<ExitStatus>> {
-    // Not `child.wait()` alone: that would close stdin, which asks the worker to stop.
-    let stdin = child.stdin.take();
-    tokio::select! {
-        status = child.wait() => return Some(status),
-        () = shutdown.soft.cancelled() => {}
-    }
-    drop(stdin);
-    tokio::select! {
-        _ = child.wait() => {}
-        () = shutdown.hard.cancelled() => {
-            tracing::warn!("the worker did not stop in time, killing it");
-            // It may have ended just now.
-            let _ = child.kill().await;
-        }
-    }
-    None
 }
 
 #[cfg(test)]

@@ -45,7 +45,7 @@ fn tolerance(compute: &Compute) -> f64 {
 }
 
 /// Three prompts that all have a share in the answer. The shrinkage keeps rounding small in it.
-fn job(dir: &Path) -> io::Result<CompositionInput> {
+pub(super) fn job(dir: &Path) -> io::Result<CompositionInput> {
     let mut input = tiny::input(dir, 4, SIGNAL)?;
     input.sources.remove(2);
     input.objective.h_score.shrinkage = Shrinkage::Fixed(0.5);

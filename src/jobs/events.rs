@@ -49,21 +49,30 @@ pub(super) async fn record(
     Ok(())
 }
 
-/// Wakes who waits for this job, and workers where there may be work. After the commit, not within it: a
-/// transaction that notifies holds a lock while its commit waits for the disk, and no other that
-/// notifies can commit meanwhile. A hint that is lost here costs those who wait the time until they look again.
+/// Wakes who waits for this job, and workers too where there may be `work`. After the commit, not within it: a
+/// transaction that notifies holds a lock while its commit waits for the disk, and no other that notifies can
+/// commit meanwhile. A hint that is lost here costs those who wait the time until they look again.
 pub(super) async fn tell(conn: &mut PgConnection, job_id: Uuid, work: bool) {
     let told = sqlx::query!(
-        "SELECT pg_notify($1, $2), CASE WHEN $3 THEN pg_notify($4, '') END AS work",
+        "SELECT pg_notify($1, $2)",
         EVENT_CHANNEL,
-        job_id.to_string(),
-        work,
-        WORK_CHANNEL,
-    )
-    .fetch_one(conn)
-    .await;
+        job_id.to_string()
+    );
+    said(told.fetch_one(&mut *conn).await);
+    if work {
+        tell_workers(conn).await;
+    }
+}
+
+/// Wakes all workers that wait.
+pub(super) async fn tell_workers(conn: &mut PgConnection) {
+    let told = sqlx::query!("SELECT pg_notify($1, '')", WORK_CHANNEL);
+    said(told.fetch_one(conn).await);
+}
+
+fn said<T>(told: Result<T, sqlx::Error>) {
     if let Err(error) = told {
-        tracing::debug!(job.id = %job_id, %error, "nobody was told");
+        tracing::debug!(%error, "nobody was told");
     }
 }
 

@@ -246,6 +246,7 @@ pub async fn claim(
             JOIN job j ON j.id = s.job_id
             WHERE s.state = 'queued' AND s.attempt < $4
               AND j.state = 'running' AND j.cancel_requested_at IS NULL
+              AND NOT EXISTS (SELECT FROM worker WHERE id = $3 AND state = 'draining')
             ORDER BY j.priority, j.id, s.index
             LIMIT 1
             FOR UPDATE OF s SKIP LOCKED

@@ -1,12 +1,12 @@
 //! Which workers there are, and whether any of them can work.
 
 use serde::Serialize;
-use sqlx::{Connection, PgConnection};
+use sqlx::PgConnection;
 use time::OffsetDateTime;
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-use super::queue::notify;
+use super::events::tell_workers;
 use crate::db::{DbError, expect_one_row};
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -43,7 +43,7 @@ pub struct Worker {
     pub state: String,
     /// Why it ended; null where it was asked to.
     pub reason: Option<String>,
-    /// The job it has.
+    /// The job that it has, or helps with.
     pub job_id: Option<Uuid>,
     #[serde(with = "time::serde::rfc3339")]
     pub started_at: OffsetDateTime,
@@ -135,7 +135,6 @@ pub enum Drain {
 
 /// Lets a worker finish what it has and end; idle ones are woken for it. None: there is no such worker.
 pub async fn drain(conn: &mut PgConnection, id: Uuid) -> Result<Option<Drain>, DbError> {
-    let mut tx = conn.begin().await?;
     let state = sqlx::query_scalar!(
         r#"
         UPDATE worker
@@ -145,10 +144,10 @@ pub async fn drain(conn: &mut PgConnection, id: Uuid) -> Result<Option<Drain>, D
         "#,
         id,
     )
-    .fetch_optional(&mut *tx)
+    .fetch_optional(&mut *conn)
     .await?;
-    notify(&mut tx).await?;
-    tx.commit().await?;
+    // It may wait for work, which it need not any more.
+    tell_workers(conn).await;
     Ok(state.map(|state| match state.as_str() {
         "draining" => Drain::Requested,
         _ => Drain::Ended(state),
@@ -225,7 +224,9 @@ pub async fn list(conn: &mut PgConnection) -> Result<Vec<Worker>, DbError> {
         SELECT
             w.id, w.host, w.pid, w.device, w.driver, w.memory_bytes, w.libtorch, w.version, w.state,
             w.reason, w.started_at, w.last_seen, w.selftest_at,
-            j.id AS "job_id?",
+            coalesce(j.id, (
+                SELECT s.job_id FROM job_shard s WHERE s.worker_id = w.id AND s.state = 'running' LIMIT 1
+            )) AS job_id,
             w.state NOT IN ('stopped', 'defunct') AND w.last_seen > now() - interval '1 minute' AS "live!"
         FROM worker w
         LEFT JOIN job j ON j.worker_id = w.id AND j.state = 'running'
@@ -246,9 +247,10 @@ pub async fn any_ready(conn: &mut PgConnection) -> Result<bool, DbError> {
         SELECT EXISTS (
             SELECT FROM worker w
             LEFT JOIN job j ON j.worker_id = w.id AND j.state = 'running'
+            LEFT JOIN job_shard s ON s.worker_id = w.id AND s.state = 'running'
             WHERE w.state IN ('idle', 'busy')
               AND w.last_seen > now() - interval '1 minute'
-              AND greatest(w.selftest_at, j.progress_at) > now() - interval '1 minute'
+              AND greatest(w.selftest_at, j.progress_at, s.progress_at) > now() - interval '1 minute'
         ) AS "ready!"
         "#,
     )

@@ -5,7 +5,8 @@ use std::thread;
 use std::time::Duration;
 
 use promptweave::domain::composition::{
-    Composer, Composition, CompositionError, CompositionInput, Observer, Phase, ResolveInput,
+    Composer, Composition, CompositionError, CompositionInput, Observer, Phase, Platform,
+    ResolveInput,
 };
 use promptweave::domain::digest::Digest;
 use promptweave::domain::sharing::{Next, Shard, ShardInput, SharingError};
@@ -166,7 +167,14 @@ impl Composer for Pretending {
         Ok(file_of(input.shard))
     }
 
-    fn device(&self) -> String {
-        "none".to_owned()
+    fn self_test(&mut self) -> Result<(), CompositionError> {
+        Ok(())
+    }
+
+    fn platform(&self) -> Platform {
+        Platform {
+            device: "none".to_owned(),
+            ..Platform::default()
+        }
     }
 }

@@ -32,6 +32,7 @@ mod remote;
 mod resolve;
 mod s3;
 mod shards;
+mod supervisor;
 mod traversal;
 mod up;
 mod uris;

@@ -365,6 +365,7 @@ async fn case(db: &mut PgConnection, blobs: &BlobStore, spec: &EnsembleSpec, ste
         host: "test",
         pid: 1,
         device: "fake",
+        ..NewWorker::default()
     };
     workers::register(db, &new).await.unwrap();
     let mut ids = Vec::new();

@@ -30,6 +30,7 @@ async fn worker(db: &mut PgConnection) -> Uuid {
         host: "test",
         pid: 1,
         device: "fake",
+        ..NewWorker::default()
     };
     workers::register(db, &new).await.unwrap();
     new.id

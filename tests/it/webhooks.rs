@@ -251,6 +251,7 @@ async fn claim(db: &mut PgConnection) -> Claimed {
         host: "test",
         pid: 1,
         device: "fake",
+        ..NewWorker::default()
     };
     workers::register(db, &new).await.unwrap();
     queue::claim(db, id, Duration::from_secs(30))

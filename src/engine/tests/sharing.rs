@@ -10,7 +10,7 @@ use crate::domain::composition::{Composer as _, Composition, CompositionInput, O
 use crate::domain::precision::Precision;
 use crate::domain::sharing::{Estimate, Next, Shard, ShardInput, Shards, SharingError, StopWhen};
 use crate::engine::Engine;
-use crate::engine::testing::input;
+use crate::engine::self_test::job;
 use crate::engine::vit::Compute;
 
 fn engine() -> Engine {
@@ -153,7 +153,7 @@ fn difference(a: &[f64], b: &[f64]) -> f64 {
 #[test]
 fn whoever_computes_the_shards_the_answer_is_that_of_one_alone() {
     let dir = tempfile::tempdir().unwrap();
-    let input = input(dir.path(), 3);
+    let input = job(dir.path()).unwrap();
     let mut alone = Team::new(&input, |_| false);
     alone.shard_pairs = 0;
     let whole = alone.compose();
@@ -180,6 +180,12 @@ fn whoever_computes_the_shards_the_answer_is_that_of_one_alone() {
                 .collect::<Vec<_>>()
         };
         assert!(difference(&errors(&composition), &errors(&whole)) < 1e-7);
+        // There is something to be merged.
+        assert!(
+            errors(&whole).iter().all(|error| *error > 1e-3),
+            "{:?}",
+            errors(&whole)
+        );
         let of_phase = team
             .seen
             .iter()
@@ -203,7 +209,7 @@ fn whoever_computes_the_shards_the_answer_is_that_of_one_alone() {
 #[test]
 fn enough_is_enough_where_that_was_asked_for() {
     let dir = tempfile::tempdir().unwrap();
-    let mut input = input(dir.path(), 3);
+    let mut input = job(dir.path()).unwrap();
     let whole = Team::new(&input, |_| false).compose();
     assert_eq!(whole.result.early_stop, None);
     // Of a small job too, which has its features at once.
@@ -226,10 +232,6 @@ fn enough_is_enough_where_that_was_asked_for() {
     assert_eq!(estimated, weights(&stopped));
     assert!((estimated.iter().sum::<f64>() - 1.0).abs() < 1e-9);
 
-    // Every weight counts, and moves with every sample.
-    input.objective.entropy = 0.1;
-    input.stop_when = None;
-    let whole = Team::new(&input, |_| false).compose();
     input.stop_when = Some(StopWhen { weight_se: 1e-12 });
     let mut team = Team::new(&input, |index| index == 0);
     let never = team.compose();

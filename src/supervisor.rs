@@ -1,0 +1,172 @@
+//! Keeps one worker running, as `up` does: starts it again when it dies, with growing pauses, and says in the database
+//! what became of it, which a dead process cannot.
+//!
+//! A start has failed when the process ends within a minute without having claimed a job. After three in a row the
+//! worker is `defunct` in `/v1/workers`: from then on one start a minute is tried, and one that comes up ends the
+//! state. A worker that ends with the status 0 was asked to (drained, say) and is not started again.
+
+use std::io;
+use std::process::{ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use sqlx::PgPool;
+use tokio::process::{Child, Command};
+use uuid::Uuid;
+
+use crate::jobs::workers::{self, End, NewWorker};
+use crate::shutdown::Shutdown;
+use crate::telemetry::chain;
+use crate::worker::hostname;
+
+/// The variable that tells a worker its id.
+pub const WORKER_ID: &str = "PROMPTWEAVE_WORKER_ID";
+
+/// A worker that lived this long has started well; its next failure is not a second one in a row.
+const STARTED_WELL: Duration = Duration::from_secs(60);
+/// So many starts in a row are not bad luck.
+const DEFUNCT_AFTER: u32 = 3;
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+
+#[derive(Debug)]
+pub struct Supervisor {
+    pub program: Command,
+    pub pool: PgPool,
+    /// As it is asked for: a worker that does not start cannot say what it is.
+    pub device: String,
+    pub shutdown: Shutdown,
+}
+
+/// A process that ended by itself.
+struct Ended {
+    pid: u32,
+    /// None: the system does not tell how.
+    status: Option<ExitStatus>,
+    reason: String,
+}
+
+impl Supervisor {
+    /// Until `shutdown`, or until the worker is drained; then the process has ended.
+    pub async fn run(mut self) {
+        // A group of its own: Ctrl-C in a terminal is for `up`, which stops its worker itself.
+        self.program
+            .stdin(Stdio::piped())
+            .process_group(0)
+            .kill_on_drop(true);
+        let mut id = Uuid::now_v7();
+        let (mut failed_starts, mut pause) = (0, FIRST_PAUSE);
+        loop {
+            self.program.env(WORKER_ID, id.to_string());
+            let started = Instant::now();
+            let Some(ended) = self.run_one().await else {
+                return;
+            };
+            if ended.status.is_some_and(|status| status.success()) {
+                tracing::warn!(worker.id = %id, "the worker has ended as it was asked to; start `up` anew for another");
+                return;
+            }
+            let lived = started.elapsed() > STARTED_WELL;
+            let worked = lived || self.has_worked(id).await;
+            failed_starts = if worked { 0 } else { failed_starts + 1 };
+            let defunct = failed_starts >= DEFUNCT_AFTER;
+            self.tell(id, &ended, defunct).await;
+            if lived {
+                pause = FIRST_PAUSE;
+            }
+            if defunct {
+                pause = LONGEST_PAUSE;
+                tracing::error!(
+                    worker.id = %id, reason = ended.reason, failed_starts,
+                    "the worker does not start; `promptweave doctor` says what the engine finds on this \
+                     machine. Trying once a minute"
+                );
+            } else {
+                tracing::error!(worker.id = %id, reason = ended.reason, "the worker has ended, starting another");
+            }
+            if worked {
+                id = Uuid::now_v7();
+            }
+            let sleep = tokio::time::sleep(pause);
+            if self
+                .shutdown
+                .soft
+                .run_until_cancelled(sleep)
+                .await
+                .is_none()
+            {
+                return;
+            }
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+
+    /// Starts a worker and waits until it ends by itself; None: it was asked to stop, and has.
+    async fn run_one(&mut self) -> Option<Ended> {
+        let child = match self.program.spawn() {
+            Ok(child) => child,
+            Err(error) => {
+                return Some(Ended {
+                    pid: 0,
+                    status: None,
+                    reason: format!("the worker cannot be started: {error}"),
+                });
+            }
+        };
+        let pid = child.id().unwrap_or_default();
+        let (status, reason) = match self.wait(child).await? {
+            Ok(status) => (Some(status), format!("the process ended ({status})")),
+            Err(error) => (None, format!("the process is lost: {error}")),
+        };
+        Some(Ended {
+            pid,
+            status,
+            reason,
+        })
+    }
+
+    async fn wait(&self, mut child: Child) -> Option<io::Result<ExitStatus>> {
+        // Not `child.wait()` alone: that would close stdin, which asks the worker to stop.
+        let stdin = child.stdin.take();
+        tokio::select! {
+            status = child.wait() => return Some(status),
+            () = self.shutdown.soft.cancelled() => {}
+        }
+        drop(stdin);
+        tokio::select! {
+            _ = child.wait() => {}
+            () = self.shutdown.hard.cancelled() => {
+                tracing::warn!("the worker did not stop in time, killing it");
+                // It may have ended just now.
+                let _ = child.kill().await;
+            }
+        }
+        None
+    }
+
+    /// Without a database nothing is known, and nothing can have been claimed lately.
+    async fn has_worked(&self, id: Uuid) -> bool {
+        let ask = async { workers::has_worked(&mut *self.pool.acquire().await?, id).await };
+        ask.await.unwrap_or(false)
+    }
+
+    /// Says goodbye for a worker that has not.
+    async fn tell(&self, id: Uuid, ended: &Ended, defunct: bool) {
+        let worker = NewWorker {
+            id,
+            host: &hostname(),
+            pid: ended.pid,
+            device: &self.device,
+            ..NewWorker::default()
+        };
+        let end = End {
+            defunct,
+            reason: &ended.reason,
+            // One that a signal ended had no time for words of its own.
+            unless_said: ended.status.is_some_and(|status| status.code().is_some()),
+        };
+        let write = async { workers::ended(&mut *self.pool.acquire().await?, &worker, end).await };
+        if let Err(error) = write.await {
+            tracing::warn!(worker.id = %id, error = chain(&error), "the worker's end was not stored");
+        }
+    }
+}
