@@ -7,6 +7,8 @@ DELETE FROM job_shard;
 ALTER TABLE job_shard
     -- Of the phase.
     ADD COLUMN count       integer NOT NULL,
+    -- What its numbers are computed with: version, kind of device, precision. Others do not belong with them.
+    ADD COLUMN arithmetic  text    NOT NULL,
     -- Who computes it, or did.
     ADD COLUMN worker_id   uuid,
     -- How much of it is done, from 0 to 1, and when that last moved.

@@ -395,7 +395,8 @@ pub struct QueueOptions {
     pub stall_s: u32,
     /// Images times sources that make a part of a job worth sharing with idle workers: a job of twice as
     /// many is cut in two, of sixteen times and more in sixteen. Too low and small jobs spend their time on
-    /// storing parts; too high and machines stay idle beside a long job, and a crash costs more of it. 0 shares nothing.
+    /// storing parts; too high and machines stay idle beside a long job, and a crash costs more of it. 0 shares
+    /// nothing, but for gradients of a job that is to stop early (`stop_when`).
     #[arg(long, env = "PROMPTWEAVE_SHARD_PAIRS", default_value_t = 2000)]
     pub shard_pairs: u64,
 }

@@ -167,6 +167,8 @@ pub struct Platform {
     pub memory_bytes: Option<u64>,
     /// Its version.
     pub libtorch: Option<String>,
+    /// Version, kind of device, precision: where equal, numbers of two composers belong together.
+    pub arithmetic: String,
 }
 
 /// A finished composition: the answer and the two files that belong to it.

@@ -69,6 +69,9 @@ pub trait Shards {
     /// What to do, and how much of the phase is done, counted in shards.
     fn next(&mut self, phase: Phase) -> Result<(Next, f64), SharingError>;
 
+    /// Stores a phase that was not computed by shards, for those who help with the next.
+    fn give_whole(&mut self, phase: Phase, bytes: Vec<u8>) -> Result<(), SharingError>;
+
     /// Stores a shard that was computed here.
     fn give(&mut self, shard: Shard, bytes: Vec<u8>) -> Result<(), SharingError>;
 

@@ -2,8 +2,8 @@
 //! again with other options, pays for what is new.
 //!
 //! An entry's key is the digest of all that its numbers depend on, so a cached composition is the same as one without a
-//! cache, to the last bit on the CPU. (Only a limit on the micro-batch, which moves features by their rounding, is not
-//! in it.)
+//! cache, to the last bit on the CPU. (Only what cuts micro-batches otherwise, a limit on them or shards, is not in it: it
+//! moves features by their rounding.)
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 

@@ -214,9 +214,18 @@ impl GradientStatistics {
 
 /// `num_folds`, or 1 where sums fold by fold would take too much memory.
 fn kept_folds(num_sources: usize, num_params: usize, num_folds: usize) -> usize {
-    let rows = num_pairs(num_sources + 1) + 2 * num_sources;
-    let bytes = num_folds * rows * num_params * size_of::<f64>();
+    let bytes = num_folds * bytes_a_fold(num_sources, num_params);
     if bytes > MAX_FOLD_BYTES { 1 } else { num_folds }
+}
+
+/// Of the sums of all kept folds.
+pub fn sums_bytes(num_sources: usize, num_params: usize, num_folds: usize) -> usize {
+    kept_folds(num_sources, num_params, num_folds) * bytes_a_fold(num_sources, num_params)
+}
+
+fn bytes_a_fold(num_sources: usize, num_params: usize) -> usize {
+    let rows = num_pairs(num_sources + 1) + 2 * num_sources;
+    rows * num_params * size_of::<f64>()
 }
 
 /// [T, T']: the packed products of aᵢ = gᵢcᵢ less its mean over the prompts, cᵢ being the `scales`, as

@@ -55,6 +55,21 @@ pub fn shard(
     input: &ShardInput,
     observer: &mut dyn Observer,
 ) -> Result<Vec<u8>, EngineError> {
+    let file = compute(backbone, vit, prepared, input, observer);
+    if !matches!(file, Ok(_) | Err(EngineError::Stopped)) {
+        // It may have been the fault of what was prepared.
+        *prepared = None;
+    }
+    file
+}
+
+fn compute(
+    backbone: &Backbone,
+    vit: &Vit,
+    prepared: &mut Option<Prepared>,
+    input: &ShardInput,
+    observer: &mut dyn Observer,
+) -> Result<Vec<u8>, EngineError> {
     let mut steps = Steps::new(observer);
     steps.begin(input.shard.phase)?;
     let of_job = prepared.take().filter(|it| it.job == input.job);

@@ -268,7 +268,7 @@ impl Composer for Engine {
     }
 
     fn platform(&self) -> Platform {
-        platform::of(&self.backbones.compute.devices)
+        platform::of(&self.backbones.compute)
     }
 }
 

@@ -5,17 +5,29 @@ use tch::Device;
 use super::device;
 use super::memory::Memory;
 use super::nvidia::Nvidia;
+use super::vit::Compute;
 use crate::domain::composition::Platform;
 
 /// Asks the driver anew: it is called once a start.
-pub fn of(devices: &[Device]) -> Platform {
+pub fn of(compute: &Compute) -> Platform {
+    let devices = &compute.devices;
+    let on_cpu = devices.contains(&Device::Cpu);
+    let arithmetic = format!(
+        "promptweave {}, libtorch {}, {}, {}{}",
+        env!("CARGO_PKG_VERSION"),
+        device::LIBTORCH,
+        if on_cpu { "cpu" } else { "cuda" },
+        compute.precision.name(),
+        if compute.plain { ", plain" } else { "" },
+    );
     let here = Platform {
+        arithmetic,
         device: device::names_of(devices),
         driver: None,
         memory_bytes: None,
         libtorch: device::loaded_version(),
     };
-    if devices.contains(&Device::Cpu) {
+    if on_cpu {
         return Platform {
             memory_bytes: Some(Memory::here().usable_bytes()),
             ..here
@@ -40,10 +52,12 @@ pub fn of(devices: &[Device]) -> Platform {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::precision::Precision;
 
     #[test]
     fn a_cpu_has_this_machines_memory_and_no_driver() {
-        let platform = of(&[Device::Cpu]);
+        let platform = of(&Compute::on(Device::Cpu, Precision::Bf16));
+        assert!(platform.arithmetic.ends_with(", cpu, bf16"), "{platform:?}");
         assert_eq!(platform.device, "cpu");
         assert_eq!(platform.driver, None);
         assert!(platform.memory_bytes.is_some_and(|bytes| bytes > 1 << 20));

@@ -40,6 +40,12 @@ pub fn features(bytes: &[u8], [m, n, d]: [usize; 3]) -> Result<Tensor, EngineErr
 
 /// The file of a shard's sums.
 pub fn of_gradients(statistics: &GradientStatistics) -> Result<Vec<u8>, EngineError> {
+    // Here, where another worker may do better than who would read it.
+    for sums in [&statistics.products, &statistics.squares] {
+        if !bool::try_from(sums.isfinite().all())? {
+            return Err(EngineError::NotFinite("the prompts' gradients"));
+        }
+    }
     let counts: Vec<i64> = statistics.counts.iter().map(|n| *n as i64).collect();
     let counts = PlainTensor::new([counts.len()], counts);
     Ok(written(vec![

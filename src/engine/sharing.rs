@@ -85,9 +85,19 @@ impl Shared<'_> {
 
     /// Sums over no samples yet.
     pub fn no_gradients(&self) -> GradientStatistics {
-        let params = self.prompts.first().map_or(0, |prompt| prompt.numel());
-        let folds = gradients::num_folds(self.samples.len());
-        GradientStatistics::new(self.prompts.len(), params as i64, folds, Device::Cpu)
+        let [m, n, _] = self.size();
+        let folds = gradients::num_folds(n);
+        GradientStatistics::new(m, self.num_params() as i64, folds, Device::Cpu)
+    }
+
+    /// Of a shard's sums.
+    pub fn gradient_bytes(&self) -> usize {
+        let [m, n, _] = self.size();
+        gradients::sums_bytes(m, self.num_params(), gradients::num_folds(n))
+    }
+
+    fn num_params(&self) -> usize {
+        self.prompts.first().map_or(0, |prompt| prompt.numel())
     }
 
     /// Puts the features of shards, in order, where they belong in those of all samples [M, N, d].
@@ -100,6 +110,7 @@ impl Shared<'_> {
             shared: self,
             features: Tensor::empty(self.size().map(|size| size as i64), (kind, Device::Cpu)),
             next: 0,
+            count: 0,
         }
     }
 }
@@ -109,6 +120,7 @@ pub struct MergedFeatures<'a> {
     shared: &'a Shared<'a>,
     features: Tensor,
     next: usize,
+    count: usize,
 }
 
 impl MergedFeatures<'_> {
@@ -128,10 +140,17 @@ impl MergedFeatures<'_> {
             .features
             .f_index_copy_(1, &rows, &of_shard.to_kind(self.features.kind()))?;
         self.next += 1;
+        self.count = count;
         Ok(())
     }
 
+    /// # Panics
+    /// Where a shard is missing.
     pub fn whole(self) -> Tensor {
+        assert!(
+            self.next > 0 && self.next == self.count,
+            "shards are missing"
+        );
         self.features
     }
 }

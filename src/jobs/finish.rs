@@ -36,10 +36,12 @@ pub async fn finish(
     finished: Finished<'_>,
 ) -> Result<(), QueueError> {
     let mut tx = conn.begin().await?;
+    // Before the job's row is held, which others wait for: a blob store may take its time.
+    references::hold(&mut tx, blobs, &finished.statistics).await?;
     let held = Held::lock(&mut tx, claimed.lease).await?;
     // A lease that has run out is nobody's, even before it is reaped.
     let valid = sqlx::query_scalar!(
-        r#"SELECT lease_until > now() AS "valid!" FROM job WHERE id = $1"#,
+        r#"SELECT lease_until > clock_timestamp() AS "valid!" FROM job WHERE id = $1"#,
         claimed.lease.job_id,
     )
     .fetch_one(&mut *tx)
@@ -47,7 +49,6 @@ pub async fn finish(
     if !valid {
         return Err(QueueError::LeaseLost(claimed.lease.job_id));
     }
-    references::hold(&mut tx, blobs, &finished.statistics).await?;
     let target = &claimed.spec.target;
     let mut description = format!(
         "composed for {}:{} by ensemble {}",

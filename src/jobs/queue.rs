@@ -169,6 +169,21 @@ pub async fn renew(
     renewal(lease, cancel)
 }
 
+/// Whether the lease holds and the job is to stop; changes nothing.
+pub async fn look(conn: &mut PgConnection, lease: Lease) -> Result<Renewal, QueueError> {
+    let cancel = sqlx::query_scalar!(
+        r#"
+        SELECT cancel_requested_at IS NOT NULL AS "cancel!"
+        FROM job WHERE id = $1 AND lease_token = $2 AND state = 'running'
+        "#,
+        lease.job_id,
+        lease.token,
+    )
+    .fetch_optional(conn)
+    .await?;
+    renewal(lease, cancel)
+}
+
 /// Stores how far the work is; a new phase makes an event.
 pub async fn progress(
     conn: &mut PgConnection,

@@ -34,9 +34,10 @@ pub async fn run(pool: PgPool, stop: CancellationToken) {
 async fn once(pool: &PgPool) -> Result<Vec<Reaped>, QueueError> {
     let mut conn = pool.acquire().await?;
     idempotency::reap(&mut conn).await?;
+    let reaped = reap(&mut conn).await?;
     let shards = shards::reap(&mut conn).await?;
     if shards > 0 {
         tracing::warn!(shards, "leases of shards ran out");
     }
-    reap(&mut conn).await
+    Ok(reaped)
 }

@@ -186,7 +186,9 @@ pub async fn cancel(
         UPDATE job
         SET cancel_requested_at = now(),
             state       = CASE state WHEN 'queued' THEN 'cancelled' ELSE state END,
-            finished_at = CASE state WHEN 'queued' THEN now() END
+            finished_at = CASE state WHEN 'queued' THEN now() END,
+            -- Of an earlier attempt.
+            error       = CASE state WHEN 'queued' THEN NULL ELSE error END
         WHERE id = $1
         "#,
         id,

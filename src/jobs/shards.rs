@@ -34,15 +34,33 @@ const MAX_HELPERS: i32 = 3;
 
 // ---- Who has the job -------------------------------------------------------------------------
 
-/// Deals a phase out in `count` shards, if it is not yet and `count` is above 1. Returns how many there are.
+/// Who has the job, as far as its shards are concerned.
+#[derive(Clone, Debug)]
+pub struct Owner {
+    pub lease: Lease,
+    pub worker_id: Uuid,
+    /// Of all its shards.
+    pub arithmetic: String,
+}
+
+/// Deals a phase out in `count` shards, if it is not yet and `count` is above 1. Returns how many there are. What an
+/// earlier attempt left in another arithmetic is let go.
 pub async fn lay_out(
     conn: &mut PgConnection,
-    lease: Lease,
+    owner: &Owner,
     phase: Phase,
     count: usize,
 ) -> Result<usize, QueueError> {
+    let lease = owner.lease;
     let mut tx = conn.begin().await?;
     Held::lock(&mut tx, lease).await?;
+    sqlx::query!(
+        "DELETE FROM job_shard WHERE job_id = $1 AND arithmetic <> $2",
+        lease.job_id,
+        owner.arithmetic,
+    )
+    .execute(&mut *tx)
+    .await?;
     let before = sqlx::query_scalar!(
         "SELECT count FROM job_shard WHERE job_id = $1 AND phase = $2 LIMIT 1",
         lease.job_id,
@@ -55,14 +73,15 @@ pub async fn lay_out(
     if before.is_some() || count > 1 {
         let new = sqlx::query!(
             r#"
-            INSERT INTO job_shard (job_id, phase, index, count)
-            SELECT $1, $2, index, $3 FROM generate_series(0, $3 - 1) index
+            INSERT INTO job_shard (job_id, phase, index, count, arithmetic)
+            SELECT $1, $2, index, $3, $4 FROM generate_series(0, $3 - 1) index
             -- Some may be there, and some may have been ended.
             ON CONFLICT ON CONSTRAINT job_shard_pkey DO NOTHING
             "#,
             lease.job_id,
             phase.name(),
             count as i32,
+            owner.arithmetic,
         )
         .execute(&mut *tx)
         .await?;
@@ -108,20 +127,22 @@ pub async fn there(
     Ok(There { files, done })
 }
 
-/// Takes a shard that nobody has; it is held by the job's own lease.
+/// Takes a shard that nobody has; it is held by the job's own lease. One that is held so already is in nobody's hands
+/// either, since a shard is asked for by one who has none: the answer was lost, or the attempt that took it.
 pub async fn take(
     conn: &mut PgConnection,
-    lease: Lease,
-    worker_id: Uuid,
+    owner: &Owner,
     phase: Phase,
 ) -> Result<Option<usize>, QueueError> {
+    let lease = owner.lease;
     let index = sqlx::query_scalar!(
         r#"
         WITH next AS (
             SELECT s.index
             FROM job_shard s
             JOIN job j ON j.id = s.job_id AND j.lease_token = $2 AND j.state = 'running'
-            WHERE s.job_id = $1 AND s.phase = $4 AND s.state = 'queued'
+            WHERE s.job_id = $1 AND s.phase = $4
+              AND (s.state = 'queued' OR s.state = 'running' AND s.lease_until IS NULL)
             ORDER BY s.index
             LIMIT 1
             FOR UPDATE OF s SKIP LOCKED
@@ -139,7 +160,7 @@ pub async fn take(
         "#,
         lease.job_id,
         lease.token,
-        worker_id,
+        owner.worker_id,
         phase.name(),
     )
     .fetch_optional(conn)
@@ -147,33 +168,28 @@ pub async fn take(
     Ok(index.map(|index| index as usize))
 }
 
-/// Stores the file of a shard that who has the job computed, whether it was dealt out or not.
+/// Stores the file of a shard that who has the job computed.
 pub async fn put(
     conn: &mut PgConnection,
     blobs: &BlobStore,
-    lease: Lease,
-    worker_id: Uuid,
+    owner: &Owner,
     shard: Shard,
     file: &Digest,
 ) -> Result<(), QueueError> {
+    let lease = owner.lease;
     let mut tx = conn.begin().await?;
-    Held::lock(&mut tx, lease).await?;
+    // Before the job's row is held, which others wait for: a blob store may take its time.
     references::hold(&mut tx, blobs, file).await?;
+    Held::lock(&mut tx, lease).await?;
     let changed = sqlx::query!(
         r#"
-        INSERT INTO job_shard (
-            job_id, phase, index, count, state, worker_id, done, digest, started_at, finished_at
-        )
-        VALUES ($1, $2, $3, $4, 'succeeded', $5, 1, $6, now(), now())
-        ON CONFLICT ON CONSTRAINT job_shard_pkey DO UPDATE
-        SET state = 'succeeded', lease_token = NULL, done = 1, digest = $6, finished_at = now()
-        WHERE job_shard.lease_token = $7
+        UPDATE job_shard
+        SET state = 'succeeded', lease_token = NULL, done = 1, digest = $4, finished_at = now()
+        WHERE job_id = $1 AND phase = $2 AND index = $3 AND lease_token = $5
         "#,
         lease.job_id,
         shard.phase.name(),
         shard.index as i32,
-        shard.count as i32,
-        worker_id,
         file.as_bytes(),
         lease.token,
     )
@@ -181,12 +197,78 @@ pub async fn put(
     .await?;
     // Else it was there already: the same one, sent again after a commit whose answer was lost.
     if changed.rows_affected() == 1 {
-        record_shard(&mut tx, lease.job_id, "shard", shard, worker_id).await?;
+        record_shard(&mut tx, lease.job_id, "shard", shard, owner.worker_id).await?;
     }
     failpoints::reach("shard_putting", lease.job_id);
     tx.commit().await?;
     tell(conn, lease.job_id, false).await;
     Ok(())
+}
+
+/// Stores a phase that was not computed by shards as one, in place of all that there are of it.
+pub async fn put_whole(
+    conn: &mut PgConnection,
+    blobs: &BlobStore,
+    owner: &Owner,
+    phase: Phase,
+    file: &Digest,
+) -> Result<(), QueueError> {
+    let lease = owner.lease;
+    let mut tx = conn.begin().await?;
+    references::hold(&mut tx, blobs, file).await?;
+    Held::lock(&mut tx, lease).await?;
+    sqlx::query!(
+        "DELETE FROM job_shard WHERE job_id = $1 AND phase = $2",
+        lease.job_id,
+        phase.name(),
+    )
+    .execute(&mut *tx)
+    .await?;
+    sqlx::query!(
+        r#"
+        INSERT INTO job_shard (
+            job_id, phase, index, count, arithmetic, state, worker_id, done, digest, started_at, finished_at
+        )
+        VALUES ($1, $2, 0, 1, $3, 'succeeded', $4, 1, $5, now(), now())
+        "#,
+        lease.job_id,
+        phase.name(),
+        owner.arithmetic,
+        owner.worker_id,
+        file.as_bytes(),
+    )
+    .execute(&mut *tx)
+    .await?;
+    tx.commit().await?;
+    // Gradients that were dealt out may be helped with now.
+    tell(conn, lease.job_id, true).await;
+    Ok(())
+}
+
+/// Gives up the file of a shard that cannot be read: it is computed again, by who has the job.
+pub async fn discard(
+    conn: &mut PgConnection,
+    owner: &Owner,
+    phase: Phase,
+    index: usize,
+) -> Result<(), QueueError> {
+    let lease = owner.lease;
+    let mut tx = conn.begin().await?;
+    Held::lock(&mut tx, lease).await?;
+    sqlx::query!(
+        r#"
+        UPDATE job_shard
+        SET state = 'queued', done = 0, digest = NULL, attempt = $4, started_at = NULL, finished_at = NULL
+        WHERE job_id = $1 AND phase = $2 AND index = $3 AND state = 'succeeded'
+        "#,
+        lease.job_id,
+        phase.name(),
+        index as i32,
+        MAX_HELPERS,
+    )
+    .execute(&mut *tx)
+    .await?;
+    Ok(tx.commit().await?)
 }
 
 /// What is not there of a phase is not needed; who works on it loses it.
@@ -230,10 +312,11 @@ pub struct ClaimedShard {
     pub features: Vec<Digest>,
 }
 
-/// Takes a shard of a running job: of the most urgent and oldest that has one.
+/// Takes a shard of a running job: of the most urgent and oldest that has one of this arithmetic.
 pub async fn claim(
     conn: &mut PgConnection,
     worker_id: Uuid,
+    arithmetic: &str,
     length: Duration,
 ) -> Result<Option<ClaimedShard>, QueueError> {
     let token = Uuid::new_v4();
@@ -244,8 +327,13 @@ pub async fn claim(
             SELECT s.job_id, s.phase, s.index, j.spec
             FROM job_shard s
             JOIN job j ON j.id = s.job_id
-            WHERE s.state = 'queued' AND s.attempt < $4
+            WHERE s.state = 'queued' AND s.attempt < $4 AND s.arithmetic = $5
               AND j.state = 'running' AND j.cancel_requested_at IS NULL
+              -- Gradients are computed from all features.
+              AND (s.phase = 'features' OR (
+                  SELECT bool_and(f.state = 'succeeded') FROM job_shard f
+                  WHERE f.job_id = s.job_id AND f.phase = 'features'
+              ))
               AND NOT EXISTS (SELECT FROM worker WHERE id = $3 AND state = 'draining')
             ORDER BY j.priority, j.id, s.index
             LIMIT 1
@@ -268,6 +356,7 @@ pub async fn claim(
         length.as_secs_f64(),
         worker_id,
         MAX_HELPERS,
+        arithmetic,
     )
     .fetch_optional(&mut *tx)
     .await?;
@@ -292,7 +381,7 @@ pub async fn claim(
             index: row.index as usize,
             count: row.count as usize,
         },
-        // Gradients are dealt out when all features are there.
+        // All of them, or it would not have been claimed.
         features: features.into_iter().flatten().collect(),
     }))
 }
@@ -314,6 +403,22 @@ pub async fn renew(
         lease.job_id,
         lease.token,
         length.as_secs_f64(),
+    )
+    .fetch_optional(conn)
+    .await?;
+    renewal(lease, cancel)
+}
+
+/// Whether a shard's lease holds and its job is to stop; changes nothing.
+pub async fn look(conn: &mut PgConnection, lease: Lease) -> Result<Renewal, QueueError> {
+    let cancel = sqlx::query_scalar!(
+        r#"
+        SELECT j.cancel_requested_at IS NOT NULL AS "cancel!"
+        FROM job_shard s JOIN job j ON j.id = s.job_id
+        WHERE s.job_id = $1 AND s.lease_token = $2 AND s.state = 'running'
+        "#,
+        lease.job_id,
+        lease.token,
     )
     .fetch_optional(conn)
     .await?;
@@ -352,14 +457,14 @@ pub async fn give(
 ) -> Result<(), QueueError> {
     let Lease { job_id, token } = claimed.lease;
     let mut tx = conn.begin().await?;
-    lock_job(&mut tx, job_id).await?;
     references::hold(&mut tx, blobs, file).await?;
+    lock_job(&mut tx, job_id).await?;
     let worker_id = sqlx::query_scalar!(
         r#"
         UPDATE job_shard
         SET state = 'succeeded', lease_token = NULL, lease_until = NULL, done = 1, digest = $3,
             finished_at = now()
-        WHERE job_id = $1 AND lease_token = $2 AND state = 'running' AND lease_until > now()
+        WHERE job_id = $1 AND lease_token = $2 AND state = 'running' AND lease_until > clock_timestamp()
         RETURNING worker_id AS "worker_id!"
         "#,
         job_id,
@@ -429,7 +534,14 @@ pub async fn reap(conn: &mut PgConnection) -> Result<usize, QueueError> {
     let mut reaped = 0;
     for row in lost {
         let mut tx = conn.begin().await?;
-        lock_job(&mut tx, row.job_id).await?;
+        let held = sqlx::query!(
+            "SELECT id FROM job WHERE id = $1 FOR UPDATE SKIP LOCKED",
+            row.job_id
+        );
+        // Whoever has it may be frozen; the others are not to wait for that.
+        if held.fetch_optional(&mut *tx).await?.is_none() {
+            continue;
+        }
         let shard = sqlx::query!(
             r#"
             UPDATE job_shard

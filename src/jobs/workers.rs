@@ -208,7 +208,10 @@ pub async fn ended(
 /// Whether it ever claimed a job.
 pub async fn has_worked(conn: &mut PgConnection, id: Uuid) -> Result<bool, DbError> {
     let worked = sqlx::query_scalar!(
-        r#"SELECT EXISTS (SELECT FROM job_attempt WHERE worker_id = $1) AS "worked!""#,
+        r#"
+        SELECT EXISTS (SELECT FROM job_attempt WHERE worker_id = $1)
+            OR EXISTS (SELECT FROM job_shard WHERE worker_id = $1) AS "worked!"
+        "#,
         id,
     )
     .fetch_one(conn)

@@ -5,15 +5,14 @@ use std::time::Duration;
 
 use sqlx::PgPool;
 use tokio::runtime::Handle;
-use uuid::Uuid;
 
 use super::composer_thread::{Stop, StopReason};
-use crate::blobs::BlobStore;
+use crate::blobs::{BlobError, BlobStore};
 use crate::db::DbError;
 use crate::domain::composition::Phase;
 use crate::domain::sharing::{Estimate, Next, Shard, Shards, SharingError};
-use crate::jobs::queue::{Lease, QueueError};
-use crate::jobs::shards;
+use crate::jobs::queue::QueueError;
+use crate::jobs::shards::{self, Owner};
 use crate::registry::RegistryError;
 use crate::telemetry::chain;
 
@@ -24,8 +23,7 @@ pub struct JobShards {
     pub runtime: Handle,
     pub pool: PgPool,
     pub blobs: BlobStore,
-    pub worker_id: Uuid,
-    pub lease: Lease,
+    pub owner: Owner,
     pub stop: Stop,
     pub shard_pairs: u64,
     /// The phase in work, and how many of its shards were handed to the engine.
@@ -42,7 +40,7 @@ impl Shards for JobShards {
     fn lay_out(&mut self, phase: Phase, count: usize) -> Result<usize, SharingError> {
         self.merged = (phase, 0);
         let laid_out = self.until_done(async || {
-            shards::lay_out(&mut *self.pool.acquire().await?, self.lease, phase, count).await
+            shards::lay_out(&mut *self.pool.acquire().await?, &self.owner, phase, count).await
         });
         // Where it has to stop, the engine is told at the next sign of life.
         Ok(laid_out?.unwrap_or(1))
@@ -65,41 +63,40 @@ impl Shards for JobShards {
     fn give(&mut self, shard: Shard, bytes: Vec<u8>) -> Result<(), SharingError> {
         let bytes = bytes::Bytes::from(bytes);
         self.until_done(async || {
-            let file = self
-                .blobs
-                .put_bytes(bytes.clone())
-                .await
-                .map_err(RegistryError::from)?;
+            let file = self.blobs.put_bytes(bytes.clone()).await;
+            let file = file.map_err(RegistryError::from)?.digest;
             let mut conn = self.pool.acquire().await?;
-            let (lease, worker_id) = (self.lease, self.worker_id);
-            shards::put(
-                &mut conn,
-                &self.blobs,
-                lease,
-                worker_id,
-                shard,
-                &file.digest,
-            )
-            .await
+            shards::put(&mut conn, &self.blobs, &self.owner, shard, &file).await
+        })?;
+        Ok(())
+    }
+
+    fn give_whole(&mut self, phase: Phase, bytes: Vec<u8>) -> Result<(), SharingError> {
+        let bytes = bytes::Bytes::from(bytes);
+        self.until_done(async || {
+            let file = self.blobs.put_bytes(bytes.clone()).await;
+            let file = file.map_err(RegistryError::from)?.digest;
+            let mut conn = self.pool.acquire().await?;
+            shards::put_whole(&mut conn, &self.blobs, &self.owner, phase, &file).await
         })?;
         Ok(())
     }
 
     fn end(&mut self, phase: Phase) -> Result<(), SharingError> {
         self.until_done(async || {
-            shards::end(&mut *self.pool.acquire().await?, self.lease, phase).await
+            shards::end(&mut *self.pool.acquire().await?, self.owner.lease, phase).await
         })?;
         Ok(())
     }
 
     fn estimate(&mut self, estimate: &Estimate) {
         let write = async {
-            shards::estimate(&mut *self.pool.acquire().await?, self.lease, estimate).await
+            shards::estimate(&mut *self.pool.acquire().await?, self.owner.lease, estimate).await
         };
         // It is for people; the renewal decides whether the job is still ours.
         if let Err(error) = self.runtime.block_on(write) {
             let error = chain(&error);
-            tracing::warn!(job.id = %self.lease.job_id, error, "an estimate was not stored");
+            tracing::warn!(job.id = %self.owner.lease.job_id, error, "an estimate was not stored");
         }
     }
 }
@@ -107,18 +104,20 @@ impl Shards for JobShards {
 impl JobShards {
     async fn look(&self, phase: Phase) -> Result<(Next, f64), QueueError> {
         let mut conn = self.pool.acquire().await?;
-        let there = shards::there(&mut conn, self.lease.job_id, phase).await?;
+        let there = shards::there(&mut conn, self.owner.lease.job_id, phase).await?;
         let (_, merged) = self.merged;
         if let Some(Some(file)) = there.files.get(merged) {
-            drop(conn);
-            let bytes = self
-                .blobs
-                .get_bytes(file)
-                .await
-                .map_err(RegistryError::from)?;
-            return Ok((Next::There(bytes.into()), there.done));
+            match self.blobs.get_bytes(file).await {
+                Ok(bytes) => return Ok((Next::There(bytes.into()), there.done)),
+                Err(error @ (BlobError::Missing(_) | BlobError::Corrupt { .. })) => {
+                    let error = chain(&error);
+                    tracing::warn!(job.id = %self.owner.lease.job_id, error, "a shard is computed again");
+                    shards::discard(&mut conn, &self.owner, phase, merged).await?;
+                }
+                Err(error) => return Err(RegistryError::from(error).into()),
+            }
         }
-        let next = match shards::take(&mut conn, self.lease, self.worker_id, phase).await? {
+        let next = match shards::take(&mut conn, &self.owner, phase).await? {
             Some(index) => Next::Compute(Shard {
                 phase,
                 index,

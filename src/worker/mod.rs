@@ -267,7 +267,13 @@ impl Worker {
         if let Some(job) = queue::claim(&mut conn, self.id, length).await? {
             return Ok(Some(Task::Job(Box::new(job))));
         }
-        let shard = shards::claim(&mut conn, self.id, length).await?;
+        let shard = shards::claim(
+            &mut conn,
+            self.id,
+            &self.runner.composer.platform().arithmetic,
+            length,
+        )
+        .await?;
         Ok(shard.map(|shard| Task::Shard(Box::new(shard))))
     }
 

@@ -15,13 +15,14 @@ use super::renewal::{Of, Renewal};
 use crate::blobs::BlobError;
 use crate::db::DbError;
 use crate::domain::composition::{Composition, CompositionError, Phase};
+use crate::domain::digest::Digest;
 use crate::domain::job::{JobError, Progress};
 use crate::domain::prompt_file::PromptFile;
 use crate::domain::sharing::Shards;
 use crate::failpoints;
 use crate::jobs::finish::{Finished, finish};
 use crate::jobs::queue::{self, Claimed, Lease, QueueError, Renewal as Answer};
-use crate::jobs::shards::{self, ClaimedShard, GivenBack};
+use crate::jobs::shards::{self, ClaimedShard, GivenBack, Owner};
 use crate::registry::RegistryError;
 use crate::shutdown::Shutdown;
 use crate::telemetry::chain;
@@ -30,6 +31,9 @@ use crate::telemetry::chain;
 const PROGRESS_EVERY: Duration = Duration::from_millis(500);
 /// Between two tries to write an outcome while the database is gone.
 const WRITE_AGAIN_AFTER: Duration = Duration::from_millis(500);
+
+/// Before a worker that failed at a shard helps again.
+const AFTER_A_FAILED_SHARD: Duration = Duration::from_secs(5);
 
 /// How an attempt went wrong.
 #[derive(Debug, thiserror::Error)]
@@ -116,10 +120,15 @@ impl Runner {
     ) -> Result<(), EngineStuck> {
         let stop = Stop::default();
         let renewal = self.renewal(claimed.lease, Of::Shard, claimed_at, &stop);
-        let outcome = until_shutdown(self.shard(claimed, &stop), &stop, shutdown).await;
+        let helping = self.shard(claimed, &stop, &renewal);
+        let outcome = until_shutdown(helping, &stop, shutdown).await;
         drop(renewal);
-        if let Err(error) = &outcome {
-            self.give_back(claimed, &stop, error).await;
+        if let Err(error) = &outcome
+            && self.give_back(claimed, &stop, error).await
+        {
+            // What is wrong with this machine may be wrong for the next shard too, and others are quicker to help.
+            let pause = tokio::time::sleep(AFTER_A_FAILED_SHARD);
+            shutdown.soft.run_until_cancelled(pause).await;
         }
         stuck(&outcome)
     }
@@ -150,8 +159,11 @@ impl Runner {
             runtime: Handle::current(),
             pool: self.pool().clone(),
             blobs: self.inputs.blobs.clone(),
-            worker_id: self.worker_id,
-            lease: claimed.lease,
+            owner: Owner {
+                lease: claimed.lease,
+                worker_id: self.worker_id,
+                arithmetic: self.composer.platform().arithmetic.clone(),
+            },
             stop: stop.clone(),
             shard_pairs: self.shard_pairs,
             merged: (Phase::Features, 0),
@@ -165,19 +177,25 @@ impl Runner {
         }
     }
 
-    async fn shard(&self, claimed: &ClaimedShard, stop: &Stop) -> Result<(), AttemptError> {
+    async fn shard(
+        &self,
+        claimed: &ClaimedShard,
+        stop: &Stop,
+        renewal: &Renewal,
+    ) -> Result<(), AttemptError> {
         let (work, _in_use) = tokio::select! {
             fetched = self.inputs.fetch_shard(claimed) => fetched?,
             () = stop.asked() => return Err(AttemptError::Stopped),
+            // Whoever has the job waits for this.
+            () = tokio::time::sleep(self.stall) => return Err(AttemptError::Stalled(self.stall)),
         };
         let lease = (Of::Shard, claimed.lease);
         match self.drive(work, lease, None, stop).await? {
             Done::Shard(file) => {
                 let file = self.inputs.blobs.put_bytes(file).await;
-                let file = file.map_err(AttemptError::Statistics)?;
-                let mut conn = self.pool().acquire().await.map_err(QueueError::from)?;
-                shards::give(&mut conn, &self.inputs.blobs, claimed, &file.digest).await?;
-                Ok(())
+                let file = file.map_err(AttemptError::Statistics)?.digest;
+                let given = Outcome::Given { claimed, file };
+                Ok(self.write(renewal, &given).await?)
             }
             Done::Composition(_) => unreachable!("a shard was asked for"),
         }
@@ -210,23 +228,24 @@ impl Runner {
                 stop.because(StopReason::Stalled);
                 return Err(AttemptError::Stalled(self.stall));
             }
-            let Some(progress) = progress.filter(|progress| stored != Some(*progress)) else {
-                continue;
-            };
-            stored = Some(progress);
-            self.store_progress(lease, progress, stop).await;
+            let moved = progress.filter(|progress| stored != Some(*progress));
+            stored = progress;
+            self.report(lease, moved, stop).await;
         }
     }
 
-    async fn store_progress(&self, (of, lease): (Of, Lease), progress: Progress, stop: &Stop) {
+    /// Stores progress, where there is some, and asks whether the work is to go on.
+    async fn report(&self, (of, lease): (Of, Lease), moved: Option<Progress>, stop: &Stop) {
         let write = async {
             let mut conn = self.pool().acquire().await?;
-            match of {
-                Of::Job => queue::progress(&mut conn, lease, progress).await,
-                Of::Shard => {
+            match (of, moved) {
+                (Of::Job, Some(progress)) => queue::progress(&mut conn, lease, progress).await,
+                (Of::Job, None) => queue::look(&mut conn, lease).await,
+                (Of::Shard, Some(progress)) => {
                     let done = progress.done as f64 / progress.total.max(1) as f64;
                     shards::progress(&mut conn, lease, done).await
                 }
+                (Of::Shard, None) => shards::look(&mut conn, lease).await,
             }
         };
         match write.await {
@@ -275,7 +294,7 @@ impl Runner {
             output: &output,
             statistics: statistics.digest,
         };
-        self.write(claimed, renewal, &Outcome::Finished(finished))
+        self.write(renewal, &Outcome::Finished(claimed, finished))
             .await?;
         failpoints::reach("finished", claimed.lease.job_id);
         tracing::info!(job.id = %claimed.lease.job_id, "succeeded");
@@ -297,34 +316,36 @@ impl Runner {
             _ if lost => return,
             (AttemptError::Stopped, Some(StopReason::Cancelled)) => {
                 tracing::info!(job.id = %job_id, "cancelled");
-                Outcome::Cancelled
+                Outcome::Cancelled(claimed.lease)
             }
             (AttemptError::Stopped, _) => {
                 tracing::info!(job.id = %job_id, "given back");
-                Outcome::Released
+                Outcome::Released(claimed.lease)
             }
             (error, _) => {
                 let (error, passing) = error.verdict();
                 tracing::warn!(job.id = %job_id, error.code = error.code, error = error.detail,
                     retry = passing, "the attempt failed");
                 Outcome::Failed {
+                    lease: claimed.lease,
                     error,
                     backoff: passing.then(|| queue::backoff(claimed.attempt)),
                 }
             }
         };
-        if let Err(error) = self.write(claimed, renewal, &outcome).await {
+        if let Err(error) = self.write(renewal, &outcome).await {
             tracing::warn!(job.id = %job_id, error = chain(&error),
                 "the outcome was not stored; the job returns with the end of its lease");
         }
     }
 
     /// A shard that was not computed is somebody else's to compute. Where not even this can be written, its lease runs out.
-    async fn give_back(&self, claimed: &ClaimedShard, stop: &Stop, error: &AttemptError) {
+    /// Answers whether it was by a failure.
+    async fn give_back(&self, claimed: &ClaimedShard, stop: &Stop, error: &AttemptError) -> bool {
         let job_id = claimed.lease.job_id;
         let lost = matches!(error, AttemptError::Queue(QueueError::LeaseLost(_)));
         if lost || stop.reason() == Some(StopReason::LeaseLost) {
-            return;
+            return false;
         }
         let why = match error {
             AttemptError::Stopped => GivenBack::Released,
@@ -344,19 +365,15 @@ impl Runner {
         if let Err(error) = write.await {
             tracing::warn!(job.id = %job_id, error = chain(&error), "a shard was not given back");
         }
+        why != GivenBack::Released
     }
 
     /// Writes an outcome, waiting for a database that is gone for as long as the lease holds. A
     /// commit whose acknowledgement got lost shows as a lost lease the second time, with the
     /// outcome in place.
-    async fn write(
-        &self,
-        claimed: &Claimed,
-        renewal: &Renewal,
-        outcome: &Outcome<'_>,
-    ) -> Result<(), QueueError> {
+    async fn write(&self, renewal: &Renewal, outcome: &Outcome<'_>) -> Result<(), QueueError> {
         loop {
-            let written = self.write_once(claimed, outcome).await;
+            let written = self.write_once(outcome).await;
             let gone = match &written {
                 Err(QueueError::Db(error) | QueueError::Registry(RegistryError::Db(error))) => {
                     matches!(error, DbError::Unavailable(_))
@@ -373,20 +390,23 @@ impl Runner {
         }
     }
 
-    async fn write_once(&self, claimed: &Claimed, outcome: &Outcome<'_>) -> Result<(), QueueError> {
-        let mut connection = self.pool().acquire().await?;
-        let lease = claimed.lease;
+    async fn write_once(&self, outcome: &Outcome<'_>) -> Result<(), QueueError> {
+        let mut conn = self.pool().acquire().await?;
+        let blobs = &self.inputs.blobs;
         match outcome {
-            Outcome::Finished(finished) => {
-                finish(&mut connection, &self.inputs.blobs, claimed, *finished).await
+            Outcome::Finished(claimed, finished) => {
+                finish(&mut conn, blobs, claimed, *finished).await
             }
-            Outcome::Cancelled => queue::finish_cancelled(&mut connection, lease).await,
-            Outcome::Released => queue::release(&mut connection, lease).await,
-            Outcome::Failed { error, backoff } => {
-                queue::fail(&mut connection, lease, error.clone(), *backoff)
-                    .await
-                    .map(drop)
-            }
+            Outcome::Cancelled(lease) => queue::finish_cancelled(&mut conn, *lease).await,
+            Outcome::Released(lease) => queue::release(&mut conn, *lease).await,
+            Outcome::Failed {
+                lease,
+                error,
+                backoff,
+            } => queue::fail(&mut conn, *lease, error.clone(), *backoff)
+                .await
+                .map(drop),
+            Outcome::Given { claimed, file } => shards::give(&mut conn, blobs, claimed, file).await,
         }
     }
 }
@@ -418,13 +438,18 @@ fn stuck(outcome: &Result<(), AttemptError>) -> Result<(), EngineStuck> {
     }
 }
 
-/// What is written at the end of an attempt.
+/// What is written at the end of an attempt, or of a shard.
 enum Outcome<'a> {
-    Finished(Finished<'a>),
-    Cancelled,
-    Released,
+    Finished(&'a Claimed, Finished<'a>),
+    Cancelled(Lease),
+    Released(Lease),
     Failed {
+        lease: Lease,
         error: JobError,
         backoff: Option<Duration>,
+    },
+    Given {
+        claimed: &'a ClaimedShard,
+        file: Digest,
     },
 }

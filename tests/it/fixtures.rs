@@ -225,13 +225,9 @@ impl FakeComposer {
     fn share(&self, script: Script, observer: &mut dyn Observer) -> Result<(), CompositionError> {
         let shards = observer.shards().expect("a job's are given");
         let phase = Phase::Gradients;
-        let features = Shard {
-            phase: Phase::Features,
-            index: 0,
-            count: 1,
-        };
-        shards.give(features, b"features".to_vec()).unwrap();
         let count = shards.lay_out(phase, self.shards).unwrap();
+        let features = b"features".to_vec();
+        shards.give_whole(Phase::Features, features).unwrap();
         let mut merged = 0;
         while merged < count {
             let shards = observer.shards().unwrap();
@@ -376,6 +372,7 @@ impl Composer for FakeComposer {
             driver: Some("580.65.06".to_owned()),
             memory_bytes: Some(80 << 30),
             libtorch: None,
+            arithmetic: "fake".to_owned(),
         }
     }
 }

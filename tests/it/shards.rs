@@ -10,7 +10,7 @@ use promptweave::domain::digest::Digest;
 use promptweave::domain::job::JobState;
 use promptweave::domain::sharing::{Estimate, Shard};
 use promptweave::jobs::queue::{self, Claimed, QueueError, Renewal};
-use promptweave::jobs::shards::{self, ClaimedShard, GivenBack};
+use promptweave::jobs::shards::{self, ClaimedShard, GivenBack, Owner};
 use promptweave::jobs::workers::{self, NewWorker};
 use serde_json::json;
 use sqlx::pool::PoolConnection;
@@ -22,6 +22,8 @@ use crate::ensembles::{Worker, furnished, post, request, until_state, url};
 use crate::fixtures::{FakeComposer, Script, enqueue, job, spec};
 use crate::worker::until;
 
+/// Of the owner and its helpers.
+const ARITHMETIC: &str = "cpu, f32";
 const LEASE: Duration = Duration::from_secs(3600);
 
 async fn worker(db: &mut PgConnection) -> Uuid {
@@ -53,7 +55,7 @@ struct Shared {
     db: PoolConnection<Postgres>,
     blobs: BlobStore,
     file: Digest,
-    owner: Uuid,
+    owner: Owner,
     claimed: Claimed,
     _dir: TempDir,
 }
@@ -64,9 +66,15 @@ impl Shared {
         let blobs = BlobStore::directory(dir.path()).unwrap();
         let spec = spec(&mut db).await;
         enqueue(&mut db, &spec).await;
-        let owner = worker(&mut db).await;
-        let claimed = queue::claim(&mut db, owner, LEASE).await.unwrap().unwrap();
-        let laid_out = shards::lay_out(&mut db, claimed.lease, Phase::Features, count);
+        let worker_id = worker(&mut db).await;
+        let claimed = queue::claim(&mut db, worker_id, LEASE).await;
+        let claimed = claimed.unwrap().unwrap();
+        let owner = Owner {
+            lease: claimed.lease,
+            worker_id,
+            arithmetic: ARITHMETIC.to_owned(),
+        };
+        let laid_out = shards::lay_out(&mut db, &owner, Phase::Features, count);
         assert_eq!(laid_out.await.unwrap(), count);
         Self {
             file: blobs.put_bytes("a shard").await.unwrap().digest,
@@ -80,12 +88,13 @@ impl Shared {
 
     async fn helps(&mut self) -> Option<ClaimedShard> {
         let helper = worker(&mut self.db).await;
-        shards::claim(&mut self.db, helper, LEASE).await.unwrap()
+        shards::claim(&mut self.db, helper, ARITHMETIC, LEASE)
+            .await
+            .unwrap()
     }
 
     async fn take(&mut self) -> Option<usize> {
-        let (lease, owner) = (self.claimed.lease, self.owner);
-        let taken = shards::take(&mut self.db, lease, owner, Phase::Features);
+        let taken = shards::take(&mut self.db, &self.owner, Phase::Features);
         taken.await.unwrap()
     }
 
@@ -99,8 +108,7 @@ impl Shared {
             index,
             count,
         };
-        let (lease, owner) = (self.claimed.lease, self.owner);
-        shards::put(&mut self.db, &self.blobs, lease, owner, shard, &self.file).await
+        shards::put(&mut self.db, &self.blobs, &self.owner, shard, &self.file).await
     }
 
     async fn there(&mut self) -> Vec<bool> {
@@ -123,7 +131,7 @@ async fn every_shard_is_somebodys_once_and_is_stored_once(db: PoolConnection<Pos
     let (first, second) = (shared.helps().await.unwrap(), shared.helps().await.unwrap());
     assert_eq!((first.shard.index, second.shard.index), (1, 2));
     assert_eq!(first.shard.count, 3);
-    assert!(shared.helps().await.is_none() && shared.take().await.is_none());
+    assert!(shared.helps().await.is_none());
 
     shared.give(&second).await.unwrap();
     assert!(lost(shared.give(&second).await), "it has been given");
@@ -141,7 +149,7 @@ async fn every_shard_is_somebodys_once_and_is_stored_once(db: PoolConnection<Pos
     );
 
     // Laid out once, whatever is asked for later; one that is not needed is nobody's any more.
-    let again = shards::lay_out(&mut shared.db, lease, Phase::Features, 7);
+    let again = shards::lay_out(&mut shared.db, &shared.owner, Phase::Features, 7);
     assert_eq!(again.await.unwrap(), 3);
     let end = shards::end(&mut shared.db, lease, Phase::Features);
     end.await.unwrap();
@@ -223,10 +231,11 @@ async fn shards_outlast_the_attempt_and_end_with_the_job(db: PoolConnection<Post
     assert_eq!(renewed.unwrap(), Renewal::Held);
     shared.give(&helper).await.unwrap();
 
-    shared.owner = worker(&mut shared.db).await;
-    let next = queue::claim(&mut shared.db, shared.owner, LEASE).await;
+    shared.owner.worker_id = worker(&mut shared.db).await;
+    let next = queue::claim(&mut shared.db, shared.owner.worker_id, LEASE).await;
     shared.claimed = next.unwrap().unwrap();
-    let again = shards::lay_out(&mut shared.db, shared.claimed.lease, Phase::Features, 9);
+    shared.owner.lease = shared.claimed.lease;
+    let again = shards::lay_out(&mut shared.db, &shared.owner, Phase::Features, 9);
     assert_eq!(again.await.unwrap(), 4);
     assert_eq!(shared.there().await, [true, false, true, false]);
     assert_eq!(shared.take().await, Some(1));
@@ -243,6 +252,53 @@ async fn shards_outlast_the_attempt_and_end_with_the_job(db: PoolConnection<Post
     assert_eq!(job(&mut shared.db, id).await.state, JobState::Cancelled);
     assert!(lost(shared.give(&helper).await));
     assert_eq!(shared.there().await, [false; 0]);
+}
+
+#[sqlx::test(migrator = "MIGRATOR")]
+async fn only_equal_numbers_go_together_and_gradients_need_all_features(
+    db: PoolConnection<Postgres>,
+) {
+    let mut shared = Shared::new(db, 2).await;
+    let other = worker(&mut shared.db).await;
+    let claimed = shards::claim(&mut shared.db, other, "cuda, bf16", LEASE).await;
+    assert!(claimed.unwrap().is_none());
+    assert_eq!(shared.take().await, Some(0));
+    shared.put(0, 2).await.unwrap();
+
+    // Dealt out while features are missing; nobody may begin.
+    let gradients = shards::lay_out(&mut shared.db, &shared.owner, Phase::Gradients, 3);
+    assert_eq!(gradients.await.unwrap(), 3);
+    let helping = shared.helps().await.unwrap();
+    assert_eq!(
+        (helping.shard.phase, helping.shard.index),
+        (Phase::Features, 1)
+    );
+    assert!(shared.helps().await.is_none());
+    // Where they were there otherwise, who computes them by shards need not.
+    let (owner, blobs, file) = (shared.owner.clone(), shared.blobs.clone(), shared.file);
+    let whole = shards::put_whole(&mut shared.db, &blobs, &owner, Phase::Features, &file);
+    whole.await.unwrap();
+    assert!(lost(shared.give(&helping).await));
+    let helping = shared.helps().await.unwrap();
+    assert_eq!(
+        (helping.shard.phase, helping.shard.index),
+        (Phase::Gradients, 0)
+    );
+    assert_eq!(helping.features, [file]);
+
+    // A file that is gone is computed again, by who has the job.
+    let discard = shards::discard(&mut shared.db, &owner, Phase::Features, 0);
+    discard.await.unwrap();
+    assert_eq!(shared.take().await, Some(0));
+    // Whose answer to that was lost asks again, and is given the same.
+    assert_eq!(shared.take().await, Some(0));
+
+    // Another worker that computes otherwise begins anew.
+    shared.owner.arithmetic = "cuda, bf16".to_owned();
+    let anew = shards::lay_out(&mut shared.db, &shared.owner, Phase::Features, 2);
+    assert_eq!(anew.await.unwrap(), 2);
+    assert_eq!(shared.there().await, [false, false]);
+    assert!(lost(shared.give(&helping).await));
 }
 
 #[sqlx::test(migrator = "MIGRATOR")]
@@ -273,8 +329,7 @@ async fn an_idle_worker_helps_with_the_job_of_another(pool: PgPool) {
     let events = app.get(&url(&ensemble, "events")).await.ok(200);
     let events = events["items"].as_array().unwrap();
     let shards = events.iter().filter(|event| event["kind"] == "shard");
-    // The features, and every shard of gradients.
-    assert_eq!(shards.count(), 1 + 6);
+    assert_eq!(shards.count(), 6);
 
     // And stops with it.
     let mut other = request();

@@ -6,7 +6,7 @@ use tch::Tensor;
 
 use super::Work;
 use crate::domain::composition::Phase;
-use crate::domain::sharing::{EarlyStop, Shard, Shards, most_shards, num_shards};
+use crate::domain::sharing::{EarlyStop, Shards, most_shards, num_shards};
 use crate::engine::EngineError;
 use crate::engine::cache::{CachedGradients, CachedSources};
 use crate::engine::estimates::Estimates;
@@ -19,6 +19,9 @@ use crate::engine::sharing::{Shared, by_shards};
 use crate::engine::statistics::{HeadStatistics, Statistics};
 use crate::engine::steps::{Steps, stop_on};
 
+/// Of all shards' sums together; where one has many, there are fewer.
+const MAX_GRADIENT_BYTES: usize = 4 << 30;
+
 impl Work<'_> {
     /// Features, heads and gradients: all that α is computed from, and whether less than all was enough.
     pub(super) fn statistics(
@@ -28,7 +31,12 @@ impl Work<'_> {
     ) -> Result<(Statistics, Option<EarlyStop>), EngineError> {
         let Self { vit, samples, .. } = self;
         let labels = &samples.labels;
-        let features = cached.features(&self.tensors, |unknown| self.features(unknown, steps))?;
+        let mut by_shards = false;
+        let features = cached.features(&self.tensors, |unknown| {
+            let (features, shared) = self.features(unknown, steps)?;
+            by_shards = shared;
+            Ok(features)
+        })?;
         self.eval.map_or(Ok(()), Samples::wait)?;
 
         steps.begin(Phase::Heads)?;
@@ -53,7 +61,7 @@ impl Work<'_> {
         );
         let nothing_known = known.unknown().len() == self.tensors.len();
         let in_shards = match nothing_known {
-            true => self.gradients_in_shards(&features, &heads, steps)?,
+            true => self.gradients_in_shards((&features, by_shards), &heads, steps)?,
             false => None,
         };
         let (gradients, early_stop) = match in_shards {
@@ -80,7 +88,12 @@ impl Work<'_> {
     }
 
     /// Of these prompts, by whoever is free; where only some of the sources' are asked for, it is little, and done here.
-    fn features(&self, prompts: &[Tensor], steps: &mut Steps<'_>) -> Result<Tensor, EngineError> {
+    /// The second answer says whether it was by shards.
+    fn features(
+        &self,
+        prompts: &[Tensor],
+        steps: &mut Steps<'_>,
+    ) -> Result<(Tensor, bool), EngineError> {
         let shared = self.shared();
         let all = prompts.len() == self.tensors.len();
         let count = match steps.shards().filter(|_| all) {
@@ -89,7 +102,8 @@ impl Work<'_> {
         };
         if count == 1 {
             let pairs = self.vit.pairs(self.samples, prompts);
-            return extract(self.vit, &pairs, steps.counter(pairs.len()));
+            let features = extract(self.vit, &pairs, steps.counter(pairs.len()))?;
+            return Ok((features, false));
         }
         let mut merged = shared.merge_features();
         by_shards(
@@ -100,7 +114,7 @@ impl Work<'_> {
             |shard, progress| shared.features_of(shard, progress),
             |bytes, _| Ok(ControlFlow::Continue(merged.add(&bytes, count)?)),
         )?;
-        Ok(merged.whole())
+        Ok((merged.whole(), true))
     }
 
     /// All of them here, less those that are known.
@@ -131,7 +145,7 @@ impl Work<'_> {
     /// The same by whoever is free, merged shard by shard until enough is known; `None` where it is not worth it.
     fn gradients_in_shards(
         &self,
-        features: &Tensor,
+        (features, by_shards_already): (&Tensor, bool),
         heads: &[SourceHead],
         steps: &mut Steps<'_>,
     ) -> Result<Option<(GradientStatistics, Option<EarlyStop>)>, EngineError> {
@@ -143,18 +157,13 @@ impl Work<'_> {
             Some(_) => most_shards(self.samples.len()),
             None => self.num_shards(shards),
         };
-        if planned > 1 && shards.lay_out(Phase::Features, 1)? == 1 {
-            // Computed here, and needed by who helps.
-            let whole = Shard {
-                phase: Phase::Features,
-                index: 0,
-                count: 1,
-            };
-            shards.give(whole, shard_file::of_features(features)?)?;
-        }
-        let count = shards.lay_out(Phase::Gradients, planned)?;
+        let largest = MAX_GRADIENT_BYTES / shared.gradient_bytes().max(1);
+        let count = shards.lay_out(Phase::Gradients, planned.min(largest.max(1)))?;
         if count == 1 {
             return Ok(None);
+        }
+        if !by_shards_already {
+            shards.give_whole(Phase::Features, shard_file::of_features(features)?)?;
         }
         let mut merged = shared.no_gradients();
         let mut estimates = Estimates::new(

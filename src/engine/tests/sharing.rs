@@ -124,6 +124,13 @@ impl Shards for Team<'_> {
         Ok((Next::Wait, done))
     }
 
+    fn give_whole(&mut self, phase: Phase, bytes: Vec<u8>) -> Result<(), SharingError> {
+        self.files.retain(|(of, _), _| *of != phase);
+        self.laid_out.insert(phase, 1);
+        self.files.insert((phase, 0), bytes);
+        Ok(())
+    }
+
     fn give(&mut self, shard: Shard, bytes: Vec<u8>) -> Result<(), SharingError> {
         self.laid_out.entry(shard.phase).or_insert(shard.count);
         self.files.insert((shard.phase, shard.index), bytes);
