@@ -3,13 +3,16 @@
 use std::ops::ControlFlow;
 use std::time::Duration;
 
-use sqlx::PgPool;
+use bytes::Bytes;
+use sqlx::pool::PoolConnection;
+use sqlx::{PgPool, Postgres};
 use tokio::runtime::Handle;
 
 use super::composer_thread::{Stop, StopReason};
 use crate::blobs::{BlobError, BlobStore};
 use crate::db::DbError;
 use crate::domain::composition::Phase;
+use crate::domain::digest::Digest;
 use crate::domain::sharing::{Estimate, Next, Shard, Shards, SharingError};
 use crate::jobs::queue::QueueError;
 use crate::jobs::shards::{self, Owner};
@@ -61,22 +64,18 @@ impl Shards for JobShards {
     }
 
     fn give(&mut self, shard: Shard, bytes: Vec<u8>) -> Result<(), SharingError> {
-        let bytes = bytes::Bytes::from(bytes);
+        let bytes = Bytes::from(bytes);
         self.until_done(async || {
-            let file = self.blobs.put_bytes(bytes.clone()).await;
-            let file = file.map_err(RegistryError::from)?.digest;
-            let mut conn = self.pool.acquire().await?;
+            let (file, mut conn) = self.stored(&bytes).await?;
             shards::put(&mut conn, &self.blobs, &self.owner, shard, &file).await
         })?;
         Ok(())
     }
 
     fn give_whole(&mut self, phase: Phase, bytes: Vec<u8>) -> Result<(), SharingError> {
-        let bytes = bytes::Bytes::from(bytes);
+        let bytes = Bytes::from(bytes);
         self.until_done(async || {
-            let file = self.blobs.put_bytes(bytes.clone()).await;
-            let file = file.map_err(RegistryError::from)?.digest;
-            let mut conn = self.pool.acquire().await?;
+            let (file, mut conn) = self.stored(&bytes).await?;
             shards::put_whole(&mut conn, &self.blobs, &self.owner, phase, &file).await
         })?;
         Ok(())
@@ -126,6 +125,16 @@ impl JobShards {
             None => Next::Wait,
         };
         Ok((next, there.done))
+    }
+
+    /// A file in the blob store, and a connection to say so.
+    async fn stored(
+        &self,
+        bytes: &Bytes,
+    ) -> Result<(Digest, PoolConnection<Postgres>), QueueError> {
+        let file = self.blobs.put_bytes(bytes.clone()).await;
+        let file = file.map_err(RegistryError::from)?;
+        Ok((file.digest, self.pool.acquire().await?))
     }
 
     /// `Break`: it was asked to stop.

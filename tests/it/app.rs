@@ -94,7 +94,12 @@ impl TestApp {
     }
 
     /// With a key of the default project that has every scope, unless the request names its own.
-    pub async fn send(&self, mut request: Request<Body>) -> Answer {
+    pub async fn send(&self, request: Request<Body>) -> Answer {
+        self.send_as_is(self.keyed(request).await).await
+    }
+
+    /// As [`Self::send`] sends it.
+    pub async fn keyed(&self, mut request: Request<Body>) -> Request<Body> {
         let headers = request.headers();
         if request.uri().path().starts_with("/v1/") && !headers.contains_key(header::AUTHORIZATION)
         {
@@ -103,7 +108,7 @@ impl TestApp {
             let value = format!("Bearer {key}").parse().unwrap();
             request.headers_mut().insert(header::AUTHORIZATION, value);
         }
-        self.send_as_is(request).await
+        request
     }
 
     /// Stores a key; its text is the answer.

@@ -18,6 +18,7 @@ use promptweave::domain::objective::Objective;
 use promptweave::domain::prompt_file::Origin;
 use promptweave::domain::sharing::{Next, Shard, ShardInput};
 use promptweave::jobs::requests::{self, NewJob};
+use promptweave::jobs::workers::{self, NewWorker};
 use promptweave::jobs::{self, ENSEMBLE, Job};
 use promptweave::registry::DEFAULT_PROJECT;
 use promptweave::registry::prompt_versions::{self, NewVersion};
@@ -99,6 +100,20 @@ pub async fn spec(db: &mut PgConnection) -> EnsembleSpec {
         stop_when: None,
         resolved_from: None,
     }
+}
+
+/// A worker that is known, and does nothing.
+pub async fn worker(db: &mut PgConnection) -> Uuid {
+    let id = Uuid::now_v7();
+    let new = NewWorker {
+        id,
+        host: "test",
+        pid: 1,
+        device: "fake",
+        ..NewWorker::default()
+    };
+    workers::register(db, &new).await.unwrap();
+    id
 }
 
 pub async fn enqueue(db: &mut PgConnection, spec: &EnsembleSpec) -> Uuid {

@@ -13,29 +13,16 @@ use promptweave::jobs::events;
 use promptweave::jobs::finish::{Finished, finish};
 use promptweave::jobs::queue::{self, Claimed, QueueError, Renewal};
 use promptweave::jobs::requests::{self, Cancellation};
-use promptweave::jobs::workers::{self, NewWorker, WorkerState};
+use promptweave::jobs::workers::{self, WorkerState};
 use promptweave::registry::lineage::{self, Direction};
 use promptweave::registry::{DEFAULT_PROJECT, prompt_versions};
 use sqlx::pool::PoolConnection;
 use sqlx::{PgConnection, PgPool, Postgres};
 use uuid::Uuid;
 
-use crate::fixtures::{composition, enqueue, enqueue_with_priority, job, sources_of, spec};
+use crate::fixtures::{composition, enqueue, enqueue_with_priority, job, sources_of, spec, worker};
 
 const LEASE: Duration = Duration::from_secs(30);
-
-async fn worker(db: &mut PgConnection) -> Uuid {
-    let id = Uuid::now_v7();
-    let new = NewWorker {
-        id,
-        host: "test",
-        pid: 1,
-        device: "fake",
-        ..NewWorker::default()
-    };
-    workers::register(db, &new).await.unwrap();
-    id
-}
 
 async fn claim(db: &mut PgConnection, worker: Uuid) -> Claimed {
     queue::claim(db, worker, LEASE)

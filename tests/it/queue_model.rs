@@ -15,14 +15,13 @@ use promptweave::domain::prompt_file::PromptFile;
 use promptweave::jobs::finish::{Finished, finish};
 use promptweave::jobs::queue::{self, Claimed, QueueError, Renewal};
 use promptweave::jobs::requests::{self, Cancellation};
-use promptweave::jobs::workers::{self, NewWorker};
 use promptweave::registry::DEFAULT_PROJECT;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use sqlx::{PgConnection, PgPool};
 use uuid::Uuid;
 
-use crate::fixtures::{composition, enqueue, job, sources_of, spec};
+use crate::fixtures::{composition, enqueue, job, sources_of, spec, worker};
 
 const JOBS: usize = 2;
 const CASES: u32 = 300;
@@ -359,15 +358,7 @@ fn check(model: &Model, lease: usize, answer: Result<Option<Renewal>, QueueError
 }
 
 async fn case(db: &mut PgConnection, blobs: &BlobStore, spec: &EnsembleSpec, steps: Vec<Step>) {
-    let worker = Uuid::now_v7();
-    let new = NewWorker {
-        id: worker,
-        host: "test",
-        pid: 1,
-        device: "fake",
-        ..NewWorker::default()
-    };
-    workers::register(db, &new).await.unwrap();
+    let worker = worker(db).await;
     let mut ids = Vec::new();
     for _ in 0..JOBS {
         ids.push(enqueue(db, spec).await);

@@ -11,7 +11,6 @@ use promptweave::domain::job::JobState;
 use promptweave::domain::sharing::{Estimate, Shard};
 use promptweave::jobs::queue::{self, Claimed, QueueError, Renewal};
 use promptweave::jobs::shards::{self, ClaimedShard, GivenBack, Owner};
-use promptweave::jobs::workers::{self, NewWorker};
 use serde_json::json;
 use sqlx::pool::PoolConnection;
 use sqlx::{PgConnection, PgPool, Postgres};
@@ -19,24 +18,12 @@ use tempfile::TempDir;
 use uuid::Uuid;
 
 use crate::ensembles::{Worker, furnished, post, request, until_state, url};
-use crate::fixtures::{FakeComposer, Script, enqueue, job, spec};
+use crate::fixtures::{FakeComposer, Script, enqueue, job, spec, worker};
 use crate::worker::until;
 
 /// Of the owner and its helpers.
 const ARITHMETIC: &str = "cpu, f32";
 const LEASE: Duration = Duration::from_secs(3600);
-
-async fn worker(db: &mut PgConnection) -> Uuid {
-    let new = NewWorker {
-        id: Uuid::now_v7(),
-        host: "test",
-        pid: 1,
-        device: "fake",
-        ..NewWorker::default()
-    };
-    workers::register(db, &new).await.unwrap();
-    new.id
-}
 
 async fn run_out(db: &mut PgConnection, table: &str, token: Uuid) {
     let over = format!(

@@ -6,9 +6,11 @@ use std::time::{Duration, Instant};
 use axum::body::Body;
 use axum::http::{Request, header};
 use futures::future::join_all;
+use http_body_util::BodyExt;
 use promptweave::db::MIGRATOR;
 use serde_json::{Value, json};
 use sqlx::PgPool;
+use tower::ServiceExt;
 
 use crate::app::{Answer, TestApp};
 use crate::ensembles::{Worker, furnished, post, request, until_state, url};
@@ -50,12 +52,24 @@ async fn a_stream_has_every_event_and_ends_with_the_ensemble(pool: PgPool) {
     let fake = FakeComposer::playing([Script::UntilOpened]);
     let worker = Worker::start(&app, &fake);
     until_state(&app, &ensemble, "running").await;
-    let open = async {
-        // Not before somebody reads on.
-        tokio::time::sleep(Duration::from_millis(300)).await;
-        fake.gate.store(true, Ordering::SeqCst);
+    let request =
+        Request::get(url(&ensemble, "events")).header(header::ACCEPT, "text/event-stream");
+    let request = app.keyed(request.body(Body::empty()).unwrap()).await;
+    let response = app.router.clone().oneshot(request).await.unwrap();
+    let (parts, mut body) = response.into_parts();
+    let mut read = Vec::new();
+    while let Some(frame) = body.frame().await {
+        read.extend(frame.unwrap().into_data().unwrap());
+        // Not before somebody has seen it at work.
+        let text = String::from_utf8_lossy(&read);
+        let at_work = text.contains("event: progress");
+        fake.gate.fetch_or(at_work, Ordering::SeqCst);
+    }
+    let answer = Answer {
+        status: parts.status,
+        headers: parts.headers,
+        body: read.into(),
     };
-    let (answer, ()) = tokio::join!(stream(&app, &ensemble, None), open);
     let seen = events(&answer);
     assert!(seen.iter().map(|(id, _)| *id).eq(1..=seen.len() as i32));
     assert_eq!(seen[0].1, "queued");

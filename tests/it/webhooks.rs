@@ -9,14 +9,12 @@ use promptweave::domain::api_key::Scope;
 use promptweave::domain::job::JobError;
 use promptweave::jobs::queue::{self, Claimed, QueueError};
 use promptweave::jobs::requests;
-use promptweave::jobs::workers::{self, NewWorker};
 use promptweave::registry::{DEFAULT_PROJECT, projects};
 use serde_json::{Value, json};
 use sqlx::{PgConnection, PgPool};
-use uuid::Uuid;
 
 use crate::app::{Answer, TestApp};
-use crate::fixtures::{enqueue, spec};
+use crate::fixtures::{enqueue, spec, worker};
 use crate::remote::network;
 
 /// Where loopback may be told.
@@ -245,15 +243,7 @@ async fn a_project_neither_sees_nor_is_told_of_anothers(pool: PgPool) {
 // ---- The outbox ----------------------------------------------------------------------------
 
 async fn claim(db: &mut PgConnection) -> Claimed {
-    let id = Uuid::now_v7();
-    let new = NewWorker {
-        id,
-        host: "test",
-        pid: 1,
-        device: "fake",
-        ..NewWorker::default()
-    };
-    workers::register(db, &new).await.unwrap();
+    let id = worker(db).await;
     queue::claim(db, id, Duration::from_secs(30))
         .await
         .unwrap()

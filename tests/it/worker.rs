@@ -314,15 +314,7 @@ async fn a_worker_that_vanishes_loses_the_job_to_another(pool: PgPool) {
     let id = place.enqueue().await;
     // A claim, and never a word after it: as a killed process leaves it.
     let mut db = place.pool.acquire().await.unwrap();
-    let ghost = Uuid::now_v7();
-    let new = workers::NewWorker {
-        id: ghost,
-        host: "ghost",
-        pid: 1,
-        device: "fake",
-        ..workers::NewWorker::default()
-    };
-    workers::register(&mut db, &new).await.unwrap();
+    let ghost = fixtures::worker(&mut db).await;
     queue::claim(&mut db, ghost, Duration::from_millis(300))
         .await
         .unwrap()
@@ -460,15 +452,7 @@ async fn any_process_reaps(pool: PgPool) {
     let place = Place::new(pool).await;
     let id = place.enqueue().await;
     let mut db = place.pool.acquire().await.unwrap();
-    let ghost = Uuid::now_v7();
-    let new = workers::NewWorker {
-        id: ghost,
-        host: "ghost",
-        pid: 1,
-        device: "fake",
-        ..workers::NewWorker::default()
-    };
-    workers::register(&mut db, &new).await.unwrap();
+    let ghost = fixtures::worker(&mut db).await;
     queue::claim(&mut db, ghost, Duration::ZERO)
         .await
         .unwrap()
@@ -513,15 +497,7 @@ async fn solving_again_needs_statistics_alone_and_is_a_job_like_any(pool: PgPool
     worker.stop().await.unwrap();
     assert_eq!(place.job(id).await.state, JobState::Queued);
     let mut db = place.pool.acquire().await.unwrap();
-    let ghost = Uuid::now_v7();
-    let new = workers::NewWorker {
-        id: ghost,
-        host: "ghost",
-        pid: 1,
-        device: "fake",
-        ..workers::NewWorker::default()
-    };
-    workers::register(&mut db, &new).await.unwrap();
+    let ghost = fixtures::worker(&mut db).await;
     queue::claim(&mut db, ghost, Duration::ZERO)
         .await
         .unwrap()
