@@ -105,13 +105,13 @@ impl Job {
         let samples = self.samples.only(&rows.clone().collect::<Vec<_>>());
         let go_on = |_| ControlFlow::Continue(());
         let start = Instant::now();
-        let features = extract(&self.vit, &samples, &self.prompts[prompts.clone()], go_on)?;
+        let pairs = self.vit.pairs(&samples, &self.prompts[prompts.clone()]);
+        let features = extract(&self.vit, &pairs, go_on)?;
         let feature_seconds = start.elapsed().as_secs_f64();
         let gradients = accumulate(
             &self.vit,
-            &samples,
+            &pairs,
             &Sources {
-                prompts: &self.prompts[prompts.clone()],
                 heads: &self.heads[prompts.clone()],
                 known: &CachedGradients::none(prompts.len()),
             },

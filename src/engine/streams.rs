@@ -49,7 +49,7 @@ impl Pairs<'_> {
         self.batches.iter().map(Vec::len).sum()
     }
 
-    pub fn len(&self) -> u64 {
+    pub fn num_pairs(&self) -> u64 {
         (self.num_samples() * self.prompts.len()) as u64
     }
 }

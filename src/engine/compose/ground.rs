@@ -102,7 +102,7 @@ impl Work<'_> {
         };
         if count == 1 {
             let pairs = self.vit.pairs(self.samples, prompts);
-            let features = extract(self.vit, &pairs, steps.counter(pairs.len()))?;
+            let features = extract(self.vit, &pairs, steps.counter(pairs.num_pairs()))?;
             return Ok((features, false));
         }
         let mut merged = shared.merge_features();
