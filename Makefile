@@ -40,7 +40,7 @@ fuzz-api: setup ## schemathesis against a running service, with a key and withou
 	cargo build --release
 	scripts/with_postgres.sh $$(scripts/schemathesis_python.sh) scripts/fuzz_api/run.py $${CARGO_TARGET_DIR:-target}/release/promptweave
 
-chaos: ## kill -9, SIGSTOP, a database that dies: whether the queue keeps its promises, in 45 minutes; writes docs/reliability.md
+chaos: ## kill -9, SIGSTOP, a database that dies: whether the queue keeps its promises, in about twenty minutes; writes docs/reliability.md
 	cargo build --release --no-default-features --features chaos --bin promptweave-chaos
 	python3 tests/chaos/run.py $${CARGO_TARGET_DIR:-target}/release/promptweave-chaos
 
