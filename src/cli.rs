@@ -55,6 +55,9 @@ pub enum Command {
     /// Accuracy of a prompt on a labelled image set with its closed-form head.
     #[cfg(feature = "torch")]
     Evaluate(crate::offline::evaluate::Args),
+    /// Compare all methods on a suite of tasks, leave-one-out, as the paper's tables do.
+    #[cfg(feature = "torch")]
+    Reproduce(crate::offline::reproduce::Args),
     /// Say what the engine finds here (libtorch, CUDA, driver, devices, memory, matrix rates), and what to do
     /// where something is missing.
     #[cfg(feature = "torch")]
@@ -200,8 +203,18 @@ mod tests {
         command.clone().debug_assert();
         // What works on local files is typed by people; what serves is configured.
         let typed = [
-            "tune", "compose", "solve", "evaluate", "doctor", "plot", "push", "pull", "ls",
-            "verify", "ensemble",
+            "tune",
+            "compose",
+            "solve",
+            "evaluate",
+            "reproduce",
+            "doctor",
+            "plot",
+            "push",
+            "pull",
+            "ls",
+            "verify",
+            "ensemble",
         ];
         let serving = |c: &&clap::Command| !typed.contains(&c.get_name());
         for sub in command.get_subcommands().filter(serving) {

@@ -26,12 +26,13 @@ const PALETTE: [RGBColor; 8] = [
     RGBColor(90, 90, 90),
     RGBColor(240, 228, 66),
 ];
-const INK: RGBColor = RGBColor(40, 40, 40);
-const GRID: RGBColor = RGBColor(225, 225, 225);
-const GREY: RGBColor = RGBColor(120, 120, 120);
+pub(crate) const INK: RGBColor = RGBColor(40, 40, 40);
+pub(crate) const GRID: RGBColor = RGBColor(225, 225, 225);
+pub(crate) const GREY: RGBColor = RGBColor(120, 120, 120);
 
-/// Reads `result`, writes both pictures into `out` and returns their paths.
-pub fn plot(result: &Path, out: &Path) -> Result<[PathBuf; 2]> {
+/// Reads `result`, writes its pictures into `out` and returns their paths: without a path of trade-offs there is none of
+/// that.
+pub fn plot(result: &Path, out: &Path) -> Result<Vec<PathBuf>> {
     let json = fs::read(result).with_context(|| format!("cannot read `{}`", result.display()))?;
     let result: CompositionResult = serde_json::from_slice(&json)
         .with_context(|| format!("`{}` is not a composition's result", result.display()))?;
@@ -41,10 +42,11 @@ pub fn plot(result: &Path, out: &Path) -> Result<[PathBuf; 2]> {
         fs::write(&path, svg).with_context(|| format!("cannot write `{}`", path.display()))?;
         Ok::<_, anyhow::Error>(path)
     };
-    Ok([
-        write("weights.svg", weights_svg(&result)?)?,
-        write("path.svg", path_svg(&result)?)?,
-    ])
+    let mut written = vec![write("weights.svg", weights_svg(&result)?)?];
+    if !result.path.is_empty() {
+        written.push(write("path.svg", path_svg(&result)?)?);
+    }
+    Ok(written)
 }
 
 /// One bar a source: its weight αᵢ, and beside it the H-score of that source alone.
@@ -104,7 +106,7 @@ fn path_svg(result: &CompositionResult) -> Result<String> {
 fn draw_front(area: &Area<'_>, result: &CompositionResult) -> Result<()> {
     let point = |p: &PathPoint| (p.gradient_alignment, p.h_score);
     let chosen = (
-        result.objective.gradient_alignment,
+        result.objective.gradient_alignment.unwrap_or_default(),
         result.objective.h_score,
     );
     let all = || result.path.iter().map(point).chain([chosen]);
@@ -209,22 +211,22 @@ fn draw_legend(area: &Area<'_>, result: &CompositionResult) -> Result<()> {
     Ok(())
 }
 
-fn color(row: usize) -> RGBColor {
+pub(crate) fn color(row: usize) -> RGBColor {
     PALETTE[row % PALETTE.len()]
 }
 
-fn style<'a>(size: i32, color: &'a RGBColor, side: HPos) -> TextStyle<'a> {
+pub(crate) fn style<'a>(size: i32, color: &'a RGBColor, side: HPos) -> TextStyle<'a> {
     TextStyle::from(("sans-serif", size).into_font())
         .color(color)
         .pos(Pos::new(side, VPos::Center))
 }
 
-fn style_caption() -> TextStyle<'static> {
+pub(crate) fn style_caption() -> TextStyle<'static> {
     TextStyle::from(("sans-serif", 17).into_font()).color(&INK)
 }
 
 /// The values' range with a margin on both sides, also where all are equal.
-fn padded(values: impl Iterator<Item = f64>) -> Range<f64> {
+pub(crate) fn padded(values: impl Iterator<Item = f64>) -> Range<f64> {
     let (low, high) = values.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), v| {
         (low.min(v), high.max(v))
     });
@@ -237,7 +239,7 @@ fn padded(values: impl Iterator<Item = f64>) -> Range<f64> {
 }
 
 /// A position on an axis, with the decimals that tell it from its neighbours.
-fn tick(value: f64, axis: &Range<f64>) -> String {
+pub(crate) fn tick(value: f64, axis: &Range<f64>) -> String {
     let step = (axis.end - axis.start) / 10.0;
     let decimals = (-step.log10().floor()).max(0.0) as usize;
     if decimals > 4 && axis.end.abs() < 1e-2 {
@@ -330,7 +332,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("result.json");
         fs::write(&file, result(Some(0.5)).to_string()).unwrap();
-        let [weights, path] = plot(&file, &folder.path().join("out")).unwrap();
+        let written = plot(&file, &folder.path().join("out")).unwrap();
+        let [weights, path] = written.try_into().unwrap();
         let read = |path| fs::read_to_string(path).unwrap();
         let weights = read(weights);
         for text in [

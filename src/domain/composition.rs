@@ -11,6 +11,7 @@ use utoipa::ToSchema;
 
 use super::dataset::Split;
 use super::digest::Digest;
+use super::method::Method;
 use super::objective::{Objective, TradeOffRule};
 use super::precision::Precision;
 use super::prompt_file::PromptFile;
@@ -229,15 +230,18 @@ pub fn blames_the_device(text: &str) -> bool {
 pub struct CompositionResult {
     /// α: every weight ≥ 0, their sum 1. In the order of the request.
     pub source_weights: Vec<SourceWeight>,
+    #[serde(default)]
+    pub method: MethodReport,
     pub objective: ObjectiveValue,
     /// How tokens were put into a common order; null with `align_tokens` off.
     #[serde(default)]
     pub token_alignment: Option<TokenAlignment>,
-    /// The Pareto path over `trade_off` from 0 to 1.
+    /// The Pareto path over `trade_off` from 0 to 1; empty where there are not two terms.
     pub path: Vec<PathPoint>,
-    /// The distinct local optima found at the chosen weighing, best first.
+    /// The distinct local optima found at the chosen weighing, best first; empty where the method does not solve.
     pub optima: Vec<Optimum>,
-    pub solver: SolverReport,
+    /// Null where the method does not solve.
+    pub solver: Option<SolverReport>,
     pub diagnostics: Diagnostics,
     pub composed: ComposedPrompt,
     /// Present where `stop_when` ended it before all gradients were taken.
@@ -247,6 +251,44 @@ pub struct CompositionResult {
     pub warnings: Vec<Warning>,
     /// Seconds by phase.
     pub timings: BTreeMap<String, f64>,
+}
+
+/// What chose α, and what became of it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(default)]
+pub struct MethodReport {
+    pub name: Method,
+    /// What a source was weighed or chosen by, in the order of `source_weights`: H, LogME or accuracy with
+    /// `single_best`, cosines with `spot` and `panda`; null with the others.
+    pub scores: Option<Vec<f64>>,
+    /// Of the short tuning on the target, where the method needs one.
+    pub target_tuning_seconds: Option<f64>,
+    /// β in P_T = P₀ + β Σ αᵢ (Pᵢ - P₀).
+    pub scale: f64,
+    /// Init seed of P₀; null at scale 1, where P₀ drops out.
+    pub anchor: Option<u64>,
+    /// With `scale: "auto"`, what the scale was chosen by.
+    pub scales: Vec<ScalePoint>,
+}
+
+impl Default for MethodReport {
+    fn default() -> Self {
+        Self {
+            name: Method::default(),
+            scores: None,
+            target_tuning_seconds: None,
+            scale: 1.0,
+            anchor: None,
+            scales: Vec::new(),
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct ScalePoint {
+    pub scale: f64,
+    /// Cross-fitted, on the target samples.
+    pub validation_accuracy: f64,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -273,12 +315,12 @@ pub struct ObjectiveValue {
     /// labels, 1 at the most; comparable across data sets.
     #[serde(default)]
     pub h_score_adjusted: f64,
-    /// L_align ≥ 0.
-    pub gradient_alignment: f64,
+    /// L_align ≥ 0; null where the method takes no gradients.
+    pub gradient_alignment: Option<f64>,
     /// The effective λ, whichever way it was asked for. Null where it is infinite: at trade-off 1, or where H does
-    /// not depend on α.
+    /// not depend on α, or where the method does not solve.
     pub alignment_weight: Option<f64>,
-    /// t; null when a raw `alignment_weight` was asked for.
+    /// t; null when a raw `alignment_weight` was asked for, or where the method does not solve.
     pub trade_off: Option<f64>,
     /// What chose `trade_off`, if not the request.
     #[serde(default)]
@@ -401,8 +443,8 @@ pub struct SourceDiagnostics {
     /// have next to no gradient.
     #[serde(default)]
     pub head_saturation: f64,
-    /// Root mean square over samples of ‖∂ℓ/∂Pᵢ‖.
-    pub gradient_rms: f64,
+    /// Root mean square over samples of ‖∂ℓ/∂Pᵢ‖; null where the method takes no gradients.
+    pub gradient_rms: Option<f64>,
 }
 
 /// How a prompt does on the target with a closed-form head fitted on the target samples.

@@ -17,6 +17,7 @@ pub mod import;
 pub mod job;
 pub mod labels;
 pub mod merge_patch;
+pub mod method;
 pub mod mixture;
 pub mod objective;
 pub mod parquet;

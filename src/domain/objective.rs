@@ -7,6 +7,11 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::method::{
+    Criterion, MAX_SCALE, MAX_TARGET_EPOCHS, Method, Scale, Similarity, SingleBestOptions,
+    SpotChoice, SpotOptions, TargetTuning,
+};
+
 /// Refinement steps after which nothing more is to be expected of them; each is a pass over all samples.
 pub const MAX_REFINE: u32 = 100;
 
@@ -14,6 +19,9 @@ pub const MAX_REFINE: u32 = 100;
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Objective {
+    /// How α is found.
+    #[serde(skip_serializing_if = "is_off")]
+    pub method: Method,
     /// t in [0, 1]: 0 weighs transferability alone, 1 gradient alignment alone. Scale-free: both
     /// terms are normalised by their range between their own optima. `knee` and `validation` choose it
     /// on the path. Default 0.5; excludes `alignment_weight`.
@@ -34,10 +42,26 @@ pub struct Objective {
     pub align_tokens: AlignTokens,
     /// Projected-gradient steps on the objective with the true H(f of Σ αᵢ Pᵢ), through the backbone,
     /// after solving; each is accepted only if it improves that objective. 0 is off, at most 100; excludes
-    /// `entropy`.
+    /// `entropy`, `scale` and methods that do not solve.
     #[serde(skip_serializing_if = "is_off")]
     #[schema(maximum = 100)]
     pub refine: u32,
+    /// Of the method `single_best`.
+    #[serde(skip_serializing_if = "is_off")]
+    pub single_best: SingleBestOptions,
+    /// Of the method `spot`.
+    #[serde(skip_serializing_if = "is_off")]
+    pub spot: SpotOptions,
+    /// Of the methods `spot` and `panda`.
+    #[serde(skip_serializing_if = "is_off")]
+    pub target_tuning: TargetTuning,
+    /// β in P_T = P₀ + β Σ αᵢ (Pᵢ - P₀): how far the composed prompt goes from the shared initial prompt P₀ towards
+    /// Σ αᵢ Pᵢ. Default 1, the paper's sum.
+    #[serde(skip_serializing_if = "is_off")]
+    pub scale: Scale,
+    /// Init seed of P₀, for a `scale` other than 1 [default: the one that all sources say they have].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub anchor: Option<u64>,
 }
 
 /// Off, which is what leaving it out means.
@@ -240,7 +264,12 @@ words!(
     AlignmentReading,
     GradientNorm,
     HeadKind,
-    AlignTokens
+    AlignTokens,
+    Method,
+    Criterion,
+    Similarity,
+    SpotChoice,
+    Scale
 );
 
 // ---- Ranges ----------------------------------------------------------------------------------
@@ -321,6 +350,12 @@ impl Objective {
             let problem = "excludes `entropy`: its steps know nothing of dense weights";
             return refuse("refine", problem);
         }
+        self.check_method()?;
+        match self.method {
+            Method::Hgprompt => {}
+            Method::AlignmentOnly => return Ok(Weighing::TradeOff(1.0)),
+            _ => return Ok(Weighing::TradeOff(0.0)),
+        }
         match (self.trade_off, self.alignment_weight) {
             (Some(_), Some(_)) => refuse(
                 "alignment_weight",
@@ -340,6 +375,68 @@ impl Objective {
         }
     }
 
+    /// Whether the method goes with the rest of what is asked.
+    fn check_method(&self) -> Result<(), InvalidObjective> {
+        let method = self.method;
+        let only_hgprompt = [
+            ("trade_off", self.trade_off.is_some()),
+            ("alignment_weight", self.alignment_weight.is_some()),
+        ];
+        let only_solved = [("entropy", self.entropy > 0.0), ("refine", self.refine > 0)];
+        for (field, given) in only_hgprompt {
+            if given && method != Method::Hgprompt {
+                return refuse(
+                    field,
+                    format!("is of the method `hgprompt`; `{method}` weighs no terms"),
+                );
+            }
+        }
+        for (field, given) in only_solved {
+            if given && !method.solves() {
+                return refuse(
+                    field,
+                    format!("is of methods that solve; `{method}` does not"),
+                );
+            }
+        }
+        let others = [
+            (
+                "single_best",
+                !is_off(&self.single_best),
+                method == Method::SingleBest,
+            ),
+            ("spot", !is_off(&self.spot), method == Method::Spot),
+            (
+                "target_tuning",
+                !is_off(&self.target_tuning),
+                method.tunes(),
+            ),
+        ];
+        for (field, given, fits) in others {
+            if given && !fits {
+                return refuse(field, format!("is of another method than `{method}`"));
+            }
+        }
+        if self.spot.top_k == Some(0) {
+            return refuse("spot.top_k", "is 0; it must be at least 1");
+        }
+        let epochs = self.target_tuning.epochs;
+        if !(1..=MAX_TARGET_EPOCHS).contains(&epochs) {
+            let problem = format!("is {epochs}; it must lie in 1..={MAX_TARGET_EPOCHS}");
+            return refuse("target_tuning.epochs", problem);
+        }
+        match self.scale {
+            Scale::Value(beta) if !(0.0..=MAX_SCALE).contains(&beta) => {
+                let problem = format!("is {beta}; it must lie in 0..={MAX_SCALE}, or be `auto`");
+                refuse("scale", problem)
+            }
+            scale if scale != Scale::default() && self.refine > 0 => {
+                refuse("scale", "excludes `refine`, whose steps are on Σ αᵢ Pᵢ")
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Checks what needs a backbone where there is only a statistics file made with `recorded`.
     pub fn check_without_backbone(&self, recorded: &Self) -> Result<(), InvalidObjective> {
         const SAME: &str = "is fixed by the statistics, which were made with";
@@ -354,6 +451,23 @@ impl Objective {
                 "refine",
                 "needs the backbone: run the whole composition, or leave it out",
             );
+        }
+        if self.method.tunes() {
+            let problem = format!(
+                "`{}` tunes a prompt: run the whole composition",
+                self.method
+            );
+            return refuse("method", problem);
+        }
+        if self.scale != Scale::default() {
+            return refuse("scale", "needs the backbone: run the whole composition");
+        }
+        if self.method.takes_gradients() && !recorded.method.takes_gradients() {
+            let problem = format!(
+                "`{}` needs gradients, and the statistics were made for `{}`, without; run the whole composition",
+                self.method, recorded.method
+            );
+            return refuse("method", problem);
         }
         if self.alignment.gradient_norm != recorded.alignment.gradient_norm {
             let made = recorded.alignment.gradient_norm;
@@ -440,5 +554,49 @@ mod tests {
             "{singular}"
         );
         assert!(Shrinkage::Fixed(0.0).check_samples(10, 8).is_ok());
+    }
+
+    #[test]
+    fn a_method_goes_with_its_own_options_alone() {
+        let check = |json: &str| serde_json::from_str::<Objective>(json).unwrap().weighing();
+        let field = |json: &str| check(json).unwrap_err().field;
+        for fine in [
+            r#"{"method": "average", "scale": "auto", "anchor": 3}"#,
+            r#"{"method": "h_only", "entropy": 0.1}"#,
+            r#"{"method": "single_best", "single_best": {"by": "log_me"}}"#,
+            r#"{"method": "spot", "spot": {"top_k": 3, "choice": "best_of"}}"#,
+            r#"{"method": "panda", "target_tuning": {"epochs": 1}}"#,
+        ] {
+            assert!(check(fine).is_ok(), "{fine}");
+        }
+        assert_eq!(
+            check(r#"{"method": "alignment_only"}"#),
+            Ok(Weighing::TradeOff(1.0))
+        );
+        for (refused, expected) in [
+            (r#"{"method": "average", "trade_off": 0.5}"#, "trade_off"),
+            (
+                r#"{"method": "h_only", "alignment_weight": 1}"#,
+                "alignment_weight",
+            ),
+            (r#"{"method": "spot", "entropy": 0.1}"#, "entropy"),
+            (r#"{"method": "average", "refine": 1}"#, "refine"),
+            (r#"{"scale": 0.5, "refine": 1}"#, "scale"),
+            (r#"{"scale": 2.5}"#, "scale"),
+            (r#"{"scale": -0.5}"#, "scale"),
+            (r#"{"single_best": {"by": "log_me"}}"#, "single_best"),
+            (r#"{"method": "panda", "spot": {"top_k": 3}}"#, "spot"),
+            (r#"{"method": "spot", "spot": {"top_k": 0}}"#, "spot.top_k"),
+            (r#"{"target_tuning": {"epochs": 3}}"#, "target_tuning"),
+            (
+                r#"{"method": "spot", "target_tuning": {"epochs": 0}}"#,
+                "target_tuning.epochs",
+            ),
+        ] {
+            assert_eq!(field(refused), expected, "{refused}");
+        }
+        // What is not said is not written: specifications of before have the digests that they had.
+        let written = serde_json::to_value(Objective::default()).unwrap();
+        assert!(written.get("method").is_none() && written.get("scale").is_none());
     }
 }

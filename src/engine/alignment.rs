@@ -43,6 +43,16 @@ pub struct AlignmentStatistics {
 }
 
 impl AlignmentStatistics {
+    /// Of gradients that nobody took: L_align is 0 everywhere.
+    pub fn none(num_sources: usize) -> Self {
+        let t = num_pairs(num_sources);
+        Self {
+            num_sources,
+            gram: vec![0.0; t * t],
+            variance_gram: vec![0.0; num_sources * num_sources],
+        }
+    }
+
     /// Those of the sources `keep`, in that order.
     ///
     /// L_align is exactly that of these sources' gradients alone: Γ stays centred over all the sources

@@ -75,7 +75,7 @@ impl<'a> Estimates<'a> {
         let ground = Ground {
             features: self.features,
             labels: self.labels,
-            gradients: &gradients,
+            gradients: Some(&gradients),
         };
         let solved = steps.aside(|steps| {
             solve(ground, self.objective, steps, &mut |_, _| {

@@ -76,8 +76,8 @@ impl Evaluation<'_> {
             head,
         })
     }
-    /// Share of the training samples that heads fitted without their fold get right, over ten folds: no
-    /// split but the target samples is needed, and none of them is scored by a head that saw it.
+
+    /// [`cross_fitted_accuracy`] of a prompt [m, d] whose features are not at hand.
     pub fn cross_fitted_accuracy(
         &self,
         prompt: &Tensor,
@@ -85,23 +85,33 @@ impl Evaluation<'_> {
     ) -> Result<f64, EngineError> {
         let prompts = std::slice::from_ref(prompt);
         let features = extract(self.vit, &self.vit.pairs(self.train, prompts), progress)?.get(0);
-        let labels = &self.train.labels;
-        let folds = sample_folds(labels);
-        let select = |of_fold: &dyn Fn(usize) -> bool| -> (Tensor, Vec<usize>) {
-            let rows: Vec<usize> = (0..labels.len()).filter(|n| of_fold(folds[*n])).collect();
-            let of_rows = rows.iter().map(|row| labels[*row]).collect();
-            (features.index_select(0, &row_tensor(&rows)), of_rows)
-        };
-        let mut correct = 0;
-        for fold in 0..=folds.iter().copied().max().unwrap_or(0) {
-            let (fitted_on, of_fitted) = select(&|other| other != fold);
-            if of_fitted.is_empty() {
-                continue;
-            }
-            let head = ClosedFormHead::fit(&fitted_on, &of_fitted, self.num_classes, self.head)?;
-            let (scored, of_scored) = select(&|other| other == fold);
-            correct += head.count_correct(&scored, &of_scored)?;
-        }
-        Ok(correct as f64 / labels.len().max(1) as f64)
+        cross_fitted_accuracy(&features, &self.train.labels, self.num_classes, self.head)
     }
+}
+
+/// Share of the samples, features [N, d], that heads fitted without their fold get right, over ten folds: no split
+/// but the target samples is needed, and none of them is scored by a head that saw it.
+pub fn cross_fitted_accuracy(
+    features: &Tensor,
+    labels: &[usize],
+    num_classes: usize,
+    head: &HeadOptions,
+) -> Result<f64, EngineError> {
+    let folds = sample_folds(labels);
+    let select = |of_fold: &dyn Fn(usize) -> bool| -> (Tensor, Vec<usize>) {
+        let rows: Vec<usize> = (0..labels.len()).filter(|n| of_fold(folds[*n])).collect();
+        let of_rows = rows.iter().map(|row| labels[*row]).collect();
+        (features.index_select(0, &row_tensor(&rows)), of_rows)
+    };
+    let mut correct = 0;
+    for fold in 0..=folds.iter().copied().max().unwrap_or(0) {
+        let (fitted_on, of_fitted) = select(&|other| other != fold);
+        if of_fitted.is_empty() {
+            continue;
+        }
+        let fitted = ClosedFormHead::fit(&fitted_on, &of_fitted, num_classes, head)?;
+        let (scored, of_scored) = select(&|other| other == fold);
+        correct += fitted.count_correct(&scored, &of_scored)?;
+    }
+    Ok(correct as f64 / labels.len().max(1) as f64)
 }

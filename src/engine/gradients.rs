@@ -64,6 +64,20 @@ pub struct GradientSummary {
 }
 
 impl GradientSummary {
+    /// Those of the sources `keep`, in that order.
+    pub fn of_sources(&self, keep: &[usize]) -> Self {
+        let m = self.rms.len();
+        let cosines = keep
+            .iter()
+            .flat_map(|i| keep.iter().map(move |j| self.mean_cosine[i * m + j]));
+        Self {
+            whole: self.whole.of_sources(keep),
+            leave_out: self.leave_out.iter().map(|s| s.of_sources(keep)).collect(),
+            mean_cosine: cosines.collect(),
+            rms: keep.iter().map(|i| self.rms[*i]).collect(),
+        }
+    }
+
     /// Share of the pairs of prompts whose mean gradients have a negative cosine; none with one prompt.
     pub fn conflict_rate(&self) -> Option<f64> {
         let m = self.rms.len();

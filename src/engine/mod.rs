@@ -23,6 +23,7 @@ pub mod h_score;
 pub mod head;
 pub mod images;
 pub mod memory;
+pub mod methods;
 pub mod mkl;
 pub mod nvidia;
 pub mod optimizer;
@@ -65,6 +66,7 @@ use tch::{Device, Kind, TchError, Tensor};
 
 use self::backbones::Backbones;
 use self::cache::ResultCache;
+use self::compose::TargetPrompt;
 use self::helping::Prepared;
 use self::statistics::StatisticsError;
 use self::vit::{Compute, Vit};
@@ -196,6 +198,7 @@ pub struct Engine {
     cache: Option<ResultCache>,
     /// For the next shard of the job that was last helped with.
     prepared: Option<Prepared>,
+    target_prompt: Option<TargetPrompt>,
 }
 
 impl Engine {
@@ -209,6 +212,7 @@ impl Engine {
             backbones: Backbones::new(compute),
             cache: None,
             prepared: None,
+            target_prompt: None,
         }
     }
 
@@ -241,7 +245,15 @@ impl Composer for Engine {
         let (backbone, vit) = self.backbones.open(&input.backbone_dir)?;
         let cache = self.cache.as_mut();
         self.prepared = None;
-        Ok(compose::compose(backbone, vit, cache, input, observer)?)
+        let target_prompt = &mut self.target_prompt;
+        Ok(compose::compose(
+            backbone,
+            vit,
+            cache,
+            target_prompt,
+            input,
+            observer,
+        )?)
     }
 
     fn resolve(

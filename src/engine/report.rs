@@ -6,14 +6,15 @@ use super::EngineError;
 use super::classes::present;
 use super::compose::Verified;
 use super::device::LIBTORCH;
+use super::gradients::GradientSummary;
 use super::head::num_heads;
 use super::solve::Solved;
 use super::solver::{Solution, towards_vertex};
 use super::statistics::{Metadata, RecordedSource, Statistics};
 use super::steps::Steps;
 use crate::domain::composition::{
-    ComposedPrompt, Composition, CompositionResult, Diagnostics, ObjectiveValue, Provenance,
-    Refinement, SourceDiagnostics, SourceWeight, Warning,
+    ComposedPrompt, Composition, CompositionResult, Diagnostics, MethodReport, ObjectiveValue,
+    Optimum, Provenance, Refinement, SourceDiagnostics, SourceWeight, Warning,
 };
 use crate::domain::digest::Digest;
 use crate::domain::prompt_file::PromptFile;
@@ -32,6 +33,7 @@ pub struct Evidence<'a> {
     pub resolved_from: Option<Digest>,
     pub statistics: &'a Statistics,
     pub solved: Solved,
+    pub method: MethodReport,
     /// The solver's, or what refinement made of it.
     pub alpha: Vec<f64>,
     pub composed: PromptFile,
@@ -49,6 +51,7 @@ impl Evidence<'_> {
         let warnings = self.warnings(&diagnostics);
         let result = CompositionResult {
             source_weights: self.source_weights(),
+            method: self.method.clone(),
             objective,
             composed: ComposedPrompt {
                 prompt: None,
@@ -58,7 +61,11 @@ impl Evidence<'_> {
             provenance: self.provenance(),
             early_stop: self.early_stop,
             token_alignment: self.metadata.token_alignment.clone(),
-            path: self.solved.solution.path,
+            path: match self.statistics.gradients {
+                Some(_) => self.solved.solution.path,
+                // Every point of it would be the same.
+                None => Vec::new(),
+            },
             optima: self.solved.solution.optima,
             solver: self.solved.solution.report,
             diagnostics,
@@ -89,10 +96,11 @@ impl Evidence<'_> {
         } else {
             (solution.h_score, solution.gradient_alignment)
         };
+        let takes_gradients = self.statistics.gradients.is_some();
         Ok(ObjectiveValue {
             h_score: h,
             h_score_adjusted: h_score.adjusted(&self.alpha)?,
-            gradient_alignment: l,
+            gradient_alignment: takes_gradients.then_some(l),
             alignment_weight: *alignment_weight,
             trade_off: *trade_off,
             trade_off_rule: *trade_off_rule,
@@ -134,6 +142,7 @@ impl Evidence<'_> {
         let Statistics {
             labels, gradients, ..
         } = self.statistics;
+        let gradients = gradients.as_ref();
         let (m, n, d) = self.statistics.size();
         let per_source = (0..m)
             .map(|i| self.of_source(i))
@@ -149,10 +158,11 @@ impl Evidence<'_> {
             head_folds: num_heads(n, d),
             h_score_shrinkage: self.solved.h_score.shrinkage(),
             per_source,
-            conflict_rate: gradients.conflict_rate(),
-            gradient_cosines: (gradients.mean_cosine.chunks_exact(m))
-                .map(<[f64]>::to_vec)
-                .collect(),
+            conflict_rate: gradients.and_then(GradientSummary::conflict_rate),
+            gradient_cosines: gradients.map_or(Vec::new(), |gradients| {
+                let rows = gradients.mean_cosine.chunks_exact(m);
+                rows.map(<[f64]>::to_vec).collect()
+            }),
             surrogate_gap: (composed.as_ref())
                 .map(|score| (score.h_score - mixed) / mixed.abs().max(f64::MIN_POSITIVE)),
             composed,
@@ -179,7 +189,7 @@ impl Evidence<'_> {
             head_temperature: heads.temperature[i],
             head_loss: heads.loss[i],
             head_saturation: heads.saturation[i],
-            gradient_rms: gradients.rms[i],
+            gradient_rms: gradients.as_ref().map(|gradients| gradients.rms[i]),
         })
     }
 
@@ -189,9 +199,11 @@ impl Evidence<'_> {
         self.warn_of_samples(diagnostics, &mut warnings);
         self.warn_of_sources(diagnostics, &mut warnings);
         let Solution { optima, .. } = &self.solved.solution;
-        let best = optima[0].value;
-        let near = |value: f64| (value - best).abs() <= 0.01 * best.abs().max(1e-12);
-        let rivals = optima.iter().skip(1).filter(|o| near(o.value)).count();
+        let rivals = optima.split_first().map_or(0, |(best, others)| {
+            let apart = 0.01 * best.value.abs().max(1e-12);
+            let near = |other: &&Optimum| (other.value - best.value).abs() <= apart;
+            others.iter().filter(near).count()
+        });
         if rivals > 0 {
             warnings.add(
                 "near_ties",
@@ -241,7 +253,7 @@ impl Evidence<'_> {
                 format!("{count} unreadable images were left out"),
             );
         }
-        if self.solved.standard_errors.is_none() {
+        if self.solved.standard_errors.is_none() && self.method.name.solves() {
             warnings.add(
                 "no_standard_errors",
                 "too few samples, or too many pairs of sources, for the standard errors of the \
@@ -269,8 +281,9 @@ impl Evidence<'_> {
         if sources.len() == 1 {
             return;
         }
+        let solves = self.method.name.solves();
         for (source, weight) in sources.iter().zip(&self.alpha) {
-            if *weight == 0.0 || *weight == 1.0 {
+            if solves && (*weight == 0.0 || *weight == 1.0) {
                 let name = &source.prompt;
                 warnings.add(
                     "weight_at_bound",

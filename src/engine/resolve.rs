@@ -3,8 +3,8 @@
 
 use super::EngineError;
 use super::report::Evidence;
-use super::solve::solve;
-use super::sources::composed_prompt;
+use super::solve::weigh_features;
+use super::sources::{anchored, composed_prompt};
 use super::statistics::{Metadata, Statistics};
 use super::steps::Steps;
 use crate::domain::composition::{Composition, Observer, Phase, ResolveInput, SourceRef};
@@ -27,15 +27,16 @@ pub fn resolve(
         objective: input.objective.clone(),
         ..recorded.of_sources(&rows)
     };
-    let solved = solve(
+    let (solved, method) = weigh_features(
         statistics.ground(),
         &input.objective,
+        metadata.classes.len(),
         &mut steps,
         &mut |_, _| unreachable!("`validation` was refused"),
     )?;
     let alpha = solved.solution.alpha.clone();
     // Without the backbone there are no features of the composed prompt to fit a head on.
-    let composed = composed_prompt(&metadata, &statistics.prompts, &alpha);
+    let composed = composed_prompt(&metadata, anchored(&statistics.prompts, &alpha, None, 1.0));
     let evidence = Evidence {
         metadata,
         versions: input.sources.iter().map(|source| source.version).collect(),
@@ -43,6 +44,7 @@ pub fn resolve(
         resolved_from: Some(Digest::of(&input.statistics)),
         statistics: &statistics,
         solved,
+        method,
         alpha,
         composed,
         verified: None,

@@ -1,14 +1,19 @@
 //! From statistics to α: what a whole composition and solving again have in common.
 
+use std::borrow::Cow;
+
 use super::EngineError;
-use super::alignment::GradientAlignment;
+use super::alignment::{AlignmentStatistics, GradientAlignment};
+use super::gradients::num_folds;
 use super::h_score::HScore;
 use super::jackknife::{self, standard_errors};
+use super::methods::{scores, single_best, uniform};
 use super::solver::{Solution, Solver, Terms};
 use super::statistics::Ground;
 use super::steps::{Steps, stop_on};
 use super::threads::OneThread;
-use crate::domain::composition::{PathPoint, Phase};
+use crate::domain::composition::{MethodReport, PathPoint, Phase};
+use crate::domain::method::Method;
 use crate::domain::objective::{Objective, TradeOffRule, Weighing};
 
 /// α with all that is said about it without a forward pass.
@@ -38,10 +43,18 @@ pub fn solve(
     let weighing = objective.weighing()?;
     let reading = objective.alignment.reading;
     let h_score = HScore::new(ground.features, ground.labels, &objective.h_score)?;
+    let m = h_score.num_sources();
+    let leave_out = match ground.gradients {
+        Some(gradients) => Cow::Borrowed(&gradients.leave_out),
+        None => Cow::Owned(vec![
+            AlignmentStatistics::none(m);
+            num_folds(ground.labels.len())
+        ]),
+    };
     // Each evaluation is a few small products: a second thread does not make one faster, and where another
     // process has its core, waiting for it makes all of them a hundred times slower.
     let _alone = OneThread::begin();
-    let alignment = GradientAlignment::new(reading, ground.gradients.whole.clone());
+    let alignment = alignment_of(ground, objective);
     let terms = Terms {
         h_score: &h_score,
         alignment: &alignment,
@@ -86,7 +99,7 @@ pub fn solve(
         entropy: objective.entropy,
         alpha: &solution.alpha,
     };
-    let standard_errors = standard_errors(&whole, &ground.gradients.leave_out, tick)?;
+    let standard_errors = standard_errors(&whole, &leave_out, tick)?;
     Ok(Solved {
         h_score,
         alignment,
@@ -99,6 +112,70 @@ pub fn solve(
         },
         standard_errors,
     })
+}
+
+/// α by whatever method needs no forward pass of its own; `num_classes` are those of the data set.
+pub fn weigh_features(
+    ground: Ground<'_>,
+    objective: &Objective,
+    num_classes: usize,
+    steps: &mut Steps<'_>,
+    validate: Validate<'_>,
+) -> Result<(Solved, MethodReport), EngineError> {
+    let mut report = MethodReport {
+        name: objective.method,
+        ..MethodReport::default()
+    };
+    if objective.method.solves() {
+        return Ok((solve(ground, objective, steps, validate)?, report));
+    }
+    let m = ground.features.size()[0] as usize;
+    let alpha = match objective.method {
+        Method::SingleBest => {
+            let by = objective.single_best.by;
+            let scores = scores(by, ground, objective, num_classes)?;
+            let alpha = single_best(&scores);
+            report.scores = Some(scores);
+            alpha
+        }
+        _ => uniform(m),
+    };
+    Ok((Solved::given(ground, objective, alpha)?, report))
+}
+
+impl Solved {
+    /// Where α is not solved for.
+    pub fn given(
+        ground: Ground<'_>,
+        objective: &Objective,
+        alpha: Vec<f64>,
+    ) -> Result<Self, EngineError> {
+        let h_score = HScore::new(ground.features, ground.labels, &objective.h_score)?;
+        let alignment = alignment_of(ground, objective);
+        let terms = Terms {
+            h_score: &h_score,
+            alignment: &alignment,
+        };
+        Ok(Self {
+            solution: Solution::given(terms, alpha)?,
+            h_score,
+            alignment,
+            trade_off: None,
+            trade_off_rule: None,
+            alignment_weight: None,
+            standard_errors: None,
+        })
+    }
+}
+
+/// L_align of what gradients there are.
+fn alignment_of(ground: Ground<'_>, objective: &Objective) -> GradientAlignment {
+    let m = ground.features.size()[0] as usize;
+    let statistics = match ground.gradients {
+        Some(gradients) => gradients.whole.clone(),
+        None => AlignmentStatistics::none(m),
+    };
+    GradientAlignment::new(objective.alignment.reading, statistics)
 }
 
 /// The point of highest accuracy; of equals the one nearest the middle of the path, where neither term is

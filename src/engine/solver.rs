@@ -96,7 +96,33 @@ pub struct Solution {
     pub path: Vec<PathPoint>,
     /// The distinct local optima, best first.
     pub optima: Vec<Optimum>,
-    pub report: SolverReport,
+    /// None where α was given.
+    pub report: Option<SolverReport>,
+}
+
+impl Solution {
+    /// Of an α that nothing was solved for.
+    pub fn given(terms: Terms<'_>, alpha: Vec<f64>) -> Result<Self, EngineError> {
+        let own_h_scores = own_h_scores(terms.h_score)?;
+        let Candidate { alpha, h, l } = terms.candidate(alpha)?;
+        Ok(Self {
+            alpha,
+            h_score: h,
+            gradient_alignment: l,
+            scale: Scale { h: 1.0, l: 0.0 },
+            own_h_scores,
+            path: Vec::new(),
+            optima: Vec::new(),
+            report: None,
+        })
+    }
+}
+
+/// H of every source alone.
+fn own_h_scores(h_score: &HScore) -> Result<Vec<f64>, EngineError> {
+    let m = h_score.num_sources();
+    let alone = |i| h_score.value(&towards_vertex(i, m, 1.0));
+    (0..m).map(alone).collect()
 }
 
 /// Both ends and the path between them; what the weighing is chosen on.
@@ -152,9 +178,7 @@ impl<'a> Solver<'a> {
     /// The two anchors, then the path, warm-started from both sides.
     pub fn explore(&mut self, tick: Tick<'_>) -> Result<Explored, EngineError> {
         let m = self.terms.h_score.num_sources();
-        let own_h_scores = (0..m)
-            .map(|i| self.terms.h_score.value(&towards_vertex(i, m, 1.0)))
-            .collect::<Result<Vec<_>, _>>()?;
+        let own_h_scores = own_h_scores(self.terms.h_score)?;
         let starts = starts(m, &own_h_scores);
         let mut pool = Vec::new();
         let only_h = Scale { h: 1.0, l: 0.0 };
@@ -208,12 +232,12 @@ impl<'a> Solver<'a> {
             optima: distinct(&ends, chosen, |c| {
                 scale.value(c) - entropy * relative_entropy(&c.alpha)
             }),
-            report: SolverReport {
+            report: Some(SolverReport {
                 starts: starts.len(),
                 iterations: winner.iterations,
                 evaluations: self.evaluations,
                 stop_reason: winner.stop_reason,
-            },
+            }),
             path: explored.path(),
             own_h_scores: explored.own_h_scores,
         })

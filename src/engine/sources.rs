@@ -7,7 +7,7 @@ use super::statistics::Metadata;
 use crate::domain::backbone::Backbone;
 use crate::domain::composition::Source;
 use crate::domain::digest::Digest;
-pub use crate::domain::mixture::mix;
+use crate::domain::mixture::mix;
 use crate::domain::prompt_file::{FORMAT, Origin, PromptFile, PromptMetadata};
 use crate::domain::tensor::Tensor;
 
@@ -70,8 +70,30 @@ pub fn check_sources(sources: &[Source], backbone: &Backbone) -> Result<(), Engi
     Ok(())
 }
 
-/// The prompt file of Σ αᵢ Pᵢ, as yet without a head.
-pub fn composed_prompt(metadata: &Metadata, prompts: &[Tensor<f32>], alpha: &[f64]) -> PromptFile {
+/// The init seed all of them say they have.
+pub fn common_init_seed(sources: &[Source]) -> Option<u64> {
+    let of = |source: &Source| source.file.metadata.as_ref()?.init_seed;
+    let first = of(sources.first()?)?;
+    (sources.iter().all(|source| of(source) == Some(first))).then_some(first)
+}
+
+/// P₀ + β Σ αᵢ (Pᵢ - P₀) for α on the simplex; without P₀, or at β = 1, Σ αᵢ Pᵢ.
+pub fn anchored(
+    prompts: &[Tensor<f32>],
+    alpha: &[f64],
+    anchor: Option<&Tensor<f32>>,
+    scale: f64,
+) -> Tensor<f32> {
+    let Some(anchor) = anchor.filter(|_| scale != 1.0) else {
+        return mix(prompts, alpha);
+    };
+    let all = [prompts, std::slice::from_ref(anchor)].concat();
+    let scaled = alpha.iter().map(|weight| scale * weight);
+    mix(&all, &scaled.chain([1.0 - scale]).collect::<Vec<_>>())
+}
+
+/// The composed prompt's file, as yet without a head.
+pub fn composed_prompt(metadata: &Metadata, prompt_embeddings: Tensor<f32>) -> PromptFile {
     PromptFile {
         metadata: Some(PromptMetadata {
             format: FORMAT,
@@ -83,7 +105,7 @@ pub fn composed_prompt(metadata: &Metadata, prompts: &[Tensor<f32>], alpha: &[f6
             origin: Origin::Composed,
             training: None,
         }),
-        prompt_embeddings: mix(prompts, alpha),
+        prompt_embeddings,
         deep_prompt_embeddings: None,
         head: None,
         sketch: None,

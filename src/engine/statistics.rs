@@ -16,6 +16,8 @@
 //! | `gradient_mean_cosine` | [M, M] | f64 | of the prompts' mean gradients |
 //! | `gradient_rms` | [M] | f64 | before any `gradient_norm` |
 //!
+//! The `gradient_…` tensors are there where the method takes gradients.
+//!
 //! The one metadata key, `promptweave`, names the sources in order, the digests and the options.
 
 use std::borrow::Cow;
@@ -75,7 +77,8 @@ pub struct Statistics {
     pub sample_indices: Vec<usize>,
     pub folds: Vec<usize>,
     pub heads: HeadStatistics,
-    pub gradients: GradientSummary,
+    /// None where the method takes none.
+    pub gradients: Option<GradientSummary>,
 }
 
 /// The part of [`Statistics`] that α is solved from.
@@ -84,7 +87,7 @@ pub struct Ground<'a> {
     /// [M, N, d]
     pub features: &'a Tensor,
     pub labels: &'a [usize],
-    pub gradients: &'a GradientSummary,
+    pub gradients: Option<&'a GradientSummary>,
 }
 
 /// One number a source each.
@@ -187,7 +190,7 @@ impl Statistics {
         Ground {
             features: &self.features,
             labels: &self.labels,
-            gradients: &self.gradients,
+            gradients: self.gradients.as_ref(),
         }
     }
 
@@ -205,17 +208,7 @@ impl Statistics {
         let shape = [m, self.prompts[0].shape[0], d];
         let prompts = self.prompts.iter().flat_map(|prompt| &prompt.values);
         let prompts = PlainTensor::new(shape, prompts.copied().collect());
-        let GradientSummary {
-            whole: all,
-            leave_out,
-            mean_cosine,
-            rms,
-        } = &self.gradients;
-        let j = leave_out.len();
-        let stacked = |of: fn(&AlignmentStatistics) -> &Vec<f64>| -> Vec<f64> {
-            leave_out.iter().flat_map(of).copied().collect()
-        };
-        let tensors = vec![
+        let mut tensors = vec![
             ("features", Entry::features(&self.features)),
             ("prompts", Entry::Small(Stored::from(&prompts))),
             ("labels", whole(&self.labels)),
@@ -230,25 +223,39 @@ impl Statistics {
                 "head_saturation",
                 numbers(&[m], self.heads.saturation.clone()),
             ),
-            ("gradient_gram", numbers(&[t, t], all.gram.clone())),
-            (
-                "gradient_variance_gram",
-                numbers(&[m, m], all.variance_gram.clone()),
-            ),
-            (
-                "gradient_gram_leave_out",
-                numbers(&[j, t, t], stacked(|s| &s.gram)),
-            ),
-            (
-                "gradient_variance_gram_leave_out",
-                numbers(&[j, m, m], stacked(|s| &s.variance_gram)),
-            ),
-            (
-                "gradient_mean_cosine",
-                numbers(&[m, m], mean_cosine.clone()),
-            ),
-            ("gradient_rms", numbers(&[m], rms.clone())),
         ];
+        if let Some(GradientSummary {
+            whole: all,
+            leave_out,
+            mean_cosine,
+            rms,
+        }) = &self.gradients
+        {
+            let j = leave_out.len();
+            let stacked = |of: fn(&AlignmentStatistics) -> &Vec<f64>| -> Vec<f64> {
+                leave_out.iter().flat_map(of).copied().collect()
+            };
+            tensors.extend([
+                ("gradient_gram", numbers(&[t, t], all.gram.clone())),
+                (
+                    "gradient_variance_gram",
+                    numbers(&[m, m], all.variance_gram.clone()),
+                ),
+                (
+                    "gradient_gram_leave_out",
+                    numbers(&[j, t, t], stacked(|s| &s.gram)),
+                ),
+                (
+                    "gradient_variance_gram_leave_out",
+                    numbers(&[j, m, m], stacked(|s| &s.variance_gram)),
+                ),
+                (
+                    "gradient_mean_cosine",
+                    numbers(&[m, m], mean_cosine.clone()),
+                ),
+                ("gradient_rms", numbers(&[m], rms.clone())),
+            ]);
+        }
         let json = serde_json::to_value(metadata)
             .expect("plain data")
             .to_string();
@@ -262,7 +269,6 @@ impl Statistics {
         let metadata = Metadata::read(bytes)?;
         let file = File(&file);
         let m = metadata.sources.len();
-        let t = num_pairs(m);
         let labels = file.whole("labels", None)?;
         let n = labels.len();
         let permutations = metadata.token_alignment.as_ref();
@@ -276,18 +282,7 @@ impl Statistics {
         }
         let (features, [_, _, d]) = file.floats("features", [Some(m), Some(n), None])?;
         let (prompts, [_, tokens, _]) = file.floats("prompts", [Some(m), None, Some(d)])?;
-        let leave_out_shape = file.view("gradient_gram_leave_out")?.shape().to_vec();
-        let j = leave_out_shape.first().copied().unwrap_or(0);
-        let grams = file.numbers("gradient_gram_leave_out", &[j, t, t])?;
-        let variance_grams = file.numbers("gradient_variance_gram_leave_out", &[j, m, m])?;
-        let leave_out = (grams.chunks_exact(t * t))
-            .zip(variance_grams.chunks_exact(m * m))
-            .map(|(gram, variance_gram)| AlignmentStatistics {
-                num_sources: m,
-                gram: gram.to_vec(),
-                variance_gram: variance_gram.to_vec(),
-            })
-            .collect();
+        let takes_gradients = metadata.objective.method.takes_gradients();
         let statistics = Self {
             features: Tensor::from_slice(&features).view([m as i64, n as i64, d as i64]),
             prompts: (prompts.chunks_exact(tokens * d))
@@ -301,16 +296,7 @@ impl Statistics {
                 loss: file.numbers("head_loss", &[m])?,
                 saturation: file.numbers("head_saturation", &[m])?,
             },
-            gradients: GradientSummary {
-                whole: AlignmentStatistics {
-                    num_sources: m,
-                    gram: file.numbers("gradient_gram", &[t, t])?,
-                    variance_gram: file.numbers("gradient_variance_gram", &[m, m])?,
-                },
-                leave_out,
-                mean_cosine: file.numbers("gradient_mean_cosine", &[m, m])?,
-                rms: file.numbers("gradient_rms", &[m])?,
-            },
+            gradients: (takes_gradients.then(|| file.gradients(m))).transpose()?,
         };
         Ok((statistics, metadata))
     }
@@ -320,13 +306,6 @@ impl Statistics {
     pub fn of_sources(&self, keep: &[usize]) -> Self {
         let rows: Vec<i64> = keep.iter().map(|i| *i as i64).collect();
         let of = |values: &[f64]| -> Vec<f64> { keep.iter().map(|i| values[*i]).collect() };
-        let m = self.heads.loss.len();
-        let GradientSummary {
-            whole,
-            leave_out,
-            mean_cosine,
-            rms,
-        } = &self.gradients;
         Self {
             features: self.features.index_select(0, &Tensor::from_slice(&rows)),
             prompts: keep.iter().map(|i| self.prompts[*i].clone()).collect(),
@@ -338,15 +317,7 @@ impl Statistics {
                 loss: of(&self.heads.loss),
                 saturation: of(&self.heads.saturation),
             },
-            gradients: GradientSummary {
-                whole: whole.of_sources(keep),
-                leave_out: leave_out.iter().map(|s| s.of_sources(keep)).collect(),
-                mean_cosine: keep
-                    .iter()
-                    .flat_map(|i| keep.iter().map(move |j| mean_cosine[i * m + j]))
-                    .collect(),
-                rms: of(rms),
-            },
+            gradients: self.gradients.as_ref().map(|all| all.of_sources(keep)),
         }
     }
 }
@@ -405,6 +376,33 @@ impl File<'_> {
         self.0
             .tensor(name)
             .map_err(|_| StatisticsError::MissingTensor(name))
+    }
+
+    /// Of m sources.
+    fn gradients(&self, m: usize) -> Result<GradientSummary, StatisticsError> {
+        let t = num_pairs(m);
+        let leave_out_shape = self.view("gradient_gram_leave_out")?.shape().to_vec();
+        let j = leave_out_shape.first().copied().unwrap_or(0);
+        let grams = self.numbers("gradient_gram_leave_out", &[j, t, t])?;
+        let variance_grams = self.numbers("gradient_variance_gram_leave_out", &[j, m, m])?;
+        let leave_out = (grams.chunks_exact(t * t))
+            .zip(variance_grams.chunks_exact(m * m))
+            .map(|(gram, variance_gram)| AlignmentStatistics {
+                num_sources: m,
+                gram: gram.to_vec(),
+                variance_gram: variance_gram.to_vec(),
+            })
+            .collect();
+        Ok(GradientSummary {
+            whole: AlignmentStatistics {
+                num_sources: m,
+                gram: self.numbers("gradient_gram", &[t, t])?,
+                variance_gram: self.numbers("gradient_variance_gram", &[m, m])?,
+            },
+            leave_out,
+            mean_cosine: self.numbers("gradient_mean_cosine", &[m, m])?,
+            rms: self.numbers("gradient_rms", &[m])?,
+        })
     }
 
     pub fn numbers(

@@ -86,7 +86,7 @@ fn matching(a: &Tensor, b: &Tensor) -> Result<(Vec<usize>, f64), EngineError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::sources::mix;
+    use crate::domain::mixture::mix;
     use crate::engine::testing::{D, TOKENS, input};
 
     #[test]

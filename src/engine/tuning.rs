@@ -38,6 +38,23 @@ pub struct TuningOptions {
     pub sketch_samples: usize,
 }
 
+impl Default for TuningOptions {
+    fn default() -> Self {
+        Self {
+            num_tokens: 10,
+            init_seed: 0,
+            seed: 0,
+            epochs: 10,
+            batch_size: 32,
+            prompt_learning_rate: 2e-3,
+            head_learning_rate: 1e-2,
+            weight_decay: 1e-4,
+            warmup_epochs: 1,
+            sketch_samples: 100,
+        }
+    }
+}
+
 /// The training record, without times: the same content gives the same bytes.
 #[derive(Serialize)]
 struct TrainingRecord<'a> {

@@ -1,5 +1,8 @@
 //! The method's settings as options of `compose` and `solve`.
 
+use crate::domain::method::{
+    Criterion, Method, Scale, Similarity, SpotChoice, SpotOptions, TargetTuning,
+};
 use crate::domain::objective::{
     AlignTokens, AlignmentOptions, AlignmentReading, GradientNorm, HScoreMode, HScoreOptions,
     HeadKind, HeadOptions, Objective, Shrinkage, Standardise, TradeOff,
@@ -8,6 +11,13 @@ use crate::domain::objective::{
 /// What statistics leave open. What is not given stays as it was.
 #[derive(Clone, Debug, clap::Args)]
 pub struct SolveOptions {
+    /// How α is found: `hgprompt`, `h_only`, `alignment_only`, `average`, `single_best`, `spot` or `panda`
+    /// [default: hgprompt].
+    #[arg(long)]
+    pub method: Option<Method>,
+    /// What `single_best` chooses by: `h_score`, `log_me` or `validation` [default: h_score].
+    #[arg(long, value_name = "CRITERION")]
+    pub single_best_by: Option<Criterion>,
     /// t in 0..=1: 0 weighs transferability alone, 1 gradient alignment alone; or `knee`, or (with a
     /// backbone) `validation` [default: 0.5].
     #[arg(long, value_name = "T")]
@@ -47,6 +57,24 @@ pub struct BackboneOptions {
     /// `off`, or `hungarian`: match the prompts' tokens before they are summed.
     #[arg(long, default_value_t)]
     pub align_tokens: AlignTokens,
+    /// Of `spot`: `all_pairs` or `token_mean`.
+    #[arg(long, value_name = "SIMILARITY", default_value_t)]
+    pub spot_similarity: Similarity,
+    /// Of `spot`: only so many of the sources, the most similar [default: all].
+    #[arg(long, value_name = "K")]
+    pub spot_top_k: Option<usize>,
+    /// Of `spot`: `weighted_average` or `best_of`.
+    #[arg(long, value_name = "CHOICE", default_value_t)]
+    pub spot_choice: SpotChoice,
+    /// Of `spot` and `panda`: epochs of the short tuning on the target.
+    #[arg(long, value_name = "EPOCHS", default_value_t = TargetTuning::default().epochs)]
+    pub target_epochs: u32,
+    /// β in P₀ + β Σ αᵢ (Pᵢ - P₀), or `auto`.
+    #[arg(long, value_name = "BETA", default_value_t)]
+    pub scale: Scale,
+    /// Init seed of P₀ [default: the one that all sources say they have].
+    #[arg(long, value_name = "SEED")]
+    pub anchor: Option<u64>,
     /// Steps on the true objective, through the backbone; 0 is off.
     #[arg(long, value_name = "STEPS", default_value_t = 0)]
     pub refine: u32,
@@ -56,6 +84,8 @@ impl SolveOptions {
     /// `base`, with what is given in place of what it says.
     pub fn over(&self, base: &Objective) -> Objective {
         let mut objective = base.clone();
+        set(&mut objective.method, self.method);
+        set(&mut objective.single_best.by, self.single_best_by);
         if self.trade_off.is_some() || self.alignment_weight.is_some() {
             objective.trade_off = self.trade_off;
             objective.alignment_weight = self.alignment_weight;
@@ -94,6 +124,16 @@ impl BackboneOptions {
             },
             align_tokens: self.align_tokens,
             refine: self.refine,
+            spot: SpotOptions {
+                similarity: self.spot_similarity,
+                top_k: self.spot_top_k,
+                choice: self.spot_choice,
+            },
+            target_tuning: TargetTuning {
+                epochs: self.target_epochs,
+            },
+            scale: self.scale,
+            anchor: self.anchor,
             ..Default::default()
         }
     }

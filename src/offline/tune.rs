@@ -29,7 +29,7 @@ pub struct Args {
     #[arg(long)]
     pub max_samples: Option<usize>,
     /// m, the prompt's length in tokens.
-    #[arg(long, default_value_t = 10)]
+    #[arg(long, default_value_t = TuningOptions::default().num_tokens)]
     pub num_tokens: usize,
     /// Seed of the initial prompt; prompts that are to be composed should share it.
     #[arg(long, default_value_t = 0)]
@@ -37,21 +37,21 @@ pub struct Args {
     /// Seed of the choice of images and the order of batches.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
-    #[arg(long, default_value_t = 10)]
+    #[arg(long, default_value_t = TuningOptions::default().epochs)]
     pub epochs: usize,
-    #[arg(long, default_value_t = 32)]
+    #[arg(long, default_value_t = TuningOptions::default().batch_size)]
     pub batch_size: usize,
     /// Too high and the prompt ends far from its initial values, where prompts mix badly.
-    #[arg(long, default_value_t = 2e-3)]
+    #[arg(long, default_value_t = TuningOptions::default().prompt_learning_rate)]
     pub prompt_learning_rate: f64,
-    #[arg(long, default_value_t = 1e-2)]
+    #[arg(long, default_value_t = TuningOptions::default().head_learning_rate)]
     pub head_learning_rate: f64,
-    #[arg(long, default_value_t = 1e-4)]
+    #[arg(long, default_value_t = TuningOptions::default().weight_decay)]
     pub weight_decay: f64,
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = TuningOptions::default().warmup_epochs)]
     pub warmup_epochs: usize,
     /// Labelled features kept in the file for transferability scores; 0 for none.
-    #[arg(long, default_value_t = 100)]
+    #[arg(long, default_value_t = TuningOptions::default().sketch_samples)]
     pub sketch_samples: usize,
 }
 

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 
 use promptweave::domain::backbone::{Filter, Preprocessing};
 use promptweave::domain::composition::{
-    ComposedPrompt, Composition, CompositionResult, Diagnostics, ObjectiveValue, PromptScore,
-    Provenance, SolverReport, SourceWeight, StopReason,
+    ComposedPrompt, Composition, CompositionResult, Diagnostics, MethodReport, ObjectiveValue,
+    PromptScore, Provenance, SolverReport, SourceWeight, StopReason,
 };
 use promptweave::domain::digest::Digest;
 use promptweave::domain::precision::Precision;
@@ -78,7 +78,7 @@ pub fn composition(input_sources: &[(String, i32, Digest)], weights: &[f64]) -> 
             objective: ObjectiveValue {
                 h_score: 1.0,
                 h_score_adjusted: 0.5,
-                gradient_alignment: 0.1,
+                gradient_alignment: Some(0.1),
                 alignment_weight: Some(1.0),
                 trade_off: Some(0.5),
                 trade_off_rule: None,
@@ -86,12 +86,13 @@ pub fn composition(input_sources: &[(String, i32, Digest)], weights: &[f64]) -> 
             },
             path: vec![],
             optima: vec![],
-            solver: SolverReport {
+            method: MethodReport::default(),
+            solver: Some(SolverReport {
                 starts: 1,
                 iterations: 1,
                 evaluations: 1,
                 stop_reason: StopReason::Converged,
-            },
+            }),
             diagnostics: Diagnostics {
                 num_samples: 4,
                 num_classes: 2,

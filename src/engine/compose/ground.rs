@@ -11,7 +11,9 @@ use crate::engine::EngineError;
 use crate::engine::cache::{CachedGradients, CachedSources};
 use crate::engine::estimates::Estimates;
 use crate::engine::features::extract;
-use crate::engine::gradients::{self, GradientStatistics, accumulate, sample_folds};
+use crate::engine::gradients::{
+    self, GradientStatistics, GradientSummary, accumulate, sample_folds,
+};
 use crate::engine::head::{SourceHead, fit_heads, folds};
 use crate::engine::samples::Samples;
 use crate::engine::shard_file;
@@ -46,30 +48,20 @@ impl Work<'_> {
             &features,
             labels,
             &folds,
-            self.num_classes,
+            self.classes.len(),
             &self.objective.head,
             &mut || stop_on(count(1)),
         )?;
         drop(count);
 
-        steps.begin(Phase::Gradients)?;
-        let known = cached.gradients(
-            self.prompts[0].shape[0],
-            &self.objective.head,
-            &folds,
-            self.num_classes,
-        );
-        let nothing_known = known.unknown().len() == self.tensors.len();
-        let in_shards = match nothing_known {
-            true => self.gradients_in_shards((&features, by_shards), &heads, steps)?,
-            false => None,
+        let (gradients, early_stop) = match self.objective.method.takes_gradients() {
+            true => {
+                let (gradients, early_stop) =
+                    self.all_gradients(&mut cached, (&features, by_shards), &heads, &folds, steps)?;
+                (Some(gradients), early_stop)
+            }
+            false => (None, None),
         };
-        let (gradients, early_stop) = match in_shards {
-            Some(merged) => merged,
-            None => (self.gradients(&heads, &folds, &known, steps)?, None),
-        };
-        let gradients = gradients.finish(self.objective.alignment.gradient_norm)?;
-        cached.keep(&known);
         let of_heads = |of: fn(&SourceHead) -> f64| heads.iter().map(of).collect();
         let statistics = Statistics {
             features,
@@ -85,6 +77,36 @@ impl Work<'_> {
             gradients,
         };
         Ok((statistics, early_stop))
+    }
+
+    /// Those that are kept, and the others by whoever is free; `features` with whether they came by shards.
+    fn all_gradients(
+        &self,
+        cached: &mut CachedSources<'_>,
+        features: (&Tensor, bool),
+        heads: &[SourceHead],
+        folds: &[usize],
+        steps: &mut Steps<'_>,
+    ) -> Result<(GradientSummary, Option<EarlyStop>), EngineError> {
+        steps.begin(Phase::Gradients)?;
+        let known = cached.gradients(
+            self.prompts[0].shape[0],
+            &self.objective.head,
+            folds,
+            self.classes.len(),
+        );
+        let nothing_known = known.unknown().len() == self.tensors.len();
+        let in_shards = match nothing_known {
+            true => self.gradients_in_shards(features, heads, steps)?,
+            false => None,
+        };
+        let (gradients, early_stop) = match in_shards {
+            Some(merged) => merged,
+            None => (self.gradients(heads, folds, &known, steps)?, None),
+        };
+        let gradients = gradients.finish(self.objective.alignment.gradient_norm)?;
+        cached.keep(&known);
+        Ok((gradients, early_stop))
     }
 
     /// Of these prompts, by whoever is free; where only some of the sources' are asked for, it is little, and done here.

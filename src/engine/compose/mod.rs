@@ -1,20 +1,25 @@
 //! The whole method, step by step.
 
 mod ground;
+mod weigh;
+
+pub use self::weigh::TargetPrompt;
 
 use tch::Tensor;
 
 use super::cache::{CachedSources, ResultCache};
-use super::evaluate::Evaluation;
+use super::evaluate::{Evaluation, cross_fitted_accuracy};
+use super::methods::uniform;
 use super::refine::Refiner;
 use super::report::Evidence;
 use super::samples::{Samples, Selection};
-use super::solve::{Solved, solve};
-use super::sources::{check_sources, composed_prompt, mix};
+use super::solve::Solved;
+use super::sources::{anchored, check_sources, common_init_seed, composed_prompt};
 use super::statistics::{Metadata, RecordedSource, Statistics};
 use super::steps::{Steps, stop_on};
 use super::token_alignment::align;
 use super::transferability::SourceScores;
+use super::tuning::initial_prompt;
 use super::vit::Vit;
 use super::{EngineError, device, prompt_tensor};
 use crate::domain::backbone::Backbone;
@@ -23,7 +28,8 @@ use crate::domain::composition::{
     Source,
 };
 use crate::domain::dataset::LabelledImages;
-use crate::domain::objective::{HScoreOptions, Objective, Shrinkage};
+use crate::domain::method::{Method, Scale};
+use crate::domain::objective::{HScoreOptions, InvalidObjective, Objective, Shrinkage};
 use crate::domain::prompt_file::PromptFile;
 use crate::domain::sharing::StopWhen;
 use crate::domain::tensor::Tensor as PlainTensor;
@@ -32,6 +38,7 @@ pub fn compose(
     backbone: &Backbone,
     vit: &Vit,
     cache: Option<&mut ResultCache>,
+    target_prompt: &mut Option<TargetPrompt>,
     input: &CompositionInput,
     observer: &mut dyn Observer,
 ) -> Result<Composition, EngineError> {
@@ -46,6 +53,11 @@ pub fn compose(
     check_sources(&input.sources, backbone)?;
     let sources = &input.sources;
     let (prompts, token_alignment) = align(sources, objective.align_tokens)?;
+    let init_seed = objective.anchor.or_else(|| common_init_seed(sources));
+    let anchor = match objective.scale == Scale::default() {
+        true => None,
+        false => Some(initial_prompt_of(&prompts[0], backbone, init_seed)?),
+    };
     let dataset = LabelledImages::read(&input.target_dir)?;
 
     steps.begin(Phase::Features)?;
@@ -67,10 +79,14 @@ pub fn compose(
         }
     };
     let work = Work {
+        backbone,
         vit,
         samples: &samples,
         eval: eval.as_ref(),
-        num_classes: dataset.classes.len(),
+        classes: &dataset.classes,
+        seed: target.seed,
+        init_seed,
+        anchor,
         objective,
         stop_when: *stop_when,
         tensors: prompts.iter().map(|p| prompt_tensor(p, vit)).collect(),
@@ -81,13 +97,12 @@ pub fn compose(
     let (statistics, early_stop) = work.statistics(cached, &mut steps)?;
 
     steps.begin(Phase::Solve)?;
-    let ground = statistics.ground();
-    let solved = solve(ground, objective, &mut steps, &mut |path, steps| {
-        work.validate(path, steps)
-    })?;
+    let (solved, mut method) = work.weigh(statistics.ground(), target_prompt, &mut steps)?;
 
     steps.begin(Phase::Verify)?;
     let (alpha, refinement) = work.refine(&solved, &mut steps)?;
+    (method.scale, method.scales) = work.scale(&alpha, &mut steps)?;
+    method.anchor = init_seed.filter(|_| method.scale != 1.0);
     let metadata = Metadata {
         format: Metadata::FORMAT,
         sources: work.recorded(&statistics)?,
@@ -101,7 +116,7 @@ pub fn compose(
         seed: target.seed,
         skipped_images: samples.skipped,
     };
-    let mut composed = composed_prompt(&metadata, &statistics.prompts, &alpha);
+    let mut composed = composed_prompt(&metadata, work.composed(&alpha, method.scale));
     let verified = work.verify(&mut composed, &solved, &statistics.features, &mut steps)?;
     let evidence = Evidence {
         metadata,
@@ -110,6 +125,7 @@ pub fn compose(
         resolved_from: None,
         statistics: &statistics,
         solved,
+        method,
         alpha,
         composed,
         verified: Some(verified),
@@ -134,6 +150,23 @@ fn check_samples(
     Ok(objective.h_score.check_samples(samples.len(), d)?)
 }
 
+/// P₀, of the shape of this prompt.
+fn initial_prompt_of(
+    prompt: &PlainTensor<f32>,
+    backbone: &Backbone,
+    init_seed: Option<u64>,
+) -> Result<PlainTensor<f32>, EngineError> {
+    let seed = init_seed.ok_or_else(|| InvalidObjective {
+        field: "scale",
+        problem: "shrinks towards the initial prompt that the sources share, and their init seeds differ or are \
+                  unknown; name one by `anchor`, or leave the scale at 1"
+            .into(),
+    })?;
+    let [m, d] = [prompt.shape[0], prompt.shape[1]];
+    let values = initial_prompt(m, d, backbone.config.patch_size, seed);
+    Ok(PlainTensor::new([m, d], values))
+}
+
 /// What forward passes with the composed prompt itself showed.
 pub struct Verified {
     pub score: PromptScore,
@@ -142,11 +175,18 @@ pub struct Verified {
 
 /// Backbone, samples and prompts: what the steps with forward passes need.
 struct Work<'a> {
+    backbone: &'a Backbone,
     vit: &'a Vit,
     samples: &'a Samples,
     eval: Option<&'a Samples>,
     /// Of the data set, whether present or not.
-    num_classes: usize,
+    classes: &'a [String],
+    /// Of the choice of samples.
+    seed: u64,
+    /// Of the initial prompt that the sources share, where they say so or the request does.
+    init_seed: Option<u64>,
+    /// P₀, where the scale is not 1.
+    anchor: Option<PlainTensor<f32>>,
     objective: &'a Objective,
     stop_when: Option<StopWhen>,
     sources: &'a [Source],
@@ -185,7 +225,7 @@ impl Work<'_> {
                 accuracies.push(accuracies[i - 1]);
                 continue;
             }
-            let prompt = self.mixed(&point.weights);
+            let prompt = prompt_tensor(&self.composed(&point.weights, 1.0), self.vit);
             let tick = |_| steps.tick(Phase::Solve);
             accuracies.push(evaluation.cross_fitted_accuracy(&prompt, tick)?);
         }
@@ -226,7 +266,7 @@ impl Work<'_> {
     ) -> Result<Verified, EngineError> {
         let options = self.h_score_as_used(solved);
         let evaluation = self.evaluation(&options);
-        let compares = self.eval.is_some();
+        let compares = self.eval.is_some() && self.objective.method == Method::Hgprompt;
         let anew = evaluation.work(false);
         let mut count = steps.counter(if compares {
             2 * anew + evaluation.work(true)
@@ -242,7 +282,7 @@ impl Work<'_> {
         let mut baselines = None;
         if compares {
             let m = self.sources.len();
-            let uniform = self.mixed(&vec![1.0 / m as f64; m]);
+            let uniform = prompt_tensor(&self.composed(&uniform(m), 1.0), self.vit);
             let uniform = evaluation.run(&uniform, None, &mut count)?;
             let own = &solved.solution.own_h_scores;
             let best = (0..m)
@@ -267,7 +307,7 @@ impl Work<'_> {
             vit: self.vit,
             train: self.samples,
             eval: self.eval,
-            num_classes: self.num_classes,
+            num_classes: self.classes.len(),
             h_score,
             head: &self.objective.head,
         }
@@ -285,8 +325,13 @@ impl Work<'_> {
         }
     }
 
-    /// Σ αᵢ Pᵢ [m, d] as the composed prompt's file has it.
-    fn mixed(&self, alpha: &[f64]) -> Tensor {
-        prompt_tensor(&mix(&self.prompts, alpha), self.vit)
+    /// P₀ + β Σ αᵢ (Pᵢ - P₀) [m, d], as the composed prompt's file has it.
+    fn composed(&self, alpha: &[f64], scale: f64) -> PlainTensor<f32> {
+        anchored(&self.prompts, alpha, self.anchor.as_ref(), scale)
+    }
+
+    fn cross_fitted(&self, features: &Tensor) -> Result<f64, EngineError> {
+        let labels = &self.samples.labels;
+        cross_fitted_accuracy(features, labels, self.classes.len(), &self.objective.head)
     }
 }

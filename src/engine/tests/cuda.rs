@@ -31,7 +31,7 @@ fn composed(on: Device, tf32: bool) -> Found {
     let alpha: Vec<f64> = weights.map(|source| source.weight).collect();
     Found {
         features: statistics.features,
-        gram: Tensor::from_slice(&statistics.gradients.whole.gram),
+        gram: Tensor::from_slice(&statistics.gradients.unwrap().whole.gram),
         alpha: Tensor::from_slice(&alpha),
     }
 }

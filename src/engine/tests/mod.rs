@@ -4,5 +4,6 @@
 mod cache;
 mod composition;
 mod cuda;
+mod methods;
 mod sharing;
 mod solver;

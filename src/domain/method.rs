@@ -1,0 +1,142 @@
+//! Transfer methods: the ways from source prompts to weights, and from weights to the composed prompt.
+//!
+//! Whatever the method, the composed prompt is P_T = P₀ + β Σ αᵢ (Pᵢ - P₀) with α on the simplex; at the scale
+//! β = 1, the default, that is Σ αᵢ Pᵢ, and P₀ drops out.
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+/// Scales above this are no interpolation any more.
+pub const MAX_SCALE: f64 = 2.0;
+/// Longer is a tuning of its own.
+pub const MAX_TARGET_EPOCHS: u32 = 100;
+
+/// How α is found.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Method {
+    /// H-score of the mixed features and gradient alignment, weighed by `trade_off` or `alignment_weight`
+    /// (HGPrompt, arXiv 2504.12311).
+    #[default]
+    Hgprompt,
+    /// The H-score alone; takes no gradients.
+    HOnly,
+    /// Gradient alignment alone.
+    AlignmentOnly,
+    /// 1/M each.
+    Average,
+    /// All weight on one source, by `single_best.by`.
+    SingleBest,
+    /// By similarity to a prompt that is tuned on the target for a few epochs (SPoT, Vu et al. 2022).
+    Spot,
+    /// By similarity of what prompts do to the target's features: cosines of mean(f_{Pᵢ} - f_∅) with the same of a
+    /// prompt that is tuned on the target for a few epochs (PANDA, Zhong et al. 2022).
+    Panda,
+}
+
+impl Method {
+    /// Whether α is the end of a descent on -H + λ L_align.
+    pub fn solves(self) -> bool {
+        matches!(self, Self::Hgprompt | Self::HOnly | Self::AlignmentOnly)
+    }
+
+    /// Whether per-sample gradients are needed, which are three quarters of the work.
+    pub fn takes_gradients(self) -> bool {
+        matches!(self, Self::Hgprompt | Self::AlignmentOnly)
+    }
+
+    /// Whether a prompt is tuned on the target first.
+    pub fn tunes(self) -> bool {
+        matches!(self, Self::Spot | Self::Panda)
+    }
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct SingleBestOptions {
+    pub by: Criterion,
+}
+
+/// What a single source is chosen by: the highest. No gradients, and no target tuning.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Criterion {
+    /// H of its features alone.
+    #[default]
+    HScore,
+    LogMe,
+    /// Cross-fitted accuracy on the target samples with a closed-form head, over ten folds.
+    Validation,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct SpotOptions {
+    pub similarity: Similarity,
+    /// Of the sources, only so many that are most similar [default: all].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1)]
+    pub top_k: Option<usize>,
+    pub choice: SpotChoice,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Similarity {
+    /// Cosine of the prompts' mean tokens.
+    TokenMean,
+    /// Mean cosine over all pairs of their tokens; does not depend on the tokens' order either.
+    #[default]
+    AllPairs,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum SpotChoice {
+    /// αᵢ ∝ max(similarity, 0); uniform where none is above 0.
+    #[default]
+    WeightedAverage,
+    /// The one of the `top_k` with the highest cross-fitted accuracy on the target samples.
+    BestOf,
+}
+
+/// The short tuning on the target samples that `spot` and `panda` compare with, otherwise as `promptweave tune` does
+/// it, from the sources' common initial prompt where they say that they have one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct TargetTuning {
+    #[schema(minimum = 1, maximum = 100)]
+    pub epochs: u32,
+}
+
+impl Default for TargetTuning {
+    fn default() -> Self {
+        Self { epochs: 5 }
+    }
+}
+
+/// β in [0, 2], or the rule that chooses it.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(untagged, expecting = "expected a number or `auto`")]
+pub enum Scale {
+    Value(f64),
+    Rule(ScaleRule),
+}
+
+impl Default for Scale {
+    fn default() -> Self {
+        Self::Value(1.0)
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ScaleRule {
+    /// Of 0, 0.25, 0.5, 0.75 and 1 the one whose prompt has the highest cross-fitted accuracy on the target samples
+    /// with a closed-form head; of equals the largest. A forward pass each.
+    Auto,
+}
+
+impl ScaleRule {
+    pub const CANDIDATES: [f64; 5] = [0.0, 0.25, 0.5, 0.75, 1.0];
+}

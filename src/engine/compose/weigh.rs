@@ -1,0 +1,170 @@
+//! α by the method that was asked for, and the scale of the composed prompt.
+
+use std::time::Instant;
+
+use tch::{Kind, Tensor};
+
+use super::Work;
+use crate::domain::composition::{MethodReport, Phase, ScalePoint};
+use crate::domain::digest::Digest;
+use crate::domain::method::{Method, Scale, ScaleRule, SpotChoice};
+use crate::domain::tensor::Tensor as PlainTensor;
+use crate::engine::features::extract;
+use crate::engine::methods::{effects, most_similar, proportional, similarity, single_best};
+use crate::engine::solve::{Solved, weigh_features};
+use crate::engine::statistics::Ground;
+use crate::engine::steps::Steps;
+use crate::engine::tuning::{TuningOptions, tune};
+use crate::engine::{EngineError, prompt_tensor};
+
+/// What was last tuned on a target, for another method that compares with the same.
+pub struct TargetPrompt {
+    /// Of all that it depends on.
+    key: Digest,
+    embeddings: PlainTensor<f32>,
+    seconds: f64,
+}
+
+impl Work<'_> {
+    /// α, and how it was found.
+    pub(super) fn weigh(
+        &self,
+        ground: Ground<'_>,
+        last: &mut Option<TargetPrompt>,
+        steps: &mut Steps<'_>,
+    ) -> Result<(Solved, MethodReport), EngineError> {
+        let objective = self.objective;
+        if !objective.method.tunes() {
+            let classes = self.classes.len();
+            return weigh_features(ground, objective, classes, steps, &mut |path, steps| {
+                self.validate(path, steps)
+            });
+        }
+        let target = self.target_prompt(last.take(), steps)?;
+        let (alpha, scores) = match objective.method {
+            Method::Panda => self.by_effects(ground.features, &target.embeddings, steps)?,
+            _ => self.by_similarity(ground, &target.embeddings)?,
+        };
+        let report = MethodReport {
+            name: objective.method,
+            scores: Some(scores),
+            target_tuning_seconds: Some(target.seconds),
+            ..MethodReport::default()
+        };
+        *last = Some(target);
+        Ok((Solved::given(ground, objective, alpha)?, report))
+    }
+
+    /// A prompt that is tuned on the target samples for a few epochs, from where the sources began; or `last`, if it is
+    /// that.
+    fn target_prompt(
+        &self,
+        last: Option<TargetPrompt>,
+        steps: &mut Steps<'_>,
+    ) -> Result<TargetPrompt, EngineError> {
+        let options = TuningOptions {
+            num_tokens: self.prompts[0].shape[0],
+            init_seed: self.init_seed.unwrap_or_default(),
+            seed: self.seed,
+            epochs: self.objective.target_tuning.epochs as usize,
+            sketch_samples: 0,
+            ..TuningOptions::default()
+        };
+        let of = (
+            self.backbone.digest,
+            self.samples.digest,
+            self.vit.compute.precision,
+            &options,
+        );
+        let key = Digest::of(&serde_json::to_vec(&of).expect("plain data"));
+        if let Some(last) = last.filter(|last| last.key == key) {
+            return Ok(last);
+        }
+        let begun = Instant::now();
+        let mut count = steps.counter((options.epochs * self.samples.len()) as u64);
+        let file = tune(
+            self.backbone,
+            self.vit,
+            self.samples,
+            "target",
+            self.classes,
+            &options,
+            |at| count(at.samples),
+        )?;
+        Ok(TargetPrompt {
+            key,
+            embeddings: file.prompt_embeddings,
+            seconds: begun.elapsed().as_secs_f64(),
+        })
+    }
+
+    /// SPoT.
+    fn by_similarity(
+        &self,
+        ground: Ground<'_>,
+        target: &PlainTensor<f32>,
+    ) -> Result<(Vec<f64>, Vec<f64>), EngineError> {
+        let spot = &self.objective.spot;
+        let similarities: Vec<f64> = (self.prompts.iter())
+            .map(|prompt| similarity(spot.similarity, prompt, target))
+            .collect();
+        let alpha = match spot.choice {
+            SpotChoice::WeightedAverage => proportional(&similarities, spot.top_k),
+            SpotChoice::BestOf => {
+                let mut accuracies = vec![f64::NEG_INFINITY; similarities.len()];
+                for i in most_similar(&similarities, spot.top_k) {
+                    let features = ground.features.get(i as i64);
+                    accuracies[i] = self.cross_fitted(&features)?;
+                }
+                single_best(&accuracies)
+            }
+        };
+        Ok((alpha, similarities))
+    }
+
+    /// PANDA.
+    fn by_effects(
+        &self,
+        features: &Tensor,
+        target: &PlainTensor<f32>,
+        steps: &mut Steps<'_>,
+    ) -> Result<(Vec<f64>, Vec<f64>), EngineError> {
+        let none = Tensor::zeros([0, self.vit.embed_dim()], (self.vit.kind, self.vit.device));
+        let mut features_of = |prompt: Tensor| -> Result<Tensor, EngineError> {
+            let prompts = [prompt];
+            let pairs = self.vit.pairs(self.samples, &prompts);
+            Ok(extract(self.vit, &pairs, |_| steps.tick(Phase::Solve))?.get(0))
+        };
+        let without = features_of(none)?;
+        let with = features_of(prompt_tensor(target, self.vit))?;
+        let similarities = effects(&features.to_kind(Kind::Double), &without, &with);
+        Ok((proportional(&similarities, None), similarities))
+    }
+
+    /// β as asked, or the candidate that does best on the target samples.
+    pub(super) fn scale(
+        &self,
+        alpha: &[f64],
+        steps: &mut Steps<'_>,
+    ) -> Result<(f64, Vec<ScalePoint>), EngineError> {
+        if let Scale::Value(scale) = self.objective.scale {
+            return Ok((scale, Vec::new()));
+        }
+        let evaluation = self.evaluation(&self.objective.h_score);
+        let points = ScaleRule::CANDIDATES.into_iter().map(|scale| {
+            let prompt = prompt_tensor(&self.composed(alpha, scale), self.vit);
+            let tick = |_| steps.tick(Phase::Verify);
+            Ok(ScalePoint {
+                scale,
+                validation_accuracy: evaluation.cross_fitted_accuracy(&prompt, tick)?,
+            })
+        });
+        let points = points.collect::<Result<Vec<_>, EngineError>>()?;
+        // The last of equals, which is the largest.
+        let best = points
+            .iter()
+            .max_by(|a, b| a.validation_accuracy.total_cmp(&b.validation_accuracy))
+            .expect("there are candidates");
+        Ok((best.scale, points))
+    }
+}

@@ -1,0 +1,239 @@
+//! Every transfer method on the tiny task: what its definition says, from the same request, in the same answer.
+
+use std::path::Path;
+
+use serde_json::json;
+use tch::Device;
+
+use crate::domain::composition::{
+    Composer as _, Composition, CompositionError, CompositionInput, Phase, ResolveInput, SourceRef,
+};
+use crate::domain::method::{Method, ScaleRule};
+use crate::domain::mixture::mix;
+use crate::domain::prompt_file::PromptFile;
+use crate::engine::testing::{Recorder, assert_close};
+use crate::engine::{Engine, self_test};
+
+fn job(dir: &Path, objective: serde_json::Value) -> CompositionInput {
+    CompositionInput {
+        objective: serde_json::from_value(objective).unwrap(),
+        ..self_test::job(dir).unwrap()
+    }
+}
+
+fn compose(input: &CompositionInput) -> (Composition, Vec<Phase>) {
+    let mut recorder = Recorder::default();
+    let composed = Engine::new(Device::Cpu).compose(input, &mut recorder);
+    let mut phases: Vec<Phase> = recorder.seen.iter().map(|(phase, ..)| *phase).collect();
+    phases.dedup();
+    (composed.unwrap(), phases)
+}
+
+fn weights(composition: &Composition) -> Vec<f64> {
+    let sources = composition.result.source_weights.iter();
+    sources.map(|source| source.weight).collect()
+}
+
+fn refused(error: CompositionError) -> String {
+    match error {
+        CompositionError::Refused { detail, .. } => detail,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// The prompt of a composition, as its file has it.
+fn composed(composition: &Composition) -> crate::domain::tensor::Tensor<f32> {
+    PromptFile::parse(&composition.composed)
+        .unwrap()
+        .prompt_embeddings
+}
+
+#[test]
+fn average_and_single_best_give_the_weights_that_they_say() {
+    let dir = tempfile::tempdir().unwrap();
+    let input = job(dir.path(), json!({"method": "average"}));
+    let (average, phases) = compose(&input);
+    assert_eq!(weights(&average), [1.0 / 3.0; 3]);
+    // Three quarters of the work are not done.
+    assert!(!phases.contains(&Phase::Gradients), "{phases:?}");
+    let result = &average.result;
+    assert_eq!(result.method.name, Method::Average);
+    assert_eq!(
+        (result.objective.gradient_alignment, &result.solver),
+        (None, &None)
+    );
+    assert!(result.path.is_empty() && result.optima.is_empty());
+    assert!(
+        result
+            .diagnostics
+            .per_source
+            .iter()
+            .all(|s| s.gradient_rms.is_none())
+    );
+    let prompts: Vec<_> = (input.sources.iter())
+        .map(|source| source.file.prompt_embeddings.clone())
+        .collect();
+    assert_eq!(composed(&average), mix(&prompts, &[1.0 / 3.0; 3]));
+
+    for by in ["h_score", "log_me", "validation"] {
+        let objective = json!({"method": "single_best", "single_best": {"by": by}});
+        let (best, _) = compose(&job(dir.path(), objective));
+        let scores = best.result.method.scores.clone().unwrap();
+        let highest = scores.iter().copied().fold(f64::MIN, f64::max);
+        let at = weights(&best).iter().position(|w| *w == 1.0).unwrap();
+        assert_eq!(scores[at], highest, "{by}");
+        assert_eq!(composed(&best), prompts[at]);
+        let own = &best.result.diagnostics.per_source;
+        for (score, own) in scores.iter().zip(own) {
+            match by {
+                "h_score" => assert_eq!(*score, own.h_score),
+                "log_me" => assert_close(*score, own.log_me.unwrap(), 1e-12),
+                _ => assert!((0.0..=1.0).contains(score)),
+            }
+        }
+    }
+}
+
+#[test]
+fn the_ablations_are_the_ends_of_the_path() {
+    let dir = tempfile::tempdir().unwrap();
+    let of = |objective| compose(&job(dir.path(), objective));
+    let (h_only, phases) = of(json!({"method": "h_only"}));
+    assert!(!phases.contains(&Phase::Gradients));
+    let (at_0, _) = of(json!({"trade_off": 0}));
+    let (alignment_only, _) = of(json!({"method": "alignment_only"}));
+    let (at_1, _) = of(json!({"trade_off": 1}));
+    assert_close(
+        h_only.result.objective.h_score,
+        at_0.result.objective.h_score,
+        1e-9,
+    );
+    assert_eq!(weights(&alignment_only), weights(&at_1));
+    // Of all methods, none has a higher H, and none a lower L_align.
+    let (hgprompt, _) = of(json!({}));
+    assert!(h_only.result.objective.h_score >= hgprompt.result.objective.h_score - 1e-9);
+    let l = |c: &Composition| c.result.objective.gradient_alignment.unwrap();
+    assert!(l(&alignment_only) <= l(&hgprompt) + 1e-12);
+}
+
+#[test]
+fn methods_that_tune_on_the_target_say_how_long_it_took_and_weigh_by_cosines() {
+    let dir = tempfile::tempdir().unwrap();
+    for method in ["spot", "panda"] {
+        let objective = json!({"method": method, "target_tuning": {"epochs": 2}});
+        let (composition, phases) = compose(&job(dir.path(), objective));
+        let report = &composition.result.method;
+        let scores = report.scores.clone().unwrap();
+        assert!(
+            scores.iter().all(|s| (-1.0..=1.0).contains(s)),
+            "{scores:?}"
+        );
+        assert!(report.target_tuning_seconds.unwrap() > 0.0);
+        assert!(!phases.contains(&Phase::Gradients));
+        let sum: f64 = scores.iter().map(|s| s.max(0.0)).sum();
+        for (weight, score) in weights(&composition).iter().zip(&scores) {
+            let expected = if sum > 0.0 {
+                score.max(0.0) / sum
+            } else {
+                1.0 / 3.0
+            };
+            assert_close(*weight, expected, 1e-12);
+        }
+    }
+    let spot = json!({"top_k": 2, "choice": "best_of", "similarity": "token_mean"});
+    let (best_of, _) = compose(&job(dir.path(), json!({"method": "spot", "spot": spot})));
+    let scores = best_of.result.method.scores.clone().unwrap();
+    let least = (0..3)
+        .min_by(|a, b| scores[*a].total_cmp(&scores[*b]))
+        .unwrap();
+    let chosen = weights(&best_of).iter().position(|w| *w == 1.0).unwrap();
+    assert_ne!(chosen, least);
+}
+
+#[test]
+fn a_scale_goes_from_the_initial_prompt_to_the_sum() {
+    let dir = tempfile::tempdir().unwrap();
+    let of = |scale: serde_json::Value| {
+        let objective = json!({"method": "average", "scale": scale, "anchor": 7});
+        compose(&job(dir.path(), objective)).0
+    };
+    let [at_0, half, at_1] = [0.0, 0.5, 1.0].map(|scale| of(json!(scale)));
+    let (start, middle, end) = (composed(&at_0), composed(&half), composed(&at_1));
+    for ((start, middle), end) in start.values.iter().zip(&middle.values).zip(&end.values) {
+        assert!((middle - (start + end) / 2.0).abs() < 1e-6);
+    }
+    assert_eq!(
+        (at_1.result.method.anchor, half.result.method.anchor),
+        (None, Some(7))
+    );
+    // α is what it was; the initial prompt is nobody's source.
+    assert_eq!(weights(&half), weights(&at_1));
+
+    let auto = of(json!("auto")).result.method;
+    assert_eq!(auto.scales.len(), ScaleRule::CANDIDATES.len());
+    let best = auto
+        .scales
+        .iter()
+        .map(|p| p.validation_accuracy)
+        .fold(0.0, f64::max);
+    let last = auto
+        .scales
+        .iter()
+        .rfind(|p| p.validation_accuracy == best)
+        .unwrap();
+    assert_eq!(auto.scale, last.scale);
+
+    // Without an anchor: the tiny prompts say no init seed.
+    let objective = json!({"scale": 0.5});
+    let mut input = job(dir.path(), objective);
+    for source in &mut input.sources {
+        source.file.metadata.as_mut().unwrap().init_seed = None;
+    }
+    let error = Engine::new(Device::Cpu).compose(&input, &mut Recorder::default());
+    let detail = refused(error.unwrap_err());
+    assert!(detail.contains("name one by `anchor`"), "{detail}");
+}
+
+#[test]
+fn statistics_serve_every_method_that_they_suffice_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let resolve = |from: &Composition, input: &CompositionInput, objective: serde_json::Value| {
+        let sources = input.sources.iter().map(|source| SourceRef {
+            prompt: source.prompt.clone(),
+            version: None,
+            digest: source.digest,
+        });
+        let again = ResolveInput {
+            statistics: from.statistics.clone(),
+            sources: sources.collect(),
+            objective: serde_json::from_value(objective).unwrap(),
+        };
+        Engine::new(Device::Cpu).resolve(&again, &mut Recorder::default())
+    };
+    let input = job(dir.path(), json!({"h_score": {"shrinkage": 0.5}}));
+    let (whole, _) = compose(&input);
+    for objective in [
+        json!({"method": "average"}),
+        json!({"method": "single_best", "single_best": {"by": "validation"}}),
+    ] {
+        let (direct, _) = compose(&job(dir.path(), objective.clone()));
+        let again = resolve(&whole, &input, objective).unwrap();
+        assert_eq!(weights(&again), weights(&direct));
+        assert_eq!(again.result.method.scores, direct.result.method.scores);
+    }
+
+    let (average, _) = compose(&job(dir.path(), json!({"method": "average"})));
+    let h_only = resolve(&average, &input, json!({"method": "h_only"})).unwrap();
+    assert!(h_only.result.solver.is_some());
+    for (objective, reason) in [
+        (json!({}), "needs gradients"),
+        (json!({"method": "spot"}), "tunes a prompt"),
+        (
+            json!({"method": "average", "scale": "auto"}),
+            "needs the backbone",
+        ),
+    ] {
+        let detail = refused(resolve(&average, &input, objective).unwrap_err());
+        assert!(detail.contains(reason), "{detail}");
+    }
+}

@@ -1,0 +1,248 @@
+//! What there is to compute: one target, one method, some sources, one seed.
+
+use std::fmt;
+
+use serde_json::{Value, json};
+
+use super::Table;
+use super::suite::Suite;
+use crate::domain::dataset::stratified_subset;
+
+/// A way to a prompt for a target, by the key that rows and tables know it by.
+#[derive(Clone, Copy, Debug)]
+pub struct Method {
+    pub key: &'static str,
+    pub label: &'static str,
+    /// As a request's `objective`.
+    pub objective: fn() -> Value,
+}
+
+/// The initial prompt, and nobody's: no transfer.
+pub const NONE: &str = "none";
+/// One source, as it is.
+pub const ALONE: &str = "alone";
+pub const HGPROMPT: &str = "hgprompt";
+
+/// In the order of the tables.
+pub const METHODS: [Method; 14] = [
+    Method {
+        key: NONE,
+        label: "no transfer (initial prompt)",
+        objective: || json!({"method": "average"}),
+    },
+    Method {
+        key: "average",
+        label: "average",
+        objective: || json!({"method": "average"}),
+    },
+    Method {
+        key: "single_best",
+        label: "single best, by H",
+        objective: || json!({"method": "single_best"}),
+    },
+    Method {
+        key: "single_best_log_me",
+        label: "single best, by LogME",
+        objective: || json!({"method": "single_best", "single_best": {"by": "log_me"}}),
+    },
+    Method {
+        key: "single_best_validation",
+        label: "single best, by validation",
+        objective: || json!({"method": "single_best", "single_best": {"by": "validation"}}),
+    },
+    Method {
+        key: "spot",
+        label: "SPoT, all pairs",
+        objective: || json!({"method": "spot"}),
+    },
+    Method {
+        key: "spot_token_mean",
+        label: "SPoT, mean tokens",
+        objective: || json!({"method": "spot", "spot": {"similarity": "token_mean"}}),
+    },
+    Method {
+        key: "spot_best_of_3",
+        label: "SPoT, best of 3",
+        objective: || json!({"method": "spot", "spot": {"top_k": 3, "choice": "best_of"}}),
+    },
+    Method {
+        key: "panda",
+        label: "PANDA",
+        objective: || json!({"method": "panda"}),
+    },
+    Method {
+        key: "h_only",
+        label: "H only",
+        objective: || json!({"method": "h_only"}),
+    },
+    Method {
+        key: "alignment_only",
+        label: "alignment only",
+        objective: || json!({"method": "alignment_only"}),
+    },
+    Method {
+        key: HGPROMPT,
+        label: "HGPrompt",
+        objective: || json!({}),
+    },
+    Method {
+        key: "average_auto",
+        label: "average, scale auto",
+        objective: || json!({"method": "average", "scale": "auto"}),
+    },
+    Method {
+        key: "hgprompt_auto",
+        label: "HGPrompt, scale auto",
+        objective: || json!({"scale": "auto"}),
+    },
+];
+
+/// How the sources rank, for the correlation with their own accuracies; not in the main table.
+pub const DENSE: Method = Method {
+    key: "hgprompt_dense",
+    label: "HGPrompt, entropy 0.1",
+    objective: || json!({"entropy": 0.1}),
+};
+const ALONE_METHOD: Method = Method {
+    key: ALONE,
+    label: "a source alone",
+    objective: || json!({"method": "average"}),
+};
+
+pub const ABLATION: [&str; 5] = [NONE, "average", "h_only", "alignment_only", HGPROMPT];
+pub const SCALABILITY: [&str; 5] = ["average", "single_best", "spot", "panda", HGPROMPT];
+/// Orders in which sources are added.
+pub const ORDERS: u64 = 3;
+
+pub fn method(key: &str) -> Method {
+    let all = METHODS.into_iter().chain([DENSE, ALONE_METHOD]);
+    let mut found = all.filter(|method| method.key == key);
+    found.next().expect("keys are of this module")
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cell {
+    pub seed: u64,
+    pub target: String,
+    pub method: &'static str,
+    /// Tasks, by name; none for [`NONE`].
+    pub sources: Vec<String>,
+}
+
+impl fmt::Display for Cell {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            seed,
+            target,
+            method,
+            sources,
+        } = self;
+        match sources.as_slice() {
+            [one] => write!(f, "seed {seed}, {target}, {method} ({one})"),
+            several => write!(f, "seed {seed}, {target}, {method} of {}", several.len()),
+        }
+    }
+}
+
+/// All of what these tables are made of, one seed and one target after the other, so that a target's features are at
+/// hand for all its methods.
+pub fn cells(suite: &Suite, seeds: &[u64], tables: &[Table]) -> Vec<Cell> {
+    let mut cells: Vec<Cell> = Vec::new();
+    for seed in seeds {
+        for target in &suite.tasks {
+            for cell in of_target(suite, *seed, &target.name, tables) {
+                if !cells.contains(&cell) {
+                    cells.push(cell);
+                }
+            }
+        }
+    }
+    cells
+}
+
+fn of_target(suite: &Suite, seed: u64, target: &str, tables: &[Table]) -> Vec<Cell> {
+    let others = suite.others(target);
+    let cell = |method: &'static str, sources: &[String]| Cell {
+        seed,
+        target: target.to_owned(),
+        method,
+        sources: sources.to_vec(),
+    };
+    let with_all = |key: &'static str| match key {
+        NONE => cell(NONE, &[]),
+        key => cell(key, &others),
+    };
+    let mut cells = Vec::new();
+    for table in tables {
+        match table {
+            Table::Main => cells.extend(METHODS.iter().map(|method| with_all(method.key))),
+            Table::Ablation => cells.extend(ABLATION.map(with_all)),
+            Table::Spearman => {
+                let of = ["spot", "spot_token_mean", "panda", HGPROMPT, DENSE.key];
+                cells.extend(of.map(with_all));
+                let alone = others
+                    .iter()
+                    .map(|other| cell(ALONE, std::slice::from_ref(other)));
+                cells.extend(alone);
+            }
+            Table::Scalability => {
+                for size in sizes(others.len()) {
+                    for order in 0..ORDERS {
+                        let sources = subset(&others, size, seed, order);
+                        cells.extend(SCALABILITY.map(|key| cell(key, &sources)));
+                    }
+                }
+            }
+        }
+    }
+    cells
+}
+
+/// 3, 5, 7, … and all.
+pub fn sizes(sources: usize) -> Vec<usize> {
+    (3..sources).step_by(2).chain([sources]).collect()
+}
+
+/// So many of the sources, by name, with all of those that fewer are of the same seed and order.
+pub fn subset(sources: &[String], size: usize, seed: u64, order: u64) -> Vec<String> {
+    // The smallest digests: a larger subset holds the smaller one.
+    let labels = vec![0; sources.len()];
+    let chosen = stratified_subset(&labels, size, seed * ORDERS + order);
+    chosen.into_iter().map(|i| sources[i].clone()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::objective::Objective;
+
+    #[test]
+    fn every_method_is_a_request_that_is_accepted() {
+        for method in METHODS.into_iter().chain([DENSE, ALONE_METHOD]) {
+            let objective: Objective = serde_json::from_value((method.objective)()).unwrap();
+            assert!(objective.weighing().is_ok(), "{}", method.key);
+            assert_eq!(super::method(method.key).label, method.label);
+        }
+    }
+
+    #[test]
+    fn subsets_are_nested_and_end_with_all() {
+        let sources: Vec<String> = "abcdefghi".chars().map(String::from).collect();
+        let sizes = sizes(sources.len());
+        assert_eq!(sizes, [3, 5, 7, 9]);
+        for order in 0..ORDERS {
+            let subsets: Vec<_> = sizes
+                .iter()
+                .map(|size| subset(&sources, *size, 4, order))
+                .collect();
+            for pair in subsets.windows(2) {
+                assert!(
+                    pair[0].iter().all(|name| pair[1].contains(name)),
+                    "{pair:?}"
+                );
+            }
+            assert_eq!(subsets[3], sources);
+        }
+        assert_ne!(subset(&sources, 3, 4, 0), subset(&sources, 3, 4, 1));
+    }
+}

@@ -1,0 +1,458 @@
+//! The four tables, their comma-separated values, and their pictures, from the rows alone.
+
+use std::fmt::Write as _;
+use std::path::Path;
+
+use super::cells::{
+    ABLATION, ALONE, DENSE, HGPROMPT, METHODS, NONE, ORDERS, SCALABILITY, method, sizes, subset,
+};
+use super::measures::{half_interval, mean_and_deviation, spearman};
+use super::plots;
+use super::results::Row;
+use super::suite::Suite;
+use super::{Settings, Table};
+use crate::offline::write_whole;
+
+/// What hgprompt is compared with.
+const RIVALS: [&str; 9] = [
+    NONE,
+    "average",
+    "single_best",
+    "single_best_log_me",
+    "single_best_validation",
+    "spot",
+    "spot_token_mean",
+    "spot_best_of_3",
+    "panda",
+];
+/// Rankings of the sources: by a method's weights, or by a score that some method's row has.
+const RANKINGS: [(&str, &str, Ranking); 10] = [
+    ("HGPrompt, α", HGPROMPT, Ranking::Weights),
+    ("HGPrompt, α with entropy 0.1", DENSE.key, Ranking::Weights),
+    ("SPoT, all pairs", "spot", Ranking::Score("by_method")),
+    (
+        "SPoT, mean tokens",
+        "spot_token_mean",
+        Ranking::Score("by_method"),
+    ),
+    ("PANDA", "panda", Ranking::Score("by_method")),
+    ("H-score", HGPROMPT, Ranking::Score("h_score")),
+    ("LogME", HGPROMPT, Ranking::Score("log_me")),
+    ("LEEP", HGPROMPT, Ranking::Score("leep")),
+    ("NCE", HGPROMPT, Ranking::Score("nce")),
+    ("OTCE", HGPROMPT, Ranking::Score("otce")),
+];
+
+#[derive(Clone, Copy)]
+enum Ranking {
+    Weights,
+    Score(&'static str),
+}
+
+pub struct Report<'a> {
+    pub suite: &'a Suite,
+    pub seeds: &'a [u64],
+    pub settings: &'a Settings,
+    pub rows: &'a [Row],
+    /// Cells that have no row yet.
+    pub missing: usize,
+}
+
+impl<'a> Report<'a> {
+    /// report.md, and beside it the tables as CSV and the pictures as SVG.
+    pub fn write(&self, out: &Path, tables: &[Table]) -> anyhow::Result<()> {
+        let mut text = self.preface();
+        for table in tables {
+            match table {
+                Table::Main => {
+                    let methods: Vec<&str> = METHODS.iter().map(|method| method.key).collect();
+                    text += &self.accuracies("Accuracy", &methods);
+                    text += &self.differences();
+                    plots::accuracies(&out.join("accuracies.svg"), &self.means(&methods))?;
+                    plots::weights(&out.join("weights.svg"), &self.weights())?;
+                }
+                Table::Ablation => {
+                    text += &self.accuracies("Ablation: both terms, and each alone", &ABLATION)
+                }
+                Table::Spearman => {
+                    text += &self.correlations();
+                    plots::correlation(&out.join("spearman.svg"), &self.points())?;
+                }
+                Table::Scalability => {
+                    text += &self.scalability();
+                    plots::scalability(&out.join("scalability.svg"), &self.by_number())?;
+                }
+            }
+        }
+        write_whole(&out.join("report.md"), text.as_bytes())?;
+        write_whole(&out.join("cells.csv"), self.csv().as_bytes())?;
+        println!("wrote {}", out.join("report.md").display());
+        Ok(())
+    }
+
+    fn preface(&self) -> String {
+        let Settings {
+            source_samples,
+            target_samples,
+            source_tuning,
+            ..
+        } = self.settings;
+        let seconds: f64 = self.rows.iter().map(|row| row.seconds).sum();
+        let seeds: Vec<String> = self.seeds.iter().map(u64::to_string).collect();
+        let missing = match self.missing {
+            0 => String::new(),
+            missing => format!(" **Not finished: {missing} cells are missing.**"),
+        };
+        format!(
+            "Profile {}: {} tasks, seeds {}; {} cells.{missing} Source prompts of {} tokens, {} epochs on up to \
+             {source_samples} images each; N = up to {target_samples} target images; closed-form heads, no target \
+             tuning but for what SPoT and PANDA compare with. The compositions took {seconds:.0} s together.\n",
+            self.settings.profile,
+            self.suite.tasks.len(),
+            seeds.join(", "),
+            self.rows.len(),
+            source_tuning.num_tokens,
+            source_tuning.epochs,
+        )
+    }
+
+    /// The rows of a method with all sources, one a seed.
+    fn rows_of(&self, target: &str, key: &str) -> Vec<&Row> {
+        let all = self.suite.tasks.len() - 1;
+        let whole = |row: &&Row| key == NONE || row.sources.len() == all;
+        self.of(target, key).into_iter().filter(whole).collect()
+    }
+
+    fn of(&self, target: &str, key: &str) -> Vec<&Row> {
+        let seeds = self.seeds;
+        let rows = self.rows.iter();
+        rows.filter(|row| row.target == target && row.method == key && seeds.contains(&row.seed))
+            .collect()
+    }
+
+    fn targets(&self) -> impl Iterator<Item = &'a str> {
+        self.suite.tasks.iter().map(|task| task.name.as_str())
+    }
+
+    /// In percent, of each seed.
+    fn percents(&self, target: &str, key: &str) -> Vec<f64> {
+        let rows = self.rows_of(target, key);
+        rows.iter().map(|row| 100.0 * row.eval_accuracy).collect()
+    }
+
+    /// The method's mean over targets that have rows of all these methods, so that means compare.
+    fn common_targets(&self, keys: &[&str]) -> Vec<&'a str> {
+        let has_all = |target: &&str| keys.iter().all(|key| !self.rows_of(target, key).is_empty());
+        self.targets().filter(has_all).collect()
+    }
+
+    fn means(&self, keys: &[&str]) -> Vec<(&'static str, f64)> {
+        let targets = self.common_targets(keys);
+        let mean = |key: &&str| {
+            let of_targets = targets
+                .iter()
+                .map(|target| mean_and_deviation(&self.percents(target, key)).0);
+            (
+                method(key).label,
+                mean_and_deviation(&of_targets.collect::<Vec<_>>()).0,
+            )
+        };
+        keys.iter().map(mean).collect()
+    }
+
+    fn accuracies(&self, title: &str, keys: &[&str]) -> String {
+        let mut header = vec!["method".to_owned()];
+        header.extend(self.targets().map(str::to_owned));
+        header.push("mean".into());
+        let means = self.means(keys);
+        let rows = keys.iter().zip(&means).map(|(key, (label, mean))| {
+            let of_targets = self
+                .targets()
+                .map(|target| spread(&self.percents(target, key)));
+            let mut row = vec![(*label).to_owned()];
+            row.extend(of_targets);
+            row.push(format!("{mean:.1}"));
+            row
+        });
+        let common = self.common_targets(keys).len();
+        format!(
+            "\n### {title}\n\nTest accuracy in percent, mean ± standard deviation over seeds; the mean is over the {common} \
+             tasks that have rows of all methods.\n\n{}",
+            table(&header, rows)
+        )
+    }
+
+    /// Of hgprompt less a rival: one number a task, the mean over its seeds, so that a task counts once.
+    fn differences(&self) -> String {
+        let rows = RIVALS.into_iter().map(|rival| {
+            let mut differences = Vec::new();
+            for target in self.targets() {
+                let pairs = self
+                    .rows_of(target, HGPROMPT)
+                    .into_iter()
+                    .filter_map(|own| {
+                        let others = self.rows_of(target, rival);
+                        let other = others.into_iter().find(|other| other.seed == own.seed)?;
+                        Some(100.0 * (own.eval_accuracy - other.eval_accuracy))
+                    });
+                let pairs: Vec<f64> = pairs.collect();
+                if !pairs.is_empty() {
+                    differences.push(mean_and_deviation(&pairs).0);
+                }
+            }
+            let better = differences
+                .iter()
+                .filter(|difference| **difference > 0.0)
+                .count();
+            let mean = mean_and_deviation(&differences).0;
+            let interval = half_interval(&differences).map_or("–".into(), |half| {
+                format!("{:+.1} to {:+.1}", mean - half, mean + half)
+            });
+            let verdict = match half_interval(&differences) {
+                Some(half) if mean - half > 0.0 => "better",
+                Some(half) if mean + half < 0.0 => "worse",
+                _ => "not told apart",
+            };
+            vec![
+                method(rival).label.to_owned(),
+                format!("{mean:+.1}"),
+                interval,
+                format!("{better} of {}", differences.len()),
+                verdict.to_owned(),
+            ]
+        });
+        let header = [
+            "HGPrompt less …",
+            "points",
+            "95 % interval",
+            "better on",
+            "HGPrompt is",
+        ];
+        format!(
+            "\n### Differences\n\nPaired over tasks and seeds: a task's difference is the mean over its seeds, the interval \
+             is Student's over the tasks.\n\n{}",
+            table(&header.map(str::to_owned), rows)
+        )
+    }
+
+    // ---- Rankings ----------------------------------------------------------------------------
+
+    /// A ranking's numbers and the accuracies they are to foretell, by source, of one seed.
+    fn ranked(&self, row: &Row, ranking: Ranking) -> Option<(Vec<f64>, Vec<f64>)> {
+        let scores = match ranking {
+            Ranking::Weights => row.weights.clone(),
+            Ranking::Score(name) => {
+                let (_, scores) = row.scores.iter().find(|(metric, _)| metric == name)?;
+                scores.clone()
+            }
+        };
+        let alone = self.of(&row.target, ALONE);
+        let accuracy = |source: &String| {
+            let of = |other: &&&Row| {
+                other.seed == row.seed && other.sources == std::slice::from_ref(source)
+            };
+            alone.iter().find(of).map(|row| row.eval_accuracy)
+        };
+        let accuracies: Option<Vec<f64>> = row.sources.iter().map(accuracy).collect();
+        Some((scores, accuracies?))
+    }
+
+    fn coefficients(&self, target: &str, (_, key, ranking): (&str, &str, Ranking)) -> Vec<f64> {
+        let rows = self.rows_of(target, key).into_iter();
+        rows.filter_map(|row| self.ranked(row, ranking))
+            .filter_map(|(scores, accuracies)| spearman(&scores, &accuracies))
+            .collect()
+    }
+
+    fn correlations(&self) -> String {
+        let mut header = vec!["ranking by".to_owned()];
+        header.extend(self.targets().map(str::to_owned));
+        header.push("mean".into());
+        let rows = RANKINGS.into_iter().map(|ranking| {
+            let of_targets: Vec<Vec<f64>> = self
+                .targets()
+                .map(|target| self.coefficients(target, ranking))
+                .collect();
+            let mut row = vec![ranking.0.to_owned()];
+            row.extend(of_targets.iter().map(|values| match values.as_slice() {
+                [] => "–".to_owned(),
+                values => format!("{:.2}", mean_and_deviation(values).0),
+            }));
+            let means = of_targets.iter().filter(|values| !values.is_empty());
+            let means: Vec<f64> = means.map(|values| mean_and_deviation(values).0).collect();
+            row.push(format!("{:.2}", mean_and_deviation(&means).0));
+            row
+        });
+        format!(
+            "\n### Do scores foretell which source helps?\n\nSpearman's coefficient, ties at their average rank, of a \
+             ranking of the sources with their zero-shot accuracies on the target (the source prompt frozen, a closed-form \
+             head); mean over seeds.\n\n{}",
+            table(&header, rows)
+        )
+    }
+
+    /// α of HGPrompt with each source's accuracy less the mean of the target's, in points.
+    fn points(&self) -> Vec<(&'a str, Vec<(f64, f64)>)> {
+        let of_target = |target: &'a str| {
+            let mut points = Vec::new();
+            for row in self.rows_of(target, HGPROMPT) {
+                if let Some((weights, accuracies)) = self.ranked(row, Ranking::Weights) {
+                    let mean = mean_and_deviation(&accuracies).0;
+                    let relative = accuracies.iter().map(|accuracy| 100.0 * (accuracy - mean));
+                    points.extend(weights.into_iter().zip(relative));
+                }
+            }
+            (target, points)
+        };
+        self.targets().map(of_target).collect()
+    }
+
+    /// α of HGPrompt by target and source, the mean over seeds; None on the diagonal.
+    fn weights(&self) -> (Vec<&'a str>, Vec<Vec<Option<f64>>>) {
+        let names: Vec<&str> = self.targets().collect();
+        let of_target = |target: &&str| {
+            let rows = self.rows_of(target, HGPROMPT);
+            let weight = |source: &&str| {
+                let of_seeds = rows.iter().filter_map(|row| {
+                    let at = row.sources.iter().position(|name| name == source)?;
+                    Some(row.weights[at])
+                });
+                let of_seeds: Vec<f64> = of_seeds.collect();
+                (!of_seeds.is_empty()).then(|| mean_and_deviation(&of_seeds).0)
+            };
+            names.iter().map(weight).collect()
+        };
+        let weights = names.iter().map(of_target).collect();
+        (names, weights)
+    }
+
+    // ---- Number of sources ----------------------------------------------------------------------
+
+    /// By method: number of sources, with mean and deviation over seeds and orders of the mean over the targets.
+    fn by_number(&self) -> Vec<(&'static str, Vec<(usize, f64, f64)>)> {
+        let sizes = sizes(self.suite.tasks.len() - 1);
+        let of_method = |key: &'static str| {
+            let of_size = |size: &usize| {
+                let orders = self
+                    .seeds
+                    .iter()
+                    .flat_map(|seed| (0..ORDERS).map(move |order| (*seed, order)));
+                let means: Vec<f64> = orders
+                    .filter_map(|(seed, order)| self.mean_of(key, *size, seed, order))
+                    .collect();
+                let (mean, deviation) = mean_and_deviation(&means);
+                (!means.is_empty()).then_some((*size, mean, deviation))
+            };
+            (
+                method(key).label,
+                sizes.iter().filter_map(of_size).collect(),
+            )
+        };
+        SCALABILITY.into_iter().map(of_method).collect()
+    }
+
+    /// Over all targets, in percent; None before they are all there.
+    fn mean_of(&self, key: &str, size: usize, seed: u64, order: u64) -> Option<f64> {
+        let of_target = |target: &'a str| {
+            let sources = subset(&self.suite.others(target), size, seed, order);
+            let rows = self.of(target, key).into_iter();
+            let mut of_subset = rows.filter(|row| row.seed == seed && row.sources == sources);
+            of_subset.next().map(|row| 100.0 * row.eval_accuracy)
+        };
+        let accuracies: Option<Vec<f64>> = self.targets().map(of_target).collect();
+        accuracies.map(|accuracies| mean_and_deviation(&accuracies).0)
+    }
+
+    fn scalability(&self) -> String {
+        let series = self.by_number();
+        let sizes: Vec<usize> = series
+            .first()
+            .map_or(Vec::new(), |(_, of)| of.iter().map(|p| p.0).collect());
+        let mut header = vec!["sources".to_owned()];
+        header.extend(sizes.iter().map(usize::to_string));
+        let rows = series.iter().map(|(label, of_sizes)| {
+            let mut row = vec![(*label).to_owned()];
+            row.extend(sizes.iter().map(|size| {
+                let found = of_sizes.iter().find(|(of, ..)| of == size);
+                found.map_or("–".into(), |(_, mean, error)| {
+                    format!("{mean:.1} ± {error:.1}")
+                })
+            }));
+            row
+        });
+        format!(
+            "\n### More sources\n\nMean test accuracy over all targets in percent, mean ± standard deviation over seeds and \
+             the {ORDERS} orders in which sources are added.\n\n{}",
+            table(&header, rows)
+        )
+    }
+
+    fn csv(&self) -> String {
+        let mut text = "seed,target,method,sources,eval_accuracy,train_accuracy,h_score,scale,seconds,weights\n".to_owned();
+        for row in self.rows {
+            let weights: Vec<String> = row
+                .sources
+                .iter()
+                .zip(&row.weights)
+                .map(|(s, w)| format!("{s}:{w}"))
+                .collect();
+            let _ = writeln!(
+                text,
+                "{},{},{},{},{},{},{},{},{:.3},{}",
+                row.seed,
+                row.target,
+                row.method,
+                row.sources.len(),
+                row.eval_accuracy,
+                row.train_accuracy,
+                row.h_score,
+                row.scale,
+                row.seconds,
+                weights.join(" ")
+            );
+        }
+        text
+    }
+}
+
+/// `mean ± deviation`, the mean of one seed, or a dash.
+fn spread(percents: &[f64]) -> String {
+    match (percents, mean_and_deviation(percents)) {
+        ([], _) => "–".into(),
+        ([one], _) => format!("{one:.1}"),
+        (_, (mean, deviation)) => format!("{mean:.1} ± {deviation:.1}"),
+    }
+}
+
+/// In Markdown, readable as it is.
+fn table(header: &[String], rows: impl Iterator<Item = Vec<String>>) -> String {
+    let rows: Vec<Vec<String>> = rows.collect();
+    let width = |column: usize| {
+        let cells = rows
+            .iter()
+            .chain([header.to_vec()].iter())
+            .map(|row| row[column].chars().count())
+            .max();
+        cells.unwrap_or(0)
+    };
+    let widths: Vec<usize> = (0..header.len()).map(width).collect();
+    let line = |row: &[String]| {
+        let cells = row
+            .iter()
+            .zip(&widths)
+            .enumerate()
+            .map(|(at, (cell, width))| match at {
+                0 => format!("{cell:<width$}"),
+                _ => format!("{cell:>width$}"),
+            });
+        format!("| {} |\n", cells.collect::<Vec<_>>().join(" | "))
+    };
+    let rule = widths.iter().enumerate().map(|(at, width)| match at {
+        0 => "-".repeat(*width),
+        _ => format!("{}:", "-".repeat(width - 1)),
+    });
+    let rule: Vec<String> = rule.collect();
+    let mut text = line(header) + &line(&rule);
+    rows.iter().for_each(|row| text += &line(row));
+    text
+}

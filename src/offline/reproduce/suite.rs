@@ -1,0 +1,89 @@
+//! The tasks of a suite.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, bail};
+
+use crate::domain::dataset::{LabelledImages, Split};
+
+/// Leave-one-out needs two sources to weigh.
+const FEWEST: usize = 3;
+
+pub struct Suite {
+    /// By name.
+    pub tasks: Vec<Task>,
+}
+
+pub struct Task {
+    pub name: String,
+    pub dir: PathBuf,
+}
+
+impl Suite {
+    /// The folders in `dir` that hold labelled images with a training and a test part; `only` these of them.
+    pub fn open(dir: &Path, only: Option<&[String]>) -> anyhow::Result<Self> {
+        let entries =
+            fs::read_dir(dir).with_context(|| format!("cannot read `{}`", dir.display()))?;
+        let mut names = Vec::new();
+        for entry in entries {
+            let entry = entry?;
+            if entry.path().is_dir()
+                && let Ok(name) = entry.file_name().into_string()
+                && !name.starts_with('.')
+            {
+                names.push(name);
+            }
+        }
+        names.sort();
+        if let Some(unknown) = only
+            .into_iter()
+            .flatten()
+            .find(|name| !names.contains(name))
+        {
+            bail!(
+                "`{}` has no task `{unknown}`; it has {}",
+                dir.display(),
+                names.join(", ")
+            );
+        }
+        names.retain(|name| only.is_none_or(|only| only.contains(name)));
+        let tasks = names
+            .into_iter()
+            .map(|name| Task::open(dir.join(&name), name));
+        let tasks = tasks.collect::<anyhow::Result<Vec<_>>>()?;
+        if tasks.len() < FEWEST {
+            bail!(
+                "`{}` has {} tasks; leave-one-out needs at least {FEWEST}: a target, and two sources to weigh",
+                dir.display(),
+                tasks.len()
+            );
+        }
+        Ok(Self { tasks })
+    }
+
+    pub fn task(&self, name: &str) -> &Task {
+        let found = self.tasks.iter().find(|task| task.name == name);
+        found.expect("cells are of the suite's tasks")
+    }
+
+    /// Names of all tasks but one.
+    pub fn others(&self, target: &str) -> Vec<String> {
+        let others = self.tasks.iter().filter(|task| task.name != target);
+        others.map(|task| task.name.clone()).collect()
+    }
+}
+
+impl Task {
+    fn open(dir: PathBuf, name: String) -> anyhow::Result<Self> {
+        let dataset = LabelledImages::read(&dir)
+            .with_context(|| format!("`{}` is no task", dir.display()))?;
+        if dataset.splits.get(&Split::Test).is_none_or(Vec::is_empty) {
+            bail!(
+                "`{}` has no test images: put them into test.txt, or into test/",
+                dir.display()
+            );
+        }
+        Ok(Self { name, dir })
+    }
+}
