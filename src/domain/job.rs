@@ -199,14 +199,6 @@ pub struct BackboneSpec {
 }
 
 impl EnsembleSpec {
-    /// The steps of the job, in order.
-    pub fn phases(&self) -> &'static [Phase] {
-        match self.resolved_from {
-            None => &Phase::ALL,
-            Some(_) => &[Phase::Solve],
-        }
-    }
-
     /// Equal digests mean equal answers: what is computed, without any name, and by which version.
     pub fn digest(&self) -> Digest {
         let sources: Vec<_> = self.sources.iter().map(|source| source.digest).collect();
@@ -330,7 +322,6 @@ pub(crate) mod tests {
     #[test]
     fn solving_again_is_told_apart_by_the_statistics_and_the_sources() {
         let whole = spec();
-        assert_eq!(whole.phases(), Phase::ALL);
         assert!(!json!(whole).to_string().contains("resolved_from"));
         let from = |ensemble, statistics: &[u8]| EnsembleSpec {
             resolved_from: Some(ResolvedFrom {
@@ -340,7 +331,6 @@ pub(crate) mod tests {
             ..spec()
         };
         let resolved = from(1, b"statistics");
-        assert_eq!(resolved.phases(), [Phase::Solve]);
         let read: EnsembleSpec = serde_json::from_value(json!(resolved)).unwrap();
         assert_eq!(read, resolved);
         assert_ne!(resolved.digest(), whole.digest());

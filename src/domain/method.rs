@@ -11,6 +11,10 @@ pub const MAX_SCALE: f64 = 2.0;
 /// Longer is a tuning of its own.
 pub const MAX_TARGET_EPOCHS: u32 = 100;
 
+/// Why a scale other than 1 is refused.
+pub const NO_ANCHOR: &str = "shrinks towards the initial prompt that the sources share, and their init seeds differ or \
+                             are unknown; name one by `anchor`, or leave the scale at 1";
+
 /// How α is found.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]

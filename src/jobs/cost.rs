@@ -14,10 +14,11 @@ pub struct Cost {
     /// N and M.
     pub images: u64,
     pub sources: usize,
-    /// N · M: so many times an image goes through the backbone forward for `features`, and forward and
-    /// backward for `gradients`.
+    /// N · M: so many times an image goes through the backbone forward for `features`, and, where the method takes
+    /// gradients, forward and backward for `gradients`.
     pub image_passes: u64,
-    /// On one worker, at the speed of the last five ensembles on this backbone; null where there is none.
+    /// On one worker, at the speed of the last five ensembles by the same method on this backbone; null where there is
+    /// none.
     pub seconds: Option<f64>,
     /// Ensembles that wait now, of all projects.
     pub queued: i64,
@@ -45,6 +46,7 @@ pub async fn estimate(
                 FROM job
                 WHERE project_id = $1 AND kind = $4 AND state = 'succeeded'
                   AND spec->'backbone'->>'digest' = $5 AND spec->'resolved_from' IS NULL
+                  AND coalesce(spec->'objective'->>'method', 'hgprompt') = $6
                 ORDER BY id DESC
                 LIMIT 5
             ) AS last WHERE passes > 0) AS seconds_a_pass,
@@ -55,6 +57,7 @@ pub async fn estimate(
         spec.target.digest.as_bytes(),
         ENSEMBLE,
         spec.backbone.digest.to_string(),
+        spec.objective.method.to_string(),
     )
     .fetch_one(conn)
     .await?;

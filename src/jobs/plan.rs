@@ -11,6 +11,7 @@ use crate::domain::composition::TargetSamples;
 use crate::domain::dataset::Split;
 use crate::domain::digest::Digest;
 use crate::domain::job::{BackboneSpec, EnsembleSpec, SourceSpec, TargetSpec};
+use crate::domain::method::{Method, NO_ANCHOR, Scale};
 use crate::domain::objective::{InvalidObjective, Objective, TradeOffRule, Weighing};
 use crate::domain::reference::{Reference, ResourceName};
 use crate::domain::sharing::StopWhen;
@@ -73,7 +74,11 @@ pub(super) fn refuse<T>(
     }))
 }
 
-fn check_stop_when(asked: Option<StopWhen>, weighing: Weighing) -> Result<(), PlanError> {
+fn check_stop_when(
+    asked: Option<StopWhen>,
+    method: Method,
+    weighing: Weighing,
+) -> Result<(), PlanError> {
     let Some(StopWhen { weight_se }) = asked else {
         return Ok(());
     };
@@ -81,6 +86,10 @@ fn check_stop_when(asked: Option<StopWhen>, weighing: Weighing) -> Result<(), Pl
     if !(weight_se > 0.0 && weight_se <= 1.0) {
         let detail = format!("is {weight_se}; it must lie above 0 and not above 1");
         return refused("/stop_when/weight_se", detail);
+    }
+    if !method.takes_gradients() {
+        let detail = format!("is about gradients, and `{method}` takes none");
+        return refused("/stop_when", detail);
     }
     if weighing == Weighing::Rule(TradeOffRule::Validation) {
         let detail = "cannot be watched with `trade_off: \"validation\"`, which knows α at the end \
@@ -98,10 +107,11 @@ pub async fn plan(
     request: &EnsembleRequest,
 ) -> Result<EnsembleSpec, PlanError> {
     let weighing = request.objective.weighing().map_err(invalid_objective)?;
-    check_stop_when(request.stop_when, weighing)?;
+    check_stop_when(request.stop_when, request.objective.method, weighing)?;
     check_output(request.output.as_ref())?;
     let target = target(conn, project_id, request).await?;
     let sources = sources(conn, project_id, &request.sources).await?;
+    check_anchor(&request.objective, &sources)?;
     let backbone = backbone(conn, project_id, request.backbone.as_ref(), &sources).await?;
     for (index, source) in sources.iter().enumerate() {
         check_fits(source, &backbone, &source_pointer(index))?;
@@ -324,6 +334,16 @@ pub async fn sources(
         sources.push(source);
     }
     Ok(sources)
+}
+
+/// A scale other than 1 needs the initial prompt.
+fn check_anchor(objective: &Objective, sources: &[PromptVersion]) -> Result<(), PlanError> {
+    let first = sources[0].init_seed;
+    let shared = first.is_some() && sources.iter().all(|source| source.init_seed == first);
+    if objective.scale == Scale::default() || objective.anchor.is_some() || shared {
+        return Ok(());
+    }
+    refuse("invalid_objective", "/objective/scale", NO_ANCHOR)
 }
 
 /// Prompts are summed number by number, so they must have one shape.

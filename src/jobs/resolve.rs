@@ -99,12 +99,12 @@ pub fn plan(
         None => without_backbone(solved),
         Some(objective) => {
             objective.weighing().map_err(invalid_objective)?;
-            objective
-                .check_without_backbone(&recorded.objective)
-                .map_err(invalid_objective)?;
             objective.clone()
         }
     };
+    objective
+        .check_without_backbone(&recorded.objective)
+        .map_err(invalid_objective)?;
     let num_samples = solved.result.diagnostics.num_samples;
     check_samples(&objective, num_samples, recorded.backbone.config.embed_dim)?;
     Ok(EnsembleSpec {

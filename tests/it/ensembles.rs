@@ -232,6 +232,12 @@ async fn what_cannot_be_composed_is_refused_with_its_place(pool: PgPool) {
     };
     upload(&app, "other-size", &other_size).await;
     upload(&app, "copy", &fitting(&app, 1)).await;
+    let unseeded = {
+        let mut file = fitting(&app, 7);
+        file.metadata.as_mut().unwrap().init_seed = None;
+        file
+    };
+    upload(&app, "unseeded", &unseeded).await;
 
     let with_source = |name: &str| {
         let mut request = request();
@@ -245,6 +251,10 @@ async fn what_cannot_be_composed_is_refused_with_its_place(pool: PgPool) {
         request.pointer_mut(parent).unwrap()[key] = value;
         request
     };
+    let mut without_gradients = with("/objective", json!({"method": "average"}));
+    without_gradients["stop_when"] = json!({"weight_se": 0.1});
+    let mut without_anchor = with_source("unseeded");
+    without_anchor["objective"] = json!({"scale": "auto"});
     let second = "/sources/1/prompt";
     for (request, code, pointer) in [
         (with_source("nobody"), "unknown_prompt", second),
@@ -292,6 +302,13 @@ async fn what_cannot_be_composed_is_refused_with_its_place(pool: PgPool) {
             "invalid_objective",
             "/objective/h_score/shrinkage",
         ),
+        (
+            with("/objective", json!({"method": "average", "trade_off": 0.5})),
+            "invalid_objective",
+            "/objective/trade_off",
+        ),
+        (without_anchor, "invalid_objective", "/objective/scale"),
+        (without_gradients, "invalid_stop_when", "/stop_when"),
         (
             with("/priority", json!(-1)),
             "invalid_priority",

@@ -28,7 +28,7 @@ use crate::domain::composition::{
     Source,
 };
 use crate::domain::dataset::LabelledImages;
-use crate::domain::method::{Method, Scale};
+use crate::domain::method::{Method, NO_ANCHOR, Scale};
 use crate::domain::objective::{HScoreOptions, InvalidObjective, Objective, Shrinkage};
 use crate::domain::prompt_file::PromptFile;
 use crate::domain::sharing::StopWhen;
@@ -158,9 +158,7 @@ fn initial_prompt_of(
 ) -> Result<PlainTensor<f32>, EngineError> {
     let seed = init_seed.ok_or_else(|| InvalidObjective {
         field: "scale",
-        problem: "shrinks towards the initial prompt that the sources share, and their init seeds differ or are \
-                  unknown; name one by `anchor`, or leave the scale at 1"
-            .into(),
+        problem: NO_ANCHOR.into(),
     })?;
     let [m, d] = [prompt.shape[0], prompt.shape[1]];
     let values = initial_prompt(m, d, backbone.config.patch_size, seed);

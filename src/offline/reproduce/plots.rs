@@ -12,6 +12,9 @@ use crate::plot::{GREY, GRID, INK, color, padded, style, style_caption, tick};
 
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
+/// A method's label; numbers of sources, each with mean and deviation.
+pub type Line<'a> = (&'a str, Vec<(usize, f64, f64)>);
+
 /// Draws on white, and writes the picture.
 fn draw(path: &Path, size: (u32, u32), on: impl FnOnce(&Area<'_>) -> Result<()>) -> Result<()> {
     let mut svg = String::new();
@@ -137,7 +140,7 @@ pub fn correlation(path: &Path, points: &[(&str, Vec<(f64, f64)>)]) -> Result<()
 }
 
 /// Mean accuracy against the number of sources, a line a method.
-pub fn scalability(path: &Path, series: &[(&str, Vec<(usize, f64, f64)>)]) -> Result<()> {
+pub fn scalability(path: &Path, series: &[Line<'_>]) -> Result<()> {
     draw(path, (760, 460), |area| {
         let (chart, legend) = area.split_horizontally(560);
         let all = || series.iter().flat_map(|(_, points)| points);

@@ -329,7 +329,7 @@ impl<'a> Report<'a> {
     // ---- Number of sources ----------------------------------------------------------------------
 
     /// By method: number of sources, with mean and deviation over seeds and orders of the mean over the targets.
-    fn by_number(&self) -> Vec<(&'static str, Vec<(usize, f64, f64)>)> {
+    fn by_number(&self) -> Vec<plots::Line<'static>> {
         let sizes = sizes(self.suite.tasks.len() - 1);
         let of_method = |key: &'static str| {
             let of_size = |size: &usize| {
