@@ -132,7 +132,7 @@ fn engine(criterion: &mut Criterion) {
         println!(
             "{:48} {} evaluations, {} optima",
             name("solve with its path"),
-            solution.report.evaluations,
+            solution.report.map_or(0, |report| report.evaluations),
             solution.optima.len()
         );
     }

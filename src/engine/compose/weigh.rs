@@ -14,7 +14,7 @@ use crate::engine::methods::{effects, most_similar, proportional, similarity, si
 use crate::engine::solve::{Solved, weigh_features};
 use crate::engine::statistics::Ground;
 use crate::engine::steps::Steps;
-use crate::engine::tuning::{TuningOptions, tune};
+use crate::engine::tuning::{NoCheckpoints, Tuning, TuningOptions};
 use crate::engine::{EngineError, prompt_tensor};
 
 /// What was last tuned on a target, for another method that compares with the same.
@@ -82,15 +82,17 @@ impl Work<'_> {
         }
         let begun = Instant::now();
         let mut count = steps.counter((options.epochs * self.samples.len()) as u64);
-        let file = tune(
-            self.backbone,
-            self.vit,
-            self.samples,
-            "target",
-            self.classes,
-            &options,
-            |at| count(at.samples),
-        )?;
+        let tuning = Tuning {
+            backbone: self.backbone,
+            vit: self.vit,
+            train: self.samples,
+            held_out: None,
+            task: "target",
+            classes: self.classes,
+            start: None,
+            options: &options,
+        };
+        let file = tuning.run(&mut NoCheckpoints, |at| count(at.samples))?;
         Ok(TargetPrompt {
             key,
             embeddings: file.prompt_embeddings,

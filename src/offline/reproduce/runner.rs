@@ -25,7 +25,7 @@ use crate::domain::prompt_file::{FORMAT, Origin, PromptFile, PromptMetadata};
 use crate::domain::tensor::Tensor;
 use crate::engine::Engine;
 use crate::engine::samples::{Samples, Selection};
-use crate::engine::tuning::{TuningOptions, initial_prompt, tune};
+use crate::engine::tuning::{NoCheckpoints, Tuning, TuningOptions, initial_prompt};
 use crate::offline::{read_prompt, write_whole};
 
 pub struct Runner<'a> {
@@ -144,16 +144,17 @@ impl<'a> Runner<'a> {
             skip_bad: self.args.engine.skip_bad,
         };
         let train = Samples::load(&dataset, &selection, &backbone.config.preprocessing)?;
-        let go_on = |_| ControlFlow::Continue(());
-        Ok(tune(
+        let tuning = Tuning {
             backbone,
             vit,
-            &train,
+            train: &train,
+            held_out: None,
             task,
-            &dataset.classes,
-            &options,
-            go_on,
-        )?)
+            classes: &dataset.classes,
+            start: None,
+            options: &options,
+        };
+        Ok(tuning.run(&mut NoCheckpoints, |_| ControlFlow::Continue(()))?)
     }
 
     /// What the sources of a seed began with.

@@ -1,0 +1,287 @@
+use super::*;
+use crate::domain::dataset::{LabelledImages, Split};
+use crate::domain::precision::Precision;
+use crate::engine::samples::Selection;
+use crate::engine::testing::{write_backbone, write_dataset};
+use crate::engine::vit::Compute;
+
+/// The tiny task: 30 images of three classes.
+struct Problem {
+    _dir: tempfile::TempDir,
+    backbone: Backbone,
+    vit: Vit,
+    train: Samples,
+    test: Samples,
+    classes: Vec<String>,
+}
+
+fn problem() -> Problem {
+    let dir = tempfile::tempdir().unwrap();
+    let backbone = write_backbone(&dir.path().join("backbone"));
+    write_dataset(&dir.path().join("target"), 30, 12);
+    let vit = Vit::load(&backbone, &Compute::on(Device::Cpu, Precision::F32)).unwrap();
+    let dataset = LabelledImages::read(&dir.path().join("target")).unwrap();
+    let load = |split| {
+        let selection = Selection {
+            split,
+            max_samples: None,
+            seed: 0,
+            skip_bad: false,
+        };
+        Samples::load(&dataset, &selection, &backbone.config.preprocessing).unwrap()
+    };
+    Problem {
+        train: load(Split::Train),
+        test: load(Split::Test),
+        classes: dataset.classes.clone(),
+        backbone,
+        vit,
+        _dir: dir,
+    }
+}
+
+impl Problem {
+    fn tuning<'a>(&'a self, options: &'a TuningOptions) -> Tuning<'a> {
+        Tuning {
+            backbone: &self.backbone,
+            vit: &self.vit,
+            train: &self.train,
+            held_out: None,
+            task: "tiny",
+            classes: &self.classes,
+            start: None,
+            options,
+        }
+    }
+}
+
+fn options() -> TuningOptions {
+    TuningOptions {
+        num_tokens: 3,
+        epochs: 4,
+        batch_size: 8,
+        sketch_samples: 6,
+        ..TuningOptions::default()
+    }
+}
+
+fn go_on(_: TuningProgress) -> ControlFlow<()> {
+    ControlFlow::Continue(())
+}
+
+fn run(tuning: &Tuning<'_>) -> PromptFile {
+    tuning.run(&mut NoCheckpoints, go_on).unwrap()
+}
+
+fn curves(file: &PromptFile) -> (Vec<f64>, usize) {
+    let training = file.metadata.as_ref().unwrap().training.clone().unwrap();
+    let of = |name: &str| serde_json::from_value::<Vec<f64>>(training[name].clone()).unwrap();
+    let held_out = training["held_out"].as_array().map_or(0, Vec::len);
+    (of("cross_entropy"), held_out)
+}
+
+/// In memory.
+#[derive(Default)]
+struct Kept(Option<Vec<u8>>);
+
+impl Checkpoints for Kept {
+    fn last(&mut self) -> Option<Vec<u8>> {
+        self.0.clone()
+    }
+    fn keep(&mut self, bytes: &[u8]) {
+        self.0 = Some(bytes.to_vec());
+    }
+}
+
+#[test]
+fn the_initial_prompt_is_a_function_of_its_seed_and_within_bounds() {
+    let prompt = initial_prompt(3, 384, 14, 7);
+    assert_eq!(prompt, initial_prompt(3, 384, 14, 7));
+    assert_ne!(prompt, initial_prompt(3, 384, 14, 8));
+    let bound = (6.0f64 / (3.0 * 196.0 + 384.0)).sqrt() as f32;
+    assert!(prompt.iter().all(|v| v.abs() <= bound));
+    assert!(prompt.iter().any(|v| v.abs() > 0.9 * bound));
+}
+
+#[test]
+fn tuning_lowers_the_loss_by_either_optimizer_and_writes_a_whole_file() {
+    let problem = problem();
+    for optimizer in [OptimizerKind::AdamW, OptimizerKind::Sgd] {
+        let options = TuningOptions {
+            optimizer,
+            prompt_dropout: 0.1,
+            ..options()
+        };
+        let file = run(&problem.tuning(&options));
+        let (losses, _) = curves(&file);
+        assert_eq!(losses.len(), 4);
+        assert!(losses[3] < losses[0], "{optimizer:?}: {losses:?}");
+        let sketch = file.sketch.as_ref().unwrap();
+        assert_eq!(sketch.features.shape[0], 6);
+        let read = PromptFile::parse(&file.to_bytes()).unwrap();
+        assert_eq!(read, file);
+        assert_eq!(file.to_bytes(), run(&problem.tuning(&options)).to_bytes());
+    }
+}
+
+/// To the last bit, wherever it was killed.
+#[test]
+fn a_tuning_goes_on_from_its_checkpoint_as_if_it_had_not_been_killed() {
+    let problem = problem();
+    for optimizer in [OptimizerKind::AdamW, OptimizerKind::Sgd] {
+        let options = TuningOptions {
+            optimizer,
+            prompt_dropout: 0.2,
+            ..options()
+        };
+        let tuning = Tuning {
+            held_out: Some(&problem.test),
+            ..problem.tuning(&options)
+        };
+        let whole = run(&tuning);
+        let mut kept = Kept::default();
+        let killed = tuning.run(&mut kept, |at| match at.epoch {
+            2 => ControlFlow::Break(()),
+            _ => ControlFlow::Continue(()),
+        });
+        assert!(matches!(killed, Err(EngineError::Stopped)));
+        let mut epochs = Vec::new();
+        let finished = tuning.run(&mut kept, |at| {
+            epochs.push(at.epoch);
+            ControlFlow::Continue(())
+        });
+        assert_eq!(finished.unwrap().to_bytes(), whole.to_bytes());
+        epochs.dedup();
+        assert_eq!(epochs, [2, 3], "what was done is not done again");
+
+        // Of another tuning, or half a file: begun anew.
+        let other = TuningOptions {
+            seed: 1,
+            ..options.clone()
+        };
+        let other = Tuning {
+            options: &other,
+            ..tuning
+        };
+        assert_eq!(
+            other.run(&mut kept, go_on).unwrap().to_bytes(),
+            run(&other).to_bytes()
+        );
+        let mut half = Kept(kept.0.map(|bytes| bytes[..bytes.len() / 2].to_vec()));
+        assert_eq!(
+            tuning.run(&mut half, go_on).unwrap().to_bytes(),
+            whole.to_bytes()
+        );
+    }
+}
+
+#[test]
+fn a_start_is_gone_on_from_with_its_head() {
+    let problem = problem();
+    let first = run(&problem.tuning(&options()));
+    let standing = TuningOptions {
+        prompt_learning_rate: 0.0,
+        head_learning_rate: 0.0,
+        sketch_samples: 0,
+        epochs: 1,
+        ..options()
+    };
+    let tuning = Tuning {
+        start: Some(&first),
+        ..problem.tuning(&standing)
+    };
+    let again = run(&tuning);
+    assert_eq!(again.prompt_embeddings, first.prompt_embeddings);
+    assert_eq!(again.head, first.head);
+    let metadata = again.metadata.as_ref().unwrap();
+    let start = metadata.training.as_ref().unwrap()["start"].clone();
+    assert_eq!(start, Digest::of(&first.to_bytes()).to_string());
+    assert_eq!(metadata.init_seed, Some(0));
+    // Of other classes, its head is not taken.
+    let two = &problem.classes[..2];
+    let few: Vec<usize> = (0..problem.train.len())
+        .filter(|n| problem.train.labels[*n] < 2)
+        .collect();
+    let few = problem.train.only(&few);
+    let other = run(&Tuning {
+        classes: two,
+        train: &few,
+        ..tuning
+    });
+    assert_eq!(
+        other.head.unwrap().weight.values,
+        vec![0.0; 2 * first.embed_dim()]
+    );
+}
+
+#[test]
+fn patience_ends_a_tuning_and_takes_its_best_epoch() {
+    let problem = problem();
+    // Far too fast: it gets worse at some time.
+    let options = TuningOptions {
+        epochs: 40,
+        prompt_learning_rate: 0.5,
+        head_learning_rate: 0.5,
+        patience: Some(2),
+        ..options()
+    };
+    let tuning = Tuning {
+        held_out: Some(&problem.test),
+        ..problem.tuning(&options)
+    };
+    let file = run(&tuning);
+    let (losses, held_out) = curves(&file);
+    assert!(losses.len() < 40 && held_out == losses.len(), "{losses:?}");
+    let training = file.metadata.as_ref().unwrap().training.clone().unwrap();
+    let of_epochs: Vec<HeldOut> = serde_json::from_value(training["held_out"].clone()).unwrap();
+    let lowest = of_epochs
+        .iter()
+        .map(|score| score.cross_entropy)
+        .fold(f64::INFINITY, f64::min);
+    let found = evaluate(&problem.vit, &problem.test, &file).unwrap();
+    assert!(
+        (found.cross_entropy - lowest).abs() < 1e-9,
+        "{found:?} {of_epochs:?}"
+    );
+}
+
+#[test]
+fn the_grid_takes_the_pair_that_does_best_on_what_is_held_out() {
+    let problem = problem();
+    let grid = Grid {
+        prompt_learning_rates: vec![1e-9, 5e-2],
+        weight_decays: vec![0.0, 0.1],
+    };
+    let base = options();
+    let tuning = problem.tuning(&base);
+    let (chosen, candidates) = grid
+        .select(tuning, (&problem.train, &problem.test), go_on)
+        .unwrap();
+    assert_eq!(candidates.len(), 4);
+    let best = candidates.iter().map(|c| c.accuracy).fold(0.0, f64::max);
+    let of_chosen = candidates.iter().find(|c| {
+        c.prompt_learning_rate == chosen.prompt_learning_rate
+            && c.weight_decay == chosen.weight_decay
+    });
+    assert_eq!(of_chosen.unwrap().accuracy, best);
+    assert_eq!(
+        (chosen.epochs, chosen.sketch_samples),
+        (base.epochs, base.sketch_samples)
+    );
+}
+
+#[test]
+fn dropout_leaves_out_its_share_and_keeps_the_mean() {
+    let problem = problem();
+    let options = TuningOptions {
+        prompt_dropout: 0.3,
+        ..options()
+    };
+    let tuning = problem.tuning(&options);
+    let prompt = Tensor::ones([100, 100], (Kind::Float, Device::Cpu));
+    let kept = tuning.kept(&prompt, 5);
+    let left_out = f64::try_from(kept.eq(0.0).to_kind(Kind::Double).mean(Kind::Double)).unwrap();
+    assert!((left_out - 0.3).abs() < 0.02, "{left_out}");
+    assert!((f64::try_from(kept.mean(Kind::Double)).unwrap() - 1.0).abs() < 0.03);
+    assert!(tuning.kept(&prompt, 5) == kept && tuning.kept(&prompt, 6) != kept);
+}
