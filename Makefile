@@ -1,6 +1,6 @@
 # `make demo` and `make test` need nothing before them: they set up what is missing.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test fmt clippy openapi sqlx test-peft fuzz-api fuzz bench-api bench-upload bench-hostile bench-engine bench-demo bench-growth bench-workers chaos chaos-short bench-queue
+.PHONY: help setup demo up test fmt clippy openapi sqlx test-peft fuzz-api fuzz bench-api bench-upload bench-hostile bench-engine bench-demo bench-growth bench-workers chaos chaos-short bench-queue mini-vtab
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -46,6 +46,9 @@ chaos: ## kill -9, SIGSTOP, a database that dies: whether the queue keeps its pr
 
 chaos-short: ## the same in three minutes, of everything a little
 	scripts/chaos_short.sh
+
+mini-vtab: ## ten small tasks in VTAB-1k's layout, into OUT (.assets/mini-vtab), in two minutes; fetches 370 MB once
+	scripts/mini_vtab.sh $${OUT:-.assets/mini-vtab}
 
 fuzz: ## cargo-fuzz on what reads strangers' bytes, SECONDS_EACH (600) a target
 	scripts/fuzz.sh
