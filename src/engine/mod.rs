@@ -53,7 +53,7 @@ mod resolve;
 mod row_file;
 mod self_test;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 mod threads;
 mod tiny;
 mod token_alignment;

@@ -43,7 +43,8 @@ pub struct Args {
     /// Where results.jsonl, the source prompts and the report go; what is there is gone on with.
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
-    /// `zero-shot`: no target tuning, every composed prompt with a closed-form head.
+    /// `zero-shot`: every composed prompt as it is, with a closed-form head. `small`: prompt and head are tuned on the target
+    /// from there, for five epochs; meant for a backbone of six blocks at 70 pixels.
     #[arg(long, value_enum, default_value_t = Profile::ZeroShot)]
     pub profile: Profile,
     #[arg(
@@ -70,6 +71,7 @@ pub struct Args {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Profile {
     ZeroShot,
+    Small,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -94,23 +96,36 @@ pub struct Settings {
     pub target_samples: usize,
     /// Of `spot` and `panda`.
     pub target_epochs: u32,
+    /// Of prompt and head, from the composed prompt; on the same images. None with `zero-shot`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target_tuning: Option<TuningOptions>,
 }
 
 impl Settings {
     fn of(args: &Args, backbone: &Backbone) -> Self {
+        let five_epochs = TuningOptions {
+            epochs: 5,
+            ..TuningOptions::default()
+        };
+        let (profile, target_tuning) = match args.profile {
+            Profile::ZeroShot => ("zero-shot", None),
+            Profile::Small => {
+                let without_sketch = TuningOptions {
+                    sketch_samples: 0,
+                    ..five_epochs.clone()
+                };
+                ("small", Some(without_sketch))
+            }
+        };
         Self {
-            profile: match args.profile {
-                Profile::ZeroShot => "zero-shot",
-            },
+            profile,
             backbone: backbone.digest.to_string(),
             precision: args.engine.precision.to_string(),
-            source_tuning: TuningOptions {
-                epochs: 5,
-                ..TuningOptions::default()
-            },
+            source_tuning: five_epochs,
             source_samples: 400,
             target_samples: 400,
             target_epochs: 5,
+            target_tuning,
         }
     }
 }
@@ -156,7 +171,7 @@ fn compute(
         bar.set_message(cell.to_string());
         let row = runner.compute(cell).with_context(|| cell.to_string())?;
         if bar.is_hidden() {
-            let accuracy = 100.0 * row.eval_accuracy;
+            let accuracy = 100.0 * row.accuracy();
             eprintln!(
                 "{}/{} {cell}: {accuracy:.1} %, {:.1} s",
                 done + 1,
@@ -169,4 +184,109 @@ fn compute(
     }
     bar.finish();
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::Path;
+
+    use clap::Parser;
+
+    use super::*;
+    use crate::engine::testing::{write_backbone, write_dataset};
+
+    #[derive(Parser)]
+    struct Command {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    fn args(dir: &Path, more: &[&str]) -> Args {
+        let at = |name: &str| dir.join(name).display().to_string();
+        let (backbone, suite, out) = (at("backbone"), at("suite"), at("out"));
+        let paths = ["--backbone", &backbone, "--suite", &suite, "--out", &out];
+        let device = ["--device", "cpu", "--seeds", "3"];
+        let all = ["reproduce"]
+            .iter()
+            .chain(&paths)
+            .chain(&device)
+            .chain(more);
+        Command::parse_from(all).args
+    }
+
+    /// Tasks that differ in their number of images, and so in their images.
+    fn suite(dir: &Path, tasks: usize) {
+        write_backbone(&dir.join("backbone"));
+        for task in 0..tasks {
+            let name = format!("suite/task{task}");
+            write_dataset(&dir.join(name), 30 + 3 * task, 12);
+        }
+    }
+
+    #[test]
+    fn every_cell_is_computed_once_and_all_tables_are_made_of_them() {
+        let dir = tempfile::tempdir().unwrap();
+        suite(dir.path(), 3);
+        let args = args(dir.path(), &["--profile", "small"]);
+        run(&args).unwrap();
+        let read = |name: &str| fs::read_to_string(dir.path().join("out").join(name)).unwrap();
+        let rows = read("results.jsonl");
+        let report = read("report.md");
+        for title in [
+            "Accuracy",
+            "Differences",
+            "Ablation",
+            "foretell",
+            "More sources",
+        ] {
+            assert!(report.contains(title), "{title}: {report}");
+        }
+        assert!(!report.contains("Not finished"), "{report}");
+        for picture in [
+            "accuracies.svg",
+            "weights.svg",
+            "spearman.svg",
+            "scalability.svg",
+        ] {
+            assert!(read(picture).contains("</svg>"), "{picture}");
+        }
+        let table = read("cells.csv");
+        assert_eq!(table.lines().count(), rows.lines().count());
+        // Of HGPrompt, tuned on the target.
+        let row: results::Row = rows
+            .lines()
+            .find(|line| line.contains("\"method\":\"hgprompt\""))
+            .map(|line| serde_json::from_str(line).unwrap())
+            .unwrap();
+        assert!(
+            row.tuned_accuracy
+                .is_some_and(|accuracy| (0.0..=1.0).contains(&accuracy))
+        );
+        assert_eq!((row.sources.len(), row.weights.len()), (2, 2));
+
+        // Again: nothing is computed, and the report is the same.
+        run(&args).unwrap();
+        assert_eq!((read("results.jsonl"), read("report.md")), (rows, report));
+    }
+
+    #[test]
+    fn a_suite_that_is_none_is_refused_with_what_is_missing() {
+        let dir = tempfile::tempdir().unwrap();
+        suite(dir.path(), 2);
+        let refused = |more: &[&str]| format!("{:#}", run(&args(dir.path(), more)).unwrap_err());
+        let few = refused(&[]);
+        assert!(
+            few.contains("has 2 tasks; leave-one-out needs at least 3"),
+            "{few}"
+        );
+        let unknown = refused(&["--tasks", "task0,pets"]);
+        assert!(
+            unknown.contains("has no task `pets`; it has task0, task1"),
+            "{unknown}"
+        );
+        fs::create_dir(dir.path().join("suite/empty")).unwrap();
+        let empty = refused(&[]);
+        assert!(empty.contains("suite/empty` is no task"), "{empty}");
+    }
 }

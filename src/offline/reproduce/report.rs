@@ -99,14 +99,21 @@ impl<'a> Report<'a> {
         } = self.settings;
         let seconds: f64 = self.rows.iter().map(|row| row.seconds).sum();
         let seeds: Vec<String> = self.seeds.iter().map(u64::to_string).collect();
+        let heads = match &self.settings.target_tuning {
+            None => "a closed-form head, no target tuning but for what SPoT and PANDA compare with"
+                .to_owned(),
+            Some(tuning) => format!(
+                "then prompt and head tuned on them for {} epochs, from the composed prompt and its closed-form head",
+                tuning.epochs
+            ),
+        };
         let missing = match self.missing {
             0 => String::new(),
             missing => format!(" **Not finished: {missing} cells are missing.**"),
         };
         format!(
             "Profile {}: {} tasks, seeds {}; {} cells.{missing} Source prompts of {} tokens, {} epochs on up to \
-             {source_samples} images each; N = up to {target_samples} target images; closed-form heads, no target \
-             tuning but for what SPoT and PANDA compare with. The compositions took {seconds:.0} s together.\n",
+             {source_samples} images each; N = up to {target_samples} target images; {heads}. The compositions took {seconds:.0} s together.\n",
             self.settings.profile,
             self.suite.tasks.len(),
             seeds.join(", "),
@@ -137,7 +144,7 @@ impl<'a> Report<'a> {
     /// In percent, of each seed.
     fn percents(&self, target: &str, key: &str) -> Vec<f64> {
         let rows = self.rows_of(target, key);
-        rows.iter().map(|row| 100.0 * row.eval_accuracy).collect()
+        rows.iter().map(|row| 100.0 * row.accuracy()).collect()
     }
 
     /// The method's mean over targets that have rows of all these methods, so that means compare.
@@ -193,7 +200,7 @@ impl<'a> Report<'a> {
                     .filter_map(|own| {
                         let others = self.rows_of(target, rival);
                         let other = others.into_iter().find(|other| other.seed == own.seed)?;
-                        Some(100.0 * (own.eval_accuracy - other.eval_accuracy))
+                        Some(100.0 * (own.accuracy() - other.accuracy()))
                     });
                 let pairs: Vec<f64> = pairs.collect();
                 if !pairs.is_empty() {
@@ -357,7 +364,7 @@ impl<'a> Report<'a> {
             let sources = subset(&self.suite.others(target), size, seed, order);
             let rows = self.of(target, key).into_iter();
             let mut of_subset = rows.filter(|row| row.seed == seed && row.sources == sources);
-            of_subset.next().map(|row| 100.0 * row.eval_accuracy)
+            of_subset.next().map(|row| 100.0 * row.accuracy())
         };
         let accuracies: Option<Vec<f64>> = self.targets().map(of_target).collect();
         accuracies.map(|accuracies| mean_and_deviation(&accuracies).0)
@@ -388,7 +395,7 @@ impl<'a> Report<'a> {
     }
 
     fn csv(&self) -> String {
-        let mut text = "seed,target,method,sources,eval_accuracy,train_accuracy,h_score,scale,seconds,weights\n".to_owned();
+        let mut text = "seed,target,method,sources,eval_accuracy,tuned_accuracy,train_accuracy,h_score,scale,seconds,weights\n".to_owned();
         for row in self.rows {
             let weights: Vec<String> = row
                 .sources
@@ -398,12 +405,14 @@ impl<'a> Report<'a> {
                 .collect();
             let _ = writeln!(
                 text,
-                "{},{},{},{},{},{},{},{},{:.3},{}",
+                "{},{},{},{},{},{},{},{},{},{:.3},{}",
                 row.seed,
                 row.target,
                 row.method,
                 row.sources.len(),
                 row.eval_accuracy,
+                row.tuned_accuracy
+                    .map_or(String::new(), |accuracy| accuracy.to_string()),
                 row.train_accuracy,
                 row.h_score,
                 row.scale,

@@ -26,6 +26,9 @@ pub struct Row {
     /// Share of the test images that the closed-form head on the composed prompt's features gets right.
     pub eval_accuracy: f64,
     pub train_accuracy: f64,
+    /// Of prompt and head after the target tuning, where there is one, on the same test images.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tuned_accuracy: Option<f64>,
     /// H(f of the composed prompt).
     pub h_score: f64,
     /// (H(f of the composed prompt) - H of the mixed features) over the latter.
@@ -36,6 +39,11 @@ pub struct Row {
 }
 
 impl Row {
+    /// What the tables show.
+    pub fn accuracy(&self) -> f64 {
+        self.tuned_accuracy.unwrap_or(self.eval_accuracy)
+    }
+
     fn is_of(&self, cell: &Cell) -> bool {
         (self.seed, &*self.target, &*self.method, &self.sources)
             == (cell.seed, &*cell.target, cell.method, &cell.sources)
@@ -128,6 +136,7 @@ pub mod tests {
             source_samples: 400,
             target_samples,
             target_epochs: 5,
+            target_tuning: None,
         }
     }
 
@@ -142,6 +151,7 @@ pub mod tests {
             scale: 1.0,
             eval_accuracy,
             train_accuracy: 1.0,
+            tuned_accuracy: None,
             h_score: 2.0,
             surrogate_gap: None,
             seconds: 0.5,

@@ -8,7 +8,7 @@ use std::time::Instant;
 use anyhow::{Context as _, anyhow};
 use serde_json::Value;
 
-use super::cells::{Cell, NONE, method};
+use super::cells::{ALONE, Cell, NONE, method};
 use super::results::Row;
 use super::suite::Suite;
 use super::{Args, Settings};
@@ -25,7 +25,7 @@ use crate::domain::prompt_file::{FORMAT, Origin, PromptFile, PromptMetadata};
 use crate::domain::tensor::Tensor;
 use crate::engine::Engine;
 use crate::engine::samples::{Samples, Selection};
-use crate::engine::tuning::{NoCheckpoints, Tuning, TuningOptions, initial_prompt};
+use crate::engine::tuning::{NoCheckpoints, Tuning, TuningOptions, evaluate, initial_prompt};
 use crate::offline::{read_prompt, write_whole};
 
 pub struct Runner<'a> {
@@ -74,7 +74,53 @@ impl<'a> Runner<'a> {
         };
         let begun = Instant::now();
         let composition = self.engine.compose(&input, &mut Unwatched)?;
-        row(cell, &composition.result, begun.elapsed().as_secs_f64())
+        let seconds = begun.elapsed().as_secs_f64();
+        let tuned_accuracy = match &self.settings.target_tuning {
+            // A source alone is what rankings are compared with: as it is, whatever the profile.
+            Some(options) if cell.method != ALONE => {
+                Some(self.tune_on(cell, options, &composition.composed)?)
+            }
+            _ => None,
+        };
+        row(cell, &composition.result, seconds, tuned_accuracy)
+    }
+
+    /// Test accuracy after tuning prompt and head on the target, from the composed prompt and its closed-form head.
+    fn tune_on(
+        &mut self,
+        cell: &Cell,
+        options: &TuningOptions,
+        composed: &[u8],
+    ) -> anyhow::Result<f64> {
+        let start = PromptFile::parse(composed)?;
+        let options = TuningOptions {
+            seed: cell.seed,
+            ..options.clone()
+        };
+        let samples = self.settings.target_samples;
+        let tuned = self.tuned(&cell.target, samples, Some(&start), &options)?;
+        let test = self.samples(&cell.target, Split::Test, None, cell.seed)?;
+        let (_, vit) = self.engine.backbone(&self.args.engine.backbone)?;
+        Ok(evaluate(vit, &test, &tuned)?.accuracy)
+    }
+
+    fn samples(
+        &mut self,
+        task: &str,
+        split: Split,
+        max_samples: Option<usize>,
+        seed: u64,
+    ) -> anyhow::Result<Samples> {
+        let dataset = LabelledImages::read(&self.suite.task(task).dir)?;
+        let (backbone, _) = self.engine.backbone(&self.args.engine.backbone)?;
+        let selection = Selection {
+            split,
+            max_samples,
+            seed,
+            skip_bad: self.args.engine.skip_bad,
+        };
+        let preprocessing = &backbone.config.preprocessing;
+        Ok(Samples::load(&dataset, &selection, preprocessing)?)
     }
 
     fn objective(&self, cell: &Cell) -> anyhow::Result<Objective> {
@@ -101,8 +147,9 @@ impl<'a> Runner<'a> {
         if !self.prompts.contains_key(&key) {
             let path = self.prompt_path(seed, task);
             if !path.exists() {
+                let options = self.tuning(seed);
                 let file = self
-                    .tuned(seed, task)
+                    .tuned(task, self.settings.source_samples, None, &options)
                     .with_context(|| format!("cannot tune a prompt for `{task}`"))?;
                 write_whole(&path, &file.to_bytes())?;
             }
@@ -133,26 +180,27 @@ impl<'a> Runner<'a> {
         }
     }
 
-    fn tuned(&mut self, seed: u64, task: &str) -> anyhow::Result<PromptFile> {
-        let options = self.tuning(seed);
-        let dataset = LabelledImages::read(&self.suite.task(task).dir)?;
+    fn tuned(
+        &mut self,
+        task: &str,
+        max_samples: usize,
+        start: Option<&PromptFile>,
+        options: &TuningOptions,
+    ) -> anyhow::Result<PromptFile> {
+        let train = self.samples(task, Split::Train, Some(max_samples), options.seed)?;
+        let classes = LabelledImages::read(&self.suite.task(task).dir)?
+            .listing
+            .classes;
         let (backbone, vit) = self.engine.backbone(&self.args.engine.backbone)?;
-        let selection = Selection {
-            split: Split::Train,
-            max_samples: Some(self.settings.source_samples),
-            seed,
-            skip_bad: self.args.engine.skip_bad,
-        };
-        let train = Samples::load(&dataset, &selection, &backbone.config.preprocessing)?;
         let tuning = Tuning {
             backbone,
             vit,
             train: &train,
             held_out: None,
             task,
-            classes: &dataset.classes,
-            start: None,
-            options: &options,
+            classes: &classes,
+            start,
+            options,
         };
         Ok(tuning.run(&mut NoCheckpoints, |_| ControlFlow::Continue(()))?)
     }
@@ -200,7 +248,12 @@ fn initial_file(backbone: &Backbone, options: &TuningOptions) -> PromptFile {
     }
 }
 
-fn row(cell: &Cell, result: &CompositionResult, seconds: f64) -> anyhow::Result<Row> {
+fn row(
+    cell: &Cell,
+    result: &CompositionResult,
+    seconds: f64,
+    tuned_accuracy: Option<f64>,
+) -> anyhow::Result<Row> {
     let composed = result.diagnostics.composed.as_ref();
     let composed = composed.ok_or_else(|| anyhow!("a composition with a backbone is verified"))?;
     let eval_accuracy = composed.eval_accuracy;
@@ -218,6 +271,7 @@ fn row(cell: &Cell, result: &CompositionResult, seconds: f64) -> anyhow::Result<
         scale: result.method.scale,
         eval_accuracy: eval_accuracy.ok_or_else(|| anyhow!("the test split was asked for"))?,
         train_accuracy: composed.train_accuracy,
+        tuned_accuracy,
         h_score: composed.h_score,
         surrogate_gap: result.diagnostics.surrogate_gap,
         seconds,
