@@ -52,6 +52,9 @@ pub enum Command {
     /// Solve for source weights again from an earlier composition's statistics, without the backbone.
     #[cfg(feature = "torch")]
     Solve(crate::offline::solve::Args),
+    /// Every transferability metric of any set of prompts for a target task, in one table.
+    #[cfg(feature = "torch")]
+    Rank(crate::offline::rank::Args),
     /// Accuracy of a prompt on a labelled image set with its closed-form head.
     #[cfg(feature = "torch")]
     Evaluate(crate::offline::evaluate::Args),
@@ -207,6 +210,7 @@ mod tests {
             "compose",
             "solve",
             "evaluate",
+            "rank",
             "reproduce",
             "doctor",
             "plot",

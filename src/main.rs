@@ -54,6 +54,8 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
         #[cfg(feature = "torch")]
         Command::Solve(args) => offline::solve::run(&args),
         #[cfg(feature = "torch")]
+        Command::Rank(args) => offline::rank::run(&args),
+        #[cfg(feature = "torch")]
         Command::Evaluate(args) => offline::evaluate::run(&args),
         #[cfg(feature = "torch")]
         Command::Reproduce(args) => offline::reproduce::run(&args),

@@ -25,6 +25,7 @@ pub mod peft;
 pub mod precision;
 pub mod prompt_description;
 pub mod prompt_file;
+pub mod ranking;
 pub mod reference;
 pub mod sharing;
 pub mod tensor;

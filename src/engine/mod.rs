@@ -77,6 +77,7 @@ use crate::domain::composition::{
 };
 use crate::domain::dataset::DatasetError;
 use crate::domain::precision::Precision;
+use crate::domain::ranking::Ranking;
 use crate::domain::sharing::{ShardInput, SharingError};
 use crate::domain::tensor::Tensor as PlainTensor;
 
@@ -228,6 +229,17 @@ impl Engine {
             cache: Some(cache),
             ..self
         }
+    }
+
+    /// Every metric of every source for a target, without weighing them.
+    pub fn rank(
+        &mut self,
+        input: &CompositionInput,
+        observer: &mut dyn Observer,
+    ) -> Result<Ranking, EngineError> {
+        let (backbone, vit) = self.backbones.open(&input.backbone_dir)?;
+        let (cache, target_prompt) = (self.cache.as_mut(), &mut self.target_prompt);
+        compose::rank(backbone, vit, cache, target_prompt, input, observer)
     }
 
     /// The backbone of a folder; read again only when the folder's content changed.

@@ -46,7 +46,7 @@ pub struct Args {
     pub backbone_options: BackboneOptions,
 }
 
-fn parse_source(text: &str) -> Result<(String, PathBuf), String> {
+pub(super) fn parse_source(text: &str) -> Result<(String, PathBuf), String> {
     match text.split_once('=') {
         Some((name, file)) if !name.is_empty() && !file.is_empty() => {
             Ok((name.to_owned(), PathBuf::from(file)))
@@ -55,20 +55,21 @@ fn parse_source(text: &str) -> Result<(String, PathBuf), String> {
     }
 }
 
-pub fn run(args: &Args) -> anyhow::Result<()> {
-    let sources = args
-        .sources
-        .iter()
-        .map(|(name, path)| {
-            let (digest, file) = read_prompt(path)?;
-            Ok(Source {
-                prompt: name.clone(),
-                version: None,
-                digest,
-                file,
-            })
+/// Prompt files by the names they were given.
+pub(super) fn read_sources(named: &[(String, PathBuf)]) -> anyhow::Result<Vec<Source>> {
+    let source = |(name, path): &(String, PathBuf)| {
+        let (digest, file) = read_prompt(path)?;
+        Ok(Source {
+            prompt: name.clone(),
+            version: None,
+            digest,
+            file,
         })
-        .collect::<anyhow::Result<Vec<_>>>()?;
+    };
+    named.iter().map(source).collect()
+}
+
+pub fn run(args: &Args) -> anyhow::Result<()> {
     let input = CompositionInput {
         backbone_dir: args.engine.backbone.clone(),
         target_dir: args.target.clone(),
@@ -79,7 +80,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
             seed: args.seed,
             skip_bad: args.engine.skip_bad,
         },
-        sources,
+        sources: read_sources(&args.sources)?,
         objective: args.solve.over(&args.backbone_options.objective()),
         stop_when: None,
     };

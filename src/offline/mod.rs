@@ -6,6 +6,7 @@ pub mod doctor;
 pub mod evaluate;
 pub mod objective;
 pub mod progress;
+pub mod rank;
 pub mod reproduce;
 pub mod solve;
 pub mod tune;

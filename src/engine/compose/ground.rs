@@ -33,13 +33,7 @@ impl Work<'_> {
     ) -> Result<(Statistics, Option<EarlyStop>), EngineError> {
         let Self { vit, samples, .. } = self;
         let labels = &samples.labels;
-        let mut by_shards = false;
-        let features = cached.features(&self.tensors, |unknown| {
-            let (features, shared) = self.features(unknown, steps)?;
-            by_shards = shared;
-            Ok(features)
-        })?;
-        self.eval.map_or(Ok(()), Samples::wait)?;
+        let (features, by_shards) = self.all_features(&mut cached, steps)?;
 
         steps.begin(Phase::Heads)?;
         let folds = folds(labels, vit.config.embed_dim);
@@ -65,7 +59,7 @@ impl Work<'_> {
         let of_heads = |of: fn(&SourceHead) -> f64| heads.iter().map(of).collect();
         let statistics = Statistics {
             features,
-            prompts: self.prompts.clone(),
+            prompts: self.prompts.to_vec(),
             labels: labels.clone(),
             sample_indices: samples.indices.clone(),
             folds,
@@ -77,6 +71,22 @@ impl Work<'_> {
             gradients,
         };
         Ok((statistics, early_stop))
+    }
+
+    /// [M, N, d], and whether they came by shards.
+    pub(super) fn all_features(
+        &self,
+        cached: &mut CachedSources<'_>,
+        steps: &mut Steps<'_>,
+    ) -> Result<(Tensor, bool), EngineError> {
+        let mut by_shards = false;
+        let features = cached.features(&self.tensors, |unknown| {
+            let (features, shared) = self.features(unknown, steps)?;
+            by_shards = shared;
+            Ok(features)
+        })?;
+        self.eval.map_or(Ok(()), Samples::wait)?;
+        Ok((features, by_shards))
     }
 
     /// Those that are kept, and the others by whoever is free; `features` with whether they came by shards.

@@ -1,7 +1,10 @@
 //! The whole method, step by step.
 
 mod ground;
+mod rank;
 mod weigh;
+
+pub use self::rank::rank;
 
 pub use self::weigh::TargetPrompt;
 
@@ -25,7 +28,7 @@ use super::{EngineError, device, prompt_tensor};
 use crate::domain::backbone::Backbone;
 use crate::domain::composition::{
     Baselines, Composition, CompositionInput, Observer, PathPoint, Phase, PromptScore, Refinement,
-    Source,
+    Source, TokenAlignment,
 };
 use crate::domain::dataset::LabelledImages;
 use crate::domain::method::{Method, NO_ANCHOR, Scale};
@@ -45,55 +48,16 @@ pub fn compose(
     let CompositionInput {
         objective,
         target,
-        stop_when,
+        sources,
         ..
     } = input;
     let mut steps = Steps::new(observer);
-    objective.weighing()?;
-    check_sources(&input.sources, backbone)?;
-    let sources = &input.sources;
-    let (prompts, token_alignment) = align(sources, objective.align_tokens)?;
-    let init_seed = objective.anchor.or_else(|| common_init_seed(sources));
-    let anchor = match objective.scale == Scale::default() {
-        true => None,
-        false => Some(initial_prompt_of(&prompts[0], backbone, init_seed)?),
-    };
-    let dataset = LabelledImages::read(&input.target_dir)?;
-
-    steps.begin(Phase::Features)?;
-    let selection = Selection::of_target(target);
-    let preprocessing = &backbone.config.preprocessing;
-    let samples = Samples::load(&dataset, &selection, preprocessing)?;
-    check_samples(&samples, &dataset, objective, vit)?;
-    // Now and not when it is needed: what is wrong with these images should not show after hours, but
-    // when they are decoded, behind the features.
-    let eval = match target.eval_split {
-        None => None,
-        Some(split) => {
-            let all = Selection {
-                split,
-                max_samples: None,
-                ..selection
-            };
-            Some(Samples::load(&dataset, &all, preprocessing)?)
-        }
-    };
-    let work = Work {
-        backbone,
-        vit,
-        samples: &samples,
-        eval: eval.as_ref(),
-        classes: &dataset.classes,
-        seed: target.seed,
-        init_seed,
-        anchor,
-        objective,
-        stop_when: *stop_when,
-        tensors: prompts.iter().map(|p| prompt_tensor(p, vit)).collect(),
-        prompts,
-        sources,
-    };
-    let cached = CachedSources::new(cache, backbone, vit, &samples, &work.prompts);
+    let inputs = Inputs::read(backbone, vit, input, &mut steps)?;
+    let work = inputs.work(backbone, vit, input);
+    let Inputs {
+        samples, dataset, ..
+    } = &inputs;
+    let cached = CachedSources::new(cache, backbone, vit, samples, &work.prompts);
     let (statistics, early_stop) = work.statistics(cached, &mut steps)?;
 
     steps.begin(Phase::Solve)?;
@@ -102,17 +66,17 @@ pub fn compose(
     steps.begin(Phase::Verify)?;
     let (alpha, refinement) = work.refine(&solved, &mut steps)?;
     (method.scale, method.scales) = work.scale(&alpha, &mut steps)?;
-    method.anchor = init_seed.filter(|_| method.scale != 1.0);
+    method.anchor = inputs.init_seed.filter(|_| method.scale != 1.0);
     let metadata = Metadata {
         format: Metadata::FORMAT,
         sources: work.recorded(&statistics)?,
         backbone_digest: backbone.digest,
-        preprocessing_id: preprocessing.id(),
+        preprocessing_id: backbone.config.preprocessing.id(),
         precision: vit.compute.precision,
         sample_digest: samples.digest,
         classes: dataset.classes.clone(),
         objective: objective.clone(),
-        token_alignment,
+        token_alignment: inputs.token_alignment.clone(),
         seed: target.seed,
         skipped_images: samples.skipped,
     };
@@ -133,6 +97,97 @@ pub fn compose(
         early_stop,
     };
     evidence.composition(steps)
+}
+
+/// What there is before the first forward pass.
+struct Inputs {
+    dataset: LabelledImages,
+    samples: Samples,
+    eval: Option<Samples>,
+    /// The sources', with their rows in the common order.
+    prompts: Vec<PlainTensor<f32>>,
+    token_alignment: Option<TokenAlignment>,
+    /// Of the initial prompt that the sources share, where they say so or the request does.
+    init_seed: Option<u64>,
+    /// P₀, where the scale is not 1.
+    anchor: Option<PlainTensor<f32>>,
+}
+
+impl Inputs {
+    /// Reads and checks; images are decoded on from here.
+    fn read(
+        backbone: &Backbone,
+        vit: &Vit,
+        input: &CompositionInput,
+        steps: &mut Steps<'_>,
+    ) -> Result<Self, EngineError> {
+        let CompositionInput {
+            objective,
+            target,
+            sources,
+            ..
+        } = input;
+        objective.weighing()?;
+        check_sources(sources, backbone)?;
+        let (prompts, token_alignment) = align(sources, objective.align_tokens)?;
+        let init_seed = objective.anchor.or_else(|| common_init_seed(sources));
+        let anchor = match objective.scale == Scale::default() {
+            true => None,
+            false => Some(initial_prompt_of(&prompts[0], backbone, init_seed)?),
+        };
+        let dataset = LabelledImages::read(&input.target_dir)?;
+
+        steps.begin(Phase::Features)?;
+        let selection = Selection::of_target(target);
+        let preprocessing = &backbone.config.preprocessing;
+        let samples = Samples::load(&dataset, &selection, preprocessing)?;
+        check_samples(&samples, &dataset, objective, vit)?;
+        // Now and not when it is needed: what is wrong with these images should not show after hours, but
+        // when they are decoded, behind the features.
+        let eval = match target.eval_split {
+            None => None,
+            Some(split) => {
+                let all = Selection {
+                    split,
+                    max_samples: None,
+                    ..selection
+                };
+                Some(Samples::load(&dataset, &all, preprocessing)?)
+            }
+        };
+        Ok(Self {
+            dataset,
+            samples,
+            eval,
+            prompts,
+            token_alignment,
+            init_seed,
+            anchor,
+        })
+    }
+
+    fn work<'a>(
+        &'a self,
+        backbone: &'a Backbone,
+        vit: &'a Vit,
+        input: &'a CompositionInput,
+    ) -> Work<'a> {
+        Work {
+            backbone,
+            vit,
+            samples: &self.samples,
+            eval: self.eval.as_ref(),
+            classes: &self.dataset.classes,
+            seed: input.target.seed,
+            init_seed: self.init_seed,
+            anchor: self.anchor.as_ref(),
+            objective: &input.objective,
+            stop_when: input.stop_when,
+            tensors: self.prompts.iter().map(|p| prompt_tensor(p, vit)).collect(),
+            prompts: &self.prompts,
+            sources: &input.sources,
+        }
+    }
 }
 
 /// Classes to tell apart, and samples enough for the shrinkage that was asked for.
@@ -184,12 +239,12 @@ struct Work<'a> {
     /// Of the initial prompt that the sources share, where they say so or the request does.
     init_seed: Option<u64>,
     /// P₀, where the scale is not 1.
-    anchor: Option<PlainTensor<f32>>,
+    anchor: Option<&'a PlainTensor<f32>>,
     objective: &'a Objective,
     stop_when: Option<StopWhen>,
     sources: &'a [Source],
     /// Theirs, with their rows in the common order, and the same on the device [m, d].
-    prompts: Vec<PlainTensor<f32>>,
+    prompts: &'a [PlainTensor<f32>],
     tensors: Vec<Tensor>,
 }
 
@@ -325,7 +380,7 @@ impl Work<'_> {
 
     /// P₀ + β Σ αᵢ (Pᵢ - P₀) [m, d], as the composed prompt's file has it.
     fn composed(&self, alpha: &[f64], scale: f64) -> PlainTensor<f32> {
-        anchored(&self.prompts, alpha, self.anchor.as_ref(), scale)
+        anchored(self.prompts, alpha, self.anchor, scale)
     }
 
     fn cross_fitted(&self, features: &Tensor) -> Result<f64, EngineError> {

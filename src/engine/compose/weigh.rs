@@ -21,8 +21,8 @@ use crate::engine::{EngineError, prompt_tensor};
 pub struct TargetPrompt {
     /// Of all that it depends on.
     key: Digest,
-    embeddings: PlainTensor<f32>,
-    seconds: f64,
+    pub(super) embeddings: PlainTensor<f32>,
+    pub(super) seconds: f64,
 }
 
 impl Work<'_> {
@@ -57,7 +57,7 @@ impl Work<'_> {
 
     /// A prompt that is tuned on the target samples for a few epochs, from where the sources began; or `last`, if it is
     /// that.
-    fn target_prompt(
+    pub(super) fn target_prompt(
         &self,
         last: Option<TargetPrompt>,
         steps: &mut Steps<'_>,
@@ -125,7 +125,7 @@ impl Work<'_> {
     }
 
     /// PANDA.
-    fn by_effects(
+    pub(super) fn by_effects(
         &self,
         features: &Tensor,
         target: &PlainTensor<f32>,

@@ -237,3 +237,32 @@ fn statistics_serve_every_method_that_they_suffice_for() {
         assert!(detail.contains(reason), "{detail}");
     }
 }
+
+#[test]
+fn a_ranking_has_the_numbers_that_compositions_have() {
+    let dir = tempfile::tempdir().unwrap();
+    let input = job(
+        dir.path(),
+        json!({"method": "panda", "target_tuning": {"epochs": 2}}),
+    );
+    let ranking = Engine::new(Device::Cpu)
+        .rank(&input, &mut Recorder::default())
+        .unwrap();
+    assert_eq!(ranking.num_samples, 60);
+    assert!(ranking.target_tuning_seconds > 0.0);
+    let (panda, _) = compose(&input);
+    let spot = json!({"method": "spot", "target_tuning": {"epochs": 2}});
+    let (spot, _) = compose(&job(dir.path(), spot));
+    for (i, source) in ranking.sources.iter().enumerate() {
+        let own = &panda.result.diagnostics.per_source[i];
+        assert_eq!(source.h_score, own.h_score);
+        assert_eq!(source.h_score_adjusted, own.h_score_adjusted);
+        assert_eq!((Some(source.log_me), source.otce), (own.log_me, own.otce));
+        let score =
+            |composition: &Composition| composition.result.method.scores.as_ref().unwrap()[i];
+        assert_eq!(
+            (source.panda, source.spot_all_pairs),
+            (score(&panda), score(&spot))
+        );
+    }
+}

@@ -1,0 +1,72 @@
+//! How source prompts rank for a target, by every metric there is, without composing anything.
+
+use serde::{Deserialize, Serialize};
+
+use super::digest::Digest;
+
+/// One table for any set of prompts.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Ranking {
+    /// In the order they were named.
+    pub sources: Vec<RankedSource>,
+    /// N
+    pub num_samples: usize,
+    /// Of the short tuning on the target that the similarities are to.
+    pub target_tuning_seconds: f64,
+}
+
+/// Higher is better, by every metric.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RankedSource {
+    pub prompt: String,
+    pub digest: Digest,
+    /// H of the source's features alone, 0 ≤ H ≤ min(d, K-1).
+    pub h_score: f64,
+    /// H less its chance level, over what is left above it.
+    pub h_score_adjusted: f64,
+    /// Log of the maximum evidence a sample and class.
+    pub log_me: f64,
+    /// ≤ 0; null where the prompt file has no source head.
+    pub leep: Option<f64>,
+    /// ≤ 0; null where the prompt file has no source head.
+    pub nce: Option<f64>,
+    /// ≤ 0; null where the prompt file has no feature sketch.
+    pub otce: Option<f64>,
+    /// SPoT: cosine of mean tokens with those of a prompt tuned on the target.
+    pub spot_token_mean: f64,
+    /// SPoT: mean cosine over all pairs of tokens.
+    pub spot_all_pairs: f64,
+    /// PANDA: cosine of what the prompts do to the mean feature.
+    pub panda: f64,
+}
+
+impl RankedSource {
+    /// The metrics by name, in the order of the table.
+    pub const METRICS: [&str; 9] = [
+        "h_score",
+        "h_score_adjusted",
+        "log_me",
+        "leep",
+        "nce",
+        "otce",
+        "spot_token_mean",
+        "spot_all_pairs",
+        "panda",
+    ];
+
+    /// One of [`Self::METRICS`], where the prompt file allows it.
+    pub fn metric(&self, name: &str) -> Option<f64> {
+        match name {
+            "h_score" => Some(self.h_score),
+            "h_score_adjusted" => Some(self.h_score_adjusted),
+            "log_me" => Some(self.log_me),
+            "leep" => self.leep,
+            "nce" => self.nce,
+            "otce" => self.otce,
+            "spot_token_mean" => Some(self.spot_token_mean),
+            "spot_all_pairs" => Some(self.spot_all_pairs),
+            "panda" => Some(self.panda),
+            _ => None,
+        }
+    }
+}

@@ -1,0 +1,64 @@
+//! Metrics of sources alone, with the composition's own features.
+
+use super::{Inputs, TargetPrompt};
+use crate::domain::backbone::Backbone;
+use crate::domain::composition::{CompositionInput, Observer, Phase};
+use crate::domain::method::Similarity;
+use crate::domain::ranking::{RankedSource, Ranking};
+use crate::engine::EngineError;
+use crate::engine::cache::{CachedSources, ResultCache};
+use crate::engine::h_score::HScore;
+use crate::engine::methods::similarity;
+use crate::engine::solver::towards_vertex;
+use crate::engine::steps::Steps;
+use crate::engine::transferability::SourceScores;
+use crate::engine::vit::Vit;
+
+/// Scores every source for the target; of the objective, `h_score` and `target_tuning` count.
+pub fn rank(
+    backbone: &Backbone,
+    vit: &Vit,
+    cache: Option<&mut ResultCache>,
+    target_prompt: &mut Option<TargetPrompt>,
+    input: &CompositionInput,
+    observer: &mut dyn Observer,
+) -> Result<Ranking, EngineError> {
+    let mut steps = Steps::new(observer);
+    let inputs = Inputs::read(backbone, vit, input, &mut steps)?;
+    let work = inputs.work(backbone, vit, input);
+    let mut cached = CachedSources::new(cache, backbone, vit, &inputs.samples, &work.prompts);
+    let (features, _) = work.all_features(&mut cached, &mut steps)?;
+
+    steps.begin(Phase::Solve)?;
+    let labels = &inputs.samples.labels;
+    let h_score = HScore::new(&features, labels, &input.objective.h_score)?;
+    let target = work.target_prompt(target_prompt.take(), &mut steps)?;
+    let (_, panda) = work.by_effects(&features, &target.embeddings, &mut steps)?;
+    let m = work.prompts.len();
+    let of_source = |i: usize| {
+        let source = &input.sources[i];
+        let alone = towards_vertex(i, m, 1.0);
+        let scores = SourceScores::of(&features.get(i as i64), labels, &source.file)?;
+        let to_target = |kind| similarity(kind, &work.prompts[i], &target.embeddings);
+        Ok(RankedSource {
+            prompt: source.prompt.clone(),
+            digest: source.digest,
+            h_score: h_score.value(&alone)?,
+            h_score_adjusted: h_score.adjusted(&alone)?,
+            log_me: scores.log_me,
+            leep: scores.leep,
+            nce: scores.nce,
+            otce: scores.otce,
+            spot_token_mean: to_target(Similarity::TokenMean),
+            spot_all_pairs: to_target(Similarity::AllPairs),
+            panda: panda[i],
+        })
+    };
+    let ranking = Ranking {
+        sources: (0..m).map(of_source).collect::<Result<_, EngineError>>()?,
+        num_samples: labels.len(),
+        target_tuning_seconds: target.seconds,
+    };
+    *target_prompt = Some(target);
+    Ok(ranking)
+}

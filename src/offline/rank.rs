@@ -1,0 +1,154 @@
+//! `promptweave rank`: every transferability metric of any set of prompts for a target task, in one table.
+
+use std::path::PathBuf;
+
+use anyhow::ensure;
+
+use super::compose::{parse_source, read_sources};
+use super::progress::Bars;
+use super::{EngineOptions, parse_split};
+use crate::domain::composition::{CompositionInput, TargetSamples};
+use crate::domain::dataset::Split;
+use crate::domain::method::Method;
+use crate::domain::method::TargetTuning;
+use crate::domain::objective::{HScoreOptions, Objective, Shrinkage};
+use crate::domain::ranking::{RankedSource, Ranking};
+
+#[derive(Clone, Debug, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    pub engine: EngineOptions,
+    /// Folder of the target task: an image folder or VTAB-1k list files.
+    #[arg(long, value_name = "DIR")]
+    pub target: PathBuf,
+    /// A source prompt; repeat for each.
+    #[arg(long = "source", value_name = "NAME=FILE", value_parser = parse_source, required = true)]
+    pub sources: Vec<(String, PathBuf)>,
+    /// Split whose images are the target samples.
+    #[arg(long, default_value = "train", value_parser = parse_split)]
+    pub split: Split,
+    /// At most this many target samples, a stratified choice.
+    #[arg(long, default_value_t = 2000)]
+    pub max_samples: usize,
+    /// Seed of that choice, and of the target's tuning.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// ρ of the H-score's covariance.
+    #[arg(long, value_name = "RHO", default_value = "0.01")]
+    pub h_score_shrinkage: Shrinkage,
+    /// Epochs of the short tuning on the target that SPoT's and PANDA's similarities are to.
+    #[arg(long, value_name = "EPOCHS", default_value_t = TargetTuning::default().epochs)]
+    pub target_epochs: u32,
+    /// The metric that the table is sorted by, the best first.
+    #[arg(long, value_name = "METRIC", default_value = "h_score", value_parser = RankedSource::METRICS)]
+    pub by: String,
+    /// As JSON, in the order of the sources.
+    #[arg(long)]
+    pub json: bool,
+}
+
+pub fn run(args: &Args) -> anyhow::Result<()> {
+    ensure!(args.target_epochs > 0, "--target-epochs must be at least 1");
+    let input = CompositionInput {
+        backbone_dir: args.engine.backbone.clone(),
+        target_dir: args.target.clone(),
+        target: TargetSamples {
+            split: args.split,
+            eval_split: None,
+            max_samples: args.max_samples,
+            seed: args.seed,
+            skip_bad: args.engine.skip_bad,
+        },
+        sources: read_sources(&args.sources)?,
+        objective: Objective {
+            method: Method::Panda,
+            h_score: HScoreOptions {
+                shrinkage: args.h_score_shrinkage,
+                ..Default::default()
+            },
+            target_tuning: TargetTuning {
+                epochs: args.target_epochs,
+            },
+            ..Default::default()
+        },
+        stop_when: None,
+    };
+    let ranking = args.engine.engine()?.rank(&input, &mut Bars::default())?;
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&ranking)?);
+    } else {
+        print!("{}", table(&ranking, &args.by));
+    }
+    Ok(())
+}
+
+/// A line a source, best first; a dash where its file lacks what a metric is made of.
+fn table(ranking: &Ranking, by: &str) -> String {
+    let mut sources: Vec<&RankedSource> = ranking.sources.iter().collect();
+    // Without the metric there is no place but the last.
+    let key = |source: &RankedSource| source.metric(by).unwrap_or(f64::NEG_INFINITY);
+    sources.sort_by(|a, b| key(b).total_cmp(&key(a)));
+    let widest = sources.iter().map(|source| source.prompt.chars().count());
+    let width = widest.max().unwrap_or(0).max("source".len());
+    let mut text = format!("{:width$}", "source");
+    for metric in RankedSource::METRICS {
+        text += &format!("  {metric:>9}");
+    }
+    for source in sources {
+        text += &format!("\n{:width$}", source.prompt);
+        for metric in RankedSource::METRICS {
+            let value = source
+                .metric(metric)
+                .map_or("–".into(), |value| format!("{value:.4}"));
+            let column = metric.len().max(9);
+            text += &format!("  {value:>column$}");
+        }
+    }
+    text + "\n"
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::digest::Digest;
+
+    #[test]
+    fn the_table_is_sorted_and_says_what_is_missing() {
+        let source = |name: &str, h_score, leep| RankedSource {
+            prompt: name.into(),
+            digest: Digest::of(name.as_bytes()),
+            h_score,
+            h_score_adjusted: 0.5,
+            log_me: -0.25,
+            leep,
+            nce: None,
+            otce: None,
+            spot_token_mean: 0.9,
+            spot_all_pairs: 0.8,
+            panda: -0.1,
+        };
+        let ranking = Ranking {
+            sources: vec![
+                source("emoji", 1.5, None),
+                source("fashion", 2.5, Some(-0.75)),
+            ],
+            num_samples: 10,
+            target_tuning_seconds: 0.5,
+        };
+        let by_h = table(&ranking, "h_score");
+        let lines: Vec<&str> = by_h.lines().collect();
+        assert!(lines[1].starts_with("fashion     2.5000"), "{by_h}");
+        assert!(
+            lines[2].starts_with("emoji       1.5000") && lines[2].contains('–'),
+            "{by_h}"
+        );
+        let widths: Vec<usize> = lines.iter().map(|line| line.chars().count()).collect();
+        assert_eq!(widths, vec![widths[0]; 3]);
+        for metric in RankedSource::METRICS {
+            assert_eq!(
+                ranking.sources[1].metric(metric).is_some(),
+                !["nce", "otce"].contains(&metric)
+            );
+        }
+    }
+}
