@@ -326,7 +326,8 @@ pub async fn reap(conn: &mut PgConnection) -> Result<Vec<Reaped>, QueueError> {
             lease_token AS "token!",
             attempt,
             max_attempts,
-            cancel_requested_at IS NOT NULL AS "cancel_requested!"
+            cancel_requested_at IS NOT NULL AS "cancel_requested!",
+            true AS "ran_out!"
         FROM job
         WHERE state = 'running' AND lease_until < now()
         ORDER BY lease_until
