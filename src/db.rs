@@ -171,11 +171,18 @@ impl<T> OnConstraint<T> for Result<T, sqlx::Error> {
         constraint: &str,
         error: impl FnOnce() -> E,
     ) -> Result<T, E> {
-        self.map_err(|failure| match &failure {
-            sqlx::Error::Database(database) if database.constraint() == Some(constraint) => error(),
-            _ => DbError::from(failure).into(),
+        self.map_err(|failure| match violates(&failure, constraint) {
+            true => error(),
+            false => DbError::from(failure).into(),
         })
     }
+}
+
+/// Whether a named constraint refused the rows.
+pub fn violates(error: &sqlx::Error, constraint: &str) -> bool {
+    error
+        .as_database_error()
+        .is_some_and(|error| error.constraint() == Some(constraint))
 }
 
 /// Every guarded UPDATE checks its row count.

@@ -54,14 +54,13 @@ pub(super) async fn record(
 /// commit meanwhile. A hint that is lost here costs those who wait the time until they look again.
 pub(super) async fn tell(conn: &mut PgConnection, job_id: Uuid, work: bool) {
     let told = sqlx::query!(
-        "SELECT pg_notify($1, $2)",
+        "SELECT pg_notify($1, $2), CASE WHEN $3 THEN pg_notify($4, '') END",
         EVENT_CHANNEL,
-        job_id.to_string()
+        job_id.to_string(),
+        work,
+        WORK_CHANNEL,
     );
-    said(told.fetch_one(&mut *conn).await);
-    if work {
-        tell_workers(conn).await;
-    }
+    said(told.fetch_one(conn).await);
 }
 
 /// Wakes all workers that wait.

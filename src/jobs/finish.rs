@@ -14,7 +14,7 @@ use crate::domain::prompt_file::{PromptFile, PromptMetadata};
 use crate::domain::reference::ResourceName;
 use crate::failpoints;
 use crate::registry::prompt_versions::{self, NewVersion, Parent};
-use crate::registry::{deletion, prompts, references};
+use crate::registry::{prompts, references};
 
 /// What a composition left to be stored; the statistics are in the blob store already.
 #[derive(Clone, Copy, Debug)]
@@ -40,13 +40,7 @@ pub async fn finish(
     references::hold(&mut tx, blobs, &finished.statistics).await?;
     let held = Held::lock(&mut tx, claimed.lease).await?;
     // A lease that has run out is nobody's, even before it is reaped.
-    let valid = sqlx::query_scalar!(
-        r#"SELECT lease_until > clock_timestamp() AS "valid!" FROM job WHERE id = $1"#,
-        claimed.lease.job_id,
-    )
-    .fetch_one(&mut *tx)
-    .await?;
-    if !valid {
+    if held.ran_out {
         return Err(QueueError::LeaseLost(claimed.lease.job_id));
     }
     let target = &claimed.spec.target;
@@ -57,10 +51,9 @@ pub async fn finish(
     if let Some(from) = &claimed.spec.resolved_from {
         description += &format!(" from the statistics of ensemble {}", from.ensemble);
     }
-    // Deleted since it was posted: a result is not lost for that.
-    deletion::restore(&mut tx, claimed.project_id, finished.output).await?;
-    let prompt =
-        prompts::find_or_create(&mut tx, claimed.project_id, finished.output, &description).await?;
+    let project_id = claimed.project_id;
+    let prompt_id =
+        prompts::find_restore_or_create(&mut tx, project_id, finished.output, &description).await?;
     let parents: Vec<Parent> = claimed
         .spec
         .sources
@@ -72,7 +65,7 @@ pub async fn finish(
         })
         .collect();
     let new = NewVersion {
-        prompt_id: prompt.id,
+        prompt_id,
         bytes: finished.composed,
         file: finished.file,
         metadata: finished.metadata,
@@ -80,10 +73,10 @@ pub async fn finish(
         parents: &parents,
     };
     // The same composition once more under the same name is the version that is there.
-    let (version, _) = prompt_versions::insert(&mut tx, claimed.project_id, new).await?;
+    let published = prompt_versions::publish(&mut tx, project_id, new).await?;
     let mut result = finished.result.clone();
-    result.composed.prompt = Some(version.prompt.to_string());
-    result.composed.version = Some(version.version);
+    result.composed.prompt = Some(published.prompt.to_string());
+    result.composed.version = Some(published.version);
     held.leave(&mut tx, Leaving::with_result(&result, finished.statistics))
         .await?;
     failpoints::reach("finishing", claimed.lease.job_id);

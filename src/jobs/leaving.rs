@@ -7,9 +7,8 @@ use sqlx::PgTransaction;
 use sqlx::types::Json;
 use uuid::Uuid;
 
-use super::events::record;
 use super::queue::{Lease, QueueError};
-use crate::db::expect_one_row;
+use crate::db::DbError;
 use crate::domain::composition::CompositionResult;
 use crate::domain::digest::Digest;
 use crate::domain::job::{AttemptOutcome, JobError, JobState};
@@ -22,6 +21,8 @@ pub(super) struct Held {
     pub attempt: i32,
     pub max_attempts: i32,
     pub cancel_requested: bool,
+    /// Its lease had run out by the time that the row was held.
+    pub ran_out: bool,
 }
 
 /// How a job leaves `running`.
@@ -89,10 +90,10 @@ impl Held {
                 lease_token AS "token!",
                 attempt,
                 max_attempts,
-                cancel_requested_at IS NOT NULL AS "cancel_requested!"
-            FROM job
-            WHERE id = $1 AND lease_token = $2 AND state = 'running'
-            FOR UPDATE
+                cancel_requested_at IS NOT NULL AS "cancel_requested!",
+                lease_until <= clock_timestamp() AS "ran_out!"
+            -- Within, so that the clock is asked when the row is held, not before.
+            FROM (SELECT * FROM job WHERE id = $1 AND lease_token = $2 AND state = 'running' FOR UPDATE) held
             "#,
             lease.job_id,
             lease.token,
@@ -128,79 +129,65 @@ impl Held {
             uncount,
             result,
         } = leaving;
-        let error = error.map(Json);
+        let mut data = json!({"attempt": self.attempt});
+        if let Some(error) = &error {
+            data["error"] = json!(error);
+        }
         let statistics = result
             .as_ref()
             .map(|(_, digest)| digest.as_bytes() as &[u8]);
-        let changed = sqlx::query!(
+        let heard = sqlx::query_scalar!(
             r#"
-            UPDATE job
-            SET state             = $3,
-                lease_token       = NULL,
-                lease_until       = NULL,
-                attempt           = attempt - $4,
-                run_at            = CASE $3 WHEN 'queued' THEN now() + make_interval(secs => $5)
-                                            ELSE run_at END,
-                finished_at       = CASE $3 WHEN 'queued' THEN NULL ELSE now() END,
-                error             = $6,
-                result            = $7,
-                statistics_digest = $8
-            WHERE id = $1 AND lease_token = $2 AND state = 'running'
+            WITH left_job AS (
+                UPDATE job
+                SET state             = $3,
+                    lease_token       = NULL,
+                    lease_until       = NULL,
+                    attempt           = attempt - $4,
+                    run_at            = CASE $3 WHEN 'queued' THEN now() + make_interval(secs => $5)
+                                                ELSE run_at END,
+                    finished_at       = CASE $3 WHEN 'queued' THEN NULL ELSE now() END,
+                    error             = $6,
+                    result            = $7,
+                    statistics_digest = $8
+                WHERE id = $1 AND lease_token = $2 AND state = 'running'
+                RETURNING project_id
+            ), ended_attempt AS (
+                UPDATE job_attempt SET ended_at = now(), outcome = $9, error = $6
+                WHERE lease_token = $2
+                RETURNING lease_token
+            ), shards_that_are_over AS (
+                DELETE FROM job_shard WHERE job_id = $1 AND $12
+            ), shards_for_the_next AS (
+                -- While it waits for another attempt those that are there stay, and helpers go on.
+                UPDATE job_shard SET state = 'queued', lease_token = NULL, done = 0, started_at = NULL
+                WHERE job_id = $1 AND lease_token = $2 AND state = 'running' AND NOT $12
+            ), event AS (
+                INSERT INTO job_event (job_id, seq, kind, data)
+                SELECT $1, coalesce(max(seq), 0) + 1, $10, $11 FROM job_event WHERE job_id = $1
+            )
+            SELECT EXISTS (SELECT FROM webhook w WHERE w.project_id = left_job.project_id) AS "heard!"
+            -- A row if both were changed.
+            FROM left_job, ended_attempt
             "#,
             self.job_id,
             self.token,
             state.name(),
             i32::from(uncount),
             delay.as_secs_f64(),
-            error.as_ref() as _,
+            error.map(Json) as _,
             result.as_ref().map(|(result, _)| Json(result)) as _,
             statistics,
-        )
-        .execute(&mut **tx)
-        .await?;
-        expect_one_row(changed)?;
-        let changed = sqlx::query!(
-            "UPDATE job_attempt SET ended_at = now(), outcome = $2, error = $3 WHERE lease_token = $1",
-            self.token,
             outcome.name(),
-            error.as_ref() as _,
+            event_name(state, outcome),
+            data,
+            state.is_terminal(),
         )
-        .execute(&mut **tx)
-        .await?;
-        expect_one_row(changed)?;
-        self.leave_shards(tx, state).await?;
-        let mut data = json!({"attempt": self.attempt});
-        if let Some(Json(error)) = error {
-            data["error"] = json!(error);
-        }
-        record(tx, self.job_id, event_name(state, outcome), data).await?;
-        if state.is_terminal() {
+        .fetch_optional(&mut **tx)
+        .await?
+        .ok_or(DbError::RowCount(0))?;
+        if heard && state.is_terminal() {
             outbox::ended(tx, self.job_id).await?;
-        }
-        Ok(())
-    }
-
-    /// Shards are done with the job. While it waits for another attempt those that are there stay, and helpers go on.
-    async fn leave_shards(
-        &self,
-        tx: &mut PgTransaction<'_>,
-        state: JobState,
-    ) -> Result<(), QueueError> {
-        if state.is_terminal() {
-            sqlx::query!("DELETE FROM job_shard WHERE job_id = $1", self.job_id)
-                .execute(&mut **tx)
-                .await?;
-        } else {
-            sqlx::query!(
-                r#"
-                UPDATE job_shard SET state = 'queued', lease_token = NULL, done = 0, started_at = NULL
-                WHERE job_id = $1 AND lease_token = $2 AND state = 'running'
-                "#,
-                self.job_id,
-                self.token,
-            )
-            .execute(&mut **tx)
-            .await?;
         }
         Ok(())
     }

@@ -33,15 +33,15 @@ impl WorkListener {
     }
 
     async fn hint(&mut self) {
-        if self.listener.is_none() {
+        let Some(listener) = &mut self.listener else {
             match self.connect().await {
+                // Of what came since the last look at the queue nothing was heard: look again, now.
                 Ok(listener) => self.listener = Some(listener),
-                Err(_) => return std::future::pending().await,
+                Err(_) => std::future::pending().await,
             }
-        }
-        if let Some(listener) = &mut self.listener
-            && !matches!(listener.try_recv().await, Ok(Some(_)))
-        {
+            return;
+        };
+        if !matches!(listener.try_recv().await, Ok(Some(_))) {
             // The connection broke: look at the queue once by the poll, then listen anew.
             self.listener = None;
             std::future::pending().await

@@ -1,8 +1,8 @@
 //! The statements of the state machine that workers make; [`requests`](super::requests) has those of clients. Long work holds a lease, never a transaction; everything a
 //! worker writes names the token of its attempt, so that one who lost the job changes nothing.
 //!
-//! Time is the database's `now()` throughout. Each function that makes a move is one transaction and
-//! locks the job's row before anything else.
+//! Time is the database's `now()` throughout. Each function that makes a move is one transaction, often of one
+//! statement, and locks the job's row before anything else.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use super::events::{record, tell};
 use super::leaving::{Held, Leaving};
-use crate::db::DbError;
+use crate::db::{DbError, violates};
 use crate::domain::job::{AttemptOutcome, EnsembleSpec, JobError, JobState, Progress};
 use crate::failpoints;
 use crate::registry::RegistryError;
@@ -76,56 +76,64 @@ pub async fn claim(
     lease: Duration,
 ) -> Result<Option<Claimed>, QueueError> {
     let token = Uuid::new_v4();
-    let mut tx = conn.begin().await?;
-    let row = sqlx::query!(
-        r#"
-        WITH next AS (
-            SELECT id
-            FROM job
-            WHERE state = 'queued' AND run_at <= now()
-              AND NOT EXISTS (SELECT FROM worker WHERE id = $3 AND state = 'draining')
-            ORDER BY priority, run_at, id
-            LIMIT 1
-            -- Two workers never wait for the same row: the second takes the next one.
-            FOR UPDATE SKIP LOCKED
+    let row = loop {
+        // One statement and so one transaction, which no process can leave half way.
+        let claimed = sqlx::query!(
+            r#"
+            WITH next AS (
+                SELECT id
+                FROM job
+                WHERE state = 'queued' AND run_at <= now()
+                  AND NOT EXISTS (SELECT FROM worker WHERE id = $3 AND state = 'draining')
+                ORDER BY priority, run_at, id
+                LIMIT 1
+                -- Two workers never wait for the same row: the second takes the next one.
+                FOR UPDATE SKIP LOCKED
+            ), claimed AS (
+                UPDATE job
+                SET state       = 'running',
+                    attempt     = attempt + 1,
+                    lease_token = $1,
+                    lease_until = now() + make_interval(secs => $2),
+                    worker_id   = $3,
+                    phase       = NULL,
+                    progress    = NULL,
+                    phase_started_at = NULL,
+                    progress_at = now(),
+                    started_at  = coalesce(started_at, now())
+                FROM next
+                WHERE job.id = next.id
+                RETURNING job.id, job.project_id, job.attempt, job.spec
+            ), begun AS (
+                INSERT INTO job_attempt (lease_token, job_id, attempt, worker_id)
+                SELECT $1, id, attempt, $3 FROM claimed
+            ), event AS (
+                INSERT INTO job_event (job_id, seq, kind, data)
+                SELECT
+                    claimed.id,
+                    (SELECT coalesce(max(seq), 0) + 1 FROM job_event WHERE job_id = claimed.id),
+                    'started',
+                    jsonb_build_object('attempt', claimed.attempt, 'worker', $3)
+                FROM claimed
+            )
+            SELECT id, project_id, attempt, spec AS "spec: Json<EnsembleSpec>" FROM claimed
+            "#,
+            token,
+            lease.as_secs_f64(),
+            worker_id,
         )
-        UPDATE job
-        SET state       = 'running',
-            attempt     = attempt + 1,
-            lease_token = $1,
-            lease_until = now() + make_interval(secs => $2),
-            worker_id   = $3,
-            phase       = NULL,
-            progress    = NULL,
-            phase_started_at = NULL,
-            progress_at = now(),
-            started_at  = coalesce(started_at, now())
-        FROM next
-        WHERE job.id = next.id
-        RETURNING job.id, job.project_id, job.attempt, job.spec AS "spec: Json<EnsembleSpec>"
-        "#,
-        token,
-        lease.as_secs_f64(),
-        worker_id,
-    )
-    .fetch_optional(&mut *tx)
-    .await?;
+        .fetch_optional(&mut *conn)
+        .await;
+        match claimed {
+            // Between the look at the queue and the lock on the row somebody had the job and gave it back: what
+            // happened meanwhile was not seen when the events were counted. Nothing is written; once more.
+            Err(error) if violates(&error, "job_event_pkey") => {}
+            other => break other?,
+        }
+    };
     let Some(row) = row else {
         return Ok(None);
     };
-    sqlx::query!(
-        "INSERT INTO job_attempt (lease_token, job_id, attempt, worker_id) VALUES ($1, $2, $3, $4)",
-        token,
-        row.id,
-        row.attempt,
-        worker_id,
-    )
-    .execute(&mut *tx)
-    .await?;
-    let data = json!({"attempt": row.attempt, "worker": worker_id});
-    record(&mut tx, row.id, "started", data).await?;
-    failpoints::reach("claiming", row.id);
-    tx.commit().await?;
     failpoints::reach("claimed", row.id);
     tell(conn, row.id, false).await;
     Ok(Some(Claimed {
@@ -318,7 +326,8 @@ pub async fn reap(conn: &mut PgConnection) -> Result<Vec<Reaped>, QueueError> {
             lease_token AS "token!",
             attempt,
             max_attempts,
-            cancel_requested_at IS NOT NULL AS "cancel_requested!"
+            cancel_requested_at IS NOT NULL AS "cancel_requested!",
+            true AS "ran_out!"
         FROM job
         WHERE state = 'running' AND lease_until < now()
         ORDER BY lease_until

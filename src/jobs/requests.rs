@@ -3,7 +3,7 @@
 
 use serde_json::json;
 use sqlx::types::Json;
-use sqlx::{Connection, PgConnection, PgTransaction};
+use sqlx::{Connection, PgConnection};
 use uuid::Uuid;
 
 use super::events::{record, tell};
@@ -61,17 +61,10 @@ pub async fn post(
             return Ok(Posted::Same(id));
         }
     }
-    let waiting = sqlx::query_scalar!(
-        r#"SELECT count(*) AS "waiting!" FROM (SELECT FROM job WHERE state = 'queued' LIMIT $1) queued"#,
-        i64::from(most),
-    )
-    .fetch_one(&mut *tx)
-    .await?;
-    if waiting >= i64::from(most) {
+    let id = new.id;
+    if !insert(&mut tx, new, Some(most)).await? {
         return Ok(Posted::Full);
     }
-    let id = new.id;
-    insert(&mut tx, new).await?;
     tx.commit().await?;
     tell(conn, id, true).await;
     Ok(Posted::Queued)
@@ -114,19 +107,28 @@ pub async fn same(
 /// Puts a job into the queue.
 pub async fn enqueue(conn: &mut PgConnection, new: NewJob<'_>) -> Result<(), QueueError> {
     let id = new.id;
-    let mut tx = conn.begin().await?;
-    insert(&mut tx, new).await?;
-    tx.commit().await?;
+    insert(conn, new, None).await?;
     tell(conn, id, true).await;
     Ok(())
 }
 
-async fn insert(tx: &mut PgTransaction<'_>, new: NewJob<'_>) -> Result<(), QueueError> {
+/// False: `most` wait already.
+async fn insert(
+    conn: &mut PgConnection,
+    new: NewJob<'_>,
+    most: Option<u32>,
+) -> Result<bool, QueueError> {
     let spec_digest = new.spec.digest();
-    sqlx::query!(
+    let inserted = sqlx::query!(
         r#"
-        INSERT INTO job (id, project_id, kind, priority, max_attempts, spec, spec_digest, replay_of)
-        VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
+        WITH new AS (
+            INSERT INTO job (id, project_id, kind, priority, max_attempts, spec, spec_digest, replay_of)
+            SELECT $1, $2, $3, $4, $5, $6, $7, $8
+            WHERE $9::bigint IS NULL
+               OR $9 > (SELECT count(*) FROM (SELECT FROM job WHERE state = 'queued' LIMIT $9) queued)
+            RETURNING id
+        )
+        INSERT INTO job_event (job_id, seq, kind, data) SELECT id, 1, 'queued', '{}' FROM new
         "#,
         new.id,
         new.project_id,
@@ -136,10 +138,11 @@ async fn insert(tx: &mut PgTransaction<'_>, new: NewJob<'_>) -> Result<(), Queue
         Json(new.spec) as _,
         spec_digest.as_bytes(),
         new.replay_of,
+        most.map(i64::from),
     )
-    .execute(&mut **tx)
+    .execute(conn)
     .await?;
-    Ok(record(tx, new.id, "queued", json!({})).await?)
+    Ok(inserted.rows_affected() == 1)
 }
 
 /// What asking for a cancellation did.

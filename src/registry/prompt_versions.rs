@@ -89,79 +89,119 @@ pub struct Parent {
     pub weight: f64,
 }
 
-/// Publishes a version. The same bytes in the same prompt are the same version: then the existing
-/// one is returned, with `false` for "created", and nothing is written.
+/// What publishing came to.
+#[derive(Clone, Debug)]
+pub struct Published {
+    pub prompt: ResourceName,
+    pub version: i32,
+    /// False: the same bytes were there already.
+    pub created: bool,
+}
+
+/// [`publish`], answered with the whole version, and whether it was created.
 pub async fn insert(
     conn: &mut PgConnection,
     project_id: Uuid,
     new: NewVersion<'_>,
 ) -> Result<(PromptVersion, bool), RegistryError> {
+    let Published {
+        prompt,
+        version,
+        created,
+    } = publish(conn, project_id, new).await?;
+    let found = select(conn, project_id, &prompt, version..=version, true, 1).await?;
+    match found.into_iter().next() {
+        Some(version) => Ok((version, created)),
+        None => Err(RegistryError::PromptDeleted(prompt)),
+    }
+}
+
+/// Publishes a version. The same bytes in the same prompt are the same version: then that is what is answered, and
+/// nothing is written.
+pub async fn publish(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    new: NewVersion<'_>,
+) -> Result<Published, RegistryError> {
     let digest = Digest::of(new.bytes);
-    let known = sqlx::query!(
+    // From here on the prompt's row is held, so that versions are numbered one by one; the bytes are on their
+    // way to the disk by then.
+    let row = sqlx::query!(
         r#"
-        SELECT p.name, v.version AS "version?"
-        FROM prompt p
-        LEFT JOIN prompt_version v ON v.project_id = p.project_id AND v.prompt_id = p.id AND v.sha256 = $3
-        WHERE p.project_id = $1 AND p.id = $2
+        WITH known AS (
+            SELECT version FROM prompt_version WHERE project_id = $1 AND prompt_id = $2 AND sha256 = $3
+        ), stored AS (
+            INSERT INTO blob (sha256, bytes)
+            SELECT $3, $4 WHERE NOT EXISTS (SELECT FROM known)
+            -- Held, and young again, so that it is not collected before the version refers to it.
+            ON CONFLICT (sha256) DO UPDATE SET created_at = now()
+            RETURNING sha256
+        ), held AS (
+            UPDATE prompt SET revision = revision + 1
+            FROM stored
+            WHERE project_id = $1 AND id = $2 AND deleted_at IS NULL
+            RETURNING id
+        )
+        SELECT
+            name,
+            deleted_at IS NOT NULL AS "deleted!",
+            (SELECT version FROM known) AS "known?",
+            EXISTS (SELECT FROM held) AS "held!"
+        FROM prompt
+        WHERE project_id = $1 AND id = $2
         "#,
         project_id,
         new.prompt_id,
         digest.as_bytes(),
+        new.bytes,
     )
     .fetch_optional(&mut *conn)
     .await?
     .ok_or(DbError::RowCount(0))?;
-    let name = read_name("prompt", known.name)?;
-    if let Some(version) = known.version {
-        return Ok((numbered(conn, project_id, &name, version).await?, false));
+    let prompt = read_name("prompt", row.name)?;
+    // Before the statement, or while it waited for the row.
+    if row.deleted || row.known.is_none() && !row.held {
+        return Err(RegistryError::PromptDeleted(prompt));
     }
-    sqlx::query!(
-        r#"
-        INSERT INTO blob (sha256, bytes) VALUES ($1, $2)
-        -- Held, and young again, so that it is not collected before the version refers to it.
-        ON CONFLICT (sha256) DO UPDATE SET created_at = now()
-        "#,
-        digest.as_bytes(),
-        new.bytes,
-    )
-    .execute(&mut *conn)
-    .await?;
-    // From here on the prompt's row is held, so that versions are numbered one by one; the bytes are on their
-    // way to the disk by then.
-    let held = sqlx::query!(
-        r#"
-        UPDATE prompt SET revision = revision + 1
-        WHERE project_id = $1 AND id = $2 AND deleted_at IS NULL
-        "#,
-        project_id,
-        new.prompt_id,
-    )
-    .execute(&mut *conn)
-    .await?;
-    if held.rows_affected() == 0 {
-        return Err(RegistryError::PromptDeleted(name));
+    if let Some(version) = row.known {
+        return Ok(Published {
+            prompt,
+            version,
+            created: false,
+        });
     }
-    let id = Uuid::now_v7();
     let depth = match new.file.deep_prompt_embeddings {
         None => Depth::Shallow,
         Some(_) => Depth::Deep,
     };
+    let (parents, weights): (Vec<Uuid>, Vec<f64>) = new
+        .parents
+        .iter()
+        .map(|parent| (parent.version_id, parent.weight))
+        .unzip();
     let version = sqlx::query_scalar!(
         r#"
-        INSERT INTO prompt_version (
-            id, project_id, prompt_id, version, sha256, origin, num_tokens, embed_dim, depth,
-            dtype, backbone_digest, preprocessing_id, init_seed, task, classes, training,
-            produced_by_job
+        WITH made AS (
+            INSERT INTO prompt_version (
+                id, project_id, prompt_id, version, sha256, origin, num_tokens, embed_dim, depth,
+                dtype, backbone_digest, preprocessing_id, init_seed, task, classes, training,
+                produced_by_job
+            )
+            SELECT $1, $2, $3, coalesce(max(version), 0) + 1, $4, $5, $6, $7, $8,
+                   $9, $10, $11, $12::text::numeric, $13, $14, $15,
+                   $16
+            FROM prompt_version
+            WHERE project_id = $2 AND prompt_id = $3
+            ON CONFLICT ON CONSTRAINT prompt_version_sha256_key DO NOTHING
+            RETURNING version
+        ), composed_of AS (
+            INSERT INTO lineage (project_id, child, parent, weight, role)
+            SELECT $2, $1, parent, weight, 'source'
+            FROM made, unnest($17::uuid[], $18::double precision[]) AS source (parent, weight)
         )
-        SELECT $1, $2, $3, coalesce(max(version), 0) + 1, $4, $5, $6, $7, $8,
-               $9, $10, $11, $12::text::numeric, $13, $14, $15,
-               $16
-        FROM prompt_version
-        WHERE project_id = $2 AND prompt_id = $3
-        ON CONFLICT ON CONSTRAINT prompt_version_sha256_key DO NOTHING
-        RETURNING version
+        SELECT version FROM made
         "#,
-        id,
+        Uuid::now_v7(),
         project_id,
         new.prompt_id,
         digest.as_bytes(),
@@ -180,45 +220,28 @@ pub async fn insert(
         new.metadata.classes.as_ref().map(Json) as _,
         new.metadata.training.as_ref(),
         new.produced_by_job,
+        &parents,
+        &weights,
     )
     .fetch_optional(&mut *conn)
     .await
     .on_constraint("prompt_version_produced_by_job_key", || {
         RegistryError::AlreadyProduced(new.produced_by_job.unwrap_or_default())
     })?;
-    let Some(version) = version else {
-        // Somebody else published the same bytes meanwhile.
-        let version = VersionSelector::Digest(digest);
-        let found = resolve(conn, project_id, &Reference { name, version }).await?;
-        return Ok((found.ok_or(DbError::RowCount(0))?, false));
-    };
-    for parent in new.parents {
-        sqlx::query!(
-            "INSERT INTO lineage (project_id, child, parent, weight, role)
-             VALUES ($1, $2, $3, $4, 'source')",
-            project_id,
-            id,
-            parent.version_id,
-            parent.weight,
-        )
-        .execute(&mut *conn)
-        .await?;
+    if let Some(version) = version {
+        return Ok(Published {
+            prompt,
+            version,
+            created: true,
+        });
     }
-    Ok((numbered(conn, project_id, &name, version).await?, true))
-}
-
-/// A version that there is, unless its prompt was deleted.
-async fn numbered(
-    conn: &mut PgConnection,
-    project_id: Uuid,
-    name: &ResourceName,
-    version: i32,
-) -> Result<PromptVersion, RegistryError> {
-    let found = select(conn, project_id, name, version..=version, true, 1).await?;
-    found
-        .into_iter()
-        .next()
-        .ok_or_else(|| RegistryError::PromptDeleted(name.clone()))
+    // Somebody else published the same bytes meanwhile.
+    let version = with_digest(conn, project_id, &prompt, &digest).await?;
+    Ok(Published {
+        prompt,
+        version: version.ok_or(DbError::RowCount(0))?,
+        created: false,
+    })
 }
 
 /// The version a reference means.

@@ -65,8 +65,7 @@ pub async fn create(
     })
 }
 
-/// The prompt of that name, made where there is none; for results that are published under a name
-/// chosen when the job was posted.
+/// The prompt of that name, made where there is none.
 pub async fn find_or_create(
     conn: &mut PgConnection,
     project_id: Uuid,
@@ -80,6 +79,44 @@ pub async fn find_or_create(
     // Inserting first settles the race: whoever comes second waits for the first one's commit.
     insert(conn, project_id, name, &description).await?;
     existing(conn, project_id, name).await
+}
+
+/// The id of the prompt of that name, made where there is none, and brought back with all it had where it is deleted:
+/// for what is published long after its name was chosen, and is not lost for that.
+pub async fn find_restore_or_create(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    name: &ResourceName,
+    description: &str,
+) -> Result<Uuid, RegistryError> {
+    check_name(name)?;
+    let found = sqlx::query_scalar!(
+        r#"
+        WITH restored AS (
+            UPDATE prompt SET deleted_at = NULL, revision = revision + 1
+            WHERE project_id = $2 AND name = $3 AND deleted_at IS NOT NULL
+        ), made AS (
+            INSERT INTO prompt (id, project_id, name, description)
+            VALUES ($1, $2, $3, $4)
+            ON CONFLICT ON CONSTRAINT prompt_name_key DO NOTHING
+            RETURNING id
+        )
+        SELECT id AS "id!" FROM prompt WHERE project_id = $2 AND name = $3
+        UNION ALL
+        SELECT id FROM made
+        "#,
+        Uuid::now_v7(),
+        project_id,
+        name.as_str(),
+        description,
+    )
+    .fetch_optional(&mut *conn)
+    .await?;
+    match found {
+        Some(id) => Ok(id),
+        // Somebody else made it after this statement had looked.
+        None => Ok(existing(conn, project_id, name).await?.id),
+    }
 }
 
 /// False where the name is taken.

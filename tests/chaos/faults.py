@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 # On a worker's way, in its order; the phases are the engine's.
 PHASES = ["features", "heads", "gradients", "solve", "verify"]
-POINTS = ["claiming", "claimed", "fetching", "fetched", *PHASES, "progressing", "renewing", "renewed", "storing", "stored"]
+POINTS = ["claimed", "fetching", "fetched", *PHASES, "progressing", "renewing", "renewed", "storing", "stored"]
 POINTS += ["finishing", "finished", "failing", "releasing", "cancelling", "reaping"]
 
 # Called with the point and the job; what it returns is the answer.

@@ -14,7 +14,7 @@ from stage import MARGIN_S, Broken, Stage, Unreachable, Worker, wait_until
 # Fewer than the attempts that a job has: none is to end because of this harness.
 MOST_OF_ONE_JOB = 3
 # What a lease of 30 s does not come to in a job of a second, and what is no part of a worker's way, left out.
-WITH_LONG_LEASE = ["claiming", "claimed", "fetched", *PHASES, "progressing", "storing", "stored", "finishing", "finished"]
+WITH_LONG_LEASE = ["claimed", "fetched", *PHASES, "progressing", "storing", "stored", "finishing", "finished"]
 BOTH_ENDS = ("succeeded", "cancelled")
 
 
@@ -53,7 +53,7 @@ class Kills:
                 self.reap(worker, process)
             if worker is None:
                 return ""
-            if point == "claiming":
+            if point == "claimed":
                 self.deal(worker, job)
             card = self.cards.get(worker)
             if card and point == card:

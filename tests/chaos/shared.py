@@ -45,8 +45,8 @@ class Shared:
         with self.lock:
             if worker is None or process.pid in self.dead:
                 return ""
-            if point in ("claiming", "shard_claimed"):
-                self.at_work[process.pid] = (point == "claiming", job)
+            if point in ("claimed", "shard_claimed"):
+                self.at_work[process.pid] = (point == "claimed", job)
             has_job, job = self.at_work.get(process.pid, (False, None))
             deadly = point in (OF_THE_JOB if has_job else OF_A_SHARD) and self.random.random() < 0.15
             if job and deadly and len(self.kills) < self.count and not (has_job and self.hits[job] >= MOST_OF_ONE_JOB):

@@ -145,7 +145,7 @@ class Worker:
             self.start()
 
     def reached(self, process: subprocess.Popen, point: str, job: str | None) -> str:
-        if point == "claiming":
+        if point == "claimed":
             self.job = job
         return self.stage.decide(self, process, point, job)
 

@@ -9,8 +9,8 @@ import time
 from audit import Audit, write
 from stage import MARGIN_S, Broken, Stage, wait_until
 
-# At `claiming` and `finishing` the job's row is locked, until the database ends the session (`worker_pool` in src/config.rs).
-POINTS = ["claiming", "claimed", "fetched", "features", "gradients", "verify", "renewing", "storing", "stored", "finishing"]
+# At `finishing` the job's row is locked, until the database ends the session (`worker_pool` in src/config.rs).
+POINTS = ["claimed", "fetched", "features", "gradients", "verify", "renewing", "storing", "stored", "finishing"]
 SHORT = ["gradients", "stored", "finishing"]
 
 EVERYTHING = """

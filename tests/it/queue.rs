@@ -91,6 +91,42 @@ async fn kinds(db: &mut PgConnection, job: Uuid) -> Vec<String> {
     events.into_iter().map(|e| e.kind).collect()
 }
 
+/// The claim counts events before it holds the job's row. Whoever had the job and gave it back between the two has
+/// numbered some in the meantime; here by a hand that does not hold the row, so that the claim comes in between.
+#[sqlx::test(migrator = "MIGRATOR")]
+async fn an_event_that_a_claim_did_not_see_makes_it_look_again(pool: PgPool) {
+    let mut db = pool.acquire().await.unwrap();
+    let spec = spec(&mut db).await;
+    let id = enqueue(&mut db, &spec).await;
+    let worker = worker(&mut db).await;
+    let mut other = pool.begin().await.unwrap();
+    sqlx::raw_sql("SET LOCAL session_replication_role = replica")
+        .execute(&mut *other)
+        .await
+        .unwrap();
+    sqlx::query("INSERT INTO job_event (job_id, seq, kind, data) VALUES ($1, 2, 'released', '{}')")
+        .bind(id)
+        .execute(&mut *other)
+        .await
+        .unwrap();
+    let waiting = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database()
+                   AND wait_event_type = 'Lock' AND query LIKE '%SKIP LOCKED%')";
+    let (claimed, ()) = tokio::join!(claim(&mut db, worker), async {
+        let mut looking = pool.acquire().await.unwrap();
+        while !sqlx::query_scalar::<_, bool>(waiting)
+            .fetch_one(&mut *looking)
+            .await
+            .unwrap()
+        {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        other.commit().await.unwrap();
+    });
+    assert_eq!((claimed.lease.job_id, claimed.attempt), (id, 1));
+    assert_eq!(kinds(&mut db, id).await, ["queued", "released", "started"]);
+    assert_eq!(outcomes(&mut db, id).await, ["open"]);
+}
+
 #[sqlx::test(migrator = "MIGRATOR")]
 async fn a_job_goes_through_its_phases_and_its_result_is_published(
     mut db: PoolConnection<Postgres>,

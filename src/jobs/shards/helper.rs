@@ -1,0 +1,297 @@
+//! What is done with a shard by who helps, under a lease of the shard's own.
+
+use std::time::Duration;
+
+use sqlx::types::Json;
+use sqlx::{Connection, PgConnection};
+use uuid::Uuid;
+
+use super::owner::there;
+use super::{MAX_HELPERS, phase, record_shard};
+use crate::blobs::BlobStore;
+use crate::domain::composition::Phase;
+use crate::domain::digest::Digest;
+use crate::domain::job::EnsembleSpec;
+use crate::domain::sharing::Shard;
+use crate::failpoints;
+use crate::jobs::events::tell;
+use crate::jobs::queue::{Lease, QueueError, Renewal, renewal};
+use crate::registry::references;
+
+/// A shard of somebody's job, with all that it is computed from.
+#[derive(Clone, Debug)]
+pub struct ClaimedShard {
+    /// Of the shard, with a token of its own.
+    pub lease: Lease,
+    pub spec: EnsembleSpec,
+    pub shard: Shard,
+    /// For gradients: the files of the shards of features, in order.
+    pub features: Vec<Digest>,
+}
+
+/// Takes a shard of a running job: of the most urgent and oldest that has one of this arithmetic.
+pub async fn claim(
+    conn: &mut PgConnection,
+    worker_id: Uuid,
+    arithmetic: &str,
+    length: Duration,
+) -> Result<Option<ClaimedShard>, QueueError> {
+    let token = Uuid::new_v4();
+    let mut tx = conn.begin().await?;
+    let row = sqlx::query!(
+        r#"
+        WITH next AS (
+            SELECT s.job_id, s.phase, s.index, j.spec
+            FROM job_shard s
+            JOIN job j ON j.id = s.job_id
+            WHERE s.state = 'queued' AND s.attempt < $4 AND s.arithmetic = $5
+              AND j.state = 'running' AND j.cancel_requested_at IS NULL
+              -- Gradients are computed from all features.
+              AND (s.phase = 'features' OR (
+                  SELECT bool_and(f.state = 'succeeded') FROM job_shard f
+                  WHERE f.job_id = s.job_id AND f.phase = 'features'
+              ))
+              AND NOT EXISTS (SELECT FROM worker WHERE id = $3 AND state = 'draining')
+            ORDER BY j.priority, j.id, s.index
+            LIMIT 1
+            FOR UPDATE OF s SKIP LOCKED
+        )
+        UPDATE job_shard s
+        SET state       = 'running',
+            attempt     = attempt + 1,
+            lease_token = $1,
+            lease_until = now() + make_interval(secs => $2),
+            worker_id   = $3,
+            done        = 0,
+            started_at  = now(),
+            progress_at = now()
+        FROM next
+        WHERE s.job_id = next.job_id AND s.phase = next.phase AND s.index = next.index
+        RETURNING s.job_id, s.phase, s.index, s.count, next.spec AS "spec: Json<EnsembleSpec>"
+        "#,
+        token,
+        length.as_secs_f64(),
+        worker_id,
+        MAX_HELPERS,
+        arithmetic,
+    )
+    .fetch_optional(&mut *tx)
+    .await?;
+    let Some(row) = row else {
+        return Ok(None);
+    };
+    let phase = phase(&row.phase)?;
+    let features = match phase {
+        Phase::Features => Vec::new(),
+        _ => there(&mut tx, row.job_id, Phase::Features).await?.files,
+    };
+    tx.commit().await?;
+    failpoints::reach("shard_claimed", row.job_id);
+    Ok(Some(ClaimedShard {
+        lease: Lease {
+            job_id: row.job_id,
+            token,
+        },
+        spec: row.spec.0,
+        shard: Shard {
+            phase,
+            index: row.index as usize,
+            count: row.count as usize,
+        },
+        // All of them, or it would not have been claimed.
+        features: features.into_iter().flatten().collect(),
+    }))
+}
+
+/// Moves the end of a shard's lease. It holds while the job runs, or waits for somebody to have it again.
+pub async fn renew(
+    conn: &mut PgConnection,
+    lease: Lease,
+    length: Duration,
+) -> Result<Renewal, QueueError> {
+    let cancel = sqlx::query_scalar!(
+        r#"
+        UPDATE job_shard s
+        SET lease_until = now() + make_interval(secs => $3)
+        FROM job j
+        WHERE s.job_id = $1 AND s.lease_token = $2 AND s.state = 'running' AND j.id = s.job_id
+        RETURNING j.cancel_requested_at IS NOT NULL AS "cancel!"
+        "#,
+        lease.job_id,
+        lease.token,
+        length.as_secs_f64(),
+    )
+    .fetch_optional(conn)
+    .await?;
+    renewal(lease, cancel)
+}
+
+/// Whether a shard's lease holds and its job is to stop; changes nothing.
+pub async fn look(conn: &mut PgConnection, lease: Lease) -> Result<Renewal, QueueError> {
+    let cancel = sqlx::query_scalar!(
+        r#"
+        SELECT j.cancel_requested_at IS NOT NULL AS "cancel!"
+        FROM job_shard s JOIN job j ON j.id = s.job_id
+        WHERE s.job_id = $1 AND s.lease_token = $2 AND s.state = 'running'
+        "#,
+        lease.job_id,
+        lease.token,
+    )
+    .fetch_optional(conn)
+    .await?;
+    renewal(lease, cancel)
+}
+
+/// Stores how much of a shard is done, from 0 to 1.
+pub async fn progress(
+    conn: &mut PgConnection,
+    lease: Lease,
+    done: f64,
+) -> Result<Renewal, QueueError> {
+    let cancel = sqlx::query_scalar!(
+        r#"
+        UPDATE job_shard s
+        SET done = $3, progress_at = now()
+        FROM job j
+        WHERE s.job_id = $1 AND s.lease_token = $2 AND s.state = 'running' AND j.id = s.job_id
+        RETURNING j.cancel_requested_at IS NOT NULL AS "cancel!"
+        "#,
+        lease.job_id,
+        lease.token,
+        done.clamp(0.0, 1.0),
+    )
+    .fetch_optional(conn)
+    .await?;
+    renewal(lease, cancel)
+}
+
+/// Stores the file of a shard that a helper computed, unless its lease is lost or has run out.
+pub async fn give(
+    conn: &mut PgConnection,
+    blobs: &BlobStore,
+    claimed: &ClaimedShard,
+    file: &Digest,
+) -> Result<(), QueueError> {
+    let Lease { job_id, token } = claimed.lease;
+    let mut tx = conn.begin().await?;
+    references::hold(&mut tx, blobs, file).await?;
+    lock_job(&mut tx, job_id).await?;
+    let worker_id = sqlx::query_scalar!(
+        r#"
+        UPDATE job_shard
+        SET state = 'succeeded', lease_token = NULL, lease_until = NULL, done = 1, digest = $3,
+            finished_at = now()
+        WHERE job_id = $1 AND lease_token = $2 AND state = 'running' AND lease_until > clock_timestamp()
+        RETURNING worker_id AS "worker_id!"
+        "#,
+        job_id,
+        token,
+        file.as_bytes(),
+    )
+    .fetch_optional(&mut *tx)
+    .await?;
+    let worker_id = worker_id.ok_or(QueueError::LeaseLost(job_id))?;
+    record_shard(&mut tx, job_id, "shard", claimed.shard, worker_id).await?;
+    failpoints::reach("shard_giving", job_id);
+    tx.commit().await?;
+    tell(conn, job_id, false).await;
+    Ok(())
+}
+
+/// How a helper gives a shard back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GivenBack {
+    /// It stops; that does not count.
+    Released,
+    /// It failed, and another helper may not.
+    Failed,
+    /// No helper will do better; who has the job finds out why, and its row says so.
+    Refused,
+}
+
+/// Puts a helper's shard back.
+pub async fn give_back(
+    conn: &mut PgConnection,
+    lease: Lease,
+    why: GivenBack,
+) -> Result<(), QueueError> {
+    let attempt = match why {
+        GivenBack::Released => -1,
+        GivenBack::Failed => 0,
+        GivenBack::Refused => MAX_HELPERS,
+    };
+    let changed = sqlx::query!(
+        r#"
+        UPDATE job_shard
+        SET state = 'queued', lease_token = NULL, lease_until = NULL, done = 0,
+            attempt = attempt + $3, started_at = NULL
+        WHERE job_id = $1 AND lease_token = $2 AND state = 'running'
+        "#,
+        lease.job_id,
+        lease.token,
+        attempt,
+    )
+    .execute(&mut *conn)
+    .await?;
+    if changed.rows_affected() == 0 {
+        return Err(QueueError::LeaseLost(lease.job_id));
+    }
+    tell(conn, lease.job_id, true).await;
+    Ok(())
+}
+
+/// Puts shards back whose helpers were not heard of in time; answers how many.
+pub async fn reap(conn: &mut PgConnection) -> Result<usize, QueueError> {
+    let lost = sqlx::query!(
+        "SELECT job_id, lease_token AS \"token!\" FROM job_shard
+         WHERE state = 'running' AND lease_until < now() ORDER BY lease_until LIMIT 100",
+    )
+    .fetch_all(&mut *conn)
+    .await?;
+    let mut reaped = 0;
+    for row in lost {
+        let mut tx = conn.begin().await?;
+        let held = sqlx::query!(
+            "SELECT id FROM job WHERE id = $1 FOR UPDATE SKIP LOCKED",
+            row.job_id
+        );
+        // Whoever has it may be frozen; the others are not to wait for that.
+        if held.fetch_optional(&mut *tx).await?.is_none() {
+            continue;
+        }
+        let shard = sqlx::query!(
+            r#"
+            UPDATE job_shard
+            SET state = 'queued', lease_token = NULL, lease_until = NULL, done = 0, started_at = NULL
+            -- Somebody else may have been faster, or its helper back.
+            WHERE job_id = $1 AND lease_token = $2 AND state = 'running' AND lease_until < now()
+            RETURNING phase, index, count, worker_id AS "worker_id!"
+            "#,
+            row.job_id,
+            row.token,
+        )
+        .fetch_optional(&mut *tx)
+        .await?;
+        if let Some(row_of_shard) = shard {
+            let shard = Shard {
+                phase: phase(&row_of_shard.phase)?,
+                index: row_of_shard.index as usize,
+                count: row_of_shard.count as usize,
+            };
+            let worker_id = row_of_shard.worker_id;
+            record_shard(&mut tx, row.job_id, "shard_lost", shard, worker_id).await?;
+            reaped += 1;
+        }
+        tx.commit().await?;
+        tell(conn, row.job_id, true).await;
+    }
+    Ok(reaped)
+}
+
+/// As everybody who tells of a shard does first.
+async fn lock_job(conn: &mut PgConnection, job_id: Uuid) -> Result<(), QueueError> {
+    sqlx::query!("SELECT id FROM job WHERE id = $1 FOR UPDATE", job_id)
+        .fetch_one(conn)
+        .await?;
+    Ok(())
+}

@@ -1,0 +1,50 @@
+//! Shards of a job: parts of its work that idle workers take beside the one that has the job.
+//!
+//! ```text
+//!           take (who has the job), claim (who helps)          give
+//!   queued ───────────────────────────────────────► running ─────────► succeeded, with its file
+//!     ▲                                                │
+//!     └──── lease ran out, given back, job lost ───────┘
+//! ```
+//!
+//! Shards that succeeded outlast the attempt that they were computed in: a crash costs the shard that was in work. When
+//! the job is over they are gone. Whoever changes shards of a job and tells of it holds the job's row first.
+
+mod helper;
+mod owner;
+
+use serde_json::json;
+use sqlx::PgConnection;
+use uuid::Uuid;
+
+pub use helper::{ClaimedShard, GivenBack, claim, give, give_back, look, progress, reap, renew};
+pub use owner::{Owner, There, discard, end, estimate, lay_out, put, put_whole, take, there};
+
+use super::events::record;
+use crate::db::DbError;
+use crate::domain::composition::Phase;
+use crate::domain::sharing::Shard;
+
+/// A shard that so many helpers lost or failed at is left to who has the job, whose attempts are counted.
+const MAX_HELPERS: i32 = 3;
+
+async fn record_shard(
+    conn: &mut PgConnection,
+    job_id: Uuid,
+    kind: &str,
+    shard: Shard,
+    worker_id: Uuid,
+) -> Result<(), DbError> {
+    let Shard {
+        phase,
+        index,
+        count,
+    } = shard;
+    let data = json!({"phase": phase, "index": index, "count": count, "worker": worker_id});
+    record(conn, job_id, kind, data).await
+}
+
+fn phase(name: &str) -> Result<Phase, DbError> {
+    let found = Phase::ALL.into_iter().find(|phase| phase.name() == name);
+    found.ok_or_else(|| DbError::unreadable("job_shard", "phase", name))
+}
