@@ -116,7 +116,12 @@ pub async fn claim(
                     jsonb_build_object('attempt', claimed.attempt, 'worker', $3)
                 FROM claimed
             )
-            SELECT id, project_id, attempt, spec AS "spec: Json<EnsembleSpec>" FROM claimed
+            SELECT
+                id, project_id, attempt, spec AS "spec: Json<EnsembleSpec>",
+                -- The commit does not wait for the disk. A database that crashes right after it has the job queued again,
+                -- and knows nothing of this token: whoever holds it can write nothing, as after any lost lease.
+                set_config('synchronous_commit', 'off', true) AS not_waited_for
+            FROM claimed
             "#,
             token,
             lease.as_secs_f64(),

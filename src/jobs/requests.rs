@@ -80,19 +80,22 @@ pub async fn same(
     let spec_digest = new.spec.digest();
     let found = sqlx::query_scalar!(
         r#"
-        SELECT id
-        FROM job
-        WHERE project_id = $1 AND kind = $2 AND spec_digest = $3
-          AND cancel_requested_at IS NULL
-          AND ($4::text IS NULL OR spec->>'output' = $4)
-          AND (state IN ('queued', 'running') OR state = 'succeeded' AND EXISTS (
-              SELECT FROM prompt p
-              WHERE p.project_id = job.project_id
-                AND p.name = job.result->'composed'->>'prompt'
-                AND p.deleted_at IS NULL
-          ))
-        ORDER BY id
-        LIMIT 1
+        -- Materialized, so that it goes by the digest: with the order and the limit beside them the planner would rather
+        -- walk through all jobs there ever were, as the first that fits might come soon.
+        WITH same AS MATERIALIZED (
+            SELECT id
+            FROM job
+            WHERE project_id = $1 AND kind = $2 AND spec_digest = $3
+              AND cancel_requested_at IS NULL
+              AND ($4::text IS NULL OR spec->>'output' = $4)
+              AND (state IN ('queued', 'running') OR state = 'succeeded' AND EXISTS (
+                  SELECT FROM prompt p
+                  WHERE p.project_id = job.project_id
+                    AND p.name = job.result->'composed'->>'prompt'
+                    AND p.deleted_at IS NULL
+              ))
+        )
+        SELECT id FROM same ORDER BY id LIMIT 1
         "#,
         new.project_id,
         new.kind,
