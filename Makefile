@@ -1,6 +1,6 @@
 # `make demo` and `make test` need nothing before them: they set up what is missing.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test fmt clippy openapi sqlx test-peft fuzz-api fuzz bench-api bench-upload bench-hostile bench-engine bench-demo bench-growth bench-workers chaos chaos-short bench-queue mini-vtab
+.PHONY: help setup demo up test fmt clippy openapi sqlx test-peft fuzz-api fuzz bench-api bench-upload bench-hostile bench-engine bench-demo bench-growth bench-workers chaos chaos-short bench-queue mini-vtab reproduce
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -46,6 +46,10 @@ chaos: ## kill -9, SIGSTOP, a database that dies: whether the queue keeps its pr
 
 chaos-short: ## the same in three minutes, of everything a little
 	scripts/chaos_short.sh
+
+reproduce: setup mini-vtab ## every method on every task of the mini-VTAB; PROFILE zero-shot (default) or small, in hours; goes on where it was
+	cargo build --release
+	scripts/reproduce.sh $${PROFILE:-zero-shot} $${OUT:-.assets/mini-vtab}
 
 mini-vtab: ## ten small tasks in VTAB-1k's layout, into OUT (.assets/mini-vtab), in two minutes; fetches 370 MB once
 	scripts/mini_vtab.sh $${OUT:-.assets/mini-vtab}

@@ -1,0 +1,38 @@
+#!/usr/bin/env python3
+"""Puts the report of `promptweave reproduce` into docs/reproduction.md, between the markers of its profile.
+
+    python3 scripts/publish_reproduction.py small
+"""
+
+import pathlib
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+DOCUMENT = ROOT / "docs" / "reproduction.md"
+PICTURES = {
+    "weights.svg": "weights of HGPrompt by target and source",
+    "spearman.svg": "weights against what their sources are worth",
+    "scalability.svg": "accuracy against the number of sources",
+}
+
+
+def main():
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    profile = sys.argv[1]
+    folder = ROOT / "reproduction" / "mini-vtab" / profile
+    text = (folder / "report.md").read_text().strip()
+    for name, label in PICTURES.items():
+        if (folder / name).exists():
+            text += f"\n\n![{label}](../{(folder / name).relative_to(ROOT)})"
+    begin, end = f"<!-- {profile}: made by `make reproduce` -->", f"<!-- end of {profile} -->"
+    before = DOCUMENT.read_text()
+    if before.count(begin) != 1 or before.count(end) != 1:
+        sys.exit(f"error: {DOCUMENT} has no markers `{begin}` and `{end}`")
+    head, tail = before.split(begin)[0], before.split(end)[1]
+    DOCUMENT.write_text(f"{head}{begin}\n\n{text}\n\n{end}{tail}")
+    print(f"wrote {DOCUMENT}")
+
+
+if __name__ == "__main__":
+    main()

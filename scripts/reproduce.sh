@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Runs `promptweave reproduce` on a suite and puts what came out into docs/reproduction.md; `make reproduce` calls this.
+#
+#   scripts/reproduce.sh PROFILE SUITE_DIR [OPTION …]      OPTIONs go to `promptweave reproduce`
+#
+# Rows, source prompts, tables and pictures are in reproduction/mini-vtab/PROFILE. What has its row is not computed again:
+# a run that was broken off goes on, and `--report-only` writes the tables of what there is.
+set -euo pipefail
+profile=${1:?usage: scripts/reproduce.sh PROFILE SUITE_DIR [OPTION …]}
+suite=${2:?usage: scripts/reproduce.sh PROFILE SUITE_DIR [OPTION …]}
+shift 2
+cd "$(dirname "$0")/.."
+promptweave=${PROMPTWEAVE:-target/release/promptweave}
+backbone=.assets/vit_s14_focus
+if [ "$profile" = small ]; then
+    backbone=.assets/vit_s14_focus_6x70
+    [ -e $backbone/config.json ] ||
+        python3 scripts/shrink_backbone.py .assets/vit_s14_focus $backbone --blocks 6 --size 70
+fi
+out=reproduction/mini-vtab/$profile
+"$promptweave" reproduce --profile "$profile" --suite "$suite" --backbone $backbone --out "$out" "$@"
+python3 scripts/publish_reproduction.py "$profile"
