@@ -225,11 +225,14 @@ pub(crate) fn style_caption() -> TextStyle<'static> {
     TextStyle::from(("sans-serif", 17).into_font()).color(&INK)
 }
 
-/// The values' range with a margin on both sides, also where all are equal.
+/// The values' range with a margin on both sides, also where all are equal, or there is none.
 pub(crate) fn padded(values: impl Iterator<Item = f64>) -> Range<f64> {
     let (low, high) = values.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), v| {
         (low.min(v), high.max(v))
     });
+    if low > high {
+        return 0.0..1.0;
+    }
     let margin = if high > low {
         0.08 * (high - low)
     } else {

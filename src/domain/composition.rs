@@ -405,7 +405,7 @@ pub struct Diagnostics {
     /// One forward pass with the composed prompt itself; null where α was solved for again from
     /// statistics, without the backbone.
     pub composed: Option<PromptScore>,
-    /// H(f of the composed prompt) minus H(mixed features), over the latter.
+    /// H(f of the composed prompt) minus H(mixed features), over the latter; null at a `scale` other than 1.
     pub surrogate_gap: Option<f64>,
     /// What `refine` steps found.
     #[serde(default)]

@@ -15,6 +15,12 @@ pub const MAX_TARGET_EPOCHS: u32 = 100;
 pub const NO_ANCHOR: &str = "shrinks towards the initial prompt that the sources share, and their init seeds differ or \
                              are unknown; name one by `anchor`, or leave the scale at 1";
 
+/// The init seed that all prompts say they have: they began as one prompt, with their tokens in one order.
+pub fn common_seed(mut seeds: impl Iterator<Item = Option<u64>>) -> Option<u64> {
+    let first = seeds.next()??;
+    seeds.all(|seed| seed == Some(first)).then_some(first)
+}
+
 /// How α is found.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]

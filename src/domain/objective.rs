@@ -382,6 +382,10 @@ impl Objective {
             ("trade_off", self.trade_off.is_some()),
             ("alignment_weight", self.alignment_weight.is_some()),
         ];
+        if method == Method::HOnly && self.entropy > 0.0 {
+            let problem = "is weighed by the range of both terms, and `h_only` has one";
+            return refuse("entropy", problem);
+        }
         let only_solved = [("entropy", self.entropy > 0.0), ("refine", self.refine > 0)];
         for (field, given) in only_hgprompt {
             if given && method != Method::Hgprompt {
@@ -437,8 +441,38 @@ impl Objective {
         }
     }
 
-    /// Checks what needs a backbone where there is only a statistics file made with `recorded`.
-    pub fn check_without_backbone(&self, recorded: &Self) -> Result<(), InvalidObjective> {
+    /// The same by another method, less what belongs to this one alone.
+    pub fn for_method(&self, method: Method) -> Self {
+        Self {
+            method,
+            trade_off: None,
+            alignment_weight: None,
+            entropy: 0.0,
+            refine: 0,
+            single_best: SingleBestOptions::default(),
+            spot: SpotOptions::default(),
+            target_tuning: TargetTuning::default(),
+            ..self.clone()
+        }
+    }
+
+    /// What is left of it where α is solved for again without a backbone: no refinement, and Σ αᵢ Pᵢ itself.
+    pub fn without_forward_passes(&self) -> Self {
+        Self {
+            refine: 0,
+            scale: Scale::default(),
+            anchor: None,
+            ..self.clone()
+        }
+    }
+
+    /// Checks what needs a backbone where there is only a statistics file made with `recorded`, with `gradients` or
+    /// without.
+    pub fn check_without_backbone(
+        &self,
+        recorded: &Self,
+        gradients: bool,
+    ) -> Result<(), InvalidObjective> {
         const SAME: &str = "is fixed by the statistics, which were made with";
         if self.trade_off == Some(TradeOff::Rule(TradeOffRule::Validation)) {
             return refuse(
@@ -462,10 +496,10 @@ impl Objective {
         if self.scale != Scale::default() {
             return refuse("scale", "needs the backbone: run the whole composition");
         }
-        if self.method.takes_gradients() && !recorded.method.takes_gradients() {
+        if self.method.takes_gradients() && !gradients {
             let problem = format!(
-                "`{}` needs gradients, and the statistics were made for `{}`, without; run the whole composition",
-                self.method, recorded.method
+                "`{}` needs gradients, and the statistics were made without; run the whole composition",
+                self.method
             );
             return refuse("method", problem);
         }
@@ -562,7 +596,7 @@ mod tests {
         let field = |json: &str| check(json).unwrap_err().field;
         for fine in [
             r#"{"method": "average", "scale": "auto", "anchor": 3}"#,
-            r#"{"method": "h_only", "entropy": 0.1}"#,
+            r#"{"method": "alignment_only", "entropy": 0.1}"#,
             r#"{"method": "single_best", "single_best": {"by": "log_me"}}"#,
             r#"{"method": "spot", "spot": {"top_k": 3, "choice": "best_of"}}"#,
             r#"{"method": "panda", "target_tuning": {"epochs": 1}}"#,
@@ -580,6 +614,7 @@ mod tests {
                 "alignment_weight",
             ),
             (r#"{"method": "spot", "entropy": 0.1}"#, "entropy"),
+            (r#"{"method": "h_only", "entropy": 0.1}"#, "entropy"),
             (r#"{"method": "average", "refine": 1}"#, "refine"),
             (r#"{"scale": 0.5, "refine": 1}"#, "scale"),
             (r#"{"scale": 2.5}"#, "scale"),
@@ -595,6 +630,14 @@ mod tests {
         ] {
             assert_eq!(field(refused), expected, "{refused}");
         }
+        // Another method leaves behind what is not its own.
+        let full: Objective = serde_json::from_str(
+            r#"{"trade_off": 0.3, "refine": 2, "h_score": {"shrinkage": 0.5}}"#,
+        )
+        .unwrap();
+        let average = full.for_method(Method::Average);
+        assert!(average.weighing().is_ok());
+        assert_eq!(average.h_score, full.h_score);
         // What is not said is not written: specifications of before have the digests that they had.
         let written = serde_json::to_value(Objective::default()).unwrap();
         assert!(written.get("method").is_none() && written.get("scale").is_none());

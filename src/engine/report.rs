@@ -163,7 +163,8 @@ impl Evidence<'_> {
                 let rows = gradients.mean_cosine.chunks_exact(m);
                 rows.map(<[f64]>::to_vec).collect()
             }),
-            surrogate_gap: (composed.as_ref())
+            // At another scale it is another prompt that H is of.
+            surrogate_gap: (composed.as_ref().filter(|_| self.method.scale == 1.0))
                 .map(|score| (score.h_score - mixed) / mixed.abs().max(f64::MIN_POSITIVE)),
             composed,
             refinement: self.refinement.clone(),

@@ -20,7 +20,7 @@ pub fn resolve(
     let (all, recorded) = Statistics::parse(&input.statistics)?;
     input
         .objective
-        .check_without_backbone(&recorded.objective)?;
+        .check_without_backbone(&recorded.objective, all.gradients.is_some())?;
     let rows = rows_of(&input.sources, &recorded)?;
     let statistics = all.of_sources(&rows);
     let metadata = Metadata {

@@ -7,6 +7,7 @@ use super::statistics::Metadata;
 use crate::domain::backbone::Backbone;
 use crate::domain::composition::Source;
 use crate::domain::digest::Digest;
+use crate::domain::method::common_seed;
 use crate::domain::mixture::mix;
 use crate::domain::prompt_file::{FORMAT, Origin, PromptFile, PromptMetadata};
 use crate::domain::tensor::Tensor;
@@ -73,8 +74,7 @@ pub fn check_sources(sources: &[Source], backbone: &Backbone) -> Result<(), Engi
 /// The init seed all of them say they have.
 pub fn common_init_seed(sources: &[Source]) -> Option<u64> {
     let of = |source: &Source| source.file.metadata.as_ref()?.init_seed;
-    let first = of(sources.first()?)?;
-    (sources.iter().all(|source| of(source) == Some(first))).then_some(first)
+    common_seed(sources.iter().map(of))
 }
 
 /// P₀ + β Σ αᵢ (Pᵢ - P₀) for α on the simplex; without P₀, or at β = 1, Σ αᵢ Pᵢ.

@@ -34,6 +34,7 @@ use super::gradients::GradientSummary;
 use super::transferability::SourceScores;
 use crate::domain::composition::TokenAlignment;
 use crate::domain::digest::Digest;
+use crate::domain::method::common_seed;
 use crate::domain::objective::Objective;
 use crate::domain::precision::Precision;
 use crate::domain::prompt_file::METADATA_KEY;
@@ -164,9 +165,7 @@ impl Metadata {
 
     /// The init seed all sources share, if they do and say so.
     pub fn common_init_seed(&self) -> Option<u64> {
-        let mut seeds = self.sources.iter().map(|source| source.init_seed);
-        let first = seeds.next().flatten()?;
-        seeds.all(|seed| seed == Some(first)).then_some(first)
+        common_seed(self.sources.iter().map(|source| source.init_seed))
     }
 }
 
@@ -282,7 +281,6 @@ impl Statistics {
         }
         let (features, [_, _, d]) = file.floats("features", [Some(m), Some(n), None])?;
         let (prompts, [_, tokens, _]) = file.floats("prompts", [Some(m), None, Some(d)])?;
-        let takes_gradients = metadata.objective.method.takes_gradients();
         let statistics = Self {
             features: Tensor::from_slice(&features).view([m as i64, n as i64, d as i64]),
             prompts: (prompts.chunks_exact(tokens * d))
@@ -296,7 +294,7 @@ impl Statistics {
                 loss: file.numbers("head_loss", &[m])?,
                 saturation: file.numbers("head_saturation", &[m])?,
             },
-            gradients: (takes_gradients.then(|| file.gradients(m))).transpose()?,
+            gradients: file.gradients(m)?,
         };
         Ok((statistics, metadata))
     }
@@ -378,8 +376,16 @@ impl File<'_> {
             .map_err(|_| StatisticsError::MissingTensor(name))
     }
 
-    /// Of m sources.
-    fn gradients(&self, m: usize) -> Result<GradientSummary, StatisticsError> {
+    /// Of m sources, if there are any.
+    fn gradients(&self, m: usize) -> Result<Option<GradientSummary>, StatisticsError> {
+        if self
+            .0
+            .names()
+            .iter()
+            .all(|name| !name.starts_with("gradient_"))
+        {
+            return Ok(None);
+        }
         let t = num_pairs(m);
         let leave_out_shape = self.view("gradient_gram_leave_out")?.shape().to_vec();
         let j = leave_out_shape.first().copied().unwrap_or(0);
@@ -393,7 +399,7 @@ impl File<'_> {
                 variance_gram: variance_gram.to_vec(),
             })
             .collect();
-        Ok(GradientSummary {
+        Ok(Some(GradientSummary {
             whole: AlignmentStatistics {
                 num_sources: m,
                 gram: self.numbers("gradient_gram", &[t, t])?,
@@ -402,7 +408,7 @@ impl File<'_> {
             leave_out,
             mean_cosine: self.numbers("gradient_mean_cosine", &[m, m])?,
             rms: self.numbers("gradient_rms", &[m])?,
-        })
+        }))
     }
 
     pub fn numbers(

@@ -11,7 +11,7 @@ use crate::domain::composition::TargetSamples;
 use crate::domain::dataset::Split;
 use crate::domain::digest::Digest;
 use crate::domain::job::{BackboneSpec, EnsembleSpec, SourceSpec, TargetSpec};
-use crate::domain::method::{Method, NO_ANCHOR, Scale};
+use crate::domain::method::{Method, NO_ANCHOR, Scale, common_seed};
 use crate::domain::objective::{InvalidObjective, Objective, TradeOffRule, Weighing};
 use crate::domain::reference::{Reference, ResourceName};
 use crate::domain::sharing::StopWhen;
@@ -338,9 +338,8 @@ pub async fn sources(
 
 /// A scale other than 1 needs the initial prompt.
 fn check_anchor(objective: &Objective, sources: &[PromptVersion]) -> Result<(), PlanError> {
-    let first = sources[0].init_seed;
-    let shared = first.is_some() && sources.iter().all(|source| source.init_seed == first);
-    if objective.scale == Scale::default() || objective.anchor.is_some() || shared {
+    let shared = common_seed(sources.iter().map(|source| source.init_seed));
+    if objective.scale == Scale::default() || objective.anchor.or(shared).is_some() {
         return Ok(());
     }
     refuse("invalid_objective", "/objective/scale", NO_ANCHOR)

@@ -103,7 +103,10 @@ pub fn plan(
         }
     };
     objective
-        .check_without_backbone(&recorded.objective)
+        .check_without_backbone(
+            &recorded.objective,
+            solved.result.objective.gradient_alignment.is_some(),
+        )
         .map_err(invalid_objective)?;
     let num_samples = solved.result.diagnostics.num_samples;
     check_samples(&objective, num_samples, recorded.backbone.config.embed_dim)?;
@@ -134,8 +137,7 @@ pub fn plan(
 /// The ensemble's own objective, less what its statistics cannot answer: no refinement, and the
 /// trade-off that `validation` chose then in place of choosing anew.
 fn without_backbone(solved: &Solved) -> Objective {
-    let mut objective = solved.spec.objective.clone();
-    objective.refine = 0;
+    let mut objective = solved.spec.objective.without_forward_passes();
     if objective.trade_off == Some(TradeOff::Rule(TradeOffRule::Validation)) {
         objective.trade_off = solved.result.objective.trade_off.map(TradeOff::Value);
     }

@@ -83,8 +83,10 @@ pub struct BackboneOptions {
 impl SolveOptions {
     /// `base`, with what is given in place of what it says.
     pub fn over(&self, base: &Objective) -> Objective {
-        let mut objective = base.clone();
-        set(&mut objective.method, self.method);
+        let mut objective = match self.method {
+            Some(method) if method != base.method => base.for_method(method),
+            _ => base.clone(),
+        };
         set(&mut objective.single_best.by, self.single_best_by);
         if self.trade_off.is_some() || self.alignment_weight.is_some() {
             objective.trade_off = self.trade_off;

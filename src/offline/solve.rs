@@ -9,7 +9,6 @@ use super::objective::SolveOptions;
 use super::progress::Bars;
 use super::write_composition;
 use crate::domain::composition::{Composer as _, ResolveInput, SourceRef};
-use crate::domain::objective::Objective;
 use crate::engine::statistics::{Metadata, RecordedSource};
 use crate::engine::{Engine, EngineError};
 
@@ -42,11 +41,10 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     }
     let input = ResolveInput {
         sources: named(&args.sources, &recorded)?,
-        // Refinement went through the backbone; what it started from is solved again.
-        objective: Objective {
-            refine: 0,
-            ..args.objective.over(&recorded.objective)
-        },
+        objective: args
+            .objective
+            .over(&recorded.objective)
+            .without_forward_passes(),
         statistics,
     };
     let composition = Engine::new(tch::Device::Cpu)

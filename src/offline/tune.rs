@@ -83,6 +83,7 @@ pub struct Args {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum OptimizerName {
+    #[value(alias = "adamw")]
     AdamW,
     /// With momentum 0.9.
     Sgd,
@@ -168,6 +169,17 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let dataset = LabelledImages::read(&args.data)?;
     let images = Images::load(args, &dataset, &backbone.config.preprocessing)?;
     let (task, grid) = (args.task(), args.grid());
+    if grid.len() > 1 || args.patience.is_some() {
+        ensure!(
+            !images.part.labels.is_empty(),
+            "one image is too few to hold any out"
+        );
+        eprintln!(
+            "held out: {} images, {}",
+            images.held_out.len(),
+            images.whose
+        );
+    }
     let asked = args.options();
     let tuning = Tuning {
         backbone,
@@ -197,19 +209,22 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         None => tuning,
     };
     let mut checkpoint = CheckpointFile::of(args);
-    let mut last = f64::NAN;
     let file = watched("tune", args.epochs * tuning.train.len(), |watch| {
-        tuning.run(&mut checkpoint, |at| {
-            last = at.cross_entropy;
-            watch(at)
-        })
+        tuning.run(&mut checkpoint, watch)
     })?;
     write_whole(&args.out, &file.to_bytes())?;
     checkpoint.delete();
+    let training = file
+        .metadata
+        .as_ref()
+        .and_then(|metadata| metadata.training.as_ref());
+    let losses =
+        training.and_then(|training| training["cross_entropy"].as_array()?.last()?.as_f64());
     println!(
-        "wrote {}: {} tokens for `{task}`, last epoch's cross-entropy {last:.4} nats",
+        "wrote {}: {} tokens for `{task}`, last epoch's cross-entropy {:.4} nats",
         args.out.display(),
-        file.num_tokens()
+        file.num_tokens(),
+        losses.expect("there are epochs")
     );
     Ok(())
 }
@@ -264,6 +279,8 @@ struct Images {
     all: Samples,
     part: Samples,
     held_out: Samples,
+    /// What is held out.
+    whose: &'static str,
 }
 
 impl Images {
@@ -283,7 +300,7 @@ impl Images {
             &selection(args.split, args.max_samples),
             preprocessing,
         )?;
-        // VTAB-1k's val200 is a part of train800val200; where nothing is told apart, every fifth image is held out.
+        // VTAB-1k's val200 is a part of train800val200.
         let paths = |split: Split| -> HashSet<&str> {
             let images = dataset.splits.get(&split).into_iter().flatten();
             images.map(|image| image.path.as_str()).collect()
@@ -291,9 +308,20 @@ impl Images {
         let val = paths(Split::Val);
         let listed = &dataset.splits[&args.split];
         let is_val = |row: &usize| val.contains(listed[all.indices[*row]].path.as_str());
-        let rows = 0..all.len();
-        let (mut held_out, mut part): (Vec<usize>, Vec<usize>) = rows.partition(is_val);
+        let (mut held_out, mut part): (Vec<usize>, Vec<usize>) = (0..all.len()).partition(is_val);
+        let mut whose = "of the split val";
+        if held_out.is_empty() && !val.is_empty() && args.split != Split::Val {
+            // A split of its own, as image folders have it.
+            let held_out = Samples::load(dataset, &selection(Split::Val, None), preprocessing)?;
+            return Ok(Self {
+                part: all.only(&part),
+                whose,
+                held_out,
+                all,
+            });
+        }
         if held_out.is_empty() || part.is_empty() {
+            whose = "every fifth of the images";
             held_out = stratified_subset(&all.labels, all.len().div_ceil(5), args.seed);
             part = (0..all.len())
                 .filter(|row| !held_out.contains(row))
@@ -302,6 +330,7 @@ impl Images {
         Ok(Self {
             part: all.only(&part),
             held_out: all.only(&held_out),
+            whose,
             all,
         })
     }

@@ -66,7 +66,8 @@ pub fn compose(
     steps.begin(Phase::Verify)?;
     let (alpha, refinement) = work.refine(&solved, &mut steps)?;
     (method.scale, method.scales) = work.scale(&alpha, &mut steps)?;
-    method.anchor = inputs.init_seed.filter(|_| method.scale != 1.0);
+    let anchor = objective.anchor.or(inputs.init_seed);
+    method.anchor = anchor.filter(|_| method.scale != 1.0);
     let metadata = Metadata {
         format: Metadata::FORMAT,
         sources: work.recorded(&statistics)?,
@@ -107,7 +108,7 @@ struct Inputs {
     /// The sources', with their rows in the common order.
     prompts: Vec<PlainTensor<f32>>,
     token_alignment: Option<TokenAlignment>,
-    /// Of the initial prompt that the sources share, where they say so or the request does.
+    /// Of the initial prompt that the sources share, where they say so.
     init_seed: Option<u64>,
     /// P₀, where the scale is not 1.
     anchor: Option<PlainTensor<f32>>,
@@ -130,10 +131,13 @@ impl Inputs {
         objective.weighing()?;
         check_sources(sources, backbone)?;
         let (prompts, token_alignment) = align(sources, objective.align_tokens)?;
-        let init_seed = objective.anchor.or_else(|| common_init_seed(sources));
+        let init_seed = common_init_seed(sources);
         let anchor = match objective.scale == Scale::default() {
             true => None,
-            false => Some(initial_prompt_of(&prompts[0], backbone, init_seed)?),
+            false => {
+                let seed = objective.anchor.or(init_seed);
+                Some(initial_prompt_of(&prompts[0], backbone, seed)?)
+            }
         };
         let dataset = LabelledImages::read(&input.target_dir)?;
 
@@ -236,7 +240,7 @@ struct Work<'a> {
     classes: &'a [String],
     /// Of the choice of samples.
     seed: u64,
-    /// Of the initial prompt that the sources share, where they say so or the request does.
+    /// Of the initial prompt that the sources share, where they say so.
     init_seed: Option<u64>,
     /// P₀, where the scale is not 1.
     anchor: Option<&'a PlainTensor<f32>>,

@@ -220,6 +220,9 @@ fn statistics_serve_every_method_that_they_suffice_for() {
         let again = resolve(&whole, &input, objective).unwrap();
         assert_eq!(weights(&again), weights(&direct));
         assert_eq!(again.result.method.scores, direct.result.method.scores);
+        // The gradients are still there for who needs them.
+        let back = resolve(&again, &input, json!({"h_score": {"shrinkage": 0.5}})).unwrap();
+        assert_eq!(weights(&back), weights(&whole));
     }
 
     let (average, _) = compose(&job(dir.path(), json!({"method": "average"})));

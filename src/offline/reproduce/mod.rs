@@ -86,6 +86,8 @@ pub enum Table {
 #[derive(Clone, Debug, Serialize)]
 pub struct Settings {
     pub profile: &'static str,
+    /// Digest of the tasks' names, classes and lists of images.
+    pub suite: String,
     pub backbone: String,
     pub precision: String,
     /// Of every source prompt; `init_seed` and `seed` are the cell's seed.
@@ -102,7 +104,7 @@ pub struct Settings {
 }
 
 impl Settings {
-    fn of(args: &Args, backbone: &Backbone) -> Self {
+    fn of(args: &Args, suite: &Suite, backbone: &Backbone) -> Self {
         let five_epochs = TuningOptions {
             epochs: 5,
             ..TuningOptions::default()
@@ -119,6 +121,7 @@ impl Settings {
         };
         Self {
             profile,
+            suite: suite.digest.to_string(),
             backbone: backbone.digest.to_string(),
             precision: args.engine.precision.to_string(),
             source_tuning: five_epochs,
@@ -134,8 +137,9 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let suite = Suite::open(&args.suite, args.tasks.as_deref())?;
     let backbone = Backbone::open(&args.engine.backbone)
         .with_context(|| format!("cannot use `{}`", args.engine.backbone.display()))?;
-    let settings = Settings::of(args, &backbone);
-    let mut results = Results::open(&args.out.join("results.jsonl"), &settings)?;
+    let settings = Settings::of(args, &suite, &backbone);
+    let path = args.out.join("results.jsonl");
+    let mut results = Results::open(&path, &settings, args.report_only)?;
     let cells = cells(&suite, &args.seeds, &args.tables);
     if !args.report_only {
         let missing: Vec<Cell> = cells
@@ -228,8 +232,8 @@ mod tests {
     fn every_cell_is_computed_once_and_all_tables_are_made_of_them() {
         let dir = tempfile::tempdir().unwrap();
         suite(dir.path(), 3);
-        let args = args(dir.path(), &["--profile", "small"]);
-        run(&args).unwrap();
+        let small = args(dir.path(), &["--profile", "small"]);
+        run(&small).unwrap();
         let read = |name: &str| fs::read_to_string(dir.path().join("out").join(name)).unwrap();
         let rows = read("results.jsonl");
         let report = read("report.md");
@@ -265,8 +269,21 @@ mod tests {
         );
         assert_eq!((row.sources.len(), row.weights.len()), (2, 2));
 
+        // Of a first row alone there is a report too.
+        let out = dir.path().join("out/results.jsonl");
+        let first: String = rows.split_inclusive('\n').take(2).collect();
+        fs::write(&out, first).unwrap();
+        let report_only = ["--profile", "small", "--report-only"];
+        run(&args(dir.path(), &report_only)).unwrap();
+        assert!(
+            read("report.md").contains("Not finished"),
+            "{}",
+            read("report.md")
+        );
+        fs::write(&out, &rows).unwrap();
+
         // Again: nothing is computed, and the report is the same.
-        run(&args).unwrap();
+        run(&small).unwrap();
         assert_eq!((read("results.jsonl"), read("report.md")), (rows, report));
     }
 

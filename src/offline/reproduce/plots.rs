@@ -28,12 +28,15 @@ fn draw(path: &Path, size: (u32, u32), on: impl FnOnce(&Area<'_>) -> Result<()>)
 }
 
 /// A bar a method: its mean accuracy in percent, from 0.
-pub fn accuracies(path: &Path, means: &[(&str, f64)]) -> Result<()> {
+pub fn accuracies(path: &Path, means: &[(&str, Option<f64>)]) -> Result<()> {
     const ROW: i32 = 26;
     const TOP: i32 = 44;
     const LEFT: i32 = 230;
     const FULL: f64 = 400.0;
-    let most = means.iter().map(|(_, mean)| *mean).fold(1.0, f64::max);
+    let most = means
+        .iter()
+        .filter_map(|(_, mean)| *mean)
+        .fold(1.0, f64::max);
     let size = (700, (TOP + means.len() as i32 * ROW + 14) as u32);
     draw(path, size, |area| {
         area.draw_text(
@@ -43,7 +46,8 @@ pub fn accuracies(path: &Path, means: &[(&str, f64)]) -> Result<()> {
         )?;
         for (row, (label, mean)) in means.iter().enumerate() {
             let y = TOP + row as i32 * ROW + ROW / 2;
-            let end = LEFT + (mean / most * FULL).max(1.0).round() as i32;
+            let share = mean.unwrap_or(0.0) / most;
+            let end = LEFT + (share * FULL).max(1.0).round() as i32;
             let filled = if label.starts_with("HGPrompt") {
                 color(0)
             } else {
@@ -55,7 +59,7 @@ pub fn accuracies(path: &Path, means: &[(&str, f64)]) -> Result<()> {
             ))?;
             area.draw_text(label, &style(14, &INK, HPos::Right), (LEFT - 10, y))?;
             area.draw_text(
-                &format!("{mean:.1}"),
+                &mean.map_or("–".into(), |mean| format!("{mean:.1}")),
                 &style(14, &INK, HPos::Left),
                 (end + 8, y),
             )?;

@@ -59,33 +59,33 @@ pub struct Report<'a> {
 }
 
 impl<'a> Report<'a> {
-    /// report.md, and beside it the tables as CSV and the pictures as SVG.
+    /// report.md, and beside it the cells as CSV and the pictures as SVG, of what there is.
     pub fn write(&self, out: &Path, tables: &[Table]) -> anyhow::Result<()> {
-        let mut text = self.preface();
+        let all: Vec<&str> = METHODS.iter().map(|method| method.key).collect();
+        let text = tables.iter().map(|table| match table {
+            Table::Main => self.accuracies("Accuracy", &all) + &self.differences(),
+            Table::Ablation => self.accuracies("Ablation: both terms, and each alone", &ABLATION),
+            Table::Spearman => self.correlations(),
+            Table::Scalability => self.scalability(),
+        });
+        let text = self.preface() + &text.collect::<String>();
+        write_whole(&out.join("report.md"), text.as_bytes())?;
+        write_whole(&out.join("cells.csv"), self.csv().as_bytes())?;
         for table in tables {
             match table {
                 Table::Main => {
-                    let methods: Vec<&str> = METHODS.iter().map(|method| method.key).collect();
-                    text += &self.accuracies("Accuracy", &methods);
-                    text += &self.differences();
-                    plots::accuracies(&out.join("accuracies.svg"), &self.means(&methods))?;
+                    plots::accuracies(&out.join("accuracies.svg"), &self.means(&all))?;
                     plots::weights(&out.join("weights.svg"), &self.weights())?;
                 }
-                Table::Ablation => {
-                    text += &self.accuracies("Ablation: both terms, and each alone", &ABLATION)
-                }
+                Table::Ablation => {}
                 Table::Spearman => {
-                    text += &self.correlations();
                     plots::correlation(&out.join("spearman.svg"), &self.points())?;
                 }
                 Table::Scalability => {
-                    text += &self.scalability();
                     plots::scalability(&out.join("scalability.svg"), &self.by_number())?;
                 }
             }
         }
-        write_whole(&out.join("report.md"), text.as_bytes())?;
-        write_whole(&out.join("cells.csv"), self.csv().as_bytes())?;
         println!("wrote {}", out.join("report.md").display());
         Ok(())
     }
@@ -98,6 +98,7 @@ impl<'a> Report<'a> {
             ..
         } = self.settings;
         let seconds: f64 = self.rows.iter().map(|row| row.seconds).sum();
+        let tuning: f64 = self.rows.iter().filter_map(|row| row.tuning_seconds).sum();
         let seeds: Vec<String> = self.seeds.iter().map(u64::to_string).collect();
         let heads = match &self.settings.target_tuning {
             None => "a closed-form head, no target tuning but for what SPoT and PANDA compare with"
@@ -113,7 +114,8 @@ impl<'a> Report<'a> {
         };
         format!(
             "Profile {}: {} tasks, seeds {}; {} cells.{missing} Source prompts of {} tokens, {} epochs on up to \
-             {source_samples} images each; N = up to {target_samples} target images; {heads}. The compositions took {seconds:.0} s together.\n",
+             {source_samples} images each; N = up to {target_samples} target images; {heads}. The compositions took {seconds:.0} s together and \
+             the tunings on the target {tuning:.0} s, those of the sources not counted.\n",
             self.settings.profile,
             self.suite.tasks.len(),
             seeds.join(", "),
@@ -125,8 +127,8 @@ impl<'a> Report<'a> {
 
     /// The rows of a method with all sources, one a seed.
     fn rows_of(&self, target: &str, key: &str) -> Vec<&Row> {
-        let all = self.suite.tasks.len() - 1;
-        let whole = |row: &&Row| key == NONE || row.sources.len() == all;
+        let all = self.suite.others(target);
+        let whole = |row: &&Row| key == NONE || row.sources == all;
         self.of(target, key).into_iter().filter(whole).collect()
     }
 
@@ -147,22 +149,19 @@ impl<'a> Report<'a> {
         rows.iter().map(|row| 100.0 * row.accuracy()).collect()
     }
 
-    /// The method's mean over targets that have rows of all these methods, so that means compare.
+    /// Targets that have rows of all these methods.
     fn common_targets(&self, keys: &[&str]) -> Vec<&'a str> {
         let has_all = |target: &&str| keys.iter().all(|key| !self.rows_of(target, key).is_empty());
         self.targets().filter(has_all).collect()
     }
 
-    fn means(&self, keys: &[&str]) -> Vec<(&'static str, f64)> {
+    /// Each method's mean over the targets that have rows of all of them, so that means compare; none without such.
+    fn means(&self, keys: &[&str]) -> Vec<(&'static str, Option<f64>)> {
         let targets = self.common_targets(keys);
         let mean = |key: &&str| {
-            let of_targets = targets
-                .iter()
-                .map(|target| mean_and_deviation(&self.percents(target, key)).0);
-            (
-                method(key).label,
-                mean_and_deviation(&of_targets.collect::<Vec<_>>()).0,
-            )
+            let of_target = |target: &&str| mean_of(&self.percents(target, key));
+            let of_targets: Vec<f64> = targets.iter().filter_map(of_target).collect();
+            (method(key).label, mean_of(&of_targets))
         };
         keys.iter().map(mean).collect()
     }
@@ -178,7 +177,7 @@ impl<'a> Report<'a> {
                 .map(|target| spread(&self.percents(target, key)));
             let mut row = vec![(*label).to_owned()];
             row.extend(of_targets);
-            row.push(format!("{mean:.1}"));
+            row.push(number(*mean, 1));
             row
         });
         let common = self.common_targets(keys).len();
@@ -211,19 +210,21 @@ impl<'a> Report<'a> {
                 .iter()
                 .filter(|difference| **difference > 0.0)
                 .count();
-            let mean = mean_and_deviation(&differences).0;
-            let interval = half_interval(&differences).map_or("–".into(), |half| {
-                format!("{:+.1} to {:+.1}", mean - half, mean + half)
-            });
-            let verdict = match half_interval(&differences) {
-                Some(half) if mean - half > 0.0 => "better",
-                Some(half) if mean + half < 0.0 => "worse",
+            let mean = mean_of(&differences);
+            let interval = mean
+                .zip(half_interval(&differences))
+                .map(|(mean, half)| (mean - half, mean + half));
+            let verdict = match interval {
+                Some((low, _)) if low > 0.0 => "better",
+                Some((_, high)) if high < 0.0 => "worse",
                 _ => "not told apart",
             };
             vec![
                 method(rival).label.to_owned(),
-                format!("{mean:+.1}"),
-                interval,
+                mean.map_or("–".into(), |mean| format!("{mean:+.1}")),
+                interval.map_or("–".into(), |(low, high)| {
+                    format!("{low:+.1} to {high:+.1}")
+                }),
                 format!("{better} of {}", differences.len()),
                 verdict.to_owned(),
             ]
@@ -237,7 +238,7 @@ impl<'a> Report<'a> {
         ];
         format!(
             "\n### Differences\n\nPaired over tasks and seeds: a task's difference is the mean over its seeds, the interval \
-             is Student's over the tasks.\n\n{}",
+             is Student's over the tasks, each row for itself: of so many rows one may lie outside by chance.\n\n{}",
             table(&header.map(str::to_owned), rows)
         )
     }
@@ -281,13 +282,10 @@ impl<'a> Report<'a> {
                 .map(|target| self.coefficients(target, ranking))
                 .collect();
             let mut row = vec![ranking.0.to_owned()];
-            row.extend(of_targets.iter().map(|values| match values.as_slice() {
-                [] => "–".to_owned(),
-                values => format!("{:.2}", mean_and_deviation(values).0),
-            }));
-            let means = of_targets.iter().filter(|values| !values.is_empty());
-            let means: Vec<f64> = means.map(|values| mean_and_deviation(values).0).collect();
-            row.push(format!("{:.2}", mean_and_deviation(&means).0));
+            let means: Vec<Option<f64>> = of_targets.iter().map(|values| mean_of(values)).collect();
+            row.extend(means.iter().map(|mean| number(*mean, 2)));
+            let there: Vec<f64> = means.into_iter().flatten().collect();
+            row.push(number(mean_of(&there), 2));
             row
         });
         format!(
@@ -345,7 +343,7 @@ impl<'a> Report<'a> {
                     .iter()
                     .flat_map(|seed| (0..ORDERS).map(move |order| (*seed, order)));
                 let means: Vec<f64> = orders
-                    .filter_map(|(seed, order)| self.mean_of(key, *size, seed, order))
+                    .filter_map(|(seed, order)| self.mean_of_order(key, *size, seed, order))
                     .collect();
                 let (mean, deviation) = mean_and_deviation(&means);
                 (!means.is_empty()).then_some((*size, mean, deviation))
@@ -359,7 +357,7 @@ impl<'a> Report<'a> {
     }
 
     /// Over all targets, in percent; None before they are all there.
-    fn mean_of(&self, key: &str, size: usize, seed: u64, order: u64) -> Option<f64> {
+    fn mean_of_order(&self, key: &str, size: usize, seed: u64, order: u64) -> Option<f64> {
         let of_target = |target: &'a str| {
             let sources = subset(&self.suite.others(target), size, seed, order);
             let rows = self.of(target, key).into_iter();
@@ -422,6 +420,15 @@ impl<'a> Report<'a> {
         }
         text
     }
+}
+
+fn mean_of(values: &[f64]) -> Option<f64> {
+    (!values.is_empty()).then(|| mean_and_deviation(values).0)
+}
+
+/// A dash where there is none.
+fn number(value: Option<f64>, decimals: usize) -> String {
+    value.map_or("–".into(), |value| format!("{value:.decimals$}"))
 }
 
 /// `mean ± deviation`, the mean of one seed, or a dash.

@@ -29,6 +29,9 @@ pub struct Row {
     /// Of prompt and head after the target tuning, where there is one, on the same test images.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tuned_accuracy: Option<f64>,
+    /// Of that tuning and its test.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tuning_seconds: Option<f64>,
     /// H(f of the composed prompt).
     pub h_score: f64,
     /// (H(f of the composed prompt) - H of the mixed features) over the latter.
@@ -57,8 +60,9 @@ pub struct Results {
 }
 
 impl Results {
-    /// Opens a file to go on with it, or begins one.
-    pub fn open(path: &Path, settings: &Settings) -> anyhow::Result<Self> {
+    /// Opens a file to go on with it, or begins one; until it is dropped no other process may. Who only `reads` takes what
+    /// is there, also while another computes.
+    pub fn open(path: &Path, settings: &Settings, reads: bool) -> anyhow::Result<Self> {
         let settings = json!({ "settings": settings });
         if let Some(dir) = path.parent() {
             fs::create_dir_all(dir).with_context(|| format!("cannot make `{}`", dir.display()))?;
@@ -70,14 +74,26 @@ impl Results {
             .create(true)
             .open(path)
             .with_context(named)?;
-        let text = fs::read_to_string(path).with_context(named)?;
-        // A run that was killed while it wrote leaves the beginning of a row, which is computed again.
-        let whole = text.rfind('\n').map_or("", |end| &text[..=end]);
-        if whole.len() < text.len() {
-            file.set_len(whole.len() as u64).with_context(named)?;
+        if !reads && file.try_lock().is_err() {
+            bail!(
+                "another process computes into `{}`; let it end, or name another --out",
+                path.display()
+            );
         }
-        let mut lines = whole.lines();
+        let mut bytes = fs::read(path).with_context(named)?;
+        // A run that was killed while it wrote leaves the beginning of a row, which is computed again.
+        let whole = bytes
+            .iter()
+            .rposition(|byte| *byte == b'\n')
+            .map_or(0, |end| end + 1);
+        if whole < bytes.len() && !reads {
+            file.set_len(whole as u64).with_context(named)?;
+        }
+        bytes.truncate(whole);
+        let text = String::from_utf8(bytes).with_context(named)?;
+        let mut lines = text.lines();
         match lines.next() {
+            None if reads => {}
             None => {
                 writeln!(file, "{settings}").with_context(named)?;
             }
@@ -137,6 +153,7 @@ pub mod tests {
             target_samples,
             target_epochs: 5,
             target_tuning: None,
+            suite: "sha256:1".into(),
         }
     }
 
@@ -152,6 +169,7 @@ pub mod tests {
             eval_accuracy,
             train_accuracy: 1.0,
             tuned_accuracy: None,
+            tuning_seconds: None,
             h_score: 2.0,
             surrogate_gap: None,
             seconds: 0.5,
@@ -171,20 +189,34 @@ pub mod tests {
         };
         let first = row(1, "a", "average", &["b", "c"], 0.1 + 0.2);
         let second = row(2, "a", "average", &["b", "c"], 0.5);
-        let mut results = Results::open(&path, &settings(400)).unwrap();
+        let mut results = Results::open(&path, &settings(400), false).unwrap();
+        let busy = Results::open(&path, &settings(400), false)
+            .err()
+            .unwrap()
+            .to_string();
+        assert!(busy.contains("another process computes"), "{busy}");
         results.add(first.clone()).unwrap();
         results.add(second.clone()).unwrap();
+        drop(results);
         // Killed within a row.
         let text = fs::read_to_string(&path).unwrap();
         fs::write(&path, &text[..text.len() - 9]).unwrap();
 
-        let mut again = Results::open(&path, &settings(400)).unwrap();
+        let length = || fs::metadata(&path).unwrap().len();
+        let before = length();
+        let read = Results::open(&path, &settings(400), true).unwrap();
+        assert_eq!(
+            (read.rows(), length()),
+            (std::slice::from_ref(&first), before)
+        );
+        let mut again = Results::open(&path, &settings(400), false).unwrap();
         assert_eq!(again.rows(), std::slice::from_ref(&first));
         assert!(again.has(&of(&first)) && !again.has(&of(&second)));
         again.add(second.clone()).unwrap();
-        let again = Results::open(&path, &settings(400)).unwrap();
+        drop(again);
+        let again = Results::open(&path, &settings(400), true).unwrap();
         assert_eq!(again.rows(), [first, second]);
-        let other = Results::open(&path, &settings(401))
+        let other = Results::open(&path, &settings(401), true)
             .err()
             .unwrap()
             .to_string();

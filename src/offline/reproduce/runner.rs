@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::ops::ControlFlow;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context as _, anyhow};
@@ -75,6 +75,7 @@ impl<'a> Runner<'a> {
         let begun = Instant::now();
         let composition = self.engine.compose(&input, &mut Unwatched)?;
         let seconds = begun.elapsed().as_secs_f64();
+        let begun = Instant::now();
         let tuned_accuracy = match &self.settings.target_tuning {
             // A source alone is what rankings are compared with: as it is, whatever the profile.
             Some(options) if cell.method != ALONE => {
@@ -82,7 +83,10 @@ impl<'a> Runner<'a> {
             }
             _ => None,
         };
-        row(cell, &composition.result, seconds, tuned_accuracy)
+        let mut row = row(cell, &composition.result, seconds)?;
+        row.tuning_seconds = tuned_accuracy.map(|_| begun.elapsed().as_secs_f64());
+        row.tuned_accuracy = tuned_accuracy;
+        Ok(row)
     }
 
     /// Test accuracy after tuning prompt and head on the target, from the composed prompt and its closed-form head.
@@ -146,8 +150,8 @@ impl<'a> Runner<'a> {
         let key = (seed, task.to_owned());
         if !self.prompts.contains_key(&key) {
             let path = self.prompt_path(seed, task);
-            if !path.exists() {
-                let options = self.tuning(seed);
+            let options = self.tuning(seed);
+            if !is_tuned_so(&path, &options) {
                 let file = self
                     .tuned(task, self.settings.source_samples, None, &options)
                     .with_context(|| format!("cannot tune a prompt for `{task}`"))?;
@@ -224,6 +228,21 @@ impl<'a> Runner<'a> {
     }
 }
 
+/// Whether there is a prompt that was tuned with these options.
+fn is_tuned_so(path: &Path, options: &TuningOptions) -> bool {
+    let Ok((_, file)) = read_prompt(path) else {
+        return false;
+    };
+    let training = file.metadata.and_then(|metadata| metadata.training);
+    let (Some(training), Ok(Value::Object(asked))) = (training, serde_json::to_value(options))
+    else {
+        return false;
+    };
+    asked
+        .iter()
+        .all(|(name, value)| training.get(name) == Some(value))
+}
+
 fn initial_file(backbone: &Backbone, options: &TuningOptions) -> PromptFile {
     let (m, d) = (options.num_tokens, backbone.config.embed_dim);
     PromptFile {
@@ -248,12 +267,7 @@ fn initial_file(backbone: &Backbone, options: &TuningOptions) -> PromptFile {
     }
 }
 
-fn row(
-    cell: &Cell,
-    result: &CompositionResult,
-    seconds: f64,
-    tuned_accuracy: Option<f64>,
-) -> anyhow::Result<Row> {
+fn row(cell: &Cell, result: &CompositionResult, seconds: f64) -> anyhow::Result<Row> {
     let composed = result.diagnostics.composed.as_ref();
     let composed = composed.ok_or_else(|| anyhow!("a composition with a backbone is verified"))?;
     let eval_accuracy = composed.eval_accuracy;
@@ -271,7 +285,8 @@ fn row(
         scale: result.method.scale,
         eval_accuracy: eval_accuracy.ok_or_else(|| anyhow!("the test split was asked for"))?,
         train_accuracy: composed.train_accuracy,
-        tuned_accuracy,
+        tuned_accuracy: None,
+        tuning_seconds: None,
         h_score: composed.h_score,
         surrogate_gap: result.diagnostics.surrogate_gap,
         seconds,

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, bail};
 
 use crate::domain::dataset::{LabelledImages, Split};
+use crate::domain::digest::Digest;
 
 /// Leave-one-out needs two sources to weigh.
 const FEWEST: usize = 3;
@@ -13,11 +14,14 @@ const FEWEST: usize = 3;
 pub struct Suite {
     /// By name.
     pub tasks: Vec<Task>,
+    /// Of their names, classes and lists: whether it is the same suite, without reading all images.
+    pub digest: Digest,
 }
 
 pub struct Task {
     pub name: String,
     pub dir: PathBuf,
+    digest: Digest,
 }
 
 impl Suite {
@@ -59,7 +63,9 @@ impl Suite {
                 tasks.len()
             );
         }
-        Ok(Self { tasks })
+        let lists: Vec<_> = tasks.iter().map(|task| (&task.name, task.digest)).collect();
+        let digest = Digest::of(&serde_json::to_vec(&lists)?);
+        Ok(Self { tasks, digest })
     }
 
     pub fn task(&self, name: &str) -> &Task {
@@ -84,6 +90,17 @@ impl Task {
                 dir.display()
             );
         }
-        Ok(Self { name, dir })
+        let listed = |split: &Split| {
+            let images = dataset.splits.get(split).into_iter().flatten();
+            images
+                .map(|image| (image.path.clone(), image.label))
+                .collect::<Vec<_>>()
+        };
+        let lists = (
+            &dataset.classes,
+            Split::ALL.iter().map(listed).collect::<Vec<_>>(),
+        );
+        let digest = Digest::of(&serde_json::to_vec(&lists)?);
+        Ok(Self { name, dir, digest })
     }
 }
