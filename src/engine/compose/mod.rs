@@ -57,7 +57,7 @@ pub fn compose(
     let Inputs {
         samples, dataset, ..
     } = &inputs;
-    let cached = CachedSources::new(cache, backbone, vit, samples, &work.prompts);
+    let cached = CachedSources::new(cache, backbone, vit, samples, work.prompts);
     let (statistics, early_stop) = work.statistics(cached, &mut steps)?;
 
     steps.begin(Phase::Solve)?;

@@ -26,7 +26,7 @@ pub fn rank(
     let mut steps = Steps::new(observer);
     let inputs = Inputs::read(backbone, vit, input, &mut steps)?;
     let work = inputs.work(backbone, vit, input);
-    let mut cached = CachedSources::new(cache, backbone, vit, &inputs.samples, &work.prompts);
+    let mut cached = CachedSources::new(cache, backbone, vit, &inputs.samples, work.prompts);
     let (features, _) = work.all_features(&mut cached, &mut steps)?;
 
     steps.begin(Phase::Solve)?;
