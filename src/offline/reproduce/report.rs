@@ -98,7 +98,9 @@ impl<'a> Report<'a> {
             ..
         } = self.settings;
         let seconds: f64 = self.rows.iter().map(|row| row.seconds).sum();
-        let tuning: f64 = self.rows.iter().filter_map(|row| row.tuning_seconds).sum();
+        let of_tuning = self.rows.iter().filter_map(|row| row.tuning_seconds);
+        // A sum of nothing would be -0.
+        let tuning = of_tuning.fold(0.0, |sum, seconds| sum + seconds);
         let seeds: Vec<String> = self.seeds.iter().map(u64::to_string).collect();
         let heads = match &self.settings.target_tuning {
             None => "a closed-form head, no target tuning but for what SPoT and PANDA compare with"
