@@ -37,7 +37,7 @@ pub struct Args {
     #[arg(long)]
     pub max_samples: Option<usize>,
     /// Begin with this prompt file, a composed one say, and with its head where it is one of these classes [default: the
-    /// initial prompt of --init-seed, and no head].
+    /// initial prompt of --init-seed, and no head]. Its head is left out where images are held out, which it may know.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["num_tokens", "init_seed"])]
     pub start: Option<PathBuf>,
     /// m, the prompt's length in tokens.
@@ -149,7 +149,7 @@ impl Args {
 
 pub fn run(args: &Args) -> anyhow::Result<()> {
     args.check()?;
-    let start = args
+    let mut start = args
         .start
         .as_deref()
         .map(read_prompt)
@@ -170,6 +170,10 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let images = Images::load(args, &dataset, &backbone.config.preprocessing)?;
     let (task, grid) = (args.task(), args.grid());
     if grid.len() > 1 || args.patience.is_some() {
+        // It was fitted on images that are to be held out, and would know them.
+        if let Some(file) = &mut start {
+            file.head = None;
+        }
         ensure!(
             !images.part.labels.is_empty(),
             "one image is too few to hold any out"
