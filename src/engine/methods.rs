@@ -7,7 +7,7 @@ use super::evaluate::cross_fitted_accuracy;
 use super::h_score::HScore;
 use super::solver::towards_vertex;
 use super::statistics::Ground;
-use super::transferability::log_me;
+use super::transferability::{log_me, matrix};
 use crate::domain::method::{Criterion, Similarity};
 use crate::domain::objective::Objective;
 use crate::domain::tensor::Tensor as PlainTensor;
@@ -69,12 +69,7 @@ pub fn scores(
 
 /// SPoT's similarity of two prompts [m, d], a cosine in [-1, 1] (Vu et al. 2022, section 3.1).
 pub fn similarity(kind: Similarity, a: &PlainTensor<f32>, b: &PlainTensor<f32>) -> f64 {
-    let [a, b] = [a, b].map(|prompt| {
-        let shape: Vec<i64> = prompt.shape.iter().map(|size| *size as i64).collect();
-        Tensor::from_slice(&prompt.values)
-            .view(shape.as_slice())
-            .to_kind(Kind::Double)
-    });
+    let [a, b] = [a, b].map(matrix);
     match kind {
         Similarity::TokenMean => {
             let mean = |x: &Tensor| x.mean_dim([0i64].as_slice(), false, Kind::Double);

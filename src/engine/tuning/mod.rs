@@ -20,6 +20,7 @@ use tch::{Device, Kind, Tensor};
 use super::features::extract;
 use super::samples::Samples;
 use super::streams::{MicroBatch, Pairs};
+use super::transferability::matrix;
 use super::vit::Vit;
 use super::{EngineError, plain};
 use crate::domain::backbone::Backbone;
@@ -423,11 +424,7 @@ impl Tuning<'_> {
 /// How a prompt file does with the head that it carries.
 pub fn evaluate(vit: &Vit, samples: &Samples, file: &PromptFile) -> Result<HeldOut, EngineError> {
     let head = file.head.as_ref().expect("a tuned prompt has one");
-    let of = |tensor: &PlainTensor<f32>| {
-        let shape: Vec<i64> = tensor.shape.iter().map(|size| *size as i64).collect();
-        Tensor::from_slice(&tensor.values).view(shape.as_slice())
-    };
-    let parameters = [&file.prompt_embeddings, &head.weight, &head.bias].map(of);
+    let parameters = [&file.prompt_embeddings, &head.weight, &head.bias].map(matrix);
     score(vit, samples, &parameters)
 }
 
