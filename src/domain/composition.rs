@@ -456,6 +456,10 @@ pub struct PromptScore {
     pub h_score_adjusted: f64,
     /// On the samples the head was fitted on.
     pub train_accuracy: f64,
+    /// On the same samples, cross-fitted: over ten folds, none scored by a head that saw it. What can be told of the
+    /// prompt's use without an `eval_split`.
+    #[serde(default)]
+    pub validation_accuracy: Option<f64>,
     /// On `eval_split`.
     pub eval_accuracy: Option<f64>,
 }

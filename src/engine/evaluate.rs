@@ -10,6 +10,7 @@ use super::gradients::sample_folds;
 use super::h_score::HScore;
 use super::head::{ClosedFormHead, row_tensor};
 use super::samples::Samples;
+use super::threads::OneThread;
 use super::vit::Vit;
 use crate::domain::composition::PromptScore;
 use crate::domain::objective::{HScoreOptions, HeadOptions};
@@ -47,6 +48,7 @@ impl Evaluation<'_> {
         train_features: Option<Tensor>,
         mut progress: impl FnMut(u64) -> ControlFlow<()>,
     ) -> Result<Evaluated, EngineError> {
+        let _alone = OneThread::begin();
         let mut features_of = |samples: &Samples| -> Result<Tensor, EngineError> {
             let prompts = std::slice::from_ref(prompt);
             Ok(extract(self.vit, &self.vit.pairs(samples, prompts), &mut progress)?.get(0))
@@ -62,6 +64,8 @@ impl Evaluation<'_> {
             Ok(head.count_correct(features, labels)? as f64 / labels.len().max(1) as f64)
         };
         let train_accuracy = accuracy(&train_features, labels)?;
+        let validation_accuracy =
+            cross_fitted_accuracy(&train_features, labels, self.num_classes, self.head)?;
         let eval_accuracy = match self.eval {
             None => None,
             Some(eval) => Some(accuracy(&features_of(eval)?, &eval.labels)?),
@@ -71,6 +75,7 @@ impl Evaluation<'_> {
                 h_score: h_score.value(&[1.0])?,
                 h_score_adjusted: h_score.adjusted(&[1.0])?,
                 train_accuracy,
+                validation_accuracy: Some(validation_accuracy),
                 eval_accuracy,
             },
             head,
@@ -97,6 +102,7 @@ pub fn cross_fitted_accuracy(
     num_classes: usize,
     head: &HeadOptions,
 ) -> Result<f64, EngineError> {
+    let _alone = OneThread::begin();
     let folds = sample_folds(labels);
     let select = |of_fold: &dyn Fn(usize) -> bool| -> (Tensor, Vec<usize>) {
         let rows: Vec<usize> = (0..labels.len()).filter(|n| of_fold(folds[*n])).collect();

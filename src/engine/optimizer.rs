@@ -13,6 +13,8 @@ const NOISE: f64 = 1e-14;
 /// A step never moves a weight by more than this before the projection, whose rounding error grows
 /// with it; the simplex is 1.5 across.
 const LONGEST_MOVE: f64 = 1e3;
+/// Of ln α, so that no weight changes more than e⁵-fold before the function is looked at again.
+const LONGEST_SMOOTH_MOVE: f64 = 5.0;
 
 /// Where one start ended.
 #[derive(Clone, Debug)]
@@ -52,7 +54,6 @@ pub fn minimise<E>(
             Ok((value, gradient))
         },
         project_to_simplex(start),
-        project_to_simplex,
     )?;
     descent.alpha = without_dust(&descent.alpha);
     Ok(descent)
@@ -66,8 +67,11 @@ pub fn minimise_dense<E>(
     start: &[f64],
 ) -> Result<Descent, E> {
     let tau = tau / (start.len() as f64).ln();
-    let start = start.iter().map(|a| a.max(1e-6).ln()).collect();
-    let mut descent = descend(
+    let start: Vec<f64> = start.iter().map(|a| a.max(1e-6).ln()).collect();
+    // The entropy's own second derivative, τ diag(α), to begin with: along it a step is the fixed-point iteration
+    // z = -∂function/τ, and weights of very different sizes move alike.
+    let curvature: Vec<f64> = softmax(&start).iter().map(|a| tau * a).collect();
+    let mut descent = descend_smooth(
         |z| {
             let alpha = softmax(z);
             let (value, slopes) = function(&alpha)?;
@@ -85,7 +89,7 @@ pub fn minimise_dense<E>(
             Ok((value + tau * dot(&alpha, &logs), gradient.collect()))
         },
         start,
-        <[f64]>::to_vec,
+        &curvature,
     )?;
     // At the minimum α = softmax(-∂function/τ). One such step leaves the large weights where they are and
     // ranks the small ones, which the descent stops caring for when they stop mattering.
@@ -98,6 +102,91 @@ pub fn minimise_dense<E>(
     Ok(descent)
 }
 
+/// BFGS with Armijo backtracking, from a diagonal guess of the second derivatives (Nocedal & Wright 2006, 6.1).
+fn descend_smooth<E>(
+    mut function: impl FnMut(&[f64]) -> Result<(f64, Vec<f64>), E>,
+    mut z: Vec<f64>,
+    curvature: &[f64],
+) -> Result<Descent, E> {
+    let m = z.len();
+    // Of the second derivatives, row-major.
+    let mut inverse = vec![0.0; m * m];
+    for (i, curvature) in curvature.iter().enumerate() {
+        inverse[i * (m + 1)] = 1.0 / curvature;
+    }
+    let (mut value, mut gradient) = function(&z)?;
+    let mut iterations = 0;
+    let stop_reason = loop {
+        if largest(&gradient) < TOLERANCE {
+            break StopReason::Converged;
+        }
+        if iterations == MAX_ITERATIONS {
+            break StopReason::MaxIterations;
+        }
+        let mut direction: Vec<f64> = inverse
+            .chunks_exact(m)
+            .map(|row| -dot(row, &gradient))
+            .collect();
+        let longest = largest(&direction);
+        if longest > LONGEST_SMOOTH_MOVE {
+            direction
+                .iter_mut()
+                .for_each(|d| *d *= LONGEST_SMOOTH_MOVE / longest);
+        }
+        let slope = dot(&gradient, &direction);
+        let mut accepted = None;
+        let mut fraction = 1.0;
+        while slope < 0.0 && fraction > 1e-12 {
+            let candidate: Vec<f64> = z
+                .iter()
+                .zip(&direction)
+                .map(|(z, d)| z + fraction * d)
+                .collect();
+            let (candidate_value, candidate_gradient) = function(&candidate)?;
+            let noise = NOISE * (1.0 + value.abs());
+            if candidate_value <= value + 1e-4 * fraction * slope + noise {
+                accepted = Some((candidate, candidate_value, candidate_gradient));
+                break;
+            }
+            fraction *= 0.5;
+        }
+        let Some((next, next_value, next_gradient)) = accepted else {
+            break StopReason::NoDescent;
+        };
+        let moved = difference(&next, &z);
+        let turned = difference(&next_gradient, &gradient);
+        update(&mut inverse, &moved, &turned);
+        (z, value, gradient) = (next, next_value, next_gradient);
+        iterations += 1;
+    };
+    Ok(Descent {
+        alpha: z,
+        value,
+        iterations,
+        stop_reason,
+    })
+}
+
+/// B⁻¹ ← (I - ρ s yᵀ) B⁻¹ (I - ρ y sᵀ) + ρ s sᵀ with ρ = 1/sᵀy; left as it is along negative curvature.
+fn update(inverse: &mut [f64], moved: &[f64], turned: &[f64]) {
+    let m = moved.len();
+    let curvature = dot(moved, turned);
+    if curvature <= 1e-12 * dot(moved, moved).sqrt() * dot(turned, turned).sqrt() {
+        return;
+    }
+    let through: Vec<f64> = inverse
+        .chunks_exact(m)
+        .map(|row| dot(row, turned))
+        .collect();
+    let along = (1.0 + dot(turned, &through) / curvature) / curvature;
+    for i in 0..m {
+        for j in 0..m {
+            let cross = moved[i] * through[j] + through[i] * moved[j];
+            inverse[i * m + j] += along * moved[i] * moved[j] - cross / curvature;
+        }
+    }
+}
+
 fn softmax(z: &[f64]) -> Vec<f64> {
     let most = z.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let powers: Vec<f64> = z.iter().map(|v| (v - most).exp()).collect();
@@ -105,11 +194,10 @@ fn softmax(z: &[f64]) -> Vec<f64> {
     powers.iter().map(|power| power / sum).collect()
 }
 
-/// The descent itself, over the set that `project` projects to; `alpha` is in it.
+/// The descent itself; `alpha` is on the simplex.
 fn descend<E>(
     mut function: impl FnMut(&[f64]) -> Result<(f64, Vec<f64>), E>,
     mut alpha: Vec<f64>,
-    project: impl Fn(&[f64]) -> Vec<f64>,
 ) -> Result<Descent, E> {
     let ahead = |alpha: &[f64], gradient: &[f64], step: f64| -> Vec<f64> {
         let moved: Vec<f64> = alpha
@@ -117,7 +205,7 @@ fn descend<E>(
             .zip(gradient)
             .map(|(a, g)| a - step * g)
             .collect();
-        project(&moved)
+        project_to_simplex(&moved)
     };
     let (mut value, mut gradient) = function(&alpha)?;
     let mut step = 1.0 / largest(&gradient).max(1e-10);

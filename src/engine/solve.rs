@@ -51,8 +51,6 @@ pub fn solve(
             num_folds(ground.labels.len())
         ]),
     };
-    // Each evaluation is a few small products: a second thread does not make one faster, and where another
-    // process has its core, waiting for it makes all of them a hundred times slower.
     let _alone = OneThread::begin();
     let alignment = alignment_of(ground, objective);
     let terms = Terms {
@@ -132,6 +130,7 @@ pub fn weigh_features(
     let m = ground.features.size()[0] as usize;
     let alpha = match objective.method {
         Method::SingleBest => {
+            let _alone = OneThread::begin();
             let by = objective.single_best.by;
             let scores = scores(by, ground, objective, num_classes)?;
             let alpha = single_best(&scores);
@@ -151,6 +150,7 @@ impl Solved {
         alpha: Vec<f64>,
     ) -> Result<Self, EngineError> {
         let h_score = HScore::new(ground.features, ground.labels, &objective.h_score)?;
+        let _alone = OneThread::begin();
         let alignment = alignment_of(ground, objective);
         let terms = Terms {
             h_score: &h_score,

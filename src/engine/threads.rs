@@ -1,4 +1,7 @@
 //! How many cores libtorch's own operations take.
+//!
+//! Solving, scoring and fitting heads are many small products: a second thread does not make one faster, and where another
+//! process has its core, waiting for it makes all of them a hundred times slower. They run on one.
 
 /// While this lives, operations begun on this thread run on it alone; also those of threads made meanwhile,
 /// where they ask for nothing else.

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use super::classes::numbered;
+use super::threads::OneThread;
 use super::{EngineError, assignment};
 use crate::domain::dataset::stratified_subset;
 use crate::domain::prompt_file::{Head, PromptFile, Sketch};
@@ -42,6 +43,7 @@ impl SourceScores {
         labels: &[usize],
         prompt_file: &PromptFile,
     ) -> Result<Self, EngineError> {
+        let _alone = OneThread::begin();
         let features = features.to_device(Device::Cpu).to_kind(Kind::Double);
         let theta = prompt_file
             .head

@@ -109,14 +109,93 @@ const ALONE_METHOD: Method = Method {
     objective: || json!({"method": "average"}),
 };
 
+/// Settings of HGPrompt, and of what it is to beat, that a default could be chosen from: as they are, with a closed-form
+/// head, whatever the profile.
+pub const VARIANTS: [Method; 15] = [
+    Method {
+        key: "trade_off_0.9",
+        label: "trade-off 0.9",
+        objective: || json!({"trade_off": 0.9}),
+    },
+    Method {
+        key: "trade_off_knee",
+        label: "trade-off by the knee",
+        objective: || json!({"trade_off": "knee"}),
+    },
+    Method {
+        key: "trade_off_validation",
+        label: "trade-off by validation",
+        objective: || json!({"trade_off": "validation"}),
+    },
+    Method {
+        key: "h_shrinkage_0.1",
+        label: "ρ of H 0.1",
+        objective: || json!({"h_score": {"shrinkage": 0.1}}),
+    },
+    Method {
+        key: "h_shrinkage_0.3",
+        label: "ρ of H 0.3",
+        objective: || json!({"h_score": {"shrinkage": 0.3}}),
+    },
+    Method {
+        key: "trace_ratio",
+        label: "H as a ratio of traces, standardised",
+        objective: || json!({"h_score": {"mode": "trace_ratio", "standardise": "per_source"}}),
+    },
+    DENSE,
+    Method {
+        key: "entropy_1",
+        label: "entropy 1",
+        objective: || json!({"entropy": 1.0}),
+    },
+    Method {
+        key: "refined",
+        label: "5 steps on the true H",
+        objective: || json!({"refine": 5}),
+    },
+    Method {
+        key: "scale_0.5",
+        label: "scale 0.5",
+        objective: || json!({"scale": 0.5}),
+    },
+    Method {
+        key: "average_scale_0.5",
+        label: "average, scale 0.5",
+        objective: || json!({"method": "average", "scale": 0.5}),
+    },
+    Method {
+        key: "initial_too",
+        label: "the initial prompt as one more source",
+        objective: || json!({}),
+    },
+    Method {
+        key: "h_only_initial_too",
+        label: "H only, the initial prompt as one more source",
+        objective: || json!({"method": "h_only"}),
+    },
+    Method {
+        key: "initial_too_validation",
+        label: "the same with the trade-off by validation",
+        objective: || json!({"trade_off": "validation"}),
+    },
+    Method {
+        key: "best_initial_too",
+        label: "single best by validation, the initial prompt among them",
+        objective: || json!({"method": "single_best", "single_best": {"by": "validation"}}),
+    },
+];
+
 pub const ABLATION: [&str; 5] = [NONE, "average", "h_only", "alignment_only", HGPROMPT];
 pub const SCALABILITY: [&str; 5] = ["average", "single_best", "spot", "panda", HGPROMPT];
 /// Orders in which sources are added.
 pub const ORDERS: u64 = 3;
 
+fn all() -> impl Iterator<Item = Method> {
+    METHODS.into_iter().chain(VARIANTS).chain([ALONE_METHOD])
+}
+
 pub fn method(key: &str) -> Method {
-    let all = METHODS.into_iter().chain([DENSE, ALONE_METHOD]);
-    let mut found = all.filter(|method| method.key == key);
+    let mut found = all().filter(|method| method.key == key);
     found.next().expect("keys are of this module")
 }
 
@@ -127,6 +206,19 @@ pub struct Cell {
     pub method: &'static str,
     /// Tasks, by name; none for [`NONE`].
     pub sources: Vec<String>,
+}
+
+impl Cell {
+    /// Whether the initial prompt is a source as well, behind the others.
+    pub fn has_initial(&self) -> bool {
+        self.method == NONE || self.method.contains("initial_too")
+    }
+
+    /// Whether prompt and head are tuned on the target, in a profile that does.
+    pub fn is_tuned(&self) -> bool {
+        // A source alone is what rankings are compared with.
+        self.method != ALONE && VARIANTS.iter().all(|variant| variant.key != self.method)
+    }
 }
 
 impl fmt::Display for Cell {
@@ -185,6 +277,10 @@ fn of_target(suite: &Suite, seed: u64, target: &str, tables: &[Table]) -> Vec<Ce
                     .map(|other| cell(ALONE, std::slice::from_ref(other)));
                 cells.extend(alone);
             }
+            Table::Settings => {
+                cells.extend(METHODS.iter().map(|method| with_all(method.key)));
+                cells.extend(VARIANTS.iter().map(|variant| with_all(variant.key)));
+            }
             Table::Scalability => {
                 for size in sizes(others.len()) {
                     for order in 0..ORDERS {
@@ -218,7 +314,7 @@ mod tests {
 
     #[test]
     fn every_method_is_a_request_that_is_accepted() {
-        for method in METHODS.into_iter().chain([DENSE, ALONE_METHOD]) {
+        for method in all() {
             let objective: Objective = serde_json::from_value((method.objective)()).unwrap();
             assert!(objective.weighing().is_ok(), "{}", method.key);
             assert_eq!(super::method(method.key).label, method.label);

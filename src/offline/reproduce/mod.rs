@@ -80,6 +80,8 @@ pub enum Table {
     Ablation,
     Spearman,
     Scalability,
+    /// HGPrompt with other settings: what its default is chosen by.
+    Settings,
 }
 
 /// What all numbers of a results file depend on, beside the seeds.

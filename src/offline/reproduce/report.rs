@@ -4,7 +4,8 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use super::cells::{
-    ABLATION, ALONE, DENSE, HGPROMPT, METHODS, NONE, ORDERS, SCALABILITY, method, sizes, subset,
+    ABLATION, ALONE, DENSE, HGPROMPT, METHODS, NONE, ORDERS, SCALABILITY, VARIANTS, method, sizes,
+    subset,
 };
 use super::measures::{half_interval, mean_and_deviation, spearman};
 use super::plots;
@@ -67,6 +68,7 @@ impl<'a> Report<'a> {
             Table::Ablation => self.accuracies("Ablation: both terms, and each alone", &ABLATION),
             Table::Spearman => self.correlations(),
             Table::Scalability => self.scalability(),
+            Table::Settings => self.settings(),
         });
         let text = self.preface() + &text.collect::<String>();
         write_whole(&out.join("report.md"), text.as_bytes())?;
@@ -77,7 +79,7 @@ impl<'a> Report<'a> {
                     plots::accuracies(&out.join("accuracies.svg"), &self.means(&all))?;
                     plots::weights(&out.join("weights.svg"), &self.weights())?;
                 }
-                Table::Ablation => {}
+                Table::Ablation | Table::Settings => {}
                 Table::Spearman => {
                     plots::correlation(&out.join("spearman.svg"), &self.points())?;
                 }
@@ -245,6 +247,75 @@ impl<'a> Report<'a> {
         )
     }
 
+    /// What a default is chosen by, and what the choice is worth. Closed-form heads whatever the profile.
+    fn settings(&self) -> String {
+        let keys: Vec<&str> = (METHODS.iter().chain(&VARIANTS)).map(|m| m.key).collect();
+        let has_all = |target: &&str| {
+            let whole = |key: &&str| {
+                let rows = self.rows_of(target, key);
+                rows.len() == self.seeds.len()
+                    && rows.iter().all(|row| row.validation_accuracy.is_some())
+            };
+            keys.iter().all(whole)
+        };
+        let targets: Vec<&str> = self.targets().filter(has_all).collect();
+        let by_target = |key: &str, of: &dyn Fn(&Row) -> Option<f64>| -> Vec<f64> {
+            let mean = |target: &&str| {
+                let values: Vec<f64> = self
+                    .rows_of(target, key)
+                    .into_iter()
+                    .filter_map(of)
+                    .collect();
+                100.0 * mean_and_deviation(&values).0
+            };
+            targets.iter().map(mean).collect()
+        };
+        let validation = |row: &Row| row.validation_accuracy;
+        let test = |row: &Row| Some(row.eval_accuracy);
+        let own = by_target(HGPROMPT, &test);
+        let mut rows: Vec<(f64, Vec<String>)> = keys
+            .iter()
+            .map(|key| {
+                let validated = mean_of(&by_target(key, &validation));
+                let tested = by_target(key, &test);
+                let beside: Vec<f64> = tested.iter().zip(&own).map(|(a, b)| a - b).collect();
+                let interval = match half_interval(&beside) {
+                    Some(half) if *key != HGPROMPT => {
+                        let mean = mean_and_deviation(&beside).0;
+                        format!("{:+.1} to {:+.1}", mean - half, mean + half)
+                    }
+                    _ => "–".into(),
+                };
+                let row = vec![
+                    method(key).label.to_owned(),
+                    number(validated, 1),
+                    number(mean_of(&tested), 1),
+                    number(mean_of(&beside), 1),
+                    interval,
+                ];
+                (validated.unwrap_or_default(), row)
+            })
+            .collect();
+        rows.sort_by(|a, b| b.0.total_cmp(&a.0));
+        let header = [
+            "setting",
+            "cross-fitted on target samples",
+            "test",
+            "test less HGPrompt's",
+            "95 % interval",
+        ];
+        format!(
+            "\n### Settings\n\nAccuracy in percent of the composed prompt with its closed-form head, the mean over {} tasks, by \
+             what can be known without a test label: the first column, cross-fitted over ten folds of the target samples, is what a \
+             default may be chosen by. The interval is Student's over the tasks.\n\n{}",
+            targets.len(),
+            table(
+                &header.map(str::to_owned),
+                rows.into_iter().map(|(_, row)| row)
+            )
+        )
+    }
+
     // ---- Rankings ----------------------------------------------------------------------------
 
     /// A ranking's numbers and the accuracies they are to foretell, by source, of one seed.
@@ -395,7 +466,7 @@ impl<'a> Report<'a> {
     }
 
     fn csv(&self) -> String {
-        let mut text = "seed,target,method,sources,eval_accuracy,tuned_accuracy,train_accuracy,h_score,scale,seconds,weights\n".to_owned();
+        let mut text = "seed,target,method,sources,eval_accuracy,tuned_accuracy,train_accuracy,validation_accuracy,h_score,scale,seconds,weights\n".to_owned();
         for row in self.rows {
             let weights: Vec<String> = row
                 .sources
@@ -405,7 +476,7 @@ impl<'a> Report<'a> {
                 .collect();
             let _ = writeln!(
                 text,
-                "{},{},{},{},{},{},{},{},{},{:.3},{}",
+                "{},{},{},{},{},{},{},{},{},{},{:.3},{}",
                 row.seed,
                 row.target,
                 row.method,
@@ -414,6 +485,8 @@ impl<'a> Report<'a> {
                 row.tuned_accuracy
                     .map_or(String::new(), |accuracy| accuracy.to_string()),
                 row.train_accuracy,
+                row.validation_accuracy
+                    .map_or(String::new(), |accuracy| accuracy.to_string()),
                 row.h_score,
                 row.scale,
                 row.seconds,

@@ -26,6 +26,9 @@ pub struct Row {
     /// Share of the test images that the closed-form head on the composed prompt's features gets right.
     pub eval_accuracy: f64,
     pub train_accuracy: f64,
+    /// Cross-fitted, on the same samples.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub validation_accuracy: Option<f64>,
     /// Of prompt and head after the target tuning, where there is one, on the same test images.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tuned_accuracy: Option<f64>,
@@ -168,6 +171,7 @@ pub mod tests {
             scale: 1.0,
             eval_accuracy,
             train_accuracy: 1.0,
+            validation_accuracy: None,
             tuned_accuracy: None,
             tuning_seconds: None,
             h_score: 2.0,

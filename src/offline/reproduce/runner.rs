@@ -8,7 +8,7 @@ use std::time::Instant;
 use anyhow::{Context as _, anyhow};
 use serde_json::Value;
 
-use super::cells::{ALONE, Cell, NONE, method};
+use super::cells::{Cell, NONE, method};
 use super::results::Row;
 use super::suite::Suite;
 use super::{Args, Settings};
@@ -19,6 +19,7 @@ use crate::domain::composition::{
     TargetSamples,
 };
 use crate::domain::dataset::{LabelledImages, Split};
+use crate::domain::digest::Digest;
 use crate::domain::method::TargetTuning;
 use crate::domain::objective::Objective;
 use crate::domain::prompt_file::{FORMAT, Origin, PromptFile, PromptMetadata};
@@ -35,6 +36,19 @@ pub struct Runner<'a> {
     engine: Engine,
     /// Source prompts by seed and task, as their files have them.
     prompts: HashMap<(u64, String), Source>,
+    /// Of the target that was last.
+    test: Option<(String, Samples)>,
+    /// Of target, seed and composed prompt: several methods may come to the same.
+    accuracies: HashMap<(String, u64, Digest), Accuracies>,
+}
+
+/// On the target's test images.
+#[derive(Clone, Copy, Default)]
+struct Accuracies {
+    /// With the closed-form head.
+    composed: f64,
+    /// After tuning prompt and head on the target.
+    tuned: Option<f64>,
 }
 
 impl<'a> Runner<'a> {
@@ -53,6 +67,8 @@ impl<'a> Runner<'a> {
             settings,
             engine,
             prompts: HashMap::new(),
+            test: None,
+            accuracies: HashMap::new(),
         })
     }
 
@@ -63,7 +79,7 @@ impl<'a> Runner<'a> {
             target_dir: self.suite.task(&cell.target).dir.clone(),
             target: TargetSamples {
                 split: Split::Train,
-                eval_split: Some(Split::Test),
+                eval_split: None,
                 max_samples: self.settings.target_samples,
                 seed: cell.seed,
                 skip_bad: self.args.engine.skip_bad,
@@ -75,37 +91,62 @@ impl<'a> Runner<'a> {
         let begun = Instant::now();
         let composition = self.engine.compose(&input, &mut Unwatched)?;
         let seconds = begun.elapsed().as_secs_f64();
+        let file = PromptFile::parse(&composition.composed)?;
         let begun = Instant::now();
-        let tuned_accuracy = match &self.settings.target_tuning {
-            // A source alone is what rankings are compared with: as it is, whatever the profile.
-            Some(options) if cell.method != ALONE => {
-                Some(self.tune_on(cell, options, &composition.composed)?)
-            }
-            _ => None,
-        };
-        let mut row = row(cell, &composition.result, seconds)?;
-        row.tuning_seconds = tuned_accuracy.map(|_| begun.elapsed().as_secs_f64());
-        row.tuned_accuracy = tuned_accuracy;
+        let accuracies = self.accuracies(cell, &file)?;
+        let mut row = row(cell, &composition.result, accuracies.composed, seconds)?;
+        if cell.is_tuned() {
+            row.tuned_accuracy = accuracies.tuned;
+            row.tuning_seconds = accuracies.tuned.map(|_| begun.elapsed().as_secs_f64());
+        }
         Ok(row)
     }
 
-    /// Test accuracy after tuning prompt and head on the target, from the composed prompt and its closed-form head.
-    fn tune_on(
-        &mut self,
-        cell: &Cell,
-        options: &TuningOptions,
-        composed: &[u8],
-    ) -> anyhow::Result<f64> {
-        let start = PromptFile::parse(composed)?;
-        let options = TuningOptions {
-            seed: cell.seed,
-            ..options.clone()
+    /// Of a composed prompt with its closed-form head, and of what it becomes on the target.
+    fn accuracies(&mut self, cell: &Cell, composed: &PromptFile) -> anyhow::Result<Accuracies> {
+        // Without the metadata, which says how it was found.
+        let values = PromptFile {
+            metadata: None,
+            ..composed.clone()
         };
-        let samples = self.settings.target_samples;
-        let tuned = self.tuned(&cell.target, samples, Some(&start), &options)?;
-        let test = self.samples(&cell.target, Split::Test, None, cell.seed)?;
+        let digest = Digest::of(&values.to_bytes());
+        let key = (cell.target.clone(), cell.seed, digest);
+        let mut found = match self.accuracies.get(&key) {
+            Some(found) => *found,
+            None => Accuracies {
+                composed: self.test_accuracy(cell, composed)?,
+                tuned: None,
+            },
+        };
+        if let Some(options) = &self.settings.target_tuning
+            && cell.is_tuned()
+            && found.tuned.is_none()
+        {
+            let options = TuningOptions {
+                seed: cell.seed,
+                ..options.clone()
+            };
+            let samples = self.settings.target_samples;
+            let tuned = self.tuned(&cell.target, samples, Some(composed), &options)?;
+            found.tuned = Some(self.test_accuracy(cell, &tuned)?);
+        }
+        self.accuracies.insert(key, found);
+        Ok(found)
+    }
+
+    fn test_accuracy(&mut self, cell: &Cell, file: &PromptFile) -> anyhow::Result<f64> {
+        let test = match self
+            .test
+            .take()
+            .filter(|(target, _)| *target == cell.target)
+        {
+            Some((_, test)) => test,
+            None => self.samples(&cell.target, Split::Test, None, cell.seed)?,
+        };
         let (_, vit) = self.engine.backbone(&self.args.engine.backbone)?;
-        Ok(evaluate(vit, &test, &tuned)?.accuracy)
+        let accuracy = evaluate(vit, &test, file)?.accuracy;
+        self.test = Some((cell.target.clone(), test));
+        Ok(accuracy)
     }
 
     fn samples(
@@ -138,11 +179,12 @@ impl<'a> Runner<'a> {
     }
 
     fn sources(&mut self, cell: &Cell) -> anyhow::Result<Vec<Source>> {
-        if cell.method == NONE {
-            return Ok(vec![self.initial(cell.seed)?]);
+        let of_tasks = cell.sources.iter().map(|task| self.source(cell.seed, task));
+        let mut sources = of_tasks.collect::<anyhow::Result<Vec<_>>>()?;
+        if cell.has_initial() {
+            sources.push(self.initial(cell.seed)?);
         }
-        let sources = cell.sources.iter().map(|task| self.source(cell.seed, task));
-        sources.collect()
+        Ok(sources)
     }
 
     /// The prompt of a task, tuned now where it has no file yet.
@@ -222,7 +264,7 @@ impl<'a> Runner<'a> {
         Ok(Source {
             prompt: NONE.to_owned(),
             version: None,
-            digest: crate::domain::digest::Digest::of(&file.to_bytes()),
+            digest: Digest::of(&file.to_bytes()),
             file,
         })
     }
@@ -267,10 +309,14 @@ fn initial_file(backbone: &Backbone, options: &TuningOptions) -> PromptFile {
     }
 }
 
-fn row(cell: &Cell, result: &CompositionResult, seconds: f64) -> anyhow::Result<Row> {
+fn row(
+    cell: &Cell,
+    result: &CompositionResult,
+    eval_accuracy: f64,
+    seconds: f64,
+) -> anyhow::Result<Row> {
     let composed = result.diagnostics.composed.as_ref();
     let composed = composed.ok_or_else(|| anyhow!("a composition with a backbone is verified"))?;
-    let eval_accuracy = composed.eval_accuracy;
     Ok(Row {
         seed: cell.seed,
         target: cell.target.clone(),
@@ -283,8 +329,9 @@ fn row(cell: &Cell, result: &CompositionResult, seconds: f64) -> anyhow::Result<
             .collect(),
         scores: scores(result)?,
         scale: result.method.scale,
-        eval_accuracy: eval_accuracy.ok_or_else(|| anyhow!("the test split was asked for"))?,
+        eval_accuracy,
         train_accuracy: composed.train_accuracy,
+        validation_accuracy: composed.validation_accuracy,
         tuned_accuracy: None,
         tuning_seconds: None,
         h_score: composed.h_score,
