@@ -275,7 +275,7 @@ pub struct CompositionResult {
 pub struct MethodReport {
     pub name: Method,
     /// What a source was weighed or chosen by, in the order of `source_weights`: H, LogME or accuracy with
-    /// `single_best`, cosines with `spot` and `panda`; null with the others.
+    /// `single_best`, cosines with `spot` and `panda`, mean attention with `attempt`; null with the others.
     pub scores: Option<Vec<f64>>,
     /// Of the short tuning on the target, where the method needs one.
     pub target_tuning_seconds: Option<f64>,
@@ -476,6 +476,10 @@ pub struct PromptScore {
     /// prompt's use without an `eval_split`.
     #[serde(default)]
     pub validation_accuracy: Option<f64>,
+    /// The same as cross-entropy, in nats, of probabilities at the temperature of least loss: it tells more of few samples
+    /// than their accuracy does.
+    #[serde(default)]
+    pub validation_loss: Option<f64>,
     /// On `eval_split`.
     pub eval_accuracy: Option<f64>,
 }

@@ -42,6 +42,9 @@ pub enum Method {
     /// By similarity of what prompts do to the target's features: cosines of mean(f_{Pᵢ} - f_∅) with the same of a
     /// prompt that is tuned on the target for a few epochs (PANDA, Zhong et al. 2022).
     Panda,
+    /// Mean attention of the target samples to the frozen sources, which is trained with a new prompt on them for a few
+    /// epochs (ATTEMPT, Asai et al. 2022).
+    Attempt,
 }
 
 impl Method {
@@ -57,7 +60,7 @@ impl Method {
 
     /// Whether a prompt is tuned on the target first.
     pub fn tunes(self) -> bool {
-        matches!(self, Self::Spot | Self::Panda)
+        matches!(self, Self::Spot | Self::Panda | Self::Attempt)
     }
 }
 
@@ -110,7 +113,7 @@ pub enum SpotChoice {
     BestOf,
 }
 
-/// The short tuning on the target samples that `spot` and `panda` compare with, otherwise as `promptweave tune` does
+/// The short tuning on the target samples that `spot` and `panda` compare with and `attempt` learns by, otherwise as `promptweave tune` does
 /// it, from the sources' common initial prompt where they say that they have one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]

@@ -31,5 +31,6 @@ pub mod sharing;
 pub mod tensor;
 pub mod tensor_file;
 pub mod tuning;
+pub mod tuning_method;
 pub mod webdataset;
 pub mod webhook;

@@ -52,7 +52,7 @@ pub struct Objective {
     /// Of the method `spot`.
     #[serde(skip_serializing_if = "is_off")]
     pub spot: SpotOptions,
-    /// Of the methods `spot` and `panda`.
+    /// Of the methods `spot`, `panda` and `attempt`.
     #[serde(skip_serializing_if = "is_off")]
     pub target_tuning: TargetTuning,
     /// β in P_T = P₀ + β Σ αᵢ (Pᵢ - P₀): how far the composed prompt goes from the shared initial prompt P₀ towards

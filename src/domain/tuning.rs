@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::prompt_file::MAX_TOKENS;
+use super::tuning_method::TuningMethod;
 
 /// The loss of each goes into the prompt file's record, which has a limit.
 pub const MAX_EPOCHS: usize = 1000;
@@ -33,7 +34,8 @@ pub struct TuningOptions {
     pub epochs: usize,
     #[schema(minimum = 1, maximum = 65536)]
     pub batch_size: usize,
-    /// Too high and the prompt ends far from its initial values, where prompts mix badly.
+    /// Of everything that is trained beside the head. Too high and the prompt ends far from its initial values, where
+    /// prompts mix badly.
     #[schema(minimum = 0)]
     pub prompt_learning_rate: f64,
     #[schema(minimum = 0)]
@@ -56,6 +58,15 @@ pub struct TuningOptions {
     /// Labelled features to keep in the file for transferability scores; 0 for none.
     #[schema(minimum = 0, maximum = 10000)]
     pub sketch_samples: usize,
+    /// What is trained beside the head: `vpt-shallow` or `vpt-deep`, and on the command line what they are compared with.
+    #[serde(skip_serializing_if = "is_default")]
+    #[schema(value_type = String, default = "vpt-shallow", example = "vpt-deep")]
+    pub method: TuningMethod,
+    /// w ≥ 0: adds w times the mean squared difference of the teachers' logits to each sample's loss (PANDA's
+    /// distillation). Without a teacher 0.
+    #[serde(skip_serializing_if = "is_default")]
+    #[schema(minimum = 0)]
+    pub distillation_weight: f64,
 }
 
 impl Default for TuningOptions {
@@ -74,6 +85,8 @@ impl Default for TuningOptions {
             prompt_dropout: 0.0,
             patience: None,
             sketch_samples: 100,
+            method: TuningMethod::default(),
+            distillation_weight: 0.0,
         }
     }
 }
@@ -217,6 +230,7 @@ impl TuningOptions {
         check_rate("prompt_learning_rate", self.prompt_learning_rate)?;
         check_rate("head_learning_rate", self.head_learning_rate)?;
         check_rate("weight_decay", self.weight_decay)?;
+        check_rate("distillation_weight", self.distillation_weight)?;
         if self.warmup_epochs > self.epochs {
             let (warmup, epochs) = (self.warmup_epochs, self.epochs);
             let problem = format!("is {warmup}; with {epochs} epochs it can be {epochs} at most");

@@ -8,7 +8,7 @@ use super::EngineError;
 use super::features::extract;
 use super::gradients::sample_folds;
 use super::h_score::HScore;
-use super::head::{ClosedFormHead, row_tensor};
+use super::head::{ClosedFormHead, calibrated_loss, row_tensor};
 use super::samples::Samples;
 use super::threads::OneThread;
 use super::vit::Vit;
@@ -64,8 +64,7 @@ impl Evaluation<'_> {
             Ok(head.count_correct(features, labels)? as f64 / labels.len().max(1) as f64)
         };
         let train_accuracy = accuracy(&train_features, labels)?;
-        let validation_accuracy =
-            cross_fitted_accuracy(&train_features, labels, self.num_classes, self.head)?;
+        let validation = cross_fitted(&train_features, labels, self.num_classes, self.head)?;
         let eval_accuracy = match self.eval {
             None => None,
             Some(eval) => Some(accuracy(&features_of(eval)?, &eval.labels)?),
@@ -75,33 +74,43 @@ impl Evaluation<'_> {
                 h_score: h_score.value(&[1.0])?,
                 h_score_adjusted: h_score.adjusted(&[1.0])?,
                 train_accuracy,
-                validation_accuracy: Some(validation_accuracy),
+                validation_accuracy: Some(validation.accuracy),
+                validation_loss: Some(validation.loss),
                 eval_accuracy,
             },
             head,
         })
     }
 
-    /// [`cross_fitted_accuracy`] of a prompt [m, d] whose features are not at hand.
-    pub fn cross_fitted_accuracy(
+    /// [`cross_fitted`] of a prompt [m, d] whose features are not at hand.
+    pub fn cross_fitted(
         &self,
         prompt: &Tensor,
         progress: impl FnMut(u64) -> ControlFlow<()>,
-    ) -> Result<f64, EngineError> {
+    ) -> Result<CrossFitted, EngineError> {
         let prompts = std::slice::from_ref(prompt);
         let features = extract(self.vit, &self.vit.pairs(self.train, prompts), progress)?.get(0);
-        cross_fitted_accuracy(&features, &self.train.labels, self.num_classes, self.head)
+        cross_fitted(&features, &self.train.labels, self.num_classes, self.head)
     }
 }
 
-/// Share of the samples, features [N, d], that heads fitted without their fold get right, over ten folds: no split
-/// but the target samples is needed, and none of them is scored by a head that saw it.
-pub fn cross_fitted_accuracy(
+/// How closed-form heads do on samples that they were not fitted on.
+#[derive(Clone, Copy, Debug)]
+pub struct CrossFitted {
+    /// Share that they get right.
+    pub accuracy: f64,
+    /// Mean cross-entropy of softmax(logits/T) in nats, at the T of least loss, of samples whose class they know.
+    pub loss: f64,
+}
+
+/// Of the samples, features [N, d], over ten folds: no split but the target samples is needed, and none of them is scored
+/// by a head that saw it.
+pub fn cross_fitted(
     features: &Tensor,
     labels: &[usize],
     num_classes: usize,
     head: &HeadOptions,
-) -> Result<f64, EngineError> {
+) -> Result<CrossFitted, EngineError> {
     let _alone = OneThread::begin();
     let folds = sample_folds(labels);
     let select = |of_fold: &dyn Fn(usize) -> bool| -> (Tensor, Vec<usize>) {
@@ -109,7 +118,7 @@ pub fn cross_fitted_accuracy(
         let of_rows = rows.iter().map(|row| labels[*row]).collect();
         (features.index_select(0, &row_tensor(&rows)), of_rows)
     };
-    let mut correct = 0;
+    let (mut correct, mut with_loss) = (0, Vec::new());
     for fold in 0..=folds.iter().copied().max().unwrap_or(0) {
         let (fitted_on, of_fitted) = select(&|other| other != fold);
         if of_fitted.is_empty() {
@@ -118,6 +127,13 @@ pub fn cross_fitted_accuracy(
         let fitted = ClosedFormHead::fit(&fitted_on, &of_fitted, num_classes, head)?;
         let (scored, of_scored) = select(&|other| other == fold);
         correct += fitted.count_correct(&scored, &of_scored)?;
+        let logits = Vec::<f64>::try_from(fitted.logits(&scored).flatten(0, -1))?;
+        let of_samples = logits.chunks_exact(num_classes).zip(of_scored);
+        let known = of_samples.filter(|(_, label)| fitted.knows(*label));
+        with_loss.extend(known.map(|(logits, label)| (logits.to_vec(), label)));
     }
-    Ok(correct as f64 / labels.len().max(1) as f64)
+    Ok(CrossFitted {
+        accuracy: correct as f64 / labels.len().max(1) as f64,
+        loss: calibrated_loss(&with_loss),
+    })
 }

@@ -3,7 +3,7 @@
 use tch::{Kind, Tensor};
 
 use super::EngineError;
-use super::evaluate::cross_fitted_accuracy;
+use super::evaluate::cross_fitted;
 use super::h_score::HScore;
 use super::solver::towards_vertex;
 use super::statistics::Ground;
@@ -60,7 +60,8 @@ pub fn scores(
             Criterion::HScore => h_score.value(&towards_vertex(i, m, 1.0)),
             Criterion::LogMe => log_me(&features.to_kind(Kind::Double), ground.labels),
             Criterion::Validation => {
-                cross_fitted_accuracy(&features, ground.labels, num_classes, &objective.head)
+                let labels = ground.labels;
+                Ok(cross_fitted(&features, labels, num_classes, &objective.head)?.accuracy)
             }
         }
     };

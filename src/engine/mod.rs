@@ -80,6 +80,7 @@ use crate::domain::precision::Precision;
 use crate::domain::ranking::Ranking;
 use crate::domain::sharing::{ShardInput, SharingError};
 use crate::domain::tensor::Tensor as PlainTensor;
+use crate::domain::tuning_method::TuningMethod;
 
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
@@ -111,6 +112,8 @@ pub enum EngineError {
     OneClass(String),
     #[error("one image is too few to hold any out; give more, or choose nothing by them")]
     NoneToHoldOut,
+    #[error("`{0}` makes no prompt; tune by `vpt-shallow` or `vpt-deep`")]
+    MakesNoPrompt(TuningMethod),
     #[error("no source prompts were given")]
     NoSources,
     #[error("sources `{first}` and `{second}` are the same prompt ({digest})")]
@@ -154,6 +157,7 @@ impl EngineError {
             Self::NoSamples(_) => "empty_split",
             Self::OneClass(_) => "one_class",
             Self::NoneToHoldOut => "too_few_images",
+            Self::MakesNoPrompt(_) => "makes_no_prompt",
             Self::NoSources => "no_sources",
             Self::SameSource { .. } => "same_source",
             Self::UnknownSource { .. } => "unknown_source",

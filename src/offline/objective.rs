@@ -11,8 +11,8 @@ use crate::domain::objective::{
 /// What statistics leave open. What is not given stays as it was.
 #[derive(Clone, Debug, clap::Args)]
 pub struct SolveOptions {
-    /// How α is found: `hgprompt`, `h_only`, `alignment_only`, `average`, `single_best`, `spot` or `panda`
-    /// [default: hgprompt].
+    /// How α is found: `hgprompt`, `h_only`, `alignment_only`, `average`, `single_best`, `spot`, `panda`
+    /// or `attempt` [default: hgprompt].
     #[arg(long)]
     pub method: Option<Method>,
     /// What `single_best` chooses by: `h_score`, `log_me` or `validation` [default: h_score].
@@ -66,7 +66,7 @@ pub struct BackboneOptions {
     /// Of `spot`: `weighted_average` or `best_of`.
     #[arg(long, value_name = "CHOICE", default_value_t)]
     pub spot_choice: SpotChoice,
-    /// Of `spot` and `panda`: epochs of the short tuning on the target.
+    /// Of `spot`, `panda` and `attempt`: epochs of the short tuning on the target.
     #[arg(long, value_name = "EPOCHS", default_value_t = TargetTuning::default().epochs)]
     pub target_epochs: u32,
     /// β in P₀ + β Σ αᵢ (Pᵢ - P₀), or `auto`.

@@ -1,4 +1,5 @@
-//! `promptweave tune`: train one visual prompt on a labelled image set with a frozen backbone.
+//! `promptweave tune`: train one visual prompt on a labelled image set with a frozen backbone, or what prompts are compared
+//! with.
 
 use std::fs;
 use std::ops::ControlFlow;
@@ -10,13 +11,16 @@ use indicatif::ProgressBar;
 
 use super::progress::bar;
 use super::{EngineOptions, parse_split, read_prompt, write_whole};
+use crate::domain::backbone::Preprocessing;
 use crate::domain::composition::Phase;
 use crate::domain::dataset::{LabelledImages, Split};
 use crate::domain::tuning::{
     Candidate, Checkpoints, Grid, InvalidTuning, OptimizerKind, TuningOptions,
 };
-use crate::engine::samples::Selection;
-use crate::engine::tuning::{Course, Images, Outcome, Tuning};
+use crate::domain::tuning_method::TuningMethod;
+use crate::engine::EngineError;
+use crate::engine::samples::{Samples, Selection};
+use crate::engine::tuning::{Course, Images, Outcome, Tuned, Tuning, TuningProgress};
 
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {
@@ -25,7 +29,11 @@ pub struct Args {
     /// Folder of labelled images: an image folder or VTAB-1k list files.
     #[arg(long, value_name = "DIR")]
     pub data: PathBuf,
-    /// The prompt file to write.
+    /// What is trained beside the head: `vpt-shallow`, `vpt-deep`; or, to compare, `linear`, `mlp-K`, `partial-K`, `bias`,
+    /// `adapter-R`, `sidetune`, `full`, which make no prompt.
+    #[arg(long, default_value_t = TuningMethod::default())]
+    pub method: TuningMethod,
+    /// The prompt file to write; of a method that makes none, a file of the tensors that were trained.
     #[arg(long, value_name = "FILE")]
     pub out: PathBuf,
     /// Name of the task, kept in the file [default: the folder's name].
@@ -41,6 +49,13 @@ pub struct Args {
     /// initial prompt of --init-seed, and no head]. Its head is left out where images are held out, which it may know.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["num_tokens", "init_seed"])]
     pub start: Option<PathBuf>,
+    /// A source prompt whose logits, with a closed-form head on the images trained on, the loss pulls towards (PANDA's
+    /// distillation); may be given several times.
+    #[arg(long, value_name = "FILE")]
+    pub teacher: Vec<PathBuf>,
+    /// Of the mean squared difference to the teachers' logits [default: 0.1 with a teacher].
+    #[arg(long, requires = "teacher")]
+    pub distillation_weight: Option<f64>,
     /// m, the prompt's length in tokens.
     #[arg(long, default_value_t = TuningOptions::default().num_tokens)]
     pub num_tokens: usize,
@@ -56,9 +71,10 @@ pub struct Args {
     pub batch_size: usize,
     #[arg(long, value_enum, default_value_t = OptimizerName::AdamW)]
     pub optimizer: OptimizerName,
-    /// Too high and the prompt ends far from its initial values, where prompts mix badly. Several, with `,` between them, are
-    /// tried on held-out images, and the best is taken.
-    #[arg(long, value_delimiter = ',', default_values_t = [TuningOptions::default().prompt_learning_rate])]
+    /// Of everything that is trained beside the head. Too high and the prompt ends far from its initial values, where prompts
+    /// mix badly. Several, with `,` between them, are tried on held-out images, and the best is taken [default: 0.002; 0.0001
+    /// of `partial` and `full`].
+    #[arg(long, value_delimiter = ',')]
     pub prompt_learning_rate: Vec<f64>,
     #[arg(long, default_value_t = TuningOptions::default().head_learning_rate)]
     pub head_learning_rate: f64,
@@ -111,7 +127,8 @@ impl Args {
             seed: self.seed,
             epochs: self.epochs,
             batch_size: self.batch_size,
-            prompt_learning_rate: self.prompt_learning_rate[0],
+            prompt_learning_rate: (self.prompt_learning_rate.first().copied())
+                .unwrap_or_else(|| self.method.usual_learning_rate()),
             head_learning_rate: self.head_learning_rate,
             weight_decay: self.weight_decay[0],
             warmup_epochs: self.warmup_epochs,
@@ -122,6 +139,11 @@ impl Args {
             prompt_dropout: self.prompt_dropout,
             patience: self.patience,
             sketch_samples: self.sketch_samples,
+            method: self.method,
+            distillation_weight: match self.teacher.as_slice() {
+                [] => 0.0,
+                _ => self.distillation_weight.unwrap_or(0.1),
+            },
         }
     }
 
@@ -151,7 +173,12 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         .map(|(_, file)| file);
     let mut engine = args.engine.engine()?;
     let (backbone, vit) = engine.backbone(&args.engine.backbone)?;
-    if let (Some(file), Some(path)) = (&start, &args.start) {
+    let mut teachers = Vec::new();
+    for path in &args.teacher {
+        teachers.push(read_prompt(path)?.1);
+    }
+    let paths = args.start.iter().chain(&args.teacher);
+    for (file, path) in start.iter().chain(&teachers).zip(paths) {
         ensure!(
             file.embed_dim() == backbone.config.embed_dim,
             "`{}` is {} wide, the backbone {}",
@@ -178,6 +205,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
             task: &task,
             classes: &dataset.classes,
             start: start.as_ref(),
+            teachers: &teachers,
             options: &options,
         },
         grid: &grid,
@@ -188,30 +216,52 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         eprintln!("held out: {held_out} images, {whose}");
     }
     let mut checkpoint = CheckpointFile::of(args);
-    let outcome = watched(&course, &mut checkpoint)?;
+    let test = test_images(&dataset, &selection, &backbone.config.preprocessing)?;
+    let outcome = watched(&course, &mut checkpoint, &mut |tuned| {
+        let bytes = match options.method.makes_prompt() {
+            true => tuned.prompt_file()?.to_bytes(),
+            false => tuned.adaptation()?,
+        };
+        let tested = test.as_ref().map(|test| tuned.score(test)).transpose()?;
+        Ok((bytes, tuned.curves.clone(), tested))
+    })?;
     if !outcome.candidates.is_empty() {
         print!("{}", table(&outcome));
     }
-    let file = outcome.file;
-    write_whole(&args.out, &file.to_bytes())?;
+    let (bytes, curves, tested) = &outcome.made;
+    write_whole(&args.out, bytes)?;
     checkpoint.delete(outcome.candidates.len());
-    let training = file
-        .metadata
-        .as_ref()
-        .and_then(|metadata| metadata.training.as_ref());
-    let losses =
-        training.and_then(|training| training["cross_entropy"].as_array()?.last()?.as_f64());
+    let loss = curves.cross_entropy.last().expect("there are epochs");
+    let tested = tested.map_or(String::new(), |score| {
+        format!(", test accuracy {:.4}", score.accuracy)
+    });
     println!(
-        "wrote {}: {} tokens for `{task}`, last epoch's cross-entropy {:.4} nats",
+        "wrote {}: {} for `{task}`, last epoch's loss {loss:.4} nats{tested}",
         args.out.display(),
-        file.num_tokens(),
-        losses.expect("there are epochs")
+        options.method,
     );
     Ok(())
 }
 
+/// The split `test`, where it is not what is trained on.
+fn test_images(
+    dataset: &LabelledImages,
+    selection: &Selection,
+    preprocessing: &Preprocessing,
+) -> anyhow::Result<Option<Samples>> {
+    if selection.split == Split::Test || !dataset.splits.contains_key(&Split::Test) {
+        return Ok(None);
+    }
+    let all = Selection {
+        split: Split::Test,
+        max_samples: None,
+        ..*selection
+    };
+    Ok(Some(Samples::load(dataset, &all, preprocessing)?))
+}
+
 /// The pairs of the grid, the chosen one marked.
-fn table(outcome: &Outcome) -> String {
+fn table<T>(outcome: &Outcome<T>) -> String {
     let mut text = format!(
         "{:>20}  {:>12}  {:>17}\n",
         "prompt learning rate", "weight decay", "held-out accuracy"
@@ -233,9 +283,13 @@ fn table(outcome: &Outcome) -> String {
 }
 
 /// Runs with a bar for each phase, that shows epoch and loss.
-fn watched(course: &Course<'_>, checkpoint: &mut CheckpointFile) -> anyhow::Result<Outcome> {
+fn watched<T>(
+    course: &Course<'_>,
+    checkpoint: &mut CheckpointFile,
+    make: &mut dyn FnMut(&Tuned<'_>) -> Result<T, EngineError>,
+) -> anyhow::Result<Outcome<T>> {
     let mut current: Option<(Phase, ProgressBar)> = None;
-    let outcome = course.run(checkpoint, &mut |phase, at| {
+    let mut watch = |phase: Phase, at: TuningProgress| {
         if current.as_ref().is_none_or(|(there, _)| *there != phase) {
             if let Some((_, finished)) = current.take() {
                 finished.finish();
@@ -248,7 +302,8 @@ fn watched(course: &Course<'_>, checkpoint: &mut CheckpointFile) -> anyhow::Resu
             bar.set_message(format!("epoch {epoch} loss {loss:.3}"));
         }
         ControlFlow::Continue(())
-    });
+    };
+    let outcome = course.make(checkpoint, &mut watch, make);
     if let Some((_, bar)) = current {
         bar.finish();
     }

@@ -53,6 +53,7 @@ pub fn composition(input_sources: &[(String, i32, Digest)], weights: &[f64]) -> 
         h_score_adjusted: 0.5,
         train_accuracy: 0.9,
         validation_accuracy: Some(0.8),
+        validation_loss: Some(0.6),
         eval_accuracy: None,
     };
     let source_weights = input_sources

@@ -11,7 +11,7 @@ pub use self::weigh::TargetPrompt;
 use tch::Tensor;
 
 use super::cache::{CachedSources, ResultCache};
-use super::evaluate::{Evaluation, cross_fitted_accuracy};
+use super::evaluate::{Evaluation, cross_fitted};
 use super::methods::uniform;
 use super::refine::Refiner;
 use super::report::Evidence;
@@ -284,7 +284,7 @@ impl Work<'_> {
             }
             let prompt = prompt_tensor(&self.composed(&point.weights, 1.0), self.vit);
             let tick = |_| steps.tick(Phase::Solve);
-            accuracies.push(evaluation.cross_fitted_accuracy(&prompt, tick)?);
+            accuracies.push(evaluation.cross_fitted(&prompt, tick)?.accuracy);
         }
         Ok(accuracies)
     }
@@ -389,6 +389,7 @@ impl Work<'_> {
 
     fn cross_fitted(&self, features: &Tensor) -> Result<f64, EngineError> {
         let labels = &self.samples.labels;
-        cross_fitted_accuracy(features, labels, self.classes.len(), &self.objective.head)
+        let (k, head) = (self.classes.len(), &self.objective.head);
+        Ok(cross_fitted(features, labels, k, head)?.accuracy)
     }
 }

@@ -15,7 +15,7 @@ use crate::engine::methods::{effects, most_similar, proportional, similarity, si
 use crate::engine::solve::{Solved, weigh_features};
 use crate::engine::statistics::Ground;
 use crate::engine::steps::Steps;
-use crate::engine::tuning::Tuning;
+use crate::engine::tuning::{Attention, Tuning};
 use crate::engine::{EngineError, prompt_tensor};
 
 /// What was last tuned on a target, for another method that compares with the same.
@@ -41,19 +41,52 @@ impl Work<'_> {
                 self.validate(path, steps)
             });
         }
-        let target = self.target_prompt(last.take(), steps)?;
-        let (alpha, scores) = match objective.method {
-            Method::Panda => self.by_effects(ground.features, &target.embeddings, steps)?,
-            _ => self.by_similarity(ground, &target.embeddings)?,
+        let (alpha, scores, seconds) = match objective.method {
+            Method::Attempt => self.by_attention(steps)?,
+            method => {
+                let target = self.target_prompt(last.take(), steps)?;
+                let (alpha, scores) = match method {
+                    Method::Panda => self.by_effects(ground.features, &target.embeddings, steps)?,
+                    _ => self.by_similarity(ground, &target.embeddings)?,
+                };
+                let seconds = target.seconds;
+                *last = Some(target);
+                (alpha, scores, seconds)
+            }
         };
         let report = MethodReport {
             name: objective.method,
             scores: Some(scores),
-            target_tuning_seconds: Some(target.seconds),
+            target_tuning_seconds: Some(seconds),
             ..MethodReport::default()
         };
-        *last = Some(target);
         Ok((Solved::given(ground, objective, alpha)?, report))
+    }
+
+    /// Of the short tuning on the target samples, from where the sources began.
+    fn target_options(&self) -> TuningOptions {
+        TuningOptions {
+            num_tokens: self.prompts[0].shape[0],
+            init_seed: self.init_seed.unwrap_or_default(),
+            seed: self.seed,
+            epochs: self.objective.target_tuning.epochs as usize,
+            sketch_samples: 0,
+            ..TuningOptions::default()
+        }
+    }
+
+    fn target_tuning<'b>(&'b self, options: &'b TuningOptions) -> Tuning<'b> {
+        Tuning {
+            backbone: self.backbone,
+            vit: self.vit,
+            train: self.samples,
+            held_out: None,
+            task: "target",
+            classes: self.classes,
+            start: None,
+            teachers: &[],
+            options,
+        }
     }
 
     /// A prompt that is tuned on the target samples for a few epochs, from where the sources began; or `last`, if it is
@@ -63,14 +96,7 @@ impl Work<'_> {
         last: Option<TargetPrompt>,
         steps: &mut Steps<'_>,
     ) -> Result<TargetPrompt, EngineError> {
-        let options = TuningOptions {
-            num_tokens: self.prompts[0].shape[0],
-            init_seed: self.init_seed.unwrap_or_default(),
-            seed: self.seed,
-            epochs: self.objective.target_tuning.epochs as usize,
-            sketch_samples: 0,
-            ..TuningOptions::default()
-        };
+        let options = self.target_options();
         let of = (
             self.backbone.digest,
             self.samples.digest,
@@ -83,22 +109,27 @@ impl Work<'_> {
         }
         let begun = Instant::now();
         let mut count = steps.counter((options.epochs * self.samples.len()) as u64);
-        let tuning = Tuning {
-            backbone: self.backbone,
-            vit: self.vit,
-            train: self.samples,
-            held_out: None,
-            task: "target",
-            classes: self.classes,
-            start: None,
-            options: &options,
-        };
+        let tuning = self.target_tuning(&options);
         let file = tuning.run(&mut NoCheckpoints, |at| count(at.samples))?;
         Ok(TargetPrompt {
             key,
             embeddings: file.prompt_embeddings,
             seconds: begun.elapsed().as_secs_f64(),
         })
+    }
+
+    /// ATTEMPT: α, the mean attention to each source, and how long it took to learn.
+    fn by_attention(
+        &self,
+        steps: &mut Steps<'_>,
+    ) -> Result<(Vec<f64>, Vec<f64>, f64), EngineError> {
+        let begun = Instant::now();
+        let options = self.target_options();
+        let mut count = steps.counter((options.epochs * self.samples.len()) as u64);
+        let model = Attention::new(self.target_tuning(&options), self.prompts)?;
+        let attention = model.learn(&mut |at| count(at.samples))?;
+        let alpha = proportional(&attention, None);
+        Ok((alpha, attention, begun.elapsed().as_secs_f64()))
     }
 
     /// SPoT.
@@ -159,7 +190,7 @@ impl Work<'_> {
             let tick = |_| steps.tick(Phase::Verify);
             Ok(ScalePoint {
                 scale,
-                validation_accuracy: evaluation.cross_fitted_accuracy(&prompt, tick)?,
+                validation_accuracy: evaluation.cross_fitted(&prompt, tick)?.accuracy,
             })
         });
         let points = points.collect::<Result<Vec<_>, EngineError>>()?;

@@ -255,6 +255,13 @@ fn largest_probability(z: &[f64], beta: f64) -> f64 {
     1.0 / z.iter().map(|v| (beta * (v - largest)).exp()).sum::<f64>()
 }
 
+/// The mean cross-entropy of softmax(z/T), in nats, at the T where it is least.
+pub fn calibrated_loss(logits: &[(Vec<f64>, usize)]) -> f64 {
+    let beta = 1.0 / fit_temperature(logits);
+    let total: f64 = logits.iter().map(|(z, y)| loss(z, *y, beta)).sum();
+    total / logits.len().max(1) as f64
+}
+
 /// The T in [1e-3, 1e3] with the least mean loss. The loss is convex in β = 1/T with derivative
 /// E_p[z] - z_y, so its root is bisected, on a logarithmic scale.
 fn fit_temperature(logits: &[(Vec<f64>, usize)]) -> f64 {

@@ -119,7 +119,7 @@ fn the_ablations_are_the_ends_of_the_path() {
 #[test]
 fn methods_that_tune_on_the_target_say_how_long_it_took_and_weigh_by_cosines() {
     let dir = tempfile::tempdir().unwrap();
-    for method in ["spot", "panda"] {
+    for method in ["spot", "panda", "attempt"] {
         let objective = json!({"method": method, "target_tuning": {"epochs": 2}});
         let (composition, phases) = compose(&job(dir.path(), objective));
         let report = &composition.result.method;

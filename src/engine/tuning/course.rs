@@ -2,7 +2,7 @@
 
 use std::ops::ControlFlow;
 
-use super::{Images, Tuning, TuningProgress};
+use super::{Images, Tuned, Tuning, TuningProgress};
 use crate::domain::composition::Phase;
 use crate::domain::prompt_file::PromptFile;
 use crate::domain::tuning::{Candidate, Checkpoints, Grid, TuningOptions};
@@ -15,8 +15,9 @@ pub struct Course<'a> {
     pub images: &'a Images,
 }
 
-pub struct Outcome {
-    pub file: PromptFile,
+pub struct Outcome<T> {
+    /// What was made of what was tuned.
+    pub made: T,
     /// As they were chosen.
     pub options: TuningOptions,
     /// What they were chosen of; empty without a grid.
@@ -44,13 +45,23 @@ impl Course<'_> {
         (images * self.tuning.options.epochs) as u64
     }
 
-    /// Selects where there is a grid, on a part of the images; then tunes on all of them, or on that part where the rest
-    /// says when to stop.
+    /// As [`Self::make`], a prompt file.
     pub fn run(
         &self,
         checkpoints: &mut dyn Checkpoints,
         progress: &mut dyn FnMut(Phase, TuningProgress) -> ControlFlow<()>,
-    ) -> Result<Outcome, EngineError> {
+    ) -> Result<Outcome<PromptFile>, EngineError> {
+        self.make(checkpoints, progress, &mut |tuned| tuned.prompt_file())
+    }
+
+    /// Selects where there is a grid, on a part of the images; then tunes on all of them, or on that part where the rest
+    /// says when to stop.
+    pub fn make<T>(
+        &self,
+        checkpoints: &mut dyn Checkpoints,
+        progress: &mut dyn FnMut(Phase, TuningProgress) -> ControlFlow<()>,
+        make: &mut dyn FnMut(&Tuned<'_>) -> Result<T, EngineError>,
+    ) -> Result<Outcome<T>, EngineError> {
         let Images { part, held_out, .. } = self.images;
         if self.holds_out() && part.labels.is_empty() {
             return Err(EngineError::NoneToHoldOut);
@@ -83,9 +94,9 @@ impl Course<'_> {
             },
             None => tuning,
         };
-        let file = tuning.run(checkpoints, |at| progress(Phase::Tune, at))?;
+        let made = make(&tuning.train(checkpoints, &mut |at| progress(Phase::Tune, at))?)?;
         Ok(Outcome {
-            file,
+            made,
             options,
             candidates,
         })

@@ -2,7 +2,7 @@
 
 use std::ops::ControlFlow;
 
-use super::{Tuning, TuningProgress, evaluate};
+use super::{Tuning, TuningProgress};
 use crate::domain::tuning::{Candidate, Checkpoints, Grid, TuningOptions};
 use crate::engine::EngineError;
 use crate::engine::samples::Samples;
@@ -32,8 +32,8 @@ impl Grid {
                 ..tuning
             };
             let mut checkpoints = checkpoints.of_pair(place);
-            let file = trial.run(checkpoints.as_mut(), &mut progress)?;
-            let score = evaluate(tuning.vit, held_out, &file)?;
+            let tuned = trial.train(checkpoints.as_mut(), &mut progress)?;
+            let score = tuned.score(held_out)?;
             candidates.push(Candidate {
                 prompt_learning_rate,
                 weight_decay,

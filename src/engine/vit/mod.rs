@@ -28,7 +28,7 @@ use self::fused::Fused;
 use self::kernels::{Bf16, Element};
 use self::plain::Plain;
 use self::shared::Shared;
-use self::weights::Weights;
+pub use self::weights::Weights;
 use super::EngineError;
 use super::device::allow_tf32;
 use super::streams::Stream;

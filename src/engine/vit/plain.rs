@@ -28,6 +28,11 @@ impl Weights {
 impl Block {
     /// Pre-norm block, [B, n, d] → [B, n, d]: x + ls1(attn(norm1(x))), then x + ls2(mlp(norm2(x))).
     pub fn forward(&self, x: &Tensor) -> Tensor {
+        self.forward_through(x, |hidden| hidden)
+    }
+
+    /// The same with something between the MLP and its residual.
+    pub fn forward_through(&self, x: &Tensor, between: impl FnOnce(Tensor) -> Tensor) -> Tensor {
         let (batch, n, d) = x.size3().expect("three axes");
         let qkv = self.qkv.forward(&self.norm1.forward(x));
         let qkv = qkv
@@ -37,7 +42,7 @@ impl Block {
         let attended = attention(&q, &k, &v).transpose(1, 2).reshape([batch, n, d]);
         let x = x + scaled(self.proj.forward(&attended), self.ls1.as_ref());
         let hidden = self.fc1.forward(&self.norm2.forward(&x)).gelu("none");
-        &x + scaled(self.fc2.forward(&hidden), self.ls2.as_ref())
+        &x + between(scaled(self.fc2.forward(&hidden), self.ls2.as_ref()))
     }
 }
 

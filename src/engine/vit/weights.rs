@@ -61,6 +61,59 @@ impl Weights {
     }
 }
 
+impl Weights {
+    /// Every tensor by its name: timm's, but that `cls_token` has its position in it and `pos_embed` is of the patches
+    /// alone, on this grid.
+    pub fn each(&mut self, visit: &mut dyn FnMut(&str, &mut Tensor)) {
+        let Embedding {
+            cls_token,
+            pos_embed,
+            patch_embed,
+            ..
+        } = &mut self.embedding;
+        visit("cls_token", cls_token);
+        visit("pos_embed", pos_embed);
+        let mut pair = |name: &str, weight: &mut Tensor, bias: &mut Tensor| {
+            visit(&format!("{name}.weight"), weight);
+            visit(&format!("{name}.bias"), bias);
+        };
+        pair(
+            "patch_embed.proj",
+            &mut patch_embed.weight,
+            &mut patch_embed.bias,
+        );
+        pair("norm", &mut self.norm.weight, &mut self.norm.bias);
+        for (i, block) in self.blocks.iter_mut().enumerate() {
+            for (name, norm) in [("norm1", &mut block.norm1), ("norm2", &mut block.norm2)] {
+                pair(
+                    &format!("blocks.{i}.{name}"),
+                    &mut norm.weight,
+                    &mut norm.bias,
+                );
+            }
+            for (name, linear) in [
+                ("attn.qkv", &mut block.qkv),
+                ("attn.proj", &mut block.proj),
+                ("mlp.fc1", &mut block.fc1),
+                ("mlp.fc2", &mut block.fc2),
+            ] {
+                pair(
+                    &format!("blocks.{i}.{name}"),
+                    &mut linear.weight,
+                    &mut linear.bias,
+                );
+            }
+        }
+        for (i, block) in self.blocks.iter_mut().enumerate() {
+            for (name, gamma) in [("ls1", &mut block.ls1), ("ls2", &mut block.ls2)] {
+                if let Some(gamma) = gamma {
+                    visit(&format!("blocks.{i}.{name}.gamma"), gamma);
+                }
+            }
+        }
+    }
+}
+
 impl Embedding {
     fn take(checkpoint: &mut Checkpoint, config: &BackboneConfig) -> Result<Self, EngineError> {
         let pos_embed = checkpoint.take("pos_embed")?;

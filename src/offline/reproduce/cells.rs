@@ -24,7 +24,7 @@ pub const ALONE: &str = "alone";
 pub const HGPROMPT: &str = "hgprompt";
 
 /// In the order of the tables.
-pub const METHODS: [Method; 14] = [
+pub const METHODS: [Method; 15] = [
     Method {
         key: NONE,
         label: "no transfer (initial prompt)",
@@ -71,6 +71,11 @@ pub const METHODS: [Method; 14] = [
         objective: || json!({"method": "panda"}),
     },
     Method {
+        key: "attempt",
+        label: "ATTEMPT, mean attention",
+        objective: || json!({"method": "attempt"}),
+    },
+    Method {
         key: "h_only",
         label: "H only",
         objective: || json!({"method": "h_only"}),
@@ -111,31 +116,16 @@ const ALONE_METHOD: Method = Method {
 
 /// Settings of HGPrompt, and of what it is to beat, that a default could be chosen from: as they are, with a closed-form
 /// head, whatever the profile.
-pub const VARIANTS: [Method; 15] = [
+pub const VARIANTS: [Method; 9] = [
     Method {
         key: "trade_off_0.9",
         label: "trade-off 0.9",
         objective: || json!({"trade_off": 0.9}),
     },
     Method {
-        key: "trade_off_knee",
-        label: "trade-off by the knee",
-        objective: || json!({"trade_off": "knee"}),
-    },
-    Method {
-        key: "trade_off_validation",
-        label: "trade-off by validation",
-        objective: || json!({"trade_off": "validation"}),
-    },
-    Method {
         key: "h_shrinkage_0.1",
         label: "ρ of H 0.1",
         objective: || json!({"h_score": {"shrinkage": 0.1}}),
-    },
-    Method {
-        key: "h_shrinkage_0.3",
-        label: "ρ of H 0.3",
-        objective: || json!({"h_score": {"shrinkage": 0.3}}),
     },
     Method {
         key: "trace_ratio",
@@ -147,11 +137,6 @@ pub const VARIANTS: [Method; 15] = [
         key: "entropy_1",
         label: "entropy 1",
         objective: || json!({"entropy": 1.0}),
-    },
-    Method {
-        key: "refined",
-        label: "5 steps on the true H",
-        objective: || json!({"refine": 5}),
     },
     Method {
         key: "scale_0.5",
@@ -167,16 +152,6 @@ pub const VARIANTS: [Method; 15] = [
         key: "initial_too",
         label: "the initial prompt as one more source",
         objective: || json!({}),
-    },
-    Method {
-        key: "h_only_initial_too",
-        label: "H only, the initial prompt as one more source",
-        objective: || json!({"method": "h_only"}),
-    },
-    Method {
-        key: "initial_too_validation",
-        label: "the same with the trade-off by validation",
-        objective: || json!({"trade_off": "validation"}),
     },
     Method {
         key: "best_initial_too",

@@ -15,7 +15,7 @@ use super::{Settings, Table};
 use crate::offline::write_whole;
 
 /// What hgprompt is compared with.
-const RIVALS: [&str; 9] = [
+const RIVALS: [&str; 10] = [
     NONE,
     "average",
     "single_best",
@@ -25,9 +25,10 @@ const RIVALS: [&str; 9] = [
     "spot_token_mean",
     "spot_best_of_3",
     "panda",
+    "attempt",
 ];
 /// Rankings of the sources: by a method's weights, or by a score that some method's row has.
-const RANKINGS: [(&str, &str, Ranking); 10] = [
+const RANKINGS: [(&str, &str, Ranking); 12] = [
     ("HGPrompt, α", HGPROMPT, Ranking::Weights),
     ("HGPrompt, α with entropy 0.1", DENSE.key, Ranking::Weights),
     ("SPoT, all pairs", "spot", Ranking::Score("by_method")),
@@ -42,12 +43,24 @@ const RANKINGS: [(&str, &str, Ranking); 10] = [
     ("LEEP", HGPROMPT, Ranking::Score("leep")),
     ("NCE", HGPROMPT, Ranking::Score("nce")),
     ("OTCE", HGPROMPT, Ranking::Score("otce")),
+    (
+        "cross-fitted accuracy",
+        HGPROMPT,
+        Ranking::Alone(|row| row.validation_accuracy),
+    ),
+    (
+        "cross-fitted loss",
+        HGPROMPT,
+        Ranking::Alone(|row| Some(-row.validation_loss?)),
+    ),
 ];
 
 #[derive(Clone, Copy)]
 enum Ranking {
     Weights,
     Score(&'static str),
+    /// What the row of the source alone says.
+    Alone(fn(&Row) -> Option<f64>),
 }
 
 pub struct Report<'a> {
@@ -99,7 +112,7 @@ impl<'a> Report<'a> {
             source_tuning,
             ..
         } = self.settings;
-        let seconds: f64 = self.rows.iter().map(|row| row.seconds).sum();
+        let seconds = (self.rows.iter()).fold(0.0, |sum, row| sum + row.seconds);
         let of_tuning = self.rows.iter().filter_map(|row| row.tuning_seconds);
         // A sum of nothing would be -0.
         let tuning = of_tuning.fold(0.0, |sum, seconds| sum + seconds);
@@ -254,7 +267,7 @@ impl<'a> Report<'a> {
             let whole = |key: &&str| {
                 let rows = self.rows_of(target, key);
                 rows.len() == self.seeds.len()
-                    && rows.iter().all(|row| row.validation_accuracy.is_some())
+                    && rows.iter().all(|row| row.validation_loss.is_some())
             };
             keys.iter().all(whole)
         };
@@ -271,12 +284,14 @@ impl<'a> Report<'a> {
             targets.iter().map(mean).collect()
         };
         let validation = |row: &Row| row.validation_accuracy;
+        let loss = |row: &Row| Some(row.validation_loss? / 100.0);
         let test = |row: &Row| Some(row.eval_accuracy);
         let own = by_target(HGPROMPT, &test);
         let mut rows: Vec<(f64, Vec<String>)> = keys
             .iter()
             .map(|key| {
                 let validated = mean_of(&by_target(key, &validation));
+                let lost = mean_of(&by_target(key, &loss));
                 let tested = by_target(key, &test);
                 let beside: Vec<f64> = tested.iter().zip(&own).map(|(a, b)| a - b).collect();
                 let interval = match half_interval(&beside) {
@@ -288,26 +303,28 @@ impl<'a> Report<'a> {
                 };
                 let row = vec![
                     method(key).label.to_owned(),
+                    number(lost, 3),
                     number(validated, 1),
                     number(mean_of(&tested), 1),
                     number(mean_of(&beside), 1),
                     interval,
                 ];
-                (validated.unwrap_or_default(), row)
+                (lost.unwrap_or_default(), row)
             })
             .collect();
-        rows.sort_by(|a, b| b.0.total_cmp(&a.0));
+        rows.sort_by(|a, b| a.0.total_cmp(&b.0));
         let header = [
             "setting",
-            "cross-fitted on target samples",
+            "cross-fitted loss",
+            "accuracy",
             "test",
             "test less HGPrompt's",
             "95 % interval",
         ];
         format!(
             "\n### Settings\n\nAccuracy in percent of the composed prompt with its closed-form head, the mean over {} tasks, by \
-             what can be known without a test label: the first column, cross-fitted over ten folds of the target samples, is what a \
-             default may be chosen by. The interval is Student's over the tasks.\n\n{}",
+             what can be known without a test label: loss (nats) and accuracy cross-fitted over ten folds of the target samples are \
+             what a default may be chosen by. The interval is Student's over the tasks.\n\n{}",
             targets.len(),
             table(
                 &header.map(str::to_owned),
@@ -320,22 +337,27 @@ impl<'a> Report<'a> {
 
     /// A ranking's numbers and the accuracies they are to foretell, by source, of one seed.
     fn ranked(&self, row: &Row, ranking: Ranking) -> Option<(Vec<f64>, Vec<f64>)> {
+        let alone = self.of(&row.target, ALONE);
+        let of_source = |source: &String| {
+            let of = |other: &&&Row| {
+                other.seed == row.seed && other.sources == std::slice::from_ref(source)
+            };
+            alone.iter().find(of).copied()
+        };
+        let alone: Vec<&Row> = row.sources.iter().map(of_source).collect::<Option<_>>()?;
         let scores = match ranking {
             Ranking::Weights => row.weights.clone(),
             Ranking::Score(name) => {
                 let (_, scores) = row.scores.iter().find(|(metric, _)| metric == name)?;
                 scores.clone()
             }
+            Ranking::Alone(score) => {
+                let scores = alone.iter().map(|row| score(row));
+                scores.collect::<Option<_>>()?
+            }
         };
-        let alone = self.of(&row.target, ALONE);
-        let accuracy = |source: &String| {
-            let of = |other: &&&Row| {
-                other.seed == row.seed && other.sources == std::slice::from_ref(source)
-            };
-            alone.iter().find(of).map(|row| row.eval_accuracy)
-        };
-        let accuracies: Option<Vec<f64>> = row.sources.iter().map(accuracy).collect();
-        Some((scores, accuracies?))
+        let accuracies = alone.iter().map(|row| row.eval_accuracy).collect();
+        Some((scores, accuracies))
     }
 
     fn coefficients(&self, target: &str, (_, key, ranking): (&str, &str, Ranking)) -> Vec<f64> {
@@ -466,7 +488,8 @@ impl<'a> Report<'a> {
     }
 
     fn csv(&self) -> String {
-        let mut text = "seed,target,method,sources,eval_accuracy,tuned_accuracy,train_accuracy,validation_accuracy,h_score,scale,seconds,weights\n".to_owned();
+        let optional = |value: Option<f64>| value.map_or(String::new(), |value| value.to_string());
+        let mut text = "seed,target,method,sources,eval_accuracy,tuned_accuracy,train_accuracy,validation_accuracy,validation_loss,h_score,scale,seconds,weights\n".to_owned();
         for row in self.rows {
             let weights: Vec<String> = row
                 .sources
@@ -476,17 +499,16 @@ impl<'a> Report<'a> {
                 .collect();
             let _ = writeln!(
                 text,
-                "{},{},{},{},{},{},{},{},{},{},{:.3},{}",
+                "{},{},{},{},{},{},{},{},{},{},{},{:.3},{}",
                 row.seed,
                 row.target,
                 row.method,
                 row.sources.len(),
                 row.eval_accuracy,
-                row.tuned_accuracy
-                    .map_or(String::new(), |accuracy| accuracy.to_string()),
+                optional(row.tuned_accuracy),
                 row.train_accuracy,
-                row.validation_accuracy
-                    .map_or(String::new(), |accuracy| accuracy.to_string()),
+                optional(row.validation_accuracy),
+                optional(row.validation_loss),
                 row.h_score,
                 row.scale,
                 row.seconds,

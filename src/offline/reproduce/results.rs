@@ -29,6 +29,9 @@ pub struct Row {
     /// Cross-fitted, on the same samples.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub validation_accuracy: Option<f64>,
+    /// The same in nats.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub validation_loss: Option<f64>,
     /// Of prompt and head after the target tuning, where there is one, on the same test images.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tuned_accuracy: Option<f64>,
@@ -172,6 +175,7 @@ pub mod tests {
             eval_accuracy,
             train_accuracy: 1.0,
             validation_accuracy: None,
+            validation_loss: None,
             tuned_accuracy: None,
             tuning_seconds: None,
             h_score: 2.0,

@@ -247,6 +247,7 @@ impl<'a> Runner<'a> {
             task,
             classes: &classes,
             start,
+            teachers: &[],
             options,
         };
         Ok(tuning.run(&mut NoCheckpoints, |_| ControlFlow::Continue(()))?)
@@ -333,6 +334,7 @@ fn row(
         eval_accuracy,
         train_accuracy: composed.train_accuracy,
         validation_accuracy: composed.validation_accuracy,
+        validation_loss: composed.validation_loss,
         tuned_accuracy: None,
         tuning_seconds: None,
         h_score: composed.h_score,
