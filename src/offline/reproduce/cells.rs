@@ -185,6 +185,7 @@ fn of_target(suite: &Suite, seed: u64, target: &str, tables: &[Table]) -> Vec<Ce
                     .map(|other| cell(ALONE, std::slice::from_ref(other)));
                 cells.extend(alone);
             }
+            Table::Tsne => {}
             Table::Scalability => {
                 for size in sizes(others.len()) {
                     for order in 0..ORDERS {
