@@ -1,6 +1,6 @@
 # `make demo` and `make test` need nothing before them: they set up what is missing.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test fmt clippy openapi sqlx test-peft fuzz-api fuzz bench-api bench-upload bench-hostile bench-engine bench-demo bench-growth bench-workers chaos chaos-short bench-queue mini-vtab reproduce
+.PHONY: help setup demo up test fmt clippy openapi sqlx test-peft fuzz-api fuzz bench-api bench-upload bench-hostile bench-engine bench-tuning bench-demo bench-growth bench-workers chaos chaos-short bench-queue mini-vtab reproduce
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -80,6 +80,9 @@ bench-hostile: ## how soon bombs are refused, and with what memory; fails above 
 
 bench-engine: setup ## promptweave beside the machine's matrix rate and plain PyTorch, in ten minutes; fetches PyTorch once
 	python3 benches/bench_engine.py
+
+bench-tuning: setup ## `promptweave tune` beside a plain PyTorch loop of the same model, in ten minutes; fetches PyTorch once
+	python3 benches/bench_tuning.py
 
 bench-demo: setup ## the demo's composition by every path and precision, and what one more source costs, in minutes
 	python3 benches/bench_demo.py

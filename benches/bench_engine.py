@@ -20,18 +20,18 @@ import array
 import json
 import os
 import pathlib
-import shutil
-import subprocess
 
 from harness import (
     BenchError,
     ROOT,
     build,
     digits,
+    fast_mkl,
     json_line,
     machine,
     machine_line,
     main,
+    pytorch,
     run,
     say,
     spread,
@@ -165,27 +165,6 @@ def difference(a, b):
     differences = [abs(x - y) for x, y in zip(a, b)]
     # max() may pass over a NaN, a sum does not.
     return max(differences) / largest if sum(differences) < float("inf") else float("nan")
-
-
-def pytorch():
-    """The Python of an environment with PyTorch, made where it is missing; that takes a while and says so."""
-    script = ROOT / "benches" / "pytorch.sh"
-    done = subprocess.run([script], stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode != 0:
-        raise BenchError(f"{script} ended with status {done.returncode}; PYTORCH may name a Python that has torch 2.11")
-    return done.stdout.strip()
-
-
-def fast_mkl(folder):
-    """A library whose one function tells MKL that this is a processor it knows; None without a C compiler."""
-    compiler = shutil.which("cc")
-    if not compiler:
-        say("no `cc`: the row with MKL's fast path is left out")
-        return None
-    library = folder / "fast_mkl.so"
-    source = b"int mkl_serv_intel_cpu_true(void) { return 1; }\n"
-    subprocess.run([compiler, "-shared", "-fPIC", "-x", "c", "-", "-o", library], input=source, check=True)
-    return library
 
 
 # ---- Measuring -------------------------------------------------------------------------------------------

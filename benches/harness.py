@@ -1,10 +1,11 @@
-"""What the benchmarks' drivers share: building, running a process with its peak memory, and docs/performance.md."""
+"""What the benchmarks' drivers share: building, PyTorch, running a process with its peak memory, and docs/performance.md."""
 
 import datetime
 import json
 import os
 import pathlib
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -59,6 +60,27 @@ def json_line(command, env=None):
     """As `run`, of a process that prints one line of JSON."""
     out, memory = run(command, env)
     return json.loads(out.splitlines()[-1]) | {"memory_mib": memory}
+
+
+def pytorch():
+    """The Python of an environment with PyTorch, made where it is missing; that takes a while and says so."""
+    script = ROOT / "benches" / "pytorch.sh"
+    done = subprocess.run([script], stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode != 0:
+        raise BenchError(f"{script} ended with status {done.returncode}; PYTORCH may name a Python that has torch 2.11")
+    return done.stdout.strip()
+
+
+def fast_mkl(folder):
+    """A library whose one function tells MKL that this is a processor it knows; None without a C compiler."""
+    compiler = shutil.which("cc")
+    if not compiler:
+        say("no `cc`: the row with MKL's fast path is left out")
+        return None
+    library = folder / "fast_mkl.so"
+    source = b"int mkl_serv_intel_cpu_true(void) { return 1; }\n"
+    subprocess.run([compiler, "-shared", "-fPIC", "-x", "c", "-", "-o", library], input=source, check=True)
+    return library
 
 
 def spread(values):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# An environment with PyTorch 2.11 for benches/plain_pytorch.py; prints its Python. Made once, under
+# An environment with PyTorch 2.11 for benches/plain_pytorch.py and plain_tuning.py; prints its Python. Made once, under
 # ${XDG_CACHE_HOME:-~/.cache}/promptweave, with a download of about 2 GB from PyPI: its wheel is the CUDA build, which
 # does not load without NVIDIA's libraries even where there is no GPU. What it can be loaded without is left out.
 set -euo pipefail
@@ -22,4 +22,7 @@ if [ ! -x "$kept/bin/python" ]; then
     "$new/bin/python" -c 'import torch, safetensors' >&2
     mv "$new" "$kept"
 fi
+# An environment that was made for plain_pytorch.py alone lacks it.
+"$kept/bin/python" -c 'import PIL' 2>/dev/null ||
+    "$kept/bin/python" -m pip install --quiet --disable-pip-version-check --no-cache-dir --no-deps pillow==13.0.0 >&2
 echo "$kept/bin/python"

@@ -13,6 +13,7 @@ PICTURES = {
     "weights.svg": "weights of HGPrompt by target and source",
     "spearman.svg": "weights against what their sources are worth",
     "scalability.svg": "accuracy against the number of sources",
+    "tsne.svg": "features of test images before and after",
 }
 
 

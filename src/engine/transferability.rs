@@ -72,7 +72,7 @@ fn probabilities(features: &Tensor, head: &Head) -> Tensor {
 }
 
 /// A file's tensor, in f64.
-pub(super) fn matrix(plain: &PlainTensor<f32>) -> Tensor {
+pub fn matrix(plain: &PlainTensor<f32>) -> Tensor {
     let shape: Vec<i64> = plain.shape.iter().map(|size| *size as i64).collect();
     Tensor::from_slice(&plain.values)
         .view(shape.as_slice())

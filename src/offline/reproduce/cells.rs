@@ -256,6 +256,7 @@ fn of_target(suite: &Suite, seed: u64, target: &str, tables: &[Table]) -> Vec<Ce
                 cells.extend(METHODS.iter().map(|method| with_all(method.key)));
                 cells.extend(VARIANTS.iter().map(|variant| with_all(variant.key)));
             }
+            Table::Tsne => {}
             Table::Scalability => {
                 for size in sizes(others.len()) {
                     for order in 0..ORDERS {

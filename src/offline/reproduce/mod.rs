@@ -9,12 +9,14 @@
 //! of what there is.
 
 mod cells;
+mod layouts;
 mod measures;
 mod plots;
 mod report;
 mod results;
 mod runner;
 mod suite;
+mod tsne;
 
 use std::path::PathBuf;
 
@@ -51,7 +53,7 @@ pub struct Args {
         long,
         value_enum,
         value_delimiter = ',',
-        default_value = "main,ablation,spearman,scalability"
+        default_value = "main,ablation,spearman,scalability,tsne"
     )]
     pub tables: Vec<Table>,
     /// Only these tasks, as sources and as targets [default: all].
@@ -82,6 +84,8 @@ pub enum Table {
     Scalability,
     /// HGPrompt with other settings: what its default is chosen by.
     Settings,
+    /// No table: a picture of features before and after, of the first seed.
+    Tsne,
 }
 
 /// What all numbers of a results file depend on, beside the seeds.
@@ -150,6 +154,9 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
             .cloned()
             .collect();
         compute(args, &suite, &settings, &missing, &mut results)?;
+        if let (true, Some(seed)) = (args.tables.contains(&Table::Tsne), args.seeds.first()) {
+            layouts::compute(args, &suite, &settings, *seed)?;
+        }
     }
     let report = Report {
         suite: &suite,
@@ -245,6 +252,7 @@ mod tests {
             "Ablation",
             "foretell",
             "More sources",
+            "before and after",
         ] {
             assert!(report.contains(title), "{title}: {report}");
         }
@@ -254,6 +262,7 @@ mod tests {
             "weights.svg",
             "spearman.svg",
             "scalability.svg",
+            "tsne.svg",
         ] {
             assert!(read(picture).contains("</svg>"), "{picture}");
         }

@@ -10,13 +10,13 @@ use plotters::style::text_anchor::HPos;
 use crate::offline::write_whole;
 use crate::plot::{GREY, GRID, INK, color, padded, style, style_caption, tick};
 
-type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
+pub type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
 /// A method's label; numbers of sources, each with mean and deviation.
 pub type Line<'a> = (&'a str, Vec<(usize, f64, f64)>);
 
 /// Draws on white, and writes the picture.
-fn draw(path: &Path, size: (u32, u32), on: impl FnOnce(&Area<'_>) -> Result<()>) -> Result<()> {
+pub fn draw(path: &Path, size: (u32, u32), on: impl FnOnce(&Area<'_>) -> Result<()>) -> Result<()> {
     let mut svg = String::new();
     {
         let area = SVGBackend::with_string(&mut svg, size).into_drawing_area();

@@ -8,10 +8,10 @@ use super::cells::{
     subset,
 };
 use super::measures::{half_interval, mean_and_deviation, spearman};
-use super::plots;
 use super::results::Row;
 use super::suite::Suite;
 use super::{Settings, Table};
+use super::{layouts, plots};
 use crate::offline::write_whole;
 
 /// What hgprompt is compared with.
@@ -76,12 +76,15 @@ impl<'a> Report<'a> {
     /// report.md, and beside it the cells as CSV and the pictures as SVG, of what there is.
     pub fn write(&self, out: &Path, tables: &[Table]) -> anyhow::Result<()> {
         let all: Vec<&str> = METHODS.iter().map(|method| method.key).collect();
+        let seed = self.seeds.first().copied().unwrap_or_default();
+        let layouts = layouts::read(out, self.suite, seed)?;
         let text = tables.iter().map(|table| match table {
             Table::Main => self.accuracies("Accuracy", &all) + &self.differences(),
             Table::Ablation => self.accuracies("Ablation: both terms, and each alone", &ABLATION),
             Table::Spearman => self.correlations(),
             Table::Scalability => self.scalability(),
             Table::Settings => self.settings(),
+            Table::Tsne => layouts::section(&layouts, self.suite.tasks.len(), seed),
         });
         let text = self.preface() + &text.collect::<String>();
         write_whole(&out.join("report.md"), text.as_bytes())?;
@@ -99,6 +102,7 @@ impl<'a> Report<'a> {
                 Table::Scalability => {
                     plots::scalability(&out.join("scalability.svg"), &self.by_number())?;
                 }
+                Table::Tsne => layouts::picture(&out.join("tsne.svg"), &layouts)?,
             }
         }
         println!("wrote {}", out.join("report.md").display());

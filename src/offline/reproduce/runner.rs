@@ -26,7 +26,9 @@ use crate::domain::prompt_file::{FORMAT, Origin, PromptFile, PromptMetadata};
 use crate::domain::tensor::Tensor;
 use crate::domain::tuning::{NoCheckpoints, TuningOptions};
 use crate::engine::Engine;
+use crate::engine::features::extract;
 use crate::engine::samples::{Samples, Selection};
+use crate::engine::transferability::matrix;
 use crate::engine::tuning::{Tuning, evaluate, initial_prompt};
 use crate::offline::{read_prompt, write_whole};
 
@@ -74,21 +76,7 @@ impl<'a> Runner<'a> {
     }
 
     pub fn compute(&mut self, cell: &Cell) -> anyhow::Result<Row> {
-        let sources = self.sources(cell)?;
-        let input = CompositionInput {
-            backbone_dir: self.args.engine.backbone.clone(),
-            target_dir: self.suite.task(&cell.target).dir.clone(),
-            target: TargetSamples {
-                split: Split::Train,
-                eval_split: None,
-                max_samples: self.settings.target_samples,
-                seed: cell.seed,
-                skip_bad: self.args.engine.skip_bad,
-            },
-            sources,
-            objective: self.objective(cell)?,
-            stop_when: None,
-        };
+        let input = self.input(cell)?;
         let begun = Instant::now();
         let composition = self.engine.compose(&input, &mut Unwatched)?;
         let seconds = begun.elapsed().as_secs_f64();
@@ -101,6 +89,44 @@ impl<'a> Runner<'a> {
             row.tuning_seconds = accuracies.tuned.map(|_| begun.elapsed().as_secs_f64());
         }
         Ok(row)
+    }
+
+    fn input(&mut self, cell: &Cell) -> anyhow::Result<CompositionInput> {
+        Ok(CompositionInput {
+            backbone_dir: self.args.engine.backbone.clone(),
+            target_dir: self.suite.task(&cell.target).dir.clone(),
+            target: TargetSamples {
+                split: Split::Train,
+                eval_split: None,
+                max_samples: self.settings.target_samples,
+                seed: cell.seed,
+                skip_bad: self.args.engine.skip_bad,
+            },
+            sources: self.sources(cell)?,
+            objective: self.objective(cell)?,
+            stop_when: None,
+        })
+    }
+
+    /// Features [2, N, d] of test images under the initial prompt and under the one that the cell composes, and their labels.
+    pub fn test_features(
+        &mut self,
+        cell: &Cell,
+        max_samples: usize,
+    ) -> anyhow::Result<(tch::Tensor, Vec<usize>)> {
+        let input = self.input(cell)?;
+        let composed = self.engine.compose(&input, &mut Unwatched)?.composed;
+        let files = [self.initial(cell.seed)?.file, PromptFile::parse(&composed)?];
+        let test = self.samples(&cell.target, Split::Test, Some(max_samples), cell.seed)?;
+        let (_, vit) = self.engine.backbone(&self.args.engine.backbone)?;
+        let prompts = files.map(|file| {
+            let prompt = matrix(&file.prompt_embeddings);
+            prompt.to_device(vit.device).to_kind(vit.kind)
+        });
+        let features = extract(vit, &vit.pairs(&test, &prompts), |_| {
+            ControlFlow::Continue(())
+        })?;
+        Ok((features, test.labels))
     }
 
     /// Of a composed prompt with its closed-form head, and of what it becomes on the target.
