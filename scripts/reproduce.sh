@@ -12,11 +12,16 @@ shift 2
 cd "$(dirname "$0")/.."
 promptweave=${PROMPTWEAVE:-target/release/promptweave}
 backbone=.assets/vit_s14_focus
-if [ "$profile" = small ]; then
+heads=$profile
+if [ "$profile" = settings ]; then
+    heads=zero-shot
+    set -- --tables main,settings,spearman "$@"
+fi
+if [ "$profile" = small ] || [ "$profile" = settings ]; then
     backbone=.assets/vit_s14_focus_6x70
     [ -e $backbone/config.json ] ||
         python3 scripts/shrink_backbone.py .assets/vit_s14_focus $backbone --blocks 6 --size 70
 fi
 out=reproduction/mini-vtab/$profile
-"$promptweave" reproduce --profile "$profile" --suite "$suite" --backbone $backbone --out "$out" "$@"
+"$promptweave" reproduce --profile "$heads" --suite "$suite" --backbone $backbone --out "$out" "$@"
 python3 scripts/publish_reproduction.py "$profile"

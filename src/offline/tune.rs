@@ -20,7 +20,7 @@ use crate::domain::tuning::{
 use crate::domain::tuning_method::TuningMethod;
 use crate::engine::EngineError;
 use crate::engine::samples::{Samples, Selection};
-use crate::engine::tuning::{Course, Images, Outcome, Tuned, Tuning, TuningProgress};
+use crate::engine::tuning::{Course, Images, Outcome, Trained, Tuning, TuningProgress};
 
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {
@@ -286,7 +286,7 @@ fn table<T>(outcome: &Outcome<T>) -> String {
 fn watched<T>(
     course: &Course<'_>,
     checkpoint: &mut CheckpointFile,
-    make: &mut dyn FnMut(&Tuned<'_>) -> Result<T, EngineError>,
+    make: &mut dyn FnMut(&Trained<'_>) -> Result<T, EngineError>,
 ) -> anyhow::Result<Outcome<T>> {
     let mut current: Option<(Phase, ProgressBar)> = None;
     let mut watch = |phase: Phase, at: TuningProgress| {

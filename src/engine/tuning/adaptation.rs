@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use safetensors::serialize;
 use serde::Serialize;
 
-use super::{Tuned, stored};
+use super::{Trained, stored};
 use crate::domain::digest::Digest;
 use crate::domain::prompt_file::METADATA_KEY;
 use crate::domain::tensor::Stored;
@@ -24,7 +24,7 @@ struct Metadata<'a> {
     training: serde_json::Value,
 }
 
-impl Tuned<'_> {
+impl Trained<'_> {
     pub fn adaptation(&self) -> Result<Vec<u8>, EngineError> {
         let mut tensors = Vec::new();
         let mut add = |name: String, tensor: &tch::Tensor| -> Result<(), EngineError> {

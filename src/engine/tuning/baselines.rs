@@ -19,7 +19,7 @@ fn by(method: &str) -> TuningOptions {
     }
 }
 
-fn train<'a>(tuning: &Tuning<'a>) -> Tuned<'a> {
+fn train<'a>(tuning: &Tuning<'a>) -> Trained<'a> {
     tuning.train(&mut NoCheckpoints, &mut go_on).unwrap()
 }
 

@@ -2,7 +2,7 @@
 
 use std::ops::ControlFlow;
 
-use super::{Images, Tuned, Tuning, TuningProgress};
+use super::{Images, Trained, Tuning, TuningProgress};
 use crate::domain::composition::Phase;
 use crate::domain::prompt_file::PromptFile;
 use crate::domain::tuning::{Candidate, Checkpoints, Grid, TuningOptions};
@@ -60,7 +60,7 @@ impl Course<'_> {
         &self,
         checkpoints: &mut dyn Checkpoints,
         progress: &mut dyn FnMut(Phase, TuningProgress) -> ControlFlow<()>,
-        make: &mut dyn FnMut(&Tuned<'_>) -> Result<T, EngineError>,
+        make: &mut dyn FnMut(&Trained<'_>) -> Result<T, EngineError>,
     ) -> Result<Outcome<T>, EngineError> {
         let Images { part, held_out, .. } = self.images;
         if self.holds_out() && part.labels.is_empty() {

@@ -142,7 +142,7 @@ impl<'a> Tuning<'a> {
         &self,
         checkpoints: &mut dyn Checkpoints,
         progress: &mut dyn FnMut(TuningProgress) -> ControlFlow<()>,
-    ) -> Result<Tuned<'a>, EngineError> {
+    ) -> Result<Trained<'a>, EngineError> {
         let model: Box<dyn Model + 'a> = match self.options.method {
             TuningMethod::VptShallow => Box::new(Shallow::new(*self)?),
             TuningMethod::Linear | TuningMethod::Mlp(_) => Box::new(Heads::new(*self)?),
@@ -157,7 +157,7 @@ impl<'a> Tuning<'a> {
             key: self.key(),
         };
         let (parameters, curves) = training.run(&initial, checkpoints, progress)?;
-        Ok(Tuned {
+        Ok(Trained {
             tuning: *self,
             model,
             initial,
@@ -255,7 +255,7 @@ fn digest(file: &PromptFile) -> Digest {
 }
 
 /// What came of a tuning.
-pub struct Tuned<'a> {
+pub struct Trained<'a> {
     tuning: Tuning<'a>,
     model: Box<dyn Model + 'a>,
     initial: Vec<Parameter>,
@@ -263,7 +263,7 @@ pub struct Tuned<'a> {
     pub curves: Curves,
 }
 
-impl Tuned<'_> {
+impl Trained<'_> {
     pub fn score(&self, samples: &Samples) -> Result<HeldOut, EngineError> {
         self.model.score(samples, &self.parameters)
     }
