@@ -79,7 +79,7 @@ pub struct SourceRef {
 
 // ---- The seam ------------------------------------------------------------------------------
 
-/// The steps of a composition, in order.
+/// The steps of a job: of a composition the first five, in order; of a ranking `features` and `solve`.
 #[derive(
     Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema,
 )]
@@ -93,12 +93,26 @@ pub enum Phase {
     Gradients,
     /// α.
     Solve,
-    /// Forward passes with the composed prompt, and evaluation.
+    /// Forward passes with the prompt that came of it, and evaluation.
     Verify,
+    /// Of a tuning: a tuning for each pair of the grid.
+    Select,
+    /// Of a tuning: gradient steps on prompt and head.
+    Tune,
 }
 
 impl Phase {
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 7] = [
+        Self::Features,
+        Self::Heads,
+        Self::Gradients,
+        Self::Solve,
+        Self::Verify,
+        Self::Select,
+        Self::Tune,
+    ];
+    /// The steps of a composition, in order.
+    pub const OF_COMPOSITION: [Self; 5] = [
         Self::Features,
         Self::Heads,
         Self::Gradients,
@@ -113,6 +127,8 @@ impl Phase {
             Self::Gradients => "gradients",
             Self::Solve => "solve",
             Self::Verify => "verify",
+            Self::Select => "select",
+            Self::Tune => "tune",
         }
     }
 }

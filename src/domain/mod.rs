@@ -30,5 +30,6 @@ pub mod reference;
 pub mod sharing;
 pub mod tensor;
 pub mod tensor_file;
+pub mod tuning;
 pub mod webdataset;
 pub mod webhook;

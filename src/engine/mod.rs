@@ -109,6 +109,8 @@ pub enum EngineError {
     NoSamples(&'static str),
     #[error("the target's samples are all of class `{0}`; at least two classes are needed")]
     OneClass(String),
+    #[error("one image is too few to hold any out; give more, or choose nothing by them")]
+    NoneToHoldOut,
     #[error("no source prompts were given")]
     NoSources,
     #[error("sources `{first}` and `{second}` are the same prompt ({digest})")]
@@ -151,6 +153,7 @@ impl EngineError {
             Self::NoThread(_) => "no_thread",
             Self::NoSamples(_) => "empty_split",
             Self::OneClass(_) => "one_class",
+            Self::NoneToHoldOut => "too_few_images",
             Self::NoSources => "no_sources",
             Self::SameSource { .. } => "same_source",
             Self::UnknownSource { .. } => "unknown_source",

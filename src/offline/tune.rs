@@ -1,21 +1,22 @@
 //! `promptweave tune`: train one visual prompt on a labelled image set with a frozen backbone.
 
-use std::collections::HashSet;
 use std::fs;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, anyhow, ensure};
 use clap::ValueEnum;
+use indicatif::ProgressBar;
 
 use super::progress::bar;
 use super::{EngineOptions, parse_split, read_prompt, write_whole};
-use crate::domain::backbone::Preprocessing;
-use crate::domain::dataset::{LabelledImages, Split, stratified_subset};
-use crate::engine::samples::{Samples, Selection};
-use crate::engine::tuning::{
-    Candidate, Checkpoints, Grid, OptimizerKind, Tuning, TuningOptions, TuningProgress,
+use crate::domain::composition::Phase;
+use crate::domain::dataset::{LabelledImages, Split};
+use crate::domain::tuning::{
+    Candidate, Checkpoints, Grid, InvalidTuning, OptimizerKind, TuningOptions,
 };
+use crate::engine::samples::Selection;
+use crate::engine::tuning::{Course, Images, Outcome, Tuning};
 
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {
@@ -91,23 +92,16 @@ pub enum OptimizerName {
 
 impl Args {
     fn check(&self) -> anyhow::Result<()> {
-        ensure!(self.num_tokens > 0, "--num-tokens must be at least 1");
-        ensure!(self.batch_size > 0, "--batch-size must be at least 1");
-        ensure!(self.epochs > 0, "--epochs must be at least 1");
-        ensure!(self.patience != Some(0), "--patience must be at least 1");
-        let dropout = self.prompt_dropout;
-        ensure!(
-            (0.0..1.0).contains(&dropout),
-            "--prompt-dropout is {dropout}; it must be at least 0 and below 1"
-        );
-        let numbers = self.prompt_learning_rate.iter().chain(&self.weight_decay);
-        for number in numbers.chain([&self.head_learning_rate]) {
-            ensure!(
-                number.is_finite() && *number >= 0.0,
-                "learning rates and weight decays must be finite and at least 0; one is {number}"
-            );
-        }
-        Ok(())
+        let of_option = |invalid: InvalidTuning| {
+            let option = invalid.field.replace('_', "-");
+            // A grid's lists are one option each, of the single value's name.
+            let option = option
+                .replace("-rates", "-rate")
+                .replace("-decays", "-decay");
+            anyhow!("--{option} {}", invalid.problem)
+        };
+        self.options().check().map_err(of_option)?;
+        self.grid().check().map_err(of_option)
     }
 
     fn options(&self) -> TuningOptions {
@@ -149,7 +143,7 @@ impl Args {
 
 pub fn run(args: &Args) -> anyhow::Result<()> {
     args.check()?;
-    let mut start = args
+    let start = args
         .start
         .as_deref()
         .map(read_prompt)
@@ -167,57 +161,40 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         );
     }
     let dataset = LabelledImages::read(&args.data)?;
-    let images = Images::load(args, &dataset, &backbone.config.preprocessing)?;
-    let (task, grid) = (args.task(), args.grid());
-    if grid.len() > 1 || args.patience.is_some() {
-        // It was fitted on images that are to be held out, and would know them.
-        if let Some(file) = &mut start {
-            file.head = None;
-        }
-        ensure!(
-            !images.part.labels.is_empty(),
-            "one image is too few to hold any out"
-        );
-        eprintln!(
-            "held out: {} images, {}",
-            images.held_out.len(),
-            images.whose
-        );
-    }
-    let asked = args.options();
-    let tuning = Tuning {
-        backbone,
-        vit,
-        train: &images.all,
-        held_out: None,
-        task: &task,
-        classes: &dataset.classes,
-        start: start.as_ref(),
-        options: &asked,
+    let selection = Selection {
+        split: args.split,
+        max_samples: args.max_samples,
+        seed: args.seed,
+        skip_bad: args.engine.skip_bad,
     };
-    let selected = match grid.len() {
-        1 => None,
-        _ => Some(select(&grid, tuning, &images)?),
-    };
-    let tuning = Tuning {
-        options: selected.as_ref().unwrap_or(&asked),
-        ..tuning
-    };
-    // Who stops early is told by images that are not trained on.
-    let tuning = match args.patience {
-        Some(_) => Tuning {
-            train: &images.part,
-            held_out: Some(&images.held_out),
-            ..tuning
+    let images = Images::load(&dataset, &selection, &backbone.config.preprocessing)?;
+    let (task, grid, options) = (args.task(), args.grid(), args.options());
+    let course = Course {
+        tuning: Tuning {
+            backbone,
+            vit,
+            train: &images.all,
+            held_out: None,
+            task: &task,
+            classes: &dataset.classes,
+            start: start.as_ref(),
+            options: &options,
         },
-        None => tuning,
+        grid: &grid,
+        images: &images,
     };
+    if course.holds_out() {
+        let (held_out, whose) = (images.held_out.len(), images.whose);
+        eprintln!("held out: {held_out} images, {whose}");
+    }
     let mut checkpoint = CheckpointFile::of(args);
-    let file = watched("tune", args.epochs * tuning.train.len(), |watch| {
-        tuning.run(&mut checkpoint, watch)
-    })?;
+    let outcome = watched(&course, &mut checkpoint)?;
+    if !outcome.candidates.is_empty() {
+        print!("{}", table(&outcome));
+    }
+    let file = outcome.file;
     write_whole(&args.out, &file.to_bytes())?;
-    checkpoint.delete();
+    checkpoint.delete(outcome.candidates.len());
     let training = file
         .metadata
         .as_ref()
@@ -233,14 +210,10 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The best of the grid, told with the others.
-fn select(grid: &Grid, tuning: Tuning<'_>, images: &Images) -> anyhow::Result<TuningOptions> {
-    let total = grid.len() * tuning.options.epochs * images.part.len();
-    let (chosen, candidates) = watched("select", total, |watch| {
-        grid.select(tuning, (&images.part, &images.held_out), watch)
-    })?;
-    println!(
-        "{:>20}  {:>12}  {:>17}",
+/// The pairs of the grid, the chosen one marked.
+fn table(outcome: &Outcome) -> String {
+    let mut text = format!(
+        "{:>20}  {:>12}  {:>17}\n",
         "prompt learning rate", "weight decay", "held-out accuracy"
     );
     for Candidate {
@@ -248,129 +221,81 @@ fn select(grid: &Grid, tuning: Tuning<'_>, images: &Images) -> anyhow::Result<Tu
         weight_decay,
         accuracy,
         ..
-    } in &candidates
+    } in &outcome.candidates
     {
-        let is_chosen = *prompt_learning_rate == chosen.prompt_learning_rate
-            && *weight_decay == chosen.weight_decay;
+        let is_chosen = *prompt_learning_rate == outcome.options.prompt_learning_rate
+            && *weight_decay == outcome.options.weight_decay;
         let mark = if is_chosen { "  chosen" } else { "" };
-        println!("{prompt_learning_rate:>20}  {weight_decay:>12}  {accuracy:>17.4}{mark}");
+        text +=
+            &format!("{prompt_learning_rate:>20}  {weight_decay:>12}  {accuracy:>17.4}{mark}\n");
     }
-    Ok(chosen)
+    text
 }
 
-/// Runs with a bar that shows epoch and loss.
-fn watched<T, E>(
-    name: &str,
-    total: usize,
-    run: impl FnOnce(&mut dyn FnMut(TuningProgress) -> ControlFlow<()>) -> Result<T, E>,
-) -> Result<T, E> {
-    let bar = bar(name, total as u64);
-    let done = run(&mut |at| {
-        bar.inc(at.samples);
-        bar.set_message(format!(
-            "epoch {} loss {:.3}",
-            at.epoch + 1,
-            at.cross_entropy
-        ));
+/// Runs with a bar for each phase, that shows epoch and loss.
+fn watched(course: &Course<'_>, checkpoint: &mut CheckpointFile) -> anyhow::Result<Outcome> {
+    let mut current: Option<(Phase, ProgressBar)> = None;
+    let outcome = course.run(checkpoint, &mut |phase, at| {
+        if current.as_ref().is_none_or(|(there, _)| *there != phase) {
+            if let Some((_, finished)) = current.take() {
+                finished.finish();
+            }
+            current = Some((phase, bar(phase.name(), course.total(phase))));
+        }
+        if let Some((_, bar)) = &current {
+            bar.inc(at.samples);
+            let (epoch, loss) = (at.epoch + 1, at.cross_entropy);
+            bar.set_message(format!("epoch {epoch} loss {loss:.3}"));
+        }
         ControlFlow::Continue(())
     });
-    bar.finish();
-    done
-}
-
-/// The images of the split, and the same in two parts.
-struct Images {
-    all: Samples,
-    part: Samples,
-    held_out: Samples,
-    /// What is held out.
-    whose: &'static str,
-}
-
-impl Images {
-    fn load(
-        args: &Args,
-        dataset: &LabelledImages,
-        preprocessing: &Preprocessing,
-    ) -> anyhow::Result<Self> {
-        let selection = |split, max_samples| Selection {
-            split,
-            max_samples,
-            seed: args.seed,
-            skip_bad: args.engine.skip_bad,
-        };
-        let all = Samples::load(
-            dataset,
-            &selection(args.split, args.max_samples),
-            preprocessing,
-        )?;
-        // VTAB-1k's val200 is a part of train800val200.
-        let paths = |split: Split| -> HashSet<&str> {
-            let images = dataset.splits.get(&split).into_iter().flatten();
-            images.map(|image| image.path.as_str()).collect()
-        };
-        let val = paths(Split::Val);
-        let listed = &dataset.splits[&args.split];
-        let is_val = |row: &usize| val.contains(listed[all.indices[*row]].path.as_str());
-        let (mut held_out, mut part): (Vec<usize>, Vec<usize>) = (0..all.len()).partition(is_val);
-        let mut whose = "of the split val";
-        if held_out.is_empty() && !val.is_empty() && args.split != Split::Val {
-            // A split of its own, as image folders have it.
-            let held_out = Samples::load(dataset, &selection(Split::Val, None), preprocessing)?;
-            return Ok(Self {
-                part: all.only(&part),
-                whose,
-                held_out,
-                all,
-            });
-        }
-        if held_out.is_empty() || part.is_empty() {
-            whose = "every fifth of the images";
-            held_out = stratified_subset(&all.labels, all.len().div_ceil(5), args.seed);
-            part = (0..all.len())
-                .filter(|row| !held_out.contains(row))
-                .collect();
-        }
-        Ok(Self {
-            part: all.only(&part),
-            held_out: all.only(&held_out),
-            whose,
-            all,
-        })
+    if let Some((_, bar)) = current {
+        bar.finish();
     }
+    Ok(outcome?)
 }
 
-/// A file beside the result.
+/// A file beside the result; of a grid's pairs one more each.
 struct CheckpointFile(PathBuf);
 
 impl CheckpointFile {
     fn of(args: &Args) -> Self {
-        let beside = || {
-            let mut name = args.out.as_os_str().to_owned();
-            name.push(".checkpoint");
-            PathBuf::from(name)
-        };
+        let beside = || with_suffix(&args.out, "checkpoint");
         Self(args.checkpoint.clone().unwrap_or_else(beside))
     }
 
-    fn delete(&self) {
-        let _ = fs::remove_file(&self.0);
+    fn at_pair(&self, place: usize) -> Self {
+        Self(with_suffix(&self.0, &place.to_string()))
     }
 
-    fn path(&self) -> &Path {
-        &self.0
+    fn delete(&self, pairs: usize) {
+        let all = (0..pairs).map(|place| self.at_pair(place).0);
+        for path in all.chain([self.0.clone()]) {
+            let _ = fs::remove_file(path);
+        }
     }
+}
+
+fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".");
+    name.push(suffix);
+    PathBuf::from(name)
 }
 
 impl Checkpoints for CheckpointFile {
     fn last(&mut self) -> Option<Vec<u8>> {
-        fs::read(self.path()).ok()
+        fs::read(&self.0).ok()
     }
 
     fn keep(&mut self, bytes: &[u8]) {
-        let written = write_whole(self.path(), bytes).context("no checkpoint");
+        let written = write_whole(&self.0, bytes).context("no checkpoint");
         if let Err(error) = written {
             eprintln!("warning: {error:#}; after a kill this tuning would begin anew");
         }
+    }
+
+    fn of_pair(&mut self, place: usize) -> Box<dyn Checkpoints + '_> {
+        Box::new(self.at_pair(place))
     }
 }

@@ -24,7 +24,7 @@ const FAIL: &str = "fail";
 
 /// What makes an engine whose compositions take `time`, and are shared or not.
 pub fn factory(time: Duration, shares: bool) -> NewComposer {
-    let step = time / (Phase::ALL.len() as u32 * STEPS as u32);
+    let step = time / (Phase::OF_COMPOSITION.len() as u32 * STEPS as u32);
     Box::new(move || Ok(Box::new(Pretending { step, shares })))
 }
 
@@ -131,7 +131,7 @@ impl Composer for Pretending {
         input: &CompositionInput,
         observer: &mut dyn Observer,
     ) -> Result<Composition, CompositionError> {
-        for phase in Phase::ALL {
+        for phase in Phase::OF_COMPOSITION {
             if self.shares && [Phase::Features, Phase::Gradients].contains(&phase) {
                 self.share(phase, observer)?;
             } else {

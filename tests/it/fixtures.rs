@@ -318,7 +318,7 @@ impl Composer for FakeComposer {
         // The files are there, and are what the engine reads.
         assert!(input.backbone_dir.join("config.json").is_file());
         assert!(input.target_dir.join("meta.json").is_file());
-        for phase in Phase::ALL {
+        for phase in Phase::OF_COMPOSITION {
             self.report(observer, phase, 0)?;
             if phase == Phase::Gradients {
                 if self.shards > 1 {

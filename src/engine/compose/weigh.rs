@@ -9,12 +9,13 @@ use crate::domain::composition::{MethodReport, Phase, ScalePoint};
 use crate::domain::digest::Digest;
 use crate::domain::method::{Method, Scale, ScaleRule, SpotChoice};
 use crate::domain::tensor::Tensor as PlainTensor;
+use crate::domain::tuning::{NoCheckpoints, TuningOptions};
 use crate::engine::features::extract;
 use crate::engine::methods::{effects, most_similar, proportional, similarity, single_best};
 use crate::engine::solve::{Solved, weigh_features};
 use crate::engine::statistics::Ground;
 use crate::engine::steps::Steps;
-use crate::engine::tuning::{NoCheckpoints, Tuning, TuningOptions};
+use crate::engine::tuning::Tuning;
 use crate::engine::{EngineError, prompt_tensor};
 
 /// What was last tuned on a target, for another method that compares with the same.

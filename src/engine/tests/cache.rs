@@ -41,7 +41,7 @@ fn compose(
         let counted = of_phase.filter(|(_, _, total)| *total > 1);
         counted.map(|(_, done, _)| *done).max().unwrap_or(0)
     });
-    for phase in Phase::ALL
+    for phase in Phase::OF_COMPOSITION
         .into_iter()
         .filter(|phase| *phase != Phase::Solve)
     {

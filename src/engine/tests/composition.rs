@@ -76,7 +76,7 @@ fn a_composition_is_whole_and_the_same_to_the_last_bit() {
             > 0.5
     );
     assert!(diagnostics.baselines.is_some());
-    for phase in Phase::ALL {
+    for phase in Phase::OF_COMPOSITION {
         let last = recorder
             .seen
             .iter()

@@ -13,26 +13,8 @@ use super::optimizer::Optimizer;
 use crate::domain::digest::Digest;
 use crate::domain::prompt_file::METADATA_KEY;
 use crate::domain::tensor::{Stored, Tensor as PlainTensor, read_f32};
+use crate::domain::tuning::Curves;
 use crate::engine::{EngineError, plain};
-
-/// Where the last checkpoint of a tuning is kept.
-pub trait Checkpoints {
-    fn last(&mut self) -> Option<Vec<u8>>;
-
-    /// Takes the place of the one before; where it cannot be written, the tuning goes on.
-    fn keep(&mut self, bytes: &[u8]);
-}
-
-/// Nowhere.
-pub struct NoCheckpoints;
-
-impl Checkpoints for NoCheckpoints {
-    fn last(&mut self) -> Option<Vec<u8>> {
-        None
-    }
-
-    fn keep(&mut self, _: &[u8]) {}
-}
 
 /// What is written after an epoch.
 #[derive(Debug, Serialize, Deserialize)]
@@ -41,23 +23,6 @@ struct Header {
     of: Digest,
     curves: Curves,
     steps: i64,
-}
-
-/// Of each epoch so far.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Curves {
-    /// Mean over the epoch, nats.
-    pub cross_entropy: Vec<f64>,
-    /// After it, on the samples that are held out, if any.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub held_out: Vec<HeldOut>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub struct HeldOut {
-    /// Mean, nats.
-    pub cross_entropy: f64,
-    pub accuracy: f64,
 }
 
 /// The state of a tuning between two epochs.

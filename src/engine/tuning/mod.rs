@@ -7,6 +7,8 @@
 //! ```
 
 mod checkpoint;
+mod course;
+mod images;
 mod optimizer;
 mod select;
 
@@ -28,65 +30,12 @@ use crate::domain::dataset::stratified_subset;
 use crate::domain::digest::Digest;
 use crate::domain::prompt_file::{FORMAT, Head, Origin, PromptFile, PromptMetadata, Sketch};
 use crate::domain::tensor::Tensor as PlainTensor;
+use crate::domain::tuning::{Checkpoints, Curves, HeldOut, TuningOptions};
 
 use self::checkpoint::Progress;
-pub use self::checkpoint::{Checkpoints, Curves, HeldOut, NoCheckpoints};
+pub use self::course::{Course, Outcome};
+pub use self::images::Images;
 use self::optimizer::Optimizer;
-pub use self::optimizer::OptimizerKind;
-pub use self::select::{Candidate, Grid};
-
-/// With linear warm-up and cosine decay. Stored in the prompt file as its training record.
-#[derive(Clone, Debug, Serialize)]
-pub struct TuningOptions {
-    /// m
-    pub num_tokens: usize,
-    /// Seed of the initial prompt. Prompts that are to be composed should share it: their tokens then
-    /// start in one order.
-    pub init_seed: u64,
-    /// Seed of the choice of samples and of the order of batches.
-    pub seed: u64,
-    pub epochs: usize,
-    pub batch_size: usize,
-    pub prompt_learning_rate: f64,
-    pub head_learning_rate: f64,
-    pub weight_decay: f64,
-    pub warmup_epochs: usize,
-    #[serde(skip_serializing_if = "is_default")]
-    pub optimizer: OptimizerKind,
-    /// Share of the prompt's values that a step leaves out, in [0, 1); one choice a step, for all its images. 0 is off.
-    #[serde(skip_serializing_if = "is_default")]
-    pub prompt_dropout: f64,
-    /// Stop after so many epochs without a lower cross-entropy on held-out samples, and take the epoch that had the lowest.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub patience: Option<usize>,
-    /// Labelled features to keep in the file for transferability scores; 0 for none.
-    pub sketch_samples: usize,
-}
-
-impl Default for TuningOptions {
-    fn default() -> Self {
-        Self {
-            num_tokens: 10,
-            init_seed: 0,
-            seed: 0,
-            epochs: 10,
-            batch_size: 32,
-            prompt_learning_rate: 2e-3,
-            head_learning_rate: 1e-2,
-            weight_decay: 1e-4,
-            warmup_epochs: 1,
-            optimizer: OptimizerKind::AdamW,
-            prompt_dropout: 0.0,
-            patience: None,
-            sketch_samples: 100,
-        }
-    }
-}
-
-/// What leaving it out means.
-fn is_default<T: Default + PartialEq>(value: &T) -> bool {
-    *value == T::default()
-}
 
 /// The training record, without times: the same content gives the same bytes.
 #[derive(Serialize)]

@@ -1,9 +1,9 @@
 //! AdamW and SGD with momentum on a few tensors, as PyTorch defines them. Their state is plain tensors: a tuning that was
 //! killed goes on from a checkpoint as if it had not been, which libtorch's own optimizers do not let one do.
 
-use serde::{Deserialize, Serialize};
 use tch::{Tensor, no_grad};
 
+use crate::domain::tuning::OptimizerKind;
 use crate::engine::EngineError;
 
 /// β₁, β₂ and ε of AdamW (Loshchilov & Hutter 2019), PyTorch's defaults.
@@ -11,16 +11,6 @@ const DECAY: [f64; 2] = [0.9, 0.999];
 const EPSILON: f64 = 1e-8;
 /// Of SGD, as VPT has it.
 const MOMENTUM: f64 = 0.9;
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum OptimizerKind {
-    /// Weight decay apart from the gradient.
-    #[default]
-    AdamW,
-    /// Momentum 0.9, weight decay as part of the gradient.
-    Sgd,
-}
 
 pub struct Optimizer {
     kind: OptimizerKind,

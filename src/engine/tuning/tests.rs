@@ -1,6 +1,7 @@
 use super::*;
 use crate::domain::dataset::{LabelledImages, Split};
 use crate::domain::precision::Precision;
+use crate::domain::tuning::{Grid, NoCheckpoints, OptimizerKind};
 use crate::engine::samples::Selection;
 use crate::engine::testing::{write_backbone, write_dataset};
 use crate::engine::vit::Compute;
@@ -255,7 +256,12 @@ fn the_grid_takes_the_pair_that_does_best_on_what_is_held_out() {
     let base = options();
     let tuning = problem.tuning(&base);
     let (chosen, candidates) = grid
-        .select(tuning, (&problem.train, &problem.test), go_on)
+        .select(
+            tuning,
+            (&problem.train, &problem.test),
+            &mut NoCheckpoints,
+            go_on,
+        )
         .unwrap();
     assert_eq!(candidates.len(), 4);
     let best = candidates.iter().map(|c| c.accuracy).fold(0.0, f64::max);

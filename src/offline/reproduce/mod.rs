@@ -30,7 +30,7 @@ use self::suite::Suite;
 use super::EngineOptions;
 use super::progress::bar;
 use crate::domain::backbone::Backbone;
-use crate::engine::tuning::TuningOptions;
+use crate::domain::tuning::TuningOptions;
 
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {

@@ -141,7 +141,7 @@ impl Results {
 #[cfg(test)]
 pub mod tests {
     use super::*;
-    use crate::engine::tuning::TuningOptions;
+    use crate::domain::tuning::TuningOptions;
 
     pub fn settings(target_samples: usize) -> Settings {
         Settings {

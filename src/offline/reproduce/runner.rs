@@ -23,9 +23,10 @@ use crate::domain::method::TargetTuning;
 use crate::domain::objective::Objective;
 use crate::domain::prompt_file::{FORMAT, Origin, PromptFile, PromptMetadata};
 use crate::domain::tensor::Tensor;
+use crate::domain::tuning::{NoCheckpoints, TuningOptions};
 use crate::engine::Engine;
 use crate::engine::samples::{Samples, Selection};
-use crate::engine::tuning::{NoCheckpoints, Tuning, TuningOptions, evaluate, initial_prompt};
+use crate::engine::tuning::{Tuning, evaluate, initial_prompt};
 use crate::offline::{read_prompt, write_whole};
 
 pub struct Runner<'a> {

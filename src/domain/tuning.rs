@@ -1,0 +1,328 @@
+//! What a tuning is asked for, and what is recorded of it: one shape for the API, the command line, a job's specification
+//! and the training record in a prompt file.
+
+use std::fmt::Display;
+use std::ops::RangeInclusive;
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use super::prompt_file::MAX_TOKENS;
+
+/// The loss of each goes into the prompt file's record, which has a limit.
+pub const MAX_EPOCHS: usize = 1000;
+pub const MAX_BATCH_SIZE: usize = 65_536;
+/// More say no more of a feature's distribution.
+pub const MAX_SKETCH_SAMPLES: usize = 10_000;
+/// Pairs of learning rate and weight decay that are tried, each by a tuning of its own.
+pub const MAX_PAIRS: usize = 64;
+
+/// With linear warm-up and cosine decay. Stored in the prompt file as its training record.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct TuningOptions {
+    /// m
+    #[schema(minimum = 1, maximum = 4096)]
+    pub num_tokens: usize,
+    /// Seed of the initial prompt. Prompts that are to be composed should share it: their tokens then
+    /// start in one order.
+    pub init_seed: u64,
+    /// Seed of the choice of samples and of the order of batches.
+    pub seed: u64,
+    #[schema(minimum = 1, maximum = 1000)]
+    pub epochs: usize,
+    #[schema(minimum = 1, maximum = 65536)]
+    pub batch_size: usize,
+    /// Too high and the prompt ends far from its initial values, where prompts mix badly.
+    #[schema(minimum = 0)]
+    pub prompt_learning_rate: f64,
+    #[schema(minimum = 0)]
+    pub head_learning_rate: f64,
+    #[schema(minimum = 0)]
+    pub weight_decay: f64,
+    /// At most `epochs`.
+    #[schema(minimum = 0)]
+    pub warmup_epochs: usize,
+    #[serde(skip_serializing_if = "is_default")]
+    pub optimizer: OptimizerKind,
+    /// Share of the prompt's values that a step leaves out, in [0, 1); one choice a step, for all its images. 0 is off.
+    #[serde(skip_serializing_if = "is_default")]
+    #[schema(minimum = 0, exclusive_maximum = 1)]
+    pub prompt_dropout: f64,
+    /// Stop after so many epochs without a lower cross-entropy on held-out samples, and take the epoch that had the lowest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1)]
+    pub patience: Option<usize>,
+    /// Labelled features to keep in the file for transferability scores; 0 for none.
+    #[schema(minimum = 0, maximum = 10000)]
+    pub sketch_samples: usize,
+}
+
+impl Default for TuningOptions {
+    fn default() -> Self {
+        Self {
+            num_tokens: 10,
+            init_seed: 0,
+            seed: 0,
+            epochs: 10,
+            batch_size: 32,
+            prompt_learning_rate: 2e-3,
+            head_learning_rate: 1e-2,
+            weight_decay: 1e-4,
+            warmup_epochs: 1,
+            optimizer: OptimizerKind::AdamW,
+            prompt_dropout: 0.0,
+            patience: None,
+            sketch_samples: 100,
+        }
+    }
+}
+
+/// What leaving it out means.
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum OptimizerKind {
+    /// Weight decay apart from the gradient.
+    #[default]
+    AdamW,
+    /// Momentum 0.9, weight decay as part of the gradient.
+    Sgd,
+}
+
+/// All pairs of these are tried on held-out samples, and the best is taken.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Grid {
+    /// Empty: that of the options.
+    pub prompt_learning_rates: Vec<f64>,
+    /// Empty: that of the options.
+    pub weight_decays: Vec<f64>,
+}
+
+impl Grid {
+    /// In the order in which they are tried.
+    pub fn pairs(&self, options: &TuningOptions) -> Vec<(f64, f64)> {
+        let or_own = |values: &[f64], own| match values {
+            [] => vec![own],
+            values => values.to_vec(),
+        };
+        let decays = or_own(&self.weight_decays, options.weight_decay);
+        or_own(&self.prompt_learning_rates, options.prompt_learning_rate)
+            .into_iter()
+            .flat_map(|rate| decays.iter().map(move |decay| (rate, *decay)))
+            .collect()
+    }
+}
+
+/// One pair, and how it did.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Candidate {
+    pub prompt_learning_rate: f64,
+    pub weight_decay: f64,
+    /// On the held-out samples.
+    pub accuracy: f64,
+    pub cross_entropy: f64,
+}
+
+/// Of each epoch so far.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Curves {
+    /// Mean over the epoch, nats.
+    pub cross_entropy: Vec<f64>,
+    /// After it, on the samples that are held out, if any.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub held_out: Vec<HeldOut>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct HeldOut {
+    /// Mean, nats.
+    pub cross_entropy: f64,
+    pub accuracy: f64,
+}
+
+/// Where the last checkpoint of a tuning is kept.
+pub trait Checkpoints {
+    fn last(&mut self) -> Option<Vec<u8>>;
+
+    /// Takes the place of the one before; where it cannot be written, the tuning goes on.
+    fn keep(&mut self, bytes: &[u8]);
+
+    /// Of the pair at this place of a grid, which is a tuning of its own.
+    fn of_pair(&mut self, _place: usize) -> Box<dyn Checkpoints + '_> {
+        Box::new(NoCheckpoints)
+    }
+}
+
+/// Nowhere.
+pub struct NoCheckpoints;
+
+impl Checkpoints for NoCheckpoints {
+    fn last(&mut self) -> Option<Vec<u8>> {
+        None
+    }
+
+    fn keep(&mut self, _: &[u8]) {}
+}
+
+// ---- Ranges ----------------------------------------------------------------------------------
+
+#[derive(Debug, thiserror::Error, PartialEq)]
+#[error("`{field}` {problem}")]
+pub struct InvalidTuning {
+    pub field: &'static str,
+    pub problem: String,
+}
+
+fn refuse(field: &'static str, problem: impl Into<String>) -> Result<(), InvalidTuning> {
+    let problem = problem.into();
+    Err(InvalidTuning { field, problem })
+}
+
+fn within<T: PartialOrd + Display>(
+    field: &'static str,
+    value: T,
+    range: RangeInclusive<T>,
+) -> Result<(), InvalidTuning> {
+    if range.contains(&value) {
+        return Ok(());
+    }
+    let (least, most) = range.into_inner();
+    refuse(
+        field,
+        format!("is {value}; it must lie in {least}..={most}"),
+    )
+}
+
+/// A learning rate or weight decay.
+fn check_rate(field: &'static str, rate: f64) -> Result<(), InvalidTuning> {
+    if rate.is_finite() && rate >= 0.0 {
+        return Ok(());
+    }
+    refuse(
+        field,
+        format!("is {rate}; it must be finite and at least 0"),
+    )
+}
+
+impl TuningOptions {
+    pub fn check(&self) -> Result<(), InvalidTuning> {
+        within("num_tokens", self.num_tokens, 1..=MAX_TOKENS)?;
+        within("epochs", self.epochs, 1..=MAX_EPOCHS)?;
+        within("batch_size", self.batch_size, 1..=MAX_BATCH_SIZE)?;
+        check_rate("prompt_learning_rate", self.prompt_learning_rate)?;
+        check_rate("head_learning_rate", self.head_learning_rate)?;
+        check_rate("weight_decay", self.weight_decay)?;
+        if self.warmup_epochs > self.epochs {
+            let (warmup, epochs) = (self.warmup_epochs, self.epochs);
+            let problem = format!("is {warmup}; with {epochs} epochs it can be {epochs} at most");
+            return refuse("warmup_epochs", problem);
+        }
+        if !(0.0..1.0).contains(&self.prompt_dropout) {
+            let dropout = self.prompt_dropout;
+            let problem = format!("is {dropout}; it must be at least 0 and below 1");
+            return refuse("prompt_dropout", problem);
+        }
+        if self.patience == Some(0) {
+            return refuse("patience", "is 0; it must be at least 1");
+        }
+        within(
+            "sketch_samples",
+            self.sketch_samples,
+            0..=MAX_SKETCH_SAMPLES,
+        )
+    }
+}
+
+impl Grid {
+    pub fn check(&self) -> Result<(), InvalidTuning> {
+        let pairs = self.prompt_learning_rates.len().max(1) * self.weight_decays.len().max(1);
+        if pairs > MAX_PAIRS {
+            let problem =
+                format!("makes {pairs} pairs with `weight_decays`; {MAX_PAIRS} are the most");
+            return refuse("prompt_learning_rates", problem);
+        }
+        for rate in &self.prompt_learning_rates {
+            check_rate("prompt_learning_rates", *rate)?;
+        }
+        for decay in &self.weight_decays {
+            check_rate("weight_decays", *decay)?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    /// Results files and checkpoints are told apart by these bytes.
+    #[test]
+    fn what_is_not_asked_for_is_left_out_of_the_record() {
+        let text = serde_json::to_string(&TuningOptions::default()).unwrap();
+        assert_eq!(
+            text,
+            r#"{"num_tokens":10,"init_seed":0,"seed":0,"epochs":10,"batch_size":32,"prompt_learning_rate":0.002,"head_learning_rate":0.01,"weight_decay":0.0001,"warmup_epochs":1,"sketch_samples":100}"#
+        );
+        let asked = json!({"optimizer": "sgd", "prompt_dropout": 0.1, "patience": 3});
+        let options: TuningOptions = serde_json::from_value(asked).unwrap();
+        let text = serde_json::to_string(&options).unwrap();
+        assert!(
+            text.ends_with(
+                r#","optimizer":"sgd","prompt_dropout":0.1,"patience":3,"sketch_samples":100}"#
+            ),
+            "{text}"
+        );
+        assert!(serde_json::from_value::<TuningOptions>(json!({"epoch": 3})).is_err());
+    }
+
+    #[test]
+    fn a_value_out_of_its_range_is_refused_by_its_name() {
+        assert_eq!(TuningOptions::default().check(), Ok(()));
+        for (field, value) in [
+            ("num_tokens", json!(0)),
+            ("epochs", json!(0)),
+            ("epochs", json!(1001)),
+            ("batch_size", json!(0)),
+            ("prompt_learning_rate", json!(-0.1)),
+            ("head_learning_rate", json!(-1)),
+            ("weight_decay", json!(-1)),
+            ("warmup_epochs", json!(11)),
+            ("prompt_dropout", json!(1.0)),
+            ("patience", json!(0)),
+            ("sketch_samples", json!(10_001)),
+        ] {
+            let options: TuningOptions = serde_json::from_value(json!({field: value})).unwrap();
+            assert_eq!(options.check().unwrap_err().field, field);
+        }
+        let grid = |rates: &[f64], decays: &[f64]| Grid {
+            prompt_learning_rates: rates.to_vec(),
+            weight_decays: decays.to_vec(),
+        };
+        assert_eq!(grid(&[], &[]).check(), Ok(()));
+        for (rates, decays, field) in [
+            (&[0.1, f64::NAN][..], &[][..], "prompt_learning_rates"),
+            (&[], &[-1.0], "weight_decays"),
+            (&[0.1; 9], &[0.1; 8], "prompt_learning_rates"),
+        ] {
+            assert_eq!(grid(rates, decays).check().unwrap_err().field, field);
+        }
+    }
+
+    #[test]
+    fn a_grid_has_all_pairs_and_the_options_own_value_where_it_names_none() {
+        let options = TuningOptions::default();
+        let grid = Grid {
+            prompt_learning_rates: vec![0.1, 0.2],
+            weight_decays: vec![],
+        };
+        assert_eq!(grid.pairs(&options), [(0.1, 1e-4), (0.2, 1e-4)]);
+        assert_eq!(Grid::default().pairs(&options), [(2e-3, 1e-4)]);
+    }
+}
