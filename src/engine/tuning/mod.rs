@@ -116,7 +116,8 @@ impl Tuning<'_> {
         }
         while !self.is_over(&state.curves) {
             self.epoch(&mut state, &mut progress)?;
-            checkpoints.keep(&checkpoint::write(key, &mut state)?);
+            let epoch = state.curves.last().expect("one is over");
+            checkpoints.keep(&epoch, &checkpoint::write(key, &mut state)?);
         }
         let chosen = match self.held_out.and(self.options.patience) {
             Some(_) => &state.best,
