@@ -30,11 +30,11 @@ use crate::domain::reference::{ResourceName, VersionSelector};
     tags(
         (name = "prompts", description = "Prompt assets and their immutable versions"),
         (name = "backbones", description = "Frozen vision transformers that prompts are made for"),
-        (name = "datasets", description = "Labelled images, the targets of ensembles"),
+        (name = "datasets", description = "Labelled images, the targets of ensembles, tunings and rankings"),
         (name = "ensembles", description = "Jobs that weigh prompts for a target and compose them"),
         (name = "tunings", description = "Jobs that train a prompt and a head for a target"),
         (name = "rankings", description = "Jobs that score prompts for a target"),
-        (name = "webhooks", description = "Who is told when an ensemble, a tuning or a ranking ends"),
+        (name = "webhooks", description = "Who is told when a job ends"),
         (name = "workers", description = "The processes that run jobs"),
         (name = "projects", description = "Each has its own resources, which keys of others do not see"),
         (name = "api-keys", description = "Who may do what in a project"),

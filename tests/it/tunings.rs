@@ -2,7 +2,10 @@
 
 use std::sync::atomic::Ordering;
 
+use axum::body::Body;
+use axum::http::{Request, header};
 use promptweave::db::MIGRATOR;
+use promptweave::domain::api_key::Scope;
 use promptweave::domain::tensor::Tensor;
 use promptweave::jobs::queue;
 use promptweave::registry::projects;
@@ -13,6 +16,7 @@ use uuid::Uuid;
 use crate::app::{Answer, TestApp, WIDTH, png, tiny_backbone, write_files};
 use crate::ensembles::{Worker, fitting, furnished, until_state, upload, url};
 use crate::fixtures::{FakeComposer, Script};
+use crate::webhooks::{deliveries, register};
 use crate::worker::until;
 
 fn request() -> Value {
@@ -97,18 +101,30 @@ async fn a_tuning_publishes_a_prompt_with_its_start_as_lineage_and_tells_of_ever
     assert_eq!(lineage["nodes"][0]["produced_by"]["tuning"], tuning["id"]);
     assert_eq!(lineage["nodes"][0]["produced_by"].get("ensemble"), None);
     // Nobody pulls the start away from under it.
-    let kept = app
-        .send(
-            axum::http::Request::delete("/v1/prompts/digits")
-                .body(Default::default())
-                .unwrap(),
-        )
-        .await;
-    let detail = kept.problem(409, "prompt_in_use")["detail"].clone();
-    assert!(
-        detail.as_str().unwrap().contains("was tuned from it"),
-        "{detail}"
-    );
+    let delete = Request::delete("/v1/prompts/digits").header(header::IF_MATCH, "*");
+    let kept = app.send(delete.body(Body::empty()).unwrap()).await;
+    let problem = kept.problem(409, "prompt_in_use");
+    let detail = problem["detail"].as_str().unwrap();
+    assert!(detail.contains("was tuned from it"), "{detail}");
+}
+
+#[sqlx::test(migrator = "MIGRATOR")]
+async fn whoever_asked_is_told_of_a_tunings_end_with_its_prompt(pool: PgPool) {
+    let app = furnished(pool).await;
+    let webhook = register(&app, "https://8.8.4.4/").await;
+    let tuning = post(&app, &request()).await.ok(202);
+    let worker = Worker::start(&app, &FakeComposer::default());
+    until_state(&app, &tuning, "succeeded").await;
+    worker.stop().await;
+    let told = deliveries(&app, &webhook).await;
+    assert_eq!(told.len(), 1);
+    assert_eq!(told[0]["event_type"], "tuning.succeeded");
+    assert_eq!(told[0]["job"], tuning["id"]);
+    let data = &told[0]["payload"]["data"];
+    assert_eq!(data["tuned"], json!({"prompt": "pets-tuned", "version": 1}));
+    assert_eq!(data["composed"], Value::Null);
+    assert_eq!(data["urls"]["self"], url(&tuning, "self"));
+    assert_eq!(data["urls"]["result"], url(&tuning, "result"));
 }
 
 #[sqlx::test(migrator = "MIGRATOR")]
@@ -236,8 +252,7 @@ async fn another_project_sees_no_tuning_of_this_one(pool: PgPool) {
     let other = projects::create(&mut db, &"other".parse().unwrap())
         .await
         .unwrap();
-    let scopes = promptweave::domain::api_key::Scope::ALL;
-    let key = app.make_key(other.id, &scopes).await;
+    let key = app.make_key(other.id, &Scope::ALL).await;
     for (method, path) in [
         ("GET", url(&tuning, "self")),
         ("GET", url(&tuning, "events")),
@@ -245,11 +260,11 @@ async fn another_project_sees_no_tuning_of_this_one(pool: PgPool) {
         ("POST", url(&tuning, "cancel")),
         ("POST", url(&tuning, "retry")),
     ] {
-        let request = axum::http::Request::builder()
+        let request = Request::builder()
             .method(method)
             .uri(path)
             .header("authorization", format!("Bearer {key}"))
-            .body(Default::default())
+            .body(Body::empty())
             .unwrap();
         app.send(request).await.problem(404, "tuning_not_found");
     }
