@@ -102,7 +102,7 @@ pub enum Work {
     Compose(CompositionInput),
     Resolve(ResolveInput),
     Shard(ShardInput),
-    Tune(TuningInput),
+    Tune(Box<TuningInput>),
     Rank(CompositionInput),
 }
 

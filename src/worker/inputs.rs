@@ -136,7 +136,7 @@ impl Inputs {
             options: spec.options.clone(),
             grid: spec.grid.clone(),
         };
-        Ok((Work::Tune(input), vec![backbone, images]))
+        Ok((Work::Tune(Box::new(input)), vec![backbone, images]))
     }
 
     /// The same for a shard of somebody's job.
