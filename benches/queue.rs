@@ -17,8 +17,9 @@ use promptweave::domain::composition::CompositionResult;
 use promptweave::domain::digest::Digest;
 use promptweave::domain::job::EnsembleSpec;
 use promptweave::domain::prompt_file::{FORMAT, Origin, PromptFile, PromptMetadata};
+use promptweave::domain::specification::JobSpec;
 use promptweave::domain::tensor::Tensor;
-use promptweave::jobs::finish::{Finished, finish};
+use promptweave::jobs::finish::{Finished, NewPrompt, finish};
 use promptweave::jobs::listener::WorkListener;
 use promptweave::jobs::queue::{self, Claimed};
 use promptweave::jobs::workers::{self, NewWorker};
@@ -124,13 +125,17 @@ impl Bench {
     async fn complete(&self, claimed: &Claimed) -> Result<(), Error> {
         let composed = composed(claimed, self.plan.num_tokens);
         let file = PromptFile::parse(&composed)?;
-        let result = result(&claimed.spec, &composed)?;
-        let finished = Finished {
+        let spec = ensemble(claimed);
+        let result = result(spec, &composed)?;
+        let finished = Finished::Ensemble {
+            spec,
             result: &result,
-            composed: &composed,
-            metadata: file.metadata.as_ref().ok_or("no metadata")?,
-            file: &file,
-            output: &claimed.spec.output.parse()?,
+            composed: NewPrompt {
+                bytes: &composed,
+                metadata: file.metadata.as_ref().ok_or("no metadata")?,
+                file: &file,
+                output: &spec.output.parse()?,
+            },
             statistics: self.statistics,
         };
         let mut conn = self.pool.acquire().await?;
@@ -138,9 +143,16 @@ impl Bench {
     }
 }
 
+fn ensemble(claimed: &Claimed) -> &EnsembleSpec {
+    match &claimed.spec {
+        JobSpec::Ensemble(spec) => spec,
+        _ => unreachable!("only ensembles are posted"),
+    }
+}
+
 /// A composed prompt of the claimed job alone: no two have the same bytes.
 fn composed(claimed: &Claimed, num_tokens: usize) -> Vec<u8> {
-    let spec = &claimed.spec;
+    let spec = ensemble(claimed);
     let embed_dim = spec.backbone.config.embed_dim;
     let seed = spec.target.samples.seed as f32;
     let metadata = PromptMetadata {

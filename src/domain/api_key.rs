@@ -25,7 +25,7 @@ pub enum Scope {
     Read,
     /// Register prompts, backbones and data sets, and change them.
     Write,
-    /// Start and cancel ensembles.
+    /// Start and cancel ensembles, tunings and rankings.
     Run,
     /// Keys, projects, webhooks and workers.
     Admin,

@@ -15,7 +15,9 @@ use super::method::Method;
 use super::objective::{Objective, TradeOffRule};
 use super::precision::Precision;
 use super::prompt_file::PromptFile;
+use super::ranking::Ranking;
 use super::sharing::{EarlyStop, ShardInput, Shards, StopWhen};
+use super::tuning::{Checkpoints, Tuned, TuningInput};
 
 // ---- What is asked -------------------------------------------------------------------------
 
@@ -165,6 +167,22 @@ pub trait Composer: Send {
         input: &ShardInput,
         observer: &mut dyn Observer,
     ) -> Result<Vec<u8>, CompositionError>;
+
+    /// Trains a prompt, from the last checkpoint if there is one; phases are `select` and `tune`, then `verify` where it is
+    /// evaluated.
+    fn tune(
+        &mut self,
+        input: &TuningInput,
+        checkpoints: &mut dyn Checkpoints,
+        observer: &mut dyn Observer,
+    ) -> Result<Tuned, CompositionError>;
+
+    /// Scores every source for the target, without weighing them; phases are `features` and `solve`.
+    fn rank(
+        &mut self,
+        input: &CompositionInput,
+        observer: &mut dyn Observer,
+    ) -> Result<Ranking, CompositionError>;
 
     /// Composes a known tiny job, which must give its known α: whether the device computes at all, and
     /// rightly. Takes well below a second.

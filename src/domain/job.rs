@@ -17,7 +17,6 @@
 //! ```
 
 use serde::{Deserialize, Serialize};
-use serde_json::json;
 use utoipa::ToSchema;
 use uuid::Uuid;
 
@@ -198,36 +197,14 @@ pub struct BackboneSpec {
     pub config: BackboneConfig,
 }
 
-impl EnsembleSpec {
-    /// Equal digests mean equal answers: what is computed, without any name, and by which version.
-    pub fn digest(&self) -> Digest {
-        let sources: Vec<_> = self.sources.iter().map(|source| source.digest).collect();
-        // `json!` sorts keys, so the text is canonical.
-        let mut computed = json!({
-            "target": self.target.digest,
-            "samples": self.target.samples,
-            "sources": sources,
-            "backbone": self.backbone.digest,
-            "preprocessing_id": self.backbone.preprocessing_id,
-            "objective": self.objective,
-            "promptweave": env!("CARGO_PKG_VERSION"),
-        });
-        if let Some(stop_when) = &self.stop_when {
-            computed["stop_when"] = json!(stop_when);
-        }
-        // Whose statistics they were is a name; a whole composition keeps the digest it always had.
-        if let Some(from) = &self.resolved_from {
-            computed["statistics"] = json!(from.statistics);
-        }
-        Digest::of(computed.to_string().as_bytes())
-    }
-}
-
 #[cfg(test)]
 pub(crate) mod tests {
+    use serde_json::json;
+
     use super::*;
     use crate::domain::backbone::{Filter, Preprocessing};
     use crate::domain::dataset::Split;
+    use crate::domain::specification::Specification as _;
 
     pub(crate) fn spec() -> EnsembleSpec {
         let preprocessing = Preprocessing {

@@ -28,6 +28,7 @@ pub mod prompt_file;
 pub mod ranking;
 pub mod reference;
 pub mod sharing;
+pub mod specification;
 pub mod tensor;
 pub mod tensor_file;
 pub mod tuning;

@@ -1,11 +1,35 @@
 //! How source prompts rank for a target, by every metric there is, without composing anything.
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use super::digest::Digest;
+use super::method::{Method, TargetTuning};
+use super::objective::{HScoreOptions, Objective};
+
+/// How the metrics are computed.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct RankingObjective {
+    pub h_score: HScoreOptions,
+    /// The short tuning that the similarities of SPoT and PANDA are to.
+    pub target_tuning: TargetTuning,
+}
+
+impl RankingObjective {
+    /// The objective of a composition that looks at the same; no weights are made.
+    pub fn objective(&self) -> Objective {
+        Objective {
+            method: Method::Panda,
+            h_score: self.h_score.clone(),
+            target_tuning: self.target_tuning.clone(),
+            ..Objective::default()
+        }
+    }
+}
 
 /// One table for any set of prompts.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Ranking {
     /// In the order they were named.
     pub sources: Vec<RankedSource>,
@@ -16,9 +40,10 @@ pub struct Ranking {
 }
 
 /// Higher is better, by every metric.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct RankedSource {
     pub prompt: String,
+    #[schema(value_type = String, example = "sha256:…")]
     pub digest: Digest,
     /// H of the source's features alone, 0 ≤ H ≤ min(d, K-1).
     pub h_score: f64,

@@ -1,12 +1,16 @@
 //! What a tuning is asked for, and what is recorded of it: one shape for the API, the command line, a job's specification
 //! and the training record in a prompt file.
 
+use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::ops::RangeInclusive;
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::composition::{Provenance, Source, TargetSamples};
+use super::digest::Digest;
 use super::prompt_file::MAX_TOKENS;
 use super::tuning_method::TuningMethod;
 
@@ -158,12 +162,34 @@ pub struct HeldOut {
     pub accuracy: f64,
 }
 
+impl Curves {
+    /// The last epoch there is.
+    pub fn last(&self) -> Option<Epoch> {
+        Some(Epoch {
+            epoch: self.cross_entropy.len(),
+            cross_entropy: *self.cross_entropy.last()?,
+            held_out: self.held_out.last().copied(),
+        })
+    }
+}
+
+/// A point of the curves.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Epoch {
+    /// Counted from 1.
+    pub epoch: usize,
+    /// Mean over the epoch, nats.
+    pub cross_entropy: f64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub held_out: Option<HeldOut>,
+}
+
 /// Where the last checkpoint of a tuning is kept.
 pub trait Checkpoints {
     fn last(&mut self) -> Option<Vec<u8>>;
 
-    /// Takes the place of the one before; where it cannot be written, the tuning goes on.
-    fn keep(&mut self, bytes: &[u8]);
+    /// After an epoch. Takes the place of the one before; where it cannot be written, the tuning goes on.
+    fn keep(&mut self, epoch: &Epoch, bytes: &[u8]);
 
     /// Of the pair at this place of a grid, which is a tuning of its own.
     fn of_pair(&mut self, _place: usize) -> Box<dyn Checkpoints + '_> {
@@ -179,7 +205,66 @@ impl Checkpoints for NoCheckpoints {
         None
     }
 
-    fn keep(&mut self, _: &[u8]) {}
+    fn keep(&mut self, _: &Epoch, _: &[u8]) {}
+}
+
+// ---- The seam between worker and engine --------------------------------------------------------
+
+/// All an engine needs for a tuning: files at hand, nothing to look up.
+#[derive(Clone, Debug)]
+pub struct TuningInput {
+    /// A folder [`super::backbone::Backbone::open`] reads.
+    pub backbone_dir: PathBuf,
+    /// A folder [`super::dataset::LabelledImages::read`] reads.
+    pub target_dir: PathBuf,
+    pub target: TargetSamples,
+    /// Goes into the prompt file.
+    pub task: String,
+    pub start: Option<Source>,
+    pub options: TuningOptions,
+    pub grid: Grid,
+}
+
+/// A finished tuning.
+#[derive(Clone, Debug)]
+pub struct Tuned {
+    /// `result.tuned` names the digest of `file`; name and version are the caller's to add.
+    pub result: TuningResult,
+    /// A prompt file.
+    pub file: Vec<u8>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct TuningResult {
+    /// With the learning rate and the weight decay that were chosen, where there was a grid.
+    pub options: TuningOptions,
+    /// The pairs that were tried; empty without a grid.
+    pub candidates: Vec<Candidate>,
+    pub curves: Curves,
+    /// ‖P - P₀‖ / ‖P₀‖: how far the prompt moved from where it began.
+    pub distance_from_init: f64,
+    /// Of prompt and head on `eval_split`; null where none was asked for.
+    pub evaluation: Option<HeldOut>,
+    /// N and K: images that were trained on and classes of the data set.
+    pub num_samples: usize,
+    pub num_classes: usize,
+    /// Images that something was chosen by; 0 where nothing was.
+    pub num_held_out: usize,
+    /// Unreadable images left out (`skip_bad`).
+    pub skipped_images: usize,
+    pub tuned: TunedPrompt,
+    pub provenance: Provenance,
+    /// Seconds by phase.
+    pub timings: BTreeMap<String, f64>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct TunedPrompt {
+    /// Null until it is published.
+    pub prompt: Option<String>,
+    pub version: Option<i32>,
+    #[schema(value_type = String, example = "sha256:…")]
+    pub digest: Digest,
 }
 
 // ---- Ranges ----------------------------------------------------------------------------------

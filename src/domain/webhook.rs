@@ -26,16 +26,34 @@ pub enum EventType {
     EnsembleFailed,
     #[serde(rename = "ensemble.cancelled")]
     EnsembleCancelled,
+    #[serde(rename = "tuning.succeeded")]
+    TuningSucceeded,
+    #[serde(rename = "tuning.failed")]
+    TuningFailed,
+    #[serde(rename = "tuning.cancelled")]
+    TuningCancelled,
+    #[serde(rename = "ranking.succeeded")]
+    RankingSucceeded,
+    #[serde(rename = "ranking.failed")]
+    RankingFailed,
+    #[serde(rename = "ranking.cancelled")]
+    RankingCancelled,
 }
 
 /// Sent when its owner asks for it, whatever else a webhook is told of.
 pub const TEST_EVENT: &str = "webhook.test";
 
 impl EventType {
-    pub const ALL: [Self; 3] = [
+    pub const ALL: [Self; 9] = [
         Self::EnsembleSucceeded,
         Self::EnsembleFailed,
         Self::EnsembleCancelled,
+        Self::TuningSucceeded,
+        Self::TuningFailed,
+        Self::TuningCancelled,
+        Self::RankingSucceeded,
+        Self::RankingFailed,
+        Self::RankingCancelled,
     ];
 
     pub fn name(self) -> &'static str {
@@ -43,6 +61,12 @@ impl EventType {
             Self::EnsembleSucceeded => "ensemble.succeeded",
             Self::EnsembleFailed => "ensemble.failed",
             Self::EnsembleCancelled => "ensemble.cancelled",
+            Self::TuningSucceeded => "tuning.succeeded",
+            Self::TuningFailed => "tuning.failed",
+            Self::TuningCancelled => "tuning.cancelled",
+            Self::RankingSucceeded => "ranking.succeeded",
+            Self::RankingFailed => "ranking.failed",
+            Self::RankingCancelled => "ranking.cancelled",
         }
     }
 

@@ -57,6 +57,7 @@ pub(crate) mod testing;
 mod threads;
 mod tiny;
 mod token_alignment;
+mod tune;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -80,6 +81,7 @@ use crate::domain::precision::Precision;
 use crate::domain::ranking::Ranking;
 use crate::domain::sharing::{ShardInput, SharingError};
 use crate::domain::tensor::Tensor as PlainTensor;
+use crate::domain::tuning::{Checkpoints, Tuned, TuningInput};
 use crate::domain::tuning_method::TuningMethod;
 
 #[derive(Debug, thiserror::Error)]
@@ -292,6 +294,24 @@ impl Composer for Engine {
         let (backbone, vit) = self.backbones.open(&input.composition.backbone_dir)?;
         let prepared = &mut self.prepared;
         Ok(helping::shard(backbone, vit, prepared, input, observer)?)
+    }
+
+    fn tune(
+        &mut self,
+        input: &TuningInput,
+        checkpoints: &mut dyn Checkpoints,
+        observer: &mut dyn Observer,
+    ) -> Result<Tuned, CompositionError> {
+        let (backbone, vit) = self.backbones.open(&input.backbone_dir)?;
+        Ok(tune::tune(backbone, vit, input, checkpoints, observer)?)
+    }
+
+    fn rank(
+        &mut self,
+        input: &CompositionInput,
+        observer: &mut dyn Observer,
+    ) -> Result<Ranking, CompositionError> {
+        Ok(Engine::rank(self, input, observer)?)
     }
 
     fn self_test(&mut self) -> Result<(), CompositionError> {

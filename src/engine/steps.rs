@@ -64,6 +64,12 @@ impl<'a> Steps<'a> {
         self.observer.shards()
     }
 
+    /// How far the current phase is.
+    pub fn count(&mut self, done: u64, total: u64) -> ControlFlow<()> {
+        let phase = self.current.expect("a phase has begun");
+        self.observer.progress(phase, done, total)
+    }
+
     /// Counts finished units of the current phase up to `total`; where nothing is to be done, it is done.
     pub fn counter(&mut self, total: u64) -> impl FnMut(u64) -> ControlFlow<()> {
         let (done, total) = if total == 0 { (1, 1) } else { (0, total) };

@@ -21,6 +21,7 @@ use crate::domain::prompt_file::{FORMAT, Origin, PromptFile, PromptMetadata};
 use crate::domain::reference::{Reference, ResourceName};
 use crate::domain::tensor::Tensor;
 use crate::jobs::plan;
+use crate::registry::lineage::Role;
 use crate::registry::prompt_versions::{self, NewVersion, Parent, PromptVersion};
 use crate::registry::prompts;
 
@@ -124,6 +125,7 @@ async fn compose_prompt(
         .iter()
         .zip(&body.sources)
         .map(|(version, source)| Parent {
+            role: Role::Source,
             version_id: version.id,
             weight: source.weight,
         })

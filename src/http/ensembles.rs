@@ -2,19 +2,16 @@
 
 mod actions;
 mod answer;
-mod events;
 mod outcome;
 mod resolve;
 mod validate;
 
 use axum::Json as JsonResponse;
 use axum::extract::State;
-use axum::http::{StatusCode, header};
-use axum::response::{IntoResponse, Response};
+use axum::http::HeaderMap;
+use axum::response::Response;
 use serde::Deserialize;
-use sqlx::PgConnection;
-use tokio::time::{Duration, Instant, timeout_at};
-use utoipa::{IntoParams, ToSchema};
+use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use uuid::Uuid;
@@ -23,25 +20,18 @@ use super::AppState;
 use super::access::Caller;
 use super::error::Problem;
 use super::extract::{Json, Path, Query};
+use super::jobs::events::{EventQuery, Events};
+use super::jobs::{self, Order, WaitQuery, accept, check_priority, default_priority};
 use super::page::{Page, PageQuery};
 use crate::domain::composition::TargetSamples;
 use crate::domain::dataset::Split;
-use crate::domain::job::{DEFAULT_PRIORITY, EnsembleSpec};
+use crate::domain::job::EnsembleSpec;
 use crate::domain::objective::Objective;
 use crate::domain::reference::{Reference, ResourceName};
 use crate::domain::sharing::StopWhen;
-use crate::jobs::plan::{EnsembleRequest, PlanError, plan};
-use crate::jobs::queue::QueueError;
-use crate::jobs::requests::{self, NewJob, Posted, Reuse};
-use crate::jobs::{self, ENSEMBLE, Job};
-use answer::{Ensemble, path};
-
-/// Seconds between two looks at a job.
-const LOOK_AGAIN_AFTER: u32 = 1;
-/// Seconds after which a full queue may have room.
-const POST_AGAIN_AFTER: u32 = 10;
-/// Longest that a request may wait for an ensemble, in seconds.
-const MAX_WAIT: u32 = 60;
+use crate::jobs::plan::{EnsembleRequest, plan};
+use crate::jobs::requests::Reuse;
+use answer::Ensemble;
 
 pub fn router() -> OpenApiRouter<AppState> {
     OpenApiRouter::new()
@@ -50,7 +40,7 @@ pub fn router() -> OpenApiRouter<AppState> {
         .routes(routes!(get_ensemble))
         .routes(routes!(outcome::get_ensemble_result))
         .routes(routes!(outcome::get_ensemble_statistics))
-        .routes(routes!(events::list_ensemble_events))
+        .routes(routes!(list_ensemble_events))
         .routes(routes!(actions::cancel_ensemble))
         .routes(routes!(actions::retry_ensemble))
         .routes(routes!(actions::replay_ensemble))
@@ -84,21 +74,17 @@ struct CreateEnsemble {
     force: bool,
 }
 
-fn default_priority() -> i32 {
-    DEFAULT_PRIORITY
-}
-
-/// Whose images the weights are learned on.
+/// Whose images are learned from.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-struct Target {
+pub(super) struct Target {
     /// `name`, `name:2` or `name@sha256:…`.
     #[schema(value_type = String, example = "food:1")]
     dataset: Reference,
     #[serde(default = "default_split")]
     #[schema(default = "train")]
     split: Split,
-    /// Labelled images the result is tried on; never used to choose weights.
+    /// Labelled images the result is tried on; nothing is learned from them.
     eval_split: Option<Split>,
     /// At most this many images, a seeded stratified choice; no fewer than classes.
     #[serde(default = "default_max_samples")]
@@ -111,6 +97,19 @@ struct Target {
     skip_bad: bool,
 }
 
+impl Target {
+    pub fn samples(self) -> (Reference, TargetSamples) {
+        let samples = TargetSamples {
+            split: self.split,
+            eval_split: self.eval_split,
+            max_samples: self.max_samples,
+            seed: self.seed,
+            skip_bad: self.skip_bad,
+        };
+        (self.dataset, samples)
+    }
+}
+
 fn default_split() -> Split {
     Split::Train
 }
@@ -121,40 +120,18 @@ fn default_max_samples() -> usize {
 
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-struct Source {
+pub(super) struct Source {
     /// `name`, `name:2`, `name:production` or `name@sha256:…`.
     #[schema(value_type = String, example = "dtd")]
-    prompt: Reference,
+    pub prompt: Reference,
 }
 
 #[derive(Debug, Default, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-struct Output {
+pub(super) struct Output {
     /// The prompt the result becomes a version of; `<dataset>-<short id>` by default.
     #[schema(value_type = Option<String>, example = "food-composed")]
-    name: Option<ResourceName>,
-}
-
-impl From<PlanError> for Problem {
-    fn from(error: PlanError) -> Self {
-        match error {
-            PlanError::Registry(error) => error.into(),
-            PlanError::Refused(refusal) => {
-                Problem::field(refusal.code, refusal.pointer, refusal.detail)
-            }
-        }
-    }
-}
-
-impl From<QueueError> for Problem {
-    fn from(error: QueueError) -> Self {
-        match error {
-            QueueError::Db(error) => error.into(),
-            QueueError::Registry(error) => error.into(),
-            // No handler holds a lease.
-            QueueError::LeaseLost(_) => Problem::internal(error),
-        }
-    }
+    pub name: Option<ResourceName>,
 }
 
 // ---- Handlers ------------------------------------------------------------------------------
@@ -180,7 +157,7 @@ impl From<QueueError> for Problem {
             `width_mismatch`, `length_mismatch`, `unknown_backbone`, `backbone_required`, \
             `backbone_ambiguous`, `backbone_mismatch`, `preprocessing_mismatch`, \
             `invalid_objective`, `invalid_stop_when`, `too_large` (features above 4 GiB), `invalid_priority`"),
-        (status = 429, description = "`queue_full`: as many ensembles wait as the operator lets",
+        (status = 429, description = "`queue_full`: as many jobs wait as the operator lets",
          headers(("retry-after" = u32))),
     )
 )]
@@ -207,16 +184,10 @@ async fn create_ensemble(
 impl CreateEnsemble {
     fn request(self) -> Result<EnsembleRequest, Problem> {
         check_priority(self.priority)?;
-        let target = self.target;
+        let (dataset, samples) = self.target.samples();
         Ok(EnsembleRequest {
-            dataset: target.dataset,
-            samples: TargetSamples {
-                split: target.split,
-                eval_split: target.eval_split,
-                max_samples: target.max_samples,
-                seed: target.seed,
-                skip_bad: target.skip_bad,
-            },
+            dataset,
+            samples,
             sources: self.sources.into_iter().map(|it| it.prompt).collect(),
             backbone: self.backbone,
             objective: self.objective,
@@ -233,64 +204,6 @@ impl EnsembleRequest {
     }
 }
 
-fn check_priority(priority: i32) -> Result<(), Problem> {
-    if (0..=1000).contains(&priority) {
-        return Ok(());
-    }
-    let detail = format!("is {priority}; it must lie in 0..=1000");
-    Err(Problem::field("invalid_priority", "/priority", detail))
-}
-
-/// A job to be put into the queue.
-struct Order<'a> {
-    id: Uuid,
-    priority: i32,
-    spec: &'a EnsembleSpec,
-    replay_of: Option<Uuid>,
-    reuse: Option<Reuse<'a>>,
-}
-
-/// Puts the job into the queue, and answers with it, or with one that is as good.
-async fn accept(
-    state: &AppState,
-    conn: &mut PgConnection,
-    project_id: Uuid,
-    order: Order<'_>,
-) -> Result<Response, Problem> {
-    let new = NewJob {
-        id: order.id,
-        project_id,
-        kind: ENSEMBLE,
-        priority: order.priority,
-        spec: order.spec,
-        replay_of: order.replay_of,
-    };
-    let most = state.settings.max_queued;
-    let (id, is_new) = match requests::post(conn, new, order.reuse, most).await? {
-        Posted::Queued => (order.id, true),
-        Posted::Same(id) => (id, false),
-        Posted::Full => {
-            let detail = format!(
-                "{most} ensembles wait already, which is the most that the operator lets (--max-queued); \
-                 post it again later, or ask for more workers"
-            );
-            let full = Problem::new(StatusCode::TOO_MANY_REQUESTS, "queue_full", detail);
-            return Err(full.retry_after(POST_AGAIN_AFTER));
-        }
-    };
-    let job = existing(conn, project_id, id).await?;
-    let location = [(header::LOCATION, path(id))];
-    // A new one may be over already where a worker was quick; it was accepted all the same.
-    Ok(match job.state.is_terminal() && !is_new {
-        true => (StatusCode::OK, location, JsonResponse(Ensemble::from(job))).into_response(),
-        false => {
-            let again = [(header::RETRY_AFTER, LOOK_AGAIN_AFTER.to_string())];
-            let ensemble = JsonResponse(Ensemble::from(job));
-            (StatusCode::ACCEPTED, location, again, ensemble).into_response()
-        }
-    })
-}
-
 /// List ensembles, the newest first
 #[utoipa::path(
     get,
@@ -305,34 +218,7 @@ async fn list_ensembles(
     caller: Caller,
     Query(query): Query<PageQuery>,
 ) -> Result<JsonResponse<Page<Ensemble>>, Problem> {
-    let (before, limit) = (query.after()?, query.limit()?);
-    let mut conn = state.pool.acquire().await?;
-    let jobs = jobs::list(&mut conn, caller.project_id, None, before, limit).await?;
-    let ensembles = jobs.into_iter().map(Ensemble::from).collect();
-    Ok(JsonResponse(
-        query.page(ensembles, |ensemble: &Ensemble| ensemble.id.to_string())?,
-    ))
-}
-
-async fn existing(conn: &mut PgConnection, project_id: Uuid, id: Uuid) -> Result<Job, Problem> {
-    jobs::find(conn, project_id, id)
-        .await?
-        .ok_or_else(|| not_found(id))
-}
-
-fn not_found(id: Uuid) -> Problem {
-    Problem::not_found("ensemble_not_found", format!("there is no ensemble `{id}`"))
-}
-
-#[derive(Debug, Deserialize, IntoParams)]
-#[serde(deny_unknown_fields)]
-#[into_params(parameter_in = Query)]
-struct WaitQuery {
-    /// Seconds to wait for the ensemble's end; the answer comes with it, or after them, or earlier where the
-    /// operator lets nobody wait so long (`--max-wait-s`). 0 by default.
-    #[serde(default)]
-    #[param(minimum = 0, maximum = 60)]
-    wait: u32,
+    jobs::list::<EnsembleSpec>(&state, &caller, &query).await
 }
 
 /// An ensemble's state and progress
@@ -353,48 +239,40 @@ async fn get_ensemble(
     State(state): State<AppState>,
     caller: Caller,
     Path(id): Path<Uuid>,
-    Query(WaitQuery { wait }): Query<WaitQuery>,
+    Query(wait): Query<WaitQuery>,
 ) -> Result<Response, Problem> {
-    if wait > MAX_WAIT {
-        let detail = format!("is {wait}; it must lie in 0..={MAX_WAIT}");
-        return Err(Problem::field("invalid_query", "/wait", detail));
-    }
-    let job = match wait {
-        0 => existing(&mut *state.pool.acquire().await?, caller.project_id, id).await?,
-        wait => until_over(&state, caller.project_id, id, wait).await?,
-    };
-    let look_again = !job.state.is_terminal();
-    let mut response = JsonResponse(Ensemble::from(job)).into_response();
-    if look_again {
-        response
-            .headers_mut()
-            .insert(header::RETRY_AFTER, LOOK_AGAIN_AFTER.into());
-    }
-    Ok(response)
+    jobs::get::<EnsembleSpec>(&state, &caller, id, wait).await
 }
 
-/// The job when it is over, or as it is after `wait` seconds or when the server stops.
-async fn until_over(
-    state: &AppState,
-    project_id: Uuid,
-    id: Uuid,
-    wait: u32,
-) -> Result<Job, Problem> {
-    let end = Instant::now()
-        + state
-            .settings
-            .max_wait
-            .min(Duration::from_secs(wait.into()));
-    let mut waiting = state.watch.wait_for(id);
-    loop {
-        // No connection is held while it waits.
-        let job = existing(&mut *state.pool.acquire().await?, project_id, id).await?;
-        if job.state.is_terminal() {
-            return Ok(job);
-        }
-        match timeout_at(end, waiting.look_again()).await {
-            Ok(true) => {}
-            Ok(false) | Err(_) => return Ok(job),
-        }
-    }
+/// What happened to an ensemble, in order
+///
+/// With `Accept: text/event-stream` as server-sent events until it is over: each has its number as `id` and
+/// its kind as `event`; between them, without `id`, come `progress` events with what `progress` of the
+/// ensemble is. A client that comes back with `Last-Event-ID` misses nothing.
+#[utoipa::path(
+    get,
+    path = "/ensembles/{id}/events",
+    tag = "ensembles",
+    security(("api_key" = ["read"])),
+    params(
+        ("id" = Uuid, Path),
+        EventQuery,
+        ("last-event-id" = Option<i32>, Header, minimum = 0,
+         description = "The last event that came, of a stream; goes before `after`"),
+    ),
+    responses(
+        (status = 200, content((Events = "application/json"), (String = "text/event-stream"))),
+        (status = 204, description = "Of a stream: it is over, and there is nothing after \
+            `Last-Event-ID`; a client need not come back"),
+        (status = 404, description = "`ensemble_not_found`"),
+    )
+)]
+async fn list_ensemble_events(
+    State(state): State<AppState>,
+    caller: Caller,
+    Path(id): Path<Uuid>,
+    Query(query): Query<EventQuery>,
+    headers: HeaderMap,
+) -> Result<Response, Problem> {
+    jobs::events::list::<EnsembleSpec>(state, &caller, id, query, &headers).await
 }

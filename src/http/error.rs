@@ -3,6 +3,7 @@
 //! A handler returns a [`Problem`]; the [boundary](super::boundary) adds the request's id and path,
 //! logs the chain of causes once, and writes the body.
 
+use std::borrow::Cow;
 use std::error::Error;
 use std::sync::Arc;
 
@@ -31,7 +32,7 @@ pub struct ProblemDocument {
     status: u16,
     /// What a program branches on; stable.
     #[schema(example = "prompt_not_found")]
-    code: &'static str,
+    code: Cow<'static, str>,
     /// What happened to what, and the way out; for people.
     #[schema(example = "there is no prompt `dtd`")]
     detail: String,
@@ -60,7 +61,7 @@ pub struct Problem(Box<Parts>);
 #[derive(Clone, Debug)]
 struct Parts {
     status: StatusCode,
-    code: &'static str,
+    code: Cow<'static, str>,
     detail: String,
     errors: Vec<FieldError>,
     /// Sent with it, e.g. `retry-after`.
@@ -70,10 +71,14 @@ struct Parts {
 }
 
 impl Problem {
-    pub fn new(status: StatusCode, code: &'static str, detail: impl Into<String>) -> Self {
+    pub fn new(
+        status: StatusCode,
+        code: impl Into<Cow<'static, str>>,
+        detail: impl Into<String>,
+    ) -> Self {
         Self(Box::new(Parts {
             status,
-            code,
+            code: code.into(),
             detail: detail.into(),
             errors: Vec::new(),
             headers: HeaderMap::new(),
@@ -87,12 +92,12 @@ impl Problem {
     }
 
     /// 404, e.g. `not_found("prompt_not_found", "there is no prompt `dtd`")`.
-    pub fn not_found(code: &'static str, detail: impl Into<String>) -> Self {
+    pub fn not_found(code: impl Into<Cow<'static, str>>, detail: impl Into<String>) -> Self {
         Self::new(StatusCode::NOT_FOUND, code, detail)
     }
 
     /// 409: the state of things forbids it now.
-    pub fn conflict(code: &'static str, detail: impl Into<String>) -> Self {
+    pub fn conflict(code: impl Into<Cow<'static, str>>, detail: impl Into<String>) -> Self {
         Self::new(StatusCode::CONFLICT, code, detail)
     }
 
@@ -163,8 +168,8 @@ impl Problem {
         self.0.status
     }
 
-    pub(super) fn code(&self) -> &'static str {
-        self.0.code
+    pub(super) fn code(&self) -> &str {
+        &self.0.code
     }
 
     /// The causes, outermost first, in one line.
@@ -183,7 +188,7 @@ impl Problem {
                 .unwrap_or("Error")
                 .to_owned(),
             status: self.0.status.as_u16(),
-            code: self.0.code,
+            code: self.0.code.clone(),
             detail: self.0.detail.clone(),
             instance: instance.to_owned(),
             request_id: request_id.to_owned(),

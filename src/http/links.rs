@@ -169,6 +169,48 @@ const LINKS: &[Links] = &[
         to: &["get_ensemble"],
         with: &[("id", "/items/0/id")],
     },
+    Links {
+        from: &[
+            "create_tuning",
+            "retry_tuning",
+            "get_tuning",
+            "cancel_tuning",
+        ],
+        to: &[
+            "get_tuning",
+            "get_tuning_result",
+            "list_tuning_events",
+            "cancel_tuning",
+            "retry_tuning",
+        ],
+        with: &[("id", "/id")],
+    },
+    Links {
+        from: &["list_tunings"],
+        to: &["get_tuning"],
+        with: &[("id", "/items/0/id")],
+    },
+    Links {
+        from: &[
+            "create_ranking",
+            "retry_ranking",
+            "get_ranking",
+            "cancel_ranking",
+        ],
+        to: &[
+            "get_ranking",
+            "get_ranking_result",
+            "list_ranking_events",
+            "cancel_ranking",
+            "retry_ranking",
+        ],
+        with: &[("id", "/id")],
+    },
+    Links {
+        from: &["list_rankings"],
+        to: &["get_ranking"],
+        with: &[("id", "/items/0/id")],
+    },
 ];
 
 /// Adds the links to the answers of status 2xx. A link is called as the operation it leads to.

@@ -13,7 +13,8 @@ use super::idempotency::{self, KeyedOperations};
 use super::{
     AppState, HttpSettings, aliases, api_keys, backbone_uploads, backbones, compose,
     content_digest, datasets, ensembles, health, lineage, links, peft, projects, prompt_changes,
-    prompt_content, prompt_versions, prompts, webhook_deliveries, webhooks, workers,
+    prompt_content, prompt_versions, prompts, rankings, tunings, webhook_deliveries, webhooks,
+    workers,
 };
 use crate::domain::reference::{ResourceName, VersionSelector};
 
@@ -29,9 +30,11 @@ use crate::domain::reference::{ResourceName, VersionSelector};
     tags(
         (name = "prompts", description = "Prompt assets and their immutable versions"),
         (name = "backbones", description = "Frozen vision transformers that prompts are made for"),
-        (name = "datasets", description = "Labelled images, the targets of ensembles"),
+        (name = "datasets", description = "Labelled images, the targets of ensembles, tunings and rankings"),
         (name = "ensembles", description = "Jobs that weigh prompts for a target and compose them"),
-        (name = "webhooks", description = "Who is told when an ensemble ends"),
+        (name = "tunings", description = "Jobs that train a prompt and a head for a target"),
+        (name = "rankings", description = "Jobs that score prompts for a target"),
+        (name = "webhooks", description = "Who is told when a job ends"),
         (name = "workers", description = "The processes that run jobs"),
         (name = "projects", description = "Each has its own resources, which keys of others do not see"),
         (name = "api-keys", description = "Who may do what in a project"),
@@ -62,6 +65,8 @@ pub(super) fn routes(settings: &HttpSettings) -> Routes {
         .merge(backbone_uploads::router())
         .merge(datasets::router())
         .merge(ensembles::router())
+        .merge(tunings::router())
+        .merge(rankings::router())
         .merge(webhooks::router())
         .merge(webhook_deliveries::router())
         .merge(workers::router())

@@ -1,4 +1,4 @@
-//! `/v1/webhooks`: who is told when an ensemble ends. What they were told is in
+//! `/v1/webhooks`: who is told when a job ends. What they were told is in
 //! [`webhook_deliveries`](super::webhook_deliveries).
 
 use axum::Json as JsonResponse;

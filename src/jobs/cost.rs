@@ -5,9 +5,9 @@ use sqlx::PgConnection;
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-use super::ENSEMBLE;
 use crate::db::DbError;
 use crate::domain::job::EnsembleSpec;
+use crate::domain::specification::Specification as _;
 
 #[derive(Clone, Debug, PartialEq, Serialize, ToSchema)]
 pub struct Cost {
@@ -20,7 +20,7 @@ pub struct Cost {
     /// On one worker, at the speed of the last five ensembles by the same method on this backbone; null where there is
     /// none.
     pub seconds: Option<f64>,
-    /// Ensembles that wait now, of all projects.
+    /// Jobs that wait now, of all projects.
     pub queued: i64,
 }
 
@@ -55,7 +55,7 @@ pub async fn estimate(
         project_id,
         spec.target.samples.split.name(),
         spec.target.digest.as_bytes(),
-        ENSEMBLE,
+        EnsembleSpec::KIND,
         spec.backbone.digest.to_string(),
         spec.objective.method.to_string(),
     )

@@ -16,11 +16,12 @@ pub struct JobEvent {
     pub seq: i32,
     #[serde(with = "time::serde::rfc3339")]
     pub at: OffsetDateTime,
-    /// `queued`, `started`, `phase`, `shard`, `shard_lost`, `estimate`, `retried`, `lost`, `released`, `retry_requested`, `cancel_requested`,
+    /// `queued`, `started`, `phase`, `shard`, `shard_lost`, `estimate`, `epoch`, `retried`, `lost`, `released`, `retry_requested`, `cancel_requested`,
     /// `cancelled`, `failed` or `succeeded`.
     #[schema(example = "started")]
     pub kind: String,
-    /// What belongs to that kind: the attempt, the phase, the error; of `estimate` what α is by the shards so far.
+    /// What belongs to that kind: the attempt, the phase, the error; of `estimate` what α is by the shards so far;
+    /// of `epoch` its number and losses.
     pub data: Value,
 }
 

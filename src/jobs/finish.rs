@@ -1,7 +1,7 @@
-//! The one transaction that makes a result: composed prompt, lineage, answer and state, under the
+//! The one transaction that makes a result: published prompt, lineage, answer and state, under the
 //! lease's token. A worker that lost its lease rolls all of it back.
 
-use sqlx::{Connection, PgConnection};
+use sqlx::{Connection, PgConnection, PgTransaction};
 
 use super::events::tell;
 use super::leaving::{Held, Leaving};
@@ -10,22 +10,42 @@ use crate::blobs::BlobStore;
 use crate::db::DbError;
 use crate::domain::composition::CompositionResult;
 use crate::domain::digest::Digest;
+use crate::domain::job::EnsembleSpec;
 use crate::domain::prompt_file::{PromptFile, PromptMetadata};
+use crate::domain::ranking::Ranking;
 use crate::domain::reference::ResourceName;
+use crate::domain::specification::TuningSpec;
+use crate::domain::tuning::TuningResult;
 use crate::failpoints;
-use crate::registry::prompt_versions::{self, NewVersion, Parent};
+use crate::registry::lineage::Role;
+use crate::registry::prompt_versions::{self, NewVersion, Parent, Published};
 use crate::registry::{prompts, references};
 
-/// What a composition left to be stored; the statistics are in the blob store already.
+/// What a job left to be stored.
 #[derive(Clone, Copy, Debug)]
-pub struct Finished<'a> {
-    pub result: &'a CompositionResult,
-    /// The composed prompt's file: its bytes, the same read, and what it says about itself.
-    pub composed: &'a [u8],
+pub enum Finished<'a> {
+    Ensemble {
+        spec: &'a EnsembleSpec,
+        result: &'a CompositionResult,
+        composed: NewPrompt<'a>,
+        /// In the blob store already.
+        statistics: Digest,
+    },
+    Tuning {
+        spec: &'a TuningSpec,
+        result: &'a TuningResult,
+        tuned: NewPrompt<'a>,
+    },
+    Ranking(&'a Ranking),
+}
+
+/// A prompt that a job made: its file's bytes, the same read, and what it says about itself.
+#[derive(Clone, Copy, Debug)]
+pub struct NewPrompt<'a> {
+    pub bytes: &'a [u8],
     pub file: &'a PromptFile,
     pub metadata: &'a PromptMetadata,
     pub output: &'a ResourceName,
-    pub statistics: Digest,
 }
 
 /// Ends the job as succeeded and publishes its prompt.
@@ -36,52 +56,114 @@ pub async fn finish(
     finished: Finished<'_>,
 ) -> Result<(), QueueError> {
     let mut tx = conn.begin().await?;
-    // Before the job's row is held, which others wait for: a blob store may take its time.
-    references::hold(&mut tx, blobs, &finished.statistics).await?;
+    if let Finished::Ensemble { statistics, .. } = &finished {
+        // Before the job's row is held, which others wait for: a blob store may take its time.
+        references::hold(&mut tx, blobs, statistics).await?;
+    }
     let held = Held::lock(&mut tx, claimed.lease).await?;
     // A lease that has run out is nobody's, even before it is reaped.
     if held.ran_out {
         return Err(QueueError::LeaseLost(claimed.lease.job_id));
     }
-    let target = &claimed.spec.target;
-    let mut description = format!(
-        "composed for {}:{} by ensemble {}",
-        target.dataset, target.version, claimed.lease.job_id
-    );
-    if let Some(from) = &claimed.spec.resolved_from {
-        description += &format!(" from the statistics of ensemble {}", from.ensemble);
-    }
-    let project_id = claimed.project_id;
-    let prompt_id =
-        prompts::find_restore_or_create(&mut tx, project_id, finished.output, &description).await?;
-    let parents: Vec<Parent> = claimed
-        .spec
-        .sources
-        .iter()
-        .zip(&finished.result.source_weights)
-        .map(|(source, weighed)| Parent {
-            version_id: source.id,
-            weight: weighed.weight,
-        })
-        .collect();
-    let new = NewVersion {
-        prompt_id,
-        bytes: finished.composed,
-        file: finished.file,
-        metadata: finished.metadata,
-        produced_by_job: Some(claimed.lease.job_id),
-        parents: &parents,
+    let leaving = match finished {
+        Finished::Ensemble {
+            spec,
+            result,
+            composed,
+            statistics,
+        } => {
+            let published = publish_composed(&mut tx, claimed, spec, result, composed).await?;
+            let mut result = result.clone();
+            result.composed.prompt = Some(published.prompt.to_string());
+            result.composed.version = Some(published.version);
+            Leaving::with_result(&result, Some(statistics))
+        }
+        Finished::Tuning {
+            spec,
+            result,
+            tuned,
+        } => {
+            let published = publish_tuned(&mut tx, claimed, spec, tuned).await?;
+            let mut result = result.clone();
+            result.tuned.prompt = Some(published.prompt.to_string());
+            result.tuned.version = Some(published.version);
+            Leaving::with_result(&result, None)
+        }
+        Finished::Ranking(ranking) => Leaving::with_result(ranking, None),
     };
-    // The same composition once more under the same name is the version that is there.
-    let published = prompt_versions::publish(&mut tx, project_id, new).await?;
-    let mut result = finished.result.clone();
-    result.composed.prompt = Some(published.prompt.to_string());
-    result.composed.version = Some(published.version);
-    held.leave(&mut tx, Leaving::with_result(&result, finished.statistics))
-        .await?;
+    held.leave(&mut tx, leaving).await?;
     failpoints::reach("finishing", claimed.lease.job_id);
     // Also where the deferred constraint on the weights speaks up.
     tx.commit().await.map_err(DbError::from)?;
     tell(conn, claimed.lease.job_id, false).await;
     Ok(())
+}
+
+async fn publish_composed(
+    tx: &mut PgTransaction<'_>,
+    claimed: &Claimed,
+    spec: &EnsembleSpec,
+    result: &CompositionResult,
+    composed: NewPrompt<'_>,
+) -> Result<Published, QueueError> {
+    let target = &spec.target;
+    let mut description = format!(
+        "composed for {}:{} by ensemble {}",
+        target.dataset, target.version, claimed.lease.job_id
+    );
+    if let Some(from) = &spec.resolved_from {
+        description += &format!(" from the statistics of ensemble {}", from.ensemble);
+    }
+    let parents: Vec<Parent> = (spec.sources.iter().zip(&result.source_weights))
+        .map(|(source, weighed)| Parent {
+            version_id: source.id,
+            weight: weighed.weight,
+            role: Role::Source,
+        })
+        .collect();
+    publish(tx, claimed, composed, &description, &parents).await
+}
+
+async fn publish_tuned(
+    tx: &mut PgTransaction<'_>,
+    claimed: &Claimed,
+    spec: &TuningSpec,
+    tuned: NewPrompt<'_>,
+) -> Result<Published, QueueError> {
+    let (target, job) = (&spec.target, claimed.lease.job_id);
+    let mut description = format!(
+        "tuned on {}:{} by tuning {job}",
+        target.dataset, target.version
+    );
+    if let Some(start) = &spec.start {
+        description += &format!(" from {}:{}", start.prompt, start.version);
+    }
+    let start = spec.start.as_ref().map(|start| Parent {
+        version_id: start.id,
+        weight: 1.0,
+        role: Role::Start,
+    });
+    publish(tx, claimed, tuned, &description, start.as_slice()).await
+}
+
+async fn publish(
+    tx: &mut PgTransaction<'_>,
+    claimed: &Claimed,
+    prompt: NewPrompt<'_>,
+    description: &str,
+    parents: &[Parent],
+) -> Result<Published, QueueError> {
+    let project_id = claimed.project_id;
+    let prompt_id =
+        prompts::find_restore_or_create(tx, project_id, prompt.output, description).await?;
+    let new = NewVersion {
+        prompt_id,
+        bytes: prompt.bytes,
+        file: prompt.file,
+        metadata: prompt.metadata,
+        produced_by_job: Some(claimed.lease.job_id),
+        parents,
+    };
+    // The same computation once more under the same name is the version that is there.
+    Ok(prompt_versions::publish(tx, project_id, new).await?)
 }

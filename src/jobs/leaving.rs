@@ -2,14 +2,14 @@
 
 use std::time::Duration;
 
-use serde_json::json;
+use serde::Serialize;
+use serde_json::{Value, json};
 use sqlx::PgTransaction;
 use sqlx::types::Json;
 use uuid::Uuid;
 
 use super::queue::{Lease, QueueError};
 use crate::db::DbError;
-use crate::domain::composition::CompositionResult;
 use crate::domain::digest::Digest;
 use crate::domain::job::{AttemptOutcome, JobError, JobState};
 use crate::webhooks::outbox;
@@ -26,7 +26,7 @@ pub(super) struct Held {
 }
 
 /// How a job leaves `running`.
-pub(super) struct Leaving<'a> {
+pub(super) struct Leaving {
     pub state: JobState,
     outcome: AttemptOutcome,
     error: Option<JobError>,
@@ -34,11 +34,11 @@ pub(super) struct Leaving<'a> {
     delay: Duration,
     /// The attempt does not count.
     uncount: bool,
-    /// Of a job that succeeded: the answer and the digest of its statistics.
-    result: Option<(&'a CompositionResult, Digest)>,
+    /// Of a job that succeeded: the answer, and the digest of its statistics where it has some.
+    result: Option<(Value, Option<Digest>)>,
 }
 
-impl<'a> Leaving<'a> {
+impl Leaving {
     pub(super) fn to(state: JobState, outcome: AttemptOutcome) -> Self {
         assert!(JobState::Running.may_become(state));
         Self {
@@ -71,9 +71,9 @@ impl<'a> Leaving<'a> {
         }
     }
 
-    pub(super) fn with_result(result: &'a CompositionResult, statistics: Digest) -> Self {
+    pub(super) fn with_result(result: &impl Serialize, statistics: Option<Digest>) -> Self {
         Self {
-            result: Some((result, statistics)),
+            result: Some((json!(result), statistics)),
             ..Self::to(JobState::Succeeded, AttemptOutcome::Succeeded)
         }
     }
@@ -119,7 +119,7 @@ impl Held {
     pub(super) async fn leave(
         self,
         tx: &mut PgTransaction<'_>,
-        leaving: Leaving<'_>,
+        leaving: Leaving,
     ) -> Result<(), QueueError> {
         let Leaving {
             state,
@@ -133,9 +133,8 @@ impl Held {
         if let Some(error) = &error {
             data["error"] = json!(error);
         }
-        let statistics = result
-            .as_ref()
-            .map(|(_, digest)| digest.as_bytes() as &[u8]);
+        let (result, statistics) = result.unzip();
+        let statistics = statistics.flatten();
         let heard = sqlx::query_scalar!(
             r#"
             WITH left_job AS (
@@ -158,6 +157,8 @@ impl Held {
                 RETURNING lease_token
             ), shards_that_are_over AS (
                 DELETE FROM job_shard WHERE job_id = $1 AND $12
+            ), checkpoints_that_are_over AS (
+                DELETE FROM job_checkpoint WHERE job_id = $1 AND $12
             ), shards_for_the_next AS (
                 -- While it waits for another attempt those that are there stay, and helpers go on.
                 UPDATE job_shard SET state = 'queued', lease_token = NULL, done = 0, started_at = NULL
@@ -176,8 +177,8 @@ impl Held {
             i32::from(uncount),
             delay.as_secs_f64(),
             error.map(Json) as _,
-            result.as_ref().map(|(result, _)| Json(result)) as _,
-            statistics,
+            result,
+            statistics.as_ref().map(|digest| digest.as_bytes() as &[u8]),
             outcome.name(),
             event_name(state, outcome),
             data,

@@ -1,17 +1,20 @@
 //! The queue, directly on Postgres: a job's row is the public resource and the lock in one.
 //!
 //! [`queue`] holds the statements of the state machine ([`crate::domain::job`] draws it) that workers make,
-//! [`requests`] those of clients, [`shards`] those by which several workers share one job, `leaving` the one by which a job leaves `running`, [`plan`] and [`resolve`]
-//! make a request a specification, [`finish`] is the one transaction that makes a result,
+//! [`requests`] those of clients, [`shards`] those by which several workers share one job, `leaving` the one by which a job leaves `running`, [`plan`], [`plan_tuning`],
+//! [`plan_ranking`] and [`resolve`] make a request a specification, [`checkpoints`] keep how far a tuning is, [`finish`] is the one transaction that makes a result,
 //! [`events`] what happened, [`watch`] who waits for that, [`workers`] who is there, and
 //! [`listener`] the wake-up.
 
+pub mod checkpoints;
 pub mod cost;
 pub mod events;
 pub mod finish;
 mod leaving;
 pub mod listener;
 pub mod plan;
+pub mod plan_ranking;
+pub mod plan_tuning;
 pub mod queue;
 pub mod reaper;
 pub mod requests;
@@ -21,22 +24,22 @@ pub mod shards;
 pub mod watch;
 pub mod workers;
 
+use serde::de::DeserializeOwned;
+use serde_json::Value;
 use sqlx::PgConnection;
 use sqlx::types::Json;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
 use crate::db::DbError;
-use crate::domain::composition::{CompositionResult, SourceWeight};
+use crate::domain::composition::SourceWeight;
 use crate::domain::digest::Digest;
 use crate::domain::job::{EnsembleSpec, JobError, JobState, Progress};
+use crate::domain::specification::Specification;
 
-/// The kind of job that composes prompts; others join with their own specifications.
-pub const ENSEMBLE: &str = "ensemble";
-
-/// A job as its row says.
+/// A job of one kind, as its row says.
 #[derive(Clone, Debug)]
-pub struct Job {
+pub struct Job<S: Specification = EnsembleSpec> {
     pub id: Uuid,
     pub state: JobState,
     pub priority: i32,
@@ -47,13 +50,13 @@ pub struct Job {
     pub progress: Option<Progress>,
     /// Since the phase in work began, until its numbers last moved.
     pub phase_seconds: Option<f64>,
-    pub spec: EnsembleSpec,
+    pub spec: S,
     pub spec_digest: Digest,
     /// The job that this one repeats, and the weights that one had.
     pub replay_of: Option<Uuid>,
     pub original_weights: Option<Vec<SourceWeight>>,
     /// Of a job that succeeded.
-    pub result: Option<CompositionResult>,
+    pub result: Option<S::Result>,
     pub statistics_digest: Option<Digest>,
     /// Since when they are no longer there.
     pub statistics_deleted_at: Option<OffsetDateTime>,
@@ -66,36 +69,36 @@ pub struct Job {
     pub finished_at: Option<OffsetDateTime>,
 }
 
-pub async fn find(
+pub async fn find<S: Specification>(
     conn: &mut PgConnection,
     project_id: Uuid,
     id: Uuid,
-) -> Result<Option<Job>, DbError> {
+) -> Result<Option<Job<S>>, DbError> {
     Ok(select(conn, project_id, Some(id), None, None, 1)
         .await?
         .into_iter()
         .next())
 }
 
-/// Jobs, the newest first: those before `before`, in `state` if one is given.
-pub async fn list(
+/// Jobs of a kind, the newest first: those before `before`, in `state` if one is given.
+pub async fn list<S: Specification>(
     conn: &mut PgConnection,
     project_id: Uuid,
     state: Option<JobState>,
     before: Option<Uuid>,
     limit: i64,
-) -> Result<Vec<Job>, DbError> {
+) -> Result<Vec<Job<S>>, DbError> {
     select(conn, project_id, None, state, before, limit).await
 }
 
-async fn select(
+async fn select<S: Specification>(
     conn: &mut PgConnection,
     project_id: Uuid,
     id: Option<Uuid>,
     state: Option<JobState>,
     before: Option<Uuid>,
     limit: i64,
-) -> Result<Vec<Job>, DbError> {
+) -> Result<Vec<Job<S>>, DbError> {
     let rows = sqlx::query!(
         r#"
         SELECT
@@ -106,9 +109,9 @@ async fn select(
             replay_of,
             (SELECT o.result->'source_weights' FROM job o WHERE o.id = job.replay_of)
                 AS "original_weights: Json<Vec<SourceWeight>>",
-            spec AS "spec: Json<EnsembleSpec>",
+            spec,
             spec_digest,
-            result AS "result: Json<CompositionResult>",
+            result,
             statistics_digest, statistics_deleted_at,
             error AS "error: Json<JobError>"
         FROM job
@@ -122,7 +125,7 @@ async fn select(
         LIMIT $6
         "#,
         project_id,
-        ENSEMBLE,
+        S::KIND,
         id,
         state.map(JobState::name),
         before,
@@ -144,9 +147,9 @@ async fn select(
                 phase_seconds: row.phase_seconds,
                 replay_of: row.replay_of,
                 original_weights: row.original_weights.map(|json| json.0),
-                spec: row.spec.0,
+                spec: read("spec", row.spec)?,
                 spec_digest: read_digest("spec_digest", &row.spec_digest)?,
-                result: row.result.map(|json| json.0),
+                result: row.result.map(|json| read("result", json)).transpose()?,
                 statistics_digest: row
                     .statistics_digest
                     .map(|bytes| read_digest("statistics_digest", &bytes))
@@ -160,6 +163,11 @@ async fn select(
             })
         })
         .collect()
+}
+
+/// What a column has as JSON.
+fn read<T: DeserializeOwned>(column: &'static str, json: Value) -> Result<T, DbError> {
+    serde_json::from_value(json).map_err(|error| DbError::unreadable("job", column, &error))
 }
 
 fn read_digest(column: &'static str, bytes: &[u8]) -> Result<Digest, DbError> {

@@ -109,7 +109,7 @@ pub async fn plan(
     let weighing = request.objective.weighing().map_err(invalid_objective)?;
     check_stop_when(request.stop_when, request.objective.method, weighing)?;
     check_output(request.output.as_ref())?;
-    let target = target(conn, project_id, request).await?;
+    let target = target(conn, project_id, &request.dataset, &request.samples).await?;
     let sources = sources(conn, project_id, &request.sources).await?;
     check_anchor(&request.objective, &sources)?;
     let backbone = backbone(conn, project_id, request.backbone.as_ref(), &sources).await?;
@@ -122,36 +122,54 @@ pub async fn plan(
     check_size(sources.len(), num_samples, embed_dim)?;
     check_samples(&request.objective, num_samples, embed_dim)?;
     Ok(EnsembleSpec {
-        target: TargetSpec {
-            dataset: target.name.to_string(),
-            version: target.version,
-            digest: target.digest,
-            samples: request.samples.clone(),
-        },
-        sources: sources
-            .iter()
-            .map(|source| SourceSpec {
-                id: source.id,
-                prompt: source.prompt.to_string(),
-                version: source.version,
-                digest: source.digest,
-            })
-            .collect(),
-        backbone: BackboneSpec {
-            name: backbone.name.to_string(),
-            digest: backbone.digest,
-            preprocessing_id: backbone.preprocessing_id,
-            model_digest: backbone.model_digest,
-            config: backbone.config,
-        },
+        sources: sources.iter().map(source_spec).collect(),
+        backbone: backbone_spec(backbone),
         objective: request.objective.clone(),
-        output: match &request.output {
-            Some(name) => name.to_string(),
-            None => default_output(target.name.as_str(), job_id),
-        },
+        output: output_name(request.output.as_ref(), &target, job_id),
+        target: target_spec(&target, &request.samples),
         stop_when: request.stop_when,
         resolved_from: None,
     })
+}
+
+pub(super) fn target_spec(target: &DatasetVersion, samples: &TargetSamples) -> TargetSpec {
+    TargetSpec {
+        dataset: target.name.to_string(),
+        version: target.version,
+        digest: target.digest,
+        samples: samples.clone(),
+    }
+}
+
+pub(super) fn source_spec(source: &PromptVersion) -> SourceSpec {
+    SourceSpec {
+        id: source.id,
+        prompt: source.prompt.to_string(),
+        version: source.version,
+        digest: source.digest,
+    }
+}
+
+pub(super) fn backbone_spec(backbone: RegisteredBackbone) -> BackboneSpec {
+    BackboneSpec {
+        name: backbone.name.to_string(),
+        digest: backbone.digest,
+        preprocessing_id: backbone.preprocessing_id,
+        model_digest: backbone.model_digest,
+        config: backbone.config,
+    }
+}
+
+/// The name that was asked for, or one of its own.
+pub(super) fn output_name(
+    asked: Option<&ResourceName>,
+    target: &DatasetVersion,
+    job_id: Uuid,
+) -> String {
+    match asked {
+        Some(name) => name.to_string(),
+        None => default_output(target.name.as_str(), job_id),
+    }
 }
 
 /// Refuses a name now that no prompt can be published under later.
@@ -187,7 +205,7 @@ pub(super) fn check_samples(objective: &Objective, n: usize, d: usize) -> Result
 }
 
 /// Refuses features of M sources and N samples in d dimensions that no memory is meant to hold.
-fn check_size(m: usize, n: usize, d: usize) -> Result<(), PlanError> {
+pub(super) fn check_size(m: usize, n: usize, d: usize) -> Result<(), PlanError> {
     let bytes_a_sample = m * d * size_of::<f32>();
     if n * bytes_a_sample <= MAX_FEATURE_BYTES {
         return Ok(());
@@ -204,14 +222,15 @@ fn check_size(m: usize, n: usize, d: usize) -> Result<(), PlanError> {
 
 // ---- The target ----------------------------------------------------------------------------
 
-async fn target(
+/// A data set that can be learned from, with these samples.
+pub(super) async fn target(
     conn: &mut PgConnection,
     project_id: Uuid,
-    request: &EnsembleRequest,
+    reference: &Reference,
+    samples: &TargetSamples,
 ) -> Result<DatasetVersion, PlanError> {
-    let samples = &request.samples;
-    let Some(dataset) = datasets::resolve(conn, project_id, &request.dataset).await? else {
-        let detail = format!("there is no data set `{}`", request.dataset);
+    let Some(dataset) = datasets::resolve(conn, project_id, reference).await? else {
+        let detail = format!("there is no data set `{reference}`");
         return refuse("unknown_dataset", "/target/dataset", detail);
     };
     let classes = classes_in(&dataset, samples.split, "/target/split")?;
@@ -231,7 +250,7 @@ async fn target(
     }
     if let Some(eval) = samples.eval_split {
         if eval == samples.split {
-            let detail = "is the split the weights are chosen on; evaluate on another";
+            let detail = "is the split that is learned from; evaluate on another";
             return refuse("same_split", "/target/eval_split", detail);
         }
         if classes_in(&dataset, eval, "/target/eval_split")?.is_empty() {
@@ -370,7 +389,8 @@ fn check_alike(
 
 // ---- The backbone --------------------------------------------------------------------------
 
-async fn backbone(
+/// The backbone of this name, or the one that the prompts were made for.
+pub(super) async fn backbone(
     conn: &mut PgConnection,
     project_id: Uuid,
     name: Option<&ResourceName>,
@@ -425,7 +445,7 @@ async fn backbone(
     }
 }
 
-fn check_fits(
+pub(super) fn check_fits(
     source: &PromptVersion,
     backbone: &RegisteredBackbone,
     pointer: &str,

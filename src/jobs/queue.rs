@@ -14,7 +14,8 @@ use uuid::Uuid;
 use super::events::{record, tell};
 use super::leaving::{Held, Leaving};
 use crate::db::{DbError, violates};
-use crate::domain::job::{AttemptOutcome, EnsembleSpec, JobError, JobState, Progress};
+use crate::domain::job::{AttemptOutcome, JobError, JobState, Progress};
+use crate::domain::specification::JobSpec;
 use crate::failpoints;
 use crate::registry::RegistryError;
 
@@ -66,7 +67,7 @@ pub struct Claimed {
     pub lease: Lease,
     pub project_id: Uuid,
     pub attempt: i32,
-    pub spec: EnsembleSpec,
+    pub spec: JobSpec,
 }
 
 /// Takes the next job: smallest priority number first, then the longest waiting.
@@ -103,7 +104,7 @@ pub async fn claim(
                     started_at  = coalesce(started_at, now())
                 FROM next
                 WHERE job.id = next.id
-                RETURNING job.id, job.project_id, job.attempt, job.spec
+                RETURNING job.id, job.project_id, job.attempt, job.kind, job.spec
             ), begun AS (
                 INSERT INTO job_attempt (lease_token, job_id, attempt, worker_id)
                 SELECT $1, id, attempt, $3 FROM claimed
@@ -117,7 +118,7 @@ pub async fn claim(
                 FROM claimed
             )
             SELECT
-                id, project_id, attempt, spec AS "spec: Json<EnsembleSpec>",
+                id, project_id, attempt, kind, spec,
                 -- The commit does not wait for the disk. A database that crashes right after it has the job queued again,
                 -- and knows nothing of this token: whoever holds it can write nothing, as after any lost lease.
                 set_config('synchronous_commit', 'off', true) AS not_waited_for
@@ -148,7 +149,8 @@ pub async fn claim(
         },
         project_id: row.project_id,
         attempt: row.attempt,
-        spec: row.spec.0,
+        spec: JobSpec::read(&row.kind, row.spec)
+            .map_err(|error| DbError::unreadable("job", "spec", &error))?,
     }))
 }
 

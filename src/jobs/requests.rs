@@ -9,16 +9,16 @@ use uuid::Uuid;
 use super::events::{record, tell};
 use super::queue::QueueError;
 use crate::db::{DbError, expect_one_row};
-use crate::domain::job::{EnsembleSpec, JobState, MAX_ATTEMPTS};
+use crate::domain::job::{JobState, MAX_ATTEMPTS};
+use crate::domain::specification::Specification;
 use crate::webhooks::outbox;
 
 #[derive(Clone, Debug)]
-pub struct NewJob<'a> {
+pub struct NewJob<'a, S> {
     pub id: Uuid,
     pub project_id: Uuid,
-    pub kind: &'a str,
     pub priority: i32,
-    pub spec: &'a EnsembleSpec,
+    pub spec: &'a S,
     /// The job whose answer this one is to be compared with.
     pub replay_of: Option<Uuid>,
 }
@@ -42,9 +42,9 @@ pub enum Posted {
 
 /// Puts a job into the queue, unless there is one that may be reused, or `most`
 /// are waiting. Of equal requests at one time one makes the job.
-pub async fn post(
+pub async fn post<S: Specification>(
     conn: &mut PgConnection,
-    new: NewJob<'_>,
+    new: NewJob<'_, S>,
     reuse: Option<Reuse<'_>>,
     most: u32,
 ) -> Result<Posted, QueueError> {
@@ -72,9 +72,9 @@ pub async fn post(
 
 /// The oldest job that computes the same and may be reused: not one that is to stop, and not one whose
 /// prompt was deleted.
-pub async fn same(
+pub async fn same<S: Specification>(
     conn: &mut PgConnection,
-    new: &NewJob<'_>,
+    new: &NewJob<'_, S>,
     reuse: Reuse<'_>,
 ) -> Result<Option<Uuid>, DbError> {
     let spec_digest = new.spec.digest();
@@ -88,17 +88,17 @@ pub async fn same(
             WHERE project_id = $1 AND kind = $2 AND spec_digest = $3
               AND cancel_requested_at IS NULL
               AND ($4::text IS NULL OR spec->>'output' = $4)
-              AND (state IN ('queued', 'running') OR state = 'succeeded' AND EXISTS (
+              AND (state IN ('queued', 'running') OR state = 'succeeded' AND NOT EXISTS (
                   SELECT FROM prompt p
                   WHERE p.project_id = job.project_id
-                    AND p.name = job.result->'composed'->>'prompt'
-                    AND p.deleted_at IS NULL
+                    AND p.name = coalesce(job.result->'composed', job.result->'tuned')->>'prompt'
+                    AND p.deleted_at IS NOT NULL
               ))
         )
         SELECT id FROM same ORDER BY id LIMIT 1
         "#,
         new.project_id,
-        new.kind,
+        S::KIND,
         spec_digest.as_bytes(),
         reuse.output,
     )
@@ -108,7 +108,10 @@ pub async fn same(
 }
 
 /// Puts a job into the queue.
-pub async fn enqueue(conn: &mut PgConnection, new: NewJob<'_>) -> Result<(), QueueError> {
+pub async fn enqueue<S: Specification>(
+    conn: &mut PgConnection,
+    new: NewJob<'_, S>,
+) -> Result<(), QueueError> {
     let id = new.id;
     insert(conn, new, None).await?;
     tell(conn, id, true).await;
@@ -116,9 +119,9 @@ pub async fn enqueue(conn: &mut PgConnection, new: NewJob<'_>) -> Result<(), Que
 }
 
 /// False: `most` wait already.
-async fn insert(
+async fn insert<S: Specification>(
     conn: &mut PgConnection,
-    new: NewJob<'_>,
+    new: NewJob<'_, S>,
     most: Option<u32>,
 ) -> Result<bool, QueueError> {
     let spec_digest = new.spec.digest();
@@ -135,7 +138,7 @@ async fn insert(
         "#,
         new.id,
         new.project_id,
-        new.kind,
+        S::KIND,
         new.priority,
         MAX_ATTEMPTS,
         Json(new.spec) as _,
@@ -205,6 +208,9 @@ pub async fn cancel(
     if done == Cancellation::Cancelled {
         // Of an earlier attempt.
         sqlx::query!("DELETE FROM job_shard WHERE job_id = $1", id)
+            .execute(&mut *tx)
+            .await?;
+        sqlx::query!("DELETE FROM job_checkpoint WHERE job_id = $1", id)
             .execute(&mut *tx)
             .await?;
     }

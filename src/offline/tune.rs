@@ -15,7 +15,7 @@ use crate::domain::backbone::Preprocessing;
 use crate::domain::composition::Phase;
 use crate::domain::dataset::{LabelledImages, Split};
 use crate::domain::tuning::{
-    Candidate, Checkpoints, Grid, InvalidTuning, OptimizerKind, TuningOptions,
+    Candidate, Checkpoints, Epoch, Grid, InvalidTuning, OptimizerKind, TuningOptions,
 };
 use crate::domain::tuning_method::TuningMethod;
 use crate::engine::EngineError;
@@ -343,7 +343,7 @@ impl Checkpoints for CheckpointFile {
         fs::read(&self.0).ok()
     }
 
-    fn keep(&mut self, bytes: &[u8]) {
+    fn keep(&mut self, _: &Epoch, bytes: &[u8]) {
         let written = write_whole(&self.0, bytes).context("no checkpoint");
         if let Err(error) = written {
             eprintln!("warning: {error:#}; after a kill this tuning would begin anew");

@@ -52,7 +52,8 @@ async fn user(
          WHERE a.project_id = $1 AND a.prompt_id = $2 AND a.protected
          LIMIT 1)
         UNION ALL
-        (SELECT format('`%s:%s` was composed of it', child_prompt.name, child.version)
+        (SELECT format(CASE l.role WHEN 'start' THEN '`%s:%s` was tuned from it' ELSE '`%s:%s` was composed of it' END,
+                       child_prompt.name, child.version)
          FROM prompt_version mine
          JOIN lineage l ON l.project_id = mine.project_id AND l.parent = mine.id
          JOIN prompt_version child ON child.project_id = l.project_id AND child.id = l.child
@@ -62,11 +63,12 @@ async fn user(
            AND child.prompt_id <> $2 AND child_prompt.deleted_at IS NULL
          LIMIT 1)
         UNION ALL
-        (SELECT format('ensemble %s is %s and names it', j.id, j.state)
+        (SELECT format('%s %s is %s and names it', j.kind, j.id, j.state)
          FROM job j
          WHERE j.project_id = $1
            AND j.state IN ('queued', 'running')
            AND (j.spec @> jsonb_build_object('sources', jsonb_build_array(jsonb_build_object('prompt', $3::text)))
+                OR j.spec #>> '{start,prompt}' = $3
                 OR j.spec ->> 'output' = $3)
          LIMIT 1)
         "#,

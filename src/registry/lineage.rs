@@ -13,6 +13,7 @@ use super::{RegistryError, read_digest, read_name};
 use crate::db::DbError;
 use crate::domain::digest::Digest;
 use crate::domain::reference::{Reference, VersionSelector};
+use crate::domain::specification::{Specification as _, TuningSpec};
 
 /// Most versions in a graph.
 pub const MAX_NODES: usize = 500;
@@ -64,7 +65,7 @@ pub struct Node {
     pub created_at: OffsetDateTime,
 }
 
-/// `child` was composed with `weight` of `parent`.
+/// `child` was made with `weight` of `parent`.
 #[derive(Clone, Debug, PartialEq, Serialize, ToSchema)]
 pub struct Edge {
     #[schema(value_type = String, example = "food-composed:1")]
@@ -82,6 +83,17 @@ pub struct Edge {
 pub enum Role {
     /// One of the prompts that a composed one is the weighted sum of.
     Source,
+    /// The prompt that a tuning began with; its weight is 1.
+    Start,
+}
+
+impl Role {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Source => "source",
+            Self::Start => "start",
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
@@ -93,10 +105,13 @@ pub enum Truncation {
     Nodes,
 }
 
-/// The ensemble that made a version.
+/// The job that made a version: an ensemble or a tuning.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
 pub struct ProducedBy {
-    pub ensemble: Uuid,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ensemble: Option<Uuid>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tuning: Option<Uuid>,
     /// The ensemble from whose statistics the weights were solved for again; null where they come
     /// from backbone and images.
     pub resolved_from: Option<Uuid>,
@@ -193,7 +208,8 @@ async fn nodes(
         SELECT
             v.id, p.name, v.version, v.sha256, v.created_at,
             walk.distance AS "distance!",
-            j.id AS "ensemble?",
+            j.id AS "job?",
+            j.kind AS "kind?",
             (j.spec #>> '{resolved_from,ensemble}')::uuid AS resolved_from
         FROM walk
         CROSS JOIN LATERAL unnest(walk.found) AS found (id)
@@ -225,9 +241,13 @@ async fn nodes(
                 digest: read_digest("prompt_version", "sha256", &row.sha256)?,
                 distance: row.distance as u32,
                 effective_weight: 0.0,
-                produced_by: row.ensemble.map(|ensemble| ProducedBy {
-                    ensemble,
-                    resolved_from: row.resolved_from,
+                produced_by: row.job.map(|job| {
+                    let is_tuning = row.kind.as_deref() == Some(TuningSpec::KIND);
+                    ProducedBy {
+                        ensemble: (!is_tuning).then_some(job),
+                        tuning: is_tuning.then_some(job),
+                        resolved_from: row.resolved_from,
+                    }
                 }),
                 created_at: row.created_at,
             };
@@ -281,6 +301,7 @@ async fn links(
             weight: row.weight,
             role: match row.role.as_str() {
                 "source" => Role::Source,
+                "start" => Role::Start,
                 other => return Err(DbError::unreadable("lineage", "role", other).into()),
             },
         });

@@ -10,6 +10,7 @@ use time::OffsetDateTime;
 use utoipa::ToSchema;
 use uuid::Uuid;
 
+use super::lineage::Role;
 use super::{RegistryError, prompts, read_digest, read_name};
 use crate::db::{DbError, OnConstraint};
 use crate::domain::digest::Digest;
@@ -49,7 +50,7 @@ pub struct PromptVersion {
     pub classes: Option<Vec<String>>,
     /// The training record; free-form.
     pub training: Option<Value>,
-    /// The ensemble that made it.
+    /// The ensemble or tuning that made it.
     pub produced_by_job: Option<Uuid>,
     #[serde(with = "time::serde::rfc3339")]
     pub created_at: OffsetDateTime,
@@ -77,7 +78,7 @@ pub struct NewVersion<'a> {
     /// The file's own, or the request's where the file has none.
     pub metadata: &'a PromptMetadata,
     pub produced_by_job: Option<Uuid>,
-    /// What it was composed of.
+    /// What it was made of.
     pub parents: &'a [Parent],
 }
 
@@ -85,8 +86,9 @@ pub struct NewVersion<'a> {
 pub struct Parent {
     /// [`PromptVersion::id`].
     pub version_id: Uuid,
-    /// α, in 0..=1.
+    /// α, in 0..=1; of a `start` 1.
     pub weight: f64,
+    pub role: Role,
 }
 
 /// What publishing came to.
@@ -174,11 +176,11 @@ pub async fn publish(
         None => Depth::Shallow,
         Some(_) => Depth::Deep,
     };
-    let (parents, weights): (Vec<Uuid>, Vec<f64>) = new
-        .parents
-        .iter()
-        .map(|parent| (parent.version_id, parent.weight))
-        .unzip();
+    let parents: Vec<Uuid> = new.parents.iter().map(|it| it.version_id).collect();
+    let weights: Vec<f64> = new.parents.iter().map(|it| it.weight).collect();
+    let roles: Vec<String> = (new.parents.iter())
+        .map(|it| it.role.name().to_owned())
+        .collect();
     let version = sqlx::query_scalar!(
         r#"
         WITH made AS (
@@ -196,8 +198,8 @@ pub async fn publish(
             RETURNING version
         ), composed_of AS (
             INSERT INTO lineage (project_id, child, parent, weight, role)
-            SELECT $2, $1, parent, weight, 'source'
-            FROM made, unnest($17::uuid[], $18::double precision[]) AS source (parent, weight)
+            SELECT $2, $1, parent, weight, role
+            FROM made, unnest($17::uuid[], $18::double precision[], $19::text[]) AS made_of (parent, weight, role)
         )
         SELECT version FROM made
         "#,
@@ -222,6 +224,7 @@ pub async fn publish(
         new.produced_by_job,
         &parents,
         &weights,
+        &roles,
     )
     .fetch_optional(&mut *conn)
     .await

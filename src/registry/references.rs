@@ -62,6 +62,7 @@ pub async fn unreferenced(
             OR EXISTS (
                 SELECT FROM job_shard s WHERE s.state = 'succeeded' AND s.digest = asked.digest
             )
+            OR EXISTS (SELECT FROM job_checkpoint c WHERE c.digest = asked.digest)
             OR EXISTS (
                 SELECT FROM job j
                 WHERE j.statistics_digest = asked.digest AND j.statistics_deleted_at IS NULL

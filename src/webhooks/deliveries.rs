@@ -15,8 +15,8 @@ pub struct Delivery {
     /// The receiver sees it as `webhook-id`, the same in every try.
     pub id: Uuid,
     pub webhook_id: Uuid,
-    /// The ensemble that ended; null for a test.
-    pub ensemble: Option<Uuid>,
+    /// The ensemble, tuning or ranking that ended; null for a test.
+    pub job: Option<Uuid>,
     /// An event type, or `webhook.test`.
     #[schema(example = "ensemble.succeeded")]
     pub event_type: String,
@@ -102,7 +102,7 @@ async fn select(
         Delivery,
         r#"
         SELECT
-            id, webhook_id, job_id AS ensemble, event_type, state, attempt, next_at, last_attempt_at,
+            id, webhook_id, job_id AS job, event_type, state, attempt, next_at, last_attempt_at,
             last_status, last_error, created_at, finished_at, payload AS "payload: Value"
         FROM webhook_delivery
         WHERE project_id = $1

@@ -1,4 +1,4 @@
-//! Webhooks: whoever asked for it is told when an ensemble ends, at least once, and nobody waits for that.
+//! Webhooks: whoever asked for it is told when a job ends, at least once, and nobody waits for that.
 //!
 //! ```text
 //! a job ends ─► [`outbox::ended`], in its transaction ─► webhook_delivery ◄─ [`deliverer`] ─► receiver

@@ -12,7 +12,8 @@ use uuid::Uuid;
 
 use crate::clock::{Clock as _, SystemClock};
 use crate::db::DbError;
-use crate::domain::job::JobError;
+use crate::domain::job::{JobError, JobState};
+use crate::domain::specification::{Specification as _, TuningSpec};
 use crate::domain::webhook::{TEST_EVENT, pause};
 
 /// How long a message is one deliverer's; longer than a try takes. One that dies meanwhile loses it to another.
@@ -42,12 +43,15 @@ impl<T: Serialize> Payload<'_, T> {
 }
 
 #[derive(Serialize)]
-struct EnsembleEnded {
+struct JobEnded {
     id: Uuid,
     state: String,
     error: Option<JobError>,
-    /// The composed prompt, of one that succeeded.
-    composed: Option<Composed>,
+    /// The composed prompt, of an ensemble that succeeded.
+    composed: Option<Published>,
+    /// The tuned prompt, of a tuning that succeeded.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tuned: Option<Published>,
     #[serde(with = "time::serde::rfc3339")]
     created_at: OffsetDateTime,
     #[serde(with = "time::serde::rfc3339::option")]
@@ -58,7 +62,7 @@ struct EnsembleEnded {
 }
 
 #[derive(Serialize)]
-struct Composed {
+struct Published {
     prompt: String,
     version: i32,
 }
@@ -80,10 +84,11 @@ pub async fn ended(conn: &mut PgConnection, job_id: Uuid) -> Result<(), DbError>
             w.id AS webhook_id,
             j.project_id,
             j.kind || '.' || j.state AS "event_type!",
+            j.kind,
             j.state,
             j.error AS "error: Json<JobError>",
-            j.result #>> '{composed,prompt}' AS prompt,
-            (j.result #>> '{composed,version}')::integer AS version,
+            coalesce(j.result -> 'composed', j.result -> 'tuned') ->> 'prompt' AS prompt,
+            (coalesce(j.result -> 'composed', j.result -> 'tuned') ->> 'version')::integer AS version,
             j.created_at,
             j.started_at,
             j.finished_at AS "finished_at!"
@@ -105,17 +110,24 @@ pub async fn ended(conn: &mut PgConnection, job_id: Uuid) -> Result<(), DbError>
     let Some(ended) = told.pop() else {
         return Ok(());
     };
-    let this = format!("/v1/ensembles/{job_id}");
-    let composed = ended.prompt.zip(ended.version);
-    let data = EnsembleEnded {
+    let this = format!("/v1/{}s/{job_id}", ended.kind);
+    let published = ended.prompt.zip(ended.version);
+    let published = published.map(|(prompt, version)| Published { prompt, version });
+    let (composed, tuned) = match ended.kind.as_str() {
+        TuningSpec::KIND => (None, published),
+        _ => (published, None),
+    };
+    let succeeded = ended.state == JobState::Succeeded.name();
+    let data = JobEnded {
         id: job_id,
         state: ended.state,
         error: ended.error.map(|json| json.0),
         urls: Urls {
-            result: composed.is_some().then(|| format!("{this}/result")),
+            result: succeeded.then(|| format!("{this}/result")),
             this,
         },
-        composed: composed.map(|(prompt, version)| Composed { prompt, version }),
+        composed,
+        tuned,
         created_at: ended.created_at,
         started_at: ended.started_at,
         finished_at: ended.finished_at,

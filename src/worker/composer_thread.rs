@@ -18,7 +18,9 @@ use crate::domain::composition::{
     ResolveInput, blames_the_device,
 };
 use crate::domain::job::Progress;
+use crate::domain::ranking::Ranking;
 use crate::domain::sharing::{ShardInput, Shards};
+use crate::domain::tuning::{Checkpoints, NoCheckpoints, Tuned, TuningInput};
 
 /// CUDA's libraries may come from a slow disk; a device that hangs takes for ever.
 const STARTS_WITHIN: Duration = Duration::from_secs(300);
@@ -66,7 +68,14 @@ pub type Watched = (Option<Progress>, Instant);
 struct Watcher {
     stop: Stop,
     progress: watch::Sender<Watched>,
-    shards: Option<Box<dyn Shards + Send>>,
+    outlasting: Outlasting,
+}
+
+/// What of a job outlasts an attempt, each kind of work its own.
+#[derive(Default)]
+pub struct Outlasting {
+    pub shards: Option<Box<dyn Shards + Send>>,
+    pub checkpoints: Option<Box<dyn Checkpoints + Send>>,
 }
 
 impl Observer for Watcher {
@@ -80,7 +89,7 @@ impl Observer for Watcher {
     }
 
     fn shards(&mut self) -> Option<&mut dyn Shards> {
-        match &mut self.shards {
+        match &mut self.outlasting.shards {
             Some(shards) => Some(shards.as_mut()),
             None => None,
         }
@@ -93,6 +102,8 @@ pub enum Work {
     Compose(CompositionInput),
     Resolve(ResolveInput),
     Shard(ShardInput),
+    Tune(Box<TuningInput>),
+    Rank(CompositionInput),
 }
 
 /// What came of it.
@@ -101,6 +112,8 @@ pub enum Done {
     Composition(Box<Composition>),
     /// The file of a shard.
     Shard(Vec<u8>),
+    Tuned(Box<Tuned>),
+    Ranking(Ranking),
 }
 
 impl From<Composition> for Done {
@@ -113,12 +126,23 @@ impl Work {
     fn done_by(
         &self,
         composer: &mut dyn Composer,
-        observer: &mut dyn Observer,
+        observer: &mut Watcher,
     ) -> Result<Done, CompositionError> {
         match self {
             Self::Compose(input) => composer.compose(input, observer).map(Done::from),
             Self::Resolve(input) => composer.resolve(input, observer).map(Done::from),
             Self::Shard(input) => composer.shard(input, observer).map(Done::Shard),
+            Self::Tune(input) => {
+                let mut kept = observer.outlasting.checkpoints.take();
+                let mut none = NoCheckpoints;
+                let checkpoints: &mut dyn Checkpoints = match &mut kept {
+                    Some(kept) => kept.as_mut(),
+                    None => &mut none,
+                };
+                let tuned = composer.tune(input, checkpoints, observer)?;
+                Ok(Done::Tuned(Box::new(tuned)))
+            }
+            Self::Rank(input) => composer.rank(input, observer).map(Done::Ranking),
         }
     }
 }
@@ -164,12 +188,12 @@ impl ComposerThread {
         &self.platform
     }
 
-    /// Hands work over, which others may share in. Progress and answer come through the channels that are returned.
+    /// Hands work over, with what others left of it or may share in. Progress and answer come through the channels that are returned.
     pub fn begin(
         &self,
         work: Work,
         stop: Stop,
-        shards: Option<Box<dyn Shards + Send>>,
+        outlasting: Outlasting,
     ) -> (
         watch::Receiver<Watched>,
         oneshot::Receiver<Result<Done, CompositionError>>,
@@ -179,7 +203,7 @@ impl ComposerThread {
         let watcher = Watcher {
             stop,
             progress,
-            shards,
+            outlasting,
         };
         // A thread that is gone drops the request, which the receiver of the answer notices.
         let _ = self.requests.send(Request::Work {

@@ -12,8 +12,11 @@ use crate::domain::backbone::{CONFIG_FILE, MODEL_FILE};
 use crate::domain::composition::{CompositionInput, ResolveInput, Source, SourceRef};
 use crate::domain::digest::Digest;
 use crate::domain::job::{BackboneSpec, EnsembleSpec, SourceSpec, TargetSpec};
+use crate::domain::objective::Objective;
 use crate::domain::prompt_file::{PromptFile, PromptFileError};
-use crate::domain::sharing::ShardInput;
+use crate::domain::sharing::{ShardInput, StopWhen};
+use crate::domain::specification::{JobSpec, TuningSpec};
+use crate::domain::tuning::TuningInput;
 use crate::jobs::shards::ClaimedShard;
 use crate::registry::datasets::{self, PackError};
 use crate::registry::{RegistryError, prompt_versions};
@@ -53,6 +56,27 @@ impl InputError {
     }
 }
 
+/// What features of sources are computed from, in ensembles and rankings.
+struct Needed<'a> {
+    sources: &'a [SourceSpec],
+    backbone: &'a BackboneSpec,
+    target: &'a TargetSpec,
+    objective: &'a Objective,
+    stop_when: Option<StopWhen>,
+}
+
+impl<'a> From<&'a EnsembleSpec> for Needed<'a> {
+    fn from(spec: &'a EnsembleSpec) -> Self {
+        Self {
+            sources: &spec.sources,
+            backbone: &spec.backbone,
+            target: &spec.target,
+            objective: &spec.objective,
+            stop_when: spec.stop_when,
+        }
+    }
+}
+
 /// Where inputs come from and go to.
 #[derive(Clone, Debug)]
 pub struct Inputs {
@@ -64,7 +88,25 @@ pub struct Inputs {
 
 impl Inputs {
     /// What `spec` says to do, with everything that it names at hand for as long as the directories are in use.
-    pub async fn fetch(&self, spec: &EnsembleSpec) -> Result<(Work, Vec<InUse>), InputError> {
+    pub async fn fetch(&self, spec: &JobSpec) -> Result<(Work, Vec<InUse>), InputError> {
+        match spec {
+            JobSpec::Ensemble(spec) => self.ensemble(spec).await,
+            JobSpec::Tuning(spec) => self.tuning(spec).await,
+            JobSpec::Ranking(spec) => {
+                let needed = Needed {
+                    sources: &spec.sources,
+                    backbone: &spec.backbone,
+                    target: &spec.target,
+                    objective: &spec.objective.objective(),
+                    stop_when: None,
+                };
+                let (input, in_use) = self.composition(needed).await?;
+                Ok((Work::Rank(input), in_use))
+            }
+        }
+    }
+
+    async fn ensemble(&self, spec: &EnsembleSpec) -> Result<(Work, Vec<InUse>), InputError> {
         if let Some(from) = &spec.resolved_from {
             let statistics = self.blobs.get_bytes(&from.statistics).await?;
             let work = Work::Resolve(ResolveInput {
@@ -74,8 +116,27 @@ impl Inputs {
             });
             return Ok((work, Vec::new()));
         }
-        let (input, in_use) = self.composition(spec).await?;
+        let (input, in_use) = self.composition(spec.into()).await?;
         Ok((Work::Compose(input), in_use))
+    }
+
+    async fn tuning(&self, spec: &TuningSpec) -> Result<(Work, Vec<InUse>), InputError> {
+        let start = match &spec.start {
+            Some(start) => Some(self.source(start).await?),
+            None => None,
+        };
+        let backbone = self.backbone(&spec.backbone).await?;
+        let images = self.images(&spec.target).await?;
+        let input = TuningInput {
+            backbone_dir: backbone.dir.clone(),
+            target_dir: images.dir.clone(),
+            target: spec.target.samples.clone(),
+            task: spec.target.dataset.clone(),
+            start,
+            options: spec.options.clone(),
+            grid: spec.grid.clone(),
+        };
+        Ok((Work::Tune(Box::new(input)), vec![backbone, images]))
     }
 
     /// The same for a shard of somebody's job.
@@ -83,7 +144,7 @@ impl Inputs {
         &self,
         claimed: &ClaimedShard,
     ) -> Result<(Work, Vec<InUse>), InputError> {
-        let (composition, in_use) = self.composition(&claimed.spec).await?;
+        let (composition, in_use) = self.composition((&claimed.spec).into()).await?;
         let mut features = Vec::with_capacity(claimed.features.len());
         for file in &claimed.features {
             features.push(self.blobs.get_bytes(file).await?.into());
@@ -99,14 +160,14 @@ impl Inputs {
 
     async fn composition(
         &self,
-        spec: &EnsembleSpec,
+        spec: Needed<'_>,
     ) -> Result<(CompositionInput, Vec<InUse>), InputError> {
         let mut sources = Vec::with_capacity(spec.sources.len());
-        for source in &spec.sources {
+        for source in spec.sources {
             sources.push(self.source(source).await?);
         }
-        let backbone = self.backbone(&spec.backbone).await?;
-        let images = self.images(&spec.target).await?;
+        let backbone = self.backbone(spec.backbone).await?;
+        let images = self.images(spec.target).await?;
         let input = CompositionInput {
             backbone_dir: backbone.dir.clone(),
             target_dir: images.dir.clone(),

@@ -5,6 +5,7 @@ pub mod composer_thread;
 pub mod engine;
 mod file_cache;
 mod inputs;
+mod job_checkpoints;
 mod job_shards;
 mod renewal;
 mod runner;

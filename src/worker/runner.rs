@@ -8,19 +8,21 @@ use tokio::runtime::Handle;
 use tokio::time::MissedTickBehavior;
 use uuid::Uuid;
 
-use super::composer_thread::{ComposerThread, Done, Stop, StopReason, Work};
+use super::composer_thread::{ComposerThread, Done, Outlasting, Stop, StopReason, Work};
 use super::inputs::{InputError, Inputs};
+use super::job_checkpoints::JobCheckpoints;
 use super::job_shards::JobShards;
 use super::renewal::{Of, Renewal};
 use crate::blobs::BlobError;
 use crate::db::DbError;
-use crate::domain::composition::{Composition, CompositionError, Phase};
+use crate::domain::composition::{CompositionError, Phase};
 use crate::domain::digest::Digest;
 use crate::domain::job::{JobError, Progress};
 use crate::domain::prompt_file::PromptFile;
-use crate::domain::sharing::Shards;
+use crate::domain::reference::ResourceName;
+use crate::domain::specification::JobSpec;
 use crate::failpoints;
-use crate::jobs::finish::{Finished, finish};
+use crate::jobs::finish::{Finished, NewPrompt, finish};
 use crate::jobs::queue::{self, Claimed, Lease, QueueError, Renewal as Answer};
 use crate::jobs::shards::{self, ClaimedShard, GivenBack, Owner};
 use crate::registry::RegistryError;
@@ -53,7 +55,7 @@ enum AttemptError {
     Composition(CompositionError),
     #[error("the blob store failed")]
     Statistics(#[source] BlobError),
-    #[error("the composed prompt cannot be stored: {0}")]
+    #[error("the new prompt cannot be stored: {0}")]
     Unusable(String),
     #[error(transparent)]
     Queue(#[from] QueueError),
@@ -169,12 +171,21 @@ impl Runner {
             merged: (Phase::Features, 0),
             done: 0.0,
         };
+        let outlasting = Outlasting {
+            shards: Some(Box::new(shards)),
+            checkpoints: Some(Box::new(JobCheckpoints {
+                runtime: Handle::current(),
+                pool: self.pool().clone(),
+                blobs: self.inputs.blobs.clone(),
+                lease: claimed.lease,
+                stop: stop.clone(),
+                name: "tuning".to_owned(),
+                untold: Vec::new(),
+            })),
+        };
         let lease = (Of::Job, claimed.lease);
-        let done = self.drive(work, lease, Some(Box::new(shards)), stop);
-        match done.await? {
-            Done::Composition(composition) => self.store(claimed, renewal, &composition).await,
-            Done::Shard(_) => unreachable!("a job was asked for"),
-        }
+        let done = self.drive(work, lease, outlasting, stop).await?;
+        self.store(claimed, renewal, &done).await
     }
 
     async fn shard(
@@ -190,14 +201,14 @@ impl Runner {
             () = tokio::time::sleep(self.stall) => return Err(AttemptError::Stalled(self.stall)),
         };
         let lease = (Of::Shard, claimed.lease);
-        match self.drive(work, lease, None, stop).await? {
+        match self.drive(work, lease, Outlasting::default(), stop).await? {
             Done::Shard(file) => {
                 let file = self.inputs.blobs.put_bytes(file).await;
                 let file = file.map_err(AttemptError::Statistics)?.digest;
                 let given = Outcome::Given { claimed, file };
                 Ok(self.write(renewal, &given).await?)
             }
-            Done::Composition(_) => unreachable!("a shard was asked for"),
+            _ => unreachable!("a shard was asked for"),
         }
     }
 
@@ -206,10 +217,10 @@ impl Runner {
         &self,
         work: Work,
         lease: (Of, Lease),
-        shards: Option<Box<dyn Shards + Send>>,
+        outlasting: Outlasting,
         stop: &Stop,
     ) -> Result<Done, AttemptError> {
-        let (watched, mut answer) = self.composer.begin(work, stop.clone(), shards);
+        let (watched, mut answer) = self.composer.begin(work, stop.clone(), outlasting);
         let mut tick = tokio::time::interval(PROGRESS_EVERY);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut stored = None;
@@ -260,44 +271,50 @@ impl Runner {
         }
     }
 
-    /// Statistics first: they are addressed by content, so without the row they are only litter.
     async fn store(
         &self,
         claimed: &Claimed,
         renewal: &Renewal,
-        composition: &Composition,
+        done: &Done,
     ) -> Result<(), AttemptError> {
-        let file = PromptFile::parse(&composition.composed)
-            .map_err(|error| AttemptError::Unusable(chain(&error)))?;
-        let metadata = file
-            .metadata
-            .as_ref()
-            .ok_or_else(|| AttemptError::Unusable("it has no metadata".to_owned()))?;
-        let output = claimed
-            .spec
-            .output
-            .parse()
-            .map_err(|error| AttemptError::Unusable(chain(&error)))?;
-        failpoints::reach("storing", claimed.lease.job_id);
-        let statistics = self
-            .inputs
-            .blobs
-            .put_bytes(composition.statistics.clone())
-            .await
-            .map_err(AttemptError::Statistics)?;
-        failpoints::reach("stored", claimed.lease.job_id);
-        let finished = Finished {
-            result: &composition.result,
-            composed: &composition.composed,
-            file: &file,
-            metadata,
-            output: &output,
-            statistics: statistics.digest,
-        };
-        self.write(renewal, &Outcome::Finished(claimed, finished))
-            .await?;
-        failpoints::reach("finished", claimed.lease.job_id);
-        tracing::info!(job.id = %claimed.lease.job_id, "succeeded");
+        let job_id = claimed.lease.job_id;
+        match (&claimed.spec, done) {
+            (JobSpec::Ensemble(spec), Done::Composition(composition)) => {
+                let composed = MadePrompt::read(&composition.composed, &spec.output)?;
+                failpoints::reach("storing", job_id);
+                // Statistics first: they are addressed by content, so without the row they are only litter.
+                let statistics = composition.statistics.clone();
+                let statistics = self.inputs.blobs.put_bytes(statistics).await;
+                let statistics = statistics.map_err(AttemptError::Statistics)?;
+                failpoints::reach("stored", job_id);
+                let finished = Finished::Ensemble {
+                    spec,
+                    result: &composition.result,
+                    composed: composed.new_prompt()?,
+                    statistics: statistics.digest,
+                };
+                self.write(renewal, &Outcome::Finished(claimed, finished))
+                    .await?;
+            }
+            (JobSpec::Tuning(spec), Done::Tuned(done)) => {
+                let tuned = MadePrompt::read(&done.file, &spec.output)?;
+                let finished = Finished::Tuning {
+                    spec,
+                    result: &done.result,
+                    tuned: tuned.new_prompt()?,
+                };
+                self.write(renewal, &Outcome::Finished(claimed, finished))
+                    .await?;
+            }
+            (JobSpec::Ranking(_), Done::Ranking(ranking)) => {
+                let finished = Finished::Ranking(ranking);
+                self.write(renewal, &Outcome::Finished(claimed, finished))
+                    .await?;
+            }
+            _ => unreachable!("the work is of the job's kind"),
+        }
+        failpoints::reach("finished", job_id);
+        tracing::info!(job.id = %job_id, "succeeded");
         Ok(())
     }
 
@@ -408,6 +425,37 @@ impl Runner {
                 .map(drop),
             Outcome::Given { claimed, file } => shards::give(&mut conn, blobs, claimed, file).await,
         }
+    }
+}
+
+/// A prompt as the engine left it, read as whoever gets it will.
+struct MadePrompt<'a> {
+    bytes: &'a [u8],
+    file: PromptFile,
+    output: ResourceName,
+}
+
+impl<'a> MadePrompt<'a> {
+    fn read(bytes: &'a [u8], output: &str) -> Result<Self, AttemptError> {
+        Ok(Self {
+            bytes,
+            file: PromptFile::parse(bytes)
+                .map_err(|error| AttemptError::Unusable(chain(&error)))?,
+            output: output
+                .parse()
+                .map_err(|error| AttemptError::Unusable(chain(&error)))?,
+        })
+    }
+
+    fn new_prompt(&self) -> Result<NewPrompt<'_>, AttemptError> {
+        let metadata = self.file.metadata.as_ref();
+        Ok(NewPrompt {
+            bytes: self.bytes,
+            file: &self.file,
+            metadata: metadata
+                .ok_or_else(|| AttemptError::Unusable("it has no metadata".to_owned()))?,
+            output: &self.output,
+        })
     }
 }
 

@@ -9,11 +9,13 @@ use promptweave::domain::composition::{
     ResolveInput,
 };
 use promptweave::domain::digest::Digest;
+use promptweave::domain::ranking::Ranking;
 use promptweave::domain::sharing::{Next, Shard, ShardInput, SharingError};
+use promptweave::domain::tuning::{Checkpoints, Curves, Tuned, TuningInput};
 use promptweave::failpoints;
 use promptweave::worker::composer_thread::NewComposer;
 
-use crate::composition::composition;
+use crate::composition::{composition, ranking, tuned};
 
 /// Of each phase.
 const STEPS: u64 = 10;
@@ -165,6 +167,36 @@ impl Composer for Pretending {
     ) -> Result<Vec<u8>, CompositionError> {
         self.work(input.shard.phase, self.step / SHARDS as u32, observer)?;
         Ok(file_of(input.shard))
+    }
+
+    fn tune(
+        &mut self,
+        input: &TuningInput,
+        checkpoints: &mut dyn Checkpoints,
+        observer: &mut dyn Observer,
+    ) -> Result<Tuned, CompositionError> {
+        let mut curves = Curves::default();
+        if let Some(there) = checkpoints.last() {
+            curves = serde_json::from_slice(&there).expect("a checkpoint of ours");
+        }
+        while curves.cross_entropy.len() < input.options.epochs {
+            self.work(Phase::Tune, self.step, observer)?;
+            curves.cross_entropy.push(rand::random());
+            let epoch = curves.last().expect("one is over");
+            let bytes = serde_json::to_vec(&curves).expect("plain data");
+            checkpoints.keep(&epoch, &bytes);
+        }
+        Ok(tuned(&input.options, curves))
+    }
+
+    fn rank(
+        &mut self,
+        input: &CompositionInput,
+        observer: &mut dyn Observer,
+    ) -> Result<Ranking, CompositionError> {
+        self.work(Phase::Features, self.step, observer)?;
+        let sources = input.sources.iter();
+        Ok(ranking(sources.map(|it| (it.prompt.clone(), it.digest))))
     }
 
     fn self_test(&mut self) -> Result<(), CompositionError> {

@@ -11,7 +11,9 @@ use promptweave::domain::composition::{
 use promptweave::domain::digest::Digest;
 use promptweave::domain::precision::Precision;
 use promptweave::domain::prompt_file::{FORMAT, Origin, PromptFile, PromptMetadata};
+use promptweave::domain::ranking::{RankedSource, Ranking};
 use promptweave::domain::tensor::Tensor;
+use promptweave::domain::tuning::{Curves, Tuned, TunedPrompt, TuningOptions, TuningResult};
 
 pub const EMBED_DIM: usize = 8;
 
@@ -115,22 +117,76 @@ pub fn composition(input_sources: &[(String, i32, Digest)], weights: &[f64]) -> 
                 digest: Digest::of(&composed),
             },
             early_stop: None,
-            provenance: Provenance {
-                backbone_digest: Digest::of(b"backbone"),
-                preprocessing_id: preprocessing().id(),
-                sample_digest: Digest::of(b"samples"),
-                seed: 0,
-                device: "fake".into(),
-                num_threads: 1,
-                precision: Precision::F32,
-                libtorch: "none".into(),
-                version: "0".into(),
-                resolved_from: None,
-            },
+            provenance: provenance(),
             warnings: vec![],
             timings: BTreeMap::new(),
         },
         composed,
         statistics: b"statistics".to_vec(),
+    }
+}
+
+fn provenance() -> Provenance {
+    Provenance {
+        backbone_digest: Digest::of(b"backbone"),
+        preprocessing_id: preprocessing().id(),
+        sample_digest: Digest::of(b"samples"),
+        seed: 0,
+        device: "fake".into(),
+        num_threads: 1,
+        precision: Precision::F32,
+        libtorch: "none".into(),
+        version: "0".into(),
+        resolved_from: None,
+    }
+}
+
+/// The answer of a tuning with these losses.
+pub fn tuned(options: &TuningOptions, curves: Curves) -> Tuned {
+    let mut file = prompt_file(Origin::Tuned, options.seed as f32);
+    file.metadata.as_mut().unwrap().training = Some(serde_json::json!(curves));
+    let file = file.to_bytes();
+    Tuned {
+        result: TuningResult {
+            options: options.clone(),
+            candidates: vec![],
+            curves,
+            distance_from_init: 0.5,
+            evaluation: None,
+            num_samples: 4,
+            num_classes: 2,
+            num_held_out: 0,
+            skipped_images: 0,
+            tuned: TunedPrompt {
+                prompt: None,
+                version: None,
+                digest: Digest::of(&file),
+            },
+            provenance: provenance(),
+            timings: BTreeMap::new(),
+        },
+        file,
+    }
+}
+
+/// A table in which each source is better than the one before.
+pub fn ranking(sources: impl IntoIterator<Item = (String, Digest)>) -> Ranking {
+    let row = |(place, (prompt, digest)): (u32, _)| RankedSource {
+        prompt,
+        digest,
+        h_score: f64::from(place),
+        h_score_adjusted: 0.5,
+        log_me: -0.25,
+        leep: None,
+        nce: None,
+        otce: None,
+        spot_token_mean: 0.9,
+        spot_all_pairs: 0.8,
+        panda: -0.1,
+    };
+    Ranking {
+        sources: (0..).zip(sources).map(row).collect(),
+        num_samples: 4,
+        target_tuning_seconds: 0.5,
     }
 }

@@ -10,6 +10,7 @@ use promptweave::domain::digest::Digest;
 use promptweave::domain::prompt_file::PromptFile;
 use promptweave::domain::tensor::Tensor;
 use promptweave::shutdown::Shutdown;
+use promptweave::worker::composer_thread::NewComposer;
 use promptweave::worker::{SEEN_EVERY, WorkerError, WorkerSettings, run};
 use serde_json::{Value, json};
 use sqlx::PgPool;
@@ -94,6 +95,10 @@ pub struct Worker(Shutdown, JoinHandle<Result<(), WorkerError>>);
 
 impl Worker {
     pub fn start(app: &TestApp, fake: &FakeComposer) -> Self {
+        Self::start_with(app, fake.factory())
+    }
+
+    pub fn start_with(app: &TestApp, composer: NewComposer) -> Self {
         let settings = WorkerSettings {
             id: Uuid::now_v7(),
             device: "auto".to_owned(),
@@ -106,7 +111,7 @@ impl Worker {
         };
         let shutdown = Shutdown::default();
         let (pool, blobs) = (app.state.pool.clone(), app.state.blobs.clone());
-        let task = tokio::spawn(run(settings, pool, blobs, fake.factory(), shutdown.clone()));
+        let task = tokio::spawn(run(settings, pool, blobs, composer, shutdown.clone()));
         Self(shutdown, task)
     }
 

@@ -16,10 +16,12 @@ use promptweave::domain::job::{
 };
 use promptweave::domain::objective::Objective;
 use promptweave::domain::prompt_file::Origin;
+use promptweave::domain::ranking::Ranking;
 use promptweave::domain::sharing::{Next, Shard, ShardInput};
+use promptweave::domain::tuning::{Checkpoints, Curves, Tuned, TuningInput};
 use promptweave::jobs::requests::{self, NewJob};
 use promptweave::jobs::workers::{self, NewWorker};
-use promptweave::jobs::{self, ENSEMBLE, Job};
+use promptweave::jobs::{self, Job};
 use promptweave::registry::DEFAULT_PROJECT;
 use promptweave::registry::prompt_versions::{self, NewVersion};
 use promptweave::registry::prompts;
@@ -28,6 +30,7 @@ use sqlx::PgConnection;
 use uuid::Uuid;
 
 pub use crate::composition::{EMBED_DIM, composition, preprocessing, prompt_file};
+use crate::composition::{ranking, tuned};
 
 pub fn backbone_config() -> BackboneConfig {
     BackboneConfig {
@@ -129,7 +132,6 @@ pub async fn enqueue_with_priority(
     let new = NewJob {
         id,
         project_id: DEFAULT_PROJECT,
-        kind: ENSEMBLE,
         priority,
         spec,
         replay_of: None,
@@ -191,6 +193,8 @@ pub struct FakeComposer {
     pub broken: Arc<AtomicBool>,
     /// Self-tests asked for.
     pub tested: Arc<AtomicUsize>,
+    /// Epochs that were computed here, of all tunings.
+    pub epochs: Arc<Mutex<Vec<usize>>>,
 }
 
 impl FakeComposer {
@@ -369,6 +373,46 @@ impl Composer for FakeComposer {
         self.report(observer, input.shard.phase, 0)?;
         self.play(script, input.shard.phase, observer)?;
         Ok(self.file_of(input.shard))
+    }
+
+    /// Two epochs, of which the second is played; the first is not done again where there is a checkpoint.
+    fn tune(
+        &mut self,
+        input: &TuningInput,
+        checkpoints: &mut dyn Checkpoints,
+        observer: &mut dyn Observer,
+    ) -> Result<Tuned, CompositionError> {
+        let script = self.begin();
+        assert!(input.backbone_dir.join("config.json").is_file());
+        assert!(input.target_dir.join("meta.json").is_file());
+        let mut curves = match checkpoints.last() {
+            Some(bytes) => serde_json::from_slice(&bytes).unwrap(),
+            None => Curves::default(),
+        };
+        while curves.cross_entropy.len() < 2 {
+            let epoch = curves.cross_entropy.len() + 1;
+            self.report(observer, Phase::Tune, epoch as u64 - 1)?;
+            if epoch == 2 {
+                self.play(script, Phase::Tune, observer)?;
+            }
+            self.epochs.lock().unwrap().push(epoch);
+            curves.cross_entropy.push(1.0 / epoch as f64);
+            let bytes = serde_json::to_vec(&curves).unwrap();
+            checkpoints.keep(&curves.last().unwrap(), &bytes);
+        }
+        Ok(tuned(&input.options, curves))
+    }
+
+    fn rank(
+        &mut self,
+        input: &CompositionInput,
+        observer: &mut dyn Observer,
+    ) -> Result<Ranking, CompositionError> {
+        let script = self.begin();
+        self.report(observer, Phase::Features, 0)?;
+        self.play(script, Phase::Features, observer)?;
+        let sources = input.sources.iter();
+        Ok(ranking(sources.map(|it| (it.prompt.clone(), it.digest))))
     }
 
     fn self_test(&mut self) -> Result<(), CompositionError> {

@@ -3,7 +3,7 @@
 use promptweave::db::MIGRATOR;
 use promptweave::domain::api_key::Scope;
 use promptweave::domain::prompt_file::Origin;
-use promptweave::registry::lineage::MAX_NODES;
+use promptweave::registry::lineage::{MAX_NODES, Role};
 use promptweave::registry::prompt_versions::{self, NewVersion, Parent};
 use promptweave::registry::{DEFAULT_PROJECT, projects, prompts};
 use serde_json::{Value, json};
@@ -22,7 +22,11 @@ pub async fn publish(app: &TestApp, name: &str, parents: &[(Uuid, f64)]) -> Uuid
     let prompt_id = prompt.unwrap().id;
     let parents: Vec<Parent> = parents
         .iter()
-        .map(|&(version_id, weight)| Parent { version_id, weight })
+        .map(|&(version_id, weight)| Parent {
+            version_id,
+            weight,
+            role: Role::Source,
+        })
         .collect();
     let new = NewVersion {
         prompt_id,

@@ -6,6 +6,7 @@ use promptweave::db::MIGRATOR;
 use promptweave::domain::digest::Digest;
 use promptweave::domain::prompt_file::Origin;
 use promptweave::domain::tensor::{Stored, Tensor};
+use promptweave::registry::lineage::Role;
 use promptweave::registry::prompt_versions::{self, NewVersion, Parent};
 use promptweave::registry::{DEFAULT_PROJECT, RegistryError, prompts};
 use safetensors::serialize;
@@ -400,6 +401,7 @@ async fn a_composed_version_has_its_lineage_and_one_job_publishes_once(pool: PgP
     let spec = fixtures::spec(&mut conn).await;
     let job = fixtures::enqueue(&mut conn, &spec).await;
     let parents = [0.25, 0.75].map(|weight| Parent {
+        role: Role::Source,
         version_id: spec.sources[usize::from(weight > 0.5)].id,
         weight,
     });

@@ -9,8 +9,9 @@ use promptweave::domain::composition::Phase;
 use promptweave::domain::digest::Digest;
 use promptweave::domain::job::{EnsembleSpec, JobError, JobState, MAX_ATTEMPTS, Progress};
 use promptweave::domain::prompt_file::PromptFile;
+use promptweave::domain::specification::JobSpec;
 use promptweave::jobs::events;
-use promptweave::jobs::finish::{Finished, finish};
+use promptweave::jobs::finish::{Finished, NewPrompt, finish};
 use promptweave::jobs::queue::{self, Claimed, QueueError, Renewal};
 use promptweave::jobs::requests::{self, Cancellation};
 use promptweave::jobs::workers::{self, WorkerState};
@@ -51,12 +52,15 @@ async fn finish_with(
 ) -> Result<(), QueueError> {
     let composed = composition(&sources_of(spec), weights);
     let file = PromptFile::parse(&composed.composed).unwrap();
-    let finished = Finished {
+    let finished = Finished::Ensemble {
+        spec,
         result: &composed.result,
-        composed: &composed.composed,
-        metadata: file.metadata.as_ref().unwrap(),
-        file: &file,
-        output: &spec.output.parse().unwrap(),
+        composed: NewPrompt {
+            bytes: &composed.composed,
+            metadata: file.metadata.as_ref().unwrap(),
+            file: &file,
+            output: &spec.output.parse().unwrap(),
+        },
         statistics: Digest::of(&composed.statistics),
     };
     let dir = tempfile::tempdir().unwrap();
@@ -136,7 +140,7 @@ async fn a_job_goes_through_its_phases_and_its_result_is_published(
     let worker = worker(&mut db).await;
     let claimed = claim(&mut db, worker).await;
     assert_eq!((claimed.lease.job_id, claimed.attempt), (id, 1));
-    assert_eq!(claimed.spec, spec);
+    assert_eq!(claimed.spec, JobSpec::Ensemble(spec.clone()));
     nothing_to_claim(&mut db, worker).await;
 
     for (phase, done) in [

@@ -12,7 +12,7 @@ use promptweave::db::MIGRATOR;
 use promptweave::domain::composition::Phase;
 use promptweave::domain::job::{EnsembleSpec, JobError, JobState, MAX_ATTEMPTS, Progress};
 use promptweave::domain::prompt_file::PromptFile;
-use promptweave::jobs::finish::{Finished, finish};
+use promptweave::jobs::finish::{Finished, NewPrompt, finish};
 use promptweave::jobs::queue::{self, Claimed, QueueError, Renewal};
 use promptweave::jobs::requests::{self, Cancellation};
 use promptweave::registry::DEFAULT_PROJECT;
@@ -253,12 +253,15 @@ impl Run<'_> {
         let weights = [weight(n), 1.0 - weight(n)];
         let composed = composition(&sources_of(self.spec), &weights);
         let file = PromptFile::parse(&composed.composed).unwrap();
-        let finished = Finished {
+        let finished = Finished::Ensemble {
+            spec: self.spec,
             result: &composed.result,
-            composed: &composed.composed,
-            metadata: file.metadata.as_ref().unwrap(),
-            file: &file,
-            output: &self.spec.output.parse().unwrap(),
+            composed: NewPrompt {
+                bytes: &composed.composed,
+                metadata: file.metadata.as_ref().unwrap(),
+                file: &file,
+                output: &self.spec.output.parse().unwrap(),
+            },
             statistics: self.blobs.put_bytes("statistics").await.unwrap().digest,
         };
         let answer = finish(self.db, self.blobs, claimed, finished).await;

@@ -7,6 +7,7 @@ use axum::http::{Method, Request, header};
 use promptweave::db::MIGRATOR;
 use promptweave::domain::api_key::Scope;
 use promptweave::domain::job::JobError;
+use promptweave::domain::webhook::EventType;
 use promptweave::jobs::queue::{self, Claimed, QueueError};
 use promptweave::jobs::requests;
 use promptweave::registry::{DEFAULT_PROJECT, projects};
@@ -68,11 +69,7 @@ async fn a_webhook_is_registered_changed_and_deleted(pool: PgPool) {
         json!({"url": "http://8.8.8.8/", "secret": "whsec_C2FVsBQIhrscChlQIMV+b5sSYspob7oD"});
     let second = app.post("/v1/webhooks", &other).await.ok(201);
     assert_eq!(second["secret"], other["secret"]);
-    let all = [
-        "ensemble.succeeded",
-        "ensemble.failed",
-        "ensemble.cancelled",
-    ];
+    let all: Vec<_> = EventType::ALL.iter().map(|event| event.name()).collect();
     assert_eq!(second["event_types"], json!(all));
 
     let page = app.get("/v1/webhooks?page_size=1").await.ok(200);

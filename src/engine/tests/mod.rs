@@ -7,3 +7,4 @@ mod cuda;
 mod methods;
 mod sharing;
 mod solver;
+mod tune;

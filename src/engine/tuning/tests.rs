@@ -1,7 +1,7 @@
 use super::*;
 use crate::domain::dataset::{LabelledImages, Split};
 use crate::domain::precision::Precision;
-use crate::domain::tuning::{Grid, NoCheckpoints, OptimizerKind};
+use crate::domain::tuning::{Epoch, Grid, NoCheckpoints, OptimizerKind};
 use crate::engine::samples::Selection;
 use crate::engine::testing::{write_backbone, write_dataset};
 use crate::engine::vit::Compute;
@@ -90,7 +90,7 @@ impl Checkpoints for Kept {
     fn last(&mut self) -> Option<Vec<u8>> {
         self.0.clone()
     }
-    fn keep(&mut self, bytes: &[u8]) {
+    fn keep(&mut self, _: &Epoch, bytes: &[u8]) {
         self.0 = Some(bytes.to_vec());
     }
 }

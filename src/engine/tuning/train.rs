@@ -100,7 +100,8 @@ impl Training<'_> {
         let of_head: Vec<bool> = initial.iter().map(|parameter| parameter.of_head).collect();
         while !self.is_over(&state.curves) {
             self.epoch(&of_head, &mut state, progress)?;
-            checkpoints.keep(&checkpoint::write(self.key, &mut state)?);
+            let epoch = state.curves.last().expect("one is over");
+            checkpoints.keep(&epoch, &checkpoint::write(self.key, &mut state)?);
         }
         let chosen = match self.held_out.and(self.options.patience) {
             Some(_) => state.best,

@@ -1,20 +1,17 @@
 //! What can be asked of an ensemble: to stop, to be tried again, to be repeated.
 
-use axum::Json as JsonResponse;
 use axum::extract::State;
-use axum::http::{StatusCode, header};
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use uuid::Uuid;
 
 use super::answer::Ensemble;
-use super::{LOOK_AGAIN_AFTER, Order, accept, existing, not_found};
-use crate::domain::job::JobState;
+use crate::domain::job::EnsembleSpec;
 use crate::http::AppState;
 use crate::http::access::Caller;
 use crate::http::error::Problem;
 use crate::http::extract::Path;
+use crate::http::jobs::{self, Order, accept, existing};
 use crate::jobs::plan::default_output;
-use crate::jobs::requests::{self, Cancellation};
 use crate::registry::references;
 
 /// Cancel an ensemble
@@ -37,25 +34,8 @@ pub(super) async fn cancel_ensemble(
     State(state): State<AppState>,
     caller: Caller,
     Path(id): Path<Uuid>,
-) -> Result<impl IntoResponse, Problem> {
-    let mut conn = state.pool.acquire().await?;
-    let status = match requests::cancel(&mut conn, caller.project_id, id).await? {
-        None => return Err(not_found(id)),
-        Some(Cancellation::Requested) => StatusCode::ACCEPTED,
-        Some(Cancellation::Cancelled | Cancellation::AlreadyOver(JobState::Cancelled)) => {
-            StatusCode::OK
-        }
-        Some(Cancellation::AlreadyOver(state)) => {
-            let detail = format!("ensemble `{id}` has {} already", state.name());
-            return Err(Problem::conflict("ensemble_over", detail));
-        }
-    };
-    Ok((
-        status,
-        JsonResponse(Ensemble::from(
-            existing(&mut conn, caller.project_id, id).await?,
-        )),
-    ))
+) -> Result<Response, Problem> {
+    jobs::actions::cancel::<EnsembleSpec>(&state, &caller, id).await
 }
 
 /// Try an ensemble again
@@ -79,23 +59,8 @@ pub(super) async fn retry_ensemble(
     State(state): State<AppState>,
     caller: Caller,
     Path(id): Path<Uuid>,
-) -> Result<impl IntoResponse, Problem> {
-    let mut conn = state.pool.acquire().await?;
-    match requests::retry(&mut conn, caller.project_id, id).await? {
-        None => return Err(not_found(id)),
-        Some(Ok(())) => {}
-        Some(Err(JobState::Succeeded)) => {
-            let detail = format!("ensemble `{id}` has succeeded; to compute it again, replay it");
-            return Err(Problem::conflict("ensemble_over", detail));
-        }
-        Some(Err(state)) => {
-            let detail = format!("ensemble `{id}` is {}; cancel it first", state.name());
-            return Err(Problem::conflict("ensemble_not_over", detail));
-        }
-    }
-    let again = [(header::RETRY_AFTER, LOOK_AGAIN_AFTER.to_string())];
-    let ensemble = Ensemble::from(existing(&mut conn, caller.project_id, id).await?);
-    Ok((StatusCode::ACCEPTED, again, JsonResponse(ensemble)))
+) -> Result<Response, Problem> {
+    jobs::actions::retry::<EnsembleSpec>(&state, &caller, id, "replay it").await
 }
 
 /// Compute an ensemble once more, and compare the answers
@@ -121,9 +86,9 @@ pub(super) async fn replay_ensemble(
     Path(id): Path<Uuid>,
 ) -> Result<Response, Problem> {
     let mut tx = state.pool.begin().await?;
-    let job = existing(&mut tx, caller.project_id, id).await?;
+    let job = existing::<EnsembleSpec>(&mut tx, caller.project_id, id).await?;
     if let Some(from) = &job.spec.resolved_from {
-        let origin = existing(&mut tx, caller.project_id, from.ensemble).await?;
+        let origin = existing::<EnsembleSpec>(&mut tx, caller.project_id, from.ensemble).await?;
         super::outcome::check_statistics(origin.id, origin.statistics_deleted_at)?;
         references::hold(&mut tx, &state.blobs, &from.statistics).await?;
     }

@@ -1,75 +1,26 @@
 //! An ensemble as clients see it.
 
 use serde::Serialize;
-use time::OffsetDateTime;
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-use crate::domain::composition::Phase;
-use crate::domain::digest::Digest;
-use crate::domain::job::{EnsembleSpec, JobError, JobState};
+use crate::domain::job::EnsembleSpec;
+use crate::http::jobs::{JobStatus, JobUrls, Resource, path};
 use crate::jobs::Job;
 
 #[derive(Debug, Serialize, ToSchema)]
-pub(super) struct Ensemble {
-    pub id: Uuid,
-    state: JobState,
-    /// The phase in work, or the one it stopped in.
-    phase: Option<Phase>,
-    progress: Option<EnsembleProgress>,
-    /// Attempts begun, of `max_attempts`.
-    attempt: i32,
-    max_attempts: i32,
-    /// Somebody asked it to stop.
-    cancel_requested: bool,
-    priority: i32,
+pub struct Ensemble {
+    #[serde(flatten)]
+    job: JobStatus,
     /// What is computed, with every reference resolved when it was posted.
     spec: EnsembleSpec,
-    /// Equal digests mean equal answers.
-    #[schema(value_type = String, example = "sha256:…")]
-    spec_digest: Digest,
     /// Of one that repeats another.
     replay: Option<Replay>,
-    /// Of a failed job, or of the last attempt of one that waits for another.
-    error: Option<JobError>,
-    #[serde(with = "time::serde::rfc3339")]
-    created_at: OffsetDateTime,
-    #[serde(with = "time::serde::rfc3339::option")]
-    started_at: Option<OffsetDateTime>,
-    #[serde(with = "time::serde::rfc3339::option")]
-    finished_at: Option<OffsetDateTime>,
     urls: Urls,
 }
 
-/// How far the phase is.
-#[derive(Clone, Debug, PartialEq, Serialize, ToSchema)]
-pub(super) struct EnsembleProgress {
-    pub phase: Phase,
-    /// In `features`, `gradients` and `verify` an image with one prompt counts one.
-    done: u64,
-    total: u64,
-    /// Of `done` since the phase began.
-    per_second: Option<f64>,
-    /// Until this phase is done, at that speed.
-    seconds_left: Option<f64>,
-}
-
-impl EnsembleProgress {
-    pub fn of(job: &Job) -> Option<Self> {
-        let progress = job.progress?;
-        let per_second = job
-            .phase_seconds
-            .filter(|seconds| *seconds > 0.0 && progress.done > 0)
-            .map(|seconds| progress.done as f64 / seconds);
-        Some(Self {
-            phase: progress.phase,
-            done: progress.done,
-            total: progress.total,
-            per_second,
-            seconds_left: per_second
-                .map(|per_second| progress.total.saturating_sub(progress.done) as f64 / per_second),
-        })
-    }
+impl Resource for EnsembleSpec {
+    type Answer = Ensemble;
 }
 
 #[derive(Debug, Serialize, ToSchema)]
@@ -97,15 +48,10 @@ impl Replay {
 
 #[derive(Debug, Serialize, ToSchema)]
 struct Urls {
-    #[serde(rename = "self")]
-    this: String,
-    events: String,
-    cancel: String,
-    /// Another try of one that failed or was cancelled.
-    retry: String,
+    #[serde(flatten)]
+    job: JobUrls,
     /// The same once more, to compare the answers.
     replay: String,
-    result: String,
     statistics: String,
     /// The composed prompt's file, once there is one.
     composed: Option<String>,
@@ -115,43 +61,23 @@ struct Urls {
 
 impl From<Job> for Ensemble {
     fn from(job: Job) -> Self {
-        let this = path(job.id);
+        let this = path::<EnsembleSpec>(job.id);
         let composed = job.result.as_ref().and_then(|result| {
             let (prompt, version) = (result.composed.prompt.as_ref()?, result.composed.version?);
             Some(format!("/v1/prompts/{prompt}/versions/{version}/content"))
         });
         Self {
-            id: job.id,
-            state: job.state,
-            phase: job.progress.map(|progress| progress.phase),
-            progress: EnsembleProgress::of(&job),
+            job: JobStatus::from(&job),
             replay: Replay::of(&job),
-            attempt: job.attempt,
-            max_attempts: job.max_attempts,
-            cancel_requested: job.cancel_requested,
-            priority: job.priority,
             spec: job.spec,
-            spec_digest: job.spec_digest,
-            error: job.error,
-            created_at: job.created_at,
-            started_at: job.started_at,
-            finished_at: job.finished_at,
             urls: Urls {
-                events: format!("{this}/events"),
-                cancel: format!("{this}/cancel"),
-                retry: format!("{this}/retry"),
+                job: JobUrls::of::<EnsembleSpec>(job.id),
                 replay: format!("{this}/replay"),
-                result: format!("{this}/result"),
                 statistics: format!("{this}/statistics"),
                 resolve: (job.statistics_digest.is_some() && job.statistics_deleted_at.is_none())
                     .then(|| format!("{this}/resolve")),
                 composed,
-                this,
             },
         }
     }
-}
-
-pub(super) fn path(id: Uuid) -> String {
-    format!("/v1/ensembles/{id}")
 }

@@ -9,39 +9,21 @@ use futures::TryStreamExt;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::{LOOK_AGAIN_AFTER, existing};
 use crate::domain::composition::CompositionResult;
-use crate::domain::job::JobState;
+use crate::domain::job::EnsembleSpec;
 use crate::http::AppState;
 use crate::http::access::Caller;
 use crate::http::content::File;
 use crate::http::error::Problem;
 use crate::http::extract::Path;
+use crate::http::jobs::{self, existing, no_result};
 use crate::jobs::resolve::Solved;
 use crate::telemetry::chain;
 
 /// The ensemble once it succeeded; otherwise why it has no result.
 async fn succeeded(state: &AppState, caller: &Caller, id: Uuid) -> Result<Solved, Problem> {
     let job = existing(&mut *state.pool.acquire().await?, caller.project_id, id).await?;
-    let job = match Solved::try_from(job) {
-        Ok(solved) => return Ok(solved),
-        Err(job) => job,
-    };
-    Err(match job.state {
-        JobState::Failed => {
-            let reason = job.error.map(|e| format!(": {}: {}", e.code, e.detail));
-            let detail = format!("ensemble `{id}` failed{}", reason.unwrap_or_default());
-            Problem::conflict("ensemble_failed", detail)
-        }
-        JobState::Cancelled => {
-            let detail = format!("ensemble `{id}` was cancelled; post it again");
-            Problem::conflict("ensemble_cancelled", detail)
-        }
-        other => {
-            let detail = format!("ensemble `{id}` is {}; ask again", other.name());
-            Problem::conflict("ensemble_not_finished", detail).retry_after(LOOK_AGAIN_AFTER)
-        }
-    })
+    Solved::try_from(job).map_err(|job| no_result(&job))
 }
 
 /// One that succeeded, whose statistics are still there.
@@ -88,7 +70,7 @@ pub(super) async fn get_ensemble_result(
     caller: Caller,
     Path(id): Path<Uuid>,
 ) -> Result<JsonResponse<CompositionResult>, Problem> {
-    Ok(JsonResponse(succeeded(&state, &caller, id).await?.result))
+    jobs::result::<EnsembleSpec>(&state, &caller, id).await
 }
 
 /// What the numbers were computed from, as safetensors

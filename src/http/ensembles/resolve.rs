@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use super::answer::Ensemble;
 use super::outcome::with_statistics;
-use super::{Order, Output, Source, accept, check_priority, default_priority};
+use super::{Output, Source};
 use crate::domain::job::DEFAULT_PRIORITY;
 use crate::domain::objective::Objective;
 use crate::domain::reference::ResourceName;
@@ -16,6 +16,7 @@ use crate::http::AppState;
 use crate::http::access::Caller;
 use crate::http::error::Problem;
 use crate::http::extract::{Json, Path};
+use crate::http::jobs::{Order, accept, check_priority, default_priority};
 use crate::jobs::requests::Reuse;
 use crate::jobs::resolve::{ResolveRequest, pin_aliases, plan};
 use crate::registry::references;

@@ -9,11 +9,11 @@ use uuid::Uuid;
 use super::CreateEnsemble;
 use crate::domain::digest::Digest;
 use crate::domain::job::EnsembleSpec;
+use crate::domain::specification::Specification as _;
 use crate::http::AppState;
 use crate::http::access::Caller;
 use crate::http::error::Problem;
 use crate::http::extract::Json;
-use crate::jobs::ENSEMBLE;
 use crate::jobs::cost::{Cost, estimate};
 use crate::jobs::plan::plan;
 use crate::jobs::requests::{NewJob, same};
@@ -55,7 +55,6 @@ pub(super) async fn validate_ensemble(
     let new = NewJob {
         id,
         project_id: caller.project_id,
-        kind: ENSEMBLE,
         priority,
         spec: &spec,
         replay_of: None,

@@ -1,11 +1,11 @@
-//! What happened to an ensemble: as a page, or as a stream of server-sent events.
+//! What happened to a job: as a page, or as a stream of server-sent events.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
+use std::marker::PhantomData;
 use std::time::Duration;
 
 use axum::Json as JsonResponse;
-use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
@@ -14,12 +14,11 @@ use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
 
-use super::answer::EnsembleProgress;
-use super::existing;
+use super::{JobProgress, existing};
+use crate::domain::specification::Specification;
 use crate::http::AppState;
 use crate::http::access::Caller;
 use crate::http::error::Problem;
-use crate::http::extract::{Path, Query};
 use crate::jobs::events::{self, JobEvent};
 use crate::jobs::watch::Waiting;
 
@@ -31,7 +30,7 @@ const LAST_EVENT_ID: &str = "last-event-id";
 #[derive(Debug, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
-pub(super) struct EventQuery {
+pub struct EventQuery {
     /// Only events with a larger number.
     #[serde(default)]
     #[param(minimum = 0)]
@@ -39,42 +38,20 @@ pub(super) struct EventQuery {
 }
 
 #[derive(Debug, Serialize, ToSchema)]
-pub(super) struct Events {
+pub struct Events {
     /// At most 200, in order.
     items: Vec<JobEvent>,
     /// `after` of the next request.
     last_seq: i32,
 }
 
-/// What happened to an ensemble, in order
-///
-/// With `Accept: text/event-stream` as server-sent events until it is over: each has its number as `id` and
-/// its kind as `event`; between them, without `id`, come `progress` events with what `progress` of the
-/// ensemble is. A client that comes back with `Last-Event-ID` misses nothing.
-#[utoipa::path(
-    get,
-    path = "/ensembles/{id}/events",
-    tag = "ensembles",
-    security(("api_key" = ["read"])),
-    params(
-        ("id" = Uuid, Path),
-        EventQuery,
-        ("last-event-id" = Option<i32>, Header, minimum = 0,
-         description = "The last event that came, of a stream; goes before `after`"),
-    ),
-    responses(
-        (status = 200, content((Events = "application/json"), (String = "text/event-stream"))),
-        (status = 204, description = "Of a stream: it is over, and there is nothing after \
-            `Last-Event-ID`; a client need not come back"),
-        (status = 404, description = "`ensemble_not_found`"),
-    )
-)]
-pub(super) async fn list_ensemble_events(
-    State(state): State<AppState>,
-    caller: Caller,
-    Path(id): Path<Uuid>,
-    Query(EventQuery { after }): Query<EventQuery>,
-    headers: HeaderMap,
+/// What happened to a job, in order: as a page, or with `Accept: text/event-stream` as server-sent events until it is over.
+pub async fn list<S: Specification>(
+    state: AppState,
+    caller: &Caller,
+    id: Uuid,
+    EventQuery { after }: EventQuery,
+    headers: &HeaderMap,
 ) -> Result<Response, Problem> {
     let accept = headers.get(header::ACCEPT).and_then(|it| it.to_str().ok());
     let is_stream = accept.is_some_and(|accept| accept.contains("text/event-stream"));
@@ -88,10 +65,10 @@ pub(super) async fn list_ensemble_events(
         }
     }
     if is_stream {
-        return follow(state, caller.project_id, id, after).await;
+        return follow::<S>(state, caller.project_id, id, after).await;
     }
     let mut conn = state.pool.acquire().await?;
-    existing(&mut conn, caller.project_id, id).await?;
+    existing::<S>(&mut conn, caller.project_id, id).await?;
     let items = events::list(&mut conn, caller.project_id, id, after, MAX_EVENTS).await?;
     let last_seq = items.last().map_or(after, |event| event.seq);
     Ok(JsonResponse(Events { items, last_seq }).into_response())
@@ -106,13 +83,14 @@ fn number(after: i32, pointer: &str) -> Result<i32, Problem> {
     Err(Problem::field("invalid_query", pointer, detail))
 }
 
-async fn follow(
+async fn follow<S: Specification>(
     state: AppState,
     project_id: Uuid,
     id: Uuid,
     after: i32,
 ) -> Result<Response, Problem> {
-    let mut following = Following {
+    let mut following = Following::<S> {
+        of: PhantomData,
         waiting: state.watch.wait_for(id),
         state,
         project_id,
@@ -127,14 +105,15 @@ async fn follow(
     if following.next == Next::End && following.ready.is_empty() {
         return Ok(StatusCode::NO_CONTENT.into_response());
     }
-    let events = stream::unfold(following, Following::next);
+    let events = stream::unfold(following, Following::<S>::next);
     let events = Sse::new(events).keep_alive(KeepAlive::new().interval(KEEP_ALIVE));
     // Proxies that collect an answer before they pass it on are asked not to.
     Ok(([("x-accel-buffering", "no")], events).into_response())
 }
 
 /// Somebody who reads a job's events as they happen.
-struct Following {
+struct Following<S> {
+    of: PhantomData<S>,
     state: AppState,
     waiting: Waiting,
     project_id: Uuid,
@@ -142,7 +121,7 @@ struct Following {
     /// Number of the last event that was read.
     after: i32,
     /// As it was last sent.
-    progress: Option<EnsembleProgress>,
+    progress: Option<JobProgress>,
     ready: VecDeque<Event>,
     next: Next,
 }
@@ -155,7 +134,7 @@ enum Next {
     End,
 }
 
-impl Following {
+impl<S: Specification> Following<S> {
     async fn next(mut self) -> Option<(Result<Event, Infallible>, Self)> {
         loop {
             if let Some(event) = self.ready.pop_front() {
@@ -177,7 +156,7 @@ impl Following {
     async fn look(&mut self) -> Result<(), Problem> {
         let mut conn = self.state.pool.acquire().await?;
         // Before the events, so that those of a job that is over are all of them.
-        let job = existing(&mut conn, self.project_id, self.id).await?;
+        let job = existing::<S>(&mut conn, self.project_id, self.id).await?;
         let items =
             events::list(&mut conn, self.project_id, self.id, self.after, MAX_EVENTS).await?;
         self.next = match items.len() as i64 {
@@ -190,7 +169,7 @@ impl Following {
             let event = Event::default().id(item.seq.to_string()).event(&item.kind);
             self.ready.push_back(data(event, &item));
         }
-        let progress = EnsembleProgress::of(&job);
+        let progress = JobProgress::of(&job);
         if self.next == Next::Wait && progress.is_some() && progress != self.progress {
             self.ready
                 .push_back(data(Event::default().event("progress"), &progress));

@@ -1,0 +1,139 @@
+//! A tuning as a job: from files to a prompt file, its curves and what it did on images that it never saw.
+
+use std::cell::RefCell;
+use std::ops::ControlFlow;
+
+use super::EngineError;
+use super::device::{self, LIBTORCH};
+use super::samples::{Samples, Selection};
+use super::sources::check_sources;
+use super::steps::Steps;
+use super::tuning::{Course, Images, Tuning};
+use super::vit::Vit;
+use crate::domain::backbone::Backbone;
+use crate::domain::composition::{Observer, Phase, Provenance, Source};
+use crate::domain::dataset::LabelledImages;
+use crate::domain::digest::Digest;
+use crate::domain::tuning::{Checkpoints, Curves, Tuned, TunedPrompt, TuningInput, TuningResult};
+
+pub fn tune(
+    backbone: &Backbone,
+    vit: &Vit,
+    input: &TuningInput,
+    checkpoints: &mut dyn Checkpoints,
+    observer: &mut dyn Observer,
+) -> Result<Tuned, EngineError> {
+    // Told of batches while it trains, and of the evaluation behind them.
+    let steps = RefCell::new(Steps::new(observer));
+    if let Some(start) = &input.start {
+        check_sources(std::slice::from_ref(start), backbone)?;
+    }
+    let dataset = LabelledImages::read(&input.target_dir)?;
+    let selection = Selection::of_target(&input.target);
+    let preprocessing = &backbone.config.preprocessing;
+    let images = Images::load(&dataset, &selection, preprocessing)?;
+    let first = images.all.labels[0];
+    if images.all.labels.iter().all(|label| *label == first) {
+        return Err(EngineError::OneClass(dataset.classes[first].clone()));
+    }
+    // Now, so that what is wrong with these images does not show after hours.
+    let eval = match input.target.eval_split {
+        None => None,
+        Some(split) => {
+            let all = Selection {
+                split,
+                max_samples: None,
+                ..selection
+            };
+            Some(Samples::load(&dataset, &all, preprocessing)?)
+        }
+    };
+    let course = Course {
+        tuning: Tuning {
+            backbone,
+            vit,
+            train: &images.all,
+            held_out: None,
+            task: &input.task,
+            classes: &dataset.classes,
+            start: input.start.as_ref().map(|start: &Source| &start.file),
+            teachers: &[],
+            options: &input.options,
+        },
+        grid: &input.grid,
+        images: &images,
+    };
+    let mut current = None;
+    let mut done = 0;
+    let outcome = course.make(
+        checkpoints,
+        &mut |phase, at| {
+            let mut steps = steps.borrow_mut();
+            let total = course.total(phase);
+            if current != Some(phase) {
+                if steps.begin(phase).is_err() {
+                    return ControlFlow::Break(());
+                }
+                current = Some(phase);
+                // What an earlier attempt did of a tuning is done.
+                let epochs = input.options.epochs as u64;
+                done = match phase {
+                    Phase::Tune => at.epoch as u64 * (total / epochs),
+                    _ => 0,
+                };
+            }
+            done += at.samples;
+            steps.count(done, total)
+        },
+        &mut |trained| {
+            let Some(samples) = &eval else {
+                return Ok((trained.prompt_file()?, None));
+            };
+            steps.borrow_mut().begin(Phase::Verify)?;
+            Ok((trained.prompt_file()?, Some(trained.score(samples)?)))
+        },
+    )?;
+    let (file, evaluation) = outcome.made;
+    let num_held_out = match course.holds_out() {
+        true => images.held_out.len(),
+        false => 0,
+    };
+    let record = (file.metadata.as_ref())
+        .and_then(|metadata| metadata.training.clone())
+        .expect("a tuned prompt has one");
+    let distance_from_init = record["distance_from_init"].as_f64();
+    let bytes = file.to_bytes();
+    let result = TuningResult {
+        num_samples: record["num_samples"].as_u64().expect("a number") as usize,
+        distance_from_init: distance_from_init.expect("a finite number"),
+        curves: serde_json::from_value::<Curves>(record).expect("plain data"),
+        options: outcome.options,
+        candidates: outcome.candidates,
+        evaluation,
+        num_classes: dataset.classes.len(),
+        num_held_out,
+        skipped_images: images.all.skipped,
+        tuned: TunedPrompt {
+            prompt: None,
+            version: None,
+            digest: Digest::of(&bytes),
+        },
+        provenance: Provenance {
+            backbone_digest: backbone.digest,
+            preprocessing_id: preprocessing.id(),
+            sample_digest: images.all.digest,
+            seed: input.options.seed,
+            device: device::name_of(vit.device),
+            num_threads: tch::get_num_threads() as usize,
+            precision: vit.compute.precision,
+            libtorch: LIBTORCH.to_owned(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            resolved_from: None,
+        },
+        timings: steps.into_inner().finish(),
+    };
+    Ok(Tuned {
+        result,
+        file: bytes,
+    })
+}

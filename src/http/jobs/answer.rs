@@ -1,0 +1,117 @@
+//! What clients see of a job whatever its kind.
+
+use serde::Serialize;
+use time::OffsetDateTime;
+use utoipa::ToSchema;
+use uuid::Uuid;
+
+use crate::domain::composition::Phase;
+use crate::domain::digest::Digest;
+use crate::domain::job::{JobError, JobState};
+use crate::domain::specification::Specification;
+use crate::jobs::Job;
+
+#[derive(Debug, Serialize, ToSchema)]
+pub struct JobStatus {
+    id: Uuid,
+    state: JobState,
+    /// The phase in work, or the one it stopped in.
+    phase: Option<Phase>,
+    progress: Option<JobProgress>,
+    /// Attempts begun, of `max_attempts`.
+    attempt: i32,
+    max_attempts: i32,
+    /// Somebody asked it to stop.
+    cancel_requested: bool,
+    priority: i32,
+    /// Equal digests mean equal answers.
+    #[schema(value_type = String, example = "sha256:…")]
+    spec_digest: Digest,
+    /// Of a failed job, or of the last attempt of one that waits for another.
+    error: Option<JobError>,
+    #[serde(with = "time::serde::rfc3339")]
+    created_at: OffsetDateTime,
+    #[serde(with = "time::serde::rfc3339::option")]
+    started_at: Option<OffsetDateTime>,
+    #[serde(with = "time::serde::rfc3339::option")]
+    finished_at: Option<OffsetDateTime>,
+}
+
+impl<S: Specification> From<&Job<S>> for JobStatus {
+    fn from(job: &Job<S>) -> Self {
+        Self {
+            id: job.id,
+            state: job.state,
+            phase: job.progress.map(|progress| progress.phase),
+            progress: JobProgress::of(job),
+            attempt: job.attempt,
+            max_attempts: job.max_attempts,
+            cancel_requested: job.cancel_requested,
+            priority: job.priority,
+            spec_digest: job.spec_digest,
+            error: job.error.clone(),
+            created_at: job.created_at,
+            started_at: job.started_at,
+            finished_at: job.finished_at,
+        }
+    }
+}
+
+/// How far the phase is.
+#[derive(Clone, Debug, PartialEq, Serialize, ToSchema)]
+pub struct JobProgress {
+    phase: Phase,
+    /// In `features`, `gradients`, `verify`, `select` and `tune` an image with one prompt counts one.
+    done: u64,
+    total: u64,
+    /// Of `done` since the phase began.
+    per_second: Option<f64>,
+    /// Until this phase is done, at that speed.
+    seconds_left: Option<f64>,
+}
+
+impl JobProgress {
+    pub fn of<S: Specification>(job: &Job<S>) -> Option<Self> {
+        let progress = job.progress?;
+        let per_second = job
+            .phase_seconds
+            .filter(|seconds| *seconds > 0.0 && progress.done > 0)
+            .map(|seconds| progress.done as f64 / seconds);
+        Some(Self {
+            phase: progress.phase,
+            done: progress.done,
+            total: progress.total,
+            per_second,
+            seconds_left: per_second
+                .map(|per_second| progress.total.saturating_sub(progress.done) as f64 / per_second),
+        })
+    }
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+pub struct JobUrls {
+    #[serde(rename = "self")]
+    this: String,
+    events: String,
+    cancel: String,
+    /// Another try of one that failed or was cancelled.
+    retry: String,
+    result: String,
+}
+
+impl JobUrls {
+    pub fn of<S: Specification>(id: Uuid) -> Self {
+        let this = path::<S>(id);
+        Self {
+            events: format!("{this}/events"),
+            cancel: format!("{this}/cancel"),
+            retry: format!("{this}/retry"),
+            result: format!("{this}/result"),
+            this,
+        }
+    }
+}
+
+pub fn path<S: Specification>(id: Uuid) -> String {
+    format!("/v1/{}s/{id}", S::KIND)
+}

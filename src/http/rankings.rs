@@ -1,0 +1,273 @@
+//! `/v1/rankings`: jobs that score prompts for a target, and make none.
+
+use axum::Json as JsonResponse;
+use axum::extract::State;
+use axum::http::HeaderMap;
+use axum::response::Response;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+use uuid::Uuid;
+
+use super::AppState;
+use super::access::Caller;
+use super::ensembles::{Source, Target};
+use super::error::Problem;
+use super::extract::{Json, Path, Query};
+use super::jobs::actions::FORCE;
+use super::jobs::events::{EventQuery, Events};
+use super::jobs::{
+    self, JobStatus, JobUrls, Order, Resource, WaitQuery, accept, check_priority, default_priority,
+};
+use super::page::{Page, PageQuery};
+use crate::domain::ranking::{Ranking, RankingObjective};
+use crate::domain::reference::ResourceName;
+use crate::domain::specification::RankingSpec;
+use crate::jobs::Job;
+use crate::jobs::plan_ranking::{RankingRequest, plan};
+use crate::jobs::requests::Reuse;
+
+pub fn router() -> OpenApiRouter<AppState> {
+    OpenApiRouter::new()
+        .routes(routes!(create_ranking, list_rankings))
+        .routes(routes!(get_ranking))
+        .routes(routes!(get_ranking_result))
+        .routes(routes!(list_ranking_events))
+        .routes(routes!(cancel_ranking))
+        .routes(routes!(retry_ranking))
+}
+
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct CreateRanking {
+    /// Without an `eval_split`.
+    target: Target,
+    /// The prompts to score, each once; all of one shape and made for one backbone.
+    #[schema(min_items = 1, max_items = 64)]
+    sources: Vec<Source>,
+    /// May be left out where only one registered backbone fits the sources.
+    #[schema(value_type = Option<String>, example = "vit-s14")]
+    backbone: Option<ResourceName>,
+    #[serde(default)]
+    objective: RankingObjective,
+    /// Jobs with a smaller number go first; 100 by default.
+    #[serde(default = "default_priority")]
+    #[schema(minimum = 0, maximum = 1000, default = 100)]
+    priority: i32,
+    /// Rank also where a ranking of the same `spec_digest` is under way or has a result.
+    #[serde(default)]
+    force: bool,
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+pub struct RankingJob {
+    #[serde(flatten)]
+    job: JobStatus,
+    /// What is ranked, with every reference resolved when it was posted.
+    spec: RankingSpec,
+    urls: JobUrls,
+}
+
+impl Resource for RankingSpec {
+    type Answer = RankingJob;
+}
+
+impl From<Job<RankingSpec>> for RankingJob {
+    fn from(job: Job<RankingSpec>) -> Self {
+        Self {
+            job: JobStatus::from(&job),
+            urls: JobUrls::of::<RankingSpec>(job.id),
+            spec: job.spec,
+        }
+    }
+}
+
+/// Score prompts for a target by every transferability metric
+///
+/// H-score (plain and adjusted), LogME, LEEP, NCE, OTCE, and the similarities of SPoT and PANDA to a prompt that is tuned on
+/// the target for a few epochs: one table, higher is better. Nothing is weighed, composed or published. Where a ranking of
+/// the same `spec_digest` waits, runs or has succeeded, the answer is that one, unless `force` is set.
+#[utoipa::path(
+    post,
+    path = "/rankings",
+    tag = "rankings",
+    security(("api_key" = ["run"])),
+    request_body = CreateRanking,
+    responses(
+        (status = 200, description = "It was computed before", body = RankingJob,
+         headers(("location" = String))),
+        (status = 202, body = RankingJob, headers(("location" = String), ("retry-after" = u32))),
+        (status = 422, description = "`unknown_dataset`, `unknown_split`, `empty_target`, `one_class`, \
+            `nothing_to_evaluate`, `invalid_max_samples`, `no_sources`, `too_many_sources`, `unknown_prompt`, `same_source`, \
+            `deep_prompt_not_composable`, `width_mismatch`, `length_mismatch`, `unknown_backbone`, `backbone_required`, \
+            `backbone_ambiguous`, `backbone_mismatch`, `preprocessing_mismatch`, `invalid_objective`, \
+            `too_large` (features above 4 GiB), `invalid_priority`"),
+        (status = 429, description = "`queue_full`: as many jobs wait as the operator lets",
+         headers(("retry-after" = u32))),
+    )
+)]
+async fn create_ranking(
+    State(state): State<AppState>,
+    caller: Caller,
+    Json(body): Json<CreateRanking>,
+) -> Result<Response, Problem> {
+    check_priority(body.priority)?;
+    let (dataset, samples) = body.target.samples();
+    let request = RankingRequest {
+        dataset,
+        samples,
+        sources: body.sources.into_iter().map(|it| it.prompt).collect(),
+        backbone: body.backbone,
+        objective: body.objective,
+    };
+    let mut conn = state.pool.acquire().await?;
+    let spec = plan(&mut conn, caller.project_id, &request).await?;
+    let order = Order {
+        id: state.clock.new_id(),
+        priority: body.priority,
+        spec: &spec,
+        replay_of: None,
+        reuse: (!body.force).then_some(Reuse { output: None }),
+    };
+    accept(&state, &mut conn, caller.project_id, order).await
+}
+
+/// List rankings, the newest first
+#[utoipa::path(
+    get,
+    path = "/rankings",
+    tag = "rankings",
+    security(("api_key" = ["read"])),
+    params(PageQuery),
+    responses((status = 200, body = Page<RankingJob>))
+)]
+async fn list_rankings(
+    State(state): State<AppState>,
+    caller: Caller,
+    Query(query): Query<PageQuery>,
+) -> Result<JsonResponse<Page<RankingJob>>, Problem> {
+    jobs::list::<RankingSpec>(&state, &caller, &query).await
+}
+
+/// A ranking's state and progress
+///
+/// `Retry-After` is there as long as another look makes sense; with `wait` that look takes no polling.
+#[utoipa::path(
+    get,
+    path = "/rankings/{id}",
+    tag = "rankings",
+    security(("api_key" = ["read"])),
+    params(("id" = Uuid, Path), WaitQuery),
+    responses(
+        (status = 200, body = RankingJob),
+        (status = 404, description = "`ranking_not_found`"),
+    )
+)]
+async fn get_ranking(
+    State(state): State<AppState>,
+    caller: Caller,
+    Path(id): Path<Uuid>,
+    Query(wait): Query<WaitQuery>,
+) -> Result<Response, Problem> {
+    jobs::get::<RankingSpec>(&state, &caller, id, wait).await
+}
+
+/// The table: a row a source, in the order of the request
+#[utoipa::path(
+    get,
+    path = "/rankings/{id}/result",
+    tag = "rankings",
+    security(("api_key" = ["read"])),
+    params(("id" = Uuid, Path)),
+    responses(
+        (status = 200, body = Ranking),
+        (status = 404, description = "`ranking_not_found`"),
+        (status = 409, description = "`ranking_not_finished`, `ranking_failed`, `ranking_cancelled`"),
+    )
+)]
+async fn get_ranking_result(
+    State(state): State<AppState>,
+    caller: Caller,
+    Path(id): Path<Uuid>,
+) -> Result<JsonResponse<Ranking>, Problem> {
+    jobs::result::<RankingSpec>(&state, &caller, id).await
+}
+
+/// What happened to a ranking, in order
+///
+/// As of ensembles, as a page or as server-sent events.
+#[utoipa::path(
+    get,
+    path = "/rankings/{id}/events",
+    tag = "rankings",
+    security(("api_key" = ["read"])),
+    params(
+        ("id" = Uuid, Path),
+        EventQuery,
+        ("last-event-id" = Option<i32>, Header, minimum = 0,
+         description = "The last event that came, of a stream; goes before `after`"),
+    ),
+    responses(
+        (status = 200, content((Events = "application/json"), (String = "text/event-stream"))),
+        (status = 204, description = "Of a stream: it is over, and there is nothing after \
+            `Last-Event-ID`; a client need not come back"),
+        (status = 404, description = "`ranking_not_found`"),
+    )
+)]
+async fn list_ranking_events(
+    State(state): State<AppState>,
+    caller: Caller,
+    Path(id): Path<Uuid>,
+    Query(query): Query<EventQuery>,
+    headers: HeaderMap,
+) -> Result<Response, Problem> {
+    jobs::events::list::<RankingSpec>(state, &caller, id, query, &headers).await
+}
+
+/// Cancel a ranking
+///
+/// One that waits is cancelled at once; one that runs stops at its next step.
+#[utoipa::path(
+    post,
+    path = "/rankings/{id}/cancel",
+    tag = "rankings",
+    security(("api_key" = ["run"])),
+    params(("id" = Uuid, Path)),
+    responses(
+        (status = 200, description = "It is cancelled", body = RankingJob),
+        (status = 202, description = "It was asked to stop", body = RankingJob),
+        (status = 404, description = "`ranking_not_found`"),
+        (status = 409, description = "`ranking_over`: it has succeeded or failed"),
+    )
+)]
+async fn cancel_ranking(
+    State(state): State<AppState>,
+    caller: Caller,
+    Path(id): Path<Uuid>,
+) -> Result<Response, Problem> {
+    jobs::actions::cancel::<RankingSpec>(&state, &caller, id).await
+}
+
+/// Try a ranking again
+///
+/// One that failed or was cancelled goes back into the queue as it was posted.
+#[utoipa::path(
+    post,
+    path = "/rankings/{id}/retry",
+    tag = "rankings",
+    security(("api_key" = ["run"])),
+    params(("id" = Uuid, Path)),
+    responses(
+        (status = 202, body = RankingJob, headers(("retry-after" = u32))),
+        (status = 404, description = "`ranking_not_found`"),
+        (status = 409, description = "`ranking_not_over` (it waits or runs), `ranking_over` (it has succeeded)"),
+    )
+)]
+async fn retry_ranking(
+    State(state): State<AppState>,
+    caller: Caller,
+    Path(id): Path<Uuid>,
+) -> Result<Response, Problem> {
+    jobs::actions::retry::<RankingSpec>(&state, &caller, id, FORCE).await
+}

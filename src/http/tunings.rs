@@ -1,0 +1,299 @@
+//! `/v1/tunings`: jobs that train a prompt and its head for a target, and publish them.
+
+use axum::Json as JsonResponse;
+use axum::extract::State;
+use axum::http::HeaderMap;
+use axum::response::Response;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+use uuid::Uuid;
+
+use super::AppState;
+use super::access::Caller;
+use super::ensembles::{Output, Source, Target};
+use super::error::Problem;
+use super::extract::{Json, Path, Query};
+use super::jobs::actions::FORCE;
+use super::jobs::events::{EventQuery, Events};
+use super::jobs::{
+    self, JobStatus, JobUrls, Order, Resource, WaitQuery, accept, check_priority, default_priority,
+};
+use super::page::{Page, PageQuery};
+use crate::domain::reference::ResourceName;
+use crate::domain::specification::TuningSpec;
+use crate::domain::tuning::{Grid, TuningOptions, TuningResult};
+use crate::jobs::Job;
+use crate::jobs::plan_tuning::{TuningRequest, plan};
+use crate::jobs::requests::Reuse;
+
+pub fn router() -> OpenApiRouter<AppState> {
+    OpenApiRouter::new()
+        .routes(routes!(create_tuning, list_tunings))
+        .routes(routes!(get_tuning))
+        .routes(routes!(get_tuning_result))
+        .routes(routes!(list_tuning_events))
+        .routes(routes!(cancel_tuning))
+        .routes(routes!(retry_tuning))
+}
+
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct CreateTuning {
+    target: Target,
+    /// The prompt to begin with, a composed one say, and with its head where it is one of these classes; by default the
+    /// initial prompt of `options.init_seed`. Its head is left out where something is chosen by images that are held out,
+    /// which it may know.
+    start: Option<Source>,
+    /// May be left out where only one registered backbone is that of `start`.
+    #[schema(value_type = Option<String>, example = "vit-s14")]
+    backbone: Option<ResourceName>,
+    /// Of a tuning with a `start`, `num_tokens` and `init_seed` are those of the start.
+    #[serde(default)]
+    options: TuningOptions,
+    /// Learning rates and weight decays that are tried on images held out (those of the split `val`, or every fifth); the
+    /// best pair then tunes on all images. At most 64 pairs.
+    #[serde(default)]
+    grid: Grid,
+    #[serde(default)]
+    output: Output,
+    /// Jobs with a smaller number go first; 100 by default.
+    #[serde(default = "default_priority")]
+    #[schema(minimum = 0, maximum = 1000, default = 100)]
+    priority: i32,
+    /// Tune also where a tuning of the same `spec_digest` is under way or has a result.
+    #[serde(default)]
+    force: bool,
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+pub struct TuningJob {
+    #[serde(flatten)]
+    job: JobStatus,
+    /// What is tuned, with every reference resolved when it was posted.
+    spec: TuningSpec,
+    urls: TuningUrls,
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+struct TuningUrls {
+    #[serde(flatten)]
+    job: JobUrls,
+    /// The tuned prompt's file, once there is one.
+    tuned: Option<String>,
+}
+
+impl Resource for TuningSpec {
+    type Answer = TuningJob;
+}
+
+impl From<Job<TuningSpec>> for TuningJob {
+    fn from(job: Job<TuningSpec>) -> Self {
+        let tuned = job.result.as_ref().and_then(|result| {
+            let (prompt, version) = (result.tuned.prompt.as_ref()?, result.tuned.version?);
+            Some(format!("/v1/prompts/{prompt}/versions/{version}/content"))
+        });
+        Self {
+            job: JobStatus::from(&job),
+            urls: TuningUrls {
+                job: JobUrls::of::<TuningSpec>(job.id),
+                tuned,
+            },
+            spec: job.spec,
+        }
+    }
+}
+
+/// Train a prompt and a head for a target
+///
+/// VPT-shallow on the frozen backbone. Everything is resolved and checked here; the work is a job that a worker takes,
+/// which keeps a checkpoint after every epoch: another attempt goes on from there. Where a tuning of the same `spec_digest`
+/// waits, runs or has succeeded (and is published under `output.name`, if one is asked for), the answer is that one, unless
+/// `force` is set.
+#[utoipa::path(
+    post,
+    path = "/tunings",
+    tag = "tunings",
+    security(("api_key" = ["run"])),
+    request_body = CreateTuning,
+    responses(
+        (status = 200, description = "It was computed before", body = TuningJob,
+         headers(("location" = String))),
+        (status = 202, body = TuningJob, headers(("location" = String), ("retry-after" = u32))),
+        (status = 422, description = "`invalid_options`, `reserved_name`, `unknown_dataset`, `unknown_split`, \
+            `empty_target`, `one_class`, `empty_split`, `same_split`, `invalid_max_samples`, `too_few_images` (to hold \
+            some out), `unknown_prompt`, `deep_start`, `width_mismatch`, `unknown_backbone`, `backbone_required`, \
+            `backbone_ambiguous`, `backbone_mismatch`, `preprocessing_mismatch`, `invalid_priority`"),
+        (status = 429, description = "`queue_full`: as many jobs wait as the operator lets",
+         headers(("retry-after" = u32))),
+    )
+)]
+async fn create_tuning(
+    State(state): State<AppState>,
+    caller: Caller,
+    Json(body): Json<CreateTuning>,
+) -> Result<Response, Problem> {
+    check_priority(body.priority)?;
+    let (dataset, samples) = body.target.samples();
+    let request = TuningRequest {
+        dataset,
+        samples,
+        start: body.start.map(|start| start.prompt),
+        backbone: body.backbone,
+        options: body.options,
+        grid: body.grid,
+        output: body.output.name,
+    };
+    let id = state.clock.new_id();
+    let mut conn = state.pool.acquire().await?;
+    let spec = plan(&mut conn, caller.project_id, id, &request).await?;
+    let output = request.output.as_ref().map(ResourceName::as_str);
+    let order = Order {
+        id,
+        priority: body.priority,
+        spec: &spec,
+        replay_of: None,
+        reuse: (!body.force).then_some(Reuse { output }),
+    };
+    accept(&state, &mut conn, caller.project_id, order).await
+}
+
+/// List tunings, the newest first
+#[utoipa::path(
+    get,
+    path = "/tunings",
+    tag = "tunings",
+    security(("api_key" = ["read"])),
+    params(PageQuery),
+    responses((status = 200, body = Page<TuningJob>))
+)]
+async fn list_tunings(
+    State(state): State<AppState>,
+    caller: Caller,
+    Query(query): Query<PageQuery>,
+) -> Result<JsonResponse<Page<TuningJob>>, Problem> {
+    jobs::list::<TuningSpec>(&state, &caller, &query).await
+}
+
+/// A tuning's state and progress
+///
+/// `Retry-After` is there as long as another look makes sense; with `wait` that look takes no polling.
+#[utoipa::path(
+    get,
+    path = "/tunings/{id}",
+    tag = "tunings",
+    security(("api_key" = ["read"])),
+    params(("id" = Uuid, Path), WaitQuery),
+    responses(
+        (status = 200, body = TuningJob),
+        (status = 404, description = "`tuning_not_found`"),
+    )
+)]
+async fn get_tuning(
+    State(state): State<AppState>,
+    caller: Caller,
+    Path(id): Path<Uuid>,
+    Query(wait): Query<WaitQuery>,
+) -> Result<Response, Problem> {
+    jobs::get::<TuningSpec>(&state, &caller, id, wait).await
+}
+
+/// The loss of every epoch, what was chosen, and what the prompt does on `eval_split`
+#[utoipa::path(
+    get,
+    path = "/tunings/{id}/result",
+    tag = "tunings",
+    security(("api_key" = ["read"])),
+    params(("id" = Uuid, Path)),
+    responses(
+        (status = 200, body = TuningResult),
+        (status = 404, description = "`tuning_not_found`"),
+        (status = 409, description = "`tuning_not_finished`, `tuning_failed`, `tuning_cancelled`"),
+    )
+)]
+async fn get_tuning_result(
+    State(state): State<AppState>,
+    caller: Caller,
+    Path(id): Path<Uuid>,
+) -> Result<JsonResponse<TuningResult>, Problem> {
+    jobs::result::<TuningSpec>(&state, &caller, id).await
+}
+
+/// What happened to a tuning, in order
+///
+/// As of ensembles, as a page or as server-sent events; `epoch` events have the losses of an epoch, each epoch once.
+#[utoipa::path(
+    get,
+    path = "/tunings/{id}/events",
+    tag = "tunings",
+    security(("api_key" = ["read"])),
+    params(
+        ("id" = Uuid, Path),
+        EventQuery,
+        ("last-event-id" = Option<i32>, Header, minimum = 0,
+         description = "The last event that came, of a stream; goes before `after`"),
+    ),
+    responses(
+        (status = 200, content((Events = "application/json"), (String = "text/event-stream"))),
+        (status = 204, description = "Of a stream: it is over, and there is nothing after \
+            `Last-Event-ID`; a client need not come back"),
+        (status = 404, description = "`tuning_not_found`"),
+    )
+)]
+async fn list_tuning_events(
+    State(state): State<AppState>,
+    caller: Caller,
+    Path(id): Path<Uuid>,
+    Query(query): Query<EventQuery>,
+    headers: HeaderMap,
+) -> Result<Response, Problem> {
+    jobs::events::list::<TuningSpec>(state, &caller, id, query, &headers).await
+}
+
+/// Cancel a tuning
+///
+/// One that waits is cancelled at once; one that runs stops at its next step.
+#[utoipa::path(
+    post,
+    path = "/tunings/{id}/cancel",
+    tag = "tunings",
+    security(("api_key" = ["run"])),
+    params(("id" = Uuid, Path)),
+    responses(
+        (status = 200, description = "It is cancelled", body = TuningJob),
+        (status = 202, description = "It was asked to stop", body = TuningJob),
+        (status = 404, description = "`tuning_not_found`"),
+        (status = 409, description = "`tuning_over`: it has succeeded or failed"),
+    )
+)]
+async fn cancel_tuning(
+    State(state): State<AppState>,
+    caller: Caller,
+    Path(id): Path<Uuid>,
+) -> Result<Response, Problem> {
+    jobs::actions::cancel::<TuningSpec>(&state, &caller, id).await
+}
+
+/// Try a tuning again
+///
+/// One that failed or was cancelled goes back into the queue as it was posted, and begins anew.
+#[utoipa::path(
+    post,
+    path = "/tunings/{id}/retry",
+    tag = "tunings",
+    security(("api_key" = ["run"])),
+    params(("id" = Uuid, Path)),
+    responses(
+        (status = 202, body = TuningJob, headers(("retry-after" = u32))),
+        (status = 404, description = "`tuning_not_found`"),
+        (status = 409, description = "`tuning_not_over` (it waits or runs), `tuning_over` (it has succeeded)"),
+    )
+)]
+async fn retry_tuning(
+    State(state): State<AppState>,
+    caller: Caller,
+    Path(id): Path<Uuid>,
+) -> Result<Response, Problem> {
+    jobs::actions::retry::<TuningSpec>(&state, &caller, id, FORCE).await
+}

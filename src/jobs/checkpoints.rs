@@ -1,0 +1,71 @@
+//! How far a tuning is: a file in the blob store for each tuning of the job, named in a row under the job's lease, so
+//! that the next attempt finds it on whatever machine.
+
+use serde_json::json;
+use sqlx::{Connection, PgConnection};
+use uuid::Uuid;
+
+use super::events::{record, tell};
+use super::leaving::Held;
+use super::queue::{Lease, QueueError};
+use super::read_digest;
+use crate::blobs::BlobStore;
+use crate::db::DbError;
+use crate::domain::digest::Digest;
+use crate::domain::tuning::Epoch;
+use crate::registry::references;
+
+/// The file of the last one.
+pub async fn last(
+    conn: &mut PgConnection,
+    job_id: Uuid,
+    name: &str,
+) -> Result<Option<Digest>, DbError> {
+    let digest = sqlx::query_scalar!(
+        "SELECT digest FROM job_checkpoint WHERE job_id = $1 AND name = $2",
+        job_id,
+        name,
+    )
+    .fetch_optional(conn)
+    .await?;
+    digest
+        .map(|bytes| read_digest("digest", &bytes))
+        .transpose()
+}
+
+/// Puts `file` in the place of the one before, if there is one, and tells of the `epochs` that were not told of: an epoch
+/// whose checkpoint is there was told of, and is told of once.
+pub async fn keep(
+    conn: &mut PgConnection,
+    blobs: &BlobStore,
+    lease: Lease,
+    name: &str,
+    file: Option<&Digest>,
+    epochs: &[Epoch],
+) -> Result<(), QueueError> {
+    let mut tx = conn.begin().await?;
+    if let Some(file) = file {
+        // Before the job's row is held, which others wait for: a blob store may take its time.
+        references::hold(&mut tx, blobs, file).await?;
+    }
+    Held::lock(&mut tx, lease).await?;
+    if let Some(file) = file {
+        sqlx::query!(
+            r#"
+            INSERT INTO job_checkpoint (job_id, name, digest) VALUES ($1, $2, $3)
+            ON CONFLICT ON CONSTRAINT job_checkpoint_pkey DO UPDATE SET digest = excluded.digest
+            "#,
+            lease.job_id,
+            name,
+            file.as_bytes(),
+        )
+        .execute(&mut *tx)
+        .await?;
+    }
+    for epoch in epochs {
+        record(&mut tx, lease.job_id, "epoch", json!(epoch)).await?;
+    }
+    tx.commit().await?;
+    tell(conn, lease.job_id, false).await;
+    Ok(())
+}

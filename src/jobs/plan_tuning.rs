@@ -1,0 +1,147 @@
+//! From a request for a tuning to its specification.
+
+use sqlx::PgConnection;
+use uuid::Uuid;
+
+use super::plan::{
+    PlanError, Refusal, backbone, backbone_spec, check_fits, check_output, output_name, refuse,
+    source_spec, target, target_spec,
+};
+use crate::domain::composition::TargetSamples;
+use crate::domain::dataset::Split;
+use crate::domain::reference::{Reference, ResourceName};
+use crate::domain::specification::TuningSpec;
+use crate::domain::tuning::{Grid, InvalidTuning, TuningOptions};
+use crate::registry::datasets::DatasetVersion;
+use crate::registry::prompt_versions::{self, Depth, PromptVersion};
+
+const START: &str = "/start/prompt";
+
+/// What was asked for, in names.
+#[derive(Clone, Debug)]
+pub struct TuningRequest {
+    pub dataset: Reference,
+    pub samples: TargetSamples,
+    pub start: Option<Reference>,
+    /// May be left out where only one backbone fits the start.
+    pub backbone: Option<ResourceName>,
+    pub options: TuningOptions,
+    pub grid: Grid,
+    /// `<dataset>-<short id of the job>` by default.
+    pub output: Option<ResourceName>,
+}
+
+/// Resolves and checks a project's request for the job `job_id`.
+pub async fn plan(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    job_id: Uuid,
+    request: &TuningRequest,
+) -> Result<TuningSpec, PlanError> {
+    let invalid = |place: &'static str| {
+        move |invalid: InvalidTuning| {
+            PlanError::Refused(Refusal {
+                code: "invalid_options",
+                pointer: format!("/{place}/{}", invalid.field),
+                detail: invalid.to_string(),
+            })
+        }
+    };
+    request.options.check().map_err(invalid("options"))?;
+    check_method(&request.options)?;
+    request.grid.check().map_err(invalid("grid"))?;
+    check_output(request.output.as_ref())?;
+    let target = target(conn, project_id, &request.dataset, &request.samples).await?;
+    check_held_out(request, &target)?;
+    let start = match &request.start {
+        Some(reference) => Some(start(conn, project_id, reference).await?),
+        None => None,
+    };
+    let name = request.backbone.as_ref();
+    let backbone = backbone(conn, project_id, name, start.as_slice()).await?;
+    let mut options = request.options.clone();
+    if let Some(start) = &start {
+        check_fits(start, &backbone, START)?;
+        // Those of the prompt that it begins with are what they are.
+        options.num_tokens = start.num_tokens as usize;
+        options.init_seed = start.init_seed.unwrap_or_default();
+    }
+    Ok(TuningSpec {
+        start: start.as_ref().map(source_spec),
+        backbone: backbone_spec(backbone),
+        options,
+        grid: request.grid.clone(),
+        output: output_name(request.output.as_ref(), &target, job_id),
+        target: target_spec(&target, &request.samples),
+    })
+}
+
+/// A job publishes a prompt, and has no teachers.
+fn check_method(options: &TuningOptions) -> Result<(), PlanError> {
+    if !options.method.makes_prompt() {
+        let detail = format!(
+            "`{}` makes no prompt; give `vpt-shallow` or `vpt-deep`, or run `promptweave tune`",
+            options.method
+        );
+        return refuse("invalid_options", "/options/method", detail);
+    }
+    if options.distillation_weight != 0.0 {
+        let detail = "weighs teachers, and a job has none; run `promptweave tune --teacher`";
+        return refuse("invalid_options", "/options/distillation_weight", detail);
+    }
+    Ok(())
+}
+
+async fn start(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    reference: &Reference,
+) -> Result<PromptVersion, PlanError> {
+    let Some(start) = prompt_versions::resolve(conn, project_id, reference).await? else {
+        let detail = format!("there is no prompt version `{reference}`");
+        return refuse("unknown_prompt", START, detail);
+    };
+    if start.depth == Depth::Deep {
+        let detail = format!("`{reference}` is a deep prompt; a tuning begins with a shallow one");
+        return refuse("deep_start", START, detail);
+    }
+    Ok(start)
+}
+
+/// Where something is chosen by images that are held out, there must be some: those of the split `val`, or every fifth.
+fn check_held_out(request: &TuningRequest, target: &DatasetVersion) -> Result<(), PlanError> {
+    let TuningRequest {
+        samples,
+        options,
+        grid,
+        ..
+    } = request;
+    if grid.pairs(options).len() == 1 && options.patience.is_none() {
+        return Ok(());
+    }
+    let images = |split| {
+        target
+            .class_counts
+            .get(&split)
+            .map_or(0, |of| of.iter().sum::<u64>())
+    };
+    if images(Split::Val) > 0 && samples.split != Split::Val {
+        if samples.eval_split == Some(Split::Val) {
+            let detail = "is the split that something is chosen by; evaluate on another";
+            return refuse("same_split", "/target/eval_split", detail);
+        }
+        return Ok(());
+    }
+    let classes = target.class_counts[&samples.split].iter();
+    let classes = classes.filter(|count| **count > 0).count() as u64;
+    let there = images(samples.split).min(samples.max_samples as u64);
+    if there >= 2 * classes {
+        return Ok(());
+    }
+    let detail = format!(
+        "{there} images of {classes} classes are too few to hold some out, which `grid` and `patience` choose by; \
+         {} are the fewest",
+        2 * classes
+    );
+    refuse("too_few_images", "/target/max_samples", detail)
+}

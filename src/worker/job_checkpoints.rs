@@ -1,0 +1,91 @@
+//! The checkpoints of the job that this worker has, as its engine sees them. Lives on the engine's thread, which may wait.
+
+use bytes::Bytes;
+use sqlx::PgPool;
+use tokio::runtime::Handle;
+
+use super::composer_thread::{Stop, StopReason};
+use crate::blobs::BlobStore;
+use crate::domain::tuning::{Checkpoints, Epoch};
+use crate::jobs::checkpoints;
+use crate::jobs::queue::{Lease, QueueError};
+use crate::registry::RegistryError;
+use crate::telemetry::chain;
+
+#[derive(Clone)]
+pub struct JobCheckpoints {
+    pub runtime: Handle,
+    pub pool: PgPool,
+    pub blobs: BlobStore,
+    pub lease: Lease,
+    pub stop: Stop,
+    /// Of the tuning, among those of the job.
+    pub name: String,
+    /// Epochs that nobody was told of yet.
+    pub untold: Vec<Epoch>,
+}
+
+impl Checkpoints for JobCheckpoints {
+    /// None also where the one that there is cannot be had: the tuning begins anew then.
+    fn last(&mut self) -> Option<Vec<u8>> {
+        let read = async {
+            let mut conn = self.pool.acquire().await.map_err(RegistryError::from)?;
+            let there = checkpoints::last(&mut conn, self.lease.job_id, &self.name).await?;
+            let Some(file) = there else {
+                return Ok(None);
+            };
+            Ok(Some(self.blobs.get_bytes(&file).await?.into()))
+        };
+        let read: Result<_, RegistryError> = self.runtime.block_on(read);
+        read.unwrap_or_else(|error| {
+            let error = chain(&error);
+            tracing::warn!(job.id = %self.lease.job_id, error, "a checkpoint was not read");
+            None
+        })
+    }
+
+    fn keep(&mut self, epoch: &Epoch, bytes: &[u8]) {
+        // The pairs of a grid are told of at the end, as the candidates that they were.
+        if !self.name.starts_with(PAIR) {
+            self.untold.push(*epoch);
+        }
+        let write = async {
+            let stored = self.blobs.put_bytes(Bytes::copy_from_slice(bytes)).await;
+            let file = match &stored {
+                Ok(stored) => Some(&stored.digest),
+                Err(error) => {
+                    let error = chain(error);
+                    tracing::warn!(job.id = %self.lease.job_id, error, "a checkpoint was not kept");
+                    None
+                }
+            };
+            let mut conn = self.pool.acquire().await?;
+            let Self {
+                blobs,
+                lease,
+                name,
+                untold,
+                ..
+            } = self;
+            checkpoints::keep(&mut conn, blobs, *lease, name, file, untold).await
+        };
+        match self.runtime.block_on(write) {
+            Ok(()) => self.untold.clear(),
+            Err(QueueError::LeaseLost(_)) => self.stop.because(StopReason::LeaseLost),
+            // They are told of with the next, and a checkpoint is for an attempt that may never be.
+            Err(error) => {
+                let error = chain(&error);
+                tracing::warn!(job.id = %self.lease.job_id, error, "an epoch was not stored");
+            }
+        }
+    }
+
+    fn of_pair(&mut self, place: usize) -> Box<dyn Checkpoints + '_> {
+        Box::new(Self {
+            name: format!("{PAIR}{place}"),
+            ..self.clone()
+        })
+    }
+}
+
+const PAIR: &str = "pair-";
