@@ -292,12 +292,12 @@ pub struct HttpOptions {
     /// data sets are refused; too high and a few of them at once fill the disk.
     #[arg(long, env = "PROMPTWEAVE_MAX_DATASET_MIB", default_value_t = 8192)]
     pub max_dataset_mib: u64,
-    /// Most ensembles that may wait for a worker; more are answered 429. Too low and bursts are refused;
+    /// Most jobs that may wait for a worker; more are answered 429. Too low and bursts are refused;
     /// too high and clients learn late that the workers cannot keep up.
     #[arg(long, env = "PROMPTWEAVE_MAX_QUEUED", default_value_t = 10_000,
           value_parser = clap::value_parser!(u32).range(1..))]
     pub max_queued: u32,
-    /// Longest that `?wait=` of an ensemble waits, in seconds. Too low and clients ask more often; too high
+    /// Longest that `?wait=` of a job waits, in seconds. Too low and clients ask more often; too high
     /// and more requests are open at a time. Keep it below `--request-timeout-s`.
     #[arg(long, env = "PROMPTWEAVE_MAX_WAIT_S", default_value_t = 60)]
     pub max_wait_s: u64,

@@ -29,7 +29,7 @@ fn files(app: &TestApp) -> Vec<PathBuf> {
 }
 
 /// Makes everything that is stored two hours older.
-async fn age(app: &TestApp) {
+pub async fn age(app: &TestApp) {
     for path in files(app) {
         let file = File::options().write(true).open(path).unwrap();
         file.set_modified(SystemTime::now() - 2 * HOUR).unwrap();

@@ -1,12 +1,14 @@
 //! `/v1/tunings`: refusals at the door, and a tuning from POST to a published prompt, killed in between.
 
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use axum::body::Body;
 use axum::http::{Request, header};
 use promptweave::db::MIGRATOR;
 use promptweave::domain::api_key::Scope;
 use promptweave::domain::tensor::Tensor;
+use promptweave::gc::{Retention, collect};
 use promptweave::jobs::queue;
 use promptweave::registry::projects;
 use serde_json::{Value, json};
@@ -16,6 +18,7 @@ use uuid::Uuid;
 use crate::app::{Answer, TestApp, WIDTH, png, tiny_backbone, write_files};
 use crate::ensembles::{Worker, fitting, furnished, until_state, upload, url};
 use crate::fixtures::{FakeComposer, Script};
+use crate::gc::age;
 use crate::webhooks::{deliveries, register};
 use crate::worker::until;
 
@@ -175,14 +178,42 @@ async fn an_attempt_after_a_kill_goes_on_from_the_checkpoint_on_another_worker(p
 }
 
 #[sqlx::test(migrator = "MIGRATOR")]
+async fn a_checkpoint_is_garbage_when_its_tuning_is_over_and_no_sooner(pool: PgPool) {
+    let app = furnished(pool).await;
+    let tuning = post(&app, &request()).await.ok(202);
+    let fake = FakeComposer::playing([Script::UntilOpened]);
+    let worker = Worker::start(&app, &fake);
+    until("an epoch", || async {
+        epochs(&app, &tuning).await.len() == 1
+    })
+    .await;
+    let retention = Retention {
+        grace: Duration::from_secs(3600),
+        statistics: None,
+    };
+    let collected = async || {
+        age(&app).await;
+        let collected = collect(&app.state.pool, &app.state.blobs, retention, false).await;
+        collected.unwrap().files
+    };
+    assert_eq!(collected().await, 0);
+    fake.gate.store(true, Ordering::SeqCst);
+    until_state(&app, &tuning, "succeeded").await;
+    assert_eq!(collected().await, 2, "one an epoch");
+    worker.stop().await;
+}
+
+#[sqlx::test(migrator = "MIGRATOR")]
 async fn an_equal_tuning_is_the_one_that_is_there_until_its_prompt_is_deleted(pool: PgPool) {
     let app = furnished(pool).await;
     let tuning = post(&app, &request()).await.ok(202);
     assert_eq!(post(&app, &request()).await.ok(202)["id"], tuning["id"]);
     let other = with("/options/epochs", json!(3));
-    assert_ne!(post(&app, &other).await.ok(202)["id"], tuning["id"]);
+    let other = post(&app, &other).await.ok(202);
+    assert_ne!(other["id"], tuning["id"]);
     let worker = Worker::start(&app, &FakeComposer::default());
     until_state(&app, &tuning, "succeeded").await;
+    until_state(&app, &other, "succeeded").await;
     worker.stop().await;
     let again = post(&app, &request()).await;
     assert_eq!(again.ok(200)["id"], tuning["id"]);
@@ -190,6 +221,11 @@ async fn an_equal_tuning_is_the_one_that_is_there_until_its_prompt_is_deleted(po
     let mut unnamed = request();
     unnamed["output"] = json!({});
     assert_eq!(post(&app, &unnamed).await.ok(200)["id"], tuning["id"]);
+    // Gone, it is no answer any more.
+    let delete = Request::delete("/v1/prompts/pets-tuned").header(header::IF_MATCH, "*");
+    let deleted = app.send(delete.body(Body::empty()).unwrap()).await;
+    assert_eq!(deleted.status.as_u16(), 204, "{deleted:?}");
+    assert_ne!(post(&app, &request()).await.ok(202)["id"], tuning["id"]);
     // Under another name it is not published.
     let renamed = with("/output/name", json!("other"));
     assert_ne!(post(&app, &renamed).await.ok(202)["id"], tuning["id"]);
