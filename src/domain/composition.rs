@@ -292,7 +292,7 @@ pub struct CompositionResult {
 #[serde(default)]
 pub struct MethodReport {
     pub name: Method,
-    /// What a source was weighed or chosen by, in the order of `source_weights`: H, LogME or accuracy with
+    /// What a source was weighed or chosen by, in the order of `source_weights`: H, LogME or loss with
     /// `single_best`, cosines with `spot` and `panda`, mean attention with `attempt`; null with the others.
     pub scores: Option<Vec<f64>>,
     /// Of the short tuning on the target, where the method needs one.
@@ -323,6 +323,9 @@ pub struct ScalePoint {
     pub scale: f64,
     /// Cross-fitted, on the target samples.
     pub validation_accuracy: f64,
+    /// Cross-entropy of the same, in nats, which chooses.
+    #[serde(default)]
+    pub validation_loss: Option<f64>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -373,6 +376,9 @@ pub struct PathPoint {
     /// Cross-fitted accuracy of the composed prompt; with `trade_off: "validation"`.
     #[serde(default)]
     pub validation_accuracy: Option<f64>,
+    /// Cross-entropy of the same, in nats, which chooses.
+    #[serde(default)]
+    pub validation_loss: Option<f64>,
     /// α in the order of `source_weights`.
     pub weights: Vec<f64>,
 }

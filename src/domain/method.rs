@@ -78,7 +78,7 @@ pub enum Criterion {
     #[default]
     HScore,
     LogMe,
-    /// Cross-fitted accuracy on the target samples with a closed-form head, over ten folds.
+    /// The cross-fitted loss on the target samples with a closed-form head, over ten folds, negated.
     Validation,
 }
 
@@ -109,7 +109,7 @@ pub enum SpotChoice {
     /// αᵢ ∝ max(similarity, 0); uniform where none is above 0.
     #[default]
     WeightedAverage,
-    /// The one of the `top_k` with the highest cross-fitted accuracy on the target samples.
+    /// The one of the `top_k` with the lowest cross-fitted loss on the target samples.
     BestOf,
 }
 
@@ -145,7 +145,7 @@ impl Default for Scale {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ScaleRule {
-    /// Of 0, 0.25, 0.5, 0.75 and 1 the one whose prompt has the highest cross-fitted accuracy on the target samples
+    /// Of 0, 0.25, 0.5, 0.75 and 1 the one whose prompt has the lowest cross-fitted loss on the target samples
     /// with a closed-form head; of equals the largest. A forward pass each.
     Auto,
 }

@@ -61,7 +61,7 @@ pub fn scores(
             Criterion::LogMe => log_me(&features.to_kind(Kind::Double), ground.labels),
             Criterion::Validation => {
                 let labels = ground.labels;
-                Ok(cross_fitted(&features, labels, num_classes, &objective.head)?.accuracy)
+                Ok(-cross_fitted(&features, labels, num_classes, &objective.head)?.loss)
             }
         }
     };

@@ -4,6 +4,7 @@ use std::borrow::Cow;
 
 use super::EngineError;
 use super::alignment::{AlignmentStatistics, GradientAlignment};
+use super::evaluate::CrossFitted;
 use super::gradients::num_folds;
 use super::h_score::HScore;
 use super::jackknife::{self, standard_errors};
@@ -29,9 +30,9 @@ pub struct Solved {
     pub standard_errors: Option<Vec<f64>>,
 }
 
-/// Accuracies of the path's points, for `trade_off: "validation"`.
+/// How the path's points do, for `trade_off: "validation"`.
 pub type Validate<'a> =
-    &'a mut dyn FnMut(&[PathPoint], &mut Steps<'_>) -> Result<Vec<f64>, EngineError>;
+    &'a mut dyn FnMut(&[PathPoint], &mut Steps<'_>) -> Result<Vec<CrossFitted>, EngineError>;
 
 /// Solves as `objective` says. `validate` is called for the rule that needs it and no other.
 pub fn solve(
@@ -61,7 +62,7 @@ pub fn solve(
     let explored = solver.explore(&mut || stop_on(steps.tick(Phase::Solve)))?;
     let ranges = explored.ranges;
     let path = explored.path();
-    let mut accuracies = None;
+    let mut validated = None;
     let (scale, trade_off, trade_off_rule) = match weighing {
         Weighing::AlignmentWeight(lambda) => (ranges.at_lambda(lambda), None, None),
         Weighing::TradeOff(t) => (ranges.at(t), Some(t), None),
@@ -70,8 +71,8 @@ pub fn solve(
                 TradeOffRule::Knee => ranges.knee(&path),
                 TradeOffRule::Validation => {
                     let of_points = validate(&path, steps)?;
-                    let at = most_accurate(&of_points);
-                    accuracies = Some(of_points);
+                    let at = least_loss(&of_points);
+                    validated = Some(of_points);
                     at
                 }
             };
@@ -81,12 +82,9 @@ pub fn solve(
     };
     let tick = &mut || stop_on(steps.tick(Phase::Solve));
     let mut solution = solver.choose(explored, scale, objective.entropy, tick)?;
-    for (point, accuracy) in solution
-        .path
-        .iter_mut()
-        .zip(accuracies.into_iter().flatten())
-    {
-        point.validation_accuracy = Some(accuracy);
+    for (point, of_point) in (solution.path.iter_mut()).zip(validated.into_iter().flatten()) {
+        point.validation_accuracy = Some(of_point.accuracy);
+        point.validation_loss = Some(of_point.loss);
     }
     let whole = jackknife::Solved {
         h_score: &h_score,
@@ -178,14 +176,13 @@ fn alignment_of(ground: Ground<'_>, objective: &Objective) -> GradientAlignment 
     GradientAlignment::new(objective.alignment.reading, statistics)
 }
 
-/// The point of highest accuracy; of equals the one nearest the middle of the path, where neither term is
-/// given up.
-fn most_accurate(accuracies: &[f64]) -> usize {
-    let middle = accuracies.len() / 2;
-    (0..accuracies.len())
-        .max_by(|a, b| {
-            let nearer = b.abs_diff(middle).cmp(&a.abs_diff(middle));
-            accuracies[*a].total_cmp(&accuracies[*b]).then(nearer)
+/// The point of least loss; of equals the one nearest the middle of the path, where neither term is given up.
+fn least_loss(points: &[CrossFitted]) -> usize {
+    let middle = points.len() / 2;
+    (0..points.len())
+        .min_by(|a, b| {
+            let nearer = a.abs_diff(middle).cmp(&b.abs_diff(middle));
+            points[*a].loss.total_cmp(&points[*b].loss).then(nearer)
         })
         .unwrap_or(middle)
 }

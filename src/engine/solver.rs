@@ -146,6 +146,7 @@ impl Explored {
                     h_score: point.h,
                     gradient_alignment: point.l,
                     validation_accuracy: None,
+                    validation_loss: None,
                     weights: point.alpha.clone(),
                 }
             })

@@ -107,7 +107,7 @@ impl From<Job<TuningSpec>> for TuningJob {
 
 /// Train a prompt and a head for a target
 ///
-/// VPT-shallow on the frozen backbone. Everything is resolved and checked here; the work is a job that a worker takes,
+/// VPT, shallow or deep, on the frozen backbone. Everything is resolved and checked here; the work is a job that a worker takes,
 /// which keeps a checkpoint after every epoch: another attempt goes on from there. Where a tuning of the same `spec_digest`
 /// waits, runs or has succeeded (and is published under `output.name`, if one is asked for), the answer is that one, unless
 /// `force` is set.

@@ -386,6 +386,16 @@ async fn what_cannot_be_tuned_is_refused_at_the_door(pool: PgPool) {
             "/options/warmup_epochs",
         ),
         (
+            with("/options/method", json!("full")),
+            "invalid_options",
+            "/options/method",
+        ),
+        (
+            with("/options/distillation_weight", json!(0.1)),
+            "invalid_options",
+            "/options/distillation_weight",
+        ),
+        (
             with("/options/prompt_learning_rate", json!(-1)),
             "invalid_options",
             "/options/prompt_learning_rate",

@@ -92,7 +92,7 @@ pub enum TradeOff {
 pub enum TradeOffRule {
     /// The point of the path farthest from the chord between its ends, both terms normalised.
     Knee,
-    /// The point of the path whose composed prompt has the highest cross-fitted accuracy on the target
+    /// The point of the path whose composed prompt has the lowest cross-fitted loss on the target
     /// samples with a closed-form head: one forward pass a distinct point.
     Validation,
 }

@@ -11,7 +11,7 @@ pub use self::weigh::TargetPrompt;
 use tch::Tensor;
 
 use super::cache::{CachedSources, ResultCache};
-use super::evaluate::{Evaluation, cross_fitted};
+use super::evaluate::{CrossFitted, Evaluation, cross_fitted};
 use super::methods::uniform;
 use super::refine::Refiner;
 use super::report::Evidence;
@@ -272,21 +272,24 @@ impl Work<'_> {
             .collect()
     }
 
-    /// Cross-fitted accuracies of the path's composed prompts: a forward pass for each that differs from
-    /// the one before.
-    fn validate(&self, path: &[PathPoint], steps: &mut Steps<'_>) -> Result<Vec<f64>, EngineError> {
+    /// How the path's composed prompts do, cross-fitted: a forward pass for each that differs from the one before.
+    fn validate(
+        &self,
+        path: &[PathPoint],
+        steps: &mut Steps<'_>,
+    ) -> Result<Vec<CrossFitted>, EngineError> {
         let evaluation = self.evaluation(&self.objective.h_score);
-        let mut accuracies: Vec<f64> = Vec::with_capacity(path.len());
+        let mut of_points: Vec<CrossFitted> = Vec::with_capacity(path.len());
         for (i, point) in path.iter().enumerate() {
             if i > 0 && point.weights == path[i - 1].weights {
-                accuracies.push(accuracies[i - 1]);
+                of_points.push(of_points[i - 1]);
                 continue;
             }
             let prompt = prompt_tensor(&self.composed(&point.weights, 1.0), self.vit);
             let tick = |_| steps.tick(Phase::Solve);
-            accuracies.push(evaluation.cross_fitted(&prompt, tick)?.accuracy);
+            of_points.push(evaluation.cross_fitted(&prompt, tick)?);
         }
-        Ok(accuracies)
+        Ok(of_points)
     }
 
     /// The solver's α, improved on the true objective if that was asked for.
@@ -387,9 +390,8 @@ impl Work<'_> {
         anchored(self.prompts, alpha, self.anchor, scale)
     }
 
-    fn cross_fitted(&self, features: &Tensor) -> Result<f64, EngineError> {
+    fn cross_fitted(&self, features: &Tensor) -> Result<CrossFitted, EngineError> {
         let labels = &self.samples.labels;
-        let (k, head) = (self.classes.len(), &self.objective.head);
-        Ok(cross_fitted(features, labels, k, head)?.accuracy)
+        cross_fitted(features, labels, self.classes.len(), &self.objective.head)
     }
 }

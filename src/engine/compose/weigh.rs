@@ -10,6 +10,7 @@ use crate::domain::digest::Digest;
 use crate::domain::method::{Method, Scale, ScaleRule, SpotChoice};
 use crate::domain::tensor::Tensor as PlainTensor;
 use crate::domain::tuning::{NoCheckpoints, TuningOptions};
+use crate::engine::evaluate::CrossFitted;
 use crate::engine::features::extract;
 use crate::engine::methods::{effects, most_similar, proportional, similarity, single_best};
 use crate::engine::solve::{Solved, weigh_features};
@@ -145,12 +146,12 @@ impl Work<'_> {
         let alpha = match spot.choice {
             SpotChoice::WeightedAverage => proportional(&similarities, spot.top_k),
             SpotChoice::BestOf => {
-                let mut accuracies = vec![f64::NEG_INFINITY; similarities.len()];
+                let mut scores = vec![f64::NEG_INFINITY; similarities.len()];
                 for i in most_similar(&similarities, spot.top_k) {
                     let features = ground.features.get(i as i64);
-                    accuracies[i] = self.cross_fitted(&features)?;
+                    scores[i] = -self.cross_fitted(&features)?.loss;
                 }
-                single_best(&accuracies)
+                single_best(&scores)
             }
         };
         Ok((alpha, similarities))
@@ -188,17 +189,20 @@ impl Work<'_> {
         let points = ScaleRule::CANDIDATES.into_iter().map(|scale| {
             let prompt = prompt_tensor(&self.composed(alpha, scale), self.vit);
             let tick = |_| steps.tick(Phase::Verify);
-            Ok(ScalePoint {
-                scale,
-                validation_accuracy: evaluation.cross_fitted(&prompt, tick)?.accuracy,
-            })
+            let validation = evaluation.cross_fitted(&prompt, tick)?;
+            Ok((scale, validation))
         });
-        let points = points.collect::<Result<Vec<_>, EngineError>>()?;
+        let points = points.collect::<Result<Vec<(f64, CrossFitted)>, EngineError>>()?;
         // The last of equals, which is the largest.
-        let best = points
+        let (best, _) = points
             .iter()
-            .max_by(|a, b| a.validation_accuracy.total_cmp(&b.validation_accuracy))
+            .max_by(|(_, a), (_, b)| b.loss.total_cmp(&a.loss))
             .expect("there are candidates");
-        Ok((best.scale, points))
+        let point = |(scale, validation): &(f64, CrossFitted)| ScalePoint {
+            scale: *scale,
+            validation_accuracy: validation.accuracy,
+            validation_loss: Some(validation.loss),
+        };
+        Ok((*best, points.iter().map(point).collect()))
     }
 }

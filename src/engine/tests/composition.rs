@@ -3,7 +3,8 @@
 use tch::Device;
 
 use crate::domain::composition::{
-    Composer as _, Composition, CompositionError, CompositionInput, Phase, ResolveInput, SourceRef,
+    Composer as _, Composition, CompositionError, CompositionInput, PathPoint, Phase, ResolveInput,
+    SourceRef,
 };
 use crate::domain::digest::Digest;
 use crate::domain::objective::{AlignTokens, Objective, Shrinkage, TradeOff, TradeOffRule};
@@ -404,28 +405,24 @@ fn every_head_and_norm_makes_a_whole_composition() {
 }
 
 #[test]
-fn the_validation_rule_takes_the_most_accurate_point_of_the_path() {
+fn the_validation_rule_takes_the_point_of_least_cross_fitted_loss() {
     let dir = tempfile::tempdir().unwrap();
     let mut input = input(dir.path(), 3);
     input.objective.trade_off = Some(TradeOff::Rule(TradeOffRule::Validation));
     let result = compose(&input).unwrap().result;
-    let accuracy = |at: f64| {
-        let point = result.path.iter().find(|point| point.trade_off == at);
-        point.unwrap().validation_accuracy.unwrap()
-    };
-    let chosen = accuracy(result.objective.trade_off.unwrap());
-    assert!(
-        result
-            .path
-            .iter()
-            .all(|point| accuracy(point.trade_off) <= chosen)
-    );
+    let at = |t: f64| result.path.iter().find(|p| p.trade_off == t).unwrap();
+    let chosen = at(result.objective.trade_off.unwrap());
+    let loss = |point: &PathPoint| point.validation_loss.unwrap();
+    assert!(result.path.iter().all(|point| loss(point) >= loss(chosen)));
     assert_eq!(
         result.objective.trade_off_rule,
         Some(TradeOffRule::Validation)
     );
-    // And it is what a head fitted on other samples gets right, not what it was fitted to.
-    assert!((0.3..=1.0).contains(&chosen), "{chosen}");
+    // And it is what heads fitted on other samples get right, not what they were fitted to.
+    let accuracy = chosen.validation_accuracy.unwrap();
+    assert!((0.3..=1.0).contains(&accuracy), "{accuracy}");
+    let composed = result.diagnostics.composed.unwrap();
+    assert_eq!(composed.validation_loss, chosen.validation_loss);
 }
 
 #[test]

@@ -116,7 +116,7 @@ const ALONE_METHOD: Method = Method {
 
 /// Settings of HGPrompt, and of what it is to beat, that a default could be chosen from: as they are, with a closed-form
 /// head, whatever the profile.
-pub const VARIANTS: [Method; 9] = [
+pub const VARIANTS: [Method; 11] = [
     Method {
         key: "trade_off_0.9",
         label: "trade-off 0.9",
@@ -131,6 +131,22 @@ pub const VARIANTS: [Method; 9] = [
         key: "trace_ratio",
         label: "H as a ratio of traces, standardised",
         objective: || json!({"h_score": {"mode": "trace_ratio", "standardise": "per_source"}}),
+    },
+    Method {
+        key: "validated",
+        label: "trade-off and scale by validation",
+        objective: || json!({"trade_off": "validation", "scale": "auto"}),
+    },
+    Method {
+        key: "trace_ratio_validated",
+        label: "the same with H as a ratio of traces, standardised",
+        objective: || {
+            json!({
+                "h_score": {"mode": "trace_ratio", "standardise": "per_source"},
+                "trade_off": "validation",
+                "scale": "auto",
+            })
+        },
     },
     DENSE,
     Method {
