@@ -7,14 +7,19 @@ use super::EngineError;
 use super::device::{self, LIBTORCH};
 use super::samples::{Samples, Selection};
 use super::sources::check_sources;
-use super::steps::Steps;
-use super::tuning::{Course, Images, Tuning};
+use super::steps::{Steps, stop_on};
+use super::tuning::{Course, Images, Trained, Tuning};
 use super::vit::Vit;
 use crate::domain::backbone::Backbone;
 use crate::domain::composition::{Observer, Phase, Provenance, Source};
 use crate::domain::dataset::LabelledImages;
 use crate::domain::digest::Digest;
-use crate::domain::tuning::{Checkpoints, Curves, Tuned, TunedPrompt, TuningInput, TuningResult};
+use crate::domain::tuning::{
+    Checkpoints, Curves, HeldOut, Tuned, TunedPrompt, TuningInput, TuningResult,
+};
+
+/// Images between two signs of life while the prompt is evaluated.
+const EVALUATED_AT_ONCE: usize = 256;
 
 pub fn tune(
     backbone: &Backbone,
@@ -89,8 +94,10 @@ pub fn tune(
             let Some(samples) = &eval else {
                 return Ok((trained.prompt_file()?, None));
             };
-            steps.borrow_mut().begin(Phase::Verify)?;
-            Ok((trained.prompt_file()?, Some(trained.score(samples)?)))
+            let mut steps = steps.borrow_mut();
+            steps.begin(Phase::Verify)?;
+            let score = evaluated(trained, samples, &mut steps)?;
+            Ok((trained.prompt_file()?, Some(score)))
         },
     )?;
     let (file, evaluation) = outcome.made;
@@ -136,4 +143,27 @@ pub fn tune(
         result,
         file: bytes,
     })
+}
+
+/// Some images at a time.
+fn evaluated(
+    trained: &Trained<'_>,
+    samples: &Samples,
+    steps: &mut Steps<'_>,
+) -> Result<HeldOut, EngineError> {
+    let n = samples.len();
+    let rows: Vec<usize> = (0..n).collect();
+    let mut mean = HeldOut {
+        cross_entropy: 0.0,
+        accuracy: 0.0,
+    };
+    let mut count = steps.counter(n as u64);
+    for rows in rows.chunks(EVALUATED_AT_ONCE) {
+        let score = trained.score(&samples.only(rows))?;
+        let share = rows.len() as f64 / n as f64;
+        mean.cross_entropy += share * score.cross_entropy;
+        mean.accuracy += share * score.accuracy;
+        stop_on(count(rows.len() as u64))?;
+    }
+    Ok(mean)
 }

@@ -15,6 +15,7 @@ mod plots;
 mod report;
 mod results;
 mod runner;
+mod settings;
 mod suite;
 mod tsne;
 
@@ -299,6 +300,24 @@ mod tests {
             read("report.md")
         );
         fs::write(&out, &rows).unwrap();
+
+        // Settings beside what there is; what was not computed has a dash.
+        let settings = [
+            "--profile",
+            "small",
+            "--tables",
+            "settings",
+            "--report-only",
+        ];
+        run(&args(dir.path(), &settings)).unwrap();
+        let compared = read("report.md");
+        let row = |label: &str| {
+            let start = format!("| {label} ");
+            let found = compared.lines().find(|line| line.starts_with(&start));
+            found.unwrap_or_else(|| panic!("{compared}")).to_owned()
+        };
+        assert!(!row("average").contains('–') && row("scale 0.5").contains('–'));
+        row("cross-fitted loss");
 
         // Again: nothing is computed, and the report is the same.
         run(&small).unwrap();

@@ -4,8 +4,7 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use super::cells::{
-    ABLATION, ALONE, DENSE, HGPROMPT, METHODS, NONE, ORDERS, SCALABILITY, VARIANTS, method, sizes,
-    subset,
+    ABLATION, ALONE, DENSE, HGPROMPT, METHODS, NONE, ORDERS, SCALABILITY, method, sizes, subset,
 };
 use super::measures::{half_interval, mean_and_deviation, spearman};
 use super::results::Row;
@@ -147,7 +146,7 @@ impl<'a> Report<'a> {
     }
 
     /// The rows of a method with all sources, one a seed.
-    fn rows_of(&self, target: &str, key: &str) -> Vec<&Row> {
+    pub(super) fn rows_of(&self, target: &str, key: &str) -> Vec<&Row> {
         let all = self.suite.others(target);
         let whole = |row: &&Row| key == NONE || row.sources == all;
         self.of(target, key).into_iter().filter(whole).collect()
@@ -160,7 +159,7 @@ impl<'a> Report<'a> {
             .collect()
     }
 
-    fn targets(&self) -> impl Iterator<Item = &'a str> {
+    pub(super) fn targets(&self) -> impl Iterator<Item = &'a str> {
         self.suite.tasks.iter().map(|task| task.name.as_str())
     }
 
@@ -261,79 +260,6 @@ impl<'a> Report<'a> {
             "\n### Differences\n\nPaired over tasks and seeds: a task's difference is the mean over its seeds, the interval \
              is Student's over the tasks, each row for itself: of so many rows one may lie outside by chance.\n\n{}",
             table(&header.map(str::to_owned), rows)
-        )
-    }
-
-    /// What a default is chosen by, and what the choice is worth. Closed-form heads whatever the profile.
-    fn settings(&self) -> String {
-        let keys: Vec<&str> = (METHODS.iter().chain(&VARIANTS)).map(|m| m.key).collect();
-        let has_all = |target: &&str| {
-            let whole = |key: &&str| {
-                let rows = self.rows_of(target, key);
-                rows.len() == self.seeds.len()
-                    && rows.iter().all(|row| row.validation_loss.is_some())
-            };
-            keys.iter().all(whole)
-        };
-        let targets: Vec<&str> = self.targets().filter(has_all).collect();
-        let by_target = |key: &str, of: &dyn Fn(&Row) -> Option<f64>| -> Vec<f64> {
-            let mean = |target: &&str| {
-                let values: Vec<f64> = self
-                    .rows_of(target, key)
-                    .into_iter()
-                    .filter_map(of)
-                    .collect();
-                100.0 * mean_and_deviation(&values).0
-            };
-            targets.iter().map(mean).collect()
-        };
-        let validation = |row: &Row| row.validation_accuracy;
-        let loss = |row: &Row| Some(row.validation_loss? / 100.0);
-        let test = |row: &Row| Some(row.eval_accuracy);
-        let own = by_target(HGPROMPT, &test);
-        let mut rows: Vec<(f64, Vec<String>)> = keys
-            .iter()
-            .map(|key| {
-                let validated = mean_of(&by_target(key, &validation));
-                let lost = mean_of(&by_target(key, &loss));
-                let tested = by_target(key, &test);
-                let beside: Vec<f64> = tested.iter().zip(&own).map(|(a, b)| a - b).collect();
-                let interval = match half_interval(&beside) {
-                    Some(half) if *key != HGPROMPT => {
-                        let mean = mean_and_deviation(&beside).0;
-                        format!("{:+.1} to {:+.1}", mean - half, mean + half)
-                    }
-                    _ => "–".into(),
-                };
-                let row = vec![
-                    method(key).label.to_owned(),
-                    number(lost, 3),
-                    number(validated, 1),
-                    number(mean_of(&tested), 1),
-                    number(mean_of(&beside), 1),
-                    interval,
-                ];
-                (lost.unwrap_or_default(), row)
-            })
-            .collect();
-        rows.sort_by(|a, b| a.0.total_cmp(&b.0));
-        let header = [
-            "setting",
-            "cross-fitted loss",
-            "accuracy",
-            "test",
-            "test less HGPrompt's",
-            "95 % interval",
-        ];
-        format!(
-            "\n### Settings\n\nAccuracy in percent of the composed prompt with its closed-form head, the mean over {} tasks, by \
-             what can be known without a test label: loss (nats) and accuracy cross-fitted over ten folds of the target samples are \
-             what a default may be chosen by. The interval is Student's over the tasks.\n\n{}",
-            targets.len(),
-            table(
-                &header.map(str::to_owned),
-                rows.into_iter().map(|(_, row)| row)
-            )
         )
     }
 
@@ -523,12 +449,12 @@ impl<'a> Report<'a> {
     }
 }
 
-fn mean_of(values: &[f64]) -> Option<f64> {
+pub(super) fn mean_of(values: &[f64]) -> Option<f64> {
     (!values.is_empty()).then(|| mean_and_deviation(values).0)
 }
 
 /// A dash where there is none.
-fn number(value: Option<f64>, decimals: usize) -> String {
+pub(super) fn number(value: Option<f64>, decimals: usize) -> String {
     value.map_or("–".into(), |value| format!("{value:.decimals$}"))
 }
 
@@ -542,7 +468,7 @@ fn spread(percents: &[f64]) -> String {
 }
 
 /// In Markdown, readable as it is.
-fn table(header: &[String], rows: impl Iterator<Item = Vec<String>>) -> String {
+pub(super) fn table(header: &[String], rows: impl Iterator<Item = Vec<String>>) -> String {
     let rows: Vec<Vec<String>> = rows.collect();
     let width = |column: usize| {
         let cells = rows
