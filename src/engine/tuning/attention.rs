@@ -73,8 +73,9 @@ impl<'a> Attention<'a> {
         samples: &Samples,
         parameters: &[Tensor],
     ) -> Result<Tensor, EngineError> {
+        let all_rows: Vec<usize> = (0..samples.len()).collect();
         let mut all = Vec::new();
-        self.each_batch(samples, None, &mut |_, images| {
+        self.tuning.each_batch(samples, &all_rows, |_, images| {
             let tokens = self.weights.embedding.tokens(images);
             all.push(no_grad(|| self.attention(&tokens, parameters)));
             Ok(())
@@ -109,22 +110,6 @@ impl<'a> Attention<'a> {
         let (m, d) = (all.size()[1], all.size()[2]);
         let mixed = attention.matmul(&all.flatten(1, -1)).view([-1, m, d]);
         self.weights.features(&tokens, &(mixed + own))
-    }
-
-    /// These rows, or all.
-    fn each_batch(
-        &self,
-        samples: &Samples,
-        rows: Option<&[usize]>,
-        work: &mut dyn FnMut(&[usize], &Tensor) -> Result<(), EngineError>,
-    ) -> Result<(), EngineError> {
-        let vit = self.tuning.vit;
-        let all: Vec<usize> = (0..samples.len()).collect();
-        let size = vit.batch(&[self.sources.get(0)]).images;
-        for rows in rows.unwrap_or(&all).chunks(size) {
-            work(rows, &samples.images(rows, vit.device, Kind::Float)?)?;
-        }
-        Ok(())
     }
 }
 
@@ -165,19 +150,21 @@ impl Model for Attention<'_> {
             .collect();
         let (weight, bias) = (&leaves[SHIFT + 1], &leaves[SHIFT + 2]);
         let (mut sum, mut totals) = (0.0, Totals::default());
-        self.each_batch(self.tuning.train, Some(rows), &mut |rows, images| {
-            let logits = self.features_of(images, &leaves).linear(weight, Some(bias));
-            let loss = self.targets.loss(rows, &logits);
-            sum += f64::try_from(&loss)?;
-            totals.add(Tensor::f_run_backward(&[loss], &leaves, false, false)?);
-            Ok(())
-        })?;
+        self.tuning
+            .each_batch(self.tuning.train, rows, |rows, images| {
+                let logits = self.features_of(images, &leaves).linear(weight, Some(bias));
+                let loss = self.targets.loss(rows, &logits);
+                sum += f64::try_from(&loss)?;
+                totals.add(Tensor::f_run_backward(&[loss], &leaves, false, false)?);
+                Ok(())
+            })?;
         Ok((sum, totals.mean(rows.len())))
     }
 
     fn features(&self, samples: &Samples, parameters: &[Tensor]) -> Result<Tensor, EngineError> {
+        let all_rows: Vec<usize> = (0..samples.len()).collect();
         let mut features = Vec::new();
-        self.each_batch(samples, None, &mut |_, images| {
+        self.tuning.each_batch(samples, &all_rows, |_, images| {
             features.push(no_grad(|| self.features_of(images, parameters)));
             Ok(())
         })?;

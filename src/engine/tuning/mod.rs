@@ -244,6 +244,22 @@ impl<'a> Tuning<'a> {
         ]
     }
 
+    /// Images of these rows, in f32 on the device, as many at once as a pass takes with a prompt of this length; a little
+    /// less than fits where more is trained than that, which is not much.
+    fn each_batch(
+        &self,
+        samples: &Samples,
+        rows: &[usize],
+        mut work: impl FnMut(&[usize], &Tensor) -> Result<(), EngineError>,
+    ) -> Result<(), EngineError> {
+        let vit = self.vit;
+        let size = vit.batch(&[self.initial_prompt().values]).images;
+        for rows in rows.chunks(size) {
+            work(rows, &samples.images(rows, vit.device, Kind::Float)?)?;
+        }
+        Ok(())
+    }
+
     fn num_tokens(&self) -> usize {
         self.start
             .map_or(self.options.num_tokens, PromptFile::num_tokens)

@@ -130,22 +130,6 @@ impl<'a> Whole<'a> {
         let head = [0, 1].map(|at| parameters[of_network + at].shallow_clone());
         (self.network.with(tensors), head)
     }
-
-    fn each_batch(
-        &self,
-        samples: &Samples,
-        rows: &[usize],
-        work: &mut dyn FnMut(&[usize], &Tensor) -> Result<(), EngineError>,
-    ) -> Result<(), EngineError> {
-        let vit = self.tuning.vit;
-        // As many as of prompts of that length; a little less where more than that is trained, which is not much.
-        let tokens = self.tuning.initial_prompt().values;
-        let size = vit.batch(&[tokens]).images;
-        for rows in rows.chunks(size) {
-            work(rows, &samples.images(rows, vit.device, Kind::Float)?)?;
-        }
-        Ok(())
-    }
 }
 
 impl Model for Whole<'_> {
@@ -179,14 +163,15 @@ impl Model for Whole<'_> {
         let (network, [weight, bias]) = self.network(&entering);
         let mut sum = 0.0;
         let mut totals = Totals::default();
-        self.each_batch(self.tuning.train, rows, &mut |rows, images| {
-            let logits = network.features(images).linear(&weight, Some(&bias));
-            let loss = self.targets.loss(rows, &logits);
-            sum += f64::try_from(&loss)?;
-            // The masks of dropout are shared by the batches.
-            totals.add(Tensor::f_run_backward(&[loss], &leaves, true, false)?);
-            Ok(())
-        })?;
+        self.tuning
+            .each_batch(self.tuning.train, rows, |rows, images| {
+                let logits = network.features(images).linear(&weight, Some(&bias));
+                let loss = self.targets.loss(rows, &logits);
+                sum += f64::try_from(&loss)?;
+                // The masks of dropout are shared by the batches.
+                totals.add(Tensor::f_run_backward(&[loss], &leaves, true, false)?);
+                Ok(())
+            })?;
         Ok((sum, totals.mean(rows.len())))
     }
 
@@ -194,7 +179,7 @@ impl Model for Whole<'_> {
         let (network, _) = self.network(parameters);
         let all: Vec<usize> = (0..samples.len()).collect();
         let mut features = Vec::new();
-        self.each_batch(samples, &all, &mut |_, images| {
+        self.tuning.each_batch(samples, &all, |_, images| {
             features.push(no_grad(|| network.features(images)));
             Ok(())
         })?;

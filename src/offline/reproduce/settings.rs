@@ -6,8 +6,11 @@ use super::measures::{half_interval, mean_and_deviation, spearman};
 use super::report::{Report, mean_of, number, table};
 use super::results::Row;
 
+/// Something that a row says.
+type Said = fn(&Row) -> Option<f64>;
+
 /// What could be chosen by, the better the higher.
-const CRITERIA: [(&str, fn(&Row) -> Option<f64>); 4] = [
+const CRITERIA: [(&str, Said); 4] = [
     ("cross-fitted loss", |row| Some(-row.validation_loss?)),
     ("cross-fitted accuracy", |row| row.validation_accuracy),
     ("H of the composed prompt", |row| {
@@ -31,9 +34,7 @@ impl Report<'_> {
         let test = |row: &Row| Some(100.0 * row.eval_accuracy);
         let own = self.by_target(&targets, HGPROMPT, test).unwrap_or_default();
         let of_method = |key: &'static str| -> (f64, Vec<String>) {
-            let mean = |of: fn(&Row) -> Option<f64>| {
-                mean_of(&self.by_target(&targets, key, of).unwrap_or_default())
-            };
+            let mean = |of: Said| mean_of(&self.by_target(&targets, key, of).unwrap_or_default());
             let loss = mean(|row| row.validation_loss);
             let tested = self.by_target(&targets, key, test).unwrap_or_default();
             let beside: Vec<f64> = tested.iter().zip(&own).map(|(a, b)| a - b).collect();
@@ -110,7 +111,7 @@ impl Report<'_> {
         &self,
         target: &str,
         methods: impl Iterator<Item = &'static str>,
-        criterion: fn(&Row) -> Option<f64>,
+        criterion: Said,
     ) -> Option<f64> {
         let of_method = |key: &'static str| {
             let chosen_by = self.by_target(&[target], key, criterion)?[0];
