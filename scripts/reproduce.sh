@@ -15,7 +15,7 @@ backbone=.assets/vit_s14_focus
 heads=$profile
 if [ "$profile" = settings ]; then
     heads=zero-shot
-    set -- --tables main,settings,spearman "$@"
+    set -- --tables main,settings "$@"
 fi
 if [ "$profile" = small ] || [ "$profile" = settings ]; then
     backbone=.assets/vit_s14_focus_6x70

@@ -140,9 +140,9 @@ impl Grid {
 pub struct Candidate {
     pub prompt_learning_rate: f64,
     pub weight_decay: f64,
-    /// On the held-out samples.
-    pub accuracy: f64,
-    pub cross_entropy: f64,
+    /// On the held-out samples; null where its losses did not stay finite.
+    pub accuracy: Option<f64>,
+    pub cross_entropy: Option<f64>,
 }
 
 /// Of each epoch so far.
@@ -241,8 +241,8 @@ pub struct TuningResult {
     /// The pairs that were tried; empty without a grid.
     pub candidates: Vec<Candidate>,
     pub curves: Curves,
-    /// ‖P - P₀‖ / ‖P₀‖: how far the prompt moved from where it began.
-    pub distance_from_init: f64,
+    /// ‖P - P₀‖ / ‖P₀‖: how far the prompt moved from where it began; null from a prompt of zeros.
+    pub distance_from_init: Option<f64>,
     /// Of prompt and head on `eval_split`; null where none was asked for.
     pub evaluation: Option<HeldOut>,
     /// N and K: images that were trained on and classes of the data set.

@@ -116,6 +116,10 @@ pub enum EngineError {
     NoneToHoldOut,
     #[error("`{0}` makes no prompt; tune by `vpt-shallow` or `vpt-deep`")]
     MakesNoPrompt(TuningMethod),
+    #[error(
+        "the backbone has one block, and `vpt-deep` prompts those after the first; tune by `vpt-shallow`"
+    )]
+    OneBlock,
     #[error("no source prompts were given")]
     NoSources,
     #[error("sources `{first}` and `{second}` are the same prompt ({digest})")]
@@ -160,6 +164,7 @@ impl EngineError {
             Self::OneClass(_) => "one_class",
             Self::NoneToHoldOut => "too_few_images",
             Self::MakesNoPrompt(_) => "makes_no_prompt",
+            Self::OneBlock => "one_block",
             Self::NoSources => "no_sources",
             Self::SameSource { .. } => "same_source",
             Self::UnknownSource { .. } => "unknown_source",

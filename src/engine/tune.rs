@@ -14,9 +14,7 @@ use crate::domain::backbone::Backbone;
 use crate::domain::composition::{Observer, Phase, Provenance, Source};
 use crate::domain::dataset::LabelledImages;
 use crate::domain::digest::Digest;
-use crate::domain::tuning::{
-    Checkpoints, Curves, HeldOut, Tuned, TunedPrompt, TuningInput, TuningResult,
-};
+use crate::domain::tuning::{Checkpoints, HeldOut, Tuned, TunedPrompt, TuningInput, TuningResult};
 
 /// Images between two signs of life while the prompt is evaluated.
 const EVALUATED_AT_ONCE: usize = 256;
@@ -91,16 +89,18 @@ pub fn tune(
             steps.count(done, total)
         },
         &mut |trained| {
-            let Some(samples) = &eval else {
-                return Ok((trained.prompt_file()?, None));
-            };
-            let mut steps = steps.borrow_mut();
-            steps.begin(Phase::Verify)?;
-            let score = evaluated(trained, samples, &mut steps)?;
-            Ok((trained.prompt_file()?, Some(score)))
+            let total = course.total(Phase::Tune);
+            let file = trained.prompt_file(&mut || steps.borrow_mut().count(total, total))?;
+            let mut score = None;
+            if let Some(samples) = &eval {
+                let mut steps = steps.borrow_mut();
+                steps.begin(Phase::Verify)?;
+                score = Some(evaluated(trained, samples, &mut steps)?);
+            }
+            Ok((file, trained.curves.clone(), score))
         },
     )?;
-    let (file, evaluation) = outcome.made;
+    let (file, curves, evaluation) = outcome.made;
     let num_held_out = match course.holds_out() {
         true => images.held_out.len(),
         false => 0,
@@ -108,12 +108,11 @@ pub fn tune(
     let record = (file.metadata.as_ref())
         .and_then(|metadata| metadata.training.clone())
         .expect("a tuned prompt has one");
-    let distance_from_init = record["distance_from_init"].as_f64();
     let bytes = file.to_bytes();
     let result = TuningResult {
         num_samples: record["num_samples"].as_u64().expect("a number") as usize,
-        distance_from_init: distance_from_init.expect("a finite number"),
-        curves: serde_json::from_value::<Curves>(record).expect("plain data"),
+        distance_from_init: record["distance_from_init"].as_f64(),
+        curves,
         options: outcome.options,
         candidates: outcome.candidates,
         evaluation,
@@ -159,7 +158,8 @@ fn evaluated(
     };
     let mut count = steps.counter(n as u64);
     for rows in rows.chunks(EVALUATED_AT_ONCE) {
-        let score = trained.score(&samples.only(rows))?;
+        let go_on = &mut || ControlFlow::Continue(());
+        let score = trained.score(&samples.only(rows), go_on)?;
         let share = rows.len() as f64 / n as f64;
         mean.cross_entropy += share * score.cross_entropy;
         mean.accuracy += share * score.accuracy;

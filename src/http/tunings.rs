@@ -222,7 +222,8 @@ async fn get_tuning_result(
 
 /// What happened to a tuning, in order
 ///
-/// As of ensembles, as a page or as server-sent events; `epoch` events have the losses of an epoch, each epoch once.
+/// As of ensembles, as a page or as server-sent events; `epoch` events have the losses of an epoch, once each,
+/// unless its checkpoint could not be kept: another attempt then repeats it.
 #[utoipa::path(
     get,
     path = "/tunings/{id}/events",

@@ -7,15 +7,19 @@ use super::plan::{
     PlanError, Refusal, backbone, backbone_spec, check_fits, check_output, output_name, refuse,
     source_spec, target, target_spec,
 };
+use crate::domain::backbone::BackboneConfig;
 use crate::domain::composition::TargetSamples;
 use crate::domain::dataset::Split;
 use crate::domain::reference::{Reference, ResourceName};
 use crate::domain::specification::TuningSpec;
 use crate::domain::tuning::{Grid, InvalidTuning, TuningOptions};
+use crate::domain::tuning_method::TuningMethod;
 use crate::registry::datasets::DatasetVersion;
 use crate::registry::prompt_versions::{self, Depth, PromptVersion};
 
 const START: &str = "/start/prompt";
+/// Of a tuned prompt: as much as a file that is uploaded may have by default.
+const MAX_PROMPT_BYTES: u64 = 64 << 20;
 
 /// What was asked for, in names.
 #[derive(Clone, Debug)]
@@ -60,6 +64,7 @@ pub async fn plan(
     let name = request.backbone.as_ref();
     let backbone = backbone(conn, project_id, name, start.as_slice()).await?;
     let mut options = request.options.clone();
+    check_deep(&options, &backbone.config)?;
     if let Some(start) = &start {
         check_fits(start, &backbone, START)?;
         // Those of the prompt that it begins with are what they are.
@@ -88,6 +93,31 @@ fn check_method(options: &TuningOptions) -> Result<(), PlanError> {
     if options.distillation_weight != 0.0 {
         let detail = "weighs teachers, and a job has none; run `promptweave tune --teacher`";
         return refuse("invalid_options", "/options/distillation_weight", detail);
+    }
+    Ok(())
+}
+
+/// A deep prompt has some for later blocks, and no more of them than what may be uploaded.
+fn check_deep(options: &TuningOptions, config: &BackboneConfig) -> Result<(), PlanError> {
+    if options.method != TuningMethod::VptDeep {
+        return Ok(());
+    }
+    let BackboneConfig {
+        depth, embed_dim, ..
+    } = config;
+    if *depth < 2 {
+        let detail =
+            "prompts the blocks after the first, and the backbone has one; give `vpt-shallow`";
+        return refuse("invalid_options", "/options/method", detail);
+    }
+    let bytes = (size_of::<f32>() * depth * embed_dim * options.num_tokens) as u64;
+    if bytes > MAX_PROMPT_BYTES {
+        let detail = format!(
+            "makes {} MiB of prompts for {depth} blocks; {} MiB are the most",
+            bytes >> 20,
+            MAX_PROMPT_BYTES >> 20
+        );
+        return refuse("invalid_options", "/options/num_tokens", detail);
     }
     Ok(())
 }

@@ -5,21 +5,23 @@ use std::fs;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, anyhow, ensure};
+use anyhow::{Context as _, anyhow};
 use clap::ValueEnum;
 use indicatif::ProgressBar;
 
 use super::progress::bar;
 use super::{EngineOptions, parse_split, read_prompt, write_whole};
 use crate::domain::backbone::Preprocessing;
-use crate::domain::composition::Phase;
+use crate::domain::composition::{Phase, Source};
 use crate::domain::dataset::{LabelledImages, Split};
+use crate::domain::prompt_file::PromptFile;
 use crate::domain::tuning::{
     Candidate, Checkpoints, Epoch, Grid, InvalidTuning, OptimizerKind, TuningOptions,
 };
 use crate::domain::tuning_method::TuningMethod;
 use crate::engine::EngineError;
 use crate::engine::samples::{Samples, Selection};
+use crate::engine::sources::check_sources;
 use crate::engine::tuning::{Course, Images, Outcome, Trained, Tuning, TuningProgress};
 
 #[derive(Clone, Debug, clap::Args)]
@@ -165,28 +167,39 @@ impl Args {
 
 pub fn run(args: &Args) -> anyhow::Result<()> {
     args.check()?;
-    let start = args
-        .start
-        .as_deref()
-        .map(read_prompt)
-        .transpose()?
-        .map(|(_, file)| file);
+    let read = |path: &PathBuf| -> anyhow::Result<Source> {
+        let (digest, file) = read_prompt(path)?;
+        Ok(Source {
+            prompt: path.display().to_string(),
+            version: None,
+            digest,
+            file,
+        })
+    };
+    let start = args.start.as_ref().map(read).transpose()?;
+    let teachers = args.teacher.iter().map(read);
+    let teachers: Vec<Source> = teachers.collect::<anyhow::Result<_>>()?;
     let mut engine = args.engine.engine()?;
     let (backbone, vit) = engine.backbone(&args.engine.backbone)?;
-    let mut teachers = Vec::new();
-    for path in &args.teacher {
-        teachers.push(read_prompt(path)?.1);
+    if let Some(start) = &start {
+        let mut start = start.clone();
+        // Only what is deep itself goes on from deep prompts.
+        if args.method == TuningMethod::VptDeep {
+            start.file.deep_prompt_embeddings = None;
+        }
+        check_sources(&[start], backbone)?;
     }
-    let paths = args.start.iter().chain(&args.teacher);
-    for (file, path) in start.iter().chain(&teachers).zip(paths) {
-        ensure!(
-            file.embed_dim() == backbone.config.embed_dim,
-            "`{}` is {} wide, the backbone {}",
-            path.display(),
-            file.embed_dim(),
-            backbone.config.embed_dim
-        );
+    for teacher in &teachers {
+        check_sources(std::slice::from_ref(teacher), backbone)?;
     }
+    let mut options = args.options();
+    if let Some(start) = &start {
+        // Those of the prompt that it begins with are what they are.
+        let metadata = start.file.metadata.as_ref();
+        options.num_tokens = start.file.num_tokens();
+        options.init_seed = metadata.and_then(|m| m.init_seed).unwrap_or_default();
+    }
+    let teachers: Vec<PromptFile> = teachers.into_iter().map(|source| source.file).collect();
     let dataset = LabelledImages::read(&args.data)?;
     let selection = Selection {
         split: args.split,
@@ -195,7 +208,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         skip_bad: args.engine.skip_bad,
     };
     let images = Images::load(&dataset, &selection, &backbone.config.preprocessing)?;
-    let (task, grid, options) = (args.task(), args.grid(), args.options());
+    let (task, grid) = (args.task(), args.grid());
     let course = Course {
         tuning: Tuning {
             backbone,
@@ -204,7 +217,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
             held_out: None,
             task: &task,
             classes: &dataset.classes,
-            start: start.as_ref(),
+            start: start.as_ref().map(|source| &source.file),
             teachers: &teachers,
             options: &options,
         },
@@ -218,11 +231,13 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let mut checkpoint = CheckpointFile::of(args);
     let test = test_images(&dataset, &selection, &backbone.config.preprocessing)?;
     let outcome = watched(&course, &mut checkpoint, &mut |tuned| {
+        let go_on = &mut || ControlFlow::Continue(());
         let bytes = match options.method.makes_prompt() {
-            true => tuned.prompt_file()?.to_bytes(),
+            true => tuned.prompt_file(go_on)?.to_bytes(),
             false => tuned.adaptation()?,
         };
-        let tested = test.as_ref().map(|test| tuned.score(test)).transpose()?;
+        let tested = test.as_ref().map(|test| tuned.score(test, go_on));
+        let tested = tested.transpose()?;
         Ok((bytes, tuned.curves.clone(), tested))
     })?;
     if !outcome.candidates.is_empty() {
@@ -276,8 +291,8 @@ fn table<T>(outcome: &Outcome<T>) -> String {
         let is_chosen = *prompt_learning_rate == outcome.options.prompt_learning_rate
             && *weight_decay == outcome.options.weight_decay;
         let mark = if is_chosen { "  chosen" } else { "" };
-        text +=
-            &format!("{prompt_learning_rate:>20}  {weight_decay:>12}  {accuracy:>17.4}{mark}\n");
+        let accuracy = accuracy.map_or("not finite".into(), |share| format!("{share:.4}"));
+        text += &format!("{prompt_learning_rate:>20}  {weight_decay:>12}  {accuracy:>17}{mark}\n");
     }
     text
 }

@@ -151,7 +151,7 @@ pub fn tuned(options: &TuningOptions, curves: Curves) -> Tuned {
             options: options.clone(),
             candidates: vec![],
             curves,
-            distance_from_init: 0.5,
+            distance_from_init: Some(0.5),
             evaluation: None,
             num_samples: 4,
             num_classes: 2,

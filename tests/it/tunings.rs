@@ -390,6 +390,12 @@ async fn what_cannot_be_tuned_is_refused_at_the_door(pool: PgPool) {
             "invalid_options",
             "/options/method",
         ),
+        // The backbone of these tests has one block.
+        (
+            with("/options/method", json!("vpt-deep")),
+            "invalid_options",
+            "/options/method",
+        ),
         (
             with("/options/distillation_weight", json!(0.1)),
             "invalid_options",

@@ -134,7 +134,7 @@ fn the_result_says_what_the_file_does_and_what_it_was_chosen_by() {
     let file = PromptFile::parse(&tuned.file).unwrap();
     let training = file.metadata.as_ref().unwrap().training.clone().unwrap();
     assert_close(
-        result.distance_from_init,
+        result.distance_from_init.unwrap(),
         training["distance_from_init"].as_f64().unwrap(),
         1e-12,
     );
@@ -155,7 +155,7 @@ fn the_result_says_what_the_file_does_and_what_it_was_chosen_by() {
     });
     let stood = tune(&standing, &mut NoCheckpoints, &mut Recorder::default());
     assert_eq!(stood.result.evaluation, result.evaluation);
-    assert_eq!(stood.result.distance_from_init, 0.0);
+    assert_eq!(stood.result.distance_from_init, Some(0.0));
     assert_eq!(stood.result.num_held_out, 0);
 }
 

@@ -9,12 +9,13 @@ use std::ops::ControlFlow;
 use tch::{Device, Kind, Tensor, no_grad};
 
 use super::targets::Targets;
-use super::train::{Model, Parameter, Training, TuningProgress};
+use super::train::{Alive, Model, Parameter, Training, TuningProgress};
 use super::{Totals, Tuning, gaussian, score_of};
 use crate::domain::tensor::Tensor as PlainTensor;
 use crate::domain::tuning::{HeldOut, NoCheckpoints};
 use crate::engine::EngineError;
 use crate::engine::samples::Samples;
+use crate::engine::steps::stop_on;
 use crate::engine::vit::Weights;
 
 /// Channels between W_down and W_up.
@@ -161,18 +162,28 @@ impl Model for Attention<'_> {
         Ok((sum, totals.mean(rows.len())))
     }
 
-    fn features(&self, samples: &Samples, parameters: &[Tensor]) -> Result<Tensor, EngineError> {
+    fn features(
+        &self,
+        samples: &Samples,
+        parameters: &[Tensor],
+        alive: Alive<'_>,
+    ) -> Result<Tensor, EngineError> {
         let all_rows: Vec<usize> = (0..samples.len()).collect();
         let mut features = Vec::new();
         self.tuning.each_batch(samples, &all_rows, |_, images| {
             features.push(no_grad(|| self.features_of(images, parameters)));
-            Ok(())
+            stop_on(alive())
         })?;
         Ok(Tensor::cat(&features, 0))
     }
 
-    fn score(&self, samples: &Samples, parameters: &[Tensor]) -> Result<HeldOut, EngineError> {
-        let features = self.features(samples, parameters)?;
+    fn score(
+        &self,
+        samples: &Samples,
+        parameters: &[Tensor],
+        alive: Alive<'_>,
+    ) -> Result<HeldOut, EngineError> {
+        let features = self.features(samples, parameters, alive)?;
         let (weight, bias) = (&parameters[SHIFT + 1], &parameters[SHIFT + 2]);
         let logits = no_grad(|| features.linear(weight, Some(bias)));
         score_of(&logits.to_device(Device::Cpu), &samples.labels)

@@ -19,6 +19,10 @@ fn by(method: &str) -> TuningOptions {
     }
 }
 
+fn alive() -> ControlFlow<()> {
+    ControlFlow::Continue(())
+}
+
 fn train<'a>(tuning: &Tuning<'a>) -> Trained<'a> {
     tuning.train(&mut NoCheckpoints, &mut go_on).unwrap()
 }
@@ -102,7 +106,7 @@ fn every_method_lowers_the_loss_and_tells_the_classes_of_new_images() {
         let tuned = train(&problem.tuning(&options));
         let losses = &tuned.curves.cross_entropy;
         assert!(losses[7] < 0.8 * losses[0], "{method}: {losses:?}");
-        let accuracy = tuned.score(&problem.test).unwrap().accuracy;
+        let accuracy = tuned.score(&problem.test, &mut alive).unwrap().accuracy;
         assert!(accuracy > 0.5, "{method}: {accuracy}");
     }
 }
@@ -119,8 +123,10 @@ fn adapters_begin_as_the_identity_and_learn_in_both_their_weights() {
     let mut parameters: Vec<Tensor> = initial.iter().map(|p| p.values.copy()).collect();
     let linear = by("linear");
     let plain = Heads::new(problem.tuning(&linear)).unwrap();
-    let apart = model.features(&problem.test, &parameters).unwrap()
-        - plain.features(&problem.test, &[]).unwrap();
+    let apart = model
+        .features(&problem.test, &parameters, &mut alive)
+        .unwrap()
+        - plain.features(&problem.test, &[], &mut alive).unwrap();
     assert!(f64::try_from(apart.abs().max()).unwrap() < 1e-4);
 
     // From a head that tells the classes apart.
@@ -148,7 +154,7 @@ fn a_deep_prompt_is_a_file_that_begins_a_tuning_again() {
     let problem = problem();
     let options = by("vpt-deep");
     let tuning = problem.tuning(&options);
-    let file = train(&tuning).prompt_file().unwrap();
+    let file = train(&tuning).prompt_file(&mut alive).unwrap();
     let deep = file.deep_prompt_embeddings.as_ref().unwrap();
     let depth = problem.vit.config.depth;
     assert_eq!(deep.shape, [depth - 1, 3, file.embed_dim()]);
@@ -164,7 +170,7 @@ fn a_deep_prompt_is_a_file_that_begins_a_tuning_again() {
         options: &standing,
         ..tuning
     };
-    let again = train(&again).prompt_file().unwrap();
+    let again = train(&again).prompt_file(&mut alive).unwrap();
     assert_eq!(again.deep_prompt_embeddings, file.deep_prompt_embeddings);
     assert_eq!(again.head, file.head);
     // Without tokens of its own in later blocks a prompt is another one.
@@ -172,10 +178,12 @@ fn a_deep_prompt_is_a_file_that_begins_a_tuning_again() {
         method: TuningMethod::VptShallow,
         ..options.clone()
     };
-    let none = train(&problem.tuning(&shallow)).prompt_file().unwrap();
+    let none = train(&problem.tuning(&shallow))
+        .prompt_file(&mut alive)
+        .unwrap();
     assert!(none.deep_prompt_embeddings.is_none());
     let linear = by("linear");
-    let refused = train(&problem.tuning(&linear)).prompt_file();
+    let refused = train(&problem.tuning(&linear)).prompt_file(&mut alive);
     assert!(matches!(refused, Err(EngineError::MakesNoPrompt(_))));
 }
 
@@ -188,7 +196,7 @@ fn shallow_gradients_are_those_of_the_whole_network() {
         ..options()
     };
     let teacher = train(&problem.tuning(&super::tests::options()))
-        .prompt_file()
+        .prompt_file(&mut alive)
         .unwrap();
     let teachers = [teacher];
     let tuning = Tuning {
@@ -231,7 +239,9 @@ fn shallow_gradients_are_those_of_the_whole_network() {
 #[test]
 fn a_student_comes_to_its_teachers_logits() {
     let problem = problem();
-    let teacher = train(&problem.tuning(&options())).prompt_file().unwrap();
+    let teacher = train(&problem.tuning(&options()))
+        .prompt_file(&mut alive)
+        .unwrap();
     let teachers = [teacher];
     let all: Vec<usize> = (0..problem.train.len()).collect();
     // Mean squared difference to the teacher's logits, by the loss that has nothing else in it.
@@ -249,7 +259,7 @@ fn a_student_comes_to_its_teachers_logits() {
         let tuned = train(&tuning);
         let features = tuned
             .model
-            .features(&problem.train, &tuned.parameters)
+            .features(&problem.train, &tuned.parameters, &mut alive)
             .unwrap();
         let logits = features.linear(&tuned.parameters[1], Some(&tuned.parameters[2]));
         let only = |weight: f64| {

@@ -51,7 +51,9 @@ impl Course<'_> {
         checkpoints: &mut dyn Checkpoints,
         progress: &mut dyn FnMut(Phase, TuningProgress) -> ControlFlow<()>,
     ) -> Result<Outcome<PromptFile>, EngineError> {
-        self.make(checkpoints, progress, &mut |tuned| tuned.prompt_file())
+        self.make(checkpoints, progress, &mut |trained| {
+            trained.prompt_file(&mut || ControlFlow::Continue(()))
+        })
     }
 
     /// Selects where there is a grid, on a part of the images; then tunes on all of them, or on that part where the rest
@@ -75,8 +77,15 @@ impl Course<'_> {
             start: headless.as_ref().or(self.tuning.start),
             ..self.tuning
         };
-        let (options, candidates) = match self.num_pairs() {
-            1 => (tuning.options.clone(), Vec::new()),
+        let (options, candidates) = match self.grid.pairs(tuning.options)[..] {
+            [(prompt_learning_rate, weight_decay)] => {
+                let options = TuningOptions {
+                    prompt_learning_rate,
+                    weight_decay,
+                    ..tuning.options.clone()
+                };
+                (options, Vec::new())
+            }
             _ => (self.grid).select(tuning, (part, held_out), checkpoints, |at| {
                 progress(Phase::Select, at)
             })?,

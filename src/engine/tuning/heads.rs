@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use tch::{Device, Kind, Tensor};
 
 use super::targets::Targets;
-use super::train::{Model, Parameter, kept};
+use super::train::{Alive, Model, Parameter, kept};
 use super::{Tuning, gaussian, score_of};
 use crate::domain::tuning::HeldOut;
 use crate::domain::tuning_method::TuningMethod;
@@ -36,7 +36,7 @@ impl<'a> Heads<'a> {
                 TuningMethod::Mlp(layers) => layers,
                 _ => 0,
             },
-            features: own_features(&tuning, tuning.train)?,
+            features: own_features(&tuning, tuning.train, &mut || ControlFlow::Continue(()))?,
             tuning,
         })
     }
@@ -129,8 +129,13 @@ impl Model for Heads<'_> {
         Ok((sum, gradients))
     }
 
-    fn features(&self, samples: &Samples, _: &[Tensor]) -> Result<Tensor, EngineError> {
-        own_features(&self.tuning, samples)
+    fn features(
+        &self,
+        samples: &Samples,
+        _: &[Tensor],
+        alive: Alive<'_>,
+    ) -> Result<Tensor, EngineError> {
+        own_features(&self.tuning, samples, alive)
     }
 
     /// What every layer sees of all training samples.
@@ -139,8 +144,13 @@ impl Model for Heads<'_> {
         tch::no_grad(|| self.logits(&self.features, parameters, None, &as_it_is).1)
     }
 
-    fn score(&self, samples: &Samples, parameters: &[Tensor]) -> Result<HeldOut, EngineError> {
-        let x = own_features(&self.tuning, samples)?;
+    fn score(
+        &self,
+        samples: &Samples,
+        parameters: &[Tensor],
+        alive: Alive<'_>,
+    ) -> Result<HeldOut, EngineError> {
+        let x = own_features(&self.tuning, samples, alive)?;
         let as_it_is = |_: usize, x: &Tensor| x.shallow_clone();
         let statistics = self.statistics(parameters);
         let (logits, _) =
@@ -150,10 +160,13 @@ impl Model for Heads<'_> {
 }
 
 /// Without any prompt, in f32 on the device.
-fn own_features(tuning: &Tuning<'_>, samples: &Samples) -> Result<Tensor, EngineError> {
+fn own_features(
+    tuning: &Tuning<'_>,
+    samples: &Samples,
+    alive: Alive<'_>,
+) -> Result<Tensor, EngineError> {
     let vit = tuning.vit;
     let none = [Tensor::zeros([0, vit.embed_dim()], (vit.kind, vit.device))];
-    let go_on = |_| ControlFlow::Continue(());
-    let features = extract(vit, &vit.pairs(samples, &none), go_on)?.get(0);
+    let features = extract(vit, &vit.pairs(samples, &none), |_| alive())?.get(0);
     Ok(features.to_device(vit.device).to_kind(Kind::Float))
 }

@@ -46,7 +46,7 @@ use self::heads::Heads;
 pub use self::images::Images;
 use self::shallow::Shallow;
 pub use self::train::TuningProgress;
-use self::train::{Model, Parameter, Training};
+use self::train::{Alive, Model, Parameter, Training};
 use self::whole::Whole;
 
 /// The training record, without times: the same content gives the same bytes.
@@ -134,7 +134,8 @@ impl<'a> Tuning<'a> {
         checkpoints: &mut dyn Checkpoints,
         mut progress: impl FnMut(TuningProgress) -> ControlFlow<()>,
     ) -> Result<PromptFile, EngineError> {
-        self.train(checkpoints, &mut progress)?.prompt_file()
+        let trained = self.train(checkpoints, &mut progress)?;
+        trained.prompt_file(&mut || ControlFlow::Continue(()))
     }
 
     /// Trains, from the last checkpoint of the same tuning if there is one, and keeps one after every epoch.
@@ -143,6 +144,9 @@ impl<'a> Tuning<'a> {
         checkpoints: &mut dyn Checkpoints,
         progress: &mut dyn FnMut(TuningProgress) -> ControlFlow<()>,
     ) -> Result<Trained<'a>, EngineError> {
+        if self.options.method == TuningMethod::VptDeep && self.vit.config.depth < 2 {
+            return Err(EngineError::OneBlock);
+        }
         let model: Box<dyn Model + 'a> = match self.options.method {
             TuningMethod::VptShallow => Box::new(Shallow::new(*self)?),
             TuningMethod::Linear | TuningMethod::Mlp(_) => Box::new(Heads::new(*self)?),
@@ -170,6 +174,7 @@ impl<'a> Tuning<'a> {
     fn key(&self) -> Digest {
         let teachers: Vec<Digest> = self.teachers.iter().map(digest).collect();
         let of = (
+            env!("CARGO_PKG_VERSION"),
             self.backbone.digest,
             self.vit.compute.precision,
             (self.train.digest, &self.train.indices),
@@ -228,7 +233,13 @@ impl<'a> Tuning<'a> {
     /// Weight [K, d] and bias [K].
     fn initial_head(&self) -> [Parameter; 2] {
         let (d, k) = (self.vit.config.embed_dim, self.classes.len());
-        let head = self.start.and_then(|file| file.head.as_ref());
+        // Of as many classes it may still be of others.
+        let is_of_others = |file: &&PromptFile| {
+            let theirs = file.metadata.as_ref().and_then(|m| m.classes.as_deref());
+            theirs.is_some_and(|theirs| theirs != self.classes)
+        };
+        let start = self.start.filter(|file| !is_of_others(file));
+        let head = start.and_then(|file| file.head.as_ref());
         let (weight, bias) = match head.filter(|head| head.weight.shape == [k, d]) {
             Some(head) => (head.weight.values.clone(), head.bias.values.clone()),
             None => (vec![0.0; k * d], vec![0.0; k]),
@@ -280,8 +291,8 @@ pub struct Trained<'a> {
 }
 
 impl Trained<'_> {
-    pub fn score(&self, samples: &Samples) -> Result<HeldOut, EngineError> {
-        self.model.score(samples, &self.parameters)
+    pub fn score(&self, samples: &Samples, alive: Alive<'_>) -> Result<HeldOut, EngineError> {
+        self.model.score(samples, &self.parameters, alive)
     }
 
     /// A tuned tensor by its name, on the CPU.
@@ -318,7 +329,7 @@ impl Trained<'_> {
     }
 
     /// Of a method that makes a prompt.
-    pub fn prompt_file(&self) -> Result<PromptFile, EngineError> {
+    pub fn prompt_file(&self, alive: Alive<'_>) -> Result<PromptFile, EngineError> {
         let Tuning {
             backbone,
             task,
@@ -349,7 +360,7 @@ impl Trained<'_> {
                 origin: Origin::Tuned,
                 training: Some(self.record()?),
             }),
-            sketch: self.sketch()?,
+            sketch: self.sketch(alive)?,
             prompt_embeddings: prompt,
             deep_prompt_embeddings: self.stored("deep_prompt_embeddings")?,
             head,
@@ -358,7 +369,7 @@ impl Trained<'_> {
     }
 
     /// Features of a stratified few of the training samples, with their labels.
-    fn sketch(&self) -> Result<Option<Sketch>, EngineError> {
+    fn sketch(&self, alive: Alive<'_>) -> Result<Option<Sketch>, EngineError> {
         let Tuning { train, options, .. } = self.tuning;
         let rows = stratified_subset(&train.labels, options.sketch_samples, options.seed);
         if rows.is_empty() {
@@ -367,7 +378,7 @@ impl Trained<'_> {
         let few = train.only(&rows);
         let labels: Vec<i64> = few.labels.iter().map(|label| *label as i64).collect();
         Ok(Some(Sketch {
-            features: stored(&self.model.features(&few, &self.parameters)?)?,
+            features: stored(&self.model.features(&few, &self.parameters, alive)?)?,
             labels: PlainTensor::new([rows.len()], labels),
         }))
     }
@@ -401,7 +412,7 @@ impl Totals {
 pub fn evaluate(vit: &Vit, samples: &Samples, file: &PromptFile) -> Result<HeldOut, EngineError> {
     let head = file.head.as_ref().expect("a tuned prompt has one");
     let parameters = [&file.prompt_embeddings, &head.weight, &head.bias].map(matrix);
-    shallow::score(vit, samples, &parameters)
+    shallow::score(vit, samples, &parameters, &mut || ControlFlow::Continue(()))
 }
 
 /// Of logits [N, K] on the CPU.

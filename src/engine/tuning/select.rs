@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 
 use super::{Tuning, TuningProgress};
-use crate::domain::tuning::{Candidate, Checkpoints, Grid, TuningOptions};
+use crate::domain::tuning::{Candidate, Checkpoints, Grid, HeldOut, TuningOptions};
 use crate::engine::EngineError;
 use crate::engine::samples::Samples;
 
@@ -32,25 +32,64 @@ impl Grid {
                 ..tuning
             };
             let mut checkpoints = checkpoints.of_pair(place);
-            let tuned = trial.train(checkpoints.as_mut(), &mut progress)?;
-            let score = tuned.score(held_out)?;
+            let score = match trial.score_on(held_out, checkpoints.as_mut(), &mut progress) {
+                Ok(score) => Some(score),
+                // Too high a rate is what a grid is there to rule out.
+                Err(EngineError::NotFinite(_)) => None,
+                Err(error) => return Err(error),
+            };
             candidates.push(Candidate {
                 prompt_learning_rate,
                 weight_decay,
-                accuracy: score.accuracy,
-                cross_entropy: score.cross_entropy,
+                accuracy: score.map(|score| score.accuracy),
+                cross_entropy: score.map(|score| score.cross_entropy),
             });
         }
+        let loss = |candidate: &Candidate| candidate.cross_entropy.unwrap_or(f64::INFINITY);
         let better = |a: &&Candidate, b: &&Candidate| {
-            let by_loss = b.cross_entropy.total_cmp(&a.cross_entropy);
-            a.accuracy.total_cmp(&b.accuracy).then(by_loss)
+            let by_loss = loss(b).total_cmp(&loss(a));
+            let accuracies = a
+                .accuracy
+                .unwrap_or(-1.0)
+                .total_cmp(&b.accuracy.unwrap_or(-1.0));
+            accuracies.then(by_loss)
         };
         let best = candidates.iter().max_by(better).expect("there are pairs");
+        if best.accuracy.is_none() {
+            return Err(EngineError::NotFinite(
+                "the losses of every pair of the grid",
+            ));
+        }
         let options = TuningOptions {
             prompt_learning_rate: best.prompt_learning_rate,
             weight_decay: best.weight_decay,
             ..tuning.options.clone()
         };
         Ok((options, candidates))
+    }
+}
+
+impl Tuning<'_> {
+    fn score_on(
+        &self,
+        held_out: &Samples,
+        checkpoints: &mut dyn Checkpoints,
+        progress: &mut dyn FnMut(TuningProgress) -> ControlFlow<()>,
+    ) -> Result<HeldOut, EngineError> {
+        let trained = self.train(checkpoints, progress)?;
+        let epoch = self.options.epochs - 1;
+        let cross_entropy = trained
+            .curves
+            .cross_entropy
+            .last()
+            .copied()
+            .unwrap_or_default();
+        trained.score(held_out, &mut || {
+            progress(TuningProgress {
+                epoch,
+                samples: 0,
+                cross_entropy,
+            })
+        })
     }
 }

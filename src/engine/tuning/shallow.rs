@@ -6,7 +6,7 @@ use std::ops::ControlFlow;
 use tch::{Device, Kind, Tensor};
 
 use super::targets::Targets;
-use super::train::{Model, Parameter, kept};
+use super::train::{Alive, Model, Parameter, kept};
 use super::{Tuning, score_of};
 use crate::domain::tuning::HeldOut;
 use crate::engine::EngineError;
@@ -83,28 +83,47 @@ impl Model for Shallow<'_> {
         Ok((sum, totals.into_iter().map(|total| total * mean).collect()))
     }
 
-    fn features(&self, samples: &Samples, parameters: &[Tensor]) -> Result<Tensor, EngineError> {
-        features(self.tuning.vit, samples, &parameters[PROMPT])
+    fn features(
+        &self,
+        samples: &Samples,
+        parameters: &[Tensor],
+        alive: Alive<'_>,
+    ) -> Result<Tensor, EngineError> {
+        features(self.tuning.vit, samples, &parameters[PROMPT], alive)
     }
 
-    fn score(&self, samples: &Samples, parameters: &[Tensor]) -> Result<HeldOut, EngineError> {
-        score(self.tuning.vit, samples, parameters)
+    fn score(
+        &self,
+        samples: &Samples,
+        parameters: &[Tensor],
+        alive: Alive<'_>,
+    ) -> Result<HeldOut, EngineError> {
+        score(self.tuning.vit, samples, parameters, alive)
     }
 }
 
 /// Of prompt, weight and bias on labelled samples.
-pub fn score(vit: &Vit, samples: &Samples, parameters: &[Tensor]) -> Result<HeldOut, EngineError> {
-    let features = features(vit, samples, &parameters[PROMPT])?;
+pub fn score(
+    vit: &Vit,
+    samples: &Samples,
+    parameters: &[Tensor],
+    alive: Alive<'_>,
+) -> Result<HeldOut, EngineError> {
+    let features = features(vit, samples, &parameters[PROMPT], alive)?;
     let [weight, bias] =
         [WEIGHT, BIAS].map(|at| parameters[at].to_device(Device::Cpu).to_kind(Kind::Double));
     let logits = features.to_kind(Kind::Double).linear(&weight, Some(&bias));
     score_of(&logits, &samples.labels)
 }
 
-fn features(vit: &Vit, samples: &Samples, prompt: &Tensor) -> Result<Tensor, EngineError> {
+fn features(
+    vit: &Vit,
+    samples: &Samples,
+    prompt: &Tensor,
+    alive: Alive<'_>,
+) -> Result<Tensor, EngineError> {
     let prompts = [prompt.to_device(vit.device).to_kind(vit.kind)];
-    let go_on = |_| ControlFlow::Continue(());
-    Ok(extract(vit, &vit.pairs(samples, &prompts), go_on)?.get(0))
+    Ok(extract(vit, &vit.pairs(samples, &prompts), |_| alive())?.get(0))
 }
 
 /// What one stream adds up of a micro-batch: the loss, and its derivatives by prompt, weight and bias.

@@ -265,12 +265,13 @@ fn the_grid_takes_the_pair_that_does_best_on_what_is_held_out() {
         )
         .unwrap();
     assert_eq!(candidates.len(), 4);
-    let best = candidates.iter().map(|c| c.accuracy).fold(0.0, f64::max);
+    let accuracies = candidates.iter().map(|c| c.accuracy.unwrap());
+    let best = accuracies.fold(0.0, f64::max);
     let of_chosen = candidates.iter().find(|c| {
         c.prompt_learning_rate == chosen.prompt_learning_rate
             && c.weight_decay == chosen.weight_decay
     });
-    assert_eq!(of_chosen.unwrap().accuracy, best);
+    assert_eq!(of_chosen.unwrap().accuracy, Some(best));
     assert_eq!(
         (chosen.epochs, chosen.sketch_samples),
         (base.epochs, base.sketch_samples)
@@ -288,4 +289,82 @@ fn dropout_leaves_out_its_share_and_keeps_the_mean() {
     assert!((left_out - 0.3).abs() < 0.02, "{left_out}");
     assert!((f64::try_from(first.mean(Kind::Double)).unwrap() - 1.0).abs() < 0.03);
     assert!(kept(5, 0) == first && kept(6, 0) != first && kept(5, 1) != first);
+}
+
+#[test]
+fn a_pair_whose_losses_do_not_stay_finite_loses_and_a_single_pair_is_taken() {
+    let problem = problem();
+    let base = TuningOptions {
+        optimizer: OptimizerKind::Sgd,
+        ..options()
+    };
+    let held_out = (&problem.train, &problem.test);
+    let select = |rates: &[f64]| {
+        let grid = Grid {
+            prompt_learning_rates: rates.to_vec(),
+            weight_decays: vec![],
+        };
+        let tuning = problem.tuning(&base);
+        grid.select(tuning, held_out, &mut NoCheckpoints, go_on)
+    };
+    let (chosen, candidates) = select(&[1e30, 1e-3]).unwrap();
+    assert_eq!(chosen.prompt_learning_rate, 1e-3);
+    assert_eq!(
+        (candidates[0].accuracy, candidates[0].cross_entropy),
+        (None, None)
+    );
+    assert!(matches!(
+        select(&[1e30, 1e31]),
+        Err(EngineError::NotFinite(_))
+    ));
+
+    let grid = Grid {
+        prompt_learning_rates: vec![0.0],
+        weight_decays: vec![0.25],
+    };
+    let images = Images {
+        all: problem
+            .train
+            .only(&(0..problem.train.len()).collect::<Vec<_>>()),
+        part: problem.train.only(&[0]),
+        held_out: problem.train.only(&[1]),
+        whose: "of nobody",
+    };
+    let course = Course {
+        tuning: problem.tuning(&base),
+        grid: &grid,
+        images: &images,
+    };
+    let outcome = course
+        .run(&mut NoCheckpoints, &mut |_, _| ControlFlow::Continue(()))
+        .unwrap();
+    let options = outcome.options;
+    assert_eq!(
+        (options.prompt_learning_rate, options.weight_decay),
+        (0.0, 0.25)
+    );
+}
+
+#[test]
+fn a_head_of_as_many_other_classes_is_not_taken() {
+    let problem = problem();
+    let mut first = run(&problem.tuning(&options()));
+    let standing = TuningOptions {
+        head_learning_rate: 0.0,
+        sketch_samples: 0,
+        epochs: 1,
+        ..options()
+    };
+    let head_after = |start: &PromptFile| {
+        let tuning = Tuning {
+            start: Some(start),
+            ..problem.tuning(&standing)
+        };
+        run(&tuning).head.unwrap().weight
+    };
+    let own = first.head.clone().unwrap().weight;
+    assert_eq!(head_after(&first), own);
+    let names = ["x", "y", "z"].map(str::to_owned).to_vec();
+    first.metadata.as_mut().unwrap().classes = Some(names);
+    assert_eq!(head_after(&first).values, vec![0.0; own.values.len()]);
 }

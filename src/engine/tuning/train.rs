@@ -44,7 +44,12 @@ pub trait Model {
     ) -> Result<(f64, Vec<Tensor>), EngineError>;
 
     /// f [N, d], or whatever the linear head is put on.
-    fn features(&self, samples: &Samples, parameters: &[Tensor]) -> Result<Tensor, EngineError>;
+    fn features(
+        &self,
+        samples: &Samples,
+        parameters: &[Tensor],
+        alive: Alive<'_>,
+    ) -> Result<Tensor, EngineError>;
 
     /// Mean and variance that each normalised layer of the head normalises by.
     fn statistics(&self, _parameters: &[Tensor]) -> Vec<(Tensor, Tensor)> {
@@ -52,8 +57,16 @@ pub trait Model {
     }
 
     /// On labelled samples that it may never have seen.
-    fn score(&self, samples: &Samples, parameters: &[Tensor]) -> Result<HeldOut, EngineError>;
+    fn score(
+        &self,
+        samples: &Samples,
+        parameters: &[Tensor],
+        alive: Alive<'_>,
+    ) -> Result<HeldOut, EngineError>;
 }
+
+/// Asked between batches where nothing is trained, as a sign of life.
+pub type Alive<'a> = &'a mut dyn FnMut() -> ControlFlow<()>;
 
 pub struct Training<'a> {
     pub model: &'a dyn Model,
@@ -158,6 +171,9 @@ impl Training<'_> {
             state
                 .optimizer
                 .step(&mut state.parameters, &gradients, &rates)?;
+            if !loss.is_finite() {
+                return Err(EngineError::NotFinite("the losses"));
+            }
             total += loss;
             seen += rows.len();
             let at = TuningProgress {
@@ -171,7 +187,14 @@ impl Training<'_> {
         }
         state.curves.cross_entropy.push(total / n as f64);
         if let Some(held_out) = self.held_out {
-            let score = self.model.score(held_out, &state.parameters)?;
+            let mut alive = || {
+                progress(TuningProgress {
+                    epoch,
+                    samples: 0,
+                    cross_entropy: total / n as f64,
+                })
+            };
+            let score = self.model.score(held_out, &state.parameters, &mut alive)?;
             let earlier = &state.curves.held_out;
             let lowest = earlier.iter().map(|score| score.cross_entropy);
             if score.cross_entropy < lowest.fold(f64::INFINITY, f64::min) {

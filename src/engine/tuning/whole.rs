@@ -5,12 +5,13 @@ use tch::{Device, Kind, Tensor, no_grad};
 
 use super::network::{Network, SIDE_LAYERS};
 use super::targets::Targets;
-use super::train::{Model, Parameter, kept};
+use super::train::{Alive, Model, Parameter, kept};
 use super::{Totals, Tuning, gaussian, score_of};
 use crate::domain::tuning::HeldOut;
 use crate::domain::tuning_method::TuningMethod;
 use crate::engine::EngineError;
 use crate::engine::samples::Samples;
+use crate::engine::steps::stop_on;
 use crate::engine::vit::Weights;
 
 /// Of the projections into adapters: the other ones begin at 0, so that nothing changes at first and, unlike with both at
@@ -175,20 +176,30 @@ impl Model for Whole<'_> {
         Ok((sum, totals.mean(rows.len())))
     }
 
-    fn features(&self, samples: &Samples, parameters: &[Tensor]) -> Result<Tensor, EngineError> {
+    fn features(
+        &self,
+        samples: &Samples,
+        parameters: &[Tensor],
+        alive: Alive<'_>,
+    ) -> Result<Tensor, EngineError> {
         let (network, _) = self.network(parameters);
         let all: Vec<usize> = (0..samples.len()).collect();
         let mut features = Vec::new();
         self.tuning.each_batch(samples, &all, |_, images| {
             features.push(no_grad(|| network.features(images)));
-            Ok(())
+            stop_on(alive())
         })?;
         Ok(Tensor::cat(&features, 0))
     }
 
-    fn score(&self, samples: &Samples, parameters: &[Tensor]) -> Result<HeldOut, EngineError> {
+    fn score(
+        &self,
+        samples: &Samples,
+        parameters: &[Tensor],
+        alive: Alive<'_>,
+    ) -> Result<HeldOut, EngineError> {
         let (_, [weight, bias]) = self.network(parameters);
-        let features = self.features(samples, parameters)?;
+        let features = self.features(samples, parameters, alive)?;
         let logits = no_grad(|| features.linear(&weight, Some(&bias)));
         score_of(&logits.to_device(Device::Cpu), &samples.labels)
     }
