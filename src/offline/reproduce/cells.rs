@@ -139,7 +139,7 @@ pub const VARIANTS: [Method; 11] = [
     },
     Method {
         key: "trace_ratio_validated",
-        label: "the same with H as a ratio of traces, standardised",
+        label: "trade-off, scale by validation; H as a ratio of traces",
         objective: || {
             json!({
                 "h_score": {"mode": "trace_ratio", "standardise": "per_source"},
