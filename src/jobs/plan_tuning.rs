@@ -64,13 +64,13 @@ pub async fn plan(
     let name = request.backbone.as_ref();
     let backbone = backbone(conn, project_id, name, start.as_slice()).await?;
     let mut options = request.options.clone();
-    check_deep(&options, &backbone.config)?;
     if let Some(start) = &start {
         check_fits(start, &backbone, START)?;
         // Those of the prompt that it begins with are what they are.
         options.num_tokens = start.num_tokens as usize;
         options.init_seed = start.init_seed.unwrap_or_default();
     }
+    check_deep(&options, &backbone.config)?;
     Ok(TuningSpec {
         start: start.as_ref().map(source_spec),
         backbone: backbone_spec(backbone),

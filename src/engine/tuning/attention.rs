@@ -10,12 +10,11 @@ use tch::{Device, Kind, Tensor, no_grad};
 
 use super::targets::Targets;
 use super::train::{Alive, Model, Parameter, Training, TuningProgress};
-use super::{Totals, Tuning, gaussian, score_of};
+use super::{Totals, Tuning, gaussian, leaves, score_of};
 use crate::domain::tensor::Tensor as PlainTensor;
 use crate::domain::tuning::{HeldOut, NoCheckpoints};
 use crate::engine::EngineError;
 use crate::engine::samples::Samples;
-use crate::engine::steps::stop_on;
 use crate::engine::vit::Weights;
 
 /// Channels between W_down and W_up.
@@ -74,14 +73,12 @@ impl<'a> Attention<'a> {
         samples: &Samples,
         parameters: &[Tensor],
     ) -> Result<Tensor, EngineError> {
-        let all_rows: Vec<usize> = (0..samples.len()).collect();
-        let mut all = Vec::new();
-        self.tuning.each_batch(samples, &all_rows, |_, images| {
+        let forward = |images: &Tensor| {
             let tokens = self.weights.embedding.tokens(images);
-            all.push(no_grad(|| self.attention(&tokens, parameters)));
-            Ok(())
-        })?;
-        Ok(Tensor::cat(&all, 0))
+            self.attention(&tokens, parameters)
+        };
+        let alive = &mut || ControlFlow::Continue(());
+        self.tuning.of_all(samples, alive, forward)
     }
 
     /// Of images' tokens [B, t, d], CLS first: [B, M+1].
@@ -145,10 +142,7 @@ impl Model for Attention<'_> {
         parameters: &[Tensor],
         _step: i64,
     ) -> Result<(f64, Vec<Tensor>), EngineError> {
-        let leaves: Vec<Tensor> = parameters
-            .iter()
-            .map(|parameter| parameter.detach().set_requires_grad(true))
-            .collect();
+        let leaves = leaves(parameters);
         let (weight, bias) = (&leaves[SHIFT + 1], &leaves[SHIFT + 2]);
         let (mut sum, mut totals) = (0.0, Totals::default());
         self.tuning
@@ -168,13 +162,8 @@ impl Model for Attention<'_> {
         parameters: &[Tensor],
         alive: Alive<'_>,
     ) -> Result<Tensor, EngineError> {
-        let all_rows: Vec<usize> = (0..samples.len()).collect();
-        let mut features = Vec::new();
-        self.tuning.each_batch(samples, &all_rows, |_, images| {
-            features.push(no_grad(|| self.features_of(images, parameters)));
-            stop_on(alive())
-        })?;
-        Ok(Tensor::cat(&features, 0))
+        let forward = |images: &Tensor| self.features_of(images, parameters);
+        self.tuning.of_all(samples, alive, forward)
     }
 
     fn score(

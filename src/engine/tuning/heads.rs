@@ -6,7 +6,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::targets::Targets;
 use super::train::{Alive, Model, Parameter, kept};
-use super::{Tuning, gaussian, score_of};
+use super::{Tuning, gaussian, leaves, score_of};
 use crate::domain::tuning::HeldOut;
 use crate::domain::tuning_method::TuningMethod;
 use crate::engine::EngineError;
@@ -113,10 +113,7 @@ impl Model for Heads<'_> {
         parameters: &[Tensor],
         step: i64,
     ) -> Result<(f64, Vec<Tensor>), EngineError> {
-        let leaves: Vec<Tensor> = parameters
-            .iter()
-            .map(|parameter| parameter.detach().set_requires_grad(true))
-            .collect();
+        let leaves = leaves(parameters);
         let rows_there = row_tensor(rows).to_device(self.features.device());
         let x = self.features.index_select(0, &rows_there);
         let seed = self.tuning.options.seed;

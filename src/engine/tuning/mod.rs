@@ -26,9 +26,10 @@ use std::ops::ControlFlow;
 use rand_chacha::ChaCha20Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use serde::Serialize;
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Kind, Tensor, no_grad};
 
 use super::samples::Samples;
+use super::steps::stop_on;
 use super::transferability::matrix;
 use super::vit::Vit;
 use super::{EngineError, plain};
@@ -271,6 +272,22 @@ impl<'a> Tuning<'a> {
         Ok(())
     }
 
+    /// What `forward` makes of all images [N, …], without gradients.
+    fn of_all(
+        &self,
+        samples: &Samples,
+        alive: Alive<'_>,
+        forward: impl Fn(&Tensor) -> Tensor,
+    ) -> Result<Tensor, EngineError> {
+        let all: Vec<usize> = (0..samples.len()).collect();
+        let mut parts = Vec::new();
+        self.each_batch(samples, &all, |_, images| {
+            parts.push(no_grad(|| forward(images)));
+            stop_on(alive())
+        })?;
+        Ok(Tensor::cat(&parts, 0))
+    }
+
     fn num_tokens(&self) -> usize {
         self.start
             .map_or(self.options.num_tokens, PromptFile::num_tokens)
@@ -388,6 +405,12 @@ fn stored(tensor: &Tensor) -> Result<PlainTensor<f32>, EngineError> {
     let shape: Vec<usize> = tensor.size().iter().map(|size| *size as usize).collect();
     let values = tensor.to_device(Device::Cpu).to_kind(Kind::Float);
     Ok(PlainTensor::new(shape, plain(&values)?))
+}
+
+/// The parameters as what is differentiated by.
+fn leaves(parameters: &[Tensor]) -> Vec<Tensor> {
+    let leaf = |parameter: &Tensor| parameter.detach().set_requires_grad(true);
+    parameters.iter().map(leaf).collect()
 }
 
 /// Gradients of the parts of a batch, added up.

@@ -7,6 +7,7 @@ use tch::{Device, Kind, Reduction, Tensor};
 use super::Tuning;
 use crate::domain::objective::HeadOptions;
 use crate::domain::prompt_file::PromptFile;
+use crate::engine::classes::present;
 use crate::engine::features::extract;
 use crate::engine::head::{ClosedFormHead, SourceHead, folds, row_tensor};
 use crate::engine::{EngineError, prompt_tensor};
@@ -80,10 +81,7 @@ impl Teachers {
             .collect();
         let go_on = |_| ControlFlow::Continue(());
         let features = extract(vit, &vit.pairs(train, &prompts), go_on)?;
-        let mut present: Vec<usize> = train.labels.clone();
-        present.sort_unstable();
-        present.dedup();
-        let classes = row_tensor(&present);
+        let classes = row_tensor(&present(&train.labels));
         let of_teacher = |i: i64| -> Result<Tensor, EngineError> {
             let features = features.get(i);
             let (k, options) = (tuning.classes.len(), HeadOptions::default());

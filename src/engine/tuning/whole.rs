@@ -6,12 +6,11 @@ use tch::{Device, Kind, Tensor, no_grad};
 use super::network::{Network, SIDE_LAYERS};
 use super::targets::Targets;
 use super::train::{Alive, Model, Parameter, kept};
-use super::{Totals, Tuning, gaussian, score_of};
+use super::{Totals, Tuning, gaussian, leaves, score_of};
 use crate::domain::tuning::HeldOut;
 use crate::domain::tuning_method::TuningMethod;
 use crate::engine::EngineError;
 use crate::engine::samples::Samples;
-use crate::engine::steps::stop_on;
 use crate::engine::vit::Weights;
 
 /// Of the projections into adapters: the other ones begin at 0, so that nothing changes at first and, unlike with both at
@@ -148,10 +147,7 @@ impl Model for Whole<'_> {
         step: i64,
     ) -> Result<(f64, Vec<Tensor>), EngineError> {
         let options = self.tuning.options;
-        let leaves: Vec<Tensor> = parameters
-            .iter()
-            .map(|parameter| parameter.detach().set_requires_grad(true))
-            .collect();
+        let leaves = leaves(parameters);
         let is_prompt = |name: &String| name.ends_with("prompt_embeddings");
         let enter = |at: usize| match self.names.get(at).is_some_and(is_prompt) {
             true => {
@@ -183,13 +179,8 @@ impl Model for Whole<'_> {
         alive: Alive<'_>,
     ) -> Result<Tensor, EngineError> {
         let (network, _) = self.network(parameters);
-        let all: Vec<usize> = (0..samples.len()).collect();
-        let mut features = Vec::new();
-        self.tuning.each_batch(samples, &all, |_, images| {
-            features.push(no_grad(|| network.features(images)));
-            stop_on(alive())
-        })?;
-        Ok(Tensor::cat(&features, 0))
+        let forward = |images: &Tensor| network.features(images);
+        self.tuning.of_all(samples, alive, forward)
     }
 
     fn score(
