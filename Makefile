@@ -47,7 +47,7 @@ chaos: ## kill -9, SIGSTOP, a database that dies: whether the queue keeps its pr
 chaos-short: ## the same in three minutes, of everything a little
 	scripts/chaos_short.sh
 
-reproduce: setup mini-vtab ## every method on every task of the mini-VTAB; PROFILE zero-shot (default), small, settings or full, in hours; goes on where it was
+reproduce: setup mini-vtab ## every method on every task of the mini-VTAB; PROFILE zero-shot (default), small or full, in hours; goes on where it was
 	cargo build --release
 	scripts/reproduce.sh $${PROFILE:-zero-shot} $${OUT:-.assets/mini-vtab}
 

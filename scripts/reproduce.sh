@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs `promptweave reproduce` on a suite and puts what came out into docs/reproduction.md; `make reproduce` calls this.
 #
-#   scripts/reproduce.sh PROFILE SUITE_DIR [OPTION …]      OPTIONs go to `promptweave reproduce`
+#   [TABLES=…] scripts/reproduce.sh PROFILE SUITE_DIR [OPTION …]      OPTIONs go to `promptweave reproduce`
 #
 # Rows, source prompts, tables and pictures are in reproduction/mini-vtab/PROFILE. What has its row is not computed again:
 # a run that was broken off goes on, and `--report-only` writes the tables of what there is.
@@ -12,16 +12,18 @@ shift 2
 cd "$(dirname "$0")/.."
 promptweave=${PROMPTWEAVE:-target/release/promptweave}
 backbone=.assets/vit_s14_focus
-heads=$profile
-if [ "$profile" = settings ]; then
-    heads=zero-shot
-    set -- --tables main,settings "$@"
-fi
-if [ "$profile" = small ] || [ "$profile" = settings ]; then
-    backbone=.assets/vit_s14_focus_6x70
-    [ -e $backbone/config.json ] ||
-        python3 scripts/shrink_backbone.py .assets/vit_s14_focus $backbone --blocks 6 --size 70
-fi
+tables=main,ablation,spearman
+case $profile in
+    # bf16: less than half the time, where the processor has it.
+    zero-shot) tables=$tables,settings && set -- --precision bf16 "$@" ;;
+    small)
+        backbone=.assets/vit_s14_focus_6x70
+        [ -e $backbone/config.json ] ||
+            python3 scripts/shrink_backbone.py .assets/vit_s14_focus $backbone --blocks 6 --size 70
+        ;;
+    full) tables=$tables,scalability,tsne ;;
+esac
+set -- --backbone $backbone --tables "${TABLES:-$tables}" "$@"
 out=reproduction/mini-vtab/$profile
-"$promptweave" reproduce --profile "$heads" --suite "$suite" --backbone $backbone --out "$out" "$@"
+"$promptweave" reproduce --profile "$profile" --suite "$suite" --out "$out" "$@"
 python3 scripts/publish_reproduction.py "$profile"

@@ -16,7 +16,7 @@ use crate::domain::composition::{CompositionResult, PathPoint};
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
 /// Okabe and Ito's colours, which the colour-blind tell apart; sources beyond eight share them.
-const PALETTE: [RGBColor; 8] = [
+pub(crate) const PALETTE: [RGBColor; 8] = [
     RGBColor(0, 114, 178),
     RGBColor(230, 159, 0),
     RGBColor(0, 158, 115),

@@ -89,9 +89,12 @@ impl Job {
         let inputs = Tensor::read_safetensors(args.inputs.join("inputs.safetensors"))?;
         let inputs: HashMap<String, Tensor> = inputs.into_iter().collect();
         let prompts = inputs["prompts"].to_kind(vit.kind).unbind(0);
-        let head = || ClosedFormHead::given(&inputs["head.weight"], &inputs["head.bias"]);
+        let head = ClosedFormHead::given(&inputs["head.weight"], &inputs["head.bias"])?;
         Ok(Self {
-            heads: prompts.iter().map(|_| SourceHead::given(head())).collect(),
+            heads: prompts
+                .iter()
+                .map(|_| SourceHead::given(head.clone()))
+                .collect(),
             sample_folds: sample_folds(&samples.labels),
             threads: compute.threads,
             vit,

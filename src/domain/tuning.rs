@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::composition::{Provenance, Source, TargetSamples};
+use super::composition::{CompositionError, Provenance, Source, TargetSamples};
 use super::digest::Digest;
 use super::prompt_file::MAX_TOKENS;
 use super::tuning_method::TuningMethod;
@@ -184,9 +184,28 @@ pub struct Epoch {
     pub held_out: Option<HeldOut>,
 }
 
+/// There is a checkpoint, and it cannot be had now. Another attempt may have it; to begin anew would lose what was done.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("the last checkpoint cannot be read: {0}")]
+pub struct CheckpointUnavailable(pub String);
+
+impl CheckpointUnavailable {
+    pub const CODE: &str = "checkpoint_unavailable";
+}
+
+impl From<CheckpointUnavailable> for CompositionError {
+    fn from(error: CheckpointUnavailable) -> Self {
+        Self::Retry {
+            code: CheckpointUnavailable::CODE,
+            detail: error.to_string(),
+        }
+    }
+}
+
 /// Where the last checkpoint of a tuning is kept.
 pub trait Checkpoints {
-    fn last(&mut self) -> Option<Vec<u8>>;
+    /// None where there is none, or none any more.
+    fn last(&mut self) -> Result<Option<Vec<u8>>, CheckpointUnavailable>;
 
     /// After an epoch. Takes the place of the one before; where it cannot be written, the tuning goes on.
     fn keep(&mut self, epoch: &Epoch, bytes: &[u8]);
@@ -201,8 +220,8 @@ pub trait Checkpoints {
 pub struct NoCheckpoints;
 
 impl Checkpoints for NoCheckpoints {
-    fn last(&mut self) -> Option<Vec<u8>> {
-        None
+    fn last(&mut self) -> Result<Option<Vec<u8>>, CheckpointUnavailable> {
+        Ok(None)
     }
 
     fn keep(&mut self, _: &Epoch, _: &[u8]) {}

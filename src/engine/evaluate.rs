@@ -4,16 +4,18 @@ use std::ops::ControlFlow;
 
 use tch::Tensor;
 
-use super::EngineError;
 use super::features::extract;
 use super::gradients::sample_folds;
 use super::h_score::HScore;
 use super::head::{ClosedFormHead, calibrated_loss, row_tensor};
 use super::samples::Samples;
 use super::threads::OneThread;
+use super::transferability::matrix;
 use super::vit::Vit;
+use super::{EngineError, prompt_tensor};
 use crate::domain::composition::PromptScore;
 use crate::domain::objective::{HScoreOptions, HeadOptions};
+use crate::domain::prompt_file::PromptFile;
 
 /// A prompt's head on the target samples, and how well both do.
 pub struct Evaluated {
@@ -87,7 +89,7 @@ impl Evaluation<'_> {
         &self,
         prompt: &Tensor,
         progress: impl FnMut(u64) -> ControlFlow<()>,
-    ) -> Result<CrossFitted, EngineError> {
+    ) -> Result<OnUnseen, EngineError> {
         let prompts = std::slice::from_ref(prompt);
         let features = extract(self.vit, &self.vit.pairs(self.train, prompts), progress)?.get(0);
         cross_fitted(&features, &self.train.labels, self.num_classes, self.head)
@@ -95,8 +97,8 @@ impl Evaluation<'_> {
 }
 
 /// How closed-form heads do on samples that they were not fitted on.
-#[derive(Clone, Copy, Debug)]
-pub struct CrossFitted {
+#[derive(Clone, Copy, Debug, Default)]
+pub struct OnUnseen {
     /// Share that they get right.
     pub accuracy: f64,
     /// Mean cross-entropy of softmax(logits/T) in nats, at the T of least loss, of samples whose class they know.
@@ -110,7 +112,7 @@ pub fn cross_fitted(
     labels: &[usize],
     num_classes: usize,
     head: &HeadOptions,
-) -> Result<CrossFitted, EngineError> {
+) -> Result<OnUnseen, EngineError> {
     let _alone = OneThread::begin();
     let folds = sample_folds(labels);
     let select = |of_fold: &dyn Fn(usize) -> bool| -> (Tensor, Vec<usize>) {
@@ -127,17 +129,63 @@ pub fn cross_fitted(
         let fitted = ClosedFormHead::fit(&fitted_on, &of_fitted, num_classes, head)?;
         let (scored, of_scored) = select(&|other| other == fold);
         correct += fitted.count_correct(&scored, &of_scored)?;
-        let logits = Vec::<f64>::try_from(fitted.logits(&scored).flatten(0, -1))?;
-        let of_samples = logits.chunks_exact(num_classes).zip(of_scored);
-        let known = of_samples.filter(|(_, label)| fitted.knows(*label));
-        with_loss.extend(known.map(|(logits, label)| (logits.to_vec(), label)));
+        with_loss.extend(known_logits(&fitted, &scored, &of_scored)?);
     }
-    Ok(CrossFitted {
-        accuracy: correct as f64 / labels.len().max(1) as f64,
-        loss: match with_loss.as_slice() {
-            // No more than guessing.
-            [] => (num_classes as f64).ln(),
-            known => calibrated_loss(known),
-        },
-    })
+    Ok(OnUnseen::of(correct, labels.len(), &with_loss, num_classes))
+}
+
+/// The head that a prompt file carries, on samples that it was not fitted on.
+pub fn carried_head(
+    vit: &Vit,
+    samples: &Samples,
+    file: &PromptFile,
+) -> Result<OnUnseen, EngineError> {
+    let _alone = OneThread::begin();
+    let stored = file
+        .head
+        .as_ref()
+        .expect("a composed or tuned prompt has one");
+    let head = ClosedFormHead::given(&matrix(&stored.weight), &matrix(&stored.bias))?;
+    let prompts = [prompt_tensor(&file.prompt_embeddings, vit)];
+    let progress = |_| ControlFlow::Continue(());
+    let features = extract(vit, &vit.pairs(samples, &prompts), progress)?.get(0);
+    let labels = &samples.labels;
+    let correct = head.count_correct(&features, labels)?;
+    let with_loss = known_logits(&head, &features, labels)?;
+    let num_classes = stored.bias.shape[0];
+    Ok(OnUnseen::of(correct, labels.len(), &with_loss, num_classes))
+}
+
+impl OnUnseen {
+    fn of(
+        correct: usize,
+        num_samples: usize,
+        with_loss: &[(Vec<f64>, usize)],
+        num_classes: usize,
+    ) -> Self {
+        Self {
+            accuracy: correct as f64 / num_samples.max(1) as f64,
+            loss: match with_loss {
+                // No more than guessing.
+                [] => (num_classes as f64).ln(),
+                known => calibrated_loss(known),
+            },
+        }
+    }
+}
+
+/// Logits and label of the samples whose class the head knows.
+fn known_logits(
+    head: &ClosedFormHead,
+    features: &Tensor,
+    labels: &[usize],
+) -> Result<Vec<(Vec<f64>, usize)>, EngineError> {
+    let logits = head.logits(features);
+    let num_classes = logits.size2()?.1 as usize;
+    let logits = Vec::<f64>::try_from(logits.flatten(0, -1))?;
+    let of_samples = logits.chunks_exact(num_classes).zip(labels);
+    let known = of_samples.filter(|(_, label)| head.knows(**label));
+    Ok(known
+        .map(|(logits, label)| (logits.to_vec(), *label))
+        .collect())
 }

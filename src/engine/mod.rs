@@ -81,7 +81,7 @@ use crate::domain::precision::Precision;
 use crate::domain::ranking::Ranking;
 use crate::domain::sharing::{ShardInput, SharingError};
 use crate::domain::tensor::Tensor as PlainTensor;
-use crate::domain::tuning::{Checkpoints, Tuned, TuningInput};
+use crate::domain::tuning::{CheckpointUnavailable, Checkpoints, Tuned, TuningInput};
 use crate::domain::tuning_method::TuningMethod;
 
 #[derive(Debug, thiserror::Error)]
@@ -145,6 +145,8 @@ pub enum EngineError {
     #[error("a file of the cache cannot be read")]
     Cache(#[source] std::io::Error),
     #[error(transparent)]
+    Checkpoint(#[from] CheckpointUnavailable),
+    #[error(transparent)]
     Sharing(#[from] SharingError),
     #[error("libtorch failed")]
     Torch(#[from] TchError),
@@ -173,6 +175,7 @@ impl EngineError {
             Self::Objective(_) => "invalid_objective",
             Self::NotFinite(_) => "not_finite",
             Self::Cache(_) => "cache_unreadable",
+            Self::Checkpoint(_) => CheckpointUnavailable::CODE,
             Self::Sharing(_) => "sharing_failed",
             Self::Torch(_) => "libtorch",
         }
@@ -184,6 +187,7 @@ impl From<EngineError> for CompositionError {
         let (code, detail) = (error.code(), chain(&error));
         match error {
             EngineError::Stopped => Self::Stopped,
+            EngineError::Checkpoint(unavailable) => unavailable.into(),
             EngineError::Torch(_) if blames_the_device(&detail) => Self::device_failed(detail),
             // Out of memory or disk, or a device that failed: the next attempt may meet a better machine.
             EngineError::Torch(_)

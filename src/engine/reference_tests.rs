@@ -54,7 +54,7 @@ fn check(
         _ => Kind::Float,
     };
     let input = images::to_tensor(pixels, &backbone.config.preprocessing, Device::Cpu, kind);
-    let head = SourceHead::given(ClosedFormHead::given(weight, bias));
+    let head = SourceHead::given(ClosedFormHead::given(weight, bias).unwrap());
     let folds = vec![0; pixels.len()];
     for (name, mut pass) in all_paths(backbone, precision) {
         pass.take_prompts(&[prompt.to_kind(kind)]);

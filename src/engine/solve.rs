@@ -4,7 +4,7 @@ use std::borrow::Cow;
 
 use super::EngineError;
 use super::alignment::{AlignmentStatistics, GradientAlignment};
-use super::evaluate::CrossFitted;
+use super::evaluate::OnUnseen;
 use super::gradients::num_folds;
 use super::h_score::HScore;
 use super::jackknife::{self, standard_errors};
@@ -32,7 +32,7 @@ pub struct Solved {
 
 /// How the path's points do, for `trade_off: "validation"`.
 pub type Validate<'a> =
-    &'a mut dyn FnMut(&[PathPoint], &mut Steps<'_>) -> Result<Vec<CrossFitted>, EngineError>;
+    &'a mut dyn FnMut(&[PathPoint], &mut Steps<'_>) -> Result<Vec<OnUnseen>, EngineError>;
 
 /// Solves as `objective` says. `validate` is called for the rule that needs it and no other.
 pub fn solve(
@@ -177,7 +177,7 @@ fn alignment_of(ground: Ground<'_>, objective: &Objective) -> GradientAlignment 
 }
 
 /// The point of least loss; of equals the one nearest the middle of the path, where neither term is given up.
-fn least_loss(points: &[CrossFitted]) -> usize {
+fn least_loss(points: &[OnUnseen]) -> usize {
     let middle = points.len() / 2;
     (0..points.len())
         .min_by(|a, b| {

@@ -11,7 +11,7 @@ use super::steps::{Steps, stop_on};
 use super::tuning::{Course, Images, Trained, Tuning};
 use super::vit::Vit;
 use crate::domain::backbone::Backbone;
-use crate::domain::composition::{Observer, Phase, Provenance, Source};
+use crate::domain::composition::{Observer, Phase, Provenance};
 use crate::domain::dataset::LabelledImages;
 use crate::domain::digest::Digest;
 use crate::domain::tuning::{Checkpoints, HeldOut, Tuned, TunedPrompt, TuningInput, TuningResult};
@@ -59,7 +59,8 @@ pub fn tune(
             held_out: None,
             task: &input.task,
             classes: &dataset.classes,
-            start: input.start.as_ref().map(|start: &Source| &start.file),
+            start: input.start.as_ref(),
+            takes_head: true,
             teachers: &[],
             options: &input.options,
         },

@@ -1,9 +1,9 @@
 //! `promptweave tune`: train one visual prompt on a labelled image set with a frozen backbone, or what prompts are compared
 //! with.
 
-use std::fs;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::{fs, io};
 
 use anyhow::{Context as _, anyhow};
 use clap::ValueEnum;
@@ -14,9 +14,9 @@ use super::{EngineOptions, parse_split, read_prompt, write_whole};
 use crate::domain::backbone::Preprocessing;
 use crate::domain::composition::{Phase, Source};
 use crate::domain::dataset::{LabelledImages, Split};
-use crate::domain::prompt_file::PromptFile;
 use crate::domain::tuning::{
-    Candidate, Checkpoints, Epoch, Grid, InvalidTuning, OptimizerKind, TuningOptions,
+    Candidate, CheckpointUnavailable, Checkpoints, Epoch, Grid, InvalidTuning, OptimizerKind,
+    TuningOptions,
 };
 use crate::domain::tuning_method::TuningMethod;
 use crate::engine::EngineError;
@@ -199,7 +199,6 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         options.num_tokens = start.file.num_tokens();
         options.init_seed = metadata.and_then(|m| m.init_seed).unwrap_or_default();
     }
-    let teachers: Vec<PromptFile> = teachers.into_iter().map(|source| source.file).collect();
     let dataset = LabelledImages::read(&args.data)?;
     let selection = Selection {
         split: args.split,
@@ -217,7 +216,8 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
             held_out: None,
             task: &task,
             classes: &dataset.classes,
-            start: start.as_ref().map(|source| &source.file),
+            start: start.as_ref(),
+            takes_head: true,
             teachers: &teachers,
             options: &options,
         },
@@ -354,8 +354,15 @@ fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
 }
 
 impl Checkpoints for CheckpointFile {
-    fn last(&mut self) -> Option<Vec<u8>> {
-        fs::read(&self.0).ok()
+    fn last(&mut self) -> Result<Option<Vec<u8>>, CheckpointUnavailable> {
+        match fs::read(&self.0) {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(CheckpointUnavailable(format!(
+                "`{}`: {error}; delete it to begin anew",
+                self.0.display()
+            ))),
+        }
     }
 
     fn keep(&mut self, _: &Epoch, bytes: &[u8]) {

@@ -5,8 +5,9 @@ use sqlx::PgPool;
 use tokio::runtime::Handle;
 
 use super::composer_thread::{Stop, StopReason};
+use super::inputs::InputError;
 use crate::blobs::BlobStore;
-use crate::domain::tuning::{Checkpoints, Epoch};
+use crate::domain::tuning::{CheckpointUnavailable, Checkpoints, Epoch};
 use crate::jobs::checkpoints;
 use crate::jobs::queue::{Lease, QueueError};
 use crate::registry::RegistryError;
@@ -26,8 +27,7 @@ pub struct JobCheckpoints {
 }
 
 impl Checkpoints for JobCheckpoints {
-    /// None also where the one that there is cannot be had: the tuning begins anew then.
-    fn last(&mut self) -> Option<Vec<u8>> {
+    fn last(&mut self) -> Result<Option<Vec<u8>>, CheckpointUnavailable> {
         let read = async {
             let mut conn = self.pool.acquire().await.map_err(RegistryError::from)?;
             let there = checkpoints::last(&mut conn, self.lease.job_id, &self.name).await?;
@@ -37,10 +37,15 @@ impl Checkpoints for JobCheckpoints {
             Ok(Some(self.blobs.get_bytes(&file).await?.into()))
         };
         let read: Result<_, RegistryError> = self.runtime.block_on(read);
-        read.unwrap_or_else(|error| {
+        read.or_else(|error| {
+            let error = InputError::from(error);
+            if error.is_passing() {
+                return Err(CheckpointUnavailable(chain(&error)));
+            }
+            // It is lost for good, and the tuning begins anew.
             let error = chain(&error);
             tracing::warn!(job.id = %self.lease.job_id, error, "a checkpoint was not read");
-            None
+            Ok(None)
         })
     }
 

@@ -176,7 +176,7 @@ impl Composer for Pretending {
         observer: &mut dyn Observer,
     ) -> Result<Tuned, CompositionError> {
         let mut curves = Curves::default();
-        if let Some(there) = checkpoints.last() {
+        if let Some(there) = checkpoints.last()? {
             curves = serde_json::from_slice(&there).expect("a checkpoint of ours");
         }
         while curves.cross_entropy.len() < input.options.epochs {

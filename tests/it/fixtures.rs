@@ -385,7 +385,7 @@ impl Composer for FakeComposer {
         let script = self.begin();
         assert!(input.backbone_dir.join("config.json").is_file());
         assert!(input.target_dir.join("meta.json").is_file());
-        let mut curves = match checkpoints.last() {
+        let mut curves = match checkpoints.last()? {
             Some(bytes) => serde_json::from_slice(&bytes).unwrap(),
             None => Curves::default(),
         };

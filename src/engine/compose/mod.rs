@@ -11,7 +11,7 @@ pub use self::weigh::TargetPrompt;
 use tch::Tensor;
 
 use super::cache::{CachedSources, ResultCache};
-use super::evaluate::{CrossFitted, Evaluation, cross_fitted};
+use super::evaluate::{Evaluation, OnUnseen, cross_fitted};
 use super::methods::uniform;
 use super::refine::Refiner;
 use super::report::Evidence;
@@ -277,9 +277,9 @@ impl Work<'_> {
         &self,
         path: &[PathPoint],
         steps: &mut Steps<'_>,
-    ) -> Result<Vec<CrossFitted>, EngineError> {
+    ) -> Result<Vec<OnUnseen>, EngineError> {
         let evaluation = self.evaluation(&self.objective.h_score);
-        let mut of_points: Vec<CrossFitted> = Vec::with_capacity(path.len());
+        let mut of_points: Vec<OnUnseen> = Vec::with_capacity(path.len());
         for (i, point) in path.iter().enumerate() {
             if i > 0 && point.weights == path[i - 1].weights {
                 of_points.push(of_points[i - 1]);
@@ -390,7 +390,7 @@ impl Work<'_> {
         anchored(self.prompts, alpha, self.anchor, scale)
     }
 
-    fn cross_fitted(&self, features: &Tensor) -> Result<CrossFitted, EngineError> {
+    fn cross_fitted(&self, features: &Tensor) -> Result<OnUnseen, EngineError> {
         let labels = &self.samples.labels;
         cross_fitted(features, labels, self.classes.len(), &self.objective.head)
     }

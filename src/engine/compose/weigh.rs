@@ -10,7 +10,7 @@ use crate::domain::digest::Digest;
 use crate::domain::method::{Method, Scale, ScaleRule, SpotChoice};
 use crate::domain::tensor::Tensor as PlainTensor;
 use crate::domain::tuning::{NoCheckpoints, TuningOptions};
-use crate::engine::evaluate::CrossFitted;
+use crate::engine::evaluate::OnUnseen;
 use crate::engine::features::extract;
 use crate::engine::methods::{effects, most_similar, proportional, similarity, single_best};
 use crate::engine::solve::{Solved, weigh_features};
@@ -85,6 +85,7 @@ impl Work<'_> {
             task: "target",
             classes: self.classes,
             start: None,
+            takes_head: false,
             teachers: &[],
             options,
         }
@@ -192,13 +193,13 @@ impl Work<'_> {
             let validation = evaluation.cross_fitted(&prompt, tick)?;
             Ok((scale, validation))
         });
-        let points = points.collect::<Result<Vec<(f64, CrossFitted)>, EngineError>>()?;
+        let points = points.collect::<Result<Vec<(f64, OnUnseen)>, EngineError>>()?;
         // The last of equals, which is the largest.
         let (best, _) = points
             .iter()
             .max_by(|(_, a), (_, b)| b.loss.total_cmp(&a.loss))
             .expect("there are candidates");
-        let point = |(scale, validation): &(f64, CrossFitted)| ScalePoint {
+        let point = |(scale, validation): &(f64, OnUnseen)| ScalePoint {
             scale: *scale,
             validation_accuracy: validation.accuracy,
             validation_loss: Some(validation.loss),

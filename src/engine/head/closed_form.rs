@@ -109,13 +109,16 @@ impl ClosedFormHead {
         Ok(head)
     }
 
-    /// A head of given weights [K, d] and bias [K], whatever its classes: for comparison with other code.
-    pub fn given(weight: &Tensor, bias: &Tensor) -> Self {
-        Self {
+    /// A head of given weights [K, d] and bias [K]: one that was stored, or of other code.
+    pub fn given(weight: &Tensor, bias: &Tensor) -> Result<Self, EngineError> {
+        let bias = bias.to_kind(Kind::Double);
+        let logits = Vec::<f64>::try_from(&bias)?;
+        Ok(Self {
             weight: weight.to_kind(Kind::Double),
-            bias: bias.to_kind(Kind::Double),
-            present: vec![true; bias.numel()],
-        }
+            // Half, as ABSENT is not the same number in f32.
+            present: logits.iter().map(|bias| *bias > 0.5 * ABSENT).collect(),
+            bias,
+        })
     }
 
     /// Whether a sample of this class was among those it was fitted on.

@@ -12,7 +12,8 @@ use crate::domain::dataset::Split;
 use crate::domain::digest::Digest;
 use crate::domain::prompt_file::PromptFile;
 use crate::domain::tuning::{
-    Checkpoints, Epoch, Grid, NoCheckpoints, Tuned, TuningInput, TuningOptions,
+    CheckpointUnavailable, Checkpoints, Epoch, Grid, NoCheckpoints, Tuned, TuningInput,
+    TuningOptions,
 };
 use crate::engine::Engine;
 use crate::engine::testing::{Recorder, assert_close, write_backbone, write_dataset};
@@ -26,8 +27,8 @@ struct Kept {
 }
 
 impl Checkpoints for Kept {
-    fn last(&mut self) -> Option<Vec<u8>> {
-        self.files.borrow().get(&self.name).cloned()
+    fn last(&mut self) -> Result<Option<Vec<u8>>, CheckpointUnavailable> {
+        Ok(self.files.borrow().get(&self.name).cloned())
     }
 
     fn keep(&mut self, epoch: &Epoch, bytes: &[u8]) {
@@ -117,6 +118,32 @@ fn a_killed_tuning_repeats_no_epoch_of_grid_or_prompt_and_ends_with_the_same_fil
     assert_eq!(after, [of_tuning(1), of_tuning(2), of_tuning(3)]);
     assert_eq!(again.file, whole.file);
     assert_eq!(again.result.candidates, whole.result.candidates);
+}
+
+/// Its store is away.
+struct Away;
+
+impl Checkpoints for Away {
+    fn last(&mut self) -> Result<Option<Vec<u8>>, CheckpointUnavailable> {
+        Err(CheckpointUnavailable("no route to host".into()))
+    }
+
+    fn keep(&mut self, _: &Epoch, _: &[u8]) {}
+}
+
+#[test]
+fn a_checkpoint_that_cannot_be_had_now_is_waited_for_and_not_done_without() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut input = input(dir.path());
+    input.grid = Grid::default();
+    let refused = Engine::new(Device::Cpu).tune(&input, &mut Away, &mut Recorder::default());
+    match refused {
+        Err(CompositionError::Retry { code, detail }) => {
+            assert_eq!(code, "checkpoint_unavailable");
+            assert!(detail.contains("no route to host"), "{detail}");
+        }
+        other => panic!("{other:?}"),
+    }
 }
 
 #[test]

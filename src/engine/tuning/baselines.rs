@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use safetensors::SafeTensors;
 
 use super::targets::Targets;
-use super::tests::{Problem, go_on, options, problem};
+use super::tests::{Problem, go_on, options, problem, source};
 use super::*;
 use crate::domain::tensor::read_f32;
 use crate::domain::tuning::NoCheckpoints;
@@ -165,8 +165,9 @@ fn a_deep_prompt_is_a_file_that_begins_a_tuning_again() {
         epochs: 1,
         ..options.clone()
     };
+    let start = source(&file);
     let again = Tuning {
-        start: Some(&file),
+        start: Some(&start),
         options: &standing,
         ..tuning
     };
@@ -198,7 +199,7 @@ fn shallow_gradients_are_those_of_the_whole_network() {
     let teacher = train(&problem.tuning(&super::tests::options()))
         .prompt_file(&mut alive)
         .unwrap();
-    let teachers = [teacher];
+    let teachers = [source(&teacher)];
     let tuning = Tuning {
         teachers: &teachers,
         ..problem.tuning(&options)
@@ -242,7 +243,7 @@ fn a_student_comes_to_its_teachers_logits() {
     let teacher = train(&problem.tuning(&options()))
         .prompt_file(&mut alive)
         .unwrap();
-    let teachers = [teacher];
+    let teachers = [source(&teacher)];
     let all: Vec<usize> = (0..problem.train.len()).collect();
     // Mean squared difference to the teacher's logits, by the loss that has nothing else in it.
     let apart = |weight: f64| {

@@ -68,13 +68,9 @@ impl Course<'_> {
         if self.holds_out() && part.labels.is_empty() {
             return Err(EngineError::NoneToHoldOut);
         }
-        // It was fitted on images that are to be held out, and would know them.
-        let headless = (self.tuning.start.filter(|_| self.holds_out())).map(|file| PromptFile {
-            head: None,
-            ..file.clone()
-        });
         let tuning = Tuning {
-            start: headless.as_ref().or(self.tuning.start),
+            // It was fitted on images that are to be held out, and would know them.
+            takes_head: self.tuning.takes_head && !self.holds_out(),
             ..self.tuning
         };
         let (options, candidates) = match self.grid.pairs(tuning.options)[..] {

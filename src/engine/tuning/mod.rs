@@ -30,10 +30,10 @@ use tch::{Device, Kind, Tensor, no_grad};
 
 use super::samples::Samples;
 use super::steps::stop_on;
-use super::transferability::matrix;
 use super::vit::Vit;
 use super::{EngineError, plain};
 use crate::domain::backbone::Backbone;
+use crate::domain::composition::Source;
 use crate::domain::dataset::stratified_subset;
 use crate::domain::digest::Digest;
 use crate::domain::prompt_file::{FORMAT, Head, Origin, PromptFile, PromptMetadata, Sketch};
@@ -122,9 +122,11 @@ pub struct Tuning<'a> {
     pub classes: &'a [String],
     /// Begin with this prompt, where the method has one, and with its head where it has one for these classes; otherwise
     /// with the initial prompt of `init_seed` and no head.
-    pub start: Option<&'a PromptFile>,
+    pub start: Option<&'a Source>,
+    /// Whether the start's head is taken: not where it was fitted on images that are held out.
+    pub takes_head: bool,
     /// Source prompts whose logits the loss pulls towards, by `distillation_weight`.
-    pub teachers: &'a [PromptFile],
+    pub teachers: &'a [Source],
     pub options: &'a TuningOptions,
 }
 
@@ -173,7 +175,6 @@ impl<'a> Tuning<'a> {
 
     /// All that the outcome depends on.
     fn key(&self) -> Digest {
-        let teachers: Vec<Digest> = self.teachers.iter().map(digest).collect();
         let of = (
             env!("CARGO_PKG_VERSION"),
             self.backbone.digest,
@@ -181,8 +182,8 @@ impl<'a> Tuning<'a> {
             (self.train.digest, &self.train.indices),
             self.held_out
                 .map(|samples| (samples.digest, &samples.indices)),
-            self.start.map(digest),
-            teachers,
+            (self.start.map(digest), self.takes_head),
+            self.digests_of_teachers(),
             self.options,
         );
         Digest::of(&serde_json::to_vec(&of).expect("plain data"))
@@ -199,7 +200,7 @@ impl<'a> Tuning<'a> {
     fn initial_prompt(&self) -> Parameter {
         let (m, d) = (self.num_tokens(), self.vit.config.embed_dim);
         let values = match self.start {
-            Some(file) => self.on_device(&file.prompt_embeddings.values, &[m, d]),
+            Some(start) => self.on_device(&start.file.prompt_embeddings.values, &[m, d]),
             None => {
                 let patch = self.vit.config.patch_size;
                 let values = initial_prompt(m, d, patch, self.options.init_seed);
@@ -219,7 +220,7 @@ impl<'a> Tuning<'a> {
         let behind_first = self.vit.config.depth - 1;
         let of_start = self
             .start
-            .and_then(|file| file.deep_prompt_embeddings.as_ref());
+            .and_then(|start| start.file.deep_prompt_embeddings.as_ref());
         match of_start.filter(|deep| deep.shape == [behind_first, m, d]) {
             Some(deep) => self.on_device(&deep.values, &deep.shape),
             None => {
@@ -239,8 +240,11 @@ impl<'a> Tuning<'a> {
             let theirs = file.metadata.as_ref().and_then(|m| m.classes.as_deref());
             theirs.is_some_and(|theirs| theirs != self.classes)
         };
-        let start = self.start.filter(|file| !is_of_others(file));
-        let head = start.and_then(|file| file.head.as_ref());
+        let start = self.start.filter(|_| self.takes_head);
+        let file = start
+            .map(|start| &start.file)
+            .filter(|file| !is_of_others(file));
+        let head = file.and_then(|file| file.head.as_ref());
         let (weight, bias) = match head.filter(|head| head.weight.shape == [k, d]) {
             Some(head) => (head.weight.values.clone(), head.bias.values.clone()),
             None => (vec![0.0; k * d], vec![0.0; k]),
@@ -290,12 +294,16 @@ impl<'a> Tuning<'a> {
 
     fn num_tokens(&self) -> usize {
         self.start
-            .map_or(self.options.num_tokens, PromptFile::num_tokens)
+            .map_or(self.options.num_tokens, |start| start.file.num_tokens())
+    }
+
+    fn digests_of_teachers(&self) -> Vec<Digest> {
+        self.teachers.iter().map(digest).collect()
     }
 }
 
-fn digest(file: &PromptFile) -> Digest {
-    Digest::of(&file.to_bytes())
+fn digest(source: &Source) -> Digest {
+    source.digest
 }
 
 /// What came of a tuning.
@@ -338,7 +346,7 @@ impl Trained<'_> {
             num_samples: self.tuning.train.len(),
             options,
             start: self.tuning.start.map(digest),
-            teachers: self.tuning.teachers.iter().map(digest).collect(),
+            teachers: self.tuning.digests_of_teachers(),
             curves: &self.curves,
             distance_from_init: distance.filter(|distance| distance.is_finite()),
         };
@@ -362,14 +370,14 @@ impl Trained<'_> {
             .stored("head.weight")?
             .zip(self.stored("head.bias")?)
             .map(|(weight, bias)| Head { weight, bias });
-        let of_start = |file: &PromptFile| file.metadata.as_ref()?.init_seed;
+        let of_start = |start: &Source| start.file.metadata.as_ref()?.init_seed;
         Ok(PromptFile {
             metadata: Some(PromptMetadata {
                 format: FORMAT,
                 backbone_digest: Some(backbone.digest),
                 preprocessing_id: Some(backbone.config.preprocessing.id()),
                 init_seed: match start {
-                    Some(file) => of_start(file),
+                    Some(start) => of_start(start),
                     None => Some(options.init_seed),
                 },
                 task: Some(task.to_owned()),
@@ -429,13 +437,6 @@ impl Totals {
         let share = 1.0 / n as f64;
         self.0.into_iter().map(|total| total * share).collect()
     }
-}
-
-/// How a (shallow) prompt file does with the head that it carries.
-pub fn evaluate(vit: &Vit, samples: &Samples, file: &PromptFile) -> Result<HeldOut, EngineError> {
-    let head = file.head.as_ref().expect("a tuned prompt has one");
-    let parameters = [&file.prompt_embeddings, &head.weight, &head.bias].map(matrix);
-    shallow::score(vit, samples, &parameters, &mut || ControlFlow::Continue(()))
 }
 
 /// Of logits [N, K] on the CPU.

@@ -5,8 +5,8 @@ use std::ops::ControlFlow;
 use tch::{Device, Kind, Reduction, Tensor};
 
 use super::Tuning;
+use crate::domain::composition::Source;
 use crate::domain::objective::HeadOptions;
-use crate::domain::prompt_file::PromptFile;
 use crate::engine::classes::present;
 use crate::engine::features::extract;
 use crate::engine::head::{ClosedFormHead, SourceHead, folds, row_tensor};
@@ -73,11 +73,11 @@ impl Targets {
 }
 
 impl Teachers {
-    fn of(tuning: &Tuning<'_>, teachers: &[PromptFile]) -> Result<Self, EngineError> {
+    fn of(tuning: &Tuning<'_>, teachers: &[Source]) -> Result<Self, EngineError> {
         let (vit, train) = (tuning.vit, tuning.train);
         let prompts: Vec<Tensor> = teachers
             .iter()
-            .map(|teacher| prompt_tensor(&teacher.prompt_embeddings, vit))
+            .map(|teacher| prompt_tensor(&teacher.file.prompt_embeddings, vit))
             .collect();
         let go_on = |_| ControlFlow::Continue(());
         let features = extract(vit, &vit.pairs(train, &prompts), go_on)?;

@@ -1,9 +1,10 @@
 use super::*;
 use crate::domain::dataset::{LabelledImages, Split};
 use crate::domain::precision::Precision;
-use crate::domain::tuning::{Epoch, Grid, NoCheckpoints, OptimizerKind};
+use crate::domain::tuning::{CheckpointUnavailable, Epoch, Grid, NoCheckpoints, OptimizerKind};
 use crate::engine::samples::Selection;
 use crate::engine::testing::{write_backbone, write_dataset};
+use crate::engine::transferability::matrix;
 use crate::engine::vit::Compute;
 
 /// The tiny task: 30 images of three classes.
@@ -51,9 +52,19 @@ impl Problem {
             task: "tiny",
             classes: &self.classes,
             start: None,
+            takes_head: true,
             teachers: &[],
             options,
         }
+    }
+}
+
+pub fn source(file: &PromptFile) -> Source {
+    Source {
+        prompt: "tuned".into(),
+        version: None,
+        digest: Digest::of(&file.to_bytes()),
+        file: file.clone(),
     }
 }
 
@@ -87,8 +98,8 @@ fn curves(file: &PromptFile) -> (Vec<f64>, usize) {
 struct Kept(Option<Vec<u8>>);
 
 impl Checkpoints for Kept {
-    fn last(&mut self) -> Option<Vec<u8>> {
-        self.0.clone()
+    fn last(&mut self) -> Result<Option<Vec<u8>>, CheckpointUnavailable> {
+        Ok(self.0.clone())
     }
     fn keep(&mut self, _: &Epoch, bytes: &[u8]) {
         self.0 = Some(bytes.to_vec());
@@ -188,17 +199,28 @@ fn a_start_is_gone_on_from_with_its_head() {
         epochs: 1,
         ..options()
     };
+    // The digest is the one that it is known by, whatever its file would be written as.
+    let start = Source {
+        digest: Digest::of(b"in f16"),
+        ..source(&first)
+    };
     let tuning = Tuning {
-        start: Some(&first),
+        start: Some(&start),
         ..problem.tuning(&standing)
     };
     let again = run(&tuning);
     assert_eq!(again.prompt_embeddings, first.prompt_embeddings);
     assert_eq!(again.head, first.head);
     let metadata = again.metadata.as_ref().unwrap();
-    let start = metadata.training.as_ref().unwrap()["start"].clone();
-    assert_eq!(start, Digest::of(&first.to_bytes()).to_string());
+    let recorded = metadata.training.as_ref().unwrap()["start"].clone();
+    assert_eq!(recorded, start.digest.to_string());
     assert_eq!(metadata.init_seed, Some(0));
+    let headless = run(&Tuning {
+        takes_head: false,
+        ..tuning
+    });
+    let none = vec![0.0; problem.classes.len() * first.embed_dim()];
+    assert_eq!(headless.head.unwrap().weight.values, none);
     // Of other classes, its head is not taken.
     let two = &problem.classes[..2];
     let few: Vec<usize> = (0..problem.train.len())
@@ -240,7 +262,10 @@ fn patience_ends_a_tuning_and_takes_its_best_epoch() {
         .iter()
         .map(|score| score.cross_entropy)
         .fold(f64::INFINITY, f64::min);
-    let found = evaluate(&problem.vit, &problem.test, &file).unwrap();
+    let head = file.head.as_ref().unwrap();
+    let parameters = [&file.prompt_embeddings, &head.weight, &head.bias].map(matrix);
+    let alive = &mut || ControlFlow::Continue(());
+    let found = shallow::score(&problem.vit, &problem.test, &parameters, alive).unwrap();
     assert!(
         (found.cross_entropy - lowest).abs() < 1e-9,
         "{found:?} {of_epochs:?}"
@@ -356,8 +381,9 @@ fn a_head_of_as_many_other_classes_is_not_taken() {
         ..options()
     };
     let head_after = |start: &PromptFile| {
+        let start = source(start);
         let tuning = Tuning {
-            start: Some(start),
+            start: Some(&start),
             ..problem.tuning(&standing)
         };
         run(&tuning).head.unwrap().weight

@@ -107,7 +107,7 @@ impl Training<'_> {
             best: copies(),
             parameters,
         };
-        if let Some(bytes) = checkpoints.last() {
+        if let Some(bytes) = checkpoints.last()? {
             checkpoint::read(self.key, &bytes, &mut state);
         }
         let of_head: Vec<bool> = initial.iter().map(|parameter| parameter.of_head).collect();

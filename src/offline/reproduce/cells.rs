@@ -19,15 +19,22 @@ pub struct Method {
 
 /// The initial prompt, and nobody's: no transfer.
 pub const NONE: &str = "none";
+/// The prompt tuned on the target itself, which no transfer method has: what there is to gain.
+pub const OWN: &str = "own";
 /// One source, as it is.
 pub const ALONE: &str = "alone";
 pub const HGPROMPT: &str = "hgprompt";
 
 /// In the order of the tables.
-pub const METHODS: [Method; 15] = [
+pub const METHODS: [Method; 16] = [
     Method {
         key: NONE,
         label: "no transfer (initial prompt)",
+        objective: || json!({"method": "average"}),
+    },
+    Method {
+        key: OWN,
+        label: "the target's own prompt",
         objective: || json!({"method": "average"}),
     },
     Method {
@@ -116,7 +123,7 @@ const ALONE_METHOD: Method = Method {
 
 /// Settings of HGPrompt, and of what it is to beat, that a default could be chosen from: as they are, with a closed-form
 /// head, whatever the profile.
-pub const VARIANTS: [Method; 11] = [
+pub const VARIANTS: [Method; 12] = [
     Method {
         key: "trade_off_0.9",
         label: "trade-off 0.9",
@@ -131,6 +138,11 @@ pub const VARIANTS: [Method; 11] = [
         key: "trace_ratio",
         label: "H as a ratio of traces, standardised",
         objective: || json!({"h_score": {"mode": "trace_ratio", "standardise": "per_source"}}),
+    },
+    Method {
+        key: "aligned",
+        label: "tokens aligned",
+        objective: || json!({"align_tokens": "hungarian"}),
     },
     Method {
         key: "validated",
@@ -253,6 +265,7 @@ fn of_target(suite: &Suite, seed: u64, target: &str, tables: &[Table]) -> Vec<Ce
     };
     let with_all = |key: &'static str| match key {
         NONE => cell(NONE, &[]),
+        OWN => cell(OWN, &[target.to_owned()]),
         key => cell(key, &others),
     };
     let mut cells = Vec::new();

@@ -13,14 +13,14 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use super::cells::{Cell, HGPROMPT};
-use super::plots::{Area, draw};
+use super::plots::{Area, color_of, draw};
 use super::runner::Runner;
 use super::suite::Suite;
 use super::tsne::{Point, embed, squared_distance};
 use super::{Args, Settings};
 use crate::offline::progress::bar;
 use crate::offline::write_whole;
-use crate::plot::{GREY, GRID, INK, color, padded, style};
+use crate::plot::{GREY, GRID, INK, padded, style};
 
 /// Test images of a target, at most: as many dots as can be told apart.
 const MOST: usize = 200;
@@ -175,7 +175,7 @@ fn panel(
     let (x, y) = (pixel(0), pixel(1));
     for (point, label) in points.iter().zip(&layout.labels) {
         let at = (left + x(point[0]), top + y(point[1]));
-        area.draw(&Circle::new(at, 2, of_class(*label, num_classes).filled()))?;
+        area.draw(&Circle::new(at, 2, color_of(*label, num_classes).filled()))?;
     }
     Ok(())
 }
@@ -189,14 +189,6 @@ fn among_their_own(points: &[Point], labels: &[usize]) -> f64 {
         nearest.is_some_and(|nearest| labels[nearest] == labels[*i])
     };
     (0..points.len()).filter(is_so).count() as f64 / points.len() as f64
-}
-
-/// The colours of all pictures while they are enough, and then hues.
-fn of_class(label: usize, num_classes: usize) -> RGBAColor {
-    match num_classes {
-        ..=8 => color(label).to_rgba(),
-        _ => HSLColor(label as f64 / num_classes as f64, 0.75, 0.45).to_rgba(),
-    }
 }
 
 #[cfg(test)]

@@ -12,9 +12,11 @@ mod cells;
 mod layouts;
 mod measures;
 mod plots;
+mod rankings;
 mod report;
 mod results;
 mod runner;
+mod scalability;
 mod settings;
 mod suite;
 mod tsne;
@@ -316,12 +318,48 @@ mod tests {
             let found = compared.lines().find(|line| line.starts_with(&start));
             found.unwrap_or_else(|| panic!("{compared}")).to_owned()
         };
-        assert!(!row("average").contains('–') && row("scale 0.5").contains('–'));
+        // Name, held out, cross-fitted, test: of 30 images none is held out.
+        let cells = |label: &str| -> Vec<bool> {
+            let row = row(label);
+            let cells = row.split('|').skip(2).take(6);
+            cells.map(|cell| cell.trim() != "–").collect()
+        };
+        assert_eq!(cells("average"), [false, false, false, true, true, true]);
+        assert_eq!(cells("scale 0.5"), [false; 6]);
         row("cross-fitted loss");
 
         // Again: nothing is computed, and the report is the same.
         run(&small).unwrap();
         assert_eq!((read("results.jsonl"), read("report.md")), (rows, report));
+    }
+
+    #[test]
+    fn training_images_that_are_no_samples_are_held_out() {
+        let dir = tempfile::tempdir().unwrap();
+        suite(dir.path(), 3);
+        let args = args(dir.path(), &[]);
+        let suite = Suite::open(&args.suite, None).unwrap();
+        let backbone = Backbone::open(&args.engine.backbone).unwrap();
+        let all = Settings::of(&args, &suite, &backbone);
+        let few = Settings {
+            source_samples: 20,
+            target_samples: 20,
+            ..all.clone()
+        };
+        let cell = Cell {
+            seed: 3,
+            target: "task0".into(),
+            method: cells::NONE,
+            sources: Vec::new(),
+        };
+        let held_out = |settings: &Settings| {
+            let mut runner = Runner::new(&args, &suite, settings).unwrap();
+            runner.compute(&cell).unwrap().held_out_accuracy
+        };
+        // Of 30 images 10 are left.
+        let correct = 10.0 * held_out(&few).unwrap();
+        assert!((correct - correct.round()).abs() < 1e-9, "{correct}");
+        assert_eq!(held_out(&all), None);
     }
 
     #[test]

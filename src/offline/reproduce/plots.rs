@@ -8,7 +8,7 @@ use plotters::prelude::*;
 use plotters::style::text_anchor::HPos;
 
 use crate::offline::write_whole;
-use crate::plot::{GREY, GRID, INK, color, padded, style, style_caption, tick};
+use crate::plot::{GREY, GRID, INK, PALETTE, color, padded, style, style_caption, tick};
 
 pub type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
@@ -134,9 +134,10 @@ pub fn correlation(path: &Path, points: &[(&str, Vec<(f64, f64)>)]) -> Result<()
         };
         let mut drawn = axes.on(&chart)?;
         for (row, (_, points)) in series.iter().enumerate() {
+            let color = color_of(row, series.len());
             let dots = points
                 .iter()
-                .map(|point| Circle::new(*point, 3, color(row).filled()));
+                .map(|point| Circle::new(*point, 3, color.filled()));
             drawn.draw_series(dots)?;
         }
         names(&legend, series.iter().map(|(name, _)| *name))
@@ -202,11 +203,20 @@ impl Axes<'_> {
     }
 }
 
+/// The palette while it is enough for so many, and then hues.
+pub(super) fn color_of(row: usize, count: usize) -> RGBAColor {
+    match count {
+        count if count <= PALETTE.len() => color(row).to_rgba(),
+        _ => HSLColor(row as f64 / count as f64, 0.75, 0.45).to_rgba(),
+    }
+}
+
 /// What the colours stand for.
-fn names<'a>(area: &Area<'_>, names: impl Iterator<Item = &'a str>) -> Result<()> {
+fn names<'a>(area: &Area<'_>, names: impl ExactSizeIterator<Item = &'a str>) -> Result<()> {
+    let count = names.len();
     for (row, name) in names.enumerate() {
         let y = 60 + 24 * row as i32;
-        area.draw(&Circle::new((10, y), 5, color(row).filled()))?;
+        area.draw(&Circle::new((10, y), 5, color_of(row, count).filled()))?;
         area.draw_text(name, &style(13, &INK, HPos::Left), (24, y))?;
     }
     Ok(())

@@ -3,10 +3,8 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
-use super::cells::{
-    ABLATION, ALONE, DENSE, HGPROMPT, METHODS, NONE, ORDERS, SCALABILITY, method, sizes, subset,
-};
-use super::measures::{half_interval, mean_and_deviation, spearman};
+use super::cells::{ABLATION, HGPROMPT, METHODS, NONE, OWN, method};
+use super::measures::{half_interval, mean_and_deviation};
 use super::results::Row;
 use super::suite::Suite;
 use super::{Settings, Table};
@@ -14,8 +12,9 @@ use super::{layouts, plots};
 use crate::offline::write_whole;
 
 /// What hgprompt is compared with.
-const RIVALS: [&str; 10] = [
+const RIVALS: [&str; 11] = [
     NONE,
+    OWN,
     "average",
     "single_best",
     "single_best_log_me",
@@ -26,41 +25,6 @@ const RIVALS: [&str; 10] = [
     "panda",
     "attempt",
 ];
-/// Rankings of the sources: by a method's weights, or by a score that some method's row has.
-const RANKINGS: [(&str, &str, Ranking); 12] = [
-    ("HGPrompt, α", HGPROMPT, Ranking::Weights),
-    ("HGPrompt, α with entropy 0.1", DENSE.key, Ranking::Weights),
-    ("SPoT, all pairs", "spot", Ranking::Score("by_method")),
-    (
-        "SPoT, mean tokens",
-        "spot_token_mean",
-        Ranking::Score("by_method"),
-    ),
-    ("PANDA", "panda", Ranking::Score("by_method")),
-    ("H-score", HGPROMPT, Ranking::Score("h_score")),
-    ("LogME", HGPROMPT, Ranking::Score("log_me")),
-    ("LEEP", HGPROMPT, Ranking::Score("leep")),
-    ("NCE", HGPROMPT, Ranking::Score("nce")),
-    ("OTCE", HGPROMPT, Ranking::Score("otce")),
-    (
-        "cross-fitted accuracy",
-        HGPROMPT,
-        Ranking::Alone(|row| row.validation_accuracy),
-    ),
-    (
-        "cross-fitted loss",
-        HGPROMPT,
-        Ranking::Alone(|row| Some(-row.validation_loss?)),
-    ),
-];
-
-#[derive(Clone, Copy)]
-enum Ranking {
-    Weights,
-    Score(&'static str),
-    /// What the row of the source alone says.
-    Alone(fn(&Row) -> Option<f64>),
-}
 
 pub struct Report<'a> {
     pub suite: &'a Suite,
@@ -113,6 +77,7 @@ impl<'a> Report<'a> {
             source_samples,
             target_samples,
             source_tuning,
+            precision,
             ..
         } = self.settings;
         let seconds = (self.rows.iter()).fold(0.0, |sum, row| sum + row.seconds);
@@ -133,7 +98,7 @@ impl<'a> Report<'a> {
             missing => format!(" **Not finished: {missing} cells are missing.**"),
         };
         format!(
-            "Profile {}: {} tasks, seeds {}; {} cells.{missing} Source prompts of {} tokens, {} epochs on up to \
+            "Profile {}, {precision}: {} tasks, seeds {}; {} cells.{missing} Source prompts of {} tokens, {} epochs on up to \
              {source_samples} images each; N = up to {target_samples} target images; {heads}. The compositions took {seconds:.0} s together and \
              the tunings on the target {tuning:.0} s, those of the sources not counted.\n",
             self.settings.profile,
@@ -145,14 +110,14 @@ impl<'a> Report<'a> {
         )
     }
 
-    /// The rows of a method with all sources, one a seed.
+    /// The rows of a method with all the sources that it takes, one a seed.
     pub(super) fn rows_of(&self, target: &str, key: &str) -> Vec<&Row> {
         let all = self.suite.others(target);
-        let whole = |row: &&Row| key == NONE || row.sources == all;
+        let whole = |row: &&Row| matches!(key, NONE | OWN) || row.sources == all;
         self.of(target, key).into_iter().filter(whole).collect()
     }
 
-    fn of(&self, target: &str, key: &str) -> Vec<&Row> {
+    pub(super) fn of(&self, target: &str, key: &str) -> Vec<&Row> {
         let seeds = self.seeds;
         let rows = self.rows.iter();
         rows.filter(|row| row.target == target && row.method == key && seeds.contains(&row.seed))
@@ -263,80 +228,6 @@ impl<'a> Report<'a> {
         )
     }
 
-    // ---- Rankings ----------------------------------------------------------------------------
-
-    /// A ranking's numbers and the accuracies they are to foretell, by source, of one seed.
-    fn ranked(&self, row: &Row, ranking: Ranking) -> Option<(Vec<f64>, Vec<f64>)> {
-        let alone = self.of(&row.target, ALONE);
-        let of_source = |source: &String| {
-            let of = |other: &&&Row| {
-                other.seed == row.seed && other.sources == std::slice::from_ref(source)
-            };
-            alone.iter().find(of).copied()
-        };
-        let alone: Vec<&Row> = row.sources.iter().map(of_source).collect::<Option<_>>()?;
-        let scores = match ranking {
-            Ranking::Weights => row.weights.clone(),
-            Ranking::Score(name) => {
-                let (_, scores) = row.scores.iter().find(|(metric, _)| metric == name)?;
-                scores.clone()
-            }
-            Ranking::Alone(score) => {
-                let scores = alone.iter().map(|row| score(row));
-                scores.collect::<Option<_>>()?
-            }
-        };
-        let accuracies = alone.iter().map(|row| row.eval_accuracy).collect();
-        Some((scores, accuracies))
-    }
-
-    fn coefficients(&self, target: &str, (_, key, ranking): (&str, &str, Ranking)) -> Vec<f64> {
-        let rows = self.rows_of(target, key).into_iter();
-        rows.filter_map(|row| self.ranked(row, ranking))
-            .filter_map(|(scores, accuracies)| spearman(&scores, &accuracies))
-            .collect()
-    }
-
-    fn correlations(&self) -> String {
-        let mut header = vec!["ranking by".to_owned()];
-        header.extend(self.targets().map(str::to_owned));
-        header.push("mean".into());
-        let rows = RANKINGS.into_iter().map(|ranking| {
-            let of_targets: Vec<Vec<f64>> = self
-                .targets()
-                .map(|target| self.coefficients(target, ranking))
-                .collect();
-            let mut row = vec![ranking.0.to_owned()];
-            let means: Vec<Option<f64>> = of_targets.iter().map(|values| mean_of(values)).collect();
-            row.extend(means.iter().map(|mean| number(*mean, 2)));
-            let there: Vec<f64> = means.into_iter().flatten().collect();
-            row.push(number(mean_of(&there), 2));
-            row
-        });
-        format!(
-            "\n### Do scores foretell which source helps?\n\nSpearman's coefficient, ties at their average rank, of a \
-             ranking of the sources with their zero-shot accuracies on the target (the source prompt frozen, a closed-form \
-             head); mean over seeds.\n\n{}",
-            table(&header, rows)
-        )
-    }
-
-    /// α of HGPrompt with each source's accuracy less the mean of the target's, in points.
-    fn points(&self) -> Vec<(&'a str, Vec<(f64, f64)>)> {
-        let of_target = |target: &'a str| {
-            let mut points = Vec::new();
-            for row in self.rows_of(target, HGPROMPT) {
-                if let Some((weights, accuracies)) = self.ranked(row, Ranking::Weights) {
-                    let mean = mean_and_deviation(&accuracies).0;
-                    let relative = accuracies.iter().map(|accuracy| 100.0 * (accuracy - mean));
-                    points.extend(weights.into_iter().zip(relative));
-                }
-            }
-            (target, points)
-        };
-        self.targets().map(of_target).collect()
-    }
-
     /// α of HGPrompt by target and source, the mean over seeds; None on the diagonal.
     fn weights(&self) -> (Vec<&'a str>, Vec<Vec<Option<f64>>>) {
         let names: Vec<&str> = self.targets().collect();
@@ -356,70 +247,9 @@ impl<'a> Report<'a> {
         (names, weights)
     }
 
-    // ---- Number of sources ----------------------------------------------------------------------
-
-    /// By method: number of sources, with mean and deviation over seeds and orders of the mean over the targets.
-    fn by_number(&self) -> Vec<plots::Line<'static>> {
-        let sizes = sizes(self.suite.tasks.len() - 1);
-        let of_method = |key: &'static str| {
-            let of_size = |size: &usize| {
-                let orders = self
-                    .seeds
-                    .iter()
-                    .flat_map(|seed| (0..ORDERS).map(move |order| (*seed, order)));
-                let means: Vec<f64> = orders
-                    .filter_map(|(seed, order)| self.mean_of_order(key, *size, seed, order))
-                    .collect();
-                let (mean, deviation) = mean_and_deviation(&means);
-                (!means.is_empty()).then_some((*size, mean, deviation))
-            };
-            (
-                method(key).label,
-                sizes.iter().filter_map(of_size).collect(),
-            )
-        };
-        SCALABILITY.into_iter().map(of_method).collect()
-    }
-
-    /// Over all targets, in percent; None before they are all there.
-    fn mean_of_order(&self, key: &str, size: usize, seed: u64, order: u64) -> Option<f64> {
-        let of_target = |target: &'a str| {
-            let sources = subset(&self.suite.others(target), size, seed, order);
-            let rows = self.of(target, key).into_iter();
-            let mut of_subset = rows.filter(|row| row.seed == seed && row.sources == sources);
-            of_subset.next().map(|row| 100.0 * row.accuracy())
-        };
-        let accuracies: Option<Vec<f64>> = self.targets().map(of_target).collect();
-        accuracies.map(|accuracies| mean_and_deviation(&accuracies).0)
-    }
-
-    fn scalability(&self) -> String {
-        let series = self.by_number();
-        let sizes: Vec<usize> = series
-            .first()
-            .map_or(Vec::new(), |(_, of)| of.iter().map(|p| p.0).collect());
-        let mut header = vec!["sources".to_owned()];
-        header.extend(sizes.iter().map(usize::to_string));
-        let rows = series.iter().map(|(label, of_sizes)| {
-            let mut row = vec![(*label).to_owned()];
-            row.extend(sizes.iter().map(|size| {
-                let found = of_sizes.iter().find(|(of, ..)| of == size);
-                found.map_or("–".into(), |(_, mean, error)| {
-                    format!("{mean:.1} ± {error:.1}")
-                })
-            }));
-            row
-        });
-        format!(
-            "\n### More sources\n\nMean test accuracy over all targets in percent, mean ± standard deviation over seeds and \
-             the {ORDERS} orders in which sources are added.\n\n{}",
-            table(&header, rows)
-        )
-    }
-
     fn csv(&self) -> String {
         let optional = |value: Option<f64>| value.map_or(String::new(), |value| value.to_string());
-        let mut text = "seed,target,method,sources,eval_accuracy,tuned_accuracy,train_accuracy,validation_accuracy,validation_loss,h_score,scale,seconds,weights\n".to_owned();
+        let mut text = "seed,target,method,sources,eval_accuracy,tuned_accuracy,train_accuracy,validation_accuracy,validation_loss,held_out_accuracy,held_out_loss,h_score,scale,seconds,weights\n".to_owned();
         for row in self.rows {
             let weights: Vec<String> = row
                 .sources
@@ -429,7 +259,7 @@ impl<'a> Report<'a> {
                 .collect();
             let _ = writeln!(
                 text,
-                "{},{},{},{},{},{},{},{},{},{},{},{:.3},{}",
+                "{},{},{},{},{},{},{},{},{},{},{},{},{},{:.3},{}",
                 row.seed,
                 row.target,
                 row.method,
@@ -439,6 +269,8 @@ impl<'a> Report<'a> {
                 row.train_accuracy,
                 optional(row.validation_accuracy),
                 optional(row.validation_loss),
+                optional(row.held_out_accuracy),
+                optional(row.held_out_loss),
                 row.h_score,
                 row.scale,
                 row.seconds,

@@ -32,6 +32,13 @@ pub struct Row {
     /// The same in nats.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub validation_loss: Option<f64>,
+    /// Of the same head on training images that are not among the samples, where there are such: what a default may be
+    /// chosen by, as no method has seen them and they are no test images.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub held_out_accuracy: Option<f64>,
+    /// The same in nats.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub held_out_loss: Option<f64>,
     /// Of prompt and head after the target tuning, where there is one, on the same test images.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tuned_accuracy: Option<f64>,
@@ -176,6 +183,8 @@ pub mod tests {
             train_accuracy: 1.0,
             validation_accuracy: None,
             validation_loss: None,
+            held_out_accuracy: None,
+            held_out_loss: None,
             tuned_accuracy: None,
             tuning_seconds: None,
             h_score: 2.0,

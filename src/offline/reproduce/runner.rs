@@ -26,10 +26,11 @@ use crate::domain::prompt_file::{FORMAT, Origin, PromptFile, PromptMetadata};
 use crate::domain::tensor::Tensor;
 use crate::domain::tuning::{NoCheckpoints, TuningOptions};
 use crate::engine::Engine;
+use crate::engine::evaluate::{OnUnseen, carried_head};
 use crate::engine::features::extract;
 use crate::engine::samples::{Samples, Selection};
 use crate::engine::transferability::matrix;
-use crate::engine::tuning::{Tuning, evaluate, initial_prompt};
+use crate::engine::tuning::{Tuning, initial_prompt};
 use crate::offline::{read_prompt, write_whole};
 
 pub struct Runner<'a> {
@@ -39,20 +40,30 @@ pub struct Runner<'a> {
     engine: Engine,
     /// Source prompts by seed and task, as their files have them.
     prompts: HashMap<(u64, String), Source>,
-    /// Of the target that was last.
-    test: Option<(String, Samples)>,
+    /// Of the target and seed that were last.
+    unseen: Option<(String, u64, Unseen)>,
     /// Of target, seed and composed prompt: several methods may come to the same.
     accuracies: HashMap<(String, u64, Digest), Accuracies>,
 }
 
-/// On the target's test images.
-#[derive(Clone, Copy, Default)]
+/// The target's images that no method looks at.
+struct Unseen {
+    test: Samples,
+    /// Training images that are not among the samples; none where all of them are.
+    held_out: Option<Samples>,
+}
+
+/// Of a composed prompt with its closed-form head, and of what it becomes on the target.
+#[derive(Clone, Copy)]
 struct Accuracies {
-    /// With the closed-form head.
-    composed: f64,
-    /// After tuning prompt and head on the target.
+    test: f64,
+    held_out: Option<OnUnseen>,
+    /// On the test images, after tuning prompt and head on the target.
     tuned: Option<f64>,
 }
+
+/// At most so many times the samples are held out: enough to compare settings by.
+const HELD_OUT: usize = 2;
 
 impl<'a> Runner<'a> {
     pub fn new(args: &'a Args, suite: &'a Suite, settings: &'a Settings) -> anyhow::Result<Self> {
@@ -70,7 +81,7 @@ impl<'a> Runner<'a> {
             settings,
             engine,
             prompts: HashMap::new(),
-            test: None,
+            unseen: None,
             accuracies: HashMap::new(),
         })
     }
@@ -80,10 +91,15 @@ impl<'a> Runner<'a> {
         let begun = Instant::now();
         let composition = self.engine.compose(&input, &mut Unwatched)?;
         let seconds = begun.elapsed().as_secs_f64();
-        let file = PromptFile::parse(&composition.composed)?;
+        let composed = Source {
+            prompt: cell.method.to_owned(),
+            version: None,
+            digest: Digest::of(&composition.composed),
+            file: PromptFile::parse(&composition.composed)?,
+        };
         let begun = Instant::now();
-        let accuracies = self.accuracies(cell, &file)?;
-        let mut row = row(cell, &composition.result, accuracies.composed, seconds)?;
+        let accuracies = self.accuracies(cell, &composed)?;
+        let mut row = row(cell, &composition.result, &accuracies, seconds)?;
         if cell.is_tuned() {
             row.tuned_accuracy = accuracies.tuned;
             row.tuning_seconds = accuracies.tuned.map(|_| begun.elapsed().as_secs_f64());
@@ -129,21 +145,24 @@ impl<'a> Runner<'a> {
         Ok((features, test.labels))
     }
 
-    /// Of a composed prompt with its closed-form head, and of what it becomes on the target.
-    fn accuracies(&mut self, cell: &Cell, composed: &PromptFile) -> anyhow::Result<Accuracies> {
+    fn accuracies(&mut self, cell: &Cell, composed: &Source) -> anyhow::Result<Accuracies> {
         // Without the metadata, which says how it was found.
         let values = PromptFile {
             metadata: None,
-            ..composed.clone()
+            ..composed.file.clone()
         };
         let digest = Digest::of(&values.to_bytes());
         let key = (cell.target.clone(), cell.seed, digest);
         let mut found = match self.accuracies.get(&key) {
             Some(found) => *found,
-            None => Accuracies {
-                composed: self.test_accuracy(cell, composed)?,
-                tuned: None,
-            },
+            None => {
+                let (test, held_out) = self.on_unseen(cell, &composed.file)?;
+                Accuracies {
+                    test: test.accuracy,
+                    held_out,
+                    tuned: None,
+                }
+            }
         };
         if let Some(options) = &self.settings.target_tuning
             && cell.is_tuned()
@@ -155,25 +174,45 @@ impl<'a> Runner<'a> {
             };
             let samples = self.settings.target_samples;
             let tuned = self.tuned(&cell.target, samples, Some(composed), &options)?;
-            found.tuned = Some(self.test_accuracy(cell, &tuned)?);
+            found.tuned = Some(self.on_unseen(cell, &tuned)?.0.accuracy);
         }
         self.accuracies.insert(key, found);
         Ok(found)
     }
 
-    fn test_accuracy(&mut self, cell: &Cell, file: &PromptFile) -> anyhow::Result<f64> {
-        let test = match self
-            .test
-            .take()
-            .filter(|(target, _)| *target == cell.target)
-        {
-            Some((_, test)) => test,
-            None => self.samples(&cell.target, Split::Test, None, cell.seed)?,
+    /// How a prompt with its head does on the target's test images, and on training images that are held out.
+    fn on_unseen(
+        &mut self,
+        cell: &Cell,
+        file: &PromptFile,
+    ) -> anyhow::Result<(OnUnseen, Option<OnUnseen>)> {
+        let is_of = |(target, seed, _): &(String, u64, Unseen)| {
+            (target, *seed) == (&cell.target, cell.seed)
+        };
+        let unseen = match self.unseen.take().filter(is_of) {
+            Some((_, _, unseen)) => unseen,
+            None => self.load_unseen(&cell.target, cell.seed)?,
         };
         let (_, vit) = self.engine.backbone(&self.args.engine.backbone)?;
-        let accuracy = evaluate(vit, &test, file)?.accuracy;
-        self.test = Some((cell.target.clone(), test));
-        Ok(accuracy)
+        let test = carried_head(vit, &unseen.test, file)?;
+        let held_out = (unseen.held_out.as_ref())
+            .map(|samples| carried_head(vit, samples, file))
+            .transpose()?;
+        self.unseen = Some((cell.target.clone(), cell.seed, unseen));
+        Ok((test, held_out))
+    }
+
+    fn load_unseen(&mut self, target: &str, seed: u64) -> anyhow::Result<Unseen> {
+        let test = self.samples(target, Split::Test, None, seed)?;
+        let samples = self.settings.target_samples;
+        let seen = self.samples(target, Split::Train, Some(samples), seed)?;
+        let more = self.samples(target, Split::Train, Some((1 + HELD_OUT) * samples), seed)?;
+        let is_unseen = |row: &usize| !seen.indices.contains(&more.indices[*row]);
+        let rows: Vec<usize> = (0..more.len()).filter(is_unseen).collect();
+        Ok(Unseen {
+            test,
+            held_out: (!rows.is_empty()).then(|| more.only(&rows)),
+        })
     }
 
     fn samples(
@@ -257,7 +296,7 @@ impl<'a> Runner<'a> {
         &mut self,
         task: &str,
         max_samples: usize,
-        start: Option<&PromptFile>,
+        start: Option<&Source>,
         options: &TuningOptions,
     ) -> anyhow::Result<PromptFile> {
         let train = self.samples(task, Split::Train, Some(max_samples), options.seed)?;
@@ -273,6 +312,7 @@ impl<'a> Runner<'a> {
             task,
             classes: &classes,
             start,
+            takes_head: true,
             teachers: &[],
             options,
         };
@@ -340,7 +380,7 @@ fn initial_file(backbone: &Backbone, options: &TuningOptions) -> PromptFile {
 fn row(
     cell: &Cell,
     result: &CompositionResult,
-    eval_accuracy: f64,
+    accuracies: &Accuracies,
     seconds: f64,
 ) -> anyhow::Result<Row> {
     let composed = result.diagnostics.composed.as_ref();
@@ -357,10 +397,12 @@ fn row(
             .collect(),
         scores: scores(result)?,
         scale: result.method.scale,
-        eval_accuracy,
+        eval_accuracy: accuracies.test,
         train_accuracy: composed.train_accuracy,
         validation_accuracy: composed.validation_accuracy,
         validation_loss: composed.validation_loss,
+        held_out_accuracy: accuracies.held_out.map(|held_out| held_out.accuracy),
+        held_out_loss: accuracies.held_out.map(|held_out| held_out.loss),
         tuned_accuracy: None,
         tuning_seconds: None,
         h_score: composed.h_score,

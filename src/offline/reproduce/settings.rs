@@ -1,8 +1,8 @@
 //! What a default is to be chosen by, and what the choice is worth: settings of HGPrompt beside the other methods, by what
 //! can be known without a test label and by what test labels say. Closed-form heads, whatever the profile.
 
-use super::cells::{HGPROMPT, METHODS, VARIANTS, method};
-use super::measures::{half_interval, mean_and_deviation, spearman};
+use super::cells::{HGPROMPT, METHODS, OWN, VARIANTS, method};
+use super::measures::{half_interval, spearman};
 use super::report::{Report, mean_of, number, table};
 use super::results::Row;
 
@@ -10,7 +10,9 @@ use super::results::Row;
 type Said = fn(&Row) -> Option<f64>;
 
 /// What could be chosen by, the better the higher.
-const CRITERIA: [(&str, Said); 4] = [
+const CRITERIA: [(&str, Said); 6] = [
+    ("held-out loss", |row| Some(-row.held_out_loss?)),
+    ("held-out accuracy", |row| row.held_out_accuracy),
     ("cross-fitted loss", |row| Some(-row.validation_loss?)),
     ("cross-fitted accuracy", |row| row.validation_accuracy),
     ("H of the composed prompt", |row| {
@@ -24,6 +26,14 @@ const CRITERIA: [(&str, Said); 4] = [
     }),
 ];
 
+fn held_out_loss(row: &Row) -> Option<f64> {
+    row.held_out_loss
+}
+
+fn test(row: &Row) -> Option<f64> {
+    Some(100.0 * row.eval_accuracy)
+}
+
 impl Report<'_> {
     pub(super) fn settings(&self) -> String {
         let targets: Vec<&str> = self
@@ -31,39 +41,35 @@ impl Report<'_> {
             .filter(|t| self.is_whole(t, HGPROMPT))
             .collect();
         let all = || METHODS.iter().chain(&VARIANTS).map(|method| method.key);
-        let test = |row: &Row| Some(100.0 * row.eval_accuracy);
-        let own = self.by_target(&targets, HGPROMPT, test).unwrap_or_default();
-        let of_method = |key: &'static str| -> (f64, Vec<String>) {
+        let of_method = |key: &'static str| -> ([f64; 2], Vec<String>) {
             let mean = |of: Said| mean_of(&self.by_target(&targets, key, of).unwrap_or_default());
-            let loss = mean(|row| row.validation_loss);
-            let tested = self.by_target(&targets, key, test).unwrap_or_default();
-            let beside: Vec<f64> = tested.iter().zip(&own).map(|(a, b)| a - b).collect();
-            let interval = half_interval(&beside)
-                .filter(|_| key != HGPROMPT)
-                .map(|half| {
-                    let mean = mean_and_deviation(&beside).0;
-                    format!("{:+.1} to {:+.1}", mean - half, mean + half)
-                });
+            let losses = [mean(held_out_loss), mean(|row| row.validation_loss)];
             let row = vec![
                 method(key).label.to_owned(),
-                number(loss, 3),
-                number(mean(|row| Some(100.0 * row.validation_accuracy?)), 1),
-                number(mean_of(&tested), 1),
-                interval.unwrap_or("–".into()),
+                number(losses[0], 3),
+                self.beside_default(&targets, key, held_out_loss, 3),
+                number(mean(|row| Some(100.0 * row.held_out_accuracy?)), 1),
+                number(losses[1], 3),
+                number(mean(test), 1),
+                self.beside_default(&targets, key, test, 1),
             ];
-            (loss.unwrap_or(f64::INFINITY), row)
+            (losses.map(|loss| loss.unwrap_or(f64::INFINITY)), row)
         };
-        let mut rows: Vec<(f64, Vec<String>)> = all().map(of_method).collect();
-        rows.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let mut rows: Vec<_> = all().map(of_method).collect();
+        rows.sort_by(|(a, _), (b, _)| a[0].total_cmp(&b[0]).then(a[1].total_cmp(&b[1])));
         let header = [
             "setting",
+            "held-out loss",
+            "less HGPrompt's, 95 %",
+            "held-out accuracy",
             "cross-fitted loss",
-            "accuracy",
             "test",
-            "test less HGPrompt's, 95 %",
+            "less HGPrompt's, 95 %",
         ];
         let criteria = CRITERIA.iter().map(|(name, criterion)| {
-            let of_target = |target: &&str| self.foretold(target, all(), *criterion);
+            // The target's own prompt was tuned on the samples that the others are validated on.
+            let methods = || all().filter(|key| *key != OWN);
+            let of_target = |target: &&str| self.foretold(target, methods(), *criterion);
             let coefficients: Vec<f64> = targets.iter().filter_map(of_target).collect();
             let half =
                 half_interval(&coefficients).map_or("–".into(), |half| format!("± {half:.2}"));
@@ -71,10 +77,11 @@ impl Report<'_> {
         });
         format!(
             "\n### Settings\n\nThe composed prompt with its closed-form head, the mean over the {} tasks that have rows of HGPrompt \
-             for all seeds, in the order of what can be known without a test label: loss (nats) and accuracy cross-fitted over ten \
-             folds of the target samples. The interval is Student's over the tasks; a dash where some task has no row yet.\n\n{}\n\
-             Spearman's coefficient, over the rows of the table above, of what could be chosen by with test accuracy; mean over tasks \
-             with Student's interval.\n\n{}",
+             for all seeds, in the order of the loss (nats) on held-out images: training images that are not among the N samples, seen \
+             by no method. The cross-fitted loss is over ten folds of the N samples, and what some methods choose by, which makes it \
+             too low for these. Intervals are Student's over the tasks; a dash where some task has no row yet.\n\n{}\n\
+             Spearman's coefficient, over the rows of the table above but the own prompt's, of what could be chosen by with test \
+             accuracy; mean over tasks with Student's interval.\n\n{}",
             targets.len(),
             table(
                 &header.map(str::to_owned),
@@ -85,6 +92,20 @@ impl Report<'_> {
                 criteria
             ),
         )
+    }
+
+    /// Student's interval of a method's numbers less those of the default.
+    fn beside_default(&self, targets: &[&str], key: &str, of: Said, decimals: usize) -> String {
+        let own = self.by_target(targets, HGPROMPT, of).unwrap_or_default();
+        let others = self.by_target(targets, key, of).unwrap_or_default();
+        let beside: Vec<f64> = others.iter().zip(&own).map(|(a, b)| a - b).collect();
+        let (mean, half) = (mean_of(&beside), half_interval(&beside));
+        match mean.zip(half).filter(|_| key != HGPROMPT) {
+            None => "–".into(),
+            Some((mean, half)) => {
+                format!("{:+.decimals$} to {:+.decimals$}", mean - half, mean + half)
+            }
+        }
     }
 
     fn is_whole(&self, target: &str, key: &str) -> bool {

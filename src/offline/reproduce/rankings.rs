@@ -1,0 +1,121 @@
+//! Do scores foretell which source helps? Rankings of the sources beside what each is worth alone.
+
+use super::cells::{ALONE, DENSE, HGPROMPT};
+use super::measures::{mean_and_deviation, spearman};
+use super::report::{Report, mean_of, number, table};
+use super::results::Row;
+
+/// Rankings of the sources: by a method's weights, or by a score that some method's row has.
+const RANKINGS: [(&str, &str, Ranking); 13] = [
+    ("HGPrompt, α", HGPROMPT, Ranking::Weights),
+    ("HGPrompt, α with entropy 0.1", DENSE.key, Ranking::Weights),
+    ("SPoT, all pairs", "spot", Ranking::Score("by_method")),
+    (
+        "SPoT, mean tokens",
+        "spot_token_mean",
+        Ranking::Score("by_method"),
+    ),
+    ("PANDA", "panda", Ranking::Score("by_method")),
+    ("H-score", HGPROMPT, Ranking::Score("h_score")),
+    (
+        "H-score, adjusted",
+        HGPROMPT,
+        Ranking::Score("h_score_adjusted"),
+    ),
+    ("LogME", HGPROMPT, Ranking::Score("log_me")),
+    ("LEEP", HGPROMPT, Ranking::Score("leep")),
+    ("NCE", HGPROMPT, Ranking::Score("nce")),
+    ("OTCE", HGPROMPT, Ranking::Score("otce")),
+    (
+        "cross-fitted accuracy",
+        HGPROMPT,
+        Ranking::Alone(|row| row.validation_accuracy),
+    ),
+    (
+        "cross-fitted loss",
+        HGPROMPT,
+        Ranking::Alone(|row| Some(-row.validation_loss?)),
+    ),
+];
+
+#[derive(Clone, Copy)]
+enum Ranking {
+    Weights,
+    Score(&'static str),
+    /// What the row of the source alone says.
+    Alone(fn(&Row) -> Option<f64>),
+}
+
+impl<'a> Report<'a> {
+    /// A ranking's numbers and the accuracies they are to foretell, by source, of one seed.
+    fn ranked(&self, row: &Row, ranking: Ranking) -> Option<(Vec<f64>, Vec<f64>)> {
+        let alone = self.of(&row.target, ALONE);
+        let of_source = |source: &String| {
+            let of = |other: &&&Row| {
+                other.seed == row.seed && other.sources == std::slice::from_ref(source)
+            };
+            alone.iter().find(of).copied()
+        };
+        let alone: Vec<&Row> = row.sources.iter().map(of_source).collect::<Option<_>>()?;
+        let scores = match ranking {
+            Ranking::Weights => row.weights.clone(),
+            Ranking::Score(name) => {
+                let (_, scores) = row.scores.iter().find(|(metric, _)| metric == name)?;
+                scores.clone()
+            }
+            Ranking::Alone(score) => {
+                let scores = alone.iter().map(|row| score(row));
+                scores.collect::<Option<_>>()?
+            }
+        };
+        let accuracies = alone.iter().map(|row| row.eval_accuracy).collect();
+        Some((scores, accuracies))
+    }
+
+    fn coefficients(&self, target: &str, (_, key, ranking): (&str, &str, Ranking)) -> Vec<f64> {
+        let rows = self.rows_of(target, key).into_iter();
+        rows.filter_map(|row| self.ranked(row, ranking))
+            .filter_map(|(scores, accuracies)| spearman(&scores, &accuracies))
+            .collect()
+    }
+
+    pub(super) fn correlations(&self) -> String {
+        let mut header = vec!["ranking by".to_owned()];
+        header.extend(self.targets().map(str::to_owned));
+        header.push("mean".into());
+        let rows = RANKINGS.into_iter().map(|ranking| {
+            let of_targets: Vec<Vec<f64>> = self
+                .targets()
+                .map(|target| self.coefficients(target, ranking))
+                .collect();
+            let mut row = vec![ranking.0.to_owned()];
+            let means: Vec<Option<f64>> = of_targets.iter().map(|values| mean_of(values)).collect();
+            row.extend(means.iter().map(|mean| number(*mean, 2)));
+            let there: Vec<f64> = means.into_iter().flatten().collect();
+            row.push(number(mean_of(&there), 2));
+            row
+        });
+        format!(
+            "\n### Do scores foretell which source helps?\n\nSpearman's coefficient, ties at their average rank, of a \
+             ranking of the sources with their zero-shot accuracies on the target (the source prompt frozen, a closed-form \
+             head); mean over seeds.\n\n{}",
+            table(&header, rows)
+        )
+    }
+
+    /// α of HGPrompt with each source's accuracy less the mean of the target's, in points.
+    pub(super) fn points(&self) -> Vec<(&'a str, Vec<(f64, f64)>)> {
+        let of_target = |target: &'a str| {
+            let mut points = Vec::new();
+            for row in self.rows_of(target, HGPROMPT) {
+                if let Some((weights, accuracies)) = self.ranked(row, Ranking::Weights) {
+                    let mean = mean_and_deviation(&accuracies).0;
+                    let relative = accuracies.iter().map(|accuracy| 100.0 * (accuracy - mean));
+                    points.extend(weights.into_iter().zip(relative));
+                }
+            }
+            (target, points)
+        };
+        self.targets().map(of_target).collect()
+    }
+}
