@@ -297,6 +297,10 @@ pub struct MethodReport {
     pub scores: Option<Vec<f64>>,
     /// Of the short tuning on the target, where the method needs one.
     pub target_tuning_seconds: Option<f64>,
+    /// γ in αᵢ = (1-γ) α*ᵢ + γ/M.
+    pub uniform_share: f64,
+    /// With `uniform_share: "auto"`, what it was chosen by.
+    pub uniform_shares: Vec<UniformSharePoint>,
     /// β in P_T = P₀ + β Σ αᵢ (Pᵢ - P₀).
     pub scale: f64,
     /// Init seed of P₀; null at scale 1, where P₀ drops out.
@@ -311,11 +315,22 @@ impl Default for MethodReport {
             name: Method::default(),
             scores: None,
             target_tuning_seconds: None,
+            uniform_share: 0.0,
+            uniform_shares: Vec::new(),
             scale: 1.0,
             anchor: None,
             scales: Vec::new(),
         }
     }
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct UniformSharePoint {
+    pub uniform_share: f64,
+    /// Cross-fitted, on the target samples.
+    pub validation_accuracy: f64,
+    /// Cross-entropy of the same, in nats, which chooses.
+    pub validation_loss: f64,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -338,7 +353,7 @@ pub struct SourceWeight {
     #[schema(minimum = 0, maximum = 1)]
     pub weight: f64,
     /// Of the weight as it was solved for (before any `refine`), by leaving out one of ten folds of the
-    /// samples at a time (jackknife), λ and heads held. Null where a fold less leaves too little to solve.
+    /// samples at a time (jackknife), λ, heads and `uniform_share` held. Null where a fold less leaves too little to solve.
     #[serde(default)]
     pub standard_error: Option<f64>,
 }

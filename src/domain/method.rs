@@ -1,7 +1,7 @@
 //! Transfer methods: the ways from source prompts to weights, and from weights to the composed prompt.
 //!
-//! Whatever the method, the composed prompt is P_T = P₀ + β Σ αᵢ (Pᵢ - P₀) with α on the simplex; at the scale
-//! β = 1, the default, that is Σ αᵢ Pᵢ, and P₀ drops out.
+//! Whatever the method, its weights may be pulled towards equal ones, αᵢ = (1-γ) α*ᵢ + γ/M, and the composed prompt towards
+//! the initial one, P_T = P₀ + β Σ αᵢ (Pᵢ - P₀). By default γ = 0 and β = 1, and P_T is Σ α*ᵢ Pᵢ.
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -128,6 +128,33 @@ impl Default for TargetTuning {
     }
 }
 
+/// γ in [0, 1], or the rule that chooses it.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(untagged, expecting = "expected a number or `auto`")]
+pub enum UniformShare {
+    Value(f64),
+    Rule(UniformShareRule),
+}
+
+impl Default for UniformShare {
+    fn default() -> Self {
+        Self::Value(0.0)
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum UniformShareRule {
+    /// Of 0, 0.25, 0.5, 0.75 and 1 the one whose prompt has the lowest cross-fitted loss on the target samples
+    /// with a closed-form head; of equals the smallest. A forward pass each.
+    Auto,
+}
+
+impl UniformShareRule {
+    /// The one that changes least comes last.
+    pub const CANDIDATES: [f64; 5] = [1.0, 0.75, 0.5, 0.25, 0.0];
+}
+
 /// β in [0, 2], or the rule that chooses it.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(untagged, expecting = "expected a number or `auto`")]
@@ -151,5 +178,6 @@ pub enum ScaleRule {
 }
 
 impl ScaleRule {
+    /// The one that changes least comes last.
     pub const CANDIDATES: [f64; 5] = [0.0, 0.25, 0.5, 0.75, 1.0];
 }

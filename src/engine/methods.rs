@@ -17,6 +17,15 @@ pub fn uniform(m: usize) -> Vec<f64> {
     vec![1.0 / m as f64; m]
 }
 
+/// (1-γ) αᵢ + γ/M
+pub fn towards_uniform(alpha: &[f64], gamma: f64) -> Vec<f64> {
+    let equal = gamma / alpha.len() as f64;
+    alpha
+        .iter()
+        .map(|weight| (1.0 - gamma) * weight + equal)
+        .collect()
+}
+
 /// All weight on the source of the highest score; of equals on the first.
 pub fn single_best(scores: &[f64]) -> Vec<f64> {
     let best = (0..scores.len()).max_by(|a, b| scores[*a].total_cmp(&scores[*b]).then(b.cmp(a)));

@@ -34,7 +34,7 @@ pub struct Evidence<'a> {
     pub statistics: &'a Statistics,
     pub solved: Solved,
     pub method: MethodReport,
-    /// The solver's, or what refinement made of it.
+    /// The solver's, or what refinement or a share of equal weights made of it.
     pub alpha: Vec<f64>,
     pub composed: PromptFile,
     /// What forward passes showed, where there was a backbone.
@@ -90,11 +90,10 @@ impl Evidence<'_> {
             ..
         } = &self.solved;
         // The solver knows both terms at its own α.
-        let refined = self.refinement.is_some();
-        let (h, l) = if refined {
-            (h_score.value(&self.alpha)?, alignment.value(&self.alpha))
-        } else {
+        let (h, l) = if self.alpha == solution.alpha {
             (solution.h_score, solution.gradient_alignment)
+        } else {
+            (h_score.value(&self.alpha)?, alignment.value(&self.alpha))
         };
         let takes_gradients = self.statistics.gradients.is_some();
         Ok(ObjectiveValue {
@@ -117,7 +116,7 @@ impl Evidence<'_> {
                 version: self.versions[i],
                 digest: source.digest,
                 weight: self.alpha[i],
-                standard_error: errors.map(|errors| errors[i]),
+                standard_error: errors.map(|errors| (1.0 - self.method.uniform_share) * errors[i]),
             })
             .collect()
     }

@@ -2,6 +2,7 @@
 //! fewer sources; no backbone, no images.
 
 use super::EngineError;
+use super::methods::towards_uniform;
 use super::report::Evidence;
 use super::solve::weigh_features;
 use super::sources::{anchored, composed_prompt};
@@ -9,6 +10,7 @@ use super::statistics::{Metadata, Statistics};
 use super::steps::Steps;
 use crate::domain::composition::{Composition, Observer, Phase, ResolveInput, SourceRef};
 use crate::domain::digest::Digest;
+use crate::domain::method::UniformShare;
 
 pub fn resolve(
     input: &ResolveInput,
@@ -27,14 +29,17 @@ pub fn resolve(
         objective: input.objective.clone(),
         ..recorded.of_sources(&rows)
     };
-    let (solved, method) = weigh_features(
+    let (solved, mut method) = weigh_features(
         statistics.ground(),
         &input.objective,
         metadata.classes.len(),
         &mut steps,
         &mut |_, _| unreachable!("`validation` was refused"),
     )?;
-    let alpha = solved.solution.alpha.clone();
+    if let UniformShare::Value(share) = input.objective.uniform_share {
+        method.uniform_share = share;
+    }
+    let alpha = towards_uniform(&solved.solution.alpha, method.uniform_share);
     // Without the backbone there are no features of the composed prompt to fit a head on.
     let composed = composed_prompt(&metadata, anchored(&statistics.prompts, &alpha, None, 1.0));
     let evidence = Evidence {

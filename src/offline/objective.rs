@@ -1,7 +1,7 @@
 //! The method's settings as options of `compose` and `solve`.
 
 use crate::domain::method::{
-    Criterion, Method, Scale, Similarity, SpotChoice, SpotOptions, TargetTuning,
+    Criterion, Method, Scale, Similarity, SpotChoice, SpotOptions, TargetTuning, UniformShare,
 };
 use crate::domain::objective::{
     AlignTokens, AlignmentOptions, AlignmentReading, GradientNorm, HScoreMode, HScoreOptions,
@@ -40,6 +40,10 @@ pub struct SolveOptions {
     /// Of the gradient alignment: `R1`, `R2` or `R3` [default: R1].
     #[arg(long)]
     pub reading: Option<AlignmentReading>,
+    /// γ in αᵢ = (1-γ) α*ᵢ + γ/M, which pulls the method's weights α* towards equal ones; or (with a backbone) `auto`
+    /// [default: 0].
+    #[arg(long, value_name = "GAMMA")]
+    pub uniform_share: Option<UniformShare>,
 }
 
 /// What the statistics themselves depend on, or what needs the backbone.
@@ -102,6 +106,7 @@ impl SolveOptions {
         set(standardise, self.standardise);
         set(shrinkage, self.h_score_shrinkage);
         set(&mut objective.alignment.reading, self.reading);
+        set(&mut objective.uniform_share, self.uniform_share);
         objective
     }
 }

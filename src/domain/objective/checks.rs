@@ -6,6 +6,7 @@ use super::{
 };
 use crate::domain::method::{
     MAX_SCALE, MAX_TARGET_EPOCHS, Method, Scale, SingleBestOptions, SpotOptions, TargetTuning,
+    UniformShare,
 };
 
 #[derive(Debug, thiserror::Error, PartialEq)]
@@ -171,6 +172,19 @@ impl Objective {
             scale if scale != Scale::default() && self.refine > 0 => {
                 refuse("scale", "excludes `refine`, whose steps are on Σ αᵢ Pᵢ")
             }
+            _ => self.check_uniform_share(),
+        }
+    }
+
+    fn check_uniform_share(&self) -> Result<(), InvalidObjective> {
+        match self.uniform_share {
+            UniformShare::Value(gamma) if !(0.0..=1.0).contains(&gamma) => {
+                let problem = format!("is {gamma}; it must lie in 0..=1, or be `auto`");
+                refuse("uniform_share", problem)
+            }
+            share if !is_off(&share) && self.refine > 0 => {
+                refuse("uniform_share", "excludes `refine`, which it would undo")
+            }
             _ => Ok(()),
         }
     }
@@ -190,10 +204,15 @@ impl Objective {
         }
     }
 
-    /// What is left of it where α is solved for again without a backbone: no refinement, and Σ αᵢ Pᵢ itself.
+    /// What is left of it where α is solved for again without a backbone: no refinement, nothing that is chosen by forward
+    /// passes, and Σ αᵢ Pᵢ itself.
     pub fn without_forward_passes(&self) -> Self {
         Self {
             refine: 0,
+            uniform_share: match self.uniform_share {
+                UniformShare::Rule(_) => UniformShare::default(),
+                value => value,
+            },
             scale: Scale::default(),
             anchor: None,
             ..self.clone()
@@ -226,6 +245,12 @@ impl Objective {
                 self.method
             );
             return refuse("method", problem);
+        }
+        if matches!(self.uniform_share, UniformShare::Rule(_)) {
+            return refuse(
+                "uniform_share",
+                "`auto` needs the backbone: run the whole composition, or choose a number",
+            );
         }
         if self.scale != Scale::default() {
             return refuse("scale", "needs the backbone: run the whole composition");
@@ -317,6 +342,7 @@ mod tests {
             r#"{"method": "single_best", "single_best": {"by": "log_me"}}"#,
             r#"{"method": "spot", "spot": {"top_k": 3, "choice": "best_of"}}"#,
             r#"{"method": "panda", "target_tuning": {"epochs": 1}}"#,
+            r#"{"method": "h_only", "uniform_share": "auto", "scale": "auto"}"#,
         ] {
             assert!(check(fine).is_ok(), "{fine}");
         }
@@ -336,6 +362,8 @@ mod tests {
             (r#"{"scale": 0.5, "refine": 1}"#, "scale"),
             (r#"{"scale": 2.5}"#, "scale"),
             (r#"{"scale": -0.5}"#, "scale"),
+            (r#"{"uniform_share": 0.5, "refine": 1}"#, "uniform_share"),
+            (r#"{"uniform_share": 1.5}"#, "uniform_share"),
             (r#"{"single_best": {"by": "log_me"}}"#, "single_best"),
             (r#"{"method": "panda", "spot": {"top_k": 3}}"#, "spot"),
             (r#"{"method": "spot", "spot": {"top_k": 0}}"#, "spot.top_k"),

@@ -12,6 +12,7 @@ use utoipa::ToSchema;
 pub use self::checks::{InvalidObjective, check_shrinkage};
 use super::method::{
     Criterion, Method, Scale, Similarity, SingleBestOptions, SpotChoice, SpotOptions, TargetTuning,
+    UniformShare,
 };
 
 /// Refinement steps after which nothing more is to be expected of them; each is a pass over all samples.
@@ -44,7 +45,7 @@ pub struct Objective {
     pub align_tokens: AlignTokens,
     /// Projected-gradient steps on the objective with the true H(f of Σ αᵢ Pᵢ), through the backbone,
     /// after solving; each is accepted only if it improves that objective. 0 is off, at most 100; excludes
-    /// `entropy`, `scale` and methods that do not solve.
+    /// `entropy`, `uniform_share`, `scale` and methods that do not solve.
     #[serde(skip_serializing_if = "is_off")]
     #[schema(maximum = 100)]
     pub refine: u32,
@@ -57,6 +58,10 @@ pub struct Objective {
     /// Of the methods `spot`, `panda` and `attempt`.
     #[serde(skip_serializing_if = "is_off")]
     pub target_tuning: TargetTuning,
+    /// γ in αᵢ = (1-γ) α*ᵢ + γ/M: how far the weights α* that the method finds are pulled towards equal ones, which are hard to
+    /// beat where α* is uncertain. Default 0; excludes `refine`.
+    #[serde(skip_serializing_if = "is_off")]
+    pub uniform_share: UniformShare,
     /// β in P_T = P₀ + β Σ αᵢ (Pᵢ - P₀): how far the composed prompt goes from the shared initial prompt P₀ towards
     /// Σ αᵢ Pᵢ. Default 1, the paper's sum.
     #[serde(skip_serializing_if = "is_off")]
@@ -271,7 +276,8 @@ words!(
     Criterion,
     Similarity,
     SpotChoice,
-    Scale
+    Scale,
+    UniformShare
 );
 
 #[cfg(test)]

@@ -12,7 +12,7 @@ use tch::Tensor;
 
 use super::cache::{CachedSources, ResultCache};
 use super::evaluate::{Evaluation, OnUnseen, cross_fitted};
-use super::methods::uniform;
+use super::methods::{towards_uniform, uniform};
 use super::refine::Refiner;
 use super::report::Evidence;
 use super::samples::{Samples, Selection};
@@ -65,6 +65,8 @@ pub fn compose(
 
     steps.begin(Phase::Verify)?;
     let (alpha, refinement) = work.refine(&solved, &mut steps)?;
+    (method.uniform_share, method.uniform_shares) = work.uniform_share(&alpha, &mut steps)?;
+    let alpha = towards_uniform(&alpha, method.uniform_share);
     (method.scale, method.scales) = work.scale(&alpha, &mut steps)?;
     let anchor = objective.anchor.or(inputs.init_seed);
     method.anchor = anchor.filter(|_| method.scale != 1.0);

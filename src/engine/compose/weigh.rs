@@ -1,18 +1,20 @@
-//! α by the method that was asked for, and the scale of the composed prompt.
+//! α by the method that was asked for, its share of equal weights, and the scale of the composed prompt.
 
 use std::time::Instant;
 
 use tch::{Kind, Tensor};
 
 use super::Work;
-use crate::domain::composition::{MethodReport, Phase, ScalePoint};
+use crate::domain::composition::{MethodReport, Phase, ScalePoint, UniformSharePoint};
 use crate::domain::digest::Digest;
-use crate::domain::method::{Method, Scale, ScaleRule, SpotChoice};
+use crate::domain::method::{Method, Scale, ScaleRule, SpotChoice, UniformShare, UniformShareRule};
 use crate::domain::tensor::Tensor as PlainTensor;
 use crate::domain::tuning::{NoCheckpoints, TuningOptions};
 use crate::engine::evaluate::OnUnseen;
 use crate::engine::features::extract;
-use crate::engine::methods::{effects, most_similar, proportional, similarity, single_best};
+use crate::engine::methods::{
+    effects, most_similar, proportional, similarity, single_best, towards_uniform,
+};
 use crate::engine::solve::{Solved, weigh_features};
 use crate::engine::statistics::Ground;
 use crate::engine::steps::Steps;
@@ -177,33 +179,65 @@ impl Work<'_> {
         Ok((proportional(&similarities, None), similarities))
     }
 
+    /// γ as asked, or the candidate that does best on the target samples.
+    pub(super) fn uniform_share(
+        &self,
+        alpha: &[f64],
+        steps: &mut Steps<'_>,
+    ) -> Result<(f64, Vec<UniformSharePoint>), EngineError> {
+        let candidates = match self.objective.uniform_share {
+            UniformShare::Value(share) => return Ok((share, Vec::new())),
+            UniformShare::Rule(UniformShareRule::Auto) => UniformShareRule::CANDIDATES,
+        };
+        let composed = |share: f64| self.composed(&towards_uniform(alpha, share), 1.0);
+        let (best, points) = self.best_of(&candidates, composed, steps)?;
+        let point = |(uniform_share, validation): (f64, OnUnseen)| UniformSharePoint {
+            uniform_share,
+            validation_accuracy: validation.accuracy,
+            validation_loss: validation.loss,
+        };
+        Ok((best, points.into_iter().map(point).collect()))
+    }
+
     /// β as asked, or the candidate that does best on the target samples.
     pub(super) fn scale(
         &self,
         alpha: &[f64],
         steps: &mut Steps<'_>,
     ) -> Result<(f64, Vec<ScalePoint>), EngineError> {
-        if let Scale::Value(scale) = self.objective.scale {
-            return Ok((scale, Vec::new()));
-        }
+        let candidates = match self.objective.scale {
+            Scale::Value(scale) => return Ok((scale, Vec::new())),
+            Scale::Rule(ScaleRule::Auto) => ScaleRule::CANDIDATES,
+        };
+        let composed = |scale: f64| self.composed(alpha, scale);
+        let (best, points) = self.best_of(&candidates, composed, steps)?;
+        let point = |(scale, validation): (f64, OnUnseen)| ScalePoint {
+            scale,
+            validation_accuracy: validation.accuracy,
+            validation_loss: Some(validation.loss),
+        };
+        Ok((best, points.into_iter().map(point).collect()))
+    }
+
+    /// The candidate whose prompt has the lowest cross-fitted loss on the target samples, of equals the last; and what was
+    /// found of each.
+    fn best_of(
+        &self,
+        candidates: &[f64],
+        composed: impl Fn(f64) -> PlainTensor<f32>,
+        steps: &mut Steps<'_>,
+    ) -> Result<(f64, Vec<(f64, OnUnseen)>), EngineError> {
         let evaluation = self.evaluation(&self.objective.h_score);
-        let points = ScaleRule::CANDIDATES.into_iter().map(|scale| {
-            let prompt = prompt_tensor(&self.composed(alpha, scale), self.vit);
+        let points = candidates.iter().map(|candidate| {
+            let prompt = prompt_tensor(&composed(*candidate), self.vit);
             let tick = |_| steps.tick(Phase::Verify);
-            let validation = evaluation.cross_fitted(&prompt, tick)?;
-            Ok((scale, validation))
+            Ok((*candidate, evaluation.cross_fitted(&prompt, tick)?))
         });
         let points = points.collect::<Result<Vec<(f64, OnUnseen)>, EngineError>>()?;
-        // The last of equals, which is the largest.
         let (best, _) = points
             .iter()
             .max_by(|(_, a), (_, b)| b.loss.total_cmp(&a.loss))
             .expect("there are candidates");
-        let point = |(scale, validation): &(f64, OnUnseen)| ScalePoint {
-            scale: *scale,
-            validation_accuracy: validation.accuracy,
-            validation_loss: Some(validation.loss),
-        };
-        Ok((*best, points.iter().map(point).collect()))
+        Ok((*best, points))
     }
 }

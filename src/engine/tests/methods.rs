@@ -8,7 +8,7 @@ use tch::Device;
 use crate::domain::composition::{
     Composer as _, Composition, CompositionError, CompositionInput, Phase, ResolveInput, SourceRef,
 };
-use crate::domain::method::{Method, ScaleRule};
+use crate::domain::method::{Method, ScaleRule, UniformShareRule};
 use crate::domain::mixture::mix;
 use crate::domain::prompt_file::PromptFile;
 use crate::engine::testing::{Recorder, assert_close};
@@ -151,6 +151,44 @@ fn methods_that_tune_on_the_target_say_how_long_it_took_and_weigh_by_cosines() {
 }
 
 #[test]
+fn a_uniform_share_goes_from_the_methods_weights_to_equal_ones() {
+    let dir = tempfile::tempdir().unwrap();
+    let of = |share: serde_json::Value| {
+        let h_score = json!({"shrinkage": 0.5});
+        let objective = json!({"method": "h_only", "h_score": h_score, "uniform_share": share});
+        compose(&job(dir.path(), objective)).0
+    };
+    let [own, part, equal] = [0.0, 0.25, 1.0].map(|share| of(json!(share)));
+    for ((own, part), equal) in (weights(&own).iter().zip(weights(&part))).zip(weights(&equal)) {
+        assert_close(part, 0.75 * own + 0.25 / 3.0, 1e-12);
+        assert_close(equal, 1.0 / 3.0, 1e-12);
+    }
+    // What is said of α is said of these weights.
+    let of_source = |composition: &Composition| composition.result.source_weights[0].clone();
+    let errors = [&own, &part].map(|composition| of_source(composition).standard_error.unwrap());
+    assert_close(errors[1], 0.75 * errors[0], 1e-12);
+    let objective = |composition: &Composition| composition.result.objective.h_score;
+    assert!(objective(&part) < objective(&own));
+    let (average, _) = compose(&job(dir.path(), json!({"method": "average"})));
+    assert_eq!(composed(&equal), composed(&average));
+
+    let auto = of(json!("auto"));
+    let method = &auto.result.method;
+    let losses = method.uniform_shares.iter().map(|p| p.validation_loss);
+    let least = losses.fold(f64::INFINITY, f64::min);
+    let of_least = (method.uniform_shares.iter()).rfind(|p| p.validation_loss == least);
+    assert_eq!(
+        method.uniform_shares.len(),
+        UniformShareRule::CANDIDATES.len()
+    );
+    assert_eq!(
+        Some(method.uniform_share),
+        of_least.map(|p| p.uniform_share)
+    );
+    assert_eq!(composed(&auto), composed(&of(json!(method.uniform_share))));
+}
+
+#[test]
 fn a_scale_goes_from_the_initial_prompt_to_the_sum() {
     let dir = tempfile::tempdir().unwrap();
     let of = |scale: serde_json::Value| {
@@ -215,6 +253,7 @@ fn statistics_serve_every_method_that_they_suffice_for() {
     for objective in [
         json!({"method": "average"}),
         json!({"method": "single_best", "single_best": {"by": "validation"}}),
+        json!({"method": "single_best", "uniform_share": 0.5}),
     ] {
         let (direct, _) = compose(&job(dir.path(), objective.clone()));
         let again = resolve(&whole, &input, objective).unwrap();
@@ -234,6 +273,10 @@ fn statistics_serve_every_method_that_they_suffice_for() {
         (
             json!({"method": "average", "scale": "auto"}),
             "needs the backbone",
+        ),
+        (
+            json!({"method": "average", "uniform_share": "auto"}),
+            "choose a number",
         ),
     ] {
         let detail = refused(resolve(&average, &input, objective).unwrap_err());

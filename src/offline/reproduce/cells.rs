@@ -123,7 +123,7 @@ const ALONE_METHOD: Method = Method {
 
 /// Settings of HGPrompt, and of what it is to beat, that a default could be chosen from: as they are, with a closed-form
 /// head, whatever the profile.
-pub const VARIANTS: [Method; 12] = [
+pub const VARIANTS: [Method; 15] = [
     Method {
         key: "trade_off_0.9",
         label: "trade-off 0.9",
@@ -175,6 +175,21 @@ pub const VARIANTS: [Method; 12] = [
         key: "average_scale_0.5",
         label: "average, scale 0.5",
         objective: || json!({"method": "average", "scale": 0.5}),
+    },
+    Method {
+        key: "uniform_share_auto",
+        label: "share of equal weights auto",
+        objective: || json!({"uniform_share": "auto"}),
+    },
+    Method {
+        key: "both_auto",
+        label: "share of equal weights and scale auto",
+        objective: || json!({"uniform_share": "auto", "scale": "auto"}),
+    },
+    Method {
+        key: "h_only_both_auto",
+        label: "H only; share of equal weights and scale auto",
+        objective: || json!({"method": "h_only", "uniform_share": "auto", "scale": "auto"}),
     },
     Method {
         key: "initial_too",
