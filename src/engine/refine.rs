@@ -16,7 +16,7 @@ use tch::{Kind, Tensor};
 use super::alignment::GradientAlignment;
 use super::classes::numbered;
 use super::features::extract;
-use super::h_score::{HScore, Sums, centred};
+use super::h_score::{HScore, Sums, centred, differentiable_leave_one_out, indicators};
 use super::optimizer::project_to_simplex;
 use super::samples::Samples;
 use super::solver::Tick;
@@ -215,6 +215,10 @@ fn differentiable(
     let Shrinkage::Fixed(rho) = options.shrinkage else {
         unreachable!("the refiner is given the shrinkage as it was used");
     };
+    if options.mode == HScoreMode::LeaveOneOut {
+        let indicators = indicators(&classes, &sums.counts).to_device(x.device());
+        return differentiable_leave_one_out(&x, &indicators, rho);
+    }
     let covariance = x.tr().matmul(&x) / scale;
     let ridge = covariance.trace() * (rho / d as f64);
     let identity = Tensor::eye(d, (Kind::Double, x.device()));
@@ -245,7 +249,11 @@ mod tests {
     fn the_differentiable_h_is_the_solvers_h() {
         let labels: Vec<usize> = (0..30).map(|i| i % 3).collect();
         let features = noise_tensor(&[30, 5], 1);
-        for mode in [HScoreMode::Inv, HScoreMode::TraceRatio] {
+        for mode in [
+            HScoreMode::Inv,
+            HScoreMode::LeaveOneOut,
+            HScoreMode::TraceRatio,
+        ] {
             for standardise in [Standardise::None, Standardise::PerSource] {
                 let options = HScoreOptions {
                     mode,

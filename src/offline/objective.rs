@@ -28,7 +28,7 @@ pub struct SolveOptions {
     /// τ of the entropy term that makes weights dense [default: 0, off].
     #[arg(long, value_name = "TAU")]
     pub entropy: Option<f64>,
-    /// `inv` or `trace_ratio` [default: inv].
+    /// `inv`, `leave_one_out` or `trace_ratio` [default: inv].
     #[arg(long = "h-score-mode", visible_alias = "mode")]
     pub h_score_mode: Option<HScoreMode>,
     /// Features: `none` or `per_source` [default: none].

@@ -62,7 +62,7 @@ impl HScoreOptions {
     /// As [`Shrinkage::check_samples`]; `trace_ratio` inverts nothing.
     pub fn check_samples(&self, n: usize, d: usize) -> Result<(), InvalidObjective> {
         match self.mode {
-            HScoreMode::Inv => self.shrinkage.check_samples(n, d),
+            HScoreMode::Inv | HScoreMode::LeaveOneOut => self.shrinkage.check_samples(n, d),
             HScoreMode::TraceRatio => Ok(()),
         }
     }
@@ -385,6 +385,8 @@ mod tests {
         assert_eq!(average.h_score, full.h_score);
         // What is not said is not written: specifications of before have the digests that they had.
         let written = serde_json::to_value(Objective::default()).unwrap();
-        assert!(written.get("method").is_none() && written.get("scale").is_none());
+        for since in ["method", "scale", "uniform_share"] {
+            assert!(written.get(since).is_none(), "{since}");
+        }
     }
 }

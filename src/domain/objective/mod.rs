@@ -126,6 +126,9 @@ pub enum HScoreMode {
     /// tr(cov(f)⁻¹ cov(E[f|y])), the definition (Bao et al. 2019).
     #[default]
     Inv,
+    /// K-1 less the squared error with which ridge regression of the classes on the features, ρ and all, misses samples that it
+    /// was not fitted on (leave-one-out: Allen 1974). Not raised by chance where N is not far above d; ρ = 0.3 does well there.
+    LeaveOneOut,
     /// tr cov(E[f|y]) / tr cov(f), as in H-ensemble's code (Wu et al. 2024); needs no shrinkage.
     TraceRatio,
 }

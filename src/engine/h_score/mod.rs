@@ -13,14 +13,18 @@
 //!
 //! H_ρ(α) = tr[Zᵀ A (δI + A)⁻¹ Z] = K - δ tr[Zᵀ (δI + A)⁻¹ Z]
 //!
-//! `trace_ratio` is tr B / tr Σ in [0, 1], a generalised Rayleigh quotient of two M × M matrices.
+//! `trace_ratio` is tr B / tr Σ in [0, 1], a generalised Rayleigh quotient of two M × M matrices; `leave_one_out` is in a file of
+//! its own.
 
+mod leave_one_out;
 mod second_moments;
 mod shrinkage;
 mod sums;
 
 use tch::{Device, Kind, Tensor};
 
+use self::leave_one_out::LeaveOneOut;
+pub use self::leave_one_out::differentiable as differentiable_leave_one_out;
 use self::second_moments::SecondMoments;
 use self::sums::Centring;
 pub use self::sums::Sums;
@@ -54,6 +58,10 @@ enum Form {
     TraceRatio {
         /// [M, M]: Σ_c w_c ⟨m_ic, m_jc⟩, so that tr B(α) = αᵀ b α.
         between: Vec<f64>,
+        floor: f64,
+    },
+    LeaveOneOut {
+        regression: LeaveOneOut,
         floor: f64,
     },
 }
@@ -90,6 +98,9 @@ impl HScore {
                 shrinkage::usable(shrinkage::estimate(&Tensor::cat(&uniform, 0), estimate)?)
             }
         };
+        if options.mode == HScoreMode::LeaveOneOut {
+            return Self::leave_one_out(centring, sums, rho, features, &classes);
+        }
         let dual = (n as f64) < DUAL_BELOW * d as f64;
         let moments = SecondMoments::of(features, &centring, dual);
         Self::inv(centring, sums, rho, moments, &classes)
@@ -110,6 +121,28 @@ impl HScore {
             floor: floor(&sums, &traces),
             moments,
             indicators,
+        };
+        Ok(Self {
+            centring,
+            sums,
+            traces,
+            form,
+        })
+    }
+
+    /// Of `features` [M, N, d] as `centring` centres them, and their classes.
+    fn leave_one_out(
+        centring: Centring,
+        sums: Sums,
+        rho: f64,
+        features: &Tensor,
+        classes: &[usize],
+    ) -> Result<Self, EngineError> {
+        let traces = Vec::try_from(sums.products.flatten(0, -1))?;
+        let indicators = indicators(classes, &sums.counts);
+        let form = Form::LeaveOneOut {
+            regression: LeaveOneOut::new(centring.apply(features), &indicators, rho),
+            floor: floor(&sums, &traces),
         };
         Ok(Self {
             centring,
@@ -153,17 +186,26 @@ impl HScore {
         let theirs = Sums::of(theirs, &their_classes, self.sums.counts.len());
         let (sums, mean) = self.sums.without(&theirs);
         let centring = self.centring.moved(&mean);
-        let Form::Inv { rho, moments, .. } = &self.form else {
-            return Self::trace_ratio(centring, sums);
-        };
-        let d = features.size()[2] as usize;
-        Shrinkage::Fixed(*rho).check_samples(kept.len(), d)?;
-        let moments = match moments.without(&left_out, &mean, kept.len()) {
-            Some(moments) => moments,
-            None => SecondMoments::of(&of_rows(&kept), &centring, moments.is_dual()),
-        };
+        if let Some(rho) = self.shrinkage() {
+            let d = features.size()[2] as usize;
+            Shrinkage::Fixed(rho).check_samples(kept.len(), d)?;
+        }
         let kept_labels: Vec<usize> = kept.iter().map(|row| labels[*row]).collect();
-        Self::inv(centring, sums, *rho, moments, &numbered(&kept_labels).0)
+        let kept_classes = numbered(&kept_labels).0;
+        match &self.form {
+            Form::TraceRatio { .. } => Self::trace_ratio(centring, sums),
+            Form::LeaveOneOut { regression, .. } => {
+                let rho = regression.rho();
+                Self::leave_one_out(centring, sums, rho, &of_rows(&kept), &kept_classes)
+            }
+            Form::Inv { rho, moments, .. } => {
+                let moments = match moments.without(&left_out, &mean, kept.len()) {
+                    Some(moments) => moments,
+                    None => SecondMoments::of(&of_rows(&kept), &centring, moments.is_dual()),
+                };
+                Self::inv(centring, sums, *rho, moments, &kept_classes)
+            }
+        }
     }
 
     /// M
@@ -173,8 +215,9 @@ impl HScore {
 
     /// ρ as it is used; `None` with `trace_ratio`.
     pub fn shrinkage(&self) -> Option<f64> {
-        match self.form {
-            Form::Inv { rho, .. } => Some(rho),
+        match &self.form {
+            Form::Inv { rho, .. } => Some(*rho),
+            Form::LeaveOneOut { regression, .. } => Some(regression.rho()),
             Form::TraceRatio { .. } => None,
         }
     }
@@ -188,11 +231,12 @@ impl HScore {
     }
 
     /// (H - H₀)/(H_max - H₀), H₀ the mean of H over permutations of the labels: (K-1)/(N-1)·df with the
-    /// degrees of freedom df = tr[(1-ρ)Σ Σ_ρ⁻¹]; H_max = K-1. With `trace_ratio` df and H_max are 1.
+    /// degrees of freedom df = tr[(1-ρ)Σ Σ_ρ⁻¹]; H_max = K-1. With `trace_ratio` df and H_max are 1; with `leave_one_out` H₀ is
+    /// below 0.
     pub fn adjusted(&self, alpha: &[f64]) -> Result<f64, EngineError> {
         let (h, null) = (self.value(alpha)?, self.chance(alpha)?);
         let most = match self.form {
-            Form::Inv { .. } => self.num_classes() - 1.0,
+            Form::Inv { .. } | Form::LeaveOneOut { .. } => self.num_classes() - 1.0,
             Form::TraceRatio { .. } => 1.0,
         };
         // Where even shuffled labels score the most there is nothing to tell apart.
@@ -207,6 +251,10 @@ impl HScore {
     pub fn chance(&self, alpha: &[f64]) -> Result<f64, EngineError> {
         let df = match &self.form {
             Form::TraceRatio { .. } => 1.0,
+            Form::LeaveOneOut { regression, floor } => {
+                let ridge = self.ridge(alpha, regression.rho(), *floor).0;
+                return regression.chance(alpha, ridge);
+            }
             Form::Inv { moments, .. } => {
                 let Factored { factor, ridge } = self.factored(alpha)?;
                 let s = moments.size();
@@ -230,6 +278,10 @@ impl HScore {
                     .map(|(db, dt)| (db - b / t * dt / scale) / t)
                     .collect();
                 (b / t, gradient)
+            }
+            Form::LeaveOneOut { regression, floor } => {
+                let ridge = self.ridge(alpha, regression.rho(), *floor);
+                regression.evaluate(alpha, &ridge, derive)?
             }
             Form::Inv {
                 indicators: Some(z),
@@ -316,7 +368,7 @@ impl HScore {
             unreachable!("only `inv` factors");
         };
         let (_, moments) = self.inv_parts();
-        let ridge = rho * self.mean_variance(alpha).0 + floor;
+        let ridge = self.ridge(alpha, *rho, *floor).0;
         let matrix = moments.at(alpha) * ((1.0 - rho) / self.scale());
         let _ = matrix.diagonal(0, 0, 1).g_add_scalar_(ridge);
         let factor = cholesky(&matrix, "the mixed features")?;
@@ -326,8 +378,15 @@ impl HScore {
     fn inv_parts(&self) -> (f64, &SecondMoments) {
         match &self.form {
             Form::Inv { rho, moments, .. } => (*rho, moments),
-            Form::TraceRatio { .. } => unreachable!("only `inv` has second moments"),
+            _ => unreachable!("only `inv` has second moments"),
         }
+    }
+
+    /// δ, which stands on the diagonal beside the data, at α; and its gradient.
+    fn ridge(&self, alpha: &[f64], rho: f64, floor: f64) -> (f64, Vec<f64>) {
+        let (variance, slopes) = self.mean_variance(alpha);
+        let slopes = slopes.iter().map(|slope| rho * slope).collect();
+        (rho * variance + floor, slopes)
     }
 
     /// tr Σ/d at α and its gradient.
@@ -376,7 +435,7 @@ fn floor(sums: &Sums, traces: &[f64]) -> f64 {
 }
 
 /// Z [N, K]: 1/√n_c where the sample is of class c.
-fn indicators(classes: &[usize], counts: &[usize]) -> Tensor {
+pub fn indicators(classes: &[usize], counts: &[usize]) -> Tensor {
     let mut values = vec![0.0; classes.len() * counts.len()];
     for (row, class) in classes.iter().enumerate() {
         values[row * counts.len() + class] = 1.0 / (counts[*class] as f64).sqrt();

@@ -157,7 +157,7 @@ impl SecondMoments {
 }
 
 /// Σ αᵢ x_i, [N, d]
-fn mixed(x: &Tensor, alpha: &[f64]) -> Tensor {
+pub fn mixed(x: &Tensor, alpha: &[f64]) -> Tensor {
     let (_, n, d) = x.size3().expect("three axes");
     let weights = Tensor::from_slice(alpha);
     weights.matmul(&x.flatten(1, -1)).view([n, d])

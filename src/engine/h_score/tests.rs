@@ -7,7 +7,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::second_moments::SecondMoments;
 use super::sums::{Centring, Sums};
-use super::{HScore, centred, numbered, shrinkage};
+use super::{HScore, centred, indicators, numbered, shrinkage};
 use crate::domain::objective::{
     HScoreMode, HScoreOptions, Shrinkage, ShrinkageEstimate, Standardise,
 };
@@ -124,6 +124,12 @@ fn gradients_agree_with_central_differences_in_every_form() {
         (12, 20, inv(0.05)),
         (40, 7, options(HScoreMode::Inv, Standardise::PerSource)),
         (40, 7, options(HScoreMode::TraceRatio, Standardise::None)),
+        (40, 7, options(HScoreMode::LeaveOneOut, Standardise::None)),
+        (
+            12,
+            20,
+            options(HScoreMode::LeaveOneOut, Standardise::PerSource),
+        ),
     ];
     for (n, d, options) in cases {
         let labels = labels(n, 3);
@@ -168,6 +174,47 @@ fn the_trace_ratio_is_the_ratio_of_the_traces() {
     assert_eq!(h.shrinkage(), None);
     // Shuffled labels score (K-1)/(N-1).
     assert_close(h.chance(&alpha).unwrap(), 2.0 / 29.0, 1e-12);
+}
+
+/// Every sample in turn left out of a ridge regression with a free intercept, by its normal equations.
+#[test]
+fn leave_one_out_is_the_error_of_regressions_without_the_sample() {
+    for (n, d) in [(30, 5), (12, 20)] {
+        let labels = labels(n, 3);
+        let features = features(&[0.5, 1.0], &labels, d, 4);
+        let (alpha, rho) = ([0.3, 0.7], 0.2);
+        let options = HScoreOptions {
+            mode: HScoreMode::LeaveOneOut,
+            ..inv(rho)
+        };
+        let (x, _) = mixed(&features, &labels, &alpha);
+        let variance = f64::try_from(x.square().sum(Kind::Double)).unwrap() / (n - 1) as f64;
+        let penalty = rho * variance / d as f64 * (n - 1) as f64 / (1.0 - rho);
+        let mut penalties = vec![penalty; d];
+        penalties.push(0.0);
+        let penalties = Tensor::from_slice(&penalties).diag(0);
+        let ones = Tensor::ones([n as i64, 1], (Kind::Double, Device::Cpu));
+        let x = Tensor::cat(&[x, ones], 1);
+        let (classes, num_classes) = numbered(&labels);
+        let counts: Vec<usize> = (0..num_classes)
+            .map(|class| classes.iter().filter(|own| **own == class).count())
+            .collect();
+        let z = indicators(&classes, &counts);
+        let mut expected = 2.0;
+        for out in 0..n {
+            let kept: Vec<usize> = (0..n).filter(|row| *row != out).collect();
+            let rows = row_tensor(&kept);
+            let (own, theirs) = (x.index_select(0, &rows), z.index_select(0, &rows));
+            let normal = own.tr().matmul(&own) + &penalties;
+            let fitted = normal.inverse().matmul(&own.tr().matmul(&theirs));
+            let error =
+                z.get(out as i64) - x.get(out as i64).unsqueeze(0).matmul(&fitted).squeeze();
+            expected -= f64::try_from(error.square().sum(Kind::Double)).unwrap();
+        }
+        let h = h(&features, &labels, &options);
+        assert_close(h.value(&alpha).unwrap(), expected, 1e-9);
+        assert_eq!(h.shrinkage(), Some(rho));
+    }
 }
 
 #[test]
@@ -260,6 +307,8 @@ fn shuffled_labels_score_what_chance_says() {
         (40, 6, HScoreMode::Inv),
         (14, 30, HScoreMode::Inv),
         (40, 6, HScoreMode::TraceRatio),
+        (40, 6, HScoreMode::LeaveOneOut),
+        (14, 30, HScoreMode::LeaveOneOut),
     ] {
         let labels = labels(n, 4);
         let f = features(&[1.0], &labels, d, 11);
@@ -307,8 +356,17 @@ fn leaving_samples_out_is_not_having_had_them() {
         mode: HScoreMode::TraceRatio,
         ..inv(0.05)
     };
+    let leave_one_out = HScoreOptions {
+        mode: HScoreMode::LeaveOneOut,
+        ..inv(0.05)
+    };
     // In the primal form and the dual one.
-    for (d, options) in [(6, inv(0.05)), (90, inv(0.05)), (6, trace_ratio)] {
+    for (d, options) in [
+        (6, inv(0.05)),
+        (90, inv(0.05)),
+        (6, trace_ratio),
+        (6, leave_one_out),
+    ] {
         let f = features(&[0.5, 1.0], &labels, d, 9);
         for rows in [&[3, 4, 17, 39][..], &of_class_two] {
             let kept: Vec<usize> = (0..40).filter(|row| !rows.contains(row)).collect();

@@ -123,7 +123,7 @@ const ALONE_METHOD: Method = Method {
 
 /// Settings of HGPrompt, and of what it is to beat, that a default could be chosen from: as they are, with a closed-form
 /// head, whatever the profile.
-pub const VARIANTS: [Method; 15] = [
+pub const VARIANTS: [Method; 18] = [
     Method {
         key: "trade_off_0.9",
         label: "trade-off 0.9",
@@ -133,6 +133,27 @@ pub const VARIANTS: [Method; 15] = [
         key: "h_shrinkage_0.1",
         label: "ρ of H 0.1",
         objective: || json!({"h_score": {"shrinkage": 0.1}}),
+    },
+    Method {
+        key: "leave_one_out",
+        label: "leave-one-out H",
+        objective: || json!({"h_score": {"mode": "leave_one_out", "shrinkage": 0.3}}),
+    },
+    Method {
+        key: "leave_one_out_only",
+        label: "leave-one-out H only",
+        objective: || {
+            let h_score = json!({"mode": "leave_one_out", "shrinkage": 0.3});
+            json!({"method": "h_only", "h_score": h_score})
+        },
+    },
+    Method {
+        key: "leave_one_out_auto",
+        label: "leave-one-out H only; share of equal weights and scale auto",
+        objective: || {
+            let h_score = json!({"mode": "leave_one_out", "shrinkage": 0.3});
+            json!({"method": "h_only", "h_score": h_score, "uniform_share": "auto", "scale": "auto"})
+        },
     },
     Method {
         key: "trace_ratio",

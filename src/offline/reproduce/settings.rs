@@ -17,9 +17,9 @@ const CRITERIA: [(&str, Said); 6] = [
     ("cross-fitted accuracy", |row| row.validation_accuracy),
     ("H of the composed prompt", |row| {
         // On one scale alone.
-        let is_inv =
-            !row.method.starts_with("trace_ratio") && !row.method.starts_with("h_shrinkage");
-        is_inv.then_some(row.h_score)
+        let others = ["trace_ratio", "h_shrinkage", "leave_one_out"];
+        let is_other = others.iter().any(|other| row.method.starts_with(other));
+        (!is_other).then_some(row.h_score)
     }),
     ("accuracy on the samples the head was fitted on", |row| {
         Some(row.train_accuracy)
@@ -79,7 +79,7 @@ impl Report<'_> {
             "\n### Settings\n\nThe composed prompt with its closed-form head, the mean over the {} tasks that have rows of HGPrompt \
              for all seeds, in the order of the loss (nats) on held-out images: training images that are not among the N samples, seen \
              by no method. The cross-fitted loss is over ten folds of the N samples, and what some methods choose by, which makes it \
-             too low for these. Intervals are Student's over the tasks; a dash where some task has no row yet.\n\n{}\n\
+             too low for these, and for the own prompt, which was tuned on them. Losses are at the temperature of least loss. Intervals are Student's over the tasks; a dash where some task has no row yet.\n\n{}\n\
              Spearman's coefficient, over the rows of the table above but the own prompt's, of what could be chosen by with test \
              accuracy; mean over tasks with Student's interval.\n\n{}",
             targets.len(),
@@ -96,9 +96,9 @@ impl Report<'_> {
 
     /// Student's interval of a method's numbers less those of the default.
     fn beside_default(&self, targets: &[&str], key: &str, of: Said, decimals: usize) -> String {
-        let own = self.by_target(targets, HGPROMPT, of).unwrap_or_default();
+        let default = self.by_target(targets, HGPROMPT, of).unwrap_or_default();
         let others = self.by_target(targets, key, of).unwrap_or_default();
-        let beside: Vec<f64> = others.iter().zip(&own).map(|(a, b)| a - b).collect();
+        let beside: Vec<f64> = others.iter().zip(&default).map(|(a, b)| a - b).collect();
         let (mean, half) = (mean_of(&beside), half_interval(&beside));
         match mean.zip(half).filter(|_| key != HGPROMPT) {
             None => "–".into(),
