@@ -136,6 +136,16 @@ pub enum UniformShare {
     Rule(UniformShareRule),
 }
 
+impl UniformShare {
+    /// 0 while it is still to be chosen.
+    pub fn known(self) -> f64 {
+        match self {
+            Self::Value(share) => share,
+            Self::Rule(UniformShareRule::Auto) => 0.0,
+        }
+    }
+}
+
 impl Default for UniformShare {
     fn default() -> Self {
         Self::Value(0.0)
@@ -161,6 +171,16 @@ impl UniformShareRule {
 pub enum Scale {
     Value(f64),
     Rule(ScaleRule),
+}
+
+impl Scale {
+    /// 1 while it is still to be chosen.
+    pub fn known(self) -> f64 {
+        match self {
+            Self::Value(scale) => scale,
+            Self::Rule(ScaleRule::Auto) => 1.0,
+        }
+    }
 }
 
 impl Default for Scale {

@@ -6,6 +6,7 @@ use tch::Tensor;
 
 use super::EngineError;
 use super::gradients::GradientStatistics;
+use super::methods::towards_uniform;
 use super::solve::{Solved, solve};
 use super::statistics::Ground;
 use super::steps::Steps;
@@ -85,7 +86,7 @@ impl<'a> Estimates<'a> {
         self.last = (Instant::now(), begun.elapsed());
         let source_weights = self.weights(&solved);
         let stop = self.stop(&source_weights, merged.num_samples());
-        self.weights.clone_from(&solved.solution.alpha);
+        self.weights = source_weights.iter().map(|source| source.weight).collect();
         let estimate = Estimate {
             shards_done: self.merged,
             shards: self.shards,
@@ -101,15 +102,17 @@ impl<'a> Estimates<'a> {
     }
 
     fn weights(&self, solved: &Solved) -> Vec<SourceWeight> {
+        let share = self.objective.uniform_share.known();
         let errors = solved.standard_errors.as_ref();
-        let weights = self.sources.iter().zip(&solved.solution.alpha).enumerate();
+        let alpha = towards_uniform(&solved.solution.alpha, share);
+        let weights = self.sources.iter().zip(&alpha).enumerate();
         weights
             .map(|(i, (source, weight))| SourceWeight {
                 prompt: source.prompt.clone(),
                 version: source.version,
                 digest: source.digest,
                 weight: *weight,
-                standard_error: errors.map(|errors| errors[i]),
+                standard_error: errors.map(|errors| (1.0 - share) * errors[i]),
             })
             .collect()
     }

@@ -97,7 +97,7 @@ impl Evaluation<'_> {
 }
 
 /// How closed-form heads do on samples that they were not fitted on.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub struct OnUnseen {
     /// Share that they get right.
     pub accuracy: f64,

@@ -211,11 +211,14 @@ impl Evidence<'_> {
             );
         }
         if let Some(gap) = diagnostics.surrogate_gap.filter(|gap| gap.abs() > 0.1) {
+            let way_out = match self.method.name.solves() && self.method.uniform_share == 0.0 {
+                true => ", which α was chosen by; `refine` works on the former",
+                false => "",
+            };
             warnings.add(
                 "surrogate_gap",
                 format!(
-                    "H of the composed prompt differs by {:+.1} % from H of the mixed features that α \
-                     was chosen by; `refine` works on the former",
+                    "H of the composed prompt differs by {:+.1} % from H of the mixed features{way_out}",
                     100.0 * gap
                 ),
             );

@@ -11,7 +11,7 @@ use crate::domain::composition::TargetSamples;
 use crate::domain::dataset::Split;
 use crate::domain::digest::Digest;
 use crate::domain::job::{BackboneSpec, EnsembleSpec, SourceSpec, TargetSpec};
-use crate::domain::method::{Method, NO_ANCHOR, Scale, common_seed};
+use crate::domain::method::{NO_ANCHOR, Scale, UniformShare, common_seed};
 use crate::domain::objective::{InvalidObjective, Objective, TradeOffRule, Weighing};
 use crate::domain::reference::{Reference, ResourceName};
 use crate::domain::sharing::StopWhen;
@@ -76,9 +76,10 @@ pub(super) fn refuse<T>(
 
 fn check_stop_when(
     asked: Option<StopWhen>,
-    method: Method,
+    objective: &Objective,
     weighing: Weighing,
 ) -> Result<(), PlanError> {
+    let method = objective.method;
     let Some(StopWhen { weight_se }) = asked else {
         return Ok(());
     };
@@ -90,6 +91,10 @@ fn check_stop_when(
     if !method.takes_gradients() {
         let detail = format!("is about gradients, and `{method}` takes none");
         return refused("/stop_when", detail);
+    }
+    if matches!(objective.uniform_share, UniformShare::Rule(_)) {
+        let detail = "cannot be watched with `uniform_share: \"auto\"`, which knows α at the end only; use a number";
+        return refused("/stop_when", detail.to_owned());
     }
     if weighing == Weighing::Rule(TradeOffRule::Validation) {
         let detail = "cannot be watched with `trade_off: \"validation\"`, which knows α at the end \
@@ -107,7 +112,7 @@ pub async fn plan(
     request: &EnsembleRequest,
 ) -> Result<EnsembleSpec, PlanError> {
     let weighing = request.objective.weighing().map_err(invalid_objective)?;
-    check_stop_when(request.stop_when, request.objective.method, weighing)?;
+    check_stop_when(request.stop_when, &request.objective, weighing)?;
     check_output(request.output.as_ref())?;
     let target = target(conn, project_id, &request.dataset, &request.samples).await?;
     let sources = sources(conn, project_id, &request.sources).await?;

@@ -14,6 +14,7 @@ use super::plan::{
 use crate::domain::composition::{CompositionResult, TargetSamples};
 use crate::domain::digest::Digest;
 use crate::domain::job::{EnsembleSpec, JobState, ResolvedFrom, SourceSpec, TargetSpec};
+use crate::domain::method::UniformShare;
 use crate::domain::objective::{Objective, TradeOff, TradeOffRule};
 use crate::domain::reference::{Reference, ResourceName, VersionSelector};
 use crate::registry::prompt_versions;
@@ -134,12 +135,15 @@ pub fn plan(
     })
 }
 
-/// The ensemble's own objective, less what its statistics cannot answer: no refinement, and the
-/// trade-off that `validation` chose then in place of choosing anew.
+/// The ensemble's own objective, less what its statistics cannot answer: no refinement, and the trade-off and the share of
+/// equal weights that were chosen then in place of choosing anew.
 fn without_backbone(solved: &Solved) -> Objective {
     let mut objective = solved.spec.objective.without_forward_passes();
     if objective.trade_off == Some(TradeOff::Rule(TradeOffRule::Validation)) {
         objective.trade_off = solved.result.objective.trade_off.map(TradeOff::Value);
+    }
+    if matches!(solved.spec.objective.uniform_share, UniformShare::Rule(_)) {
+        objective.uniform_share = UniformShare::Value(solved.result.method.uniform_share);
     }
     objective
 }

@@ -43,8 +43,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         sources: named(&args.sources, &recorded)?,
         objective: args
             .objective
-            .over(&recorded.objective)
-            .without_forward_passes(),
+            .over(&recorded.objective.without_forward_passes()),
         statistics,
     };
     let composition = Engine::new(tch::Device::Cpu)
@@ -73,4 +72,43 @@ fn named(names: &[String], recorded: &Metadata) -> Result<Vec<SourceRef>, Engine
         digest: source.digest,
     };
     Ok(chosen.into_iter().map(of).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+    use serde_json::Value;
+    use tch::Device;
+
+    use super::*;
+    use crate::engine::testing::{Recorder, input};
+
+    #[derive(Parser)]
+    struct Command {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    #[test]
+    fn what_needs_the_backbone_is_refused_where_it_is_asked_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let input = input(dir.path(), 3);
+        let composed = Engine::new(Device::Cpu).compose(&input, &mut Recorder::default());
+        let path = |name: &str| dir.path().join(name).display().to_string();
+        fs::write(path("statistics"), composed.unwrap().statistics).unwrap();
+        let solve = |share: &str| {
+            let (statistics, out) = (path("statistics"), path("out"));
+            let files = ["solve", "--statistics", &statistics, "--out", &out];
+            let asked = ["--uniform-share", share];
+            run(&Command::parse_from(files.iter().chain(&asked)).args)
+        };
+        let refused = format!("{:#}", solve("auto").unwrap_err());
+        assert!(refused.contains("choose a number"), "{refused}");
+        solve("1").unwrap();
+        let result = fs::read(path("out/result.json")).unwrap();
+        let result: Value = serde_json::from_slice(&result).unwrap();
+        for source in result["source_weights"].as_array().unwrap() {
+            assert_eq!(source["weight"], 1.0 / 3.0);
+        }
+    }
 }

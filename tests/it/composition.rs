@@ -90,7 +90,11 @@ pub fn composition(input_sources: &[(String, i32, Digest)], weights: &[f64]) -> 
             },
             path: vec![],
             optima: vec![],
-            method: MethodReport::default(),
+            method: MethodReport {
+                // As if it had been chosen.
+                uniform_share: 0.25,
+                ..MethodReport::default()
+            },
             solver: Some(SolverReport {
                 starts: 1,
                 iterations: 1,

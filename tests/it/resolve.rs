@@ -142,6 +142,19 @@ async fn what_is_left_out_stays_but_for_what_needs_the_backbone(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "MIGRATOR")]
+async fn a_share_of_equal_weights_that_was_chosen_stays(pool: PgPool) {
+    let app = furnished(pool).await;
+    let (ensemble, worker) = solved(&app, json!({"uniform_share": "auto"})).await;
+    let again = app.post_empty(&url(&ensemble, "resolve")).await.ok(202);
+    // What `auto` chose, says the fake.
+    assert_eq!(again["spec"]["objective"]["uniform_share"], 0.25);
+    let anew = json!({"objective": {"uniform_share": "auto"}});
+    let refused = resolve(&app, &ensemble, &anew).await;
+    refused.problem(422, "invalid_objective");
+    worker.stop().await;
+}
+
+#[sqlx::test(migrator = "MIGRATOR")]
 async fn what_cannot_be_solved_again_is_refused_with_its_place(pool: PgPool) {
     let app = furnished(pool).await;
     let waiting = post(&app, &request()).await.ok(202);

@@ -280,14 +280,17 @@ impl Work<'_> {
         path: &[PathPoint],
         steps: &mut Steps<'_>,
     ) -> Result<Vec<OnUnseen>, EngineError> {
-        let evaluation = self.evaluation(&self.objective.h_score);
+        let objective = self.objective;
+        let evaluation = self.evaluation(&objective.h_score);
         let mut of_points: Vec<OnUnseen> = Vec::with_capacity(path.len());
         for (i, point) in path.iter().enumerate() {
             if i > 0 && point.weights == path[i - 1].weights {
                 of_points.push(of_points[i - 1]);
                 continue;
             }
-            let prompt = prompt_tensor(&self.composed(&point.weights, 1.0), self.vit);
+            let (share, scale) = (objective.uniform_share.known(), objective.scale.known());
+            let composed = self.composed(&towards_uniform(&point.weights, share), scale);
+            let prompt = prompt_tensor(&composed, self.vit);
             let tick = |_| steps.tick(Phase::Solve);
             of_points.push(evaluation.cross_fitted(&prompt, tick)?);
         }

@@ -189,7 +189,8 @@ impl Work<'_> {
             UniformShare::Value(share) => return Ok((share, Vec::new())),
             UniformShare::Rule(UniformShareRule::Auto) => UniformShareRule::CANDIDATES,
         };
-        let composed = |share: f64| self.composed(&towards_uniform(alpha, share), 1.0);
+        let scale = self.objective.scale.known();
+        let composed = |share: f64| self.composed(&towards_uniform(alpha, share), scale);
         let (best, points) = self.best_of(&candidates, composed, steps)?;
         let point = |(uniform_share, validation): (f64, OnUnseen)| UniformSharePoint {
             uniform_share,
@@ -228,12 +229,21 @@ impl Work<'_> {
         steps: &mut Steps<'_>,
     ) -> Result<(f64, Vec<(f64, OnUnseen)>), EngineError> {
         let evaluation = self.evaluation(&self.objective.h_score);
-        let points = candidates.iter().map(|candidate| {
-            let prompt = prompt_tensor(&composed(*candidate), self.vit);
-            let tick = |_| steps.tick(Phase::Verify);
-            Ok((*candidate, evaluation.cross_fitted(&prompt, tick)?))
-        });
-        let points = points.collect::<Result<Vec<(f64, OnUnseen)>, EngineError>>()?;
+        let mut points: Vec<(f64, OnUnseen)> = Vec::with_capacity(candidates.len());
+        let mut last: Option<(PlainTensor<f32>, OnUnseen)> = None;
+        for candidate in candidates {
+            let prompt = composed(*candidate);
+            // Of one source, or of equal weights, all are the same.
+            let found = match last.filter(|(before, _)| *before == prompt) {
+                Some((_, found)) => found,
+                None => {
+                    let tick = |_| steps.tick(Phase::Verify);
+                    evaluation.cross_fitted(&prompt_tensor(&prompt, self.vit), tick)?
+                }
+            };
+            points.push((*candidate, found));
+            last = Some((prompt, found));
+        }
         let (best, _) = points
             .iter()
             .max_by(|(_, a), (_, b)| b.loss.total_cmp(&a.loss))

@@ -217,6 +217,7 @@ mod tests {
     use clap::Parser;
 
     use super::*;
+    use crate::domain::dataset::stratified_subset;
     use crate::engine::testing::{write_backbone, write_dataset};
 
     #[derive(Parser)]
@@ -352,14 +353,22 @@ mod tests {
             method: cells::NONE,
             sources: Vec::new(),
         };
-        let held_out = |settings: &Settings| {
-            let mut runner = Runner::new(&args, &suite, settings).unwrap();
-            runner.compute(&cell).unwrap().held_out_accuracy
-        };
-        // Of 30 images 10 are left.
-        let correct = 10.0 * held_out(&few).unwrap();
-        assert!((correct - correct.round()).abs() < 1e-9, "{correct}");
-        assert_eq!(held_out(&all), None);
+        let mut runner = Runner::new(&args, &suite, &few).unwrap();
+        let row = runner.compute(&cell).unwrap();
+        assert!(row.held_out_accuracy.is_some() && row.held_out_loss.is_some());
+        // Of 30 images 10 are left, and none of them is a sample.
+        let held_out = runner.load_unseen("task0", 3).unwrap().held_out.unwrap();
+        let samples = stratified_subset(&[[0; 10], [1; 10], [2; 10]].concat(), 20, 3);
+        assert_eq!(held_out.len(), 10);
+        assert!(
+            held_out
+                .indices
+                .iter()
+                .all(|index| !samples.contains(index))
+        );
+
+        let mut runner = Runner::new(&args, &suite, &all).unwrap();
+        assert_eq!(runner.compute(&cell).unwrap().held_out_accuracy, None);
     }
 
     #[test]

@@ -249,7 +249,7 @@ impl<'a> Report<'a> {
 
     fn csv(&self) -> String {
         let optional = |value: Option<f64>| value.map_or(String::new(), |value| value.to_string());
-        let mut text = "seed,target,method,sources,eval_accuracy,tuned_accuracy,train_accuracy,validation_accuracy,validation_loss,held_out_accuracy,held_out_loss,h_score,scale,seconds,weights\n".to_owned();
+        let mut text = "seed,target,method,sources,eval_accuracy,tuned_accuracy,train_accuracy,validation_accuracy,validation_loss,held_out_accuracy,held_out_loss,h_score,uniform_share,scale,seconds,weights\n".to_owned();
         for row in self.rows {
             let weights: Vec<String> = row
                 .sources
@@ -259,7 +259,7 @@ impl<'a> Report<'a> {
                 .collect();
             let _ = writeln!(
                 text,
-                "{},{},{},{},{},{},{},{},{},{},{},{},{},{:.3},{}",
+                "{},{},{},{},{},{},{},{},{},{},{},{},{},{},{:.3},{}",
                 row.seed,
                 row.target,
                 row.method,
@@ -272,6 +272,7 @@ impl<'a> Report<'a> {
                 optional(row.held_out_accuracy),
                 optional(row.held_out_loss),
                 row.h_score,
+                optional(row.uniform_share),
                 row.scale,
                 row.seconds,
                 weights.join(" ")

@@ -21,6 +21,9 @@ pub struct Row {
     pub weights: Vec<f64>,
     /// Of each source on its own, by the name of the metric, in the order of `sources`.
     pub scores: Vec<(String, Vec<f64>)>,
+    /// γ; None in rows of before it could be chosen.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uniform_share: Option<f64>,
     /// β
     pub scale: f64,
     /// Share of the test images that the closed-form head on the composed prompt's features gets right.
@@ -36,7 +39,7 @@ pub struct Row {
     /// chosen by, as no method has seen them and they are no test images.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub held_out_accuracy: Option<f64>,
-    /// The same in nats.
+    /// The same in nats, at the temperature that is best for these images.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub held_out_loss: Option<f64>,
     /// Of prompt and head after the target tuning, where there is one, on the same test images.
@@ -178,6 +181,7 @@ pub mod tests {
             sources: sources.iter().map(|name| (*name).to_owned()).collect(),
             weights: vec![1.0 / sources.len().max(1) as f64; sources.len()],
             scores: Vec::new(),
+            uniform_share: None,
             scale: 1.0,
             eval_accuracy,
             train_accuracy: 1.0,

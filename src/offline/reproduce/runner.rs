@@ -31,6 +31,7 @@ use crate::engine::features::extract;
 use crate::engine::samples::{Samples, Selection};
 use crate::engine::transferability::matrix;
 use crate::engine::tuning::{Tuning, initial_prompt};
+use crate::engine::vit::Vit;
 use crate::offline::{read_prompt, write_whole};
 
 pub struct Runner<'a> {
@@ -47,10 +48,10 @@ pub struct Runner<'a> {
 }
 
 /// The target's images that no method looks at.
-struct Unseen {
-    test: Samples,
+pub struct Unseen {
+    pub test: Samples,
     /// Training images that are not among the samples; none where all of them are.
-    held_out: Option<Samples>,
+    pub held_out: Option<Samples>,
 }
 
 /// Of a composed prompt with its closed-form head, and of what it becomes on the target.
@@ -58,8 +59,8 @@ struct Unseen {
 struct Accuracies {
     test: f64,
     held_out: Option<OnUnseen>,
-    /// On the test images, after tuning prompt and head on the target.
-    tuned: Option<f64>,
+    /// On the test images, after tuning prompt and head on the target; and the seconds that this and the test took.
+    tuned: Option<(f64, f64)>,
 }
 
 /// At most so many times the samples are held out: enough to compare settings by.
@@ -97,12 +98,10 @@ impl<'a> Runner<'a> {
             digest: Digest::of(&composition.composed),
             file: PromptFile::parse(&composition.composed)?,
         };
-        let begun = Instant::now();
         let accuracies = self.accuracies(cell, &composed)?;
         let mut row = row(cell, &composition.result, &accuracies, seconds)?;
         if cell.is_tuned() {
-            row.tuned_accuracy = accuracies.tuned;
-            row.tuning_seconds = accuracies.tuned.map(|_| begun.elapsed().as_secs_f64());
+            (row.tuned_accuracy, row.tuning_seconds) = accuracies.tuned.unzip();
         }
         Ok(row)
     }
@@ -155,14 +154,14 @@ impl<'a> Runner<'a> {
         let key = (cell.target.clone(), cell.seed, digest);
         let mut found = match self.accuracies.get(&key) {
             Some(found) => *found,
-            None => {
-                let (test, held_out) = self.on_unseen(cell, &composed.file)?;
-                Accuracies {
-                    test: test.accuracy,
-                    held_out,
+            None => self.unseen(cell, |vit, Unseen { test, held_out }| {
+                let of = |samples| carried_head(vit, samples, &composed.file);
+                Ok(Accuracies {
+                    test: of(test)?.accuracy,
+                    held_out: held_out.as_ref().map(of).transpose()?,
                     tuned: None,
-                }
-            }
+                })
+            })?,
         };
         if let Some(options) = &self.settings.target_tuning
             && cell.is_tuned()
@@ -172,20 +171,24 @@ impl<'a> Runner<'a> {
                 seed: cell.seed,
                 ..options.clone()
             };
+            let begun = Instant::now();
             let samples = self.settings.target_samples;
             let tuned = self.tuned(&cell.target, samples, Some(composed), &options)?;
-            found.tuned = Some(self.on_unseen(cell, &tuned)?.0.accuracy);
+            let accuracy = self.unseen(cell, |vit, unseen| {
+                Ok(carried_head(vit, &unseen.test, &tuned)?.accuracy)
+            })?;
+            found.tuned = Some((accuracy, begun.elapsed().as_secs_f64()));
         }
         self.accuracies.insert(key, found);
         Ok(found)
     }
 
-    /// How a prompt with its head does on the target's test images, and on training images that are held out.
-    fn on_unseen(
+    /// What is found on the target's images that no method looks at.
+    fn unseen<T>(
         &mut self,
         cell: &Cell,
-        file: &PromptFile,
-    ) -> anyhow::Result<(OnUnseen, Option<OnUnseen>)> {
+        find: impl FnOnce(&Vit, &Unseen) -> anyhow::Result<T>,
+    ) -> anyhow::Result<T> {
         let is_of = |(target, seed, _): &(String, u64, Unseen)| {
             (target, *seed) == (&cell.target, cell.seed)
         };
@@ -194,20 +197,19 @@ impl<'a> Runner<'a> {
             None => self.load_unseen(&cell.target, cell.seed)?,
         };
         let (_, vit) = self.engine.backbone(&self.args.engine.backbone)?;
-        let test = carried_head(vit, &unseen.test, file)?;
-        let held_out = (unseen.held_out.as_ref())
-            .map(|samples| carried_head(vit, samples, file))
-            .transpose()?;
+        let found = find(vit, &unseen)?;
         self.unseen = Some((cell.target.clone(), cell.seed, unseen));
-        Ok((test, held_out))
+        Ok(found)
     }
 
-    fn load_unseen(&mut self, target: &str, seed: u64) -> anyhow::Result<Unseen> {
+    pub fn load_unseen(&mut self, target: &str, seed: u64) -> anyhow::Result<Unseen> {
         let test = self.samples(target, Split::Test, None, seed)?;
         let samples = self.settings.target_samples;
-        let seen = self.samples(target, Split::Train, Some(samples), seed)?;
+        let seen = self
+            .samples(target, Split::Train, Some(samples), seed)?
+            .indices;
         let more = self.samples(target, Split::Train, Some((1 + HELD_OUT) * samples), seed)?;
-        let is_unseen = |row: &usize| !seen.indices.contains(&more.indices[*row]);
+        let is_unseen = |row: &usize| !seen.contains(&more.indices[*row]);
         let rows: Vec<usize> = (0..more.len()).filter(is_unseen).collect();
         Ok(Unseen {
             test,
@@ -396,6 +398,7 @@ fn row(
             .map(|source| source.weight)
             .collect(),
         scores: scores(result)?,
+        uniform_share: Some(result.method.uniform_share),
         scale: result.method.scale,
         eval_accuracy: accuracies.test,
         train_accuracy: composed.train_accuracy,
