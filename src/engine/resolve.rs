@@ -10,7 +10,6 @@ use super::statistics::{Metadata, Statistics};
 use super::steps::Steps;
 use crate::domain::composition::{Composition, Observer, Phase, ResolveInput, SourceRef};
 use crate::domain::digest::Digest;
-use crate::domain::method::UniformShare;
 
 pub fn resolve(
     input: &ResolveInput,
@@ -36,9 +35,7 @@ pub fn resolve(
         &mut steps,
         &mut |_, _| unreachable!("`validation` was refused"),
     )?;
-    if let UniformShare::Value(share) = input.objective.uniform_share {
-        method.uniform_share = share;
-    }
+    method.uniform_share = input.objective.uniform_share.known();
     let alpha = towards_uniform(&solved.solution.alpha, method.uniform_share);
     // Without the backbone there are no features of the composed prompt to fit a head on.
     let composed = composed_prompt(&metadata, anchored(&statistics.prompts, &alpha, None, 1.0));

@@ -140,3 +140,12 @@ fn parse_split(name: &str) -> Result<Split, String> {
         .find(|split| split.name() == name)
         .ok_or_else(|| format!("`{name}` is not a split; use train, val or test"))
 }
+
+/// A command's options, from its words as a shell would give them.
+#[cfg(test)]
+fn parsed<A: clap::Args>(
+    words: impl IntoIterator<Item = impl Into<std::ffi::OsString> + Clone>,
+) -> A {
+    let matches = A::augment_args(clap::Command::new("command")).get_matches_from(words);
+    A::from_arg_matches(&matches).unwrap()
+}

@@ -76,18 +76,12 @@ fn named(names: &[String], recorded: &Metadata) -> Result<Vec<SourceRef>, Engine
 
 #[cfg(test)]
 mod tests {
-    use clap::Parser;
     use serde_json::Value;
     use tch::Device;
 
     use super::*;
     use crate::engine::testing::{Recorder, input};
-
-    #[derive(Parser)]
-    struct Command {
-        #[command(flatten)]
-        args: Args,
-    }
+    use crate::offline::parsed;
 
     #[test]
     fn what_needs_the_backbone_is_refused_where_it_is_asked_for() {
@@ -100,7 +94,7 @@ mod tests {
             let (statistics, out) = (path("statistics"), path("out"));
             let files = ["solve", "--statistics", &statistics, "--out", &out];
             let asked = ["--uniform-share", share];
-            run(&Command::parse_from(files.iter().chain(&asked)).args)
+            run(&parsed(files.iter().chain(&asked)))
         };
         let refused = format!("{:#}", solve("auto").unwrap_err());
         assert!(refused.contains("choose a number"), "{refused}");

@@ -164,6 +164,7 @@ impl Objective {
             let problem = format!("is {epochs}; it must lie in 1..={MAX_TARGET_EPOCHS}");
             return refuse("target_tuning.epochs", problem);
         }
+        self.check_uniform_share()?;
         match self.scale {
             Scale::Value(beta) if !(0.0..=MAX_SCALE).contains(&beta) => {
                 let problem = format!("is {beta}; it must lie in 0..={MAX_SCALE}, or be `auto`");
@@ -172,7 +173,7 @@ impl Objective {
             scale if scale != Scale::default() && self.refine > 0 => {
                 refuse("scale", "excludes `refine`, whose steps are on Σ αᵢ Pᵢ")
             }
-            _ => self.check_uniform_share(),
+            _ => Ok(()),
         }
     }
 

@@ -137,22 +137,23 @@ pub const VARIANTS: [Method; 18] = [
     Method {
         key: "leave_one_out",
         label: "leave-one-out H",
-        objective: || json!({"h_score": {"mode": "leave_one_out", "shrinkage": 0.3}}),
+        objective: || json!({"h_score": leave_one_out()}),
     },
     Method {
         key: "leave_one_out_only",
         label: "leave-one-out H only",
-        objective: || {
-            let h_score = json!({"mode": "leave_one_out", "shrinkage": 0.3});
-            json!({"method": "h_only", "h_score": h_score})
-        },
+        objective: || json!({"method": "h_only", "h_score": leave_one_out()}),
     },
     Method {
         key: "leave_one_out_auto",
         label: "leave-one-out H only; share of equal weights and scale auto",
         objective: || {
-            let h_score = json!({"mode": "leave_one_out", "shrinkage": 0.3});
-            json!({"method": "h_only", "h_score": h_score, "uniform_share": "auto", "scale": "auto"})
+            json!({
+                "method": "h_only",
+                "h_score": leave_one_out(),
+                "uniform_share": "auto",
+                "scale": "auto",
+            })
         },
     },
     Method {
@@ -223,6 +224,10 @@ pub const VARIANTS: [Method; 18] = [
         objective: || json!({"method": "single_best", "single_best": {"by": "validation"}}),
     },
 ];
+
+fn leave_one_out() -> Value {
+    json!({"mode": "leave_one_out", "shrinkage": 0.3})
+}
 
 pub const ABLATION: [&str; 5] = [NONE, "average", "h_only", "alignment_only", HGPROMPT];
 pub const SCALABILITY: [&str; 5] = ["average", "single_best", "spot", "panda", HGPROMPT];

@@ -214,17 +214,10 @@ mod tests {
     use std::fs;
     use std::path::Path;
 
-    use clap::Parser;
-
     use super::*;
     use crate::domain::dataset::stratified_subset;
     use crate::engine::testing::{write_backbone, write_dataset};
-
-    #[derive(Parser)]
-    struct Command {
-        #[command(flatten)]
-        args: Args,
-    }
+    use crate::offline::parsed;
 
     fn args(dir: &Path, more: &[&str]) -> Args {
         let at = |name: &str| dir.join(name).display().to_string();
@@ -236,7 +229,7 @@ mod tests {
             .chain(&paths)
             .chain(&device)
             .chain(more);
-        Command::parse_from(all).args
+        parsed(all)
     }
 
     /// Tasks that differ in their number of images, and so in their images.

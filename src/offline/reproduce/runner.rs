@@ -18,7 +18,7 @@ use crate::domain::composition::{
     Composer as _, CompositionInput, CompositionResult, Observer, Phase, Source, SourceDiagnostics,
     TargetSamples,
 };
-use crate::domain::dataset::{LabelledImages, Split};
+use crate::domain::dataset::{LabelledImages, Split, stratified_subset};
 use crate::domain::digest::Digest;
 use crate::domain::method::TargetTuning;
 use crate::domain::objective::Objective;
@@ -205,9 +205,11 @@ impl<'a> Runner<'a> {
     pub fn load_unseen(&mut self, target: &str, seed: u64) -> anyhow::Result<Unseen> {
         let test = self.samples(target, Split::Test, None, seed)?;
         let samples = self.settings.target_samples;
-        let seen = self
-            .samples(target, Split::Train, Some(samples), seed)?
-            .indices;
+        // As the samples are chosen; their images are not decoded once more for that.
+        let dataset = LabelledImages::read(&self.suite.task(target).dir)?;
+        let listed = dataset.split(Split::Train)?;
+        let labels: Vec<usize> = listed.iter().map(|image| image.label).collect();
+        let seen = stratified_subset(&labels, samples, seed);
         let more = self.samples(target, Split::Train, Some((1 + HELD_OUT) * samples), seed)?;
         let is_unseen = |row: &usize| !seen.contains(&more.indices[*row]);
         let rows: Vec<usize> = (0..more.len()).filter(is_unseen).collect();

@@ -79,7 +79,8 @@ impl Report<'_> {
             "\n### Settings\n\nThe composed prompt with its closed-form head, the mean over the {} tasks that have rows of HGPrompt \
              for all seeds, in the order of the loss (nats) on held-out images: training images that are not among the N samples, seen \
              by no method. The cross-fitted loss is over ten folds of the N samples, and what some methods choose by, which makes it \
-             too low for these, and for the own prompt, which was tuned on them. Losses are at the temperature of least loss. Intervals are Student's over the tasks; a dash where some task has no row yet.\n\n{}\n\
+             too low for these, and for the own prompt, which was tuned on them. Losses are at the temperature of least loss. \
+             Intervals are Student's over the tasks; a dash where some task has no row yet.\n\n{}\n\
              Spearman's coefficient, over the rows of the table above but the own prompt's, of what could be chosen by with test \
              accuracy; mean over tasks with Student's interval.\n\n{}",
             targets.len(),
