@@ -3,7 +3,8 @@
 #
 #   scripts/reproduce.sh PROFILE SUITE_DIR [OPTION …]      OPTIONs go to `promptweave reproduce`
 #
-# TABLES and PRECISION in the environment stand in for those of the profile.
+# TABLES and PRECISION in the environment stand in for those of the profile. With JOBS=N, N processes have a seed and a
+# target each, which a GPU has room for, and their rows come together at the end; SEEDS (0,1,2) are theirs.
 #
 # Rows, source prompts, tables and pictures are in reproduction/mini-vtab/PROFILE. What has its row is not computed again:
 # a run that was broken off goes on, and `--report-only` writes the tables of what there is.
@@ -27,5 +28,21 @@ case $profile in
 esac
 set -- --backbone $backbone --precision "${PRECISION:-$precision}" --tables "${TABLES:-$tables}" "$@"
 out=reproduction/mini-vtab/$profile
+if [ -n "${JOBS:-}" ]; then
+    part() { # SEED/TARGET OPTION …
+        local folder=$out/parts/${1/\//-} seed=${1%/*} target=${1#*/}
+        shift
+        mkdir -p "$folder"
+        ln -sfn ../../prompts "$folder/prompts"
+        "$promptweave" reproduce --profile "$profile" --suite "$suite" --out "$folder" "$@" --seeds "$seed" --targets "$target"
+    }
+    export -f part
+    export out profile suite promptweave
+    mkdir -p "$out/prompts"
+    for seed in $(tr , ' ' <<<"${SEEDS:-0,1,2}"); do
+        for task in "$suite"/*/; do echo "$seed/$(basename "$task")"; done
+    done | xargs -P "$JOBS" -I{} bash -c 'part "$@"' part {} "$@"
+    set -- "$@" --seeds "${SEEDS:-0,1,2}" --report-only --merge "$out"/parts/*/results.jsonl
+fi
 "$promptweave" reproduce --profile "$profile" --suite "$suite" --out "$out" "$@"
 python3 scripts/publish_reproduction.py "$profile"

@@ -167,20 +167,31 @@ pub fn loaded_version() -> Option<String> {
 
 /// Whether CUDA may round the inputs of matrix products in f32 to TF32, 10 bits of mantissa. libtorch's own
 /// start is that it may not.
+pub fn allow_tf32(allowed: bool) -> Result<(), libloading::Error> {
+    set("_ZN2at7Context18setAllowTF32CuBLASEb", allowed)
+}
+
+/// Whether attention may be cuDNN's, which libtorch prefers on an H100. It makes a plan for every shape on every
+/// thread, which takes longer than the attention of a whole job here; the others need none.
+pub fn allow_cudnn_attention(allowed: bool) -> Result<(), libloading::Error> {
+    set("_ZN2at7Context14setSDPUseCuDNNEb", allowed)
+}
+
+/// Sets a switch of `at::Context` by the mangled name of its setter, which takes one `bool`.
 #[expect(
     unsafe_code,
     reason = "tch has no setter; these are libtorch's own, as its C++ headers declare them"
 )]
-pub fn allow_tf32(allowed: bool) -> Result<(), libloading::Error> {
+fn set(setter: &str, value: bool) -> Result<(), libloading::Error> {
     type GlobalContext = unsafe extern "C" fn() -> *mut c_void;
-    type SetAllowTf32 = unsafe extern "C" fn(*mut c_void, bool);
+    type Setter = unsafe extern "C" fn(*mut c_void, bool);
     let this = Library::this();
-    // SAFETY: `at::Context& at::globalContext()` and `void at::Context::setAllowTF32CuBLAS(bool)`, whose
-    // names say their types; the context lives as long as the process.
+    // SAFETY: `at::Context& at::globalContext()` and `void at::Context::<setter>(bool)`, whose names say their
+    // types; the context lives as long as the process.
     unsafe {
         let context = this.get::<GlobalContext>("_ZN2at13globalContextEv")?;
-        let set = this.get::<SetAllowTf32>("_ZN2at7Context18setAllowTF32CuBLASEb")?;
-        set(context(), allowed);
+        let set = this.get::<Setter>(setter)?;
+        set(context(), value);
     }
     Ok(())
 }
@@ -266,7 +277,7 @@ mod tests {
     #[test]
     #[expect(
         unsafe_code,
-        reason = "as `allow_tf32`: libtorch's own, as its C++ headers declare them"
+        reason = "as `set`: libtorch's own, as its C++ headers declare them"
     )]
     fn tf32_is_as_it_was_last_set() {
         // SAFETY: `bool at::Context::allowTF32CuBLAS() const`.

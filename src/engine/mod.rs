@@ -106,8 +106,8 @@ pub enum EngineError {
         mib: u64,
         source: Arc<io::Error>,
     },
-    #[error("no thread can be started to decode images")]
-    NoThread(#[source] io::Error),
+    #[error("no thread can be started to {0}")]
+    NoThread(&'static str, #[source] io::Error),
     #[error("the split `{0}` has no readable images")]
     NoSamples(&'static str),
     #[error("the target's samples are all of class `{0}`; at least two classes are needed")]
@@ -161,7 +161,7 @@ impl EngineError {
             Self::Dataset(_) => "dataset_unusable",
             Self::UnreadableImages { .. } => "unreadable_image",
             Self::PixelFile { .. } => "pixel_file",
-            Self::NoThread(_) => "no_thread",
+            Self::NoThread(..) => "no_thread",
             Self::NoSamples(_) => "empty_split",
             Self::OneClass(_) => "one_class",
             Self::NoneToHoldOut => "too_few_images",
@@ -194,7 +194,7 @@ impl From<EngineError> for CompositionError {
             | EngineError::Cache(_)
             | EngineError::Sharing(_)
             | EngineError::PixelFile { .. }
-            | EngineError::NoThread(_) => Self::Retry { code, detail },
+            | EngineError::NoThread(..) => Self::Retry { code, detail },
             _ => Self::Refused { code, detail },
         }
     }

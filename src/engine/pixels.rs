@@ -102,7 +102,7 @@ impl PixelFile {
             let decoder = thread::Builder::new().name("decoder".to_owned());
             let decoder = decoder
                 .spawn(move || shared.decode_all())
-                .map_err(EngineError::NoThread)?;
+                .map_err(|error| EngineError::NoThread("decode images", error))?;
             started.decoders.push(decoder);
         }
         Ok(started)

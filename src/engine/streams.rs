@@ -13,12 +13,13 @@
 
 use std::any::Any;
 use std::collections::BTreeMap;
+use std::io;
 use std::ops::{ControlFlow, Range};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::mpsc::channel;
 use std::sync::{Condvar, Mutex};
-use std::thread;
 
+use rayon::{ThreadPool, ThreadPoolBuilder};
 use tch::{Device, Kind, Tensor};
 
 use super::EngineError;
@@ -34,6 +35,15 @@ pub struct Stream {
     /// libtorch's own, within its operations.
     pub threads: usize,
     pub pass: Box<dyn Pass>,
+}
+
+/// Threads that live as long as the streams: CUDA's libraries keep handles and plans by thread, and to make them anew
+/// for every pass takes longer than a small one.
+pub fn threads_for(streams: usize) -> Result<ThreadPool, EngineError> {
+    let threads = ThreadPoolBuilder::new().num_threads(streams);
+    let named = threads.thread_name(|stream| format!("stream-{stream}"));
+    let why = |error| EngineError::NoThread("compute on", io::Error::other(error));
+    named.build().map_err(why)
 }
 
 /// All pairs of some samples and some prompts [m, d], in micro-batches.
@@ -206,11 +216,11 @@ impl Vit {
             let prompts: Vec<Tensor> = prompts.iter().map(there).collect();
             stream.pass.take_prompts(&prompts);
         }
-        let outcome = thread::scope(|scope| {
+        let outcome = self.threads.in_place_scope(|scope| {
             for stream in streams.iter_mut() {
                 let mut state = state();
                 let (told, deal, work) = (told.clone(), &deal, &work);
-                scope.spawn(move || {
+                scope.spawn(move |_| {
                     tch::set_num_threads(stream.threads as i32);
                     let run = || {
                         while let Some(index) = deal.next() {

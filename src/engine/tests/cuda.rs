@@ -6,12 +6,13 @@ use tch::{Device, Kind, Tensor};
 
 use crate::domain::composition::Composer as _;
 use crate::domain::precision::Precision;
+use crate::engine::self_test;
 use crate::engine::statistics::Statistics;
-use crate::engine::testing::{Recorder, input};
+use crate::engine::testing::Recorder;
 use crate::engine::vit::Compute;
 use crate::engine::{Engine, device};
 
-/// Features, Γ and α of the tiny task.
+/// Features, Γ and α of the self-test's task, whose gradients are not nothing.
 struct Found {
     features: Tensor,
     gram: Tensor,
@@ -20,7 +21,7 @@ struct Found {
 
 fn composed(on: Device, tf32: bool) -> Found {
     let dir = tempfile::tempdir().unwrap();
-    let input = input(dir.path(), 3);
+    let input = self_test::job(dir.path()).unwrap();
     let mut engine = Engine::new(on);
     // Loading chooses what is usual on a device; this comes after it.
     engine.backbone(&input.backbone_dir).unwrap();
@@ -62,8 +63,8 @@ fn cuda_gives_what_the_cpu_gives() {
     // Sums in another order, in f32.
     assert!(off(&same.features, &cpu.features) < 1e-4);
     assert!(off(&same.gram, &cpu.gram) < 1e-3);
-    for found in [same, fast] {
-        assert!(f64::try_from((found.alpha - &cpu.alpha).abs().max()).unwrap() <= 1e-3);
+    for (found, tolerance) in [(same, 1e-3), (fast, 2e-2)] {
+        assert!(f64::try_from((found.alpha - &cpu.alpha).abs().max()).unwrap() <= tolerance);
     }
     // A worker starts here.
     for precision in [Precision::F32, Precision::Bf16] {

@@ -21,6 +21,7 @@ mod weights;
 use std::cell::RefCell;
 use std::ops::Range;
 
+use rayon::ThreadPool;
 use tch::{Device, Kind, Tensor};
 
 use self::buffers::{Widths, bytes_a_token};
@@ -30,8 +31,8 @@ use self::plain::Plain;
 use self::shared::Shared;
 pub use self::weights::Weights;
 use super::EngineError;
-use super::device::allow_tf32;
-use super::streams::Stream;
+use super::device::{allow_cudnn_attention, allow_tf32};
+use super::streams::{Stream, threads_for};
 use crate::domain::backbone::{Backbone, BackboneConfig};
 use crate::domain::precision::Precision;
 
@@ -128,6 +129,8 @@ pub struct Vit {
     pub device: Device,
     pub kind: Kind,
     pub(super) streams: RefCell<Vec<Stream>>,
+    /// One a stream.
+    pub(super) threads: ThreadPool,
 }
 
 impl Vit {
@@ -135,8 +138,9 @@ impl Vit {
         let kind = residual_kind(compute.precision);
         if compute.device() != Device::Cpu
             && let Err(error) = allow_tf32(compute.precision == Precision::F32)
+                .and_then(|()| allow_cudnn_attention(false))
         {
-            tracing::warn!(%error, "TensorFloat-32 stays off");
+            tracing::warn!(%error, "libtorch's switches for CUDA stay as they are");
         }
         let mut streams = Vec::new();
         for device in &compute.devices {
@@ -158,6 +162,7 @@ impl Vit {
             compute: compute.clone(),
             device: compute.device(),
             kind,
+            threads: threads_for(streams.len())?,
             streams: RefCell::new(streams),
         })
     }

@@ -123,7 +123,7 @@ const ALONE_METHOD: Method = Method {
 
 /// Settings of HGPrompt, and of what it is to beat, that a default could be chosen from: as they are, with a closed-form
 /// head, whatever the profile.
-pub const VARIANTS: [Method; 18] = [
+pub const VARIANTS: [Method; 22] = [
     Method {
         key: "trade_off_0.9",
         label: "trade-off 0.9",
@@ -155,6 +155,21 @@ pub const VARIANTS: [Method; 18] = [
                 "scale": "auto",
             })
         },
+    },
+    Method {
+        key: "leave_one_out_both_auto",
+        label: "leave-one-out H; share of equal weights and scale auto",
+        objective: || json!({"h_score": leave_one_out(), "uniform_share": "auto", "scale": "auto"}),
+    },
+    Method {
+        key: "leave_one_out_validated",
+        label: "leave-one-out H; trade-off and scale by validation",
+        objective: || json!({"h_score": leave_one_out(), "trade_off": "validation", "scale": "auto"}),
+    },
+    Method {
+        key: "leave_one_out_0.6_only",
+        label: "leave-one-out H only, ρ 0.6",
+        objective: || json!({"method": "h_only", "h_score": {"mode": "leave_one_out", "shrinkage": 0.6}}),
     },
     Method {
         key: "trace_ratio",
@@ -197,6 +212,17 @@ pub const VARIANTS: [Method; 18] = [
         key: "average_scale_0.5",
         label: "average, scale 0.5",
         objective: || json!({"method": "average", "scale": 0.5}),
+    },
+    Method {
+        key: "single_best_auto",
+        label: "single best by validation, scale auto",
+        objective: || {
+            json!({
+                "method": "single_best",
+                "single_best": {"by": "validation"},
+                "scale": "auto",
+            })
+        },
     },
     Method {
         key: "uniform_share_auto",
@@ -285,8 +311,8 @@ impl fmt::Display for Cell {
 pub fn cells(suite: &Suite, seeds: &[u64], tables: &[Table]) -> Vec<Cell> {
     let mut cells: Vec<Cell> = Vec::new();
     for seed in seeds {
-        for target in &suite.tasks {
-            for cell in of_target(suite, *seed, &target.name, tables) {
+        for target in &suite.targets {
+            for cell in of_target(suite, *seed, target, tables) {
                 if !cells.contains(&cell) {
                     cells.push(cell);
                 }

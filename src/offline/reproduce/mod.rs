@@ -63,6 +63,13 @@ pub struct Args {
     /// Only these tasks, as sources and as targets [default: all].
     #[arg(long, value_delimiter = ',')]
     pub tasks: Option<Vec<String>>,
+    /// Only these of the tasks as targets, so that several machines can have their part each; their results.jsonl come
+    /// together by --merge [default: all].
+    #[arg(long, value_delimiter = ',')]
+    pub targets: Option<Vec<String>>,
+    /// Takes over the rows of these results.jsonl, made with the same settings, before anything is computed.
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    pub merge: Vec<PathBuf>,
     /// Each seed is a whole run of its own: initial prompt, choice of images, order of batches.
     #[arg(long, value_delimiter = ',', default_value = "0,1,2")]
     pub seeds: Vec<u64>,
@@ -150,12 +157,16 @@ impl Settings {
 }
 
 pub fn run(args: &Args) -> anyhow::Result<()> {
-    let suite = Suite::open(&args.suite, args.tasks.as_deref())?;
+    let suite = Suite::open(&args.suite, args.tasks.as_deref(), args.targets.as_deref())?;
     let backbone = Backbone::open(&args.engine.backbone)
         .with_context(|| format!("cannot use `{}`", args.engine.backbone.display()))?;
     let settings = Settings::of(args, &suite, &backbone);
     let path = args.out.join("results.jsonl");
-    let mut results = Results::open(&path, &settings, args.report_only)?;
+    let reads = args.report_only && args.merge.is_empty();
+    let mut results = Results::open(&path, &settings, reads)?;
+    for file in &args.merge {
+        results.merge(&Results::open(file, &settings, true)?)?;
+    }
     let cells = cells(&suite, &args.seeds, &args.tables);
     if !args.report_only {
         let missing: Vec<Cell> = cells
@@ -328,11 +339,51 @@ mod tests {
     }
 
     #[test]
+    fn rows_of_several_machines_come_together() {
+        let dir = tempfile::tempdir().unwrap();
+        suite(dir.path(), 3);
+        let ablation = ["--tables", "ablation"];
+        let mut files = Vec::new();
+        for target in ["task0", "task1,task2"] {
+            let mut part = args(
+                dir.path(),
+                &[&ablation[..], &["--targets", target]].concat(),
+            );
+            part.out = dir.path().join(target);
+            run(&part).unwrap();
+            files.push(part.out.join("results.jsonl").display().to_string());
+        }
+        // The second time there is nothing to take over.
+        let merge = ["--report-only", "--merge", &files[0], &files[1]];
+        let all = args(dir.path(), &[&ablation[..], &merge].concat());
+        for _ in 0..2 {
+            run(&all).unwrap();
+            let read = |name: &str| fs::read_to_string(all.out.join(name)).unwrap();
+            assert_eq!(read("results.jsonl").lines().count(), 1 + 3 * 5);
+            assert!(!read("report.md").contains("Not finished"));
+        }
+
+        let other = args(dir.path(), &["--profile", "small", "--merge", &files[0]]);
+        let other = Args {
+            out: dir.path().join("other"),
+            ..other
+        };
+        let refused = format!("{:#}", run(&other).unwrap_err());
+        assert!(
+            refused.contains("holds results of other settings"),
+            "{refused}"
+        );
+        let unknown = args(dir.path(), &["--targets", "pets"]);
+        let refused = format!("{:#}", run(&unknown).unwrap_err());
+        assert!(refused.contains("has no task `pets`"), "{refused}");
+    }
+
+    #[test]
     fn training_images_that_are_no_samples_are_held_out() {
         let dir = tempfile::tempdir().unwrap();
         suite(dir.path(), 3);
         let args = args(dir.path(), &[]);
-        let suite = Suite::open(&args.suite, None).unwrap();
+        let suite = Suite::open(&args.suite, None, None).unwrap();
         let backbone = Backbone::open(&args.engine.backbone).unwrap();
         let all = Settings::of(&args, &suite, &backbone);
         let few = Settings {

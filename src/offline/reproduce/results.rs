@@ -63,9 +63,9 @@ impl Row {
         self.tuned_accuracy.unwrap_or(self.eval_accuracy)
     }
 
-    fn is_of(&self, cell: &Cell) -> bool {
-        (self.seed, &*self.target, &*self.method, &self.sources)
-            == (cell.seed, &*cell.target, cell.method, &cell.sources)
+    /// What it is the row of.
+    fn cell(&self) -> (u64, &str, &str, &[String]) {
+        (self.seed, &self.target, &self.method, &self.sources)
     }
 }
 
@@ -138,7 +138,18 @@ impl Results {
     }
 
     pub fn has(&self, cell: &Cell) -> bool {
-        self.rows.iter().any(|row| row.is_of(cell))
+        let cell = (cell.seed, &*cell.target, cell.method, &*cell.sources);
+        self.rows.iter().any(|row| row.cell() == cell)
+    }
+
+    /// Takes over the rows that are missing here.
+    pub fn merge(&mut self, other: &Self) -> anyhow::Result<()> {
+        for row in &other.rows {
+            if !self.rows.iter().any(|own| own.cell() == row.cell()) {
+                self.add(row.clone())?;
+            }
+        }
+        Ok(())
     }
 
     /// Written, and on the disk, when this returns.

@@ -14,6 +14,8 @@ const FEWEST: usize = 3;
 pub struct Suite {
     /// By name.
     pub tasks: Vec<Task>,
+    /// Those of them that prompts are composed for.
+    pub targets: Vec<String>,
     /// Of their names, classes and lists: whether it is the same suite, without reading all images.
     pub digest: Digest,
 }
@@ -25,8 +27,12 @@ pub struct Task {
 }
 
 impl Suite {
-    /// The folders in `dir` that hold labelled images with a training and a test part; `only` these of them.
-    pub fn open(dir: &Path, only: Option<&[String]>) -> anyhow::Result<Self> {
+    /// The folders in `dir` that hold labelled images with a training and a test part, of these names; `targets` among them.
+    pub fn open(
+        dir: &Path,
+        tasks: Option<&[String]>,
+        targets: Option<&[String]>,
+    ) -> anyhow::Result<Self> {
         let entries =
             fs::read_dir(dir).with_context(|| format!("cannot read `{}`", dir.display()))?;
         let mut names = Vec::new();
@@ -40,18 +46,8 @@ impl Suite {
             }
         }
         names.sort();
-        if let Some(unknown) = only
-            .into_iter()
-            .flatten()
-            .find(|name| !names.contains(name))
-        {
-            bail!(
-                "`{}` has no task `{unknown}`; it has {}",
-                dir.display(),
-                names.join(", ")
-            );
-        }
-        names.retain(|name| only.is_none_or(|only| only.contains(name)));
+        let names = chosen(&names, tasks, dir)?;
+        let targets = chosen(&names, targets, dir)?;
         let tasks = names
             .into_iter()
             .map(|name| Task::open(dir.join(&name), name));
@@ -65,7 +61,11 @@ impl Suite {
         }
         let lists: Vec<_> = tasks.iter().map(|task| (&task.name, task.digest)).collect();
         let digest = Digest::of(&serde_json::to_vec(&lists)?);
-        Ok(Self { tasks, digest })
+        Ok(Self {
+            tasks,
+            targets,
+            digest,
+        })
     }
 
     pub fn task(&self, name: &str) -> &Task {
@@ -78,6 +78,22 @@ impl Suite {
         let others = self.tasks.iter().filter(|task| task.name != target);
         others.map(|task| task.name.clone()).collect()
     }
+}
+
+/// `only` these of the tasks.
+fn chosen(tasks: &[String], only: Option<&[String]>, dir: &Path) -> anyhow::Result<Vec<String>> {
+    let unknown = |name: &&String| !tasks.contains(name);
+    if let Some(unknown) = only.into_iter().flatten().find(unknown) {
+        bail!(
+            "`{}` has no task `{unknown}`; it has {}",
+            dir.display(),
+            tasks.join(", ")
+        );
+    }
+    let chosen = tasks
+        .iter()
+        .filter(|task| only.is_none_or(|only| only.contains(task)));
+    Ok(chosen.cloned().collect())
 }
 
 impl Task {
