@@ -301,6 +301,8 @@ pub struct MethodReport {
     pub uniform_share: f64,
     /// With `uniform_share: "auto"`, what it was chosen by.
     pub uniform_shares: Vec<UniformSharePoint>,
+    /// With a `fallback`, what was compared; null without.
+    pub fallback: Option<FallbackReport>,
     /// β in P_T = P₀ + β Σ αᵢ (Pᵢ - P₀).
     pub scale: f64,
     /// Init seed of P₀; null at scale 1, where P₀ drops out.
@@ -317,6 +319,7 @@ impl Default for MethodReport {
             target_tuning_seconds: None,
             uniform_share: 0.0,
             uniform_shares: Vec::new(),
+            fallback: None,
             scale: 1.0,
             anchor: None,
             scales: Vec::new(),
@@ -331,6 +334,18 @@ pub struct UniformSharePoint {
     pub validation_accuracy: f64,
     /// Cross-entropy of the same, in nats, which chooses.
     pub validation_loss: f64,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct FallbackReport {
+    /// The source that would stand in.
+    pub prompt: String,
+    /// Its cross-fitted loss on the target samples, in nats.
+    pub validation_loss: f64,
+    /// The same of the prompt that the method composed.
+    pub composed_validation_loss: f64,
+    /// Whether it has all weight.
+    pub taken: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]

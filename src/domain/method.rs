@@ -165,6 +165,17 @@ impl UniformShareRule {
     pub const CANDIDATES: [f64; 5] = [1.0, 0.75, 0.5, 0.25, 0.0];
 }
 
+/// What α gives way to where it does worse.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Fallback {
+    #[default]
+    None,
+    /// The source with the lowest cross-fitted loss on the target samples, alone, where the composed prompt's is not lower:
+    /// what mixed features promise is not always what mixed prompts do. Two forward passes.
+    SingleBest,
+}
+
 /// β in [0, 2], or the rule that chooses it.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(untagged, expecting = "expected a number or `auto`")]

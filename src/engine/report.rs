@@ -108,7 +108,9 @@ impl Evidence<'_> {
     }
 
     fn source_weights(&self) -> Vec<SourceWeight> {
-        let errors = self.solved.standard_errors.as_ref();
+        let fallen_back = (self.method.fallback.as_ref()).is_some_and(|fallback| fallback.taken);
+        // They are of the weights that were solved for.
+        let errors = (self.solved.standard_errors.as_ref()).filter(|_| !fallen_back);
         let sources = self.metadata.sources.iter().enumerate();
         sources
             .map(|(i, source)| SourceWeight {

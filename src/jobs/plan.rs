@@ -11,7 +11,7 @@ use crate::domain::composition::TargetSamples;
 use crate::domain::dataset::Split;
 use crate::domain::digest::Digest;
 use crate::domain::job::{BackboneSpec, EnsembleSpec, SourceSpec, TargetSpec};
-use crate::domain::method::{NO_ANCHOR, Scale, UniformShare, common_seed};
+use crate::domain::method::{Fallback, NO_ANCHOR, Scale, UniformShare, common_seed};
 use crate::domain::objective::{InvalidObjective, Objective, TradeOffRule, Weighing};
 use crate::domain::reference::{Reference, ResourceName};
 use crate::domain::sharing::StopWhen;
@@ -92,8 +92,11 @@ fn check_stop_when(
         let detail = format!("is about gradients, and `{method}` takes none");
         return refused("/stop_when", detail);
     }
-    if matches!(objective.uniform_share, UniformShare::Rule(_)) {
-        let detail = "cannot be watched with `uniform_share: \"auto\"`, which knows α at the end only; use a number";
+    if matches!(objective.uniform_share, UniformShare::Rule(_))
+        || objective.fallback != Fallback::None
+    {
+        let detail = "cannot be watched with `uniform_share: \"auto\"` or a `fallback`, which know α at the end only; use a \
+                      number, and no fallback";
         return refused("/stop_when", detail.to_owned());
     }
     if weighing == Weighing::Rule(TradeOffRule::Validation) {

@@ -1,7 +1,8 @@
 //! The method's settings as options of `compose` and `solve`.
 
 use crate::domain::method::{
-    Criterion, Method, Scale, Similarity, SpotChoice, SpotOptions, TargetTuning, UniformShare,
+    Criterion, Fallback, Method, Scale, Similarity, SpotChoice, SpotOptions, TargetTuning,
+    UniformShare,
 };
 use crate::domain::objective::{
     AlignTokens, AlignmentOptions, AlignmentReading, GradientNorm, HScoreMode, HScoreOptions,
@@ -73,6 +74,10 @@ pub struct BackboneOptions {
     /// Of `spot`, `panda` and `attempt`: epochs of the short tuning on the target.
     #[arg(long, value_name = "EPOCHS", default_value_t = TargetTuning::default().epochs)]
     pub target_epochs: u32,
+    /// `none`, or `single_best`: the source with the lowest cross-fitted loss on the target samples gets all weight where the
+    /// composed prompt's is not lower.
+    #[arg(long, default_value_t)]
+    pub fallback: Fallback,
     /// β in P₀ + β Σ αᵢ (Pᵢ - P₀), or `auto`.
     #[arg(long, value_name = "BETA", default_value_t)]
     pub scale: Scale,
@@ -131,6 +136,7 @@ impl BackboneOptions {
             },
             align_tokens: self.align_tokens,
             refine: self.refine,
+            fallback: self.fallback,
             spot: SpotOptions {
                 similarity: self.spot_similarity,
                 top_k: self.spot_top_k,

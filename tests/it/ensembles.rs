@@ -260,6 +260,8 @@ async fn what_cannot_be_composed_is_refused_with_its_place(pool: PgPool) {
     without_gradients["stop_when"] = json!({"weight_se": 0.1});
     let mut chosen_at_the_end = with("/objective", json!({"uniform_share": "auto"}));
     chosen_at_the_end["stop_when"] = json!({"weight_se": 0.1});
+    let mut falls_back = with("/objective", json!({"fallback": "single_best"}));
+    falls_back["stop_when"] = json!({"weight_se": 0.1});
     let mut without_anchor = with_source("unseeded");
     without_anchor["objective"] = json!({"scale": "auto"});
     let second = "/sources/1/prompt";
@@ -317,6 +319,7 @@ async fn what_cannot_be_composed_is_refused_with_its_place(pool: PgPool) {
         (without_anchor, "invalid_objective", "/objective/scale"),
         (without_gradients, "invalid_stop_when", "/stop_when"),
         (chosen_at_the_end, "invalid_stop_when", "/stop_when"),
+        (falls_back, "invalid_stop_when", "/stop_when"),
         (
             with("/priority", json!(-1)),
             "invalid_priority",

@@ -5,8 +5,8 @@ use super::{
     is_off,
 };
 use crate::domain::method::{
-    MAX_SCALE, MAX_TARGET_EPOCHS, Method, Scale, SingleBestOptions, SpotOptions, TargetTuning,
-    UniformShare,
+    Fallback, MAX_SCALE, MAX_TARGET_EPOCHS, Method, Scale, SingleBestOptions, SpotOptions,
+    TargetTuning, UniformShare,
 };
 
 #[derive(Debug, thiserror::Error, PartialEq)]
@@ -165,6 +165,9 @@ impl Objective {
             return refuse("target_tuning.epochs", problem);
         }
         self.check_uniform_share()?;
+        if !is_off(&self.fallback) && self.refine > 0 {
+            return refuse("fallback", "excludes `refine`, which it would undo");
+        }
         match self.scale {
             Scale::Value(beta) if !(0.0..=MAX_SCALE).contains(&beta) => {
                 let problem = format!("is {beta}; it must lie in 0..={MAX_SCALE}, or be `auto`");
@@ -214,6 +217,7 @@ impl Objective {
                 UniformShare::Rule(_) => UniformShare::default(),
                 value => value,
             },
+            fallback: Fallback::None,
             scale: Scale::default(),
             anchor: None,
             ..self.clone()
@@ -252,6 +256,9 @@ impl Objective {
                 "uniform_share",
                 "`auto` needs the backbone: run the whole composition, or choose a number",
             );
+        }
+        if !is_off(&self.fallback) {
+            return refuse("fallback", "needs the backbone: run the whole composition");
         }
         if self.scale != Scale::default() {
             return refuse("scale", "needs the backbone: run the whole composition");
@@ -365,6 +372,7 @@ mod tests {
             (r#"{"scale": -0.5}"#, "scale"),
             (r#"{"uniform_share": 0.5, "refine": 1}"#, "uniform_share"),
             (r#"{"uniform_share": 1.5}"#, "uniform_share"),
+            (r#"{"fallback": "single_best", "refine": 1}"#, "fallback"),
             (r#"{"single_best": {"by": "log_me"}}"#, "single_best"),
             (r#"{"method": "panda", "spot": {"top_k": 3}}"#, "spot"),
             (r#"{"method": "spot", "spot": {"top_k": 0}}"#, "spot.top_k"),
@@ -386,7 +394,7 @@ mod tests {
         assert_eq!(average.h_score, full.h_score);
         // What is not said is not written: specifications of before have the digests that they had.
         let written = serde_json::to_value(Objective::default()).unwrap();
-        for since in ["method", "scale", "uniform_share"] {
+        for since in ["method", "scale", "uniform_share", "fallback"] {
             assert!(written.get(since).is_none(), "{since}");
         }
     }

@@ -11,8 +11,8 @@ use utoipa::ToSchema;
 
 pub use self::checks::{InvalidObjective, check_shrinkage};
 use super::method::{
-    Criterion, Method, Scale, Similarity, SingleBestOptions, SpotChoice, SpotOptions, TargetTuning,
-    UniformShare,
+    Criterion, Fallback, Method, Scale, Similarity, SingleBestOptions, SpotChoice, SpotOptions,
+    TargetTuning, UniformShare,
 };
 
 /// Refinement steps after which nothing more is to be expected of them; each is a pass over all samples.
@@ -45,7 +45,7 @@ pub struct Objective {
     pub align_tokens: AlignTokens,
     /// Projected-gradient steps on the objective with the true H(f of Σ αᵢ Pᵢ), through the backbone,
     /// after solving; each is accepted only if it improves that objective. 0 is off, at most 100; excludes
-    /// `entropy`, `uniform_share`, `scale` and methods that do not solve.
+    /// `entropy`, `uniform_share`, `fallback`, `scale` and methods that do not solve.
     #[serde(skip_serializing_if = "is_off")]
     #[schema(maximum = 100)]
     pub refine: u32,
@@ -62,6 +62,9 @@ pub struct Objective {
     /// beat where α* is uncertain. Default 0; excludes `refine`.
     #[serde(skip_serializing_if = "is_off")]
     pub uniform_share: UniformShare,
+    /// What α gives way to where that has the lower cross-fitted loss on the target samples. Excludes `refine`.
+    #[serde(skip_serializing_if = "is_off")]
+    pub fallback: Fallback,
     /// β in P_T = P₀ + β Σ αᵢ (Pᵢ - P₀): how far the composed prompt goes from the shared initial prompt P₀ towards
     /// Σ αᵢ Pᵢ. Default 1, the paper's sum.
     #[serde(skip_serializing_if = "is_off")]
@@ -277,6 +280,7 @@ words!(
     AlignTokens,
     Method,
     Criterion,
+    Fallback,
     Similarity,
     SpotChoice,
     Scale,

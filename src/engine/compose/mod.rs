@@ -67,6 +67,8 @@ pub fn compose(
     let (alpha, refinement) = work.refine(&solved, &mut steps)?;
     (method.uniform_share, method.uniform_shares) = work.uniform_share(&alpha, &mut steps)?;
     let alpha = towards_uniform(&alpha, method.uniform_share);
+    let (alpha, fallback) = work.fallback(alpha, statistics.ground(), &mut steps)?;
+    method.fallback = fallback;
     (method.scale, method.scales) = work.scale(&alpha, &mut steps)?;
     let anchor = objective.anchor.or(inputs.init_seed);
     method.anchor = anchor.filter(|_| method.scale != 1.0);

@@ -5,15 +5,19 @@ use std::time::Instant;
 use tch::{Kind, Tensor};
 
 use super::Work;
-use crate::domain::composition::{MethodReport, Phase, ScalePoint, UniformSharePoint};
+use crate::domain::composition::{
+    FallbackReport, MethodReport, Phase, ScalePoint, UniformSharePoint,
+};
 use crate::domain::digest::Digest;
-use crate::domain::method::{Method, Scale, ScaleRule, SpotChoice, UniformShare, UniformShareRule};
+use crate::domain::method::{
+    Criterion, Fallback, Method, Scale, ScaleRule, SpotChoice, UniformShare, UniformShareRule,
+};
 use crate::domain::tensor::Tensor as PlainTensor;
 use crate::domain::tuning::{NoCheckpoints, TuningOptions};
 use crate::engine::evaluate::OnUnseen;
 use crate::engine::features::extract;
 use crate::engine::methods::{
-    effects, most_similar, proportional, similarity, single_best, towards_uniform,
+    effects, most_similar, proportional, scores, similarity, single_best, towards_uniform,
 };
 use crate::engine::solve::{Solved, weigh_features};
 use crate::engine::statistics::Ground;
@@ -198,6 +202,40 @@ impl Work<'_> {
             validation_loss: validation.loss,
         };
         Ok((best, points.into_iter().map(point).collect()))
+    }
+
+    /// α, or all weight on the single best source where that is asked for and does better on the target samples.
+    pub(super) fn fallback(
+        &self,
+        alpha: Vec<f64>,
+        ground: Ground<'_>,
+        steps: &mut Steps<'_>,
+    ) -> Result<(Vec<f64>, Option<FallbackReport>), EngineError> {
+        if self.objective.fallback == Fallback::None {
+            return Ok((alpha, None));
+        }
+        let by = Criterion::Validation;
+        let single = single_best(&scores(by, ground, self.objective, self.classes.len())?);
+        let evaluation = self.evaluation(&self.objective.h_score);
+        let mut loss = |alpha: &[f64]| -> Result<f64, EngineError> {
+            let prompt = self.composed(alpha, self.objective.scale.known());
+            let tick = |_| steps.tick(Phase::Verify);
+            Ok(evaluation
+                .cross_fitted(&prompt_tensor(&prompt, self.vit), tick)?
+                .loss)
+        };
+        let (composed, alone) = (loss(&alpha)?, loss(&single)?);
+        let source = single.iter().position(|weight| *weight > 0.0);
+        let report = FallbackReport {
+            prompt: self.sources[source.expect("it has all weight")]
+                .prompt
+                .clone(),
+            validation_loss: alone,
+            composed_validation_loss: composed,
+            taken: alone < composed,
+        };
+        let alpha = if report.taken { single } else { alpha };
+        Ok((alpha, Some(report)))
     }
 
     /// β as asked, or the candidate that does best on the target samples.

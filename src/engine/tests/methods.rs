@@ -188,6 +188,50 @@ fn a_uniform_share_goes_from_the_methods_weights_to_equal_ones() {
     assert_eq!(composed(&auto), composed(&of(json!(method.uniform_share))));
 }
 
+/// Whatever the method, the answer is the better of its prompt and the single best, and says which.
+#[test]
+fn a_fallback_is_the_single_best_where_the_composed_prompt_is_worse() {
+    let dir = tempfile::tempdir().unwrap();
+    let of = |objective: serde_json::Value| compose(&job(dir.path(), objective)).0;
+    let by = json!({"by": "validation"});
+    let single = of(json!({"method": "single_best", "single_best": by}));
+    let loss = |composition: &Composition| {
+        let composed = composition.result.diagnostics.composed.as_ref().unwrap();
+        composed.validation_loss.unwrap()
+    };
+    let mut taken = Vec::new();
+    for mut objective in [
+        json!({"method": "average"}),
+        json!({"method": "h_only", "h_score": {"shrinkage": 0.5}}),
+        json!({"h_score": {"mode": "leave_one_out", "shrinkage": 0.3}}),
+        // All weight on the worst.
+        json!({"method": "spot", "spot": {"top_k": 1}, "target_tuning": {"epochs": 1}}),
+    ] {
+        let own = of(objective.clone());
+        assert!(own.result.method.fallback.is_none());
+        objective["fallback"] = json!("single_best");
+        let guarded = of(objective);
+        let report = guarded.result.method.fallback.clone().unwrap();
+        assert_close(report.composed_validation_loss, loss(&own), 1e-9);
+        assert_close(report.validation_loss, loss(&single), 1e-9);
+        let better = if loss(&single) < loss(&own) {
+            &single
+        } else {
+            &own
+        };
+        assert_eq!(report.taken, std::ptr::eq(better, &single));
+        assert_eq!(composed(&guarded), composed(better));
+        let error = guarded.result.source_weights[0].standard_error;
+        assert!(!report.taken || error.is_none());
+        taken.push(report.taken);
+    }
+    assert!(taken.contains(&true), "{taken:?}");
+
+    // A source alone is no worse than itself.
+    let alone = of(json!({"method": "single_best", "single_best": by, "fallback": "single_best"}));
+    assert!(!alone.result.method.fallback.unwrap().taken);
+}
+
 #[test]
 fn a_scale_goes_from_the_initial_prompt_to_the_sum() {
     let dir = tempfile::tempdir().unwrap();

@@ -31,8 +31,8 @@ pub(super) struct ResolveEnsemble {
     sources: Option<Vec<Source>>,
     /// Replaces the ensemble's own objective as a whole, so repeat what is to stay: `head`,
     /// `align_tokens` and `alignment.gradient_norm` are fixed by the statistics and must be what
-    /// they were; `refine`, `scale` and what is chosen by validation need the backbone. Left out, it is the
-    /// ensemble's own without `refine` and `scale`, at the trade-off and the `uniform_share` that were chosen.
+    /// they were; `refine`, `fallback`, `scale` and what is chosen by validation need the backbone. Left out, it is the
+    /// ensemble's own without `refine`, `fallback` and `scale`, at the trade-off and the `uniform_share` that were chosen.
     objective: Option<Objective>,
     #[serde(default)]
     output: Output,

@@ -123,7 +123,7 @@ const ALONE_METHOD: Method = Method {
 
 /// Settings of HGPrompt, and of what it is to beat, that a default could be chosen from: as they are, with a closed-form
 /// head, whatever the profile.
-pub const VARIANTS: [Method; 22] = [
+pub const VARIANTS: [Method; 23] = [
     Method {
         key: "trade_off_0.9",
         label: "trade-off 0.9",
@@ -138,6 +138,11 @@ pub const VARIANTS: [Method; 22] = [
         key: "leave_one_out",
         label: "leave-one-out H",
         objective: || json!({"h_score": leave_one_out()}),
+    },
+    Method {
+        key: "leave_one_out_fallback",
+        label: "leave-one-out H; or the single best",
+        objective: || json!({"h_score": leave_one_out(), "fallback": "single_best"}),
     },
     Method {
         key: "leave_one_out_only",

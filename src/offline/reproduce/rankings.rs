@@ -6,7 +6,7 @@ use super::report::{Report, mean_of, number, table};
 use super::results::Row;
 
 /// Rankings of the sources: by a method's weights, or by a score that some method's row has.
-const RANKINGS: [(&str, &str, Ranking); 13] = [
+const RANKINGS: [(&str, &str, Ranking); 14] = [
     ("HGPrompt, α", HGPROMPT, Ranking::Weights),
     ("HGPrompt, α with entropy 0.1", DENSE.key, Ranking::Weights),
     ("SPoT, all pairs", "spot", Ranking::Score("by_method")),
@@ -21,6 +21,11 @@ const RANKINGS: [(&str, &str, Ranking); 13] = [
         "H-score, adjusted",
         HGPROMPT,
         Ranking::Score("h_score_adjusted"),
+    ),
+    (
+        "H-score, leave-one-out",
+        "leave_one_out",
+        Ranking::Score("h_score"),
     ),
     ("LogME", HGPROMPT, Ranking::Score("log_me")),
     ("LEEP", HGPROMPT, Ranking::Score("leep")),
@@ -46,9 +51,16 @@ enum Ranking {
     Alone(fn(&Row) -> Option<f64>),
 }
 
+/// What a source alone is worth: the more the better.
+type Worth = fn(&Row) -> Option<f64>;
+
+const BY_ACCURACY: Worth = |row| Some(row.eval_accuracy);
+/// Finer than accuracy on some hundred test images, and of more images.
+const BY_HELD_OUT_LOSS: Worth = |row| Some(-row.held_out_loss?);
+
 impl<'a> Report<'a> {
-    /// A ranking's numbers and the accuracies they are to foretell, by source, of one seed.
-    fn ranked(&self, row: &Row, ranking: Ranking) -> Option<(Vec<f64>, Vec<f64>)> {
+    /// A ranking's numbers and the worths they are to foretell, by source, of one seed.
+    fn ranked(&self, row: &Row, ranking: Ranking, worth: Worth) -> Option<(Vec<f64>, Vec<f64>)> {
         let alone = self.of(&row.target, ALONE);
         let of_source = |source: &String| {
             let of = |other: &&&Row| {
@@ -68,37 +80,46 @@ impl<'a> Report<'a> {
                 scores.collect::<Option<_>>()?
             }
         };
-        let accuracies = alone.iter().map(|row| row.eval_accuracy).collect();
-        Some((scores, accuracies))
+        let worths = alone.iter().map(|row| worth(row));
+        Some((scores, worths.collect::<Option<_>>()?))
     }
 
-    fn coefficients(&self, target: &str, (_, key, ranking): (&str, &str, Ranking)) -> Vec<f64> {
-        let rows = self.rows_of(target, key).into_iter();
-        rows.filter_map(|row| self.ranked(row, ranking))
-            .filter_map(|(scores, accuracies)| spearman(&scores, &accuracies))
-            .collect()
+    /// Of each target, the mean over its seeds; last, the mean over targets.
+    fn coefficients(
+        &self,
+        (_, key, ranking): (&str, &str, Ranking),
+        worth: Worth,
+    ) -> Vec<Option<f64>> {
+        let of_target = |target| {
+            let rows = self.rows_of(target, key).into_iter();
+            let of_seeds: Vec<f64> = rows
+                .filter_map(|row| self.ranked(row, ranking, worth))
+                .filter_map(|(scores, worths)| spearman(&scores, &worths))
+                .collect();
+            mean_of(&of_seeds)
+        };
+        let mut all: Vec<Option<f64>> = self.targets().map(of_target).collect();
+        let there: Vec<f64> = all.iter().flatten().copied().collect();
+        all.push(mean_of(&there));
+        all
     }
 
     pub(super) fn correlations(&self) -> String {
         let mut header = vec!["ranking by".to_owned()];
         header.extend(self.targets().map(str::to_owned));
-        header.push("mean".into());
+        header.extend(["mean", "by held-out loss"].map(str::to_owned));
         let rows = RANKINGS.into_iter().map(|ranking| {
-            let of_targets: Vec<Vec<f64>> = self
-                .targets()
-                .map(|target| self.coefficients(target, ranking))
-                .collect();
+            let mut coefficients = self.coefficients(ranking, BY_ACCURACY);
+            coefficients.extend(self.coefficients(ranking, BY_HELD_OUT_LOSS).pop());
             let mut row = vec![ranking.0.to_owned()];
-            let means: Vec<Option<f64>> = of_targets.iter().map(|values| mean_of(values)).collect();
-            row.extend(means.iter().map(|mean| number(*mean, 2)));
-            let there: Vec<f64> = means.into_iter().flatten().collect();
-            row.push(number(mean_of(&there), 2));
+            row.extend(coefficients.into_iter().map(|mean| number(mean, 2)));
             row
         });
         format!(
             "\n### Do scores foretell which source helps?\n\nSpearman's coefficient, ties at their average rank, of a \
              ranking of the sources with their zero-shot accuracies on the target (the source prompt frozen, a closed-form \
-             head); mean over seeds.\n\n{}",
+             head); mean over seeds. The last column is the mean with their losses on held-out images in place of accuracies, \
+             which are coarser.\n\n{}",
             table(&header, rows)
         )
     }
@@ -108,7 +129,8 @@ impl<'a> Report<'a> {
         let of_target = |target: &'a str| {
             let mut points = Vec::new();
             for row in self.rows_of(target, HGPROMPT) {
-                if let Some((weights, accuracies)) = self.ranked(row, Ranking::Weights) {
+                if let Some((weights, accuracies)) = self.ranked(row, Ranking::Weights, BY_ACCURACY)
+                {
                     let mean = mean_and_deviation(&accuracies).0;
                     let relative = accuracies.iter().map(|accuracy| 100.0 * (accuracy - mean));
                     points.extend(weights.into_iter().zip(relative));
