@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole check of the GPU, on a machine that has one: what is found there, CUDA against the CPU on the tests' tiny
+# The whole check of the GPU, on a machine that has one: what is found there, CUDA against the CPU on the self-test's
 # task and on the demo, and how fast both are. Everything lands in a folder (GPU_CHECK_OUT, or target/check-gpu).
 #
 #   scripts/check_gpu.sh [cuda:N]          (cuda:0)
@@ -50,7 +50,7 @@ part "what is found"
 "$PROMPTWEAVE" doctor --device "$device"
 "$PROMPTWEAVE" doctor --device "$device" --json >"$out/doctor.json"
 
-part "CUDA against the CPU, on the tests' tiny task"
+part "CUDA against the CPU, on the self-test's task"
 "$PROMPTWEAVE_TESTS" --ignored --exact engine::tests::cuda::cuda_gives_what_the_cpu_gives --nocapture
 
 part "the demo on both"

@@ -28,7 +28,14 @@ case $profile in
 esac
 set -- --backbone $backbone --precision "${PRECISION:-$precision}" --tables "${TABLES:-$tables}" "$@"
 out=reproduction/mini-vtab/$profile
+failed=0
 if [ -n "${JOBS:-}" ]; then
+    case " $* " in
+        *" --seeds "* | *" --targets "* | *" --tasks "* | *" --report-only "*)
+            echo "reproduce: error: with JOBS the processes have a seed and a target each; leave --seeds, --targets, --tasks and --report-only out" >&2
+            exit 2
+            ;;
+    esac
     part() { # SEED/TARGET OPTION …
         local folder=$out/parts/${1/\//-} seed=${1%/*} target=${1#*/}
         shift
@@ -38,11 +45,20 @@ if [ -n "${JOBS:-}" ]; then
     }
     export -f part
     export out profile suite promptweave
+    # Where a part fails, the others' rows count all the same.
+    parts() { # OPTION …
+        for seed in $(tr , ' ' <<<"${SEEDS:-0,1,2}"); do
+            for task in "$suite"/*/; do echo "$seed/$(basename "$task")"; done
+        done | xargs -P "$JOBS" -I{} bash -c 'part "$@"' part {} "$@" || failed=1
+    }
     mkdir -p "$out/prompts"
-    for seed in $(tr , ' ' <<<"${SEEDS:-0,1,2}"); do
-        for task in "$suite"/*/; do echo "$seed/$(basename "$task")"; done
-    done | xargs -P "$JOBS" -I{} bash -c 'part "$@"' part {} "$@"
+    # Source prompts first, each once; and what there is already is not computed again.
+    parts "$@" --prompts-only
+    rows=()
+    if [ -e "$out/results.jsonl" ]; then rows=(--merge "$out/results.jsonl"); fi
+    parts "$@" "${rows[@]}"
     set -- "$@" --seeds "${SEEDS:-0,1,2}" --report-only --merge "$out"/parts/*/results.jsonl
 fi
 "$promptweave" reproduce --profile "$profile" --suite "$suite" --out "$out" "$@"
 python3 scripts/publish_reproduction.py "$profile"
+exit $failed

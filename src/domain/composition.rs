@@ -368,7 +368,8 @@ pub struct SourceWeight {
     #[schema(minimum = 0, maximum = 1)]
     pub weight: f64,
     /// Of the weight as it was solved for (before any `refine`), by leaving out one of ten folds of the
-    /// samples at a time (jackknife), λ, heads and `uniform_share` held. Null where a fold less leaves too little to solve.
+    /// samples at a time (jackknife), λ, heads and `uniform_share` held. Null where a fold less leaves too little to solve, and
+    /// where the `fallback` has all weight.
     #[serde(default)]
     pub standard_error: Option<f64>,
 }

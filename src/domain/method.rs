@@ -171,7 +171,7 @@ impl UniformShareRule {
 pub enum Fallback {
     #[default]
     None,
-    /// The source with the lowest cross-fitted loss on the target samples, alone, where the composed prompt's is not lower:
+    /// The source with the lowest cross-fitted loss on the target samples, alone, where that is lower than the composed prompt's:
     /// what mixed features promise is not always what mixed prompts do. Two forward passes.
     SingleBest,
 }

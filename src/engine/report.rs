@@ -13,8 +13,8 @@ use super::solver::{Solution, towards_vertex};
 use super::statistics::{Metadata, RecordedSource, Statistics};
 use super::steps::Steps;
 use crate::domain::composition::{
-    ComposedPrompt, Composition, CompositionResult, Diagnostics, MethodReport, ObjectiveValue,
-    Optimum, Provenance, Refinement, SourceDiagnostics, SourceWeight, Warning,
+    ComposedPrompt, Composition, CompositionResult, Diagnostics, FallbackReport, MethodReport,
+    ObjectiveValue, Optimum, Provenance, Refinement, SourceDiagnostics, SourceWeight, Warning,
 };
 use crate::domain::digest::Digest;
 use crate::domain::prompt_file::PromptFile;
@@ -107,10 +107,17 @@ impl Evidence<'_> {
         })
     }
 
+    /// What stands in for α, if something does.
+    fn fell_back(&self) -> Option<&FallbackReport> {
+        self.method
+            .fallback
+            .as_ref()
+            .filter(|fallback| fallback.taken)
+    }
+
     fn source_weights(&self) -> Vec<SourceWeight> {
-        let fallen_back = (self.method.fallback.as_ref()).is_some_and(|fallback| fallback.taken);
         // They are of the weights that were solved for.
-        let errors = (self.solved.standard_errors.as_ref()).filter(|_| !fallen_back);
+        let errors = (self.solved.standard_errors.as_ref()).filter(|_| self.fell_back().is_none());
         let sources = self.metadata.sources.iter().enumerate();
         sources
             .map(|(i, source)| SourceWeight {
@@ -213,7 +220,10 @@ impl Evidence<'_> {
             );
         }
         if let Some(gap) = diagnostics.surrogate_gap.filter(|gap| gap.abs() > 0.1) {
-            let way_out = match self.method.name.solves() && self.method.uniform_share == 0.0 {
+            let way_out = match self.method.name.solves()
+                && self.method.uniform_share == 0.0
+                && self.method.fallback.is_none()
+            {
                 true => ", which α was chosen by; `refine` works on the former",
                 false => "",
             };
@@ -286,7 +296,22 @@ impl Evidence<'_> {
         if sources.len() == 1 {
             return;
         }
-        let solves = self.method.name.solves();
+        if let Some(fallback) = self.fell_back() {
+            let FallbackReport {
+                prompt,
+                validation_loss,
+                composed_validation_loss,
+                ..
+            } = fallback;
+            warnings.add(
+                "fell_back",
+                format!(
+                    "source `{prompt}` alone has a lower cross-fitted loss ({validation_loss:.4} nats) than the prompt \
+                     that the method composed ({composed_validation_loss:.4}), and gets all weight"
+                ),
+            );
+        }
+        let solves = self.method.name.solves() && self.fell_back().is_none();
         for (source, weight) in sources.iter().zip(&self.alpha) {
             if solves && (*weight == 0.0 || *weight == 1.0) {
                 let name = &source.prompt;

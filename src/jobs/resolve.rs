@@ -135,7 +135,7 @@ pub fn plan(
     })
 }
 
-/// The ensemble's own objective, less what its statistics cannot answer: no refinement, and the trade-off and the share of
+/// The ensemble's own objective, less what its statistics cannot answer: no refinement, no fallback, and the trade-off and the share of
 /// equal weights that were chosen then in place of choosing anew.
 fn without_backbone(solved: &Solved) -> Objective {
     let mut objective = solved.spec.objective.without_forward_passes();

@@ -74,8 +74,8 @@ pub struct BackboneOptions {
     /// Of `spot`, `panda` and `attempt`: epochs of the short tuning on the target.
     #[arg(long, value_name = "EPOCHS", default_value_t = TargetTuning::default().epochs)]
     pub target_epochs: u32,
-    /// `none`, or `single_best`: the source with the lowest cross-fitted loss on the target samples gets all weight where the
-    /// composed prompt's is not lower.
+    /// `none`, or `single_best`: the source with the lowest cross-fitted loss on the target samples gets all weight where that is
+    /// lower than the composed prompt's.
     #[arg(long, default_value_t)]
     pub fallback: Fallback,
     /// β in P₀ + β Σ αᵢ (Pᵢ - P₀), or `auto`.

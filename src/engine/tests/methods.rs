@@ -223,6 +223,11 @@ fn a_fallback_is_the_single_best_where_the_composed_prompt_is_worse() {
         assert_eq!(composed(&guarded), composed(better));
         let error = guarded.result.source_weights[0].standard_error;
         assert!(!report.taken || error.is_none());
+        let warnings = guarded.result.warnings.iter();
+        let told = warnings
+            .filter(|warning| warning.code == "fell_back")
+            .count();
+        assert_eq!(told, usize::from(report.taken));
         taken.push(report.taken);
     }
     assert!(taken.contains(&true), "{taken:?}");
@@ -321,6 +326,10 @@ fn statistics_serve_every_method_that_they_suffice_for() {
         (
             json!({"method": "average", "uniform_share": "auto"}),
             "choose a number",
+        ),
+        (
+            json!({"method": "average", "fallback": "single_best"}),
+            "needs the backbone",
         ),
     ] {
         let detail = refused(resolve(&average, &input, objective).unwrap_err());

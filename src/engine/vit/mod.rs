@@ -129,7 +129,7 @@ pub struct Vit {
     pub device: Device,
     pub kind: Kind,
     pub(super) streams: RefCell<Vec<Stream>>,
-    /// One a stream.
+    /// As many as there are streams.
     pub(super) threads: ThreadPool,
 }
 

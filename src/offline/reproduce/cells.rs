@@ -346,7 +346,14 @@ fn of_target(suite: &Suite, seed: u64, target: &str, tables: &[Table]) -> Vec<Ce
             Table::Main => cells.extend(METHODS.iter().map(|method| with_all(method.key))),
             Table::Ablation => cells.extend(ABLATION.map(with_all)),
             Table::Spearman => {
-                let of = ["spot", "spot_token_mean", "panda", HGPROMPT, DENSE.key];
+                let of = [
+                    "spot",
+                    "spot_token_mean",
+                    "panda",
+                    HGPROMPT,
+                    DENSE.key,
+                    "leave_one_out",
+                ];
                 cells.extend(of.map(with_all));
                 let alone = others
                     .iter()

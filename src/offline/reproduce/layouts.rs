@@ -54,7 +54,7 @@ pub fn read(out: &Path, suite: &Suite, seed: u64) -> Result<Vec<Layout>> {
 /// Makes those that are missing.
 pub fn compute(args: &Args, suite: &Suite, settings: &Settings, seed: u64) -> Result<()> {
     let is_missing = |target: &&str| !path(&args.out, target, seed).exists();
-    let targets = suite.tasks.iter().map(|task| task.name.as_str());
+    let targets = suite.targets.iter().map(String::as_str);
     let missing: Vec<&str> = targets.filter(is_missing).collect();
     if missing.is_empty() {
         return Ok(());

@@ -23,7 +23,7 @@ mod tsne;
 
 use std::path::PathBuf;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 use clap::ValueEnum;
 use serde::Serialize;
 
@@ -76,6 +76,9 @@ pub struct Args {
     /// GiB of features and gradients kept in OUT/cache while a target's methods are computed.
     #[arg(long, default_value_t = 8)]
     pub cache_gib: u32,
+    /// Only tune the prompts of the targets, which are the others' sources, and nothing else.
+    #[arg(long)]
+    pub prompts_only: bool,
     /// Compute nothing: make the report of the rows that there are.
     #[arg(long)]
     pub report_only: bool,
@@ -161,10 +164,19 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let backbone = Backbone::open(&args.engine.backbone)
         .with_context(|| format!("cannot use `{}`", args.engine.backbone.display()))?;
     let settings = Settings::of(args, &suite, &backbone);
+    if args.prompts_only {
+        return tune_prompts(args, &suite, &settings);
+    }
     let path = args.out.join("results.jsonl");
     let reads = args.report_only && args.merge.is_empty();
     let mut results = Results::open(&path, &settings, reads)?;
     for file in &args.merge {
+        // Opened to be read, it would be made where it is not.
+        ensure!(
+            file.is_file(),
+            "`{}` is no file of rows to merge",
+            file.display()
+        );
         results.merge(&Results::open(file, &settings, true)?)?;
     }
     let cells = cells(&suite, &args.seeds, &args.tables);
@@ -187,6 +199,16 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         missing: cells.iter().filter(|cell| !results.has(cell)).count(),
     };
     report.write(&args.out, &args.tables)
+}
+
+fn tune_prompts(args: &Args, suite: &Suite, settings: &Settings) -> anyhow::Result<()> {
+    let mut runner = Runner::new(args, suite, settings)?;
+    for seed in &args.seeds {
+        for target in &suite.targets {
+            runner.source(*seed, target)?;
+        }
+    }
+    Ok(())
 }
 
 fn compute(
@@ -350,6 +372,14 @@ mod tests {
                 &[&ablation[..], &["--targets", target]].concat(),
             );
             part.out = dir.path().join(target);
+            let prompts = Args {
+                prompts_only: true,
+                ..part.clone()
+            };
+            run(&prompts).unwrap();
+            let tuned = fs::read_dir(part.out.join("prompts")).unwrap().count();
+            assert_eq!(tuned, target.split(',').count());
+            assert!(!part.out.join("results.jsonl").exists());
             run(&part).unwrap();
             files.push(part.out.join("results.jsonl").display().to_string());
         }
@@ -363,6 +393,12 @@ mod tests {
             assert!(!read("report.md").contains("Not finished"));
         }
 
+        let none = args(dir.path(), &["--merge", "nowhere/results.jsonl"]);
+        let refused = format!("{:#}", run(&none).unwrap_err());
+        assert!(
+            refused.contains("`nowhere/results.jsonl` is no file"),
+            "{refused}"
+        );
         let other = args(dir.path(), &["--profile", "small", "--merge", &files[0]]);
         let other = Args {
             out: dir.path().join("other"),

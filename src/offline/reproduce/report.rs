@@ -84,7 +84,6 @@ impl<'a> Report<'a> {
         let of_tuning = self.rows.iter().filter_map(|row| row.tuning_seconds);
         // A sum of nothing would be -0.
         let tuning = of_tuning.fold(0.0, |sum, seconds| sum + seconds);
-        let seeds: Vec<String> = self.seeds.iter().map(u64::to_string).collect();
         let heads = match &self.settings.target_tuning {
             None => "a closed-form head, no target tuning but for what SPoT and PANDA compare with"
                 .to_owned(),
@@ -103,11 +102,16 @@ impl<'a> Report<'a> {
              the tunings on the target {tuning:.0} s, those of the sources not counted.\n",
             self.settings.profile,
             self.suite.tasks.len(),
-            seeds.join(", "),
+            self.seed_names(),
             self.rows.len(),
             source_tuning.num_tokens,
             source_tuning.epochs,
         )
+    }
+
+    pub(super) fn seed_names(&self) -> String {
+        let seeds: Vec<String> = self.seeds.iter().map(u64::to_string).collect();
+        seeds.join(", ")
     }
 
     /// The rows of a method with all the sources that it takes, one a seed.

@@ -258,7 +258,7 @@ impl<'a> Runner<'a> {
     }
 
     /// The prompt of a task, tuned now where it has no file yet.
-    fn source(&mut self, seed: u64, task: &str) -> anyhow::Result<Source> {
+    pub fn source(&mut self, seed: u64, task: &str) -> anyhow::Result<Source> {
         let key = (seed, task.to_owned());
         if !self.prompts.contains_key(&key) {
             let path = self.prompt_path(seed, task);

@@ -34,13 +34,36 @@ fn test(row: &Row) -> Option<f64> {
     Some(100.0 * row.eval_accuracy)
 }
 
+fn all() -> impl Iterator<Item = &'static str> {
+    METHODS.iter().chain(&VARIANTS).map(|method| method.key)
+}
+
 impl Report<'_> {
+    /// Of the seeds that have every row that some seed has of all targets, so that all rows of the table are of the same.
     pub(super) fn settings(&self) -> String {
+        let has = |seed: u64, key: &str| {
+            let of_seed = Report {
+                seeds: &[seed],
+                ..*self
+            };
+            of_seed
+                .targets()
+                .all(|target| of_seed.is_whole(target, key))
+        };
+        let of_some: Vec<&str> = all()
+            .filter(|key| self.seeds.iter().any(|seed| has(*seed, key)))
+            .collect();
+        let has_all = |seed: &u64| of_some.iter().all(|key| has(*seed, key));
+        let whole: Vec<u64> = self.seeds.iter().copied().filter(has_all).collect();
+        let seeds = if whole.is_empty() { self.seeds } else { &whole };
+        Report { seeds, ..*self }.settings_of_seeds()
+    }
+
+    fn settings_of_seeds(&self) -> String {
         let targets: Vec<&str> = self
             .targets()
             .filter(|t| self.is_whole(t, HGPROMPT))
             .collect();
-        let all = || METHODS.iter().chain(&VARIANTS).map(|method| method.key);
         let of_method = |key: &'static str| -> ([f64; 2], Vec<String>) {
             let mean = |of: Said| mean_of(&self.by_target(&targets, key, of).unwrap_or_default());
             let losses = [mean(held_out_loss), mean(|row| row.validation_loss)];
@@ -76,13 +99,14 @@ impl Report<'_> {
             vec![(*name).to_owned(), number(mean_of(&coefficients), 2), half]
         });
         format!(
-            "\n### Settings\n\nThe composed prompt with its closed-form head, the mean over the {} tasks that have rows of HGPrompt \
-             for all seeds, in the order of the loss (nats) on held-out images: training images that are not among the N samples, seen \
+            "\n### Settings\n\nThe composed prompt with its closed-form head, of seeds {}, the mean over the {} tasks that have \
+             rows of HGPrompt for all of them, in the order of the loss (nats) on held-out images: training images that are not among the N samples, seen \
              by no method. The cross-fitted loss is over ten folds of the N samples, and what some methods choose by, which makes it \
              too low for these, and for the own prompt, which was tuned on them. Losses are at the temperature of least loss. \
              Intervals are Student's over the tasks; a dash where some task has no row yet.\n\n{}\n\
              Spearman's coefficient, over the rows of the table above but the own prompt's, of what could be chosen by with test \
              accuracy; mean over tasks with Student's interval.\n\n{}",
+            self.seed_names(),
             targets.len(),
             table(
                 &header.map(str::to_owned),
