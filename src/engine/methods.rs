@@ -5,7 +5,7 @@ use tch::{Kind, Tensor};
 use super::EngineError;
 use super::evaluate::cross_fitted;
 use super::h_score::HScore;
-use super::solver::towards_vertex;
+use super::solver::{own_h_scores, towards_vertex};
 use super::statistics::Ground;
 use super::transferability::{log_me, matrix};
 use crate::domain::method::{Criterion, Similarity};
@@ -61,20 +61,21 @@ pub fn scores(
     objective: &Objective,
     num_classes: usize,
 ) -> Result<Vec<f64>, EngineError> {
-    let h_score = HScore::new(ground.features, ground.labels, &objective.h_score)?;
-    let m = h_score.num_sources();
-    let of_source = |i: usize| {
-        let features = ground.features.get(i as i64);
-        match by {
-            Criterion::HScore => h_score.value(&towards_vertex(i, m, 1.0)),
-            Criterion::LogMe => log_me(&features.to_kind(Kind::Double), ground.labels),
-            Criterion::Validation => {
-                let labels = ground.labels;
-                Ok(-cross_fitted(&features, labels, num_classes, &objective.head)?.loss)
-            }
+    let labels = ground.labels;
+    let of_sources = (0..ground.features.size()[0]).map(|i| ground.features.get(i));
+    match by {
+        Criterion::HScore => {
+            own_h_scores(&HScore::new(ground.features, labels, &objective.h_score)?)
         }
-    };
-    (0..m).map(of_source).collect()
+        Criterion::LogMe => of_sources
+            .map(|features| log_me(&features.to_kind(Kind::Double), labels))
+            .collect(),
+        Criterion::Validation => of_sources
+            .map(|features| {
+                Ok(-cross_fitted(&features, labels, num_classes, &objective.head)?.loss)
+            })
+            .collect(),
+    }
 }
 
 /// SPoT's similarity of two prompts [m, d], a cosine in [-1, 1] (Vu et al. 2022, section 3.1).

@@ -119,7 +119,7 @@ impl Solution {
 }
 
 /// H of every source alone.
-fn own_h_scores(h_score: &HScore) -> Result<Vec<f64>, EngineError> {
+pub fn own_h_scores(h_score: &HScore) -> Result<Vec<f64>, EngineError> {
     let m = h_score.num_sources();
     let alone = |i| h_score.value(&towards_vertex(i, m, 1.0));
     (0..m).map(alone).collect()

@@ -216,23 +216,19 @@ impl Work<'_> {
         }
         let by = Criterion::Validation;
         let single = single_best(&scores(by, ground, self.objective, self.classes.len())?);
-        let evaluation = self.evaluation(&self.objective.h_score);
-        let mut loss = |alpha: &[f64]| -> Result<f64, EngineError> {
-            let prompt = self.composed(alpha, self.objective.scale.known());
-            let tick = |_| steps.tick(Phase::Verify);
-            Ok(evaluation
-                .cross_fitted(&prompt_tensor(&prompt, self.vit), tick)?
-                .loss)
+        let at = single.iter().position(|weight| *weight > 0.0);
+        let scale = self.objective.scale.known();
+        // α last: it is what changes least.
+        let composed = |share: f64| match share == 1.0 {
+            true => self.composed(&single, scale),
+            false => self.composed(&alpha, scale),
         };
-        let (composed, alone) = (loss(&alpha)?, loss(&single)?);
-        let source = single.iter().position(|weight| *weight > 0.0);
+        let (best, points) = self.best_of(&[1.0, 0.0], composed, steps)?;
         let report = FallbackReport {
-            prompt: self.sources[source.expect("it has all weight")]
-                .prompt
-                .clone(),
-            validation_loss: alone,
-            composed_validation_loss: composed,
-            taken: alone < composed,
+            prompt: self.sources[at.expect("it has all weight")].prompt.clone(),
+            validation_loss: points[0].1.loss,
+            composed_validation_loss: points[1].1.loss,
+            taken: best == 1.0,
         };
         let alpha = if report.taken { single } else { alpha };
         Ok((alpha, Some(report)))

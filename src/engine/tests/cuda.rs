@@ -63,7 +63,7 @@ fn cuda_gives_what_the_cpu_gives() {
     // Sums in another order, in f32.
     assert!(off(&same.features, &cpu.features) < 1e-4);
     assert!(off(&same.gram, &cpu.gram) < 1e-3);
-    for (found, tolerance) in [(same, 1e-3), (fast, 2e-2)] {
+    for (found, tolerance) in [(same, 1e-3), (fast, 5e-3)] {
         assert!(f64::try_from((found.alpha - &cpu.alpha).abs().max()).unwrap() <= tolerance);
     }
     // A worker starts here.
