@@ -94,8 +94,9 @@ def trace_ratio(columns, labels):
     return between / (sum(dot(column, column) for column in columns) / (len(labels) - 1))
 
 
-def inv(columns, labels, rho):
-    """(1-ρ) tr(Σ_ρ⁻¹ B), Σ_ρ = (1-ρ) Σ + ρ (tr Σ / d) I; Σ's lower triangle is all that Cholesky reads."""
+def regression(columns, labels, rho, cross_validated):
+    """`inv`: H = (1-ρ) tr(Σ_ρ⁻¹ B), Σ_ρ = (1-ρ) Σ + ρ (tr Σ / d) I; Σ's lower triangle is all that Cholesky reads.
+    `cross_validated`: K - 1 - (K - 1 - H - δ tr(Σ_ρ⁻¹ (1-ρ) B Σ_ρ⁻¹)) / (1 - (1 + d - δ tr Σ_ρ⁻¹)/N)², δ = ρ tr Σ / d."""
     samples, width = len(labels), len(columns)
     covariance = [[dot(columns[i], columns[j]) / (samples - 1) for j in range(i + 1)] for i in range(width)]
     trace = sum(covariance[i][i] for i in range(width))
@@ -103,15 +104,37 @@ def inv(columns, labels, rho):
         row[:] = [(1 - rho) * value for value in row]
         row[i] += rho * trace / width
     lower = cholesky(covariance)
+    upper = [[lower[j][i] for j in range(i, width)] for i in range(width)]
 
-    h = 0.0
-    for weight, mean in class_means(columns, labels):
-        # L y = mean, so that yᵀ y = meanᵀ Σ_ρ⁻¹ mean.
+    def forward(right):
+        """L y = right, so that yᵀ y = rightᵀ Σ_ρ⁻¹ right."""
         y = []
-        for i, row in enumerate(lower):
-            y.append((mean[i] - dot(row, y)) / row[i])
-        h += weight * dot(y, y)
-    return (1 - rho) * h
+        for row, value in zip(lower, right):
+            y.append((value - dot(row, y)) / row[-1])
+        return y
+
+    def backward(y):
+        """Lᵀ v = y"""
+        v = []
+        for row, value in zip(reversed(upper), reversed(y)):
+            v.insert(0, (value - dot(row[1:], v)) / row[0])
+        return v
+
+    h, solved, classes = 0.0, 0.0, 0
+    for weight, mean in class_means(columns, labels):
+        y = forward(mean)
+        h += (1 - rho) * weight * dot(y, y)
+        if cross_validated:
+            v = backward(y)
+            solved += (1 - rho) * weight * dot(v, v)
+        classes += 1
+    if not cross_validated:
+        return h
+    delta = rho * trace / width
+    of_unit = (forward([float(i == j) for j in range(width)]) for i in range(width))
+    freedom = width - delta * sum(dot(y, y) for y in of_unit)
+    missed = classes - 1 - h - delta * solved
+    return classes - 1 - missed / (1 - (1 + freedom) / samples) ** 2
 
 
 # ---- L_align ------------------------------------------------------------------------------------------
@@ -179,7 +202,8 @@ def main():
     if options["mode"] == "trace_ratio":
         h_score = trace_ratio(columns, labels)
     else:
-        h_score = inv(columns, labels, result["diagnostics"]["h_score_shrinkage"])
+        rho = result["diagnostics"]["h_score_shrinkage"]
+        h_score = regression(columns, labels, rho, options["mode"] == "cross_validated")
     recomputed = {"h_score": h_score, "gradient_alignment": gradient_alignment(tensors, alpha, reading)}
     print(f"H-score {options['mode']}, standardise {options['standardise']}; gradient alignment {reading}")
     agree = True

@@ -26,9 +26,11 @@ pub fn common_seed(mut seeds: impl Iterator<Item = Option<u64>>) -> Option<u64> 
 #[serde(rename_all = "snake_case")]
 pub enum Method {
     /// H-score of the mixed features and gradient alignment, weighed by `trade_off` or `alignment_weight`
-    /// (HGPrompt, arXiv 2504.12311).
+    /// (HGPrompt, arXiv 2504.12311): with the cross-validated H, and the best single source in place of a prompt that does worse.
     #[default]
     Hgprompt,
+    /// The same as it is published: with H of the samples that it was fitted on (`h_score.mode` is `inv`), and no `fallback`.
+    HgpromptPaper,
     /// The H-score alone; takes no gradients.
     HOnly,
     /// Gradient alignment alone.
@@ -50,12 +52,17 @@ pub enum Method {
 impl Method {
     /// Whether α is the end of a descent on -H + λ L_align.
     pub fn solves(self) -> bool {
-        matches!(self, Self::Hgprompt | Self::HOnly | Self::AlignmentOnly)
+        self.weighs() || matches!(self, Self::HOnly | Self::AlignmentOnly)
+    }
+
+    /// Whether both terms have a say, so that they are weighed against each other.
+    pub fn weighs(self) -> bool {
+        matches!(self, Self::Hgprompt | Self::HgpromptPaper)
     }
 
     /// Whether per-sample gradients are needed, which are three quarters of the work.
     pub fn takes_gradients(self) -> bool {
-        matches!(self, Self::Hgprompt | Self::AlignmentOnly)
+        self.weighs() || self == Self::AlignmentOnly
     }
 
     /// Whether a prompt is tuned on the target first.

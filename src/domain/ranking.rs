@@ -5,12 +5,13 @@ use utoipa::ToSchema;
 
 use super::digest::Digest;
 use super::method::{Method, TargetTuning};
-use super::objective::{HScoreOptions, Objective};
+use super::objective::{HScoreMode, HScoreOptions, Objective};
 
 /// How the metrics are computed.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct RankingObjective {
+    /// Of the metrics `h_score` and `h_score_adjusted`; the mode is `inv` by default here.
     pub h_score: HScoreOptions,
     /// The short tuning that the similarities of SPoT and PANDA are to.
     pub target_tuning: TargetTuning,
@@ -21,7 +22,10 @@ impl RankingObjective {
     pub fn objective(&self) -> Objective {
         Objective {
             method: Method::Panda,
-            h_score: self.h_score.clone(),
+            h_score: HScoreOptions {
+                mode: self.h_score.mode.or(Some(HScoreMode::Inv)),
+                ..self.h_score.clone()
+            },
             target_tuning: self.target_tuning.clone(),
             ..Objective::default()
         }
@@ -49,6 +53,8 @@ pub struct RankedSource {
     pub h_score: f64,
     /// H less its chance level, over what is left above it.
     pub h_score_adjusted: f64,
+    /// H as `cross_validated`, of samples that it was not fitted on, ≤ K-1.
+    pub h_score_cross_validated: f64,
     /// Log of the maximum evidence a sample and class.
     pub log_me: f64,
     /// ≤ 0; null where the prompt file has no source head.
@@ -67,9 +73,10 @@ pub struct RankedSource {
 
 impl RankedSource {
     /// The metrics by name, in the order of the table.
-    pub const METRICS: [&str; 9] = [
+    pub const METRICS: [&str; 10] = [
         "h_score",
         "h_score_adjusted",
+        "h_score_cross_validated",
         "log_me",
         "leep",
         "nce",
@@ -84,6 +91,7 @@ impl RankedSource {
         match name {
             "h_score" => Some(self.h_score),
             "h_score_adjusted" => Some(self.h_score_adjusted),
+            "h_score_cross_validated" => Some(self.h_score_cross_validated),
             "log_me" => Some(self.log_me),
             "leep" => self.leep,
             "nce" => self.nce,

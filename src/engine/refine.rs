@@ -13,16 +13,16 @@ use std::ops::ControlFlow;
 
 use tch::{Kind, Tensor};
 
+use super::EngineError;
 use super::alignment::GradientAlignment;
 use super::classes::numbered;
 use super::features::extract;
-use super::h_score::{HScore, Sums, centred, differentiable_leave_one_out, indicators};
+use super::h_score::{HScore, Sums, centred, differentiable_regression, indicators};
 use super::optimizer::project_to_simplex;
 use super::samples::Samples;
 use super::solver::Tick;
 use super::vit::Vit;
 use super::weighing::Scale;
-use super::{EngineError, cholesky};
 use crate::domain::composition::Refinement;
 use crate::domain::objective::{HScoreMode, HScoreOptions, Shrinkage};
 
@@ -202,33 +202,21 @@ fn differentiable(
     labels: &[usize],
     options: &HScoreOptions,
 ) -> Result<Tensor, EngineError> {
-    let (_, d) = features.size2()?;
     let (classes, num_classes) = numbered(labels);
     let x = centred(&features.unsqueeze(0), options.standardise);
     let sums = Sums::of(std::iter::once(x.shallow_clone()), &classes, num_classes);
     let (x, by_class) = (x.squeeze_dim(0), sums.by_class.squeeze_dim(1));
     let (scale, weights) = (sums.degrees(), sums.class_weights());
-    if options.mode == HScoreMode::TraceRatio {
+    if options.mode() == HScoreMode::TraceRatio {
         let between = by_class.square().sum_dim_intlist(1, false, Kind::Double);
         return Ok((between * weights).sum(Kind::Double) * scale / x.square().sum(Kind::Double));
     }
-    let Shrinkage::Fixed(rho) = options.shrinkage else {
+    let Shrinkage::Fixed(rho) = options.shrinkage() else {
         unreachable!("the refiner is given the shrinkage as it was used");
     };
-    if options.mode == HScoreMode::LeaveOneOut {
-        let indicators = indicators(&classes, &sums.counts).to_device(x.device());
-        return differentiable_leave_one_out(&x, &indicators, rho);
-    }
-    let covariance = x.tr().matmul(&x) / scale;
-    let ridge = covariance.trace() * (rho / d as f64);
-    let identity = Tensor::eye(d, (Kind::Double, x.device()));
-    let factor = cholesky(
-        &(covariance * (1.0 - rho) + identity * ridge),
-        "the features",
-    )?;
-    let solved = by_class.tr().cholesky_solve(&factor, false);
-    let per_class = (by_class.tr() * solved).sum_dim_intlist(0, false, Kind::Double);
-    Ok((per_class * weights).sum(Kind::Double) * (1.0 - rho))
+    let indicators = indicators(&classes, &sums.counts).to_device(x.device());
+    let cross_validated = options.mode() == HScoreMode::CrossValidated;
+    differentiable_regression(&x, &indicators, rho, cross_validated)
 }
 
 #[cfg(test)]
@@ -241,7 +229,7 @@ mod tests {
     use crate::engine::alignment::AlignmentStatistics;
     use crate::engine::prompt_tensor;
     use crate::engine::samples::Selection;
-    use crate::engine::testing::{input, noise_tensor};
+    use crate::engine::testing::{input, inv, noise_tensor};
     use crate::engine::vit::{Compute, Vit};
     use tch::Device;
 
@@ -251,14 +239,14 @@ mod tests {
         let features = noise_tensor(&[30, 5], 1);
         for mode in [
             HScoreMode::Inv,
-            HScoreMode::LeaveOneOut,
+            HScoreMode::CrossValidated,
             HScoreMode::TraceRatio,
         ] {
             for standardise in [Standardise::None, Standardise::PerSource] {
                 let options = HScoreOptions {
-                    mode,
+                    mode: Some(mode),
                     standardise,
-                    shrinkage: Shrinkage::Fixed(0.05),
+                    shrinkage: Some(Shrinkage::Fixed(0.05)),
                 };
                 let expected = HScore::new(&features.unsqueeze(0), &labels, &options)
                     .unwrap()
@@ -305,10 +293,7 @@ mod tests {
             prompts: &prompts,
             alignment: &alignment,
             scale: Scale { h: 1.0, l: 0.01 },
-            h_score: HScoreOptions {
-                shrinkage: Shrinkage::Fixed(0.1),
-                ..HScoreOptions::default()
-            },
+            h_score: inv(0.1),
         };
         let alpha = [0.5, 0.3, 0.2];
         let here = refiner.point(alpha.to_vec(), &mut || Ok(())).unwrap();

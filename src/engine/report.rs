@@ -17,6 +17,8 @@ use crate::domain::composition::{
     ObjectiveValue, Optimum, Provenance, Refinement, SourceDiagnostics, SourceWeight, Warning,
 };
 use crate::domain::digest::Digest;
+use crate::domain::method::Method;
+use crate::domain::objective::HScoreMode;
 use crate::domain::prompt_file::PromptFile;
 use crate::domain::sharing::EarlyStop;
 
@@ -219,11 +221,10 @@ impl Evidence<'_> {
                 format!("{rivals} other local optima lie within 1 % of the best; see `optima`"),
             );
         }
-        if let Some(gap) = diagnostics.surrogate_gap.filter(|gap| gap.abs() > 0.1) {
-            let way_out = match self.method.name.solves()
-                && self.method.uniform_share == 0.0
-                && self.method.fallback.is_none()
-            {
+        // Where the composed prompt itself was compared with something, it no longer counts what its features promised.
+        let gap = (diagnostics.surrogate_gap).filter(|_| self.method.fallback.is_none());
+        if let Some(gap) = gap.filter(|gap| gap.abs() > 0.1) {
+            let way_out = match self.method.name.solves() && self.method.uniform_share == 0.0 {
                 true => ", which α was chosen by; `refine` works on the former",
                 false => "",
             };
@@ -240,12 +241,13 @@ impl Evidence<'_> {
 
     fn warn_of_samples(&self, diagnostics: &Diagnostics, warnings: &mut Warnings) {
         let (_, n, d) = self.statistics.size();
-        if n < 2 * d {
+        let is_inv = self.metadata.objective.h_score.mode() == HScoreMode::Inv;
+        if is_inv && n < 2 * d {
             warnings.add(
                 "few_samples",
                 format!(
-                    "{n} samples for {d} feature dimensions: H is near its chance level below \
-                     {} samples, and differences between sources are small",
+                    "{n} samples for {d} feature dimensions: H as `inv` is near its chance level \
+                     below {} samples, and differences between sources are small; `cross_validated` is not",
                     2 * d
                 ),
             );
@@ -309,6 +311,13 @@ impl Evidence<'_> {
                     "source `{prompt}` alone has a lower cross-fitted loss ({validation_loss:.4} nats) than the prompt \
                      that the method composed ({composed_validation_loss:.4}), and gets all weight"
                 ),
+            );
+        }
+        if self.resolved_from.is_some() && self.method.name == Method::Hgprompt {
+            warnings.add(
+                "no_fallback",
+                "without the backbone the composed prompt is not compared with the best single source, which may do better"
+                    .into(),
             );
         }
         let solves = self.method.name.solves() && self.fell_back().is_none();

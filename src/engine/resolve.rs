@@ -19,23 +19,22 @@ pub fn resolve(
     let mut steps = Steps::new(observer);
     steps.begin(Phase::Solve)?;
     let (all, recorded) = Statistics::parse(&input.statistics)?;
-    input
-        .objective
-        .check_without_backbone(&recorded.objective, all.gradients.is_some())?;
+    let objective = input.objective.settled(false);
+    objective.check_without_backbone(&recorded.objective, all.gradients.is_some())?;
     let rows = rows_of(&input.sources, &recorded)?;
     let statistics = all.of_sources(&rows);
     let metadata = Metadata {
-        objective: input.objective.clone(),
+        objective: objective.clone(),
         ..recorded.of_sources(&rows)
     };
     let (solved, mut method) = weigh_features(
         statistics.ground(),
-        &input.objective,
+        &objective,
         metadata.classes.len(),
         &mut steps,
         &mut |_, _| unreachable!("`validation` was refused"),
     )?;
-    method.uniform_share = input.objective.uniform_share.known();
+    method.uniform_share = objective.uniform_share.known();
     let alpha = towards_uniform(&solved.solution.alpha, method.uniform_share);
     // Without the backbone there are no features of the composed prompt to fit a head on.
     let composed = composed_prompt(&metadata, anchored(&statistics.prompts, &alpha, None, 1.0));

@@ -48,7 +48,7 @@ fn tolerance(compute: &Compute) -> f64 {
 pub(super) fn job(dir: &Path) -> io::Result<CompositionInput> {
     let mut input = tiny::input(dir, 4, SIGNAL)?;
     input.sources.remove(2);
-    input.objective.h_score.shrinkage = Shrinkage::Fixed(0.5);
+    input.objective.h_score.shrinkage = Some(Shrinkage::Fixed(0.5));
     Ok(input)
 }
 

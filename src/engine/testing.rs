@@ -9,7 +9,7 @@ use super::tiny;
 use super::vit::{Compute, Pass, Vit};
 use crate::domain::backbone::Backbone;
 use crate::domain::composition::{CompositionInput, Observer, Phase};
-use crate::domain::objective::{HScoreOptions, Shrinkage};
+use crate::domain::objective::{HScoreMode, HScoreOptions, Shrinkage};
 use crate::domain::precision::Precision;
 
 pub use super::tiny::{D, TOKENS, noise};
@@ -108,7 +108,8 @@ pub fn assert_close(a: f64, b: f64, tolerance: f64) {
 /// `inv` with a fixed ρ.
 pub fn inv(rho: f64) -> HScoreOptions {
     HScoreOptions {
-        shrinkage: Shrinkage::Fixed(rho),
+        mode: Some(HScoreMode::Inv),
+        shrinkage: Some(Shrinkage::Fixed(rho)),
         ..HScoreOptions::default()
     }
 }

@@ -12,6 +12,7 @@ use crate::domain::backbone::{
 use crate::domain::composition::{CompositionInput, Source, TargetSamples};
 use crate::domain::dataset::Split;
 use crate::domain::digest::Digest;
+use crate::domain::method::Method;
 use crate::domain::objective::Objective;
 use crate::domain::prompt_file::{FORMAT, Origin, PromptFile, PromptMetadata};
 use crate::domain::tensor::{Stored, Tensor};
@@ -159,7 +160,11 @@ pub fn input(dir: &Path, m: usize, signal: f64) -> io::Result<CompositionInput> 
             skip_bad: false,
         },
         sources,
-        objective: Objective::default(),
+        // As published: what all weights depend on, and nothing gives way to anything else.
+        objective: Objective {
+            method: Method::HgpromptPaper,
+            ..Objective::default()
+        },
         stop_when: None,
     })
 }

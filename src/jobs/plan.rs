@@ -11,7 +11,7 @@ use crate::domain::composition::TargetSamples;
 use crate::domain::dataset::Split;
 use crate::domain::digest::Digest;
 use crate::domain::job::{BackboneSpec, EnsembleSpec, SourceSpec, TargetSpec};
-use crate::domain::method::{Fallback, NO_ANCHOR, Scale, UniformShare, common_seed};
+use crate::domain::method::{NO_ANCHOR, Scale, UniformShare, common_seed};
 use crate::domain::objective::{InvalidObjective, Objective, TradeOffRule, Weighing};
 use crate::domain::reference::{Reference, ResourceName};
 use crate::domain::sharing::StopWhen;
@@ -92,9 +92,7 @@ fn check_stop_when(
         let detail = format!("is about gradients, and `{method}` takes none");
         return refused("/stop_when", detail);
     }
-    if matches!(objective.uniform_share, UniformShare::Rule(_))
-        || objective.fallback != Fallback::None
-    {
+    if matches!(objective.uniform_share, UniformShare::Rule(_)) || objective.falls_back() {
         let detail = "cannot be watched with `uniform_share: \"auto\"` or a `fallback`, which know α at the end only; use a \
                       number, and no fallback";
         return refused("/stop_when", detail.to_owned());
@@ -132,7 +130,7 @@ pub async fn plan(
     Ok(EnsembleSpec {
         sources: sources.iter().map(source_spec).collect(),
         backbone: backbone_spec(backbone),
-        objective: request.objective.clone(),
+        objective: request.objective.settled(request.stop_when.is_none()),
         output: output_name(request.output.as_ref(), &target, job_id),
         target: target_spec(&target, &request.samples),
         stop_when: request.stop_when,
@@ -528,7 +526,7 @@ mod tests {
             panic!("9 samples in 8 dimensions");
         };
         assert_eq!(refusal.pointer, "/objective/h_score/shrinkage");
-        objective.h_score.mode = HScoreMode::TraceRatio;
+        objective.h_score.mode = Some(HScoreMode::TraceRatio);
         assert!(check_samples(&objective, 9, 8).is_ok());
     }
 }

@@ -14,7 +14,7 @@ use super::plan::{
 use crate::domain::composition::{CompositionResult, TargetSamples};
 use crate::domain::digest::Digest;
 use crate::domain::job::{EnsembleSpec, JobState, ResolvedFrom, SourceSpec, TargetSpec};
-use crate::domain::method::UniformShare;
+use crate::domain::method::{Criterion, Method, SingleBestOptions, UniformShare};
 use crate::domain::objective::{Objective, TradeOff, TradeOffRule};
 use crate::domain::reference::{Reference, ResourceName, VersionSelector};
 use crate::registry::prompt_versions;
@@ -122,7 +122,7 @@ pub fn plan(
         },
         sources,
         backbone: recorded.backbone.clone(),
-        objective,
+        objective: objective.settled(false),
         output: match &request.output {
             Some(name) => name.to_string(),
             None => default_output(&recorded.target.dataset, job_id),
@@ -135,10 +135,20 @@ pub fn plan(
     })
 }
 
-/// The ensemble's own objective, less what its statistics cannot answer: no refinement, no fallback, and the trade-off and the share of
-/// equal weights that were chosen then in place of choosing anew.
+/// The ensemble's own objective, less what its statistics cannot answer: no refinement, no fallback, and what was chosen then, the
+/// trade-off, the share of equal weights, or the single best source itself, in place of choosing anew.
 fn without_backbone(solved: &Solved) -> Objective {
     let mut objective = solved.spec.objective.without_forward_passes();
+    let fallback = solved.result.method.fallback.as_ref();
+    if fallback.is_some_and(|fallback| fallback.taken) {
+        return Objective {
+            single_best: SingleBestOptions {
+                by: Criterion::Validation,
+            },
+            uniform_share: UniformShare::default(),
+            ..objective.for_method(Method::SingleBest)
+        };
+    }
     if objective.trade_off == Some(TradeOff::Rule(TradeOffRule::Validation)) {
         objective.trade_off = solved.result.objective.trade_off.map(TradeOff::Value);
     }

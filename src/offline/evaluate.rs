@@ -35,7 +35,7 @@ pub struct Args {
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
     /// ρ of the reported H-score, 0 or from 1e-6 to below 1; or `oas`, or `ledoit_wolf`.
-    #[arg(long, default_value_t = HScoreOptions::default().shrinkage)]
+    #[arg(long, default_value_t = HScoreOptions::default().shrinkage())]
     pub h_score_shrinkage: Shrinkage,
     /// ρ of the head.
     #[arg(long, default_value_t = 0.3)]
@@ -79,7 +79,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         eval: Some(&eval),
         num_classes: dataset.classes.len(),
         h_score: &HScoreOptions {
-            shrinkage: args.h_score_shrinkage,
+            shrinkage: Some(args.h_score_shrinkage),
             ..Default::default()
         },
         head: &HeadOptions {

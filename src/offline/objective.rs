@@ -5,15 +5,15 @@ use crate::domain::method::{
     UniformShare,
 };
 use crate::domain::objective::{
-    AlignTokens, AlignmentOptions, AlignmentReading, GradientNorm, HScoreMode, HScoreOptions,
-    HeadKind, HeadOptions, Objective, Shrinkage, Standardise, TradeOff,
+    AlignTokens, AlignmentOptions, AlignmentReading, GradientNorm, HScoreMode, HeadKind,
+    HeadOptions, Objective, Shrinkage, Standardise, TradeOff,
 };
 
 /// What statistics leave open. What is not given stays as it was.
 #[derive(Clone, Debug, clap::Args)]
 pub struct SolveOptions {
-    /// How α is found: `hgprompt`, `h_only`, `alignment_only`, `average`, `single_best`, `spot`, `panda`
-    /// or `attempt` [default: hgprompt].
+    /// How α is found: `hgprompt`, `hgprompt_paper`, `h_only`, `alignment_only`, `average`, `single_best`,
+    /// `spot`, `panda` or `attempt` [default: hgprompt].
     #[arg(long)]
     pub method: Option<Method>,
     /// What `single_best` chooses by: `h_score`, `log_me` or `validation` [default: h_score].
@@ -29,13 +29,14 @@ pub struct SolveOptions {
     /// τ of the entropy term that makes weights dense [default: 0, off].
     #[arg(long, value_name = "TAU")]
     pub entropy: Option<f64>,
-    /// `inv`, `leave_one_out` or `trace_ratio` [default: inv].
+    /// `cross_validated`, `inv` or `trace_ratio` [default: cross_validated; of `hgprompt_paper`: inv].
     #[arg(long = "h-score-mode", visible_alias = "mode")]
     pub h_score_mode: Option<HScoreMode>,
     /// Features: `none` or `per_source` [default: none].
     #[arg(long)]
     pub standardise: Option<Standardise>,
-    /// ρ of the H-score's covariance, 0 or from 1e-6 to below 1; or `oas`, or `ledoit_wolf` [default: 0.01].
+    /// ρ of the H-score's covariance, 0 or from 1e-6 to below 1; or `oas`, or `ledoit_wolf` [default: 0.3 with
+    /// `cross_validated`, otherwise 0.01].
     #[arg(long, value_name = "RHO")]
     pub h_score_shrinkage: Option<Shrinkage>,
     /// Of the gradient alignment: `R1`, `R2` or `R3` [default: R1].
@@ -75,9 +76,9 @@ pub struct BackboneOptions {
     #[arg(long, value_name = "EPOCHS", default_value_t = TargetTuning::default().epochs)]
     pub target_epochs: u32,
     /// `none`, or `single_best`: the source with the lowest cross-fitted loss on the target samples gets all weight where that is
-    /// lower than the composed prompt's.
-    #[arg(long, default_value_t)]
-    pub fallback: Fallback,
+    /// lower than the composed prompt's [default: single_best with `hgprompt`, otherwise none].
+    #[arg(long)]
+    pub fallback: Option<Fallback>,
     /// β in P₀ + β Σ αᵢ (Pᵢ - P₀), or `auto`.
     #[arg(long, value_name = "BETA", default_value_t)]
     pub scale: Scale,
@@ -101,15 +102,13 @@ impl SolveOptions {
             objective.trade_off = self.trade_off;
             objective.alignment_weight = self.alignment_weight;
         }
-        let HScoreOptions {
-            mode,
-            standardise,
-            shrinkage,
-        } = &mut objective.h_score;
         set(&mut objective.entropy, self.entropy);
-        set(mode, self.h_score_mode);
-        set(standardise, self.standardise);
-        set(shrinkage, self.h_score_shrinkage);
+        let h_score = &mut objective.h_score;
+        if self.h_score_mode.is_some_and(|mode| mode != h_score.mode()) {
+            (h_score.mode, h_score.shrinkage) = (self.h_score_mode, None);
+        }
+        set(&mut h_score.standardise, self.standardise);
+        h_score.shrinkage = self.h_score_shrinkage.or(h_score.shrinkage);
         set(&mut objective.alignment.reading, self.reading);
         set(&mut objective.uniform_share, self.uniform_share);
         objective

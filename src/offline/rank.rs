@@ -9,10 +9,9 @@ use super::progress::Bars;
 use super::{EngineOptions, parse_split};
 use crate::domain::composition::{CompositionInput, TargetSamples};
 use crate::domain::dataset::Split;
-use crate::domain::method::Method;
 use crate::domain::method::TargetTuning;
-use crate::domain::objective::{HScoreOptions, Objective, Shrinkage};
-use crate::domain::ranking::{RankedSource, Ranking};
+use crate::domain::objective::{HScoreOptions, Shrinkage};
+use crate::domain::ranking::{RankedSource, Ranking, RankingObjective};
 
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {
@@ -33,14 +32,14 @@ pub struct Args {
     /// Seed of that choice, and of the target's tuning.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
-    /// ρ of the H-score's covariance.
+    /// ρ of the covariance of `h_score` and `h_score_adjusted`.
     #[arg(long, value_name = "RHO", default_value = "0.01")]
     pub h_score_shrinkage: Shrinkage,
     /// Epochs of the short tuning on the target that SPoT's and PANDA's similarities are to.
     #[arg(long, value_name = "EPOCHS", default_value_t = TargetTuning::default().epochs)]
     pub target_epochs: u32,
     /// The metric that the table is sorted by, the best first.
-    #[arg(long, value_name = "METRIC", default_value = "h_score", value_parser = RankedSource::METRICS)]
+    #[arg(long, value_name = "METRIC", default_value = "h_score_cross_validated", value_parser = RankedSource::METRICS)]
     pub by: String,
     /// As JSON, in the order of the sources.
     #[arg(long)]
@@ -60,17 +59,16 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
             skip_bad: args.engine.skip_bad,
         },
         sources: read_sources(&args.sources)?,
-        objective: Objective {
-            method: Method::Panda,
+        objective: RankingObjective {
             h_score: HScoreOptions {
-                shrinkage: args.h_score_shrinkage,
+                shrinkage: Some(args.h_score_shrinkage),
                 ..Default::default()
             },
             target_tuning: TargetTuning {
                 epochs: args.target_epochs,
             },
-            ..Default::default()
-        },
+        }
+        .objective(),
         stop_when: None,
     };
     let ranking = args.engine.engine()?.rank(&input, &mut Bars::default())?;
@@ -119,6 +117,7 @@ mod tests {
             digest: Digest::of(name.as_bytes()),
             h_score,
             h_score_adjusted: 0.5,
+            h_score_cross_validated: 0.25,
             log_me: -0.25,
             leep,
             nce: None,

@@ -184,6 +184,7 @@ pub fn ranking(sources: impl IntoIterator<Item = (String, Digest)>) -> Ranking {
         leep: None,
         nce: None,
         otce: None,
+        h_score_cross_validated: 0.25,
         spot_token_mean: 0.9,
         spot_all_pairs: 0.8,
         panda: -0.1,

@@ -158,6 +158,7 @@ async fn the_engine_ranks_what_was_posted(pool: PgPool) {
         for metric in [
             "h_score",
             "h_score_adjusted",
+            "h_score_cross_validated",
             "log_me",
             "spot_token_mean",
             "spot_all_pairs",

@@ -52,7 +52,10 @@ async fn a_subset_is_solved_again_published_and_told_apart(pool: PgPool) {
     let statistics = Digest::of(b"statistics").to_string();
     let from = json!({"ensemble": ensemble["id"], "statistics": statistics});
     assert_eq!(spec["resolved_from"], from);
-    assert_eq!(spec["objective"], ensemble["spec"]["objective"]);
+    let mut objective = ensemble["spec"]["objective"].clone();
+    assert_eq!(objective["fallback"], "single_best");
+    objective["fallback"] = json!("none");
+    assert_eq!(spec["objective"], objective);
     assert_eq!(spec["backbone"], ensemble["spec"]["backbone"]);
     assert_eq!(spec["target"]["dataset"], "pets");
     assert_eq!(spec["target"]["eval_split"], Value::Null);

@@ -61,8 +61,8 @@ impl Shrinkage {
 impl HScoreOptions {
     /// As [`Shrinkage::check_samples`]; `trace_ratio` inverts nothing.
     pub fn check_samples(&self, n: usize, d: usize) -> Result<(), InvalidObjective> {
-        match self.mode {
-            HScoreMode::Inv | HScoreMode::LeaveOneOut => self.shrinkage.check_samples(n, d),
+        match self.mode() {
+            HScoreMode::Inv | HScoreMode::CrossValidated => self.shrinkage().check_samples(n, d),
             HScoreMode::TraceRatio => Ok(()),
         }
     }
@@ -71,7 +71,7 @@ impl HScoreOptions {
 impl Objective {
     /// Checks ranges and says how the terms are weighed.
     pub fn weighing(&self) -> Result<Weighing, InvalidObjective> {
-        self.h_score.shrinkage.check("h_score.shrinkage")?;
+        self.h_score.shrinkage().check("h_score.shrinkage")?;
         check_shrinkage("head.shrinkage", self.head.shrinkage)?;
         if !(self.entropy.is_finite() && self.entropy >= 0.0) {
             let problem = format!("is {}; it must be finite and ≥ 0", self.entropy);
@@ -87,7 +87,7 @@ impl Objective {
         }
         self.check_method()?;
         match self.method {
-            Method::Hgprompt => {}
+            method if method.weighs() => {}
             Method::AlignmentOnly => return Ok(Weighing::TradeOff(1.0)),
             _ => return Ok(Weighing::TradeOff(0.0)),
         }
@@ -123,7 +123,7 @@ impl Objective {
         }
         let only_solved = [("entropy", self.entropy > 0.0), ("refine", self.refine > 0)];
         for (field, given) in only_hgprompt {
-            if given && method != Method::Hgprompt {
+            if given && !method.weighs() {
                 return refuse(
                     field,
                     format!("is of the method `hgprompt`; `{method}` weighs no terms"),
@@ -165,7 +165,7 @@ impl Objective {
             return refuse("target_tuning.epochs", problem);
         }
         self.check_uniform_share()?;
-        if !is_off(&self.fallback) && self.refine > 0 {
+        if self.falls_back() && self.refine > 0 {
             return refuse("fallback", "excludes `refine`, which it would undo");
         }
         match self.scale {
@@ -193,9 +193,37 @@ impl Objective {
         }
     }
 
+    /// Whether a `fallback` is asked for.
+    pub fn falls_back(&self) -> bool {
+        self.fallback == Some(Fallback::SingleBest)
+    }
+
+    /// What it means on the whole, with what is not said as the method has it. Without a backbone, or where a `stop_when` looks at
+    /// α on the way, there can be no fallback.
+    pub fn settled(&self, can_fall_back: bool) -> Self {
+        let mut settled = self.clone();
+        let h_score = &mut settled.h_score;
+        h_score.mode.get_or_insert(match self.method {
+            Method::HgpromptPaper => HScoreMode::Inv,
+            _ => HScoreMode::default(),
+        });
+        h_score.shrinkage = Some(h_score.shrinkage());
+        let falls_back = can_fall_back && self.method == Method::Hgprompt && self.refine == 0;
+        settled.fallback.get_or_insert(match falls_back {
+            true => Fallback::SingleBest,
+            false => Fallback::None,
+        });
+        settled
+    }
+
     /// The same by another method, less what belongs to this one alone.
     pub fn for_method(&self, method: Method) -> Self {
+        let mut h_score = self.h_score.clone();
+        if (method == Method::HgpromptPaper) != (self.method == Method::HgpromptPaper) {
+            (h_score.mode, h_score.shrinkage) = (None, None);
+        }
         Self {
+            h_score,
             method,
             trade_off: None,
             alignment_weight: None,
@@ -217,7 +245,7 @@ impl Objective {
                 UniformShare::Rule(_) => UniformShare::default(),
                 value => value,
             },
-            fallback: Fallback::None,
+            fallback: Some(Fallback::None),
             scale: Scale::default(),
             anchor: None,
             ..self.clone()
@@ -257,7 +285,7 @@ impl Objective {
                 "`auto` needs the backbone: run the whole composition, or choose a number",
             );
         }
-        if !is_off(&self.fallback) {
+        if self.falls_back() {
             return refuse("fallback", "needs the backbone: run the whole composition");
         }
         if self.scale != Scale::default() {
@@ -341,6 +369,61 @@ mod tests {
     }
 
     #[test]
+    fn what_is_not_said_is_as_the_method_has_it() {
+        let settled = |json: &str, can_fall_back| {
+            let objective: Objective = serde_json::from_str(json).unwrap();
+            let settled = objective.settled(can_fall_back);
+            assert_eq!(settled.settled(true), settled, "{json}");
+            let HScoreOptions {
+                mode, shrinkage, ..
+            } = settled.h_score;
+            (mode.unwrap(), shrinkage.unwrap(), settled.fallback.unwrap())
+        };
+        let fixed = Shrinkage::Fixed;
+        let (cross_validated, inv) = (HScoreMode::CrossValidated, HScoreMode::Inv);
+        for (json, can_fall_back, expected) in [
+            (
+                "{}",
+                true,
+                (cross_validated, fixed(0.3), Fallback::SingleBest),
+            ),
+            ("{}", false, (cross_validated, fixed(0.3), Fallback::None)),
+            (
+                r#"{"refine": 1}"#,
+                true,
+                (cross_validated, fixed(0.3), Fallback::None),
+            ),
+            (
+                r#"{"fallback": "none"}"#,
+                true,
+                (cross_validated, fixed(0.3), Fallback::None),
+            ),
+            (
+                r#"{"method": "average"}"#,
+                true,
+                (cross_validated, fixed(0.3), Fallback::None),
+            ),
+            (
+                r#"{"method": "hgprompt_paper"}"#,
+                true,
+                (inv, fixed(0.01), Fallback::None),
+            ),
+            (
+                r#"{"method": "hgprompt_paper", "h_score": {"shrinkage": 0.1}}"#,
+                true,
+                (inv, fixed(0.1), Fallback::None),
+            ),
+            (
+                r#"{"h_score": {"mode": "inv"}}"#,
+                true,
+                (inv, fixed(0.01), Fallback::SingleBest),
+            ),
+        ] {
+            assert_eq!(settled(json, can_fall_back), expected, "{json}");
+        }
+    }
+
+    #[test]
     fn a_method_goes_with_its_own_options_alone() {
         let check = |json: &str| serde_json::from_str::<Objective>(json).unwrap().weighing();
         let field = |json: &str| check(json).unwrap_err().field;
@@ -392,6 +475,9 @@ mod tests {
         let average = full.for_method(Method::Average);
         assert!(average.weighing().is_ok());
         assert_eq!(average.h_score, full.h_score);
+        let published = full.for_method(Method::HgpromptPaper).settled(true);
+        assert_eq!(published.h_score.mode(), HScoreMode::Inv);
+        assert_eq!(published.h_score.shrinkage(), Shrinkage::Fixed(0.01));
         // What is not said is not written: specifications of before have the digests that they had.
         let written = serde_json::to_value(Objective::default()).unwrap();
         for since in ["method", "scale", "uniform_share", "fallback"] {

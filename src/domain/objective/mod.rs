@@ -62,9 +62,10 @@ pub struct Objective {
     /// beat where α* is uncertain. Default 0; excludes `refine`.
     #[serde(skip_serializing_if = "is_off")]
     pub uniform_share: UniformShare,
-    /// What α gives way to where that has the lower cross-fitted loss on the target samples. Excludes `refine`.
-    #[serde(skip_serializing_if = "is_off")]
-    pub fallback: Fallback,
+    /// What α gives way to where that has the lower cross-fitted loss on the target samples. Excludes `refine`. Default
+    /// `single_best` with the method `hgprompt` (without `refine`, `stop_when`, and with a backbone), otherwise `none`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fallback: Option<Fallback>,
     /// β in P_T = P₀ + β Σ αᵢ (Pᵢ - P₀): how far the composed prompt goes from the shared initial prompt P₀ towards
     /// Σ αᵢ Pᵢ. Default 1, the paper's sum.
     #[serde(skip_serializing_if = "is_off")]
@@ -105,33 +106,44 @@ pub enum TradeOffRule {
     Validation,
 }
 
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct HScoreOptions {
-    pub mode: HScoreMode,
+    /// Default `cross_validated`; with the method `hgprompt_paper`, `inv`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mode: Option<HScoreMode>,
     pub standardise: Standardise,
-    pub shrinkage: Shrinkage,
+    /// Default 0.3 with `cross_validated`, otherwise 0.01.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shrinkage: Option<Shrinkage>,
 }
 
-impl Default for HScoreOptions {
-    fn default() -> Self {
-        Self {
-            mode: HScoreMode::default(),
-            standardise: Standardise::default(),
-            shrinkage: Shrinkage::Fixed(0.01),
-        }
+impl HScoreOptions {
+    pub fn mode(&self) -> HScoreMode {
+        self.mode.unwrap_or_default()
+    }
+
+    /// ρ, or how it is estimated.
+    pub fn shrinkage(&self) -> Shrinkage {
+        self.shrinkage
+            .unwrap_or(Shrinkage::Fixed(match self.mode() {
+                HScoreMode::CrossValidated => 0.3,
+                HScoreMode::Inv | HScoreMode::TraceRatio => 0.01,
+            }))
     }
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum HScoreMode {
-    /// tr(cov(f)⁻¹ cov(E[f|y])), the definition (Bao et al. 2019).
-    #[default]
-    Inv,
     /// K-1 less the squared error with which ridge regression of the classes on the features, ρ and all, misses samples that it
-    /// was not fitted on (leave-one-out: Allen 1974). Not raised by chance where N is not far above d; ρ = 0.3 does well there.
-    LeaveOneOut,
+    /// was not fitted on, by generalised cross-validation (Golub, Heath & Wahba 1979). Not raised by chance where N is not far
+    /// above d; below 0 where the features are worse than none.
+    #[default]
+    CrossValidated,
+    /// tr(cov(f)⁻¹ cov(E[f|y])), the definition (Bao et al. 2019): what the same regression explains of the samples that it was
+    /// fitted on.
+    Inv,
     /// tr cov(E[f|y]) / tr cov(f), as in H-ensemble's code (Wu et al. 2024); needs no shrinkage.
     TraceRatio,
 }

@@ -31,7 +31,7 @@ use crate::domain::composition::{
     Source, TokenAlignment,
 };
 use crate::domain::dataset::LabelledImages;
-use crate::domain::method::{Method, NO_ANCHOR, Scale};
+use crate::domain::method::{NO_ANCHOR, Scale};
 use crate::domain::objective::{HScoreOptions, InvalidObjective, Objective, Shrinkage};
 use crate::domain::prompt_file::PromptFile;
 use crate::domain::sharing::StopWhen;
@@ -46,14 +46,12 @@ pub fn compose(
     observer: &mut dyn Observer,
 ) -> Result<Composition, EngineError> {
     let CompositionInput {
-        objective,
-        target,
-        sources,
-        ..
+        target, sources, ..
     } = input;
+    let objective = &input.objective.settled(input.stop_when.is_none());
     let mut steps = Steps::new(observer);
     let inputs = Inputs::read(backbone, vit, input, &mut steps)?;
-    let work = inputs.work(backbone, vit, input);
+    let work = inputs.work(backbone, vit, input, objective);
     let Inputs {
         samples, dataset, ..
     } = &inputs;
@@ -179,6 +177,7 @@ impl Inputs {
         backbone: &'a Backbone,
         vit: &'a Vit,
         input: &'a CompositionInput,
+        objective: &'a Objective,
     ) -> Work<'a> {
         Work {
             backbone,
@@ -189,7 +188,7 @@ impl Inputs {
             seed: input.target.seed,
             init_seed: self.init_seed,
             anchor: self.anchor.as_ref(),
-            objective: &input.objective,
+            objective,
             stop_when: input.stop_when,
             tensors: self.prompts.iter().map(|p| prompt_tensor(p, vit)).collect(),
             prompts: &self.prompts,
@@ -333,7 +332,7 @@ impl Work<'_> {
     ) -> Result<Verified, EngineError> {
         let options = self.h_score_as_used(solved);
         let evaluation = self.evaluation(&options);
-        let compares = self.eval.is_some() && self.objective.method == Method::Hgprompt;
+        let compares = self.eval.is_some() && self.objective.method.weighs();
         let anew = evaluation.work(false);
         let mut count = steps.counter(if compares {
             2 * anew + evaluation.work(true)
@@ -384,10 +383,9 @@ impl Work<'_> {
     fn h_score_as_used(&self, solved: &Solved) -> HScoreOptions {
         let asked = &self.objective.h_score;
         HScoreOptions {
-            shrinkage: solved
-                .h_score
-                .shrinkage()
-                .map_or(asked.shrinkage, Shrinkage::Fixed),
+            shrinkage: (solved.h_score.shrinkage())
+                .map(Shrinkage::Fixed)
+                .or(asked.shrinkage),
             ..asked.clone()
         }
     }

@@ -4,6 +4,7 @@ use super::{Inputs, TargetPrompt};
 use crate::domain::backbone::Backbone;
 use crate::domain::composition::{CompositionInput, Observer, Phase};
 use crate::domain::method::Similarity;
+use crate::domain::objective::HScoreOptions;
 use crate::domain::ranking::{RankedSource, Ranking};
 use crate::engine::EngineError;
 use crate::engine::cache::{CachedSources, ResultCache};
@@ -25,13 +26,14 @@ pub fn rank(
 ) -> Result<Ranking, EngineError> {
     let mut steps = Steps::new(observer);
     let inputs = Inputs::read(backbone, vit, input, &mut steps)?;
-    let work = inputs.work(backbone, vit, input);
+    let work = inputs.work(backbone, vit, input, &input.objective);
     let mut cached = CachedSources::new(cache, backbone, vit, &inputs.samples, work.prompts);
     let (features, _) = work.all_features(&mut cached, &mut steps)?;
 
     steps.begin(Phase::Solve)?;
     let labels = &inputs.samples.labels;
     let h_score = HScore::new(&features, labels, &input.objective.h_score)?;
+    let cross_validated = HScore::new(&features, labels, &HScoreOptions::default())?;
     let target = work.target_prompt(target_prompt.take(), &mut steps)?;
     let (_, panda) = work.by_effects(&features, &target.embeddings, &mut steps)?;
     let m = work.prompts.len();
@@ -45,6 +47,7 @@ pub fn rank(
             digest: source.digest,
             h_score: h_score.value(&alone)?,
             h_score_adjusted: h_score.adjusted(&alone)?,
+            h_score_cross_validated: cross_validated.value(&alone)?,
             log_me: scores.log_me,
             leep: scores.leep,
             nce: scores.nce,

@@ -10,7 +10,7 @@ use crate::domain::composition::{
 };
 use crate::domain::digest::Digest;
 use crate::domain::method::{
-    Criterion, Fallback, Method, Scale, ScaleRule, SpotChoice, UniformShare, UniformShareRule,
+    Criterion, Method, Scale, ScaleRule, SpotChoice, UniformShare, UniformShareRule,
 };
 use crate::domain::tensor::Tensor as PlainTensor;
 use crate::domain::tuning::{NoCheckpoints, TuningOptions};
@@ -211,7 +211,7 @@ impl Work<'_> {
         ground: Ground<'_>,
         steps: &mut Steps<'_>,
     ) -> Result<(Vec<f64>, Option<FallbackReport>), EngineError> {
-        if self.objective.fallback == Fallback::None {
+        if !self.objective.falls_back() {
             return Ok((alpha, None));
         }
         let by = Criterion::Validation;

@@ -82,14 +82,6 @@ impl SecondMoments {
         self.dual
     }
 
-    /// d or N
-    pub fn size(&self) -> i64 {
-        match &self.kept {
-            Kept::Pairs(packed) => packed.triangle.size,
-            Kept::Features(x) => x.size()[if self.dual { 1 } else { 2 }],
-        }
-    }
-
     /// The same of the samples that are not those of `left_out` [M, N - `num_kept`, d], about their `mean`
     /// [M, d]; none where that takes their features.
     pub fn without(&self, left_out: &Tensor, mean: &Tensor, num_kept: usize) -> Option<Self> {

@@ -116,7 +116,25 @@ impl Sums {
 
     /// N-1
     pub fn degrees(&self) -> f64 {
-        (self.counts.iter().sum::<usize>().max(2) - 1) as f64
+        self.num_samples().max(2.0) - 1.0
+    }
+
+    /// N
+    pub fn num_samples(&self) -> f64 {
+        self.counts.iter().sum::<usize>() as f64
+    }
+
+    /// K, of the classes present.
+    pub fn num_classes(&self) -> f64 {
+        self.counts.len() as f64
+    }
+
+    /// √n_c [K]
+    pub fn rooted_counts(&self) -> Tensor {
+        let roots: Vec<f64> = (self.counts.iter())
+            .map(|count| (*count as f64).sqrt())
+            .collect();
+        Tensor::from_slice(&roots)
     }
 
     /// w_c/n_c² = 1/(n_c (N-1)) [K], as `by_class` has n_c times the class means.

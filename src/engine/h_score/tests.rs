@@ -7,7 +7,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::second_moments::SecondMoments;
 use super::sums::{Centring, Sums};
-use super::{HScore, centred, indicators, numbered, shrinkage};
+use super::{Form, HScore, centred, numbered, shrinkage};
 use crate::domain::objective::{
     HScoreMode, HScoreOptions, Shrinkage, ShrinkageEstimate, Standardise,
 };
@@ -75,28 +75,29 @@ fn no_way_of_keeping_the_moments_changes_a_value() {
     let features = features(&[0.5, 1.0, 0.3], &labels, 9, 2);
     let alphas = [[0.2, 0.3, 0.5], [0.0, 0.4, 0.6]];
     let (classes, num_classes) = numbered(&labels);
-    let mut of_forms = Vec::new();
-    for dual in [false, true] {
-        for packed in [true, false] {
+    for cross_validated in [false, true] {
+        let mut of_forms = Vec::new();
+        for (dual, packed) in [(false, true), (false, false), (true, true), (true, false)] {
             let centring = Centring::of(&features, Standardise::None);
             let moments = match packed {
                 true => SecondMoments::of(&features, &centring, dual),
                 false => SecondMoments::made_each_time(centring.apply(&features), dual),
             };
             let sums = Sums::of(centring.blocks(&features), &classes, num_classes);
-            let h = HScore::inv(centring, sums, 0.05, moments, &classes).unwrap();
+            let h = HScore::regression(centring, sums, (0.05, cross_validated), moments, &classes);
+            let h = h.unwrap();
             let values = alphas.map(|alpha| h.value_and_gradient(&alpha).unwrap());
             let chance = alphas.map(|alpha| h.chance(&alpha).unwrap());
             of_forms.push((values, chance));
         }
-    }
-    let (first, first_chance) = &of_forms[0];
-    for (values, chance) in &of_forms[1..] {
-        for k in 0..alphas.len() {
-            assert_close(values[k].0, first[k].0, 1e-11);
-            assert_close(chance[k], first_chance[k], 1e-10);
-            for (a, b) in values[k].1.iter().zip(&first[k].1) {
-                assert_close(*a, *b, 1e-9);
+        let (first, first_chance) = &of_forms[0];
+        for (values, chance) in &of_forms[1..] {
+            for k in 0..alphas.len() {
+                assert_close(values[k].0, first[k].0, 1e-11);
+                assert_close(chance[k], first_chance[k], 1e-10);
+                for (a, b) in values[k].1.iter().zip(&first[k].1) {
+                    assert_close(*a, *b, 1e-9);
+                }
             }
         }
     }
@@ -107,16 +108,16 @@ fn the_dual_form_is_chosen_below_seven_tenths_of_d() {
     for (n, dual) in [(6, true), (7, false)] {
         let labels = labels(n, 2);
         let h = h(&features(&[1.0], &labels, 10, 3), &labels, &inv(0.1));
-        assert_eq!(h.inv_parts().1.is_dual(), dual, "N = {n}");
+        assert_eq!(is_dual(&h), dual, "N = {n}");
     }
 }
 
 #[test]
 fn gradients_agree_with_central_differences_in_every_form() {
     let options = |mode, standardise| HScoreOptions {
-        mode,
+        mode: Some(mode),
         standardise,
-        shrinkage: Shrinkage::Fixed(0.05),
+        shrinkage: Some(Shrinkage::Fixed(0.05)),
     };
     let cases = [
         (40, 7, inv(0.05)),
@@ -124,11 +125,15 @@ fn gradients_agree_with_central_differences_in_every_form() {
         (12, 20, inv(0.05)),
         (40, 7, options(HScoreMode::Inv, Standardise::PerSource)),
         (40, 7, options(HScoreMode::TraceRatio, Standardise::None)),
-        (40, 7, options(HScoreMode::LeaveOneOut, Standardise::None)),
+        (
+            40,
+            7,
+            options(HScoreMode::CrossValidated, Standardise::None),
+        ),
         (
             12,
             20,
-            options(HScoreMode::LeaveOneOut, Standardise::PerSource),
+            options(HScoreMode::CrossValidated, Standardise::PerSource),
         ),
     ];
     for (n, d, options) in cases {
@@ -163,7 +168,7 @@ fn the_trace_ratio_is_the_ratio_of_the_traces() {
     let labels = labels(30, 3);
     let features = features(&[0.5, 1.0], &labels, 6, 4);
     let options = HScoreOptions {
-        mode: HScoreMode::TraceRatio,
+        mode: Some(HScoreMode::TraceRatio),
         ..Default::default()
     };
     let h = h(&features, &labels, &options);
@@ -176,44 +181,48 @@ fn the_trace_ratio_is_the_ratio_of_the_traces() {
     assert_close(h.chance(&alpha).unwrap(), 2.0 / 29.0, 1e-12);
 }
 
-/// Every sample in turn left out of a ridge regression with a free intercept, by its normal equations.
+/// The hat matrix of a ridge regression with a free intercept, by its normal equations.
 #[test]
-fn leave_one_out_is_the_error_of_regressions_without_the_sample() {
+fn cross_validated_h_is_the_error_of_a_ridge_regression_by_its_hat_matrix() {
     for (n, d) in [(30, 5), (12, 20)] {
         let labels = labels(n, 3);
         let features = features(&[0.5, 1.0], &labels, d, 4);
         let (alpha, rho) = ([0.3, 0.7], 0.2);
-        let options = HScoreOptions {
-            mode: HScoreMode::LeaveOneOut,
-            ..inv(rho)
-        };
         let (x, _) = mixed(&features, &labels, &alpha);
-        let variance = f64::try_from(x.square().sum(Kind::Double)).unwrap() / (n - 1) as f64;
-        let penalty = rho * variance / d as f64 * (n - 1) as f64 / (1.0 - rho);
+        let squares = |t: &Tensor| f64::try_from(t.square().sum(Kind::Double)).unwrap();
+        let penalty = rho * squares(&x) / d as f64 / (1.0 - rho);
         let mut penalties = vec![penalty; d];
         penalties.push(0.0);
         let penalties = Tensor::from_slice(&penalties).diag(0);
         let ones = Tensor::ones([n as i64, 1], (Kind::Double, Device::Cpu));
         let x = Tensor::cat(&[x, ones], 1);
-        let (classes, num_classes) = numbered(&labels);
-        let counts: Vec<usize> = (0..num_classes)
-            .map(|class| classes.iter().filter(|own| **own == class).count())
+        let hat = x
+            .matmul(&(x.tr().matmul(&x) + penalties).inverse())
+            .matmul(&x.tr());
+        let z: Vec<f64> = (labels.iter())
+            .flat_map(|label| {
+                let size = labels.iter().filter(|other| *other == label).count() as f64;
+                (0..3).map(move |k| f64::from(u8::from(k == *label)) / size.sqrt())
+            })
             .collect();
-        let z = indicators(&classes, &counts);
-        let mut expected = 2.0;
-        for out in 0..n {
-            let kept: Vec<usize> = (0..n).filter(|row| *row != out).collect();
-            let rows = row_tensor(&kept);
-            let (own, theirs) = (x.index_select(0, &rows), z.index_select(0, &rows));
-            let normal = own.tr().matmul(&own) + &penalties;
-            let fitted = normal.inverse().matmul(&own.tr().matmul(&theirs));
-            let error =
-                z.get(out as i64) - x.get(out as i64).unsqueeze(0).matmul(&fitted).squeeze();
-            expected -= f64::try_from(error.square().sum(Kind::Double)).unwrap();
-        }
+        let z = Tensor::from_slice(&z).view([n as i64, 3]);
+        let residual = 1.0 - f64::try_from(hat.trace()).unwrap() / n as f64;
+        let expected = 2.0 - squares(&(&z - hat.matmul(&z))) / residual.powi(2);
+        let options = HScoreOptions {
+            mode: Some(HScoreMode::CrossValidated),
+            ..inv(rho)
+        };
         let h = h(&features, &labels, &options);
+        assert_eq!(is_dual(&h), n < d);
         assert_close(h.value(&alpha).unwrap(), expected, 1e-9);
         assert_eq!(h.shrinkage(), Some(rho));
+    }
+}
+
+fn is_dual(h: &HScore) -> bool {
+    match &h.form {
+        Form::Regression(regression) => regression.moments.is_dual(),
+        Form::TraceRatio { .. } => false,
     }
 }
 
@@ -307,12 +316,15 @@ fn shuffled_labels_score_what_chance_says() {
         (40, 6, HScoreMode::Inv),
         (14, 30, HScoreMode::Inv),
         (40, 6, HScoreMode::TraceRatio),
-        (40, 6, HScoreMode::LeaveOneOut),
-        (14, 30, HScoreMode::LeaveOneOut),
+        (40, 6, HScoreMode::CrossValidated),
+        (14, 30, HScoreMode::CrossValidated),
     ] {
         let labels = labels(n, 4);
         let f = features(&[1.0], &labels, d, 11);
-        let options = HScoreOptions { mode, ..inv(0.1) };
+        let options = HScoreOptions {
+            mode: Some(mode),
+            ..inv(0.1)
+        };
         let expected = h(&f, &labels, &options).chance(&[1.0]).unwrap();
         let shuffles = 400;
         let (mut scores, mut adjusted) = (Vec::new(), 0.0);
@@ -353,11 +365,11 @@ fn leaving_samples_out_is_not_having_had_them() {
     let labels = labels(40, 4);
     let of_class_two: Vec<usize> = (0..40).filter(|row| labels[*row] == 2).collect();
     let trace_ratio = HScoreOptions {
-        mode: HScoreMode::TraceRatio,
+        mode: Some(HScoreMode::TraceRatio),
         ..inv(0.05)
     };
-    let leave_one_out = HScoreOptions {
-        mode: HScoreMode::LeaveOneOut,
+    let cross_validated = HScoreOptions {
+        mode: Some(HScoreMode::CrossValidated),
         ..inv(0.05)
     };
     // In the primal form and the dual one.
@@ -365,7 +377,8 @@ fn leaving_samples_out_is_not_having_had_them() {
         (6, inv(0.05)),
         (90, inv(0.05)),
         (6, trace_ratio),
-        (6, leave_one_out),
+        (6, cross_validated.clone()),
+        (90, cross_validated),
     ] {
         let f = features(&[0.5, 1.0], &labels, d, 9);
         for rows in [&[3, 4, 17, 39][..], &of_class_two] {
@@ -479,8 +492,8 @@ fn h_is_the_transfer_learning_librarys() {
     for case in fixture::<Vec<Case>>("scores.json") {
         let x = matrix(&case.features).unsqueeze(0);
         let by_ledoit_wolf = HScoreOptions {
-            shrinkage: Shrinkage::Estimated(ShrinkageEstimate::LedoitWolf),
-            ..HScoreOptions::default()
+            shrinkage: Some(Shrinkage::Estimated(ShrinkageEstimate::LedoitWolf)),
+            ..inv(0.0)
         };
         let h_lw = h(&x, &case.labels, &by_ledoit_wolf);
         assert_close(h_lw.shrinkage().unwrap(), case.ledoit_wolf, 1e-10);

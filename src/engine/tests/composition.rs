@@ -430,7 +430,7 @@ fn refinement_of_h_alone_never_lowers_the_true_h() {
     let dir = tempfile::tempdir().unwrap();
     let mut input = input(dir.path(), 3);
     input.objective.trade_off = Some(TradeOff::Value(0.0));
-    input.objective.h_score.shrinkage = Shrinkage::Fixed(0.1);
+    input.objective.h_score.shrinkage = Some(Shrinkage::Fixed(0.1));
     let plain = compose(&input).unwrap().result;
     input.objective.refine = 3;
     let refined = compose(&input).unwrap().result;

@@ -100,9 +100,9 @@ fn the_ablations_are_the_ends_of_the_path() {
     let of = |objective| compose(&job(dir.path(), objective));
     let (h_only, phases) = of(json!({"method": "h_only"}));
     assert!(!phases.contains(&Phase::Gradients));
-    let (at_0, _) = of(json!({"trade_off": 0}));
+    let (at_0, _) = of(json!({"trade_off": 0, "fallback": "none"}));
     let (alignment_only, _) = of(json!({"method": "alignment_only"}));
-    let (at_1, _) = of(json!({"trade_off": 1}));
+    let (at_1, _) = of(json!({"trade_off": 1, "fallback": "none"}));
     assert_close(
         h_only.result.objective.h_score,
         at_0.result.objective.h_score,
@@ -110,7 +110,7 @@ fn the_ablations_are_the_ends_of_the_path() {
     );
     assert_eq!(weights(&alignment_only), weights(&at_1));
     // Of all methods, none has a higher H, and none a lower L_align.
-    let (hgprompt, _) = of(json!({}));
+    let (hgprompt, _) = of(json!({"fallback": "none"}));
     assert!(h_only.result.objective.h_score >= hgprompt.result.objective.h_score - 1e-9);
     let l = |c: &Composition| c.result.objective.gradient_alignment.unwrap();
     assert!(l(&alignment_only) <= l(&hgprompt) + 1e-12);
@@ -203,10 +203,11 @@ fn a_fallback_is_the_single_best_where_the_composed_prompt_is_worse() {
     for mut objective in [
         json!({"method": "average"}),
         json!({"method": "h_only", "h_score": {"shrinkage": 0.5}}),
-        json!({"h_score": {"mode": "leave_one_out", "shrinkage": 0.3}}),
+        json!({}),
         // All weight on the worst.
         json!({"method": "spot", "spot": {"top_k": 1}, "target_tuning": {"epochs": 1}}),
     ] {
+        objective["fallback"] = json!("none");
         let own = of(objective.clone());
         assert!(own.result.method.fallback.is_none());
         objective["fallback"] = json!("single_best");
@@ -231,6 +232,9 @@ fn a_fallback_is_the_single_best_where_the_composed_prompt_is_worse() {
         taken.push(report.taken);
     }
     assert!(taken.contains(&true), "{taken:?}");
+    // It is there by default.
+    let by_default = of(json!({}));
+    assert_eq!(by_default.result.method.fallback.unwrap().taken, taken[2]);
 
     // A source alone is no worse than itself.
     let alone = of(json!({"method": "single_best", "single_best": by, "fallback": "single_best"}));
@@ -297,7 +301,8 @@ fn statistics_serve_every_method_that_they_suffice_for() {
         };
         Engine::new(Device::Cpu).resolve(&again, &mut Recorder::default())
     };
-    let input = job(dir.path(), json!({"h_score": {"shrinkage": 0.5}}));
+    let own = json!({"h_score": {"shrinkage": 0.5}, "fallback": "none"});
+    let input = job(dir.path(), own.clone());
     let (whole, _) = compose(&input);
     for objective in [
         json!({"method": "average"}),
@@ -309,8 +314,10 @@ fn statistics_serve_every_method_that_they_suffice_for() {
         assert_eq!(weights(&again), weights(&direct));
         assert_eq!(again.result.method.scores, direct.result.method.scores);
         // The gradients are still there for who needs them.
-        let back = resolve(&again, &input, json!({"h_score": {"shrinkage": 0.5}})).unwrap();
+        let back = resolve(&again, &input, own.clone()).unwrap();
         assert_eq!(weights(&back), weights(&whole));
+        let warnings = &back.result.warnings;
+        assert!(warnings.iter().any(|warning| warning.code == "no_fallback"));
     }
 
     let (average, _) = compose(&job(dir.path(), json!({"method": "average"})));

@@ -32,7 +32,8 @@ pub(super) struct ResolveEnsemble {
     /// Replaces the ensemble's own objective as a whole, so repeat what is to stay: `head`,
     /// `align_tokens` and `alignment.gradient_norm` are fixed by the statistics and must be what
     /// they were; `refine`, `fallback`, `scale` and what is chosen by validation need the backbone. Left out, it is the
-    /// ensemble's own without `refine`, `fallback` and `scale`, at the trade-off and the `uniform_share` that were chosen.
+    /// ensemble's own without `refine`, `fallback` and `scale`, at the trade-off and the `uniform_share` that were chosen; where
+    /// it fell back, `single_best` by `validation`.
     objective: Option<Objective>,
     #[serde(default)]
     output: Output,

@@ -23,89 +23,101 @@ pub const NONE: &str = "none";
 pub const OWN: &str = "own";
 /// One source, as it is.
 pub const ALONE: &str = "alone";
+/// As published.
 pub const HGPROMPT: &str = "hgprompt";
+/// What an objective that says nothing means.
+pub const DEFAULT: &str = "default";
 
 /// In the order of the tables.
-pub const METHODS: [Method; 16] = [
+pub const METHODS: [Method; 17] = [
     Method {
         key: NONE,
         label: "no transfer (initial prompt)",
-        objective: || json!({"method": "average"}),
+        objective: || published(json!({"method": "average"})),
     },
     Method {
         key: OWN,
         label: "the target's own prompt",
-        objective: || json!({"method": "average"}),
+        objective: || published(json!({"method": "average"})),
     },
     Method {
         key: "average",
         label: "average",
-        objective: || json!({"method": "average"}),
+        objective: || published(json!({"method": "average"})),
     },
     Method {
         key: "single_best",
         label: "single best, by H",
-        objective: || json!({"method": "single_best"}),
+        objective: || published(json!({"method": "single_best"})),
     },
     Method {
         key: "single_best_log_me",
         label: "single best, by LogME",
-        objective: || json!({"method": "single_best", "single_best": {"by": "log_me"}}),
+        objective: || published(json!({"method": "single_best", "single_best": {"by": "log_me"}})),
     },
     Method {
         key: "single_best_validation",
         label: "single best, by validation",
-        objective: || json!({"method": "single_best", "single_best": {"by": "validation"}}),
+        objective: || {
+            published(json!({"method": "single_best", "single_best": {"by": "validation"}}))
+        },
     },
     Method {
         key: "spot",
         label: "SPoT, all pairs",
-        objective: || json!({"method": "spot"}),
+        objective: || published(json!({"method": "spot"})),
     },
     Method {
         key: "spot_token_mean",
         label: "SPoT, mean tokens",
-        objective: || json!({"method": "spot", "spot": {"similarity": "token_mean"}}),
+        objective: || published(json!({"method": "spot", "spot": {"similarity": "token_mean"}})),
     },
     Method {
         key: "spot_best_of_3",
         label: "SPoT, best of 3",
-        objective: || json!({"method": "spot", "spot": {"top_k": 3, "choice": "best_of"}}),
+        objective: || {
+            published(json!({"method": "spot", "spot": {"top_k": 3, "choice": "best_of"}}))
+        },
     },
     Method {
         key: "panda",
         label: "PANDA",
-        objective: || json!({"method": "panda"}),
+        objective: || published(json!({"method": "panda"})),
     },
     Method {
         key: "attempt",
         label: "ATTEMPT, mean attention",
-        objective: || json!({"method": "attempt"}),
+        objective: || published(json!({"method": "attempt"})),
     },
     Method {
         key: "h_only",
         label: "H only",
-        objective: || json!({"method": "h_only"}),
+        objective: || published(json!({"method": "h_only"})),
     },
     Method {
         key: "alignment_only",
         label: "alignment only",
-        objective: || json!({"method": "alignment_only"}),
+        objective: || published(json!({"method": "alignment_only"})),
     },
     Method {
         key: HGPROMPT,
-        label: "HGPrompt",
+        label: "HGPrompt, as published",
+        objective: || published(json!({})),
+    },
+    Method {
+        key: DEFAULT,
+        label: "HGPrompt, promptweave's default",
         objective: || json!({}),
     },
     Method {
         key: "average_auto",
         label: "average, scale auto",
-        objective: || json!({"method": "average", "scale": "auto"}),
+        objective: || published(json!({"method": "average", "scale": "auto"})),
     },
     Method {
         key: "hgprompt_auto",
         label: "HGPrompt, scale auto",
-        objective: || json!({"scale": "auto"}),
+        objective: || published(json!({"scale": "auto"})),
     },
 ];
 
@@ -113,155 +125,166 @@ pub const METHODS: [Method; 16] = [
 pub const DENSE: Method = Method {
     key: "hgprompt_dense",
     label: "HGPrompt, entropy 0.1",
-    objective: || json!({"entropy": 0.1}),
+    objective: || published(json!({"entropy": 0.1})),
 };
 const ALONE_METHOD: Method = Method {
     key: ALONE,
     label: "a source alone",
-    objective: || json!({"method": "average"}),
+    objective: || published(json!({"method": "average"})),
 };
 
 /// Settings of HGPrompt, and of what it is to beat, that a default could be chosen from: as they are, with a closed-form
 /// head, whatever the profile.
-pub const VARIANTS: [Method; 23] = [
+pub const VARIANTS: [Method; 24] = [
     Method {
         key: "trade_off_0.9",
         label: "trade-off 0.9",
-        objective: || json!({"trade_off": 0.9}),
+        objective: || published(json!({"trade_off": 0.9})),
     },
     Method {
         key: "h_shrinkage_0.1",
         label: "ρ of H 0.1",
-        objective: || json!({"h_score": {"shrinkage": 0.1}}),
+        objective: || published(json!({"h_score": {"shrinkage": 0.1}})),
     },
     Method {
-        key: "leave_one_out",
-        label: "leave-one-out H",
-        objective: || json!({"h_score": leave_one_out()}),
+        key: "published_fallback",
+        label: "as published; or the single best",
+        objective: || published(json!({"fallback": "single_best"})),
     },
     Method {
-        key: "leave_one_out_fallback",
-        label: "leave-one-out H; or the single best",
-        objective: || json!({"h_score": leave_one_out(), "fallback": "single_best"}),
+        key: "cross_validated",
+        label: "cross-validated H",
+        objective: || json!({"fallback": "none"}),
     },
     Method {
-        key: "leave_one_out_only",
-        label: "leave-one-out H only",
-        objective: || json!({"method": "h_only", "h_score": leave_one_out()}),
+        key: "cross_validated_only",
+        label: "cross-validated H only",
+        objective: || json!({"method": "h_only"}),
     },
     Method {
-        key: "leave_one_out_auto",
-        label: "leave-one-out H only; share of equal weights and scale auto",
-        objective: || {
-            json!({
-                "method": "h_only",
-                "h_score": leave_one_out(),
-                "uniform_share": "auto",
-                "scale": "auto",
-            })
-        },
+        key: "cross_validated_0.6_only",
+        label: "cross-validated H only, ρ 0.6",
+        objective: || json!({"method": "h_only", "h_score": {"shrinkage": 0.6}}),
     },
     Method {
-        key: "leave_one_out_both_auto",
-        label: "leave-one-out H; share of equal weights and scale auto",
-        objective: || json!({"h_score": leave_one_out(), "uniform_share": "auto", "scale": "auto"}),
+        key: "cross_validated_auto",
+        label: "cross-validated H only; share of equal weights and scale auto",
+        objective: || json!({"method": "h_only", "uniform_share": "auto", "scale": "auto"}),
     },
     Method {
-        key: "leave_one_out_validated",
-        label: "leave-one-out H; trade-off and scale by validation",
-        objective: || json!({"h_score": leave_one_out(), "trade_off": "validation", "scale": "auto"}),
+        key: "cross_validated_both_auto",
+        label: "cross-validated H; share of equal weights and scale auto",
+        objective: || json!({"fallback": "none", "uniform_share": "auto", "scale": "auto"}),
     },
     Method {
-        key: "leave_one_out_0.6_only",
-        label: "leave-one-out H only, ρ 0.6",
-        objective: || json!({"method": "h_only", "h_score": {"mode": "leave_one_out", "shrinkage": 0.6}}),
+        key: "cross_validated_validated",
+        label: "cross-validated H; trade-off and scale by validation",
+        objective: || json!({"fallback": "none", "trade_off": "validation", "scale": "auto"}),
+    },
+    Method {
+        key: "default_auto",
+        label: "promptweave's default, scale auto",
+        objective: || json!({"scale": "auto"}),
     },
     Method {
         key: "trace_ratio",
         label: "H as a ratio of traces, standardised",
-        objective: || json!({"h_score": {"mode": "trace_ratio", "standardise": "per_source"}}),
+        objective: || {
+            published(json!({"h_score": {"mode": "trace_ratio", "standardise": "per_source"}}))
+        },
     },
     Method {
         key: "aligned",
         label: "tokens aligned",
-        objective: || json!({"align_tokens": "hungarian"}),
+        objective: || published(json!({"align_tokens": "hungarian"})),
     },
     Method {
         key: "validated",
         label: "trade-off and scale by validation",
-        objective: || json!({"trade_off": "validation", "scale": "auto"}),
+        objective: || published(json!({"trade_off": "validation", "scale": "auto"})),
     },
     Method {
         key: "trace_ratio_validated",
         label: "trade-off, scale by validation; H as a ratio of traces",
         objective: || {
-            json!({
+            published(json!({
                 "h_score": {"mode": "trace_ratio", "standardise": "per_source"},
                 "trade_off": "validation",
                 "scale": "auto",
-            })
+            }))
         },
     },
     DENSE,
     Method {
         key: "entropy_1",
         label: "entropy 1",
-        objective: || json!({"entropy": 1.0}),
+        objective: || published(json!({"entropy": 1.0})),
     },
     Method {
         key: "scale_0.5",
         label: "scale 0.5",
-        objective: || json!({"scale": 0.5}),
+        objective: || published(json!({"scale": 0.5})),
     },
     Method {
         key: "average_scale_0.5",
         label: "average, scale 0.5",
-        objective: || json!({"method": "average", "scale": 0.5}),
+        objective: || published(json!({"method": "average", "scale": 0.5})),
     },
     Method {
         key: "single_best_auto",
         label: "single best by validation, scale auto",
         objective: || {
-            json!({
+            published(json!({
                 "method": "single_best",
                 "single_best": {"by": "validation"},
                 "scale": "auto",
-            })
+            }))
         },
     },
     Method {
         key: "uniform_share_auto",
         label: "share of equal weights auto",
-        objective: || json!({"uniform_share": "auto"}),
+        objective: || published(json!({"uniform_share": "auto"})),
     },
     Method {
         key: "both_auto",
         label: "share of equal weights and scale auto",
-        objective: || json!({"uniform_share": "auto", "scale": "auto"}),
+        objective: || published(json!({"uniform_share": "auto", "scale": "auto"})),
     },
     Method {
         key: "h_only_both_auto",
         label: "H only; share of equal weights and scale auto",
-        objective: || json!({"method": "h_only", "uniform_share": "auto", "scale": "auto"}),
+        objective: || {
+            published(json!({"method": "h_only", "uniform_share": "auto", "scale": "auto"}))
+        },
     },
     Method {
         key: "initial_too",
         label: "the initial prompt as one more source",
-        objective: || json!({}),
+        objective: || published(json!({})),
     },
     Method {
         key: "best_initial_too",
         label: "single best by validation, the initial prompt among them",
-        objective: || json!({"method": "single_best", "single_best": {"by": "validation"}}),
+        objective: || {
+            published(json!({"method": "single_best", "single_best": {"by": "validation"}}))
+        },
     },
 ];
 
-fn leave_one_out() -> Value {
-    json!({"mode": "leave_one_out", "shrinkage": 0.3})
+/// With H as HGPrompt is published, on one scale for all methods, and as it weighs by it.
+fn published(mut objective: Value) -> Value {
+    let fields = objective.as_object_mut().expect("an object");
+    fields.entry("method").or_insert(json!("hgprompt_paper"));
+    let h_score = fields.entry("h_score").or_insert(json!({}));
+    if h_score.get("mode").is_none() {
+        h_score["mode"] = json!("inv");
+    }
+    objective
 }
 
 pub const ABLATION: [&str; 5] = [NONE, "average", "h_only", "alignment_only", HGPROMPT];
-pub const SCALABILITY: [&str; 5] = ["average", "single_best", "spot", "panda", HGPROMPT];
+pub const SCALABILITY: [&str; 6] = ["average", "single_best", "spot", "panda", HGPROMPT, DEFAULT];
 /// Orders in which sources are added.
 pub const ORDERS: u64 = 3;
 
@@ -352,7 +375,7 @@ fn of_target(suite: &Suite, seed: u64, target: &str, tables: &[Table]) -> Vec<Ce
                     "panda",
                     HGPROMPT,
                     DENSE.key,
-                    "leave_one_out",
+                    DEFAULT,
                 ];
                 cells.extend(of.map(with_all));
                 let alone = others

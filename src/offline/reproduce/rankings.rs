@@ -1,6 +1,6 @@
 //! Do scores foretell which source helps? Rankings of the sources beside what each is worth alone.
 
-use super::cells::{ALONE, DENSE, HGPROMPT};
+use super::cells::{ALONE, DEFAULT, DENSE, HGPROMPT};
 use super::measures::{mean_and_deviation, spearman};
 use super::report::{Report, mean_of, number, table};
 use super::results::Row;
@@ -23,8 +23,8 @@ const RANKINGS: [(&str, &str, Ranking); 14] = [
         Ranking::Score("h_score_adjusted"),
     ),
     (
-        "H-score, leave-one-out",
-        "leave_one_out",
+        "H-score, cross-validated",
+        DEFAULT,
         Ranking::Score("h_score"),
     ),
     ("LogME", HGPROMPT, Ranking::Score("log_me")),

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
-use super::cells::{ABLATION, HGPROMPT, METHODS, NONE, OWN, method};
+use super::cells::{ABLATION, DEFAULT, HGPROMPT, METHODS, NONE, OWN, method};
 use super::measures::{half_interval, mean_and_deviation};
 use super::results::Row;
 use super::suite::Suite;
@@ -11,7 +11,7 @@ use super::{Settings, Table};
 use super::{layouts, plots};
 use crate::offline::write_whole;
 
-/// What hgprompt is compared with.
+/// What HGPrompt is compared with.
 const RIVALS: [&str; 11] = [
     NONE,
     OWN,
@@ -177,19 +177,32 @@ impl<'a> Report<'a> {
         )
     }
 
-    /// Of hgprompt less a rival: one number a task, the mean over its seeds, so that a task counts once.
+    /// Of HGPrompt, as it is by default and as published, less its rivals.
     fn differences(&self) -> String {
-        let rows = RIVALS.into_iter().map(|rival| {
+        let all = RIVALS.into_iter();
+        format!(
+            "\n### Differences\n\nPaired over tasks and seeds: a task's difference is the mean over its seeds, the interval \
+             is Student's over the tasks, each row for itself: of so many rows one may lie outside by chance.\n\n{}\n{}",
+            self.differences_of(DEFAULT, "the default", all.clone().chain([HGPROMPT])),
+            self.differences_of(HGPROMPT, "as published", all),
+        )
+    }
+
+    /// One number a task, the mean over its seeds, so that a task counts once.
+    fn differences_of(
+        &self,
+        key: &str,
+        name: &str,
+        rivals: impl Iterator<Item = &'static str>,
+    ) -> String {
+        let rows = rivals.map(|rival| {
             let mut differences = Vec::new();
             for target in self.targets() {
-                let pairs = self
-                    .rows_of(target, HGPROMPT)
-                    .into_iter()
-                    .filter_map(|own| {
-                        let others = self.rows_of(target, rival);
-                        let other = others.into_iter().find(|other| other.seed == own.seed)?;
-                        Some(100.0 * (own.accuracy() - other.accuracy()))
-                    });
+                let pairs = self.rows_of(target, key).into_iter().filter_map(|own| {
+                    let others = self.rows_of(target, rival);
+                    let other = others.into_iter().find(|other| other.seed == own.seed)?;
+                    Some(100.0 * (own.accuracy() - other.accuracy()))
+                });
                 let pairs: Vec<f64> = pairs.collect();
                 if !pairs.is_empty() {
                     differences.push(mean_and_deviation(&pairs).0);
@@ -219,17 +232,13 @@ impl<'a> Report<'a> {
             ]
         });
         let header = [
-            "HGPrompt less …",
+            &format!("{name} less …"),
             "points",
             "95 % interval",
             "better on",
-            "HGPrompt is",
+            &format!("{name} is"),
         ];
-        format!(
-            "\n### Differences\n\nPaired over tasks and seeds: a task's difference is the mean over its seeds, the interval \
-             is Student's over the tasks, each row for itself: of so many rows one may lie outside by chance.\n\n{}",
-            table(&header.map(str::to_owned), rows)
-        )
+        table(&header.map(str::to_owned), rows)
     }
 
     /// α of HGPrompt by target and source, the mean over seeds; None on the diagonal.

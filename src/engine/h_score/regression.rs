@@ -1,0 +1,245 @@
+//! H as what a ridge regression of the classes on the mixed features explains, and how much of that it would explain of
+//! samples that it was not fitted on.
+//!
+//! With X the centred mixed features [N, d], Z [N, K] the orthonormal class indicators (Z̃ less their column means) and
+//! c = (1-ρ)/(N-1), the hat matrix is A = c X S⁻¹ Xᵀ with S = Σ_ρ = c XᵀX + δI, and
+//!
+//! `inv`              H = tr(Z̃ᵀ A Z̃)
+//! `cross_validated`  H = K - 1 - E/g²,   E = ‖Z̃ - A Z̃‖²,   g = 1 - (1 + df)/N,   df = tr A
+//!
+//! The second is generalised cross-validation (Golub, Heath & Wahba 1979): the squared error of leaving one sample out in
+//! turn, with the mean leverage in place of each one's own. It is below 0 where left-out samples are told worse than by
+//! their mean, and no more of it is chance where N is near d.
+//!
+//! Both are functions of G = XᵀZ [d, K], S and δ; with V = S⁻¹G and Y = S⁻¹V
+//!
+//! ```text
+//! primal, S [d, d]               H = c⟨G, V⟩       E = K - 1 - H - cδ‖V‖²    df = d - δ tr S⁻¹
+//! dual, S = c XXᵀ + δI [N, N],
+//!       V = S⁻¹Z, Y = S⁻¹V       H = K - δ⟨Z, V⟩   E = δ²‖V‖² - 1            df = N - δ tr S⁻¹
+//! ```
+
+use tch::{Kind, Tensor};
+
+use super::super::{EngineError, cholesky};
+use super::second_moments::SecondMoments;
+use super::sums::Sums;
+
+/// The matrices of one data set, and which H is asked for.
+pub struct Regression {
+    pub rho: f64,
+    pub cross_validated: bool,
+    pub moments: SecondMoments,
+    /// Z [N, K], in the dual form alone.
+    pub indicators: Option<Tensor>,
+}
+
+/// The regression at one α.
+struct Fit {
+    dual: bool,
+    c: f64,
+    delta: f64,
+    /// K
+    classes: f64,
+    /// L [s, s] of S = L Lᵀ.
+    factor: Tensor,
+    /// G, or Z in the dual form.
+    right: Tensor,
+    /// V
+    solved: Tensor,
+}
+
+/// A function of G, S and δ, and how it moves: ⟨`sums`, ∂G⟩ + ⟨`matrix`, ∂S⟩ + `ridge` ∂δ.
+struct Part {
+    value: f64,
+    /// None where G has no part in it.
+    sums: Option<Tensor>,
+    matrix: Tensor,
+    ridge: f64,
+}
+
+impl Regression {
+    /// H, and its gradient by α if that is asked for. `sums` are of the same samples as the matrices; `ridge` is δ at α and
+    /// its gradient.
+    pub fn evaluate(
+        &self,
+        sums: &Sums,
+        alpha: &[f64],
+        (delta, delta_slopes): &(f64, Vec<f64>),
+        derive: bool,
+    ) -> Result<(f64, Vec<f64>), EngineError> {
+        let fit = self.fit(sums, alpha, *delta)?;
+        let h = match self.cross_validated {
+            true => fit.predicted(sums.num_samples()),
+            false => fit.explained(),
+        };
+        if !derive {
+            return Ok((h.value, vec![]));
+        }
+        let through_sums = match &h.sums {
+            None => vec![0.0; alpha.len()],
+            Some(by_class) => {
+                let by_class = (by_class * sums.rooted_counts().reciprocal()).tr();
+                let slopes = &sums.by_class * by_class.unsqueeze(1);
+                let over = [0i64, 2];
+                Vec::<f64>::try_from(slopes.sum_dim_intlist(over.as_slice(), false, Kind::Double))?
+            }
+        };
+        let through_moments = self.moments.contract(alpha, &h.matrix)?;
+        // ∂S = c ∂(XᵀX) + ∂δ I
+        let of_delta = h.ridge + f64::try_from(h.matrix.trace())?;
+        let slopes = (0..alpha.len())
+            .map(|i| through_sums[i] + fit.c * through_moments[i] + of_delta * delta_slopes[i]);
+        Ok((h.value, slopes.collect()))
+    }
+
+    /// What H is on average when the labels are shuffled: E[Z̃Z̃ᵀ] is (K-1)/(N-1) (I - 11ᵀ/N) then.
+    pub fn chance(&self, sums: &Sums, alpha: &[f64], delta: f64) -> Result<f64, EngineError> {
+        let inverse = self.fit(sums, alpha, delta)?.inverse();
+        let (n, most) = (sums.num_samples(), sums.num_classes() - 1.0);
+        let shrunk = delta * f64::try_from(inverse.trace())?;
+        let freedom = inverse.size()[0] as f64 - shrunk;
+        if !self.cross_validated {
+            return Ok(most * freedom / sums.degrees());
+        }
+        // tr A², as A is I - δS⁻¹ on what S is of.
+        let squared = freedom - shrunk + delta * delta * inner(&inverse, &inverse);
+        let missed = (n - 1.0 - 2.0 * freedom + squared) / sums.degrees();
+        Ok(most * (1.0 - missed / unspent(freedom, n).powi(2)))
+    }
+
+    fn fit(&self, sums: &Sums, alpha: &[f64], delta: f64) -> Result<Fit, EngineError> {
+        let c = (1.0 - self.rho) / sums.degrees();
+        let matrix = self.moments.at(alpha) * c;
+        let _ = matrix.diagonal(0, 0, 1).g_add_scalar_(delta);
+        let factor = cholesky(&matrix, "the mixed features")?;
+        let right = match &self.indicators {
+            Some(indicators) => indicators.shallow_clone(),
+            None => {
+                let weighted = &sums.by_class * Tensor::from_slice(alpha).view([1, -1, 1]);
+                let by_class = weighted.sum_dim_intlist(1, false, Kind::Double);
+                by_class.tr() / sums.rooted_counts()
+            }
+        };
+        Ok(Fit {
+            dual: self.indicators.is_some(),
+            c,
+            delta,
+            classes: sums.num_classes(),
+            solved: right.cholesky_solve(&factor, false),
+            factor,
+            right,
+        })
+    }
+}
+
+impl Fit {
+    /// H as `inv`.
+    fn explained(&self) -> Part {
+        let product = inner(&self.right, &self.solved);
+        let outer = self.solved.matmul(&self.solved.tr());
+        match self.dual {
+            false => Part {
+                value: self.c * product,
+                sums: Some(&self.solved * (2.0 * self.c)),
+                matrix: outer * -self.c,
+                ridge: 0.0,
+            },
+            true => Part {
+                value: self.classes - self.delta * product,
+                sums: None,
+                matrix: outer * self.delta,
+                ridge: -product,
+            },
+        }
+    }
+
+    /// H as `cross_validated`, of N samples.
+    fn predicted(&self, n: f64) -> Part {
+        let (missed, freedom) = (self.missed(), self.degrees_of_freedom());
+        let unspent = unspent(freedom.value, n);
+        let by_missed = -unspent.powi(-2);
+        let by_freedom = -2.0 * missed.value * unspent.powi(-3) / n;
+        Part {
+            value: self.classes - 1.0 + missed.value * by_missed,
+            sums: missed.sums.map(|sums| sums * by_missed),
+            matrix: missed.matrix * by_missed + freedom.matrix * by_freedom,
+            ridge: missed.ridge * by_missed + freedom.ridge * by_freedom,
+        }
+    }
+
+    /// E
+    fn missed(&self) -> Part {
+        let (c, delta, v) = (self.c, self.delta, &self.solved);
+        let y = v.cholesky_solve(&self.factor, false);
+        let crossed = v.matmul(&y.tr());
+        let crossed = &crossed + crossed.tr();
+        let norm = inner(v, v);
+        if self.dual {
+            return Part {
+                value: delta * delta * norm - 1.0,
+                sums: None,
+                matrix: crossed * (-delta * delta),
+                ridge: 2.0 * delta * norm,
+            };
+        }
+        let explained = self.explained();
+        Part {
+            value: self.classes - 1.0 - explained.value - c * delta * norm,
+            sums: Some((v + y * delta) * (-2.0 * c)),
+            matrix: crossed * (c * delta) - explained.matrix,
+            ridge: -c * norm,
+        }
+    }
+
+    /// df
+    fn degrees_of_freedom(&self) -> Part {
+        let inverse = self.inverse();
+        let trace = inverse.trace().double_value(&[]);
+        Part {
+            value: inverse.size()[0] as f64 - self.delta * trace,
+            sums: None,
+            matrix: inverse.matmul(&inverse) * self.delta,
+            ridge: -trace,
+        }
+    }
+
+    /// S⁻¹
+    fn inverse(&self) -> Tensor {
+        self.factor.cholesky_inverse(false)
+    }
+}
+
+/// g: the share of N samples that a mean and `freedom` more leave.
+fn unspent(freedom: f64, n: f64) -> f64 {
+    1.0 - (1.0 + freedom) / n
+}
+
+fn inner(a: &Tensor, b: &Tensor) -> f64 {
+    (a * b).sum(Kind::Double).double_value(&[])
+}
+
+/// H of one prompt's centred features x [N, d] and Z [N, K] as libtorch differentiates it: as it is written, by the hat matrix.
+pub fn differentiable(
+    x: &Tensor,
+    indicators: &Tensor,
+    rho: f64,
+    cross_validated: bool,
+) -> Result<Tensor, EngineError> {
+    let (n, d) = x.size2()?;
+    let c = (1.0 - rho) / (n - 1) as f64;
+    let scatter = x.tr().matmul(x) * c;
+    let ridge = x.square().sum(Kind::Double) * (rho / ((n - 1) * d) as f64);
+    let identity = Tensor::eye(d, (Kind::Double, x.device()));
+    let factor = cholesky(&(scatter + identity * ridge), "the features")?;
+    let hat = x.matmul(&x.tr().cholesky_solve(&factor, false)) * c;
+    let z = indicators - indicators.mean_dim(0, true, Kind::Double);
+    let fitted = hat.matmul(&z);
+    if !cross_validated {
+        return Ok((fitted * z).sum(Kind::Double));
+    }
+    let missed = (z - fitted).square().sum(Kind::Double);
+    let unspent = hat.trace() * (-1.0 / n as f64) + (1.0 - 1.0 / n as f64);
+    let most = indicators.size2()?.1 as f64 - 1.0;
+    Ok(missed / unspent.square() * -1.0 + most)
+}
