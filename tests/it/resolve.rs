@@ -157,6 +157,33 @@ async fn a_share_of_equal_weights_that_was_chosen_stays(pool: PgPool) {
     worker.stop().await;
 }
 
+/// Without the backbone nothing can be compared again: what gave way to the single best source gives it again.
+#[sqlx::test(migrator = "MIGRATOR")]
+async fn what_fell_back_is_the_single_best_again(pool: PgPool) {
+    let app = furnished(pool.clone()).await;
+    let (ensemble, worker) = solved(&app, json!({"trade_off": 0.25})).await;
+    let fallback = json!({
+        "prompt": "flowers",
+        "validation_loss": 1.0,
+        "composed_validation_loss": 1.5,
+        "taken": true,
+    });
+    sqlx::query("UPDATE job SET result = jsonb_set(result, '{method,fallback}', $1)")
+        .bind(fallback)
+        .execute(&pool)
+        .await
+        .unwrap();
+    let again = app.post_empty(&url(&ensemble, "resolve")).await.ok(202);
+    let objective = &again["spec"]["objective"];
+    assert_eq!(objective["method"], "single_best", "{objective}");
+    assert_eq!(objective["single_best"]["by"], "validation");
+    // Whoever asks for the mixture gets it.
+    let mixture = json!({"objective": {"trade_off": 0.25}, "output": {"name": "mixture"}});
+    let mixture = resolve(&app, &ensemble, &mixture).await.ok(202);
+    assert_eq!(mixture["spec"]["objective"]["trade_off"], 0.25);
+    worker.stop().await;
+}
+
 #[sqlx::test(migrator = "MIGRATOR")]
 async fn what_cannot_be_solved_again_is_refused_with_its_place(pool: PgPool) {
     let app = furnished(pool).await;
