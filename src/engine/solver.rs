@@ -191,7 +191,9 @@ impl<'a> Solver<'a> {
         };
         self.descend_all(only_l, 0.0, &starts, &mut pool, tick)?;
         let ranges = Ranges::between(best(&pool, only_h), best(&pool, only_l), largest_l);
-        for t in trade_offs().chain(trade_offs().rev()) {
+        // Without gradients every point of the path is the same.
+        let points = trade_offs().chain(trade_offs().rev());
+        for t in points.filter(|_| largest_l > 0.0) {
             let scale = ranges.at(t);
             let warm = best(&pool, scale).alpha.clone();
             self.descend_all(scale, 0.0, &[warm], &mut pool, tick)?;
