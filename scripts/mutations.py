@@ -73,7 +73,7 @@ MUTATIONS = [
     M("h-gradient-without-trace", 3, "∂H misses the term through tr Σ", "h_score/regression.rs",
       "+ of_delta * delta_slopes[i]", "+ 0.0 * of_delta * delta_slopes[i]", "h_score::tests::gradients_agree"),
     M("h-dual-ridge", 2, "the dual form takes c for δ", "h_score/regression.rs",
-      "value: self.classes - self.delta * product,", "value: self.classes - self.c * product,", "h_score::tests::h_equals h_score::tests::no_way"),
+      "value: self.most - self.delta * product,", "value: self.most - self.c * product,", "h_score::tests::h_equals h_score::tests::no_way"),
     M("h-singular-accepted", 7, "N ≤ d+1 without shrinkage is not refused", "h_score/mod.rs",
       ".check_samples(n as usize, d as usize)", ".check_samples(usize::MAX, d as usize)", "h_score::tests::too_few"),
     M("h-chance-counts-dimensions", 8, "chance correction with df = d, whatever ρ", "h_score/regression.rs",

@@ -377,7 +377,8 @@ pub struct SourceWeight {
 /// L(α) = -H(α) + λ L_align(α) and its parts at the returned α.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct ObjectiveValue {
-    /// H of the mixed features Σ αᵢ f_{Pᵢ}; 0 ≤ H ≤ min(d, K-1), and ≤ 1 with `trace_ratio`.
+    /// H of the mixed features Σ αᵢ f_{Pᵢ}; ≤ K-1 (≤ 1 with `trace_ratio`), and below 0 with `cross_validated` where features are worse
+    /// than none.
     pub h_score: f64,
     /// H less its chance level, over what is left above it: 0 for features that know nothing of the
     /// labels, 1 at the most; comparable across data sets.
@@ -476,7 +477,7 @@ pub struct Diagnostics {
     /// One forward pass with the composed prompt itself; null where α was solved for again from
     /// statistics, without the backbone.
     pub composed: Option<PromptScore>,
-    /// H(f of the composed prompt) minus H(mixed features), over the latter; null at a `scale` other than 1.
+    /// H(f of the composed prompt) minus H(mixed features), over the latter, or over K-1 with `cross_validated`; null at a `scale` other than 1.
     pub surrogate_gap: Option<f64>,
     /// What `refine` steps found.
     #[serde(default)]

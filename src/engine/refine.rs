@@ -205,9 +205,10 @@ fn differentiable(
     let (classes, num_classes) = numbered(labels);
     let x = centred(&features.unsqueeze(0), options.standardise);
     let sums = Sums::of(std::iter::once(x.shallow_clone()), &classes, num_classes);
-    let (x, by_class) = (x.squeeze_dim(0), sums.by_class.squeeze_dim(1));
-    let (scale, weights) = (sums.degrees(), sums.class_weights());
+    let x = x.squeeze_dim(0);
     if options.mode() == HScoreMode::TraceRatio {
+        let (scale, weights) = (sums.degrees(), sums.class_weights());
+        let by_class = sums.by_class.squeeze_dim(1);
         let between = by_class.square().sum_dim_intlist(1, false, Kind::Double);
         return Ok((between * weights).sum(Kind::Double) * scale / x.square().sum(Kind::Double));
     }

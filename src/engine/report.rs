@@ -17,7 +17,6 @@ use crate::domain::composition::{
     ObjectiveValue, Optimum, Provenance, Refinement, SourceDiagnostics, SourceWeight, Warning,
 };
 use crate::domain::digest::Digest;
-use crate::domain::method::Method;
 use crate::domain::objective::HScoreMode;
 use crate::domain::prompt_file::PromptFile;
 use crate::domain::sharing::EarlyStop;
@@ -43,6 +42,8 @@ pub struct Evidence<'a> {
     pub verified: Option<Verified>,
     pub refinement: Option<Refinement>,
     pub early_stop: Option<EarlyStop>,
+    /// Whether the same method had a fallback where there was a backbone.
+    pub fallback_dropped: bool,
 }
 
 impl Evidence<'_> {
@@ -175,11 +176,19 @@ impl Evidence<'_> {
             }),
             // At another scale it is another prompt that H is of.
             surrogate_gap: (composed.as_ref().filter(|_| self.method.scale == 1.0))
-                .map(|score| (score.h_score - mixed) / mixed.abs().max(f64::MIN_POSITIVE)),
+                .map(|score| (score.h_score - mixed) / self.size_of_h(mixed)),
             composed,
             refinement: self.refinement.clone(),
             baselines: self.verified.as_ref().and_then(|v| v.baselines.clone()),
         })
+    }
+
+    /// What a difference of H is told relative to: itself, or the most there is where it may be near 0.
+    fn size_of_h(&self, mixed: f64) -> f64 {
+        match self.metadata.objective.h_score.mode() {
+            HScoreMode::CrossValidated => present(&self.statistics.labels).len() as f64 - 1.0,
+            HScoreMode::Inv | HScoreMode::TraceRatio => mixed.abs().max(f64::MIN_POSITIVE),
+        }
     }
 
     fn of_source(&self, i: usize) -> Result<SourceDiagnostics, EngineError> {
@@ -228,10 +237,14 @@ impl Evidence<'_> {
                 true => ", which α was chosen by; `refine` works on the former",
                 false => "",
             };
+            let relative_to = match self.metadata.objective.h_score.mode() {
+                HScoreMode::CrossValidated => "of K-1",
+                HScoreMode::Inv | HScoreMode::TraceRatio => "of it",
+            };
             warnings.add(
                 "surrogate_gap",
                 format!(
-                    "H of the composed prompt differs by {:+.1} % from H of the mixed features{way_out}",
+                    "H of the composed prompt differs by {:+.1} % ({relative_to}) from H of the mixed features{way_out}",
                     100.0 * gap
                 ),
             );
@@ -313,7 +326,7 @@ impl Evidence<'_> {
                 ),
             );
         }
-        if self.resolved_from.is_some() && self.method.name == Method::Hgprompt {
+        if self.fallback_dropped {
             warnings.add(
                 "no_fallback",
                 "without the backbone the composed prompt is not compared with the best single source, which may do better"

@@ -51,6 +51,8 @@ pub fn resolve(
         verified: None,
         refinement: None,
         early_stop: None,
+        fallback_dropped: recorded.objective.falls_back()
+            && recorded.objective.method == input.objective.method,
     };
     evidence.composition(steps)
 }

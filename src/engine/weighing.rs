@@ -12,6 +12,8 @@ use crate::domain::composition::PathPoint;
 
 /// A range smaller than this share of its term's size is rounding: the terms agree.
 const NO_RANGE: f64 = 1e-9;
+/// Of H, which is K-1 at the most, or 1, and may cross 0.
+const LEAST_H: f64 = 1e-3;
 
 /// Both terms at a point some descent ended in.
 #[derive(Clone, Debug)]
@@ -51,7 +53,8 @@ impl Ranges {
     pub fn between(best_h: &Candidate, best_l: &Candidate, largest_l: f64) -> Self {
         let range = |wide: f64, size: f64| if wide > NO_RANGE * size { wide } else { 0.0 };
         Self {
-            h: range(best_h.h - best_l.h, best_h.h.abs()),
+            // H may be near 0 and still have a rounding of what it is made of.
+            h: range(best_h.h - best_l.h, best_h.h.abs().max(LEAST_H)),
             l: range(best_h.l - best_l.l, largest_l),
         }
     }

@@ -146,6 +146,7 @@ fn without_backbone(solved: &Solved) -> Objective {
                 by: Criterion::Validation,
             },
             uniform_share: UniformShare::default(),
+            h_score: objective.h_score.clone(),
             ..objective.for_method(Method::SingleBest)
         };
     }

@@ -7,7 +7,9 @@ use super::progress::bar;
 use super::{EngineOptions, parse_split, read_prompt};
 use crate::domain::composition::Source;
 use crate::domain::dataset::{LabelledImages, Split};
-use crate::domain::objective::{HScoreOptions, HeadOptions, Shrinkage, check_shrinkage};
+use crate::domain::objective::{
+    HScoreMode, HScoreOptions, HeadOptions, Shrinkage, check_shrinkage,
+};
 use crate::engine::evaluate::Evaluation;
 use crate::engine::prompt_tensor;
 use crate::engine::samples::{Samples, Selection};
@@ -34,9 +36,12 @@ pub struct Args {
     pub max_samples: usize,
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
-    /// ρ of the reported H-score, 0 or from 1e-6 to below 1; or `oas`, or `ledoit_wolf`.
-    #[arg(long, default_value_t = HScoreOptions::default().shrinkage())]
-    pub h_score_shrinkage: Shrinkage,
+    /// Of the reported H-score: `cross_validated`, `inv` or `trace_ratio`.
+    #[arg(long, default_value_t)]
+    pub h_score_mode: HScoreMode,
+    /// ρ of that H-score, 0 or from 1e-6 to below 1; or `oas`, or `ledoit_wolf` [default: 0.3 with `cross_validated`, otherwise 0.01].
+    #[arg(long)]
+    pub h_score_shrinkage: Option<Shrinkage>,
     /// ρ of the head.
     #[arg(long, default_value_t = 0.3)]
     pub head_shrinkage: f64,
@@ -44,7 +49,12 @@ pub struct Args {
 
 /// Prints `{"h_score": …, "train_accuracy": …, "eval_accuracy": …}`.
 pub fn run(args: &Args) -> anyhow::Result<()> {
-    args.h_score_shrinkage.check("--h-score-shrinkage")?;
+    let h_score = HScoreOptions {
+        mode: Some(args.h_score_mode),
+        shrinkage: args.h_score_shrinkage,
+        ..Default::default()
+    };
+    h_score.shrinkage().check("--h-score-shrinkage")?;
     check_shrinkage("--head-shrinkage", args.head_shrinkage)?;
     let (digest, file) = read_prompt(&args.prompt)?;
     let mut engine = args.engine.engine()?;
@@ -78,10 +88,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         train: &train,
         eval: Some(&eval),
         num_classes: dataset.classes.len(),
-        h_score: &HScoreOptions {
-            shrinkage: Some(args.h_score_shrinkage),
-            ..Default::default()
-        },
+        h_score: &h_score,
         head: &HeadOptions {
             shrinkage: args.head_shrinkage,
             ..Default::default()

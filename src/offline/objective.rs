@@ -104,7 +104,8 @@ impl SolveOptions {
         }
         set(&mut objective.entropy, self.entropy);
         let h_score = &mut objective.h_score;
-        if self.h_score_mode.is_some_and(|mode| mode != h_score.mode()) {
+        if self.h_score_mode.is_some() && self.h_score_mode != h_score.mode {
+            // ρ of another mode.
             (h_score.mode, h_score.shrinkage) = (self.h_score_mode, None);
         }
         set(&mut h_score.standardise, self.standardise);

@@ -98,6 +98,7 @@ pub fn compose(
         verified: Some(verified),
         refinement,
         early_stop,
+        fallback_dropped: false,
     };
     evidence.composition(steps)
 }

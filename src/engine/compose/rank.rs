@@ -10,7 +10,7 @@ use crate::engine::EngineError;
 use crate::engine::cache::{CachedSources, ResultCache};
 use crate::engine::h_score::HScore;
 use crate::engine::methods::similarity;
-use crate::engine::solver::towards_vertex;
+use crate::engine::solver::{own_h_scores, towards_vertex};
 use crate::engine::steps::Steps;
 use crate::engine::transferability::SourceScores;
 use crate::engine::vit::Vit;
@@ -32,8 +32,13 @@ pub fn rank(
 
     steps.begin(Phase::Solve)?;
     let labels = &inputs.samples.labels;
-    let h_score = HScore::new(&features, labels, &input.objective.h_score)?;
-    let cross_validated = HScore::new(&features, labels, &HScoreOptions::default())?;
+    let options = &input.objective.h_score;
+    let cross_validated = HScoreOptions {
+        standardise: options.standardise,
+        ..HScoreOptions::default()
+    };
+    let cross_validated = own_h_scores(&HScore::new(&features, labels, &cross_validated)?)?;
+    let h_score = HScore::new(&features, labels, options)?;
     let target = work.target_prompt(target_prompt.take(), &mut steps)?;
     let (_, panda) = work.by_effects(&features, &target.embeddings, &mut steps)?;
     let m = work.prompts.len();
@@ -47,7 +52,7 @@ pub fn rank(
             digest: source.digest,
             h_score: h_score.value(&alone)?,
             h_score_adjusted: h_score.adjusted(&alone)?,
-            h_score_cross_validated: cross_validated.value(&alone)?,
+            h_score_cross_validated: cross_validated[i],
             log_me: scores.log_me,
             leep: scores.leep,
             nce: scores.nce,

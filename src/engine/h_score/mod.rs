@@ -76,9 +76,9 @@ impl HScore {
                 shrinkage::usable(shrinkage::estimate(&Tensor::cat(&uniform, 0), estimate)?)
             }
         };
-        let dual = (n as f64) < DUAL_BELOW * d as f64;
-        let moments = SecondMoments::of(features, &centring, dual);
         let cross_validated = options.mode() == HScoreMode::CrossValidated;
+        let dual = (n as f64) < DUAL_BELOW * d as f64 || (cross_validated && n <= d);
+        let moments = SecondMoments::of(features, &centring, dual);
         Self::regression(centring, sums, (rho, cross_validated), moments, &classes)
     }
 
@@ -90,7 +90,10 @@ impl HScore {
         moments: SecondMoments,
         classes: &[usize],
     ) -> Result<Self, EngineError> {
-        let indicators = moments.is_dual().then(|| indicators(classes, &sums.counts));
+        let indicators = moments.is_dual().then(|| {
+            let indicators = indicators(classes, &sums.counts);
+            &indicators - indicators.mean_dim(0, true, Kind::Double)
+        });
         let form = Form::Regression(Regression {
             rho,
             cross_validated,

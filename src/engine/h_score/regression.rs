@@ -16,8 +16,10 @@
 //! ```text
 //! primal, S [d, d]               H = c⟨G, V⟩       E = K - 1 - H - cδ‖V‖²    df = d - δ tr S⁻¹
 //! dual, S = c XXᵀ + δI [N, N],
-//!       V = S⁻¹Z, Y = S⁻¹V       H = K - δ⟨Z, V⟩   E = δ²‖V‖² - 1            df = N - δ tr S⁻¹
+//!       V = S⁻¹Z̃, Y = S⁻¹V       H = K - 1 - δ⟨Z̃, V⟩   E = δ²‖V‖²            df = N - δ tr S⁻¹
 //! ```
+//!
+//! The dual's E is no difference of larger numbers, as the primal's is, where next to nothing is missed: with N ≤ d and little ρ.
 
 use tch::{Kind, Tensor};
 
@@ -30,7 +32,7 @@ pub struct Regression {
     pub rho: f64,
     pub cross_validated: bool,
     pub moments: SecondMoments,
-    /// Z [N, K], in the dual form alone.
+    /// Z̃ [N, K], in the dual form alone.
     pub indicators: Option<Tensor>,
 }
 
@@ -39,11 +41,11 @@ struct Fit {
     dual: bool,
     c: f64,
     delta: f64,
-    /// K
-    classes: f64,
+    /// K - 1
+    most: f64,
     /// L [s, s] of S = L Lᵀ.
     factor: Tensor,
-    /// G, or Z in the dual form.
+    /// G, or Z̃ in the dual form.
     right: Tensor,
     /// V
     solved: Tensor,
@@ -125,7 +127,7 @@ impl Regression {
             dual: self.indicators.is_some(),
             c,
             delta,
-            classes: sums.num_classes(),
+            most: sums.num_classes() - 1.0,
             solved: right.cholesky_solve(&factor, false),
             factor,
             right,
@@ -146,7 +148,7 @@ impl Fit {
                 ridge: 0.0,
             },
             true => Part {
-                value: self.classes - self.delta * product,
+                value: self.most - self.delta * product,
                 sums: None,
                 matrix: outer * self.delta,
                 ridge: -product,
@@ -161,7 +163,7 @@ impl Fit {
         let by_missed = -unspent.powi(-2);
         let by_freedom = -2.0 * missed.value * unspent.powi(-3) / n;
         Part {
-            value: self.classes - 1.0 + missed.value * by_missed,
+            value: self.most + missed.value * by_missed,
             sums: missed.sums.map(|sums| sums * by_missed),
             matrix: missed.matrix * by_missed + freedom.matrix * by_freedom,
             ridge: missed.ridge * by_missed + freedom.ridge * by_freedom,
@@ -177,7 +179,7 @@ impl Fit {
         let norm = inner(v, v);
         if self.dual {
             return Part {
-                value: delta * delta * norm - 1.0,
+                value: delta * delta * norm,
                 sums: None,
                 matrix: crossed * (-delta * delta),
                 ridge: 2.0 * delta * norm,
@@ -185,7 +187,7 @@ impl Fit {
         }
         let explained = self.explained();
         Part {
-            value: self.classes - 1.0 - explained.value - c * delta * norm,
+            value: self.most - explained.value - c * delta * norm,
             sums: Some((v + y * delta) * (-2.0 * c)),
             matrix: crossed * (c * delta) - explained.matrix,
             ridge: -c * norm,
@@ -219,7 +221,7 @@ fn inner(a: &Tensor, b: &Tensor) -> f64 {
     (a * b).sum(Kind::Double).double_value(&[])
 }
 
-/// H of one prompt's centred features x [N, d] and Z [N, K] as libtorch differentiates it: as it is written, by the hat matrix.
+/// H of one prompt's centred features x [N, d] and Z [N, K] as libtorch differentiates it: by its definition.
 pub fn differentiable(
     x: &Tensor,
     indicators: &Tensor,
@@ -232,14 +234,16 @@ pub fn differentiable(
     let ridge = x.square().sum(Kind::Double) * (rho / ((n - 1) * d) as f64);
     let identity = Tensor::eye(d, (Kind::Double, x.device()));
     let factor = cholesky(&(scatter + identity * ridge), "the features")?;
-    let hat = x.matmul(&x.tr().cholesky_solve(&factor, false)) * c;
+    // A [N, N] itself is never made.
+    let solved = x.tr().cholesky_solve(&factor, false).tr() * c;
     let z = indicators - indicators.mean_dim(0, true, Kind::Double);
-    let fitted = hat.matmul(&z);
+    let fitted = solved.matmul(&x.tr().matmul(&z));
     if !cross_validated {
         return Ok((fitted * z).sum(Kind::Double));
     }
     let missed = (z - fitted).square().sum(Kind::Double);
-    let unspent = hat.trace() * (-1.0 / n as f64) + (1.0 - 1.0 / n as f64);
+    let freedom = (solved * x).sum(Kind::Double);
+    let unspent = freedom * (-1.0 / n as f64) + (1.0 - 1.0 / n as f64);
     let most = indicators.size2()?.1 as f64 - 1.0;
     Ok(missed / unspent.square() * -1.0 + most)
 }

@@ -301,6 +301,10 @@ fn statistics_serve_every_method_that_they_suffice_for() {
         };
         Engine::new(Device::Cpu).resolve(&again, &mut Recorder::default())
     };
+    let told = |composition: &Composition| {
+        let mut warnings = composition.result.warnings.iter();
+        warnings.any(|warning| warning.code == "no_fallback")
+    };
     let own = json!({"h_score": {"shrinkage": 0.5}, "fallback": "none"});
     let input = job(dir.path(), own.clone());
     let (whole, _) = compose(&input);
@@ -316,9 +320,13 @@ fn statistics_serve_every_method_that_they_suffice_for() {
         // The gradients are still there for who needs them.
         let back = resolve(&again, &input, own.clone()).unwrap();
         assert_eq!(weights(&back), weights(&whole));
-        let warnings = &back.result.warnings;
-        assert!(warnings.iter().any(|warning| warning.code == "no_fallback"));
+        assert!(!told(&back));
     }
+
+    // What was compared with the single best then cannot be compared now, which is told.
+    let guarded = job(dir.path(), json!({}));
+    let again = resolve(&compose(&guarded).0, &guarded, json!({})).unwrap();
+    assert!(told(&again) && again.result.method.fallback.is_none());
 
     let (average, _) = compose(&job(dir.path(), json!({"method": "average"})));
     let h_only = resolve(&average, &input, json!({"method": "h_only"})).unwrap();
