@@ -80,8 +80,26 @@ mod tests {
     use tch::Device;
 
     use super::*;
+    use crate::domain::objective::{HScoreMode, Objective, Shrinkage};
     use crate::engine::testing::{Recorder, input};
     use crate::offline::parsed;
+
+    #[test]
+    fn a_mode_that_is_asked_for_counts_whatever_the_method_has_by_default() {
+        let h_score = |asked: &[&str]| {
+            let files = ["solve", "--statistics", "a", "--out", "b"];
+            let args: Args = parsed(files.iter().chain(asked));
+            let objective = args.objective.over(&Objective::default()).settled(true);
+            (objective.h_score.mode(), objective.h_score.shrinkage())
+        };
+        let paper = ["--method", "hgprompt_paper"];
+        let (inv, cross_validated) = (HScoreMode::Inv, HScoreMode::CrossValidated);
+        assert_eq!(h_score(&paper), (inv, Shrinkage::Fixed(0.01)));
+        let asked = [paper.as_slice(), &["--mode", "cross_validated"]].concat();
+        assert_eq!(h_score(&asked), (cross_validated, Shrinkage::Fixed(0.3)));
+        let asked = ["--mode", "inv", "--h-score-shrinkage", "0.1"];
+        assert_eq!(h_score(&asked), (inv, Shrinkage::Fixed(0.1)));
+    }
 
     #[test]
     fn what_needs_the_backbone_is_refused_where_it_is_asked_for() {
