@@ -134,22 +134,11 @@ fn descend_smooth<E>(
                 .for_each(|d| *d *= LONGEST_SMOOTH_MOVE / longest);
         }
         let slope = dot(&gradient, &direction);
-        let mut accepted = None;
-        let mut fraction = 1.0;
-        while slope < 0.0 && fraction > 1e-12 {
-            let candidate: Vec<f64> = z
-                .iter()
-                .zip(&direction)
-                .map(|(z, d)| z + fraction * d)
-                .collect();
-            let (candidate_value, candidate_gradient) = function(&candidate)?;
-            let noise = NOISE * (1.0 + value.abs());
-            if candidate_value <= value + 1e-4 * fraction * slope + noise {
-                accepted = Some((candidate, candidate_value, candidate_gradient));
-                break;
-            }
-            fraction *= 0.5;
-        }
+        let ahead = |fraction: f64| {
+            let moved = z.iter().zip(&direction).map(|(z, d)| z + fraction * d);
+            moved.collect()
+        };
+        let accepted = backtrack(&mut function, value, slope, ahead)?;
         let Some((next, next_value, next_gradient)) = accepted else {
             break StopReason::NoDescent;
         };
@@ -165,6 +154,30 @@ fn descend_smooth<E>(
         iterations,
         stop_reason,
     })
+}
+
+/// A point, and the function's value and gradient there.
+type Found = (Vec<f64>, f64, Vec<f64>);
+
+/// Armijo backtracking: of a whole move, half of it, a quarter … the first that brings `value` down.
+/// `slope` is that along the move, `ahead` where a fraction of it leads.
+fn backtrack<E>(
+    function: &mut impl FnMut(&[f64]) -> Result<(f64, Vec<f64>), E>,
+    value: f64,
+    slope: f64,
+    ahead: impl Fn(f64) -> Vec<f64>,
+) -> Result<Option<Found>, E> {
+    let noise = NOISE * (1.0 + value.abs());
+    let mut fraction = 1.0;
+    while slope < 0.0 && fraction > 1e-12 {
+        let candidate = ahead(fraction);
+        let (found, gradient) = function(&candidate)?;
+        if found <= value + 1e-4 * fraction * slope + noise {
+            return Ok(Some((candidate, found, gradient)));
+        }
+        fraction *= 0.5;
+    }
+    Ok(None)
 }
 
 /// B⁻¹ ← (I - ρ s yᵀ) B⁻¹ (I - ρ y sᵀ) + ρ s sᵀ with ρ = 1/sᵀy; left as it is along negative curvature.
@@ -220,27 +233,15 @@ fn descend<E>(
         let target = ahead(&alpha, &gradient, step);
         let direction = difference(&target, &alpha);
         let slope = dot(&gradient, &direction);
-        let mut accepted = None;
-        let mut fraction = 1.0;
-        while slope < 0.0 && fraction > 1e-12 {
-            // The full step lands on `target` itself, so that its zeros stay exact.
-            let candidate = if fraction == 1.0 {
-                target.clone()
-            } else {
-                alpha
-                    .iter()
-                    .zip(&direction)
-                    .map(|(a, d)| a + fraction * d)
-                    .collect()
-            };
-            let (candidate_value, candidate_gradient) = function(&candidate)?;
-            let noise = NOISE * (1.0 + value.abs());
-            if candidate_value <= value + 1e-4 * fraction * slope + noise {
-                accepted = Some((candidate, candidate_value, candidate_gradient));
-                break;
+        // The full step lands on `target` itself, so that its zeros stay exact.
+        let part_way = |fraction: f64| match fraction == 1.0 {
+            true => target.clone(),
+            false => {
+                let moved = alpha.iter().zip(&direction).map(|(a, d)| a + fraction * d);
+                moved.collect()
             }
-            fraction *= 0.5;
-        }
+        };
+        let accepted = backtrack(&mut function, value, slope, part_way)?;
         let Some((next, next_value, next_gradient)) = accepted else {
             break StopReason::NoDescent;
         };

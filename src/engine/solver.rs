@@ -129,6 +129,8 @@ pub fn own_h_scores(h_score: &HScore) -> Result<Vec<f64>, EngineError> {
 pub struct Explored {
     pub ranges: Ranges,
     starts: Vec<Vec<f64>>,
+    /// Where the descents of H alone ended, one a start.
+    ends_of_h: Vec<(Descent, Candidate)>,
     own_h_scores: Vec<f64>,
     pool: Vec<Candidate>,
 }
@@ -183,7 +185,7 @@ impl<'a> Solver<'a> {
         let starts = starts(m, &own_h_scores);
         let mut pool = Vec::new();
         let only_h = Scale { h: 1.0, l: 0.0 };
-        self.descend_all(only_h, 0.0, &starts, &mut pool, tick)?;
+        let ends_of_h = self.descend_all(only_h, 0.0, &starts, &mut pool, tick)?;
         let largest_l = pool.iter().map(|c: &Candidate| c.l).fold(0.0, f64::max);
         let only_l = Scale {
             h: 0.0,
@@ -201,6 +203,7 @@ impl<'a> Solver<'a> {
         Ok(Explored {
             ranges,
             starts,
+            ends_of_h,
             own_h_scores,
             pool,
         })
@@ -214,12 +217,23 @@ impl<'a> Solver<'a> {
         entropy: f64,
         tick: Tick<'_>,
     ) -> Result<Solution, EngineError> {
-        let mut starts = explored.starts.clone();
-        starts.push(best(&explored.pool, scale).alpha.clone());
-        let ends = self.descend_all(scale, entropy, &starts, &mut explored.pool, tick)?;
+        // Of H alone it is known where the other starts lead.
+        let known = match scale.l == 0.0 && entropy == 0.0 {
+            true => std::mem::take(&mut explored.ends_of_h),
+            false => Vec::new(),
+        };
+        let mut starts = vec![best(&explored.pool, scale).alpha.clone()];
+        if known.is_empty() {
+            starts.append(&mut explored.starts);
+        }
+        let mut ends = self.descend_all(scale, entropy, &starts, &mut explored.pool, tick)?;
+        ends.extend(known);
+        let value = |candidate: &Candidate| {
+            scale.value(candidate) - entropy * relative_entropy(&candidate.alpha)
+        };
         let (winner, end) = ends
             .iter()
-            .min_by(|a, b| a.0.value.total_cmp(&b.0.value))
+            .min_by(|a, b| value(&a.1).total_cmp(&value(&b.1)))
             .expect("there are starts");
         // With entropy the pool's points belong to another function.
         let chosen = if entropy > 0.0 {
@@ -232,11 +246,9 @@ impl<'a> Solver<'a> {
             h_score: chosen.h,
             gradient_alignment: chosen.l,
             scale,
-            optima: distinct(&ends, chosen, |c| {
-                scale.value(c) - entropy * relative_entropy(&c.alpha)
-            }),
+            optima: distinct(&ends, chosen, value),
             report: Some(SolverReport {
-                starts: starts.len(),
+                starts: ends.len(),
                 iterations: winner.iterations,
                 evaluations: self.evaluations,
                 stop_reason: winner.stop_reason,

@@ -21,6 +21,8 @@
 //!
 //! The dual's E is no difference of larger numbers, as the primal's is, where next to nothing is missed: with N ≤ d and little ρ.
 
+use std::cell::OnceCell;
+
 use tch::{Kind, Tensor};
 
 use super::super::{EngineError, cholesky};
@@ -49,11 +51,12 @@ struct Fit {
     right: Tensor,
     /// V
     solved: Tensor,
+    /// S⁻¹, once something asks for it.
+    inverse: OnceCell<Tensor>,
 }
 
-/// A function of G, S and δ, and how it moves: ⟨`sums`, ∂G⟩ + ⟨`matrix`, ∂S⟩ + `ridge` ∂δ.
-struct Part {
-    value: f64,
+/// How a function of G, S and δ moves: ⟨`sums`, ∂G⟩ + ⟨`matrix`, ∂S⟩ + `ridge` ∂δ.
+struct Slopes {
     /// None where G has no part in it.
     sums: Option<Tensor>,
     matrix: Tensor,
@@ -71,41 +74,51 @@ impl Regression {
         derive: bool,
     ) -> Result<(f64, Vec<f64>), EngineError> {
         let fit = self.fit(sums, alpha, *delta)?;
-        let h = match self.cross_validated {
-            true => fit.predicted(sums.num_samples()),
+        let n = sums.num_samples();
+        let value = match self.cross_validated {
+            true => fit.predicted(n),
             false => fit.explained(),
         };
         if !derive {
-            return Ok((h.value, vec![]));
+            return Ok((value, vec![]));
         }
-        let through_sums = match &h.sums {
+        let slopes = match self.cross_validated {
+            true => fit.slopes_of_predicted(n),
+            false => fit.slopes_of_explained(),
+        };
+        let through_sums = match &slopes.sums {
             None => vec![0.0; alpha.len()],
             Some(by_class) => {
                 let by_class = (by_class * sums.rooted_counts().reciprocal()).tr();
-                let slopes = &sums.by_class * by_class.unsqueeze(1);
+                let products = &sums.by_class * by_class.unsqueeze(1);
                 let over = [0i64, 2];
-                Vec::<f64>::try_from(slopes.sum_dim_intlist(over.as_slice(), false, Kind::Double))?
+                Vec::<f64>::try_from(products.sum_dim_intlist(
+                    over.as_slice(),
+                    false,
+                    Kind::Double,
+                ))?
             }
         };
-        let through_moments = self.moments.contract(alpha, &h.matrix)?;
+        let through_moments = self.moments.contract(alpha, &slopes.matrix)?;
         // ∂S = c ∂(XᵀX) + ∂δ I
-        let of_delta = h.ridge + f64::try_from(h.matrix.trace())?;
-        let slopes = (0..alpha.len())
+        let of_delta = slopes.ridge + trace(&slopes.matrix);
+        let gradient = (0..alpha.len())
             .map(|i| through_sums[i] + fit.c * through_moments[i] + of_delta * delta_slopes[i]);
-        Ok((h.value, slopes.collect()))
+        Ok((value, gradient.collect()))
     }
 
     /// What H is on average when the labels are shuffled: E[Z̃Z̃ᵀ] is (K-1)/(N-1) (I - 11ᵀ/N) then.
     pub fn chance(&self, sums: &Sums, alpha: &[f64], delta: f64) -> Result<f64, EngineError> {
-        let inverse = self.fit(sums, alpha, delta)?.inverse();
+        let fit = self.fit(sums, alpha, delta)?;
+        let inverse = fit.inverse();
         let (n, most) = (sums.num_samples(), sums.num_classes() - 1.0);
-        let shrunk = delta * f64::try_from(inverse.trace())?;
-        let freedom = inverse.size()[0] as f64 - shrunk;
+        let shrunk = delta * trace(inverse);
+        let freedom = fit.degrees_of_freedom();
         if !self.cross_validated {
             return Ok(most * freedom / sums.degrees());
         }
         // tr A², as A is I - δS⁻¹ on what S is of.
-        let squared = freedom - shrunk + delta * delta * inner(&inverse, &inverse);
+        let squared = freedom - shrunk + delta * delta * inner(inverse, inverse);
         let missed = (n - 1.0 - 2.0 * freedom + squared) / sums.degrees();
         Ok(most * (1.0 - missed / unspent(freedom, n).powi(2)))
     }
@@ -131,90 +144,104 @@ impl Regression {
             solved: right.cholesky_solve(&factor, false),
             factor,
             right,
+            inverse: OnceCell::new(),
         })
     }
 }
 
 impl Fit {
     /// H as `inv`.
-    fn explained(&self) -> Part {
+    fn explained(&self) -> f64 {
         let product = inner(&self.right, &self.solved);
+        match self.dual {
+            false => self.c * product,
+            true => self.most - self.delta * product,
+        }
+    }
+
+    fn slopes_of_explained(&self) -> Slopes {
         let outer = self.solved.matmul(&self.solved.tr());
         match self.dual {
-            false => Part {
-                value: self.c * product,
+            false => Slopes {
                 sums: Some(&self.solved * (2.0 * self.c)),
                 matrix: outer * -self.c,
                 ridge: 0.0,
             },
-            true => Part {
-                value: self.most - self.delta * product,
+            true => Slopes {
                 sums: None,
                 matrix: outer * self.delta,
-                ridge: -product,
+                ridge: -inner(&self.right, &self.solved),
             },
         }
     }
 
     /// H as `cross_validated`, of N samples.
-    fn predicted(&self, n: f64) -> Part {
-        let (missed, freedom) = (self.missed(), self.degrees_of_freedom());
-        let unspent = unspent(freedom.value, n);
+    fn predicted(&self, n: f64) -> f64 {
+        self.most - self.missed() / unspent(self.degrees_of_freedom(), n).powi(2)
+    }
+
+    fn slopes_of_predicted(&self, n: f64) -> Slopes {
+        let (missed, inverse) = (self.slopes_of_missed(), self.inverse());
+        let unspent = unspent(self.degrees_of_freedom(), n);
         let by_missed = -unspent.powi(-2);
-        let by_freedom = -2.0 * missed.value * unspent.powi(-3) / n;
-        Part {
-            value: self.most + missed.value * by_missed,
+        let by_freedom = -2.0 * self.missed() * unspent.powi(-3) / n;
+        // ∂df is δ⟨S⁻², ∂S⟩ - tr S⁻¹ ∂δ.
+        Slopes {
             sums: missed.sums.map(|sums| sums * by_missed),
-            matrix: missed.matrix * by_missed + freedom.matrix * by_freedom,
-            ridge: missed.ridge * by_missed + freedom.ridge * by_freedom,
+            matrix: missed.matrix * by_missed + inverse.matmul(inverse) * (self.delta * by_freedom),
+            ridge: missed.ridge * by_missed - trace(inverse) * by_freedom,
         }
     }
 
     /// E
-    fn missed(&self) -> Part {
+    fn missed(&self) -> f64 {
+        let norm = inner(&self.solved, &self.solved);
+        match self.dual {
+            false => self.most - self.explained() - self.c * self.delta * norm,
+            true => self.delta * self.delta * norm,
+        }
+    }
+
+    fn slopes_of_missed(&self) -> Slopes {
         let (c, delta, v) = (self.c, self.delta, &self.solved);
         let y = v.cholesky_solve(&self.factor, false);
         let crossed = v.matmul(&y.tr());
         let crossed = &crossed + crossed.tr();
         let norm = inner(v, v);
-        if self.dual {
-            return Part {
-                value: delta * delta * norm,
+        match self.dual {
+            false => Slopes {
+                sums: Some((v + y * delta) * (-2.0 * c)),
+                matrix: crossed * (c * delta) - self.slopes_of_explained().matrix,
+                ridge: -c * norm,
+            },
+            true => Slopes {
                 sums: None,
                 matrix: crossed * (-delta * delta),
                 ridge: 2.0 * delta * norm,
-            };
-        }
-        let explained = self.explained();
-        Part {
-            value: self.most - explained.value - c * delta * norm,
-            sums: Some((v + y * delta) * (-2.0 * c)),
-            matrix: crossed * (c * delta) - explained.matrix,
-            ridge: -c * norm,
+            },
         }
     }
 
     /// df
-    fn degrees_of_freedom(&self) -> Part {
+    fn degrees_of_freedom(&self) -> f64 {
         let inverse = self.inverse();
-        let trace = inverse.trace().double_value(&[]);
-        Part {
-            value: inverse.size()[0] as f64 - self.delta * trace,
-            sums: None,
-            matrix: inverse.matmul(&inverse) * self.delta,
-            ridge: -trace,
-        }
+        inverse.size()[0] as f64 - self.delta * trace(inverse)
     }
 
     /// S⁻¹
-    fn inverse(&self) -> Tensor {
-        self.factor.cholesky_inverse(false)
+    fn inverse(&self) -> &Tensor {
+        let make = || self.factor.cholesky_inverse(false);
+        self.inverse.get_or_init(make)
     }
 }
 
 /// g: the share of N samples that a mean and `freedom` more leave.
 fn unspent(freedom: f64, n: f64) -> f64 {
     1.0 - (1.0 + freedom) / n
+}
+
+fn trace(matrix: &Tensor) -> f64 {
+    matrix.trace().double_value(&[])
 }
 
 fn inner(a: &Tensor, b: &Tensor) -> f64 {
