@@ -51,7 +51,7 @@ impl Evidence<'_> {
         let composed = self.composed.to_bytes();
         let objective = self.objective_value()?;
         let diagnostics = self.diagnostics(objective.h_score)?;
-        let warnings = self.warnings(&diagnostics);
+        let warnings = self.warnings(&diagnostics, objective.h_score);
         let result = CompositionResult {
             source_weights: self.source_weights(),
             method: self.method.clone(),
@@ -176,18 +176,21 @@ impl Evidence<'_> {
             }),
             // At another scale it is another prompt that H is of.
             surrogate_gap: (composed.as_ref().filter(|_| self.method.scale == 1.0))
-                .map(|score| (score.h_score - mixed) / self.size_of_h(mixed)),
+                .map(|score| (score.h_score - mixed) / self.size_of_h(mixed).0),
             composed,
             refinement: self.refinement.clone(),
             baselines: self.verified.as_ref().and_then(|v| v.baselines.clone()),
         })
     }
 
-    /// What a difference of H is told relative to: itself, or the most there is where it may be near 0.
-    fn size_of_h(&self, mixed: f64) -> f64 {
+    /// What a difference of H is told relative to, and in words: H itself, or the most there is where it may be near 0.
+    fn size_of_h(&self, mixed: f64) -> (f64, &'static str) {
+        let most = present(&self.statistics.labels).len() as f64 - 1.0;
         match self.metadata.objective.h_score.mode() {
-            HScoreMode::CrossValidated => present(&self.statistics.labels).len() as f64 - 1.0,
-            HScoreMode::Inv | HScoreMode::TraceRatio => mixed.abs().max(f64::MIN_POSITIVE),
+            HScoreMode::CrossValidated => (most, "of K-1"),
+            HScoreMode::Inv | HScoreMode::TraceRatio => {
+                (mixed.abs().max(f64::MIN_POSITIVE), "of it")
+            }
         }
     }
 
@@ -214,7 +217,8 @@ impl Evidence<'_> {
     }
 
     /// What a careful reader of the result would want to be told.
-    fn warnings(&self, diagnostics: &Diagnostics) -> Vec<Warning> {
+    /// `mixed` is H of the mixed features.
+    fn warnings(&self, diagnostics: &Diagnostics, mixed: f64) -> Vec<Warning> {
         let mut warnings = Warnings::default();
         self.warn_of_samples(diagnostics, &mut warnings);
         self.warn_of_sources(diagnostics, &mut warnings);
@@ -237,10 +241,7 @@ impl Evidence<'_> {
                 true => ", which α was chosen by; `refine` works on the former",
                 false => "",
             };
-            let relative_to = match self.metadata.objective.h_score.mode() {
-                HScoreMode::CrossValidated => "of K-1",
-                HScoreMode::Inv | HScoreMode::TraceRatio => "of it",
-            };
+            let relative_to = self.size_of_h(mixed).1;
             warnings.add(
                 "surrogate_gap",
                 format!(
