@@ -50,9 +50,27 @@ impl Selection {
             skip_bad: target.skip_bad,
         }
     }
+
+    /// All of a split, chosen otherwise alike.
+    pub fn whole(&self, split: Split) -> Self {
+        Self {
+            split,
+            max_samples: None,
+            ..*self
+        }
+    }
 }
 
 impl Samples {
+    /// Whether there is anything to tell apart; `classes` are the data set's names.
+    pub fn check_classes(&self, classes: &[String]) -> Result<(), EngineError> {
+        let first = self.labels[0];
+        match self.labels.iter().all(|label| *label == first) {
+            true => Err(EngineError::OneClass(classes[first].clone())),
+            false => Ok(()),
+        }
+    }
+
     /// Starts to decode, and returns as soon as every file was read once for the digest. Only with `skip_bad` it
     /// waits for the last image: which rows there are is known no sooner.
     pub fn load(

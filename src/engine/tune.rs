@@ -35,22 +35,10 @@ pub fn tune(
     let selection = Selection::of_target(&input.target);
     let preprocessing = &backbone.config.preprocessing;
     let images = Images::load(&dataset, &selection, preprocessing)?;
-    let first = images.all.labels[0];
-    if images.all.labels.iter().all(|label| *label == first) {
-        return Err(EngineError::OneClass(dataset.classes[first].clone()));
-    }
+    images.all.check_classes(&dataset.classes)?;
     // Now, so that what is wrong with these images does not show after hours.
-    let eval = match input.target.eval_split {
-        None => None,
-        Some(split) => {
-            let all = Selection {
-                split,
-                max_samples: None,
-                ..selection
-            };
-            Some(Samples::load(&dataset, &all, preprocessing)?)
-        }
-    };
+    let load = |split| Samples::load(&dataset, &selection.whole(split), preprocessing);
+    let eval = input.target.eval_split.map(load).transpose()?;
     let course = Course {
         tuning: Tuning {
             backbone,

@@ -115,18 +115,17 @@ pub async fn plan(
     let weighing = request.objective.weighing().map_err(invalid_objective)?;
     check_stop_when(request.stop_when, &request.objective, weighing)?;
     check_output(request.output.as_ref())?;
-    let target = target(conn, project_id, &request.dataset, &request.samples).await?;
-    let sources = sources(conn, project_id, &request.sources).await?;
-    check_anchor(&request.objective, &sources)?;
-    let backbone = backbone(conn, project_id, request.backbone.as_ref(), &sources).await?;
-    for (index, source) in sources.iter().enumerate() {
-        check_fits(source, &backbone, &source_pointer(index))?;
-    }
-    let images: u64 = target.class_counts[&request.samples.split].iter().sum();
-    let num_samples = request.samples.max_samples.min(images as usize);
-    let embed_dim = backbone.config.embed_dim;
-    check_size(sources.len(), num_samples, embed_dim)?;
-    check_samples(&request.objective, num_samples, embed_dim)?;
+    let named = Named {
+        dataset: &request.dataset,
+        samples: &request.samples,
+        sources: &request.sources,
+        backbone: request.backbone.as_ref(),
+    };
+    let Ground {
+        target,
+        sources,
+        backbone,
+    } = named.resolve(conn, project_id, &request.objective).await?;
     Ok(EnsembleSpec {
         sources: sources.iter().map(source_spec).collect(),
         backbone: backbone_spec(backbone),
@@ -136,6 +135,49 @@ pub async fn plan(
         stop_when: request.stop_when,
         resolved_from: None,
     })
+}
+
+/// What a request says, in names, of all that features are computed of.
+pub(super) struct Named<'a> {
+    pub dataset: &'a Reference,
+    pub samples: &'a TargetSamples,
+    pub sources: &'a [Reference],
+    pub backbone: Option<&'a ResourceName>,
+}
+
+/// What the names stand for now.
+pub(super) struct Ground {
+    pub target: DatasetVersion,
+    pub sources: Vec<PromptVersion>,
+    pub backbone: RegisteredBackbone,
+}
+
+impl Named<'_> {
+    /// Found, and fit for each other and for the objective.
+    pub(super) async fn resolve(
+        &self,
+        conn: &mut PgConnection,
+        project_id: Uuid,
+        objective: &Objective,
+    ) -> Result<Ground, PlanError> {
+        let target = target(conn, project_id, self.dataset, self.samples).await?;
+        let sources = sources(conn, project_id, self.sources).await?;
+        check_anchor(objective, &sources)?;
+        let backbone = backbone(conn, project_id, self.backbone, &sources).await?;
+        for (index, source) in sources.iter().enumerate() {
+            check_fits(source, &backbone, &source_pointer(index))?;
+        }
+        let images: u64 = target.class_counts[&self.samples.split].iter().sum();
+        let num_samples = self.samples.max_samples.min(images as usize);
+        let embed_dim = backbone.config.embed_dim;
+        check_size(sources.len(), num_samples, embed_dim)?;
+        check_samples(objective, num_samples, embed_dim)?;
+        Ok(Ground {
+            target,
+            sources,
+            backbone,
+        })
+    }
 }
 
 pub(super) fn target_spec(target: &DatasetVersion, samples: &TargetSamples) -> TargetSpec {

@@ -4,8 +4,7 @@ use sqlx::PgConnection;
 use uuid::Uuid;
 
 use super::plan::{
-    PlanError, backbone, backbone_spec, check_fits, check_samples, check_size, invalid_objective,
-    refuse, source_pointer, source_spec, sources, target, target_spec,
+    Ground, Named, PlanError, backbone_spec, invalid_objective, refuse, source_spec, target_spec,
 };
 use crate::domain::composition::TargetSamples;
 use crate::domain::ranking::RankingObjective;
@@ -35,17 +34,17 @@ pub async fn plan(
         let detail = "a ranking makes nothing that could be evaluated; leave it out";
         return refuse("nothing_to_evaluate", "/target/eval_split", detail);
     }
-    let target = target(conn, project_id, &request.dataset, &request.samples).await?;
-    let sources = sources(conn, project_id, &request.sources).await?;
-    let backbone = backbone(conn, project_id, request.backbone.as_ref(), &sources).await?;
-    for (index, source) in sources.iter().enumerate() {
-        check_fits(source, &backbone, &source_pointer(index))?;
-    }
-    let images: u64 = target.class_counts[&request.samples.split].iter().sum();
-    let num_samples = request.samples.max_samples.min(images as usize);
-    let embed_dim = backbone.config.embed_dim;
-    check_size(sources.len(), num_samples, embed_dim)?;
-    check_samples(&objective, num_samples, embed_dim)?;
+    let named = Named {
+        dataset: &request.dataset,
+        samples: &request.samples,
+        sources: &request.sources,
+        backbone: request.backbone.as_ref(),
+    };
+    let Ground {
+        target,
+        sources,
+        backbone,
+    } = named.resolve(conn, project_id, &objective).await?;
     Ok(RankingSpec {
         sources: sources.iter().map(source_spec).collect(),
         backbone: backbone_spec(backbone),

@@ -267,11 +267,7 @@ fn test_images(
     if selection.split == Split::Test || !dataset.splits.contains_key(&Split::Test) {
         return Ok(None);
     }
-    let all = Selection {
-        split: Split::Test,
-        max_samples: None,
-        ..*selection
-    };
+    let all = selection.whole(Split::Test);
     Ok(Some(Samples::load(dataset, &all, preprocessing)?))
 }
 

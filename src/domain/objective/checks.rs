@@ -77,15 +77,9 @@ impl Objective {
             let problem = format!("is {}; it must be finite and ≥ 0", self.entropy);
             return refuse("entropy", problem);
         }
-        if self.refine > MAX_REFINE {
-            let problem = format!("is {}; it must be at most {MAX_REFINE}", self.refine);
-            return refuse("refine", problem);
-        }
-        if self.refine > 0 && self.entropy > 0.0 {
-            let problem = "excludes `entropy`: its steps know nothing of dense weights";
-            return refuse("refine", problem);
-        }
         self.check_method()?;
+        self.check_share_and_scale()?;
+        self.check_refine()?;
         match self.method {
             method if method.weighs() => {}
             Method::AlignmentOnly => return Ok(Weighing::TradeOff(1.0)),
@@ -164,32 +158,49 @@ impl Objective {
             let problem = format!("is {epochs}; it must lie in 1..={MAX_TARGET_EPOCHS}");
             return refuse("target_tuning.epochs", problem);
         }
-        self.check_uniform_share()?;
-        if self.falls_back() && self.refine > 0 {
-            return refuse("fallback", "excludes `refine`, which it would undo");
-        }
-        match self.scale {
-            Scale::Value(beta) if !(0.0..=MAX_SCALE).contains(&beta) => {
+        Ok(())
+    }
+
+    fn check_share_and_scale(&self) -> Result<(), InvalidObjective> {
+        match (self.uniform_share, self.scale) {
+            (UniformShare::Value(gamma), _) if !(0.0..=1.0).contains(&gamma) => {
+                let problem = format!("is {gamma}; it must lie in 0..=1, or be `auto`");
+                refuse("uniform_share", problem)
+            }
+            (_, Scale::Value(beta)) if !(0.0..=MAX_SCALE).contains(&beta) => {
                 let problem = format!("is {beta}; it must lie in 0..={MAX_SCALE}, or be `auto`");
                 refuse("scale", problem)
-            }
-            scale if scale != Scale::default() && self.refine > 0 => {
-                refuse("scale", "excludes `refine`, whose steps are on Σ αᵢ Pᵢ")
             }
             _ => Ok(()),
         }
     }
 
-    fn check_uniform_share(&self) -> Result<(), InvalidObjective> {
-        match self.uniform_share {
-            UniformShare::Value(gamma) if !(0.0..=1.0).contains(&gamma) => {
-                let problem = format!("is {gamma}; it must lie in 0..=1, or be `auto`");
-                refuse("uniform_share", problem)
-            }
-            share if !is_off(&share) && self.refine > 0 => {
-                refuse("uniform_share", "excludes `refine`, which it would undo")
-            }
-            _ => Ok(()),
+    fn check_refine(&self) -> Result<(), InvalidObjective> {
+        if self.refine > MAX_REFINE {
+            let problem = format!("is {}; it must be at most {MAX_REFINE}", self.refine);
+            return refuse("refine", problem);
+        }
+        const UNDONE: &str = "excludes `refine`, which it would undo";
+        let excluded = [
+            (
+                "entropy",
+                self.entropy > 0.0,
+                "excludes `refine`, whose steps know nothing of dense weights",
+            ),
+            ("uniform_share", !is_off(&self.uniform_share), UNDONE),
+            ("fallback", self.falls_back(), UNDONE),
+            (
+                "scale",
+                !is_off(&self.scale),
+                "excludes `refine`, whose steps are on Σ αᵢ Pᵢ",
+            ),
+        ];
+        match excluded
+            .iter()
+            .find(|(_, given, _)| *given && self.refine > 0)
+        {
+            Some((field, _, problem)) => refuse(field, *problem),
+            None => Ok(()),
         }
     }
 
@@ -222,18 +233,19 @@ impl Objective {
         if (method == Method::HgpromptPaper) != (self.method == Method::HgpromptPaper) {
             (h_score.mode, h_score.shrinkage) = (None, None);
         }
-        Self {
+        let mut other = Self {
             h_score,
             method,
-            trade_off: None,
-            alignment_weight: None,
-            entropy: 0.0,
-            refine: 0,
             single_best: SingleBestOptions::default(),
             spot: SpotOptions::default(),
             target_tuning: TargetTuning::default(),
             ..self.clone()
+        };
+        if !(self.method.weighs() && method.weighs()) {
+            (other.trade_off, other.alignment_weight) = (None, None);
+            (other.entropy, other.refine) = (0.0, 0);
         }
+        other
     }
 
     /// What is left of it where α is solved for again without a backbone: no refinement, nothing that is chosen by forward
@@ -358,7 +370,7 @@ mod tests {
         );
         assert_eq!(
             refusal(r#"{"refine": 1, "entropy": 0.1}"#),
-            "`refine` excludes `entropy`: its steps know nothing of dense weights"
+            "`entropy` excludes `refine`, whose steps know nothing of dense weights"
         );
         let singular = Shrinkage::Fixed(0.0).check_samples(9, 8).unwrap_err();
         assert!(
@@ -476,6 +488,7 @@ mod tests {
         assert!(average.weighing().is_ok());
         assert_eq!(average.h_score, full.h_score);
         let published = full.for_method(Method::HgpromptPaper).settled(true);
+        assert_eq!((published.trade_off, published.refine), (full.trade_off, 2));
         assert_eq!(published.h_score.mode(), HScoreMode::Inv);
         assert_eq!(published.h_score.shrinkage(), Shrinkage::Fixed(0.01));
         // What is not said is not written: specifications of before have the digests that they had.
