@@ -8,6 +8,7 @@ use super::{EngineOptions, parse_split, read_prompt, write_composition};
 use crate::config::CacheOptions;
 use crate::domain::composition::{Composer as _, CompositionInput, Source, TargetSamples};
 use crate::domain::dataset::Split;
+use crate::domain::objective::Objective;
 
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {
@@ -69,6 +70,17 @@ pub(super) fn read_sources(named: &[(String, PathBuf)]) -> anyhow::Result<Vec<So
     named.iter().map(source).collect()
 }
 
+impl Args {
+    /// What is given, all of it the method's own: what goes with another method is to be refused, not left out.
+    fn objective(&self) -> Objective {
+        let base = Objective {
+            method: self.solve.method.unwrap_or_default(),
+            ..self.backbone_options.objective()
+        };
+        self.solve.over(&base)
+    }
+}
+
 pub fn run(args: &Args) -> anyhow::Result<()> {
     let input = CompositionInput {
         backbone_dir: args.engine.backbone.clone(),
@@ -81,7 +93,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
             skip_bad: args.engine.skip_bad,
         },
         sources: read_sources(&args.sources)?,
-        objective: args.solve.over(&args.backbone_options.objective()),
+        objective: args.objective(),
         stop_when: None,
     };
     let mut engine = args.engine.engine()?;
@@ -92,4 +104,40 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     }
     let composition = engine.compose(&input, &mut Bars::default())?;
     write_composition(&args.out, &composition)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::objective::InvalidObjective;
+    use crate::offline::parsed;
+
+    #[test]
+    fn options_of_the_method_count_and_those_of_another_are_refused() {
+        let objective = |asked: &[&str]| {
+            let files = ["compose", "--backbone", "a", "--target", "b", "--out", "c"];
+            let source = ["--source", "d=e"];
+            let args: Args = parsed(files.iter().chain(&source).chain(asked));
+            args.objective()
+        };
+        let spot = [
+            "--method",
+            "spot",
+            "--spot-top-k",
+            "3",
+            "--target-epochs",
+            "2",
+        ];
+        let spot = objective(&spot);
+        assert_eq!((spot.spot.top_k, spot.target_tuning.epochs), (Some(3), 2));
+        let paper = objective(&["--method", "hgprompt_paper", "--refine", "5"]);
+        assert_eq!(paper.refine, 5);
+        for (asked, refused) in [
+            (["--method", "average", "--refine", "5"], "refine"),
+            (["--method", "panda", "--spot-top-k", "3"], "spot"),
+        ] {
+            let InvalidObjective { field, .. } = objective(&asked).weighing().unwrap_err();
+            assert_eq!(field, refused);
+        }
+    }
 }
