@@ -54,12 +54,13 @@ pub fn most_similar(similarities: &[f64], top_k: Option<usize>) -> Vec<usize> {
     order
 }
 
-/// What `single_best` chooses by, one a source.
+/// What `single_best` chooses by, one a source. `tick` is asked before each; its error ends it.
 pub fn scores(
     by: Criterion,
     ground: Ground<'_>,
     objective: &Objective,
     num_classes: usize,
+    tick: &mut dyn FnMut() -> Result<(), EngineError>,
 ) -> Result<Vec<f64>, EngineError> {
     let labels = ground.labels;
     let of_sources = (0..ground.features.size()[0]).map(|i| ground.features.get(i));
@@ -68,10 +69,14 @@ pub fn scores(
             own_h_scores(&HScore::new(ground.features, labels, &objective.h_score)?)
         }
         Criterion::LogMe => of_sources
-            .map(|features| log_me(&features.to_kind(Kind::Double), labels))
+            .map(|features| {
+                tick()?;
+                log_me(&features.to_kind(Kind::Double), labels)
+            })
             .collect(),
         Criterion::Validation => of_sources
             .map(|features| {
+                tick()?;
                 Ok(-cross_fitted(&features, labels, num_classes, &objective.head)?.loss)
             })
             .collect(),

@@ -130,7 +130,8 @@ pub fn weigh_features(
         Method::SingleBest => {
             let _alone = OneThread::begin();
             let by = objective.single_best.by;
-            let scores = scores(by, ground, objective, num_classes)?;
+            let tick = &mut || stop_on(steps.tick(Phase::Solve));
+            let scores = scores(by, ground, objective, num_classes, tick)?;
             let alpha = single_best(&scores);
             report.scores = Some(scores);
             alpha

@@ -72,7 +72,7 @@ pub fn compose(
     method.anchor = anchor.filter(|_| method.scale != 1.0);
     let metadata = Metadata {
         format: Metadata::FORMAT,
-        sources: work.recorded(&statistics)?,
+        sources: work.recorded(&statistics, &mut steps)?,
         backbone_digest: backbone.digest,
         preprocessing_id: backbone.config.preprocessing.id(),
         precision: vit.compute.precision,
@@ -148,20 +148,14 @@ impl Inputs {
         let selection = Selection::of_target(target);
         let preprocessing = &backbone.config.preprocessing;
         let samples = Samples::load(&dataset, &selection, preprocessing)?;
-        check_samples(&samples, &dataset, objective, vit)?;
+        samples.check_classes(&dataset.classes)?;
+        // Enough for the shrinkage that was asked for.
+        let (n, d) = (samples.len(), vit.config.embed_dim);
+        objective.h_score.check_samples(n, d)?;
         // Now and not when it is needed: what is wrong with these images should not show after hours, but
         // when they are decoded, behind the features.
-        let eval = match target.eval_split {
-            None => None,
-            Some(split) => {
-                let all = Selection {
-                    split,
-                    max_samples: None,
-                    ..selection
-                };
-                Some(Samples::load(&dataset, &all, preprocessing)?)
-            }
-        };
+        let load = |split| Samples::load(&dataset, &selection.whole(split), preprocessing);
+        let eval = target.eval_split.map(load).transpose()?;
         Ok(Self {
             dataset,
             samples,
@@ -196,21 +190,6 @@ impl Inputs {
             sources: &input.sources,
         }
     }
-}
-
-/// Classes to tell apart, and samples enough for the shrinkage that was asked for.
-fn check_samples(
-    samples: &Samples,
-    dataset: &LabelledImages,
-    objective: &Objective,
-    vit: &Vit,
-) -> Result<(), EngineError> {
-    let first = samples.labels[0];
-    if samples.labels.iter().all(|label| *label == first) {
-        return Err(EngineError::OneClass(dataset.classes[first].clone()));
-    }
-    let d = vit.config.embed_dim;
-    Ok(objective.h_score.check_samples(samples.len(), d)?)
 }
 
 /// P₀, of the shape of this prompt.
@@ -258,13 +237,18 @@ struct Work<'a> {
 
 impl Work<'_> {
     /// The sources as the statistics name them, with their isolated scores.
-    fn recorded(&self, statistics: &Statistics) -> Result<Vec<RecordedSource>, EngineError> {
+    fn recorded(
+        &self,
+        statistics: &Statistics,
+        steps: &mut Steps<'_>,
+    ) -> Result<Vec<RecordedSource>, EngineError> {
         let Statistics {
             features, labels, ..
         } = statistics;
         let sources = self.sources.iter().enumerate();
         sources
             .map(|(i, source)| {
+                stop_on(steps.tick(Phase::Verify))?;
                 let metadata = source.file.metadata.as_ref();
                 Ok(RecordedSource {
                     prompt: source.prompt.clone(),
@@ -353,7 +337,7 @@ impl Work<'_> {
             let uniform = evaluation.run(&uniform, None, &mut count)?;
             let own = &solved.solution.own_h_scores;
             let best = (0..m)
-                .max_by(|a, b| own[*a].total_cmp(&own[*b]))
+                .max_by(|a, b| own[*a].total_cmp(&own[*b]).then(b.cmp(a)))
                 .expect("there are sources");
             let of_best = features.get(best as i64);
             let best_single = evaluation.run(&self.tensors[best], Some(of_best), &mut count)?;

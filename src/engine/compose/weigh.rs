@@ -21,7 +21,7 @@ use crate::engine::methods::{
 };
 use crate::engine::solve::{Solved, weigh_features};
 use crate::engine::statistics::Ground;
-use crate::engine::steps::Steps;
+use crate::engine::steps::{Steps, stop_on};
 use crate::engine::tuning::{Attention, Tuning};
 use crate::engine::{EngineError, prompt_tensor};
 
@@ -54,7 +54,7 @@ impl Work<'_> {
                 let target = self.target_prompt(last.take(), steps)?;
                 let (alpha, scores) = match method {
                     Method::Panda => self.by_effects(ground.features, &target.embeddings, steps)?,
-                    _ => self.by_similarity(ground, &target.embeddings)?,
+                    _ => self.by_similarity(ground, &target.embeddings, steps)?,
                 };
                 let seconds = target.seconds;
                 *last = Some(target);
@@ -145,6 +145,7 @@ impl Work<'_> {
         &self,
         ground: Ground<'_>,
         target: &PlainTensor<f32>,
+        steps: &mut Steps<'_>,
     ) -> Result<(Vec<f64>, Vec<f64>), EngineError> {
         let spot = &self.objective.spot;
         let similarities: Vec<f64> = (self.prompts.iter())
@@ -155,6 +156,7 @@ impl Work<'_> {
             SpotChoice::BestOf => {
                 let mut scores = vec![f64::NEG_INFINITY; similarities.len()];
                 for i in most_similar(&similarities, spot.top_k) {
+                    stop_on(steps.tick(Phase::Solve))?;
                     let features = ground.features.get(i as i64);
                     scores[i] = -self.cross_fitted(&features)?.loss;
                 }
@@ -215,20 +217,31 @@ impl Work<'_> {
             return Ok((alpha, None));
         }
         let by = Criterion::Validation;
-        let single = single_best(&scores(by, ground, self.objective, self.classes.len())?);
-        let at = single.iter().position(|weight| *weight > 0.0);
+        let tick = &mut || stop_on(steps.tick(Phase::Verify));
+        let of_sources = scores(by, ground, self.objective, self.classes.len(), tick)?;
+        let single = single_best(&of_sources);
+        let at = (single.iter().position(|weight| *weight > 0.0)).expect("it has all weight");
         let scale = self.objective.scale.known();
-        // α last: it is what changes least.
-        let composed = |share: f64| match share == 1.0 {
-            true => self.composed(&single, scale),
-            false => self.composed(&alpha, scale),
+        let evaluation = self.evaluation(&self.objective.h_score);
+        let mut loss_of = |weights: &[f64]| -> Result<f64, EngineError> {
+            let prompt = prompt_tensor(&self.composed(weights, scale), self.vit);
+            let tick = |_| steps.tick(Phase::Verify);
+            Ok(evaluation.cross_fitted(&prompt, tick)?.loss)
         };
-        let (best, points) = self.best_of(&[1.0, 0.0], composed, steps)?;
+        // As it is, the source's features are at hand.
+        let validation_loss = match scale == 1.0 {
+            true => -of_sources[at],
+            false => loss_of(&single)?,
+        };
+        let composed_validation_loss = match alpha == single {
+            true => validation_loss,
+            false => loss_of(&alpha)?,
+        };
         let report = FallbackReport {
-            prompt: self.sources[at.expect("it has all weight")].prompt.clone(),
-            validation_loss: points[0].1.loss,
-            composed_validation_loss: points[1].1.loss,
-            taken: best == 1.0,
+            prompt: self.sources[at].prompt.clone(),
+            validation_loss,
+            composed_validation_loss,
+            taken: validation_loss < composed_validation_loss,
         };
         let alpha = if report.taken { single } else { alpha };
         Ok((alpha, Some(report)))
