@@ -448,8 +448,12 @@ fn score_of(logits: &Tensor, labels: &[usize]) -> Result<HeldOut, EngineError> {
         .argmax(-1, false)
         .eq_tensor(&labels)
         .to_kind(Kind::Double);
+    let cross_entropy = f64::try_from(logits.cross_entropy_for_logits(&labels))?;
+    if !cross_entropy.is_finite() {
+        return Err(EngineError::NotFinite("the losses"));
+    }
     Ok(HeldOut {
-        cross_entropy: f64::try_from(logits.cross_entropy_for_logits(&labels))?,
+        cross_entropy,
         accuracy: f64::try_from(correct.mean(Kind::Double))?,
     })
 }

@@ -394,3 +394,13 @@ fn a_head_of_as_many_other_classes_is_not_taken() {
     first.metadata.as_mut().unwrap().classes = Some(names);
     assert_eq!(head_after(&first).values, vec![0.0; own.values.len()]);
 }
+
+#[test]
+fn scores_that_are_not_finite_are_an_error() {
+    let logits = |value: f64| Tensor::from_slice(&[value, 1.0]).view([1, 2]);
+    assert!(score_of(&logits(0.5), &[0]).is_ok());
+    for value in [f64::NAN, f64::INFINITY] {
+        let refused = score_of(&logits(value), &[1]);
+        assert!(matches!(refused, Err(EngineError::NotFinite(_))), "{value}");
+    }
+}
