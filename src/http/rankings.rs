@@ -85,7 +85,7 @@ impl From<Job<RankingSpec>> for RankingJob {
 
 /// Score prompts for a target by every transferability metric
 ///
-/// H-score (plain and adjusted), LogME, LEEP, NCE, OTCE, and the similarities of SPoT and PANDA to a prompt that is tuned on
+/// H-score (plain, adjusted and cross-validated), LogME, LEEP, NCE, OTCE, and the similarities of SPoT and PANDA to a prompt that is tuned on
 /// the target for a few epochs: one table, higher is better. Nothing is weighed, composed or published. Where a ranking of
 /// the same `spec_digest` waits, runs or has succeeded, the answer is that one, unless `force` is set.
 #[utoipa::path(
@@ -269,5 +269,6 @@ async fn retry_ranking(
     caller: Caller,
     Path(id): Path<Uuid>,
 ) -> Result<Response, Problem> {
-    jobs::actions::retry::<RankingSpec>(&state, &caller, id, FORCE).await
+    let mut conn = state.pool.acquire().await?;
+    jobs::actions::retry::<RankingSpec>(&mut conn, &caller, id, FORCE).await
 }

@@ -296,5 +296,6 @@ async fn retry_tuning(
     caller: Caller,
     Path(id): Path<Uuid>,
 ) -> Result<Response, Problem> {
-    jobs::actions::retry::<TuningSpec>(&state, &caller, id, FORCE).await
+    let mut conn = state.pool.acquire().await?;
+    jobs::actions::retry::<TuningSpec>(&mut conn, &caller, id, FORCE).await
 }

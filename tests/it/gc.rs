@@ -125,9 +125,14 @@ async fn what_is_about_to_be_referred_to_stays(pool: PgPool) {
 async fn statistics_go_after_their_time_and_say_so(pool: PgPool) {
     let app = furnished(pool).await;
     let ensemble = post(&app, &request()).await.ok(202);
-    let _worker = Worker::start(&app, &FakeComposer::default());
+    let worker = Worker::start(&app, &FakeComposer::default());
     let done = until_state(&app, &ensemble, "succeeded").await;
     assert_ne!(done["urls"]["resolve"], Value::Null);
+    worker.stop().await;
+    let resolve = format!("{}/resolve", url(&ensemble, "self"));
+    let again = app.post(&resolve, &json!({})).await.ok(202);
+    let cancel = format!("{}/cancel", url(&again, "self"));
+    app.post(&cancel, &json!({})).await.ok(200);
     age(&app).await;
     let retention = Retention {
         grace: HOUR,
@@ -159,10 +164,12 @@ async fn statistics_go_after_their_time_and_say_so(pool: PgPool) {
         );
     };
     gone(app.get(&url(&ensemble, "statistics")).await);
-    gone(
-        app.post(&format!("{}/resolve", url(&ensemble, "self")), &json!({}))
-            .await,
-    );
+    gone(app.post(&resolve, &json!({})).await);
+    // What would be solved from them is not queued again, to fail.
+    let retry = format!("{}/retry", url(&again, "self"));
+    gone(app.post(&retry, &json!({})).await);
+    let still = app.get(&url(&again, "self")).await.ok(200);
+    assert_eq!(still["state"], "cancelled");
     let after = app.get(&url(&ensemble, "self")).await.ok(200);
     assert_eq!(after["urls"]["resolve"], Value::Null);
     // The answer itself stays.

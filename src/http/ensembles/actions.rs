@@ -2,6 +2,7 @@
 
 use axum::extract::State;
 use axum::response::Response;
+use sqlx::PgConnection;
 use uuid::Uuid;
 
 use super::answer::Ensemble;
@@ -53,6 +54,7 @@ pub(super) async fn cancel_ensemble(
         (status = 404, description = "`ensemble_not_found`"),
         (status = 409, description = "`ensemble_not_over` (it waits or runs), `ensemble_over` (it has \
             succeeded; see `replay`)"),
+        (status = 410, description = "`statistics_deleted`: those that it is solved again from"),
     )
 )]
 pub(super) async fn retry_ensemble(
@@ -60,7 +62,28 @@ pub(super) async fn retry_ensemble(
     caller: Caller,
     Path(id): Path<Uuid>,
 ) -> Result<Response, Problem> {
-    jobs::actions::retry::<EnsembleSpec>(&state, &caller, id, "replay it").await
+    let mut tx = state.pool.begin().await?;
+    let answer = jobs::actions::retry::<EnsembleSpec>(&mut tx, &caller, id, "replay it").await?;
+    let job = existing::<EnsembleSpec>(&mut tx, caller.project_id, id).await?;
+    hold_statistics(&mut tx, &state, &caller, &job.spec).await?;
+    tx.commit().await?;
+    Ok(answer)
+}
+
+/// The statistics that such an ensemble is solved from, if it is solved again, for a job that is queued in the same transaction.
+async fn hold_statistics(
+    conn: &mut PgConnection,
+    state: &AppState,
+    caller: &Caller,
+    spec: &EnsembleSpec,
+) -> Result<(), Problem> {
+    let Some(from) = &spec.resolved_from else {
+        return Ok(());
+    };
+    let origin = existing::<EnsembleSpec>(conn, caller.project_id, from.ensemble).await?;
+    super::outcome::check_statistics(origin.id, origin.statistics_deleted_at)?;
+    references::hold(conn, &state.blobs, &from.statistics).await?;
+    Ok(())
 }
 
 /// Compute an ensemble once more, and compare the answers
@@ -87,11 +110,7 @@ pub(super) async fn replay_ensemble(
 ) -> Result<Response, Problem> {
     let mut tx = state.pool.begin().await?;
     let job = existing::<EnsembleSpec>(&mut tx, caller.project_id, id).await?;
-    if let Some(from) = &job.spec.resolved_from {
-        let origin = existing::<EnsembleSpec>(&mut tx, caller.project_id, from.ensemble).await?;
-        super::outcome::check_statistics(origin.id, origin.statistics_deleted_at)?;
-        references::hold(&mut tx, &state.blobs, &from.statistics).await?;
-    }
+    hold_statistics(&mut tx, &state, &caller, &job.spec).await?;
     let new_id = state.clock.new_id();
     let mut spec = job.spec;
     spec.output = default_output(&spec.target.dataset, new_id);

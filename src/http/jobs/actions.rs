@@ -3,6 +3,7 @@
 use axum::Json as JsonResponse;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use sqlx::PgConnection;
 use uuid::Uuid;
 
 use super::{LOOK_AGAIN_AFTER, Resource, code, existing, not_found};
@@ -42,15 +43,14 @@ pub async fn cancel<S: Resource>(
 /// One that failed or was cancelled goes back into the queue as it was posted; `repeat` says how one that succeeded is
 /// computed once more.
 pub async fn retry<S: Resource>(
-    state: &AppState,
+    conn: &mut PgConnection,
     caller: &Caller,
     id: Uuid,
     repeat: &str,
 ) -> Result<Response, Problem> {
-    let mut conn = state.pool.acquire().await?;
-    existing::<S>(&mut conn, caller.project_id, id).await?;
+    existing::<S>(conn, caller.project_id, id).await?;
     let kind = S::KIND;
-    match requests::retry(&mut conn, caller.project_id, id).await? {
+    match requests::retry(conn, caller.project_id, id).await? {
         None => return Err(not_found::<S>(id)),
         Some(Ok(())) => {}
         Some(Err(JobState::Succeeded)) => {
@@ -63,7 +63,7 @@ pub async fn retry<S: Resource>(
         }
     }
     let again = [(header::RETRY_AFTER, LOOK_AGAIN_AFTER.to_string())];
-    let job = existing::<S>(&mut conn, caller.project_id, id).await?;
+    let job = existing::<S>(conn, caller.project_id, id).await?;
     let answer = JsonResponse(S::Answer::from(job));
     Ok((StatusCode::ACCEPTED, again, answer).into_response())
 }
