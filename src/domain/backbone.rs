@@ -165,7 +165,9 @@ impl Backbone {
 impl BackboneConfig {
     pub(super) fn check(&self) -> Result<(), BackboneError> {
         let fail = |text: String| Err(BackboneError::Inconsistent(text));
-        let Preprocessing { size, std, .. } = self.preprocessing;
+        let Preprocessing {
+            size, mean, std, ..
+        } = self.preprocessing;
         if [
             self.embed_dim,
             self.depth,
@@ -199,6 +201,12 @@ impl BackboneConfig {
                 "preprocessing.size {size} is not a multiple of patch_size {}",
                 self.patch_size
             ));
+        }
+        if !(self.norm_eps.is_finite() && self.norm_eps >= 0.0) {
+            return fail("norm_eps must be finite and at least 0".into());
+        }
+        if mean.iter().any(|m| !m.is_finite()) {
+            return fail("preprocessing.mean must be finite".into());
         }
         if std.iter().any(|s| !(s.is_finite() && *s > 0.0)) {
             return fail("preprocessing.std must be positive".into());

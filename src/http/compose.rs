@@ -16,6 +16,7 @@ use super::extract::Json;
 use super::prompt_files;
 use super::prompt_versions::PublishedVersion;
 use crate::db::DbError;
+use crate::domain::method::common_seed;
 use crate::domain::mixture::mix;
 use crate::domain::prompt_file::{FORMAT, Origin, PromptFile, PromptMetadata};
 use crate::domain::reference::{Reference, ResourceName};
@@ -168,13 +169,11 @@ fn check_weights(sources: &[WeighedSource]) -> Result<(), Problem> {
 fn common_metadata(sources: &[PromptVersion]) -> Result<PromptMetadata, Problem> {
     let backbone_digest = agreed(sources, "backbone", |it| it.backbone_digest.as_ref())?;
     let preprocessing_id = agreed(sources, "preprocessing", |it| it.preprocessing_id.as_ref())?;
-    let mut seeds = sources.iter().map(|source| source.init_seed);
-    let first = seeds.next().flatten();
     Ok(PromptMetadata {
         format: FORMAT,
         backbone_digest,
         preprocessing_id,
-        init_seed: first.filter(|_| seeds.all(|seed| seed == first)),
+        init_seed: common_seed(sources.iter().map(|source| source.init_seed)),
         task: None,
         classes: None,
         origin: Origin::Composed,

@@ -60,7 +60,9 @@ impl File {
             return Ok(None);
         };
         let range = match asked {
-            Asked::FromTo(from, to) => from..to.map_or(self.size, |to| self.size.min(to + 1)),
+            Asked::FromTo(from, to) => {
+                from..to.map_or(self.size, |to| self.size.min(to.saturating_add(1)))
+            }
             Asked::Last(count) => self.size.saturating_sub(count)..self.size,
         };
         if range.is_empty() {

@@ -18,7 +18,6 @@ use crate::db::DbError;
 use crate::domain::digest::Digest;
 use crate::domain::peft::archive::{self, ArchiveError};
 use crate::domain::peft::{self, AdapterConfig, CONFIG_FILE, Layers, PeftError};
-use crate::domain::prompt_file::PromptFile;
 use crate::domain::reference::ResourceName;
 use crate::registry::prompt_versions::{self, NewVersion};
 use crate::registry::{backbones, prompts};
@@ -189,11 +188,16 @@ async fn export_peft(
         num_layers: backbone.config.depth,
         num_attention_heads: backbone.config.num_heads,
     });
-    // What is stored was checked when it came.
-    let file = PromptFile::parse(&bytes).map_err(Problem::internal)?;
-    let adapter =
-        peft::export(&bytes, &file, version.training.as_ref(), layers).map_err(refuse_adapter)?;
+    drop(conn);
     let name = format!("{}-{}-peft.tar", version.prompt, version.version);
+    // What is stored was checked when it came.
+    let (bytes, file) = prompt_files::read(bytes).await?;
+    let packing = tokio::task::spawn_blocking(move || {
+        let adapter = peft::export(&bytes, &file, version.training.as_ref(), layers)?;
+        Ok(archive::pack(&adapter))
+    });
+    let packed = packing.await.map_err(Problem::internal)?;
+    let packed = packed.map_err(refuse_adapter)?;
     let headers = [
         (header::CONTENT_TYPE, TAR.to_owned()),
         (
@@ -201,5 +205,5 @@ async fn export_peft(
             format!("attachment; filename=\"{name}\""),
         ),
     ];
-    Ok((headers, archive::pack(&adapter)))
+    Ok((headers, packed))
 }

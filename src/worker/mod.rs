@@ -232,6 +232,7 @@ impl Worker {
             let claimed_at = Instant::now();
             match self.claim().await {
                 Ok(Some(task)) => {
+                    database_gone = false;
                     self.busy.store(true, Ordering::Relaxed);
                     self.seen(WorkerState::Busy, false).await;
                     let ran = self.run(task, claimed_at).await;

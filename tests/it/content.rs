@@ -67,6 +67,8 @@ async fn a_file_comes_whole_in_part_and_as_headers_alone(pool: PgPool) {
         ("bytes=8-", 8, last),
         ("bytes=-5", size - 5, last),
         ("bytes=8-99999999999999999999", 8, last),
+        // The most that a u64 holds.
+        ("bytes=8-18446744073709551615", 8, last),
         ("bytes=-99999999999999999999", 0, last),
     ] {
         let part = ask(&app, Method::GET, CONTENT, &[("range", range)]).await;
