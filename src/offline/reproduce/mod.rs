@@ -191,14 +191,26 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
             layouts::compute(args, &suite, &settings, *seed)?;
         }
     }
+    let missing = missing(args, &suite, &results);
     let report = Report {
         suite: &suite,
         seeds: &args.seeds,
         settings: &settings,
         rows: results.rows(),
-        missing: cells.iter().filter(|cell| !results.has(cell)).count(),
+        missing: &missing,
     };
     report.write(&args.out, &args.tables)
+}
+
+/// How many cells of each table have no row yet.
+fn missing(args: &Args, suite: &Suite, results: &Results) -> Vec<(Table, usize)> {
+    let of_table = |table: &Table| {
+        let cells = cells(suite, &args.seeds, std::slice::from_ref(table));
+        let missing = cells.iter().filter(|cell| !results.has(cell)).count();
+        (*table, missing)
+    };
+    let tables = args.tables.iter().map(of_table);
+    tables.filter(|(_, missing)| *missing > 0).collect()
 }
 
 fn tune_prompts(args: &Args, suite: &Suite, settings: &Settings) -> anyhow::Result<()> {

@@ -3,6 +3,8 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
+use clap::ValueEnum as _;
+
 use super::cells::{ABLATION, DEFAULT, HGPROMPT, METHODS, NONE, OWN, method};
 use super::measures::{half_interval, mean_and_deviation};
 use super::results::Row;
@@ -31,8 +33,8 @@ pub struct Report<'a> {
     pub seeds: &'a [u64],
     pub settings: &'a Settings,
     pub rows: &'a [Row],
-    /// Cells that have no row yet.
-    pub missing: usize,
+    /// Tables of which cells have no row yet, and how many.
+    pub missing: &'a [(Table, usize)],
 }
 
 impl<'a> Report<'a> {
@@ -92,9 +94,14 @@ impl<'a> Report<'a> {
                 tuning.epochs
             ),
         };
-        let missing = match self.missing {
-            0 => String::new(),
-            missing => format!(" **Not finished: {missing} cells are missing.**"),
+        let of_table = |(table, missing): &(Table, usize)| {
+            let table = table.to_possible_value().expect("none is hidden");
+            format!("{missing} of `{}`", table.get_name())
+        };
+        let missing: Vec<String> = self.missing.iter().map(of_table).collect();
+        let missing = match missing.as_slice() {
+            [] => String::new(),
+            some => format!(" **Not finished: cells are missing, {}.**", some.join(", ")),
         };
         format!(
             "Profile {}, {precision}: {} tasks, seeds {}; {} cells.{missing} Source prompts of {} tokens, {} epochs on up to \
@@ -182,9 +189,23 @@ impl<'a> Report<'a> {
         let all = RIVALS.into_iter();
         format!(
             "\n### Differences\n\nPaired over tasks and seeds: a task's difference is the mean over its seeds, the interval \
-             is Student's over the tasks, each row for itself: of so many rows one may lie outside by chance.\n\n{}\n{}",
+             is Student's over the tasks, each row for itself: of so many rows one may lie outside by chance.\n\n{}\n{}\n{}",
             self.differences_of(DEFAULT, "the default", all.clone().chain([HGPROMPT])),
+            self.gave_way(),
             self.differences_of(HGPROMPT, "as published", all),
+        )
+    }
+
+    /// How often the default is one source.
+    fn gave_way(&self) -> String {
+        let rows = self
+            .targets()
+            .flat_map(|target| self.rows_of(target, DEFAULT));
+        let alone: Vec<bool> = rows.map(|row| row.weights.contains(&1.0)).collect();
+        let times = alone.iter().filter(|alone| **alone).count();
+        format!(
+            "The default gave all weight to one source in {times} of {} cells.\n",
+            alone.len()
         )
     }
 
