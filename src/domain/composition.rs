@@ -368,8 +368,8 @@ pub struct SourceWeight {
     #[schema(minimum = 0, maximum = 1)]
     pub weight: f64,
     /// Of the weight as it was solved for (before any `refine`), by leaving out one of ten folds of the
-    /// samples at a time (jackknife), λ, heads and `uniform_share` held. Null where a fold less leaves too little to solve, and
-    /// where the `fallback` has all weight.
+    /// samples at a time (jackknife), λ, heads and `uniform_share` held. Null where the method does not solve for it, where a fold
+    /// less leaves too little to solve, and where the `fallback` has all weight.
     #[serde(default)]
     pub standard_error: Option<f64>,
 }
@@ -482,7 +482,7 @@ pub struct Diagnostics {
     /// What `refine` steps found.
     #[serde(default)]
     pub refinement: Option<Refinement>,
-    /// What α is to be compared with; present when `eval_split` was given.
+    /// What α is to be compared with; present with `hgprompt` and `hgprompt_paper` when `eval_split` was given.
     pub baselines: Option<Baselines>,
 }
 

@@ -1,7 +1,8 @@
 //! Transfer methods: the ways from source prompts to weights, and from weights to the composed prompt.
 //!
 //! Whatever the method, its weights may be pulled towards equal ones, αᵢ = (1-γ) α*ᵢ + γ/M, and the composed prompt towards
-//! the initial one, P_T = P₀ + β Σ αᵢ (Pᵢ - P₀). By default γ = 0 and β = 1, and P_T is Σ α*ᵢ Pᵢ.
+//! the initial one, P_T = P₀ + β Σ αᵢ (Pᵢ - P₀). By default γ = 0 and β = 1, and P_T is
+//! Σ α*ᵢ Pᵢ, or with `hgprompt` the best single source where that does better ([`Fallback`]).
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -179,7 +180,8 @@ pub enum Fallback {
     #[default]
     None,
     /// The source with the lowest cross-fitted loss on the target samples, alone, where that is lower than the composed prompt's:
-    /// what mixed features promise is not always what mixed prompts do. Two forward passes.
+    /// what mixed features promise is not always what mixed prompts do. A forward pass of the composed prompt; at a `scale` other
+    /// than 1 one of that source too.
     SingleBest,
 }
 

@@ -49,7 +49,7 @@ pub struct RankedSource {
     pub prompt: String,
     #[schema(value_type = String, example = "sha256:…")]
     pub digest: Digest,
-    /// H of the source's features alone, 0 ≤ H ≤ min(d, K-1) as `inv`.
+    /// H of the source's features alone; by default as `inv` with ρ = 0.01, 0 ≤ H ≤ min(d, K-1).
     pub h_score: f64,
     /// H less its chance level, over what is left above it.
     pub h_score_adjusted: f64,

@@ -22,7 +22,10 @@ pub const MAX_REFINE: u32 = 100;
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Objective {
-    /// How α is found.
+    /// How α is found. `hgprompt` (default): H-score and gradient alignment, weighed by `trade_off` or `alignment_weight`, with H
+    /// `cross_validated` and the `fallback` `single_best`; `hgprompt_paper`: the same as published, with H as `inv` and no `fallback`;
+    /// `h_only`, `alignment_only`: one of the two terms; `average`: equal weights; `single_best`: one source; `spot`, `panda`,
+    /// `attempt`: as those systems weigh.
     #[serde(skip_serializing_if = "is_off")]
     pub method: Method,
     /// t in [0, 1]: 0 weighs transferability alone, 1 gradient alignment alone. Scale-free: both
@@ -62,7 +65,8 @@ pub struct Objective {
     /// beat where α* is uncertain. Default 0; excludes `refine`.
     #[serde(skip_serializing_if = "is_off")]
     pub uniform_share: UniformShare,
-    /// What α gives way to where that has the lower cross-fitted loss on the target samples. Excludes `refine`. Default
+    /// `single_best`: where the source with the lowest cross-fitted loss on the target samples does better on them than the composed
+    /// prompt, it gets all weight. `none`: never. Excludes `refine`. Default
     /// `single_best` with the method `hgprompt` (without `refine`, `stop_when`, and with a backbone), otherwise `none`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fallback: Option<Fallback>,
@@ -109,7 +113,8 @@ pub enum TradeOffRule {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct HScoreOptions {
-    /// Default `cross_validated`; with the method `hgprompt_paper`, `inv`.
+    /// `inv`: the definition, tr(cov(f)⁻¹ cov(E[f|y])); `cross_validated`: the same measure of samples that it was not fitted on;
+    /// `trace_ratio`: tr cov(E[f|y]) / tr cov(f). Default `cross_validated`; with the method `hgprompt_paper` and in a ranking, `inv`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mode: Option<HScoreMode>,
     pub standardise: Standardise,
