@@ -46,7 +46,8 @@ def compose(promptweave, folder, sources, options):
     """The result of one composition, and the most memory it held."""
     out = folder / "out"
     command = [promptweave, "compose", "--backbone", BACKBONE, "--target", ROOT / "demo" / "target", "--device", "cpu"]
-    command += ["--out", out, *options]
+    # Weights of a mixture: where one source had all of it, they would differ in nothing.
+    command += ["--out", out, "--method", "hgprompt_paper", *options]
     for source in sources:
         command += ["--source", f"{source.stem}={source}"]
     _, memory = run(command)

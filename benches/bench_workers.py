@@ -62,7 +62,9 @@ class Api:
 
     def post(self, images, **more):
         target = {"dataset": "clipart", "max_samples": images}
-        return self.call("POST", "/v1/ensembles", {"backbone": "vit-s14", "target": target, "sources": self.sources, "force": True} | more)["id"]
+        # Weights of a mixture: where one source had all of it, they would differ in nothing.
+        asked = {"backbone": "vit-s14", "target": target, "sources": self.sources, "objective": {"method": "hgprompt_paper"}, "force": True}
+        return self.call("POST", "/v1/ensembles", asked | more)["id"]
 
     def wait(self, job, until):
         """The ensemble, once `until` is true of it."""

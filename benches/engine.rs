@@ -10,7 +10,7 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use criterion::{Criterion, criterion_group, criterion_main};
-use promptweave::domain::objective::{AlignmentReading, GradientNorm, HScoreOptions};
+use promptweave::domain::objective::{AlignmentReading, GradientNorm, HScoreMode, HScoreOptions};
 use promptweave::engine::alignment::GradientAlignment;
 use promptweave::engine::gradients::{GradientStatistics, sample_folds};
 use promptweave::engine::h_score::HScore;
@@ -55,8 +55,12 @@ impl Problem {
         }
     }
 
-    fn h_score(&self) -> HScore {
-        HScore::new(&self.features, &self.labels, &HScoreOptions::default()).expect("it is sound")
+    fn h_score(&self, mode: HScoreMode) -> HScore {
+        let options = HScoreOptions {
+            mode: Some(mode),
+            ..HScoreOptions::default()
+        };
+        HScore::new(&self.features, &self.labels, &options).expect("it is sound")
     }
 
     /// Γ and the rest, from micro-batches of 32 samples.
@@ -99,10 +103,11 @@ fn measure<T>(criterion: &mut Criterion, name: &str, run: impl Fn() -> T) -> T {
 }
 
 fn engine(criterion: &mut Criterion) {
-    for size in SIZES {
+    let modes = [HScoreMode::Inv, HScoreMode::CrossValidated];
+    for (size, mode) in SIZES.iter().flat_map(|size| modes.map(|mode| (*size, mode))) {
         let problem = Problem::new(size);
-        let name = |what: &str| format!("{what} {}", problem.name);
-        let h_score = measure(criterion, &name("second moments"), || problem.h_score());
+        let name = |what: &str| format!("{mode}, {what} {}", problem.name);
+        let h_score = measure(criterion, &name("second moments"), || problem.h_score(mode));
         let alignment = measure(criterion, &name("gradient statistics"), || {
             problem.alignment()
         });

@@ -58,11 +58,12 @@ sources=()
 for file in demo/prompts/*.safetensors; do
     sources+=(--source "$(basename "$file" .safetensors)=$file")
 done
+# As published, whose weights are a mixture's: where one source had all of it, they would differ in nothing.
 compose() { # NAME OPTION…
     local name=$1
     shift
     "$PROMPTWEAVE" compose --backbone .assets/vit_s14_focus --target demo/target "${sources[@]}" \
-        --max-samples "$max_samples" --out "$out/$name" "$@" >"$out/$name.log" 2>&1 || {
+        --max-samples "$max_samples" --method hgprompt_paper --out "$out/$name" "$@" >"$out/$name.log" 2>&1 || {
         cat "$out/$name.log" >&2
         fail "the demo's composition failed ($name)"
     }
