@@ -18,7 +18,7 @@ backbone=.assets/vit_s14_focus
 precision=f32 tables=main,ablation,spearman
 case $profile in
     # bf16: less than half the time, where the processor has it.
-    zero-shot) tables=$tables,settings && precision=bf16 ;;
+    zero-shot) tables=$tables,settings,scalability,tsne && precision=bf16 ;;
     small)
         backbone=.assets/vit_s14_focus_6x70
         [ -e $backbone/config.json ] ||
