@@ -9,10 +9,10 @@ impl<'a> Report<'a> {
     /// By method: number of sources, with mean and deviation over seeds and orders of the mean over the targets.
     pub(super) fn by_number(&self) -> Vec<plots::Line<'static>> {
         let sizes = sizes(self.suite.tasks.len() - 1);
+        let seeds = self.seeds_of_all_sizes();
         let of_method = |key: &'static str| {
             let of_size = |size: &usize| {
-                let orders = self
-                    .seeds
+                let orders = seeds
                     .iter()
                     .flat_map(|seed| (0..ORDERS).map(move |order| (*seed, order)));
                 let means: Vec<f64> = orders
@@ -27,6 +27,18 @@ impl<'a> Report<'a> {
             )
         };
         SCALABILITY.into_iter().map(of_method).collect()
+    }
+
+    /// Those that have every row, so that all numbers of sources are of the same seeds.
+    fn seeds_of_all_sizes(&self) -> Vec<u64> {
+        let sizes = sizes(self.suite.tasks.len() - 1);
+        let has = |seed: u64, key: &str| {
+            let mut subsets =
+                (sizes.iter()).flat_map(|size| (0..ORDERS).map(move |order| (*size, order)));
+            subsets.all(|(size, order)| self.mean_of_order(key, size, seed, order).is_some())
+        };
+        let whole = |seed: &u64| SCALABILITY.iter().all(|key| has(*seed, key));
+        self.seeds.iter().copied().filter(whole).collect()
     }
 
     /// Over all targets, in percent; None before they are all there.
@@ -58,9 +70,15 @@ impl<'a> Report<'a> {
             }));
             row
         });
+        let seeds = self.seeds_of_all_sizes();
+        let of = Report {
+            seeds: &seeds,
+            ..*self
+        };
         format!(
-            "\n### More sources\n\nMean test accuracy over all targets in percent, mean ± standard deviation over seeds and \
-             the {ORDERS} orders in which sources are added.\n\n{}",
+            "\n### More sources\n\nMean test accuracy over all targets in percent, mean ± standard deviation over the seeds that have \
+             every row ({}) and the {ORDERS} orders in which sources are added.\n\n{}",
+            of.seed_names(),
             table(&header, rows)
         )
     }
