@@ -104,7 +104,10 @@ fn measure<T>(criterion: &mut Criterion, name: &str, run: impl Fn() -> T) -> T {
 
 fn engine(criterion: &mut Criterion) {
     let modes = [HScoreMode::Inv, HScoreMode::CrossValidated];
-    for (size, mode) in SIZES.iter().flat_map(|size| modes.map(|mode| (*size, mode))) {
+    for (size, mode) in SIZES
+        .iter()
+        .flat_map(|size| modes.map(|mode| (*size, mode)))
+    {
         let problem = Problem::new(size);
         let name = |what: &str| format!("{mode}, {what} {}", problem.name);
         let h_score = measure(criterion, &name("second moments"), || problem.h_score(mode));

@@ -146,7 +146,7 @@ pub fn correlation(path: &Path, points: &[(&str, Vec<(f64, f64)>)]) -> Result<()
 
 /// Mean accuracy against the number of sources, a line a method.
 pub fn scalability(path: &Path, series: &[Line<'_>]) -> Result<()> {
-    draw(path, (760, 460), |area| {
+    draw(path, (800, 460), |area| {
         let (chart, legend) = area.split_horizontally(560);
         let all = || series.iter().flat_map(|(_, points)| points);
         let axes = Axes {
