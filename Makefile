@@ -70,7 +70,7 @@ bench-queue: ## the job queue beside graphile-worker's and procrastinate's on th
 		--load $$(ls -t $${CARGO_TARGET_DIR:-target}/release/deps/api-* | grep -v '[.]d$$' | head -n 1) \
 		--queue $$(ls -t $${CARGO_TARGET_DIR:-target}/release/deps/queue-* | grep -v '[.]d$$' | head -n 1)
 
-bench-upload: ## the API's memory while a data set of 2 GiB is uploaded, in minutes
+bench-upload: ## the API's memory while a dataset of 2 GiB is uploaded, in minutes
 	cargo build --release --no-default-features --bin promptweave
 	scripts/with_postgres.sh python3 benches/bench_upload.py --program $${CARGO_TARGET_DIR:-target}/release/promptweave
 

@@ -31,8 +31,8 @@ SECTION = "bench-demo"
 BACKBONE = ROOT / ".assets" / "vit_s14_focus"
 # The first is what the others are compared with, and runs once.
 PATHS = {
-    "plain, f64": ["--plain", "--precision", "f64"],
-    "plain, f32": ["--plain"],
+    "plain, f64": ["--reference-path", "--precision", "f64"],
+    "plain, f32": ["--reference-path"],
     "fast, f64": ["--precision", "f64"],
     "fast, f32": [],
     "fast, f32, one thread": ["--threads", "1"],
@@ -47,7 +47,7 @@ def compose(promptweave, folder, sources, options):
     out = folder / "out"
     command = [promptweave, "compose", "--backbone", BACKBONE, "--target", ROOT / "demo" / "target", "--device", "cpu"]
     # Weights of a mixture: where one source had all of it, they would differ in nothing.
-    command += ["--out", out, "--method", "hgprompt_paper", *options]
+    command += ["--out", out, "--method", "hgprompt", *options]
     for source in sources:
         command += ["--source", f"{source.stem}={source}"]
     _, memory = run(command)
@@ -103,7 +103,7 @@ def measure_cache(promptweave, folder, sources, rounds):
         asked = {
             "others": (others, cached),
             "new": (sources, cached),
-            "again": (sources, [*cached, "--reading", "R2", "--trade-off", "knee"]),
+            "again": (sources, [*cached, "--alignment-variant", "mixture_uniform", "--trade-off", "knee"]),
             "alone": ([new], []),
         }
         for name, (of, options) in asked.items():

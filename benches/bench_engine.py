@@ -98,7 +98,7 @@ class Bench:
             batch = ",".join(map(str, batches))
             inputs = self.inputs / "inputs.safetensors"
             return [self.python, PLAIN_PYTORCH, *options, "--inputs", inputs, "--batch", batch]
-        job = {"d": ["naive", "--plain"], "bw": ["job", "--wide"]}.get(id, ["job"])
+        job = {"d": ["naive", "--reference-path"], "bw": ["job", "--wide"]}.get(id, ["job"])
         return [self.binary, *job, *options, "--inputs", self.inputs]
 
     def env(self, id):

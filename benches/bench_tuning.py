@@ -60,7 +60,7 @@ class Bench:
         return runs | {FORCED: lambda: self.plain({"LD_PRELOAD": str(self.library)})} if self.library else runs
 
     def options(self, epochs):
-        return ["--backbone", self.backbone, "--data", self.data, "--epochs", epochs, "--threads", self.args.threads]
+        return ["--backbone", self.backbone, "--target", self.data, "--epochs", epochs, "--threads", self.args.threads]
 
     def tune(self):
         one, _, _ = self.tune_for(1)

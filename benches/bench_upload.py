@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What memory the API's process takes while a large data set is uploaded: a tar of PNG images that are made as they are
+"""What memory the API's process takes while a large dataset is uploaded: a tar of PNG images that are made as they are
 sent, so that nothing but the service holds them; `make bench-upload` runs this.
 
 Each image is noise, 1000 × 700, which does not compress: its size in the archive is its size in memory.
@@ -95,7 +95,7 @@ def summary(result) -> str:
 
 
 def run_all():
-    parser = argparse.ArgumentParser(description="memory while a data set is uploaded")
+    parser = argparse.ArgumentParser(description="memory while a dataset is uploaded")
     parser.add_argument("--program", type=pathlib.Path, required=True, help="promptweave, built without libtorch")
     parser.add_argument("--mebibytes", type=int, nargs="*", default=[64, 2048])
     arguments = parser.parse_args()

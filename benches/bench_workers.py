@@ -31,7 +31,7 @@ from service import Service  # noqa: E402
 SECTION = "bench-workers"
 LEASE_S = 5
 # A shard of the demo's 200 images and 6 prompts: eight of each phase.
-SHARD_PAIRS = 150
+MIN_SHARD_PAIRS = 150
 TOLERANCE = 1e-6
 FINISHED = ("succeeded", "failed", "cancelled")
 
@@ -63,7 +63,7 @@ class Api:
     def post(self, images, **more):
         target = {"dataset": "clipart", "max_samples": images}
         # Weights of a mixture: where one source had all of it, they would differ in nothing.
-        asked = {"backbone": "vit-s14", "target": target, "sources": self.sources, "objective": {"method": "hgprompt_paper"}, "force": True}
+        asked = {"backbone": "vit-s14", "target": target, "sources": self.sources, "objective": {"method": "hgprompt"}, "force": True}
         return self.call("POST", "/v1/ensembles", asked | more)["id"]
 
     def wait(self, job, until):
@@ -95,7 +95,7 @@ class Workers:
             # Where the server has them; what is cached is the worker's own.
             (own / "blobs").symlink_to(self.folder / "blobs")
             command = [self.promptweave, "worker", "--device", "cpu", "--threads", "1", "--cache-gib", "0"]
-            command += ["--data-dir", own, "--lease-s", str(LEASE_S), "--shard-pairs", str(SHARD_PAIRS)]
+            command += ["--data-dir", own, "--lease-s", str(LEASE_S), "--min-shard-pairs", str(MIN_SHARD_PAIRS)]
             with open(own / "log", "w") as log:
                 process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
             self.stack.callback(process.kill)
@@ -188,7 +188,7 @@ def bench():
             found[name] = measure(api, workers, images, count, kill)
             say(f"  {name:48} {found[name]['seconds']:7.1f} s")
         if not arguments.short:
-            found["two workers, `stop_when` 0.05"] = measure(api, workers, images, 2, False, stop_when={"weight_se": 0.05})
+            found["two workers, `early_stopping` 0.05"] = measure(api, workers, images, 2, False, early_stopping={"max_standard_error": 0.05})
 
     alone = found["one worker"]
     for name, of in found.items():
@@ -223,7 +223,7 @@ def bench():
     header = ["", "s", "of one worker's", "attempts", "shards stored", "by workers", "largest difference of a weight"]
     text = f"{machine_line(on)} {images} images, 6 prompts, ViT-S/14 at 98 px; one thread a worker, lease {LEASE_S} s.\n\n{table(header, rows)}"
     for stop in (of["early_stop"] for of in found.values() if of["early_stop"]):
-        text += f"\n\nThe last stopped when the gradients of {stop['samples']} of {stop['of']} images were taken, at a standard error of {stop['weight_se']:.3f}."
+        text += f"\n\nThe last stopped when the gradients of {stop['samples']} of {stop['total_samples']} images were taken, at a standard error of {stop['max_standard_error']:.3f}."
     write_into_document(SECTION, text)
 
 

@@ -10,7 +10,9 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use criterion::{Criterion, criterion_group, criterion_main};
-use promptweave::domain::objective::{AlignmentReading, GradientNorm, HScoreMode, HScoreOptions};
+use promptweave::domain::objective::{
+    AlignmentVariant, GradientNormalization, HScoreMode, HScoreOptions,
+};
 use promptweave::engine::alignment::GradientAlignment;
 use promptweave::engine::gradients::{GradientStatistics, sample_folds};
 use promptweave::engine::h_score::HScore;
@@ -75,8 +77,10 @@ impl Problem {
             let batch = self.gradients.narrow(1, start, size);
             statistics.add(&batch, &folds[rows]).expect("it is sound");
         }
-        let summary = statistics.finish(GradientNorm::None).expect("it is finite");
-        GradientAlignment::new(AlignmentReading::R1, summary.whole)
+        let summary = statistics
+            .finish(GradientNormalization::None)
+            .expect("it is finite");
+        GradientAlignment::new(AlignmentVariant::MixtureWeighted, summary.whole)
     }
 }
 
@@ -103,7 +107,7 @@ fn measure<T>(criterion: &mut Criterion, name: &str, run: impl Fn() -> T) -> T {
 }
 
 fn engine(criterion: &mut Criterion) {
-    let modes = [HScoreMode::Inv, HScoreMode::CrossValidated];
+    let modes = [HScoreMode::Standard, HScoreMode::CrossValidated];
     for (size, mode) in SIZES
         .iter()
         .flat_map(|size| modes.map(|mode| (*size, mode)))

@@ -151,7 +151,7 @@ def upload(service, prompt_files):
     say(f"registered backbone vit-s14, {backbone['digest'][:19]}…")
     dataset = service.call("POST", "/v1/datasets", {"name": "clipart", "directory": TARGET})
     counts = ", ".join(f"{count} {split}" for split, count in dataset["split_counts"].items())
-    say(f"registered data set clipart: {len(dataset['classes'])} classes, {counts} images")
+    say(f"registered dataset clipart: {len(dataset['classes'])} classes, {counts} images")
     for file in prompt_files:
         service.call("POST", "/v1/prompts", {"name": file.stem})
         version = service.call(
@@ -223,7 +223,7 @@ def show(result, num_test):
 
     baselines = diagnostics["baselines"]
     rows = [
-        ("composed prompt", diagnostics["composed"]),
+        ("composed prompt", diagnostics["composed_score"]),
         ("uniform average", baselines["uniform"]),
         (f"best single ({baselines['best_single_prompt']})", baselines["best_single"]),
     ]
@@ -311,7 +311,7 @@ def main():
 
         result = service.call("GET", f"/v1/ensembles/{job['id']}/result")
         (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-        composed = result["composed"]
+        composed = result["composed_prompt"]
         content = service.call("GET", f"/v1/prompts/{composed['prompt']}/versions/{composed['version']}/content")
         (out / "composed.safetensors").write_bytes(content)
         statistics = service.call("GET", f"/v1/ensembles/{job['id']}/statistics")
@@ -330,7 +330,7 @@ def main():
     subprocess.run([sys.executable, verify, out / "result.json", out / "statistics.safetensors"], check=True)
     subprocess.run([binary, "plot", out / "result.json", "--out", out], check=True, stdout=subprocess.DEVNULL)
     say(f"\nin {out}:")
-    for name in ("result.json", "composed.safetensors", "statistics.safetensors", "weights.svg", "path.svg"):
+    for name in ("result.json", "composed.safetensors", "statistics.safetensors", "weights.svg", "pareto_path.svg"):
         say(f"  {name}, {(out / name).stat().st_size:,} bytes")
 
 

@@ -10,6 +10,6 @@ data=${1:?usage: demo/tune_sources.sh MINI_VTAB_DIR}
 cd "$(dirname "$0")/.."
 promptweave=${PROMPTWEAVE:-target/release/promptweave}
 for task in emoji fashion digits_scene clevr_count dsprites_ori smallnorb_azi; do
-  "$promptweave" tune --backbone .assets/vit_s14_focus --data "$data/$task" \
+  "$promptweave" tune --backbone .assets/vit_s14_focus --target "$data/$task" \
     --out "demo/prompts/$task.safetensors" --max-samples 400 --epochs 5 --threads 2
 done

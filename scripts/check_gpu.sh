@@ -63,7 +63,7 @@ compose() { # NAME OPTION…
     local name=$1
     shift
     "$PROMPTWEAVE" compose --backbone .assets/vit_s14_focus --target demo/target "${sources[@]}" \
-        --max-samples "$max_samples" --method hgprompt_paper --out "$out/$name" "$@" >"$out/$name.log" 2>&1 || {
+        --max-samples "$max_samples" --method hgprompt --out "$out/$name" "$@" >"$out/$name.log" 2>&1 || {
         cat "$out/$name.log" >&2
         fail "the demo's composition failed ($name)"
     }

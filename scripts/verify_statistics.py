@@ -95,7 +95,7 @@ def trace_ratio(columns, labels):
 
 
 def regression(columns, labels, rho, cross_validated):
-    """`inv`: H = (1-ρ) tr(Σ_ρ⁻¹ B), Σ_ρ = (1-ρ) Σ + ρ (tr Σ / d) I; Σ's lower triangle is all that Cholesky reads.
+    """`standard`: H = (1-ρ) tr(Σ_ρ⁻¹ B), Σ_ρ = (1-ρ) Σ + ρ (tr Σ / d) I; Σ's lower triangle is all that Cholesky reads.
     `cross_validated`: K - 1 - (K - 1 - H - δ tr(Σ_ρ⁻¹ (1-ρ) B Σ_ρ⁻¹)) / (1 - (1 + d - δ tr Σ_ρ⁻¹)/N)², δ = ρ tr Σ / d."""
     samples, width = len(labels), len(columns)
     covariance = [[dot(columns[i], columns[j]) / (samples - 1) for j in range(i + 1)] for i in range(width)]

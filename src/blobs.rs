@@ -1,6 +1,6 @@
 //! The blob store: large immutable files by the sha256 of their bytes.
 //!
-//! Backbones, packed data sets and statistics live here (prompt files, which are small, live in
+//! Backbones, packed datasets and statistics live here (prompt files, which are small, live in
 //! Postgres). A key is made from a digest and from nothing else, so no name that a client sends
 //! ever becomes part of a path. A file appears under its key whole or not at all.
 

@@ -137,7 +137,7 @@ pub enum KeysCommand {
         /// None includes another.
         #[arg(long, required = true, value_delimiter = ',')]
         scope: Vec<Scope>,
-        /// Whose prompts, backbones, data sets and jobs it opens.
+        /// Whose prompts, backbones, datasets and jobs it opens.
         #[arg(long, default_value = "default")]
         project: ResourceName,
         /// Make the project where there is none of that name.
@@ -189,7 +189,7 @@ pub struct PlotArgs {
     /// `result.json` of `promptweave compose`, or the API's result.
     #[arg(value_name = "RESULT.json")]
     pub result: PathBuf,
-    /// Where `weights.svg` and `path.svg` go.
+    /// Where `weights.svg` and `pareto_path.svg` go.
     #[arg(long, value_name = "DIR", default_value = ".")]
     pub out: PathBuf,
 }

@@ -240,8 +240,8 @@ pub struct HttpOptions {
     /// in parallel are refused; too high and the limit is felt late.
     #[arg(long, env = "PROMPTWEAVE_RATE_BURST", default_value = "100")]
     pub rate_burst: NonZeroU32,
-    /// A directory whose sub-directories may be registered as data sets; may be given several times
-    /// (`:` between them in the environment). Without one, no data set can be registered.
+    /// A directory whose sub-directories may be registered as datasets; may be given several times
+    /// (`:` between them in the environment). Without one, no dataset can be registered.
     #[arg(
         long,
         env = "PROMPTWEAVE_DATASET_ROOT",
@@ -257,7 +257,7 @@ pub struct HttpOptions {
         value_delimiter = ':'
     )]
     pub backbone_root: Vec<PathBuf>,
-    /// What data sets and backbones may be fetched from: `https://host/path`, `s3://bucket/prefix`,
+    /// What datasets and backbones may be fetched from: `https://host/path`, `s3://bucket/prefix`,
     /// `hf://datasets/org` or `hf://org/name`, and all below it. May be given several times (`,` between
     /// them in the environment). Without one, nothing is fetched. S3 is reached as `--blob-store` says.
     #[arg(
@@ -287,9 +287,9 @@ pub struct HttpOptions {
     /// tokens are refused; too high and a few uploads at once fill the memory.
     #[arg(long, env = "PROMPTWEAVE_MAX_BODY_MIB", default_value_t = 64)]
     pub max_body_mib: usize,
-    /// Largest uploaded data set in MiB, as it is sent and as it unpacks; a larger one is answered 413.
+    /// Largest uploaded dataset in MiB, as it is sent and as it unpacks; a larger one is answered 413.
     /// It goes to the disk, where it takes up to three times its size while it is read. Too low and
-    /// data sets are refused; too high and a few of them at once fill the disk.
+    /// datasets are refused; too high and a few of them at once fill the disk.
     #[arg(long, env = "PROMPTWEAVE_MAX_DATASET_MIB", default_value_t = 8192)]
     pub max_dataset_mib: u64,
     /// Most jobs that may wait for a worker; more are answered 429. Too low and bursts are refused;
@@ -301,7 +301,7 @@ pub struct HttpOptions {
     /// and more requests are open at a time. Keep it below `--request-timeout-s`.
     #[arg(long, env = "PROMPTWEAVE_MAX_WAIT_S", default_value_t = 60)]
     pub max_wait_s: u64,
-    /// Seconds until an unanswered request ends with 503. Too low and a large data set cannot be
+    /// Seconds until an unanswered request ends with 503. Too low and a large dataset cannot be
     /// registered; too high and stuck requests pile up.
     #[arg(long, env = "PROMPTWEAVE_REQUEST_TIMEOUT_S", default_value_t = 300)]
     pub request_timeout_s: u64,
@@ -391,14 +391,14 @@ pub struct QueueOptions {
     /// Seconds without progress after which an attempt is given up. Too low and a slow step (a
     /// large backbone on few cores) is mistaken for a stall; too high and a hung device goes
     /// unnoticed. There is no limit on the whole: honest jobs take hours on a CPU.
-    #[arg(long, env = "PROMPTWEAVE_STALL_S", default_value_t = 600)]
-    pub stall_s: u32,
+    #[arg(long, env = "PROMPTWEAVE_STALL_TIMEOUT_S", default_value_t = 600)]
+    pub stall_timeout_s: u32,
     /// Images times sources that make a part of a job worth sharing with idle workers: a job of twice as
     /// many is cut in two, of sixteen times and more in sixteen. Too low and small jobs spend their time on
     /// storing parts; too high and machines stay idle beside a long job, and a crash costs more of it. 0 shares
-    /// nothing, but for gradients of a job that is to stop early (`stop_when`).
-    #[arg(long, env = "PROMPTWEAVE_SHARD_PAIRS", default_value_t = 2000)]
-    pub shard_pairs: u64,
+    /// nothing, but for gradients of a job that is to stop early (`early_stopping`).
+    #[arg(long, env = "PROMPTWEAVE_MIN_SHARD_PAIRS", default_value_t = 2000)]
+    pub min_shard_pairs: u64,
 }
 
 impl QueueOptions {
@@ -408,9 +408,9 @@ impl QueueOptions {
             "--lease-s 0: a lease must last at least 1 s"
         );
         anyhow::ensure!(
-            self.stall_s >= self.lease_s,
-            "--stall-s {} is shorter than --lease-s {}",
-            self.stall_s,
+            self.stall_timeout_s >= self.lease_s,
+            "--stall-timeout-s {} is shorter than --lease-s {}",
+            self.stall_timeout_s,
             self.lease_s
         );
         Ok(())
@@ -421,7 +421,7 @@ impl QueueOptions {
     }
 
     pub fn stall(&self) -> Duration {
-        Duration::from_secs(self.stall_s.into())
+        Duration::from_secs(self.stall_timeout_s.into())
     }
 }
 
@@ -482,13 +482,13 @@ pub struct WorkerOptions {
     /// GiB of backbones that stay loaded between jobs, on the device; the one in use always does. Too low and
     /// jobs that take turns with backbones load them anew, in seconds; too high and the memory is missing
     /// for samples.
-    #[arg(long, env = "PROMPTWEAVE_BACKBONES_GIB", default_value_t = 4)]
-    pub backbones_gib: u32,
-    /// GiB of backbones and data sets kept on the worker's own disk (`cache/` in the data directory), those used
+    #[arg(long, env = "PROMPTWEAVE_BACKBONE_CACHE_GIB", default_value_t = 4)]
+    pub backbone_cache_gib: u32,
+    /// GiB of backbones and datasets kept on the worker's own disk (`cache/` in the data directory), those used
     /// longest ago evicted first; a running job's always stay. Too low and jobs fetch and unpack them again;
     /// too high and the disk is full.
-    #[arg(long, env = "PROMPTWEAVE_INPUTS_GIB", default_value_t = 50)]
-    pub inputs_gib: u32,
+    #[arg(long, env = "PROMPTWEAVE_INPUT_CACHE_GIB", default_value_t = 50)]
+    pub input_cache_gib: u32,
     #[command(flatten)]
     pub cache: CacheOptions,
     #[command(flatten)]

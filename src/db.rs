@@ -95,7 +95,7 @@ impl From<sqlx::Error> for DbError {
         use sqlx::Error::{Database, Io, PoolClosed, PoolTimedOut, Tls, WorkerCrashed};
         let unavailable = match &error {
             Io(_) | Tls(_) | PoolTimedOut | PoolClosed | WorkerCrashed => true,
-            Database(database) => database.code().is_some_and(|code| is_passing(&code)),
+            Database(database) => database.code().is_some_and(|code| is_transient(&code)),
             _ => false,
         };
         let code = error.as_database_error().and_then(|e| e.code());
@@ -112,7 +112,7 @@ impl From<sqlx::Error> for DbError {
 }
 
 /// Whether an SQLSTATE speaks of the server's state, and not of the statement.
-fn is_passing(code: &str) -> bool {
+fn is_transient(code: &str) -> bool {
     const CLASSES: [&str; 3] = [
         "08", // connection exceptions
         "53", // insufficient resources: disk full, out of memory, too many connections
@@ -199,16 +199,16 @@ mod tests {
 
     #[test]
     fn what_passes_by_itself_is_told_from_what_a_statement_did_wrong() {
-        let passing = [
+        let transient = [
             "08006", "25P03", "40001", "40P01", "53100", "53200", "53300", "55P03", "57014",
             "57P01", "57P02", "57P03", "58030",
         ];
-        for code in passing {
-            assert!(is_passing(code), "{code}");
+        for code in transient {
+            assert!(is_transient(code), "{code}");
         }
         // A constraint, a text with U+0000, no such table, a database that was dropped.
         for code in ["23505", "23514", "22021", "42P01", "57P04"] {
-            assert!(!is_passing(code), "{code}");
+            assert!(!is_transient(code), "{code}");
         }
     }
 

@@ -1,4 +1,4 @@
-//! `promptweave plot`: a result as two pictures, `weights.svg` and `path.svg`.
+//! `promptweave plot`: a result as two pictures, `weights.svg` and `pareto_path.svg`.
 //!
 //! Reads the JSON of `promptweave compose` and of `GET /v1/ensembles/{id}/result` alike.
 
@@ -43,8 +43,8 @@ pub fn plot(result: &Path, out: &Path) -> Result<Vec<PathBuf>> {
         Ok::<_, anyhow::Error>(path)
     };
     let mut written = vec![write("weights.svg", weights_svg(&result)?)?];
-    if !result.path.is_empty() {
-        written.push(write("path.svg", path_svg(&result)?)?);
+    if !result.pareto_path.is_empty() {
+        written.push(write("pareto_path.svg", path_svg(&result)?)?);
     }
     Ok(written)
 }
@@ -109,7 +109,7 @@ fn draw_front(area: &Area<'_>, result: &CompositionResult) -> Result<()> {
         result.objective.gradient_alignment.unwrap_or_default(),
         result.objective.h_score,
     );
-    let all = || result.path.iter().map(point).chain([chosen]);
+    let all = || result.pareto_path.iter().map(point).chain([chosen]);
     let x_range = padded(all().map(|p| p.0));
     let y_range = padded(all().map(|p| p.1));
     let mut chart = ChartBuilder::on(area)
@@ -129,7 +129,7 @@ fn draw_front(area: &Area<'_>, result: &CompositionResult) -> Result<()> {
         .x_desc("L_align (lower is better)")
         .y_desc("H (higher is better)")
         .draw()?;
-    let line = result.path.iter().map(point);
+    let line = result.pareto_path.iter().map(point);
     chart.draw_series(LineSeries::new(line, GREY.stroke_width(1)))?;
     chart.draw_series(
         result
@@ -150,7 +150,7 @@ fn draw_front(area: &Area<'_>, result: &CompositionResult) -> Result<()> {
         let text = Text::new(text, (shift, up), style(13, color, side));
         chart.draw_series([EmptyElement::at(at) + text]).map(|_| ())
     };
-    if let [first, .., last] = result.path.as_slice() {
+    if let [first, .., last] = result.pareto_path.as_slice() {
         for end in [first, last] {
             label(
                 format!("t = {}", number(end.trade_off)),
@@ -313,15 +313,15 @@ mod tests {
             ],
             "objective": {"h_score": 2.5, "gradient_alignment": 1.5e-5, "alignment_weight": 2.0,
                           "trade_off": trade_off, "total": -2.49997},
-            "path": path,
-            "optima": [],
+            "pareto_path": path,
+            "local_optima": [],
             "solver": {"starts": 1, "iterations": 1, "evaluations": 1, "stop_reason": "converged"},
             "diagnostics": {
                 "num_samples": 100, "num_classes": 4, "skipped_images": 0, "head_folds": 1,
                 "per_source": [source("emoji"), source("a-source-with-a-very-long-name")],
-                "composed": score, "surrogate_gap": 0.0, "baselines": null,
+                "composed_score": score, "surrogate_gap": 0.0, "baselines": null,
             },
-            "composed": {"prompt": null, "version": null, "digest": digest},
+            "composed_prompt": {"prompt": null, "version": null, "digest": digest},
             "provenance": {"backbone_digest": digest, "preprocessing_id": "98-bicubic-imagenet",
                            "sample_digest": digest, "seed": 0, "device": "cpu", "num_threads": 1,
                            "libtorch": "2.11.0", "version": "0.1.0"},
@@ -357,7 +357,7 @@ mod tests {
     #[test]
     fn without_a_trade_off_and_without_a_path_there_is_still_a_picture() {
         let mut result = result(None);
-        result["path"] = json!([]);
+        result["pareto_path"] = json!([]);
         let svg = path_svg(&serde_json::from_value(result).unwrap()).unwrap();
         assert!(svg.contains("chosen") && !svg.contains("chosen, t"));
     }

@@ -49,9 +49,9 @@ pub async fn worker(args: WorkerArgs, new_composer: NewComposer) -> anyhow::Resu
         seen_every: SEEN_EVERY,
         lease: args.worker.queue.lease(),
         stall: args.worker.queue.stall(),
-        shard_pairs: args.worker.queue.shard_pairs,
+        min_shard_pairs: args.worker.queue.min_shard_pairs,
         cache_dir: args.storage.cache_dir(),
-        cache_bytes: u64::from(args.worker.inputs_gib) << 30,
+        cache_bytes: u64::from(args.worker.input_cache_gib) << 30,
     };
     let blobs = args.storage.blobs()?;
     worker::run(

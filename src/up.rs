@@ -45,8 +45,8 @@ fn set_options(worker: &mut Command, args: &UpArgs, log: &LogOptions) {
         libtorch_cuda,
         threads,
         precision,
-        backbones_gib,
-        inputs_gib,
+        backbone_cache_gib,
+        input_cache_gib,
         cache,
         queue,
     } = &args.worker;
@@ -79,16 +79,25 @@ fn set_options(worker: &mut Command, args: &UpArgs, log: &LogOptions) {
         .env("PROMPTWEAVE_DEVICE", device)
         .env("PROMPTWEAVE_THREADS", threads.to_string())
         .env("PROMPTWEAVE_PRECISION", precision.name())
-        .env("PROMPTWEAVE_BACKBONES_GIB", backbones_gib.to_string())
-        .env("PROMPTWEAVE_INPUTS_GIB", inputs_gib.to_string())
+        .env(
+            "PROMPTWEAVE_BACKBONE_CACHE_GIB",
+            backbone_cache_gib.to_string(),
+        )
+        .env("PROMPTWEAVE_INPUT_CACHE_GIB", input_cache_gib.to_string())
         .env("PROMPTWEAVE_CACHE_GIB", cache.cache_gib.to_string())
         .env(
             "PROMPTWEAVE_CACHE_GRADIENTS",
             cache.cache_gradients.to_string(),
         )
         .env("PROMPTWEAVE_LEASE_S", queue.lease_s.to_string())
-        .env("PROMPTWEAVE_STALL_S", queue.stall_s.to_string())
-        .env("PROMPTWEAVE_SHARD_PAIRS", queue.shard_pairs.to_string())
+        .env(
+            "PROMPTWEAVE_STALL_TIMEOUT_S",
+            queue.stall_timeout_s.to_string(),
+        )
+        .env(
+            "PROMPTWEAVE_MIN_SHARD_PAIRS",
+            queue.min_shard_pairs.to_string(),
+        )
         .env("PROMPTWEAVE_GRACE_S", args.shutdown.grace_s.to_string());
 }
 
@@ -196,9 +205,9 @@ mod tests {
             "3",
             "--precision",
             "bf16",
-            "--backbones-gib",
+            "--backbone-cache-gib",
             "8",
-            "--inputs-gib",
+            "--input-cache-gib",
             "10",
             "--cache-gib",
             "9",
@@ -206,9 +215,9 @@ mod tests {
             "false",
             "--lease-s",
             "5",
-            "--stall-s",
+            "--stall-timeout-s",
             "50",
-            "--shard-pairs",
+            "--min-shard-pairs",
             "70",
             "--grace-s",
             "4",
@@ -230,7 +239,7 @@ mod tests {
             .collect();
         let expected = BTreeMap::from([
             ("PROMPTWEAVE_ALLOW_NETWORK", "10.0.0.0/8,minio:9000"),
-            ("PROMPTWEAVE_BACKBONES_GIB", "8"),
+            ("PROMPTWEAVE_BACKBONE_CACHE_GIB", "8"),
             ("PROMPTWEAVE_BLOB_STORE", "s3://bucket/prefix"),
             ("PROMPTWEAVE_CACHE_GIB", "9"),
             ("PROMPTWEAVE_CACHE_GRADIENTS", "false"),
@@ -239,14 +248,14 @@ mod tests {
             ("PROMPTWEAVE_DATA_DIR", "/data"),
             ("PROMPTWEAVE_DEVICE", "cpu"),
             ("PROMPTWEAVE_GRACE_S", "4"),
-            ("PROMPTWEAVE_INPUTS_GIB", "10"),
+            ("PROMPTWEAVE_INPUT_CACHE_GIB", "10"),
             ("PROMPTWEAVE_LEASE_S", "5"),
             ("PROMPTWEAVE_LIBTORCH_CUDA", "/torch/lib"),
             ("PROMPTWEAVE_LOG", "debug"),
             ("PROMPTWEAVE_LOG_FORMAT", "json"),
             ("PROMPTWEAVE_PRECISION", "bf16"),
-            ("PROMPTWEAVE_SHARD_PAIRS", "70"),
-            ("PROMPTWEAVE_STALL_S", "50"),
+            ("PROMPTWEAVE_MIN_SHARD_PAIRS", "70"),
+            ("PROMPTWEAVE_STALL_TIMEOUT_S", "50"),
             ("PROMPTWEAVE_THREADS", "3"),
         ]);
         assert_eq!(passed, expected);

@@ -8,14 +8,14 @@ use std::time::Instant;
 
 use promptweave::domain::backbone::Backbone;
 use promptweave::domain::dataset::{LabelledImages, Split};
-use promptweave::domain::objective::GradientNorm;
+use promptweave::domain::objective::GradientNormalization;
 use promptweave::domain::precision::Precision;
 use promptweave::engine::cache::CachedGradients;
 use promptweave::engine::features::extract;
 use promptweave::engine::gradients::{GradientStatistics, Sources, accumulate, sample_folds};
 use promptweave::engine::head::{ClosedFormHead, SourceHead};
 use promptweave::engine::samples::{Samples, Selection};
-use promptweave::engine::vit::spent::{Part, Spent, spent};
+use promptweave::engine::vit::flops::{FlopCounter, Part, spent};
 use promptweave::engine::vit::{Compute, Vit};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
@@ -79,7 +79,7 @@ impl Job {
             split: Split::Train,
             max_samples: None,
             seed: 0,
-            skip_bad: false,
+            skip_unreadable: false,
         };
         let all = Samples::load(&dataset, &selection, &backbone.config.preprocessing)?;
         // Decoding is not part of this: the other side has its pixels at hand.
@@ -151,7 +151,7 @@ pub fn whole(args: &Args) -> anyhow::Result<Value> {
     let run = job.run(0..samples, 0..prompts)?;
     let mut line = job.line(run.feature_seconds, run.gradient_seconds);
     for ((name, part), before) in PARTS.into_iter().zip(before) {
-        let Spent {
+        let FlopCounter {
             seconds,
             operations,
         } = spent(part);
@@ -189,7 +189,7 @@ pub fn naive(args: &Args) -> anyhow::Result<Value> {
 pub fn dump(args: &DumpArgs) -> anyhow::Result<Value> {
     let job = Job::load(&args.job)?;
     let run = job.run(0..job.samples.len(), 0..job.prompts.len())?;
-    let summary = run.gradients.finish(GradientNorm::None)?;
+    let summary = run.gradients.finish(GradientNormalization::None)?;
     let single = |values: &[f64]| Tensor::from_slice(values).to_kind(Kind::Float);
     let tensors = [
         ("features", run.features.to_kind(Kind::Float)),

@@ -1,4 +1,4 @@
-//! An uploaded data set: tar, tar.gz or zip. Every name that an archive shows stays inside it, and every file that it
+//! An uploaded dataset: tar, tar.gz or zip. Every name that an archive shows stays inside it, and every file that it
 //! lists is read or refused, never more of it than was asked for.
 #![no_main]
 

@@ -1,5 +1,5 @@
 #![no_main]
-//! A data set's Parquet file: its description, its labels and the bytes of its images.
+//! A dataset's Parquet file: its description, its labels and the bytes of its images.
 
 use std::io::Write as _;
 

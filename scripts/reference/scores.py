@@ -8,7 +8,7 @@ Writes tests/fixtures/scores/, inputs included, so that a test needs the file an
   shrinkage.json  `samples` [N, d] with `ledoit_wolf` and `oas`, by sklearn.covariance (samples centred,
                   S with 1/N).
   scores.json     `features` [N, d], `labels` [N], `probabilities` [N, C_s] (one case N > d, one N < d), and
-    log_me        as LogME.py of github.com/thuml/LogME computes it: the fixed-point version of
+    logme        as LogME.py of github.com/thuml/LogME computes it: the fixed-point version of
                   arXiv 2110.10545, at most 11 steps, its -(D-k)/2 ln alpha for D > k = min(N, D) left out;
     leep          as LEEP.py of the same repository (Nguyen et al. 2020);
     nce           as tllib/ranking/nce.py of github.com/thuml/Transfer-Learning-Library (Tran et al. 2019), z
@@ -35,7 +35,7 @@ from sklearn.covariance import LedoitWolf, ledoit_wolf, oas
 OUT = pathlib.Path(__file__).parents[2] / "tests/fixtures/scores"
 
 
-def log_me(f, y):
+def logme(f, y):
     n, d = f.shape
     u, s, _ = np.linalg.svd(f, full_matrices=False)
     sigma = s**2
@@ -122,7 +122,7 @@ def score_case(rng, n, d, classes=3, source_classes=4):
         "features": f,
         "labels": y,
         "probabilities": theta,
-        "log_me": log_me(f, y),
+        "logme": logme(f, y),
         "leep": leep(theta, y),
         "nce": negative_conditional_entropy(theta.argmax(1), y),
         "h_score": h_score(f, y) if n > d + 1 else None,

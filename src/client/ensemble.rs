@@ -34,7 +34,7 @@ pub enum Command {
 
 #[derive(Clone, Debug, clap::Args)]
 pub struct CreateArgs {
-    /// The data set whose images the weights are learned on.
+    /// The dataset whose images the weights are learned on.
     #[arg(value_name = "DATASET[:VERSION]")]
     target: Reference,
     /// A prompt to weigh: `name`, `name:2`, `name:production` or `name@sha256:…`; once for each.
@@ -114,7 +114,7 @@ pub struct Progress {
     pub done: u64,
     pub total: u64,
     pub per_second: Option<f64>,
-    pub seconds_left: Option<f64>,
+    pub eta_seconds: Option<f64>,
 }
 
 #[derive(Deserialize)]
@@ -138,7 +138,7 @@ struct Event {
 #[derive(Deserialize)]
 struct Outcome {
     source_weights: Vec<Weight>,
-    composed: Composed,
+    composed_prompt: Composed,
 }
 
 #[derive(Deserialize)]
@@ -318,7 +318,10 @@ async fn look(
 }
 
 fn shown(outcome: Outcome) -> String {
-    let composed = match (outcome.composed.prompt, outcome.composed.version) {
+    let composed = match (
+        outcome.composed_prompt.prompt,
+        outcome.composed_prompt.version,
+    ) {
         (Some(prompt), Some(version)) => format!("composed prompt: {prompt}:{version}\n"),
         _ => String::new(),
     };

@@ -89,7 +89,7 @@ impl Phases {
 }
 
 fn speed(progress: &Progress) -> String {
-    match (progress.per_second, progress.seconds_left) {
+    match (progress.per_second, progress.eta_seconds) {
         (Some(per_second), Some(left)) => format!("{per_second:.1}/s, {left:.0} s left"),
         _ => String::new(),
     }

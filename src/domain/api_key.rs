@@ -23,7 +23,7 @@ use uuid::Uuid;
 pub enum Scope {
     /// Read everything but keys, projects, webhooks and workers.
     Read,
-    /// Register prompts, backbones and data sets, and change them.
+    /// Register prompts, backbones and datasets, and change them.
     Write,
     /// Start and cancel ensembles, tunings and rankings.
     Run,

@@ -16,12 +16,12 @@ use super::objective::{Objective, TradeOffRule};
 use super::precision::Precision;
 use super::prompt_file::PromptFile;
 use super::ranking::Ranking;
-use super::sharing::{EarlyStop, ShardInput, Shards, StopWhen};
+use super::sharding::{EarlyStop, EarlyStopping, ShardInput, Shards};
 use super::tuning::{Checkpoints, Tuned, TuningInput};
 
 // ---- What is asked -------------------------------------------------------------------------
 
-/// Which of a data set's images are the target samples.
+/// Which of a dataset's images are the target samples.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct TargetSamples {
     pub split: Split,
@@ -31,7 +31,7 @@ pub struct TargetSamples {
     pub max_samples: usize,
     pub seed: u64,
     /// Leave unreadable images out (and count them) instead of failing.
-    pub skip_bad: bool,
+    pub skip_unreadable: bool,
 }
 
 /// A source prompt by the name its user gave it.
@@ -56,12 +56,12 @@ pub struct CompositionInput {
     pub sources: Vec<Source>,
     pub objective: Objective,
     /// Where the work is shared; elsewhere all samples' gradients are taken.
-    pub stop_when: Option<StopWhen>,
+    pub early_stopping: Option<EarlyStopping>,
 }
 
 /// Solving again: what a composition was computed from stands in for backbone and images.
 #[derive(Clone, Debug)]
-pub struct ResolveInput {
+pub struct SolveInput {
     /// The bytes of a `statistics.safetensors`.
     pub statistics: Vec<u8>,
     /// Sources of that file, all of them or some, in any order. The file has their prompts too, so that
@@ -155,9 +155,9 @@ pub trait Composer: Send {
     ) -> Result<Composition, CompositionError>;
 
     /// Solves for α again from the statistics of an earlier composition; phases are `solve` alone.
-    fn resolve(
+    fn solve(
         &mut self,
-        input: &ResolveInput,
+        input: &SolveInput,
         observer: &mut dyn Observer,
     ) -> Result<Composition, CompositionError>;
 
@@ -209,11 +209,11 @@ pub struct Platform {
 /// A finished composition: the answer and the two files that belong to it.
 #[derive(Clone, Debug)]
 pub struct Composition {
-    /// `result.composed` names the digest of `composed`; name and version are the caller's to add.
+    /// `result.composed_prompt` names the digest of `composed`; name and version are the caller's to add.
     pub result: CompositionResult,
     /// A prompt file.
     pub composed: Vec<u8>,
-    /// `statistics.safetensors`; of a [`ResolveInput`] the part of it that was used.
+    /// `statistics.safetensors`; of a [`SolveInput`] the part of it that was used.
     pub statistics: Vec<u8>,
 }
 
@@ -271,14 +271,14 @@ pub struct CompositionResult {
     #[serde(default)]
     pub token_alignment: Option<TokenAlignment>,
     /// The Pareto path over `trade_off` from 0 to 1; empty where there are not two terms.
-    pub path: Vec<PathPoint>,
+    pub pareto_path: Vec<PathPoint>,
     /// The distinct local optima found at the chosen weighing, best first; empty where the method does not solve.
-    pub optima: Vec<Optimum>,
+    pub local_optima: Vec<Optimum>,
     /// Null where the method does not solve.
     pub solver: Option<SolverReport>,
     pub diagnostics: Diagnostics,
-    pub composed: ComposedPrompt,
-    /// Present where `stop_when` ended it before all gradients were taken.
+    pub composed_prompt: ComposedPrompt,
+    /// Present where `early_stopping` ended it before all gradients were taken.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub early_stop: Option<EarlyStop>,
     pub provenance: Provenance,
@@ -298,17 +298,17 @@ pub struct MethodReport {
     /// Of the short tuning on the target, where the method needs one.
     pub target_tuning_seconds: Option<f64>,
     /// γ in αᵢ = (1-γ) α*ᵢ + γ/M.
-    pub uniform_share: f64,
-    /// With `uniform_share: "auto"`, what it was chosen by.
-    pub uniform_shares: Vec<UniformSharePoint>,
+    pub uniform_mix: f64,
+    /// With `uniform_mix: "auto"`, what it was chosen by.
+    pub uniform_mix_candidates: Vec<UniformMixPoint>,
     /// With a `fallback`, what was compared; null without.
     pub fallback: Option<FallbackReport>,
     /// β in P_T = P₀ + β Σ αᵢ (Pᵢ - P₀).
     pub scale: f64,
     /// Init seed of P₀; null at scale 1, where P₀ drops out.
-    pub anchor: Option<u64>,
+    pub anchor_seed: Option<u64>,
     /// With `scale: "auto"`, what the scale was chosen by.
-    pub scales: Vec<ScalePoint>,
+    pub scale_candidates: Vec<ScalePoint>,
 }
 
 impl Default for MethodReport {
@@ -317,19 +317,19 @@ impl Default for MethodReport {
             name: Method::default(),
             scores: None,
             target_tuning_seconds: None,
-            uniform_share: 0.0,
-            uniform_shares: Vec::new(),
+            uniform_mix: 0.0,
+            uniform_mix_candidates: Vec::new(),
             fallback: None,
             scale: 1.0,
-            anchor: None,
-            scales: Vec::new(),
+            anchor_seed: None,
+            scale_candidates: Vec::new(),
         }
     }
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
-pub struct UniformSharePoint {
-    pub uniform_share: f64,
+pub struct UniformMixPoint {
+    pub uniform_mix: f64,
     /// Cross-fitted, on the target samples.
     pub validation_accuracy: f64,
     /// Cross-entropy of the same, in nats, which chooses.
@@ -368,7 +368,7 @@ pub struct SourceWeight {
     #[schema(minimum = 0, maximum = 1)]
     pub weight: f64,
     /// Of the weight as it was solved for (before any `refine`), by leaving out one of ten folds of the
-    /// samples at a time (jackknife), λ, heads and `uniform_share` held. Null where the method does not solve for it, where a fold
+    /// samples at a time (jackknife), λ, heads and `uniform_mix` held. Null where the method does not solve for it, where a fold
     /// less leaves too little to solve, and where the `fallback` has all weight.
     #[serde(default)]
     pub standard_error: Option<f64>,
@@ -381,7 +381,7 @@ pub struct ObjectiveValue {
     /// than none.
     pub h_score: f64,
     /// H less its chance level, over what is left above it: 0 for features that know nothing of the
-    /// labels, 1 at the most; comparable across data sets.
+    /// labels, 1 at the most; comparable across datasets.
     #[serde(default)]
     pub h_score_adjusted: f64,
     /// L_align ≥ 0; null where the method takes no gradients.
@@ -460,7 +460,7 @@ pub struct Diagnostics {
     /// N and K: target samples used and classes among them.
     pub num_samples: usize,
     pub num_classes: usize,
-    /// Unreadable images left out (`skip_bad`).
+    /// Unreadable images left out (`skip_unreadable`).
     pub skipped_images: usize,
     /// Samples heads were fitted without, fold by fold (2), or none (1).
     pub head_folds: usize,
@@ -476,13 +476,13 @@ pub struct Diagnostics {
     pub gradient_cosines: Vec<Vec<f64>>,
     /// One forward pass with the composed prompt itself; null where α was solved for again from
     /// statistics, without the backbone.
-    pub composed: Option<PromptScore>,
+    pub composed_score: Option<PromptScore>,
     /// H(f of the composed prompt) minus H(mixed features), over the latter, or over K-1 with `cross_validated`; null at a `scale` other than 1.
     pub surrogate_gap: Option<f64>,
     /// What `refine` steps found.
     #[serde(default)]
     pub refinement: Option<Refinement>,
-    /// What α is to be compared with; present with `hgprompt` and `hgprompt_paper` when `eval_split` was given.
+    /// What α is to be compared with; present with `hgprompt_cv` and `hgprompt` when `eval_split` was given.
     pub baselines: Option<Baselines>,
 }
 
@@ -496,7 +496,7 @@ pub struct SourceDiagnostics {
     pub h_score_adjusted: f64,
     /// Log of the maximum evidence a sample and class (You et al. 2021).
     #[serde(default)]
-    pub log_me: Option<f64>,
+    pub logme: Option<f64>,
     /// Log expected empirical prediction ≤ 0 (Nguyen et al. 2020); where the prompt file has its source head.
     #[serde(default)]
     pub leep: Option<f64>,
@@ -593,7 +593,7 @@ pub struct Provenance {
     /// Of the statistics α was solved for again from; null for a whole composition.
     #[serde(default)]
     #[schema(value_type = Option<String>)]
-    pub resolved_from: Option<Digest>,
+    pub solved_from: Option<Digest>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]

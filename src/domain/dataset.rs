@@ -52,13 +52,13 @@ impl Split {
     }
 }
 
-/// Most classes a data set may have; a label without class names sizes nothing beyond it.
+/// Most classes a dataset may have; a label without class names sizes nothing beyond it.
 pub const MAX_CLASSES: usize = 100_000;
 
 /// One image and what it shows.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LabelledImage {
-    /// Relative to the data set's folder, with `/` between parts; never leaves the folder.
+    /// Relative to the dataset's folder, with `/` between parts; never leaves the folder.
     pub path: String,
     /// Index into [`LabelledImages::classes`].
     pub label: usize,
@@ -96,7 +96,7 @@ pub enum DatasetError {
     Read { path: PathBuf, source: FileError },
     #[error("`{0}` is not text")]
     NotText(PathBuf),
-    #[error("`{path}` is not a data set's meta.json")]
+    #[error("`{path}` is not a dataset's meta.json")]
     Meta {
         path: PathBuf,
         source: serde_json::Error,
@@ -114,7 +114,7 @@ pub enum DatasetError {
         label: usize,
         classes: usize,
     },
-    #[error("{file}:{line}: path `{path}` leaves the data set's folder")]
+    #[error("{file}:{line}: path `{path}` leaves the dataset's folder")]
     Outside {
         file: String,
         line: usize,
@@ -130,7 +130,7 @@ pub enum DatasetError {
     TooManyClasses { path: PathBuf, classes: usize },
     #[error("sample `{sample}` {rule}")]
     Sample { sample: String, rule: String },
-    #[error("the data set has no split `{}`; it has {}", .wanted.name(), names(.present))]
+    #[error("the dataset has no split `{}`; it has {}", .wanted.name(), names(.present))]
     NoSplit { wanted: Split, present: Vec<Split> },
 }
 
@@ -448,7 +448,7 @@ mod tests {
         assert_eq!(set.split(Split::Test).unwrap().len(), 1);
         assert_eq!(
             set.split(Split::Val).unwrap_err().to_string(),
-            "the data set has no split `val`; it has `train`, `test`"
+            "the dataset has no split `val`; it has `train`, `test`"
         );
     }
 
@@ -480,7 +480,7 @@ mod tests {
         );
         assert_eq!(
             refusal("../../etc/passwd 0\n"),
-            "train.txt:1: path `../../etc/passwd` leaves the data set's folder"
+            "train.txt:1: path `../../etc/passwd` leaves the dataset's folder"
         );
         assert!(refusal("b.png\n").starts_with("train.txt:1: expected `path label`"));
         assert!(refusal("\n").contains("holds no training images"));

@@ -24,7 +24,7 @@ use super::backbone::BackboneConfig;
 use super::composition::{Phase, TargetSamples};
 use super::digest::Digest;
 use super::objective::Objective;
-use super::sharing::StopWhen;
+use super::sharding::EarlyStopping;
 
 /// Attempts of a job before it ends as `attempts_exhausted`.
 pub const MAX_ATTEMPTS: i32 = 5;
@@ -148,16 +148,16 @@ pub struct EnsembleSpec {
     pub output: String,
     /// Take no more gradients than this needs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub stop_when: Option<StopWhen>,
+    pub early_stopping: Option<EarlyStopping>,
     /// Present where α is solved for again from the statistics of an earlier ensemble, without
     /// backbone and images; then `sources` are some of that ensemble's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub resolved_from: Option<ResolvedFrom>,
+    pub solved_from: Option<SolvedFrom>,
 }
 
 /// The ensemble whose statistics stand in for backbone and images.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct ResolvedFrom {
+pub struct SolvedFrom {
     pub ensemble: Uuid,
     /// Of its `statistics.safetensors` in the blob store.
     #[schema(value_type = String, example = "sha256:…")]
@@ -230,7 +230,7 @@ pub(crate) mod tests {
                     eval_split: Some(Split::Test),
                     max_samples: 2000,
                     seed: 0,
-                    skip_bad: false,
+                    skip_unreadable: false,
                 },
             },
             sources: vec![source("digits"), source("flowers")],
@@ -252,8 +252,8 @@ pub(crate) mod tests {
             },
             objective: Objective::default(),
             output: "emoji-1".into(),
-            stop_when: None,
-            resolved_from: None,
+            early_stopping: None,
+            solved_from: None,
         }
     }
 
@@ -289,7 +289,9 @@ pub(crate) mod tests {
         changed.target.samples.seed = 1;
         assert_ne!(changed.digest(), spec.digest());
         let mut impatient = spec.clone();
-        impatient.stop_when = Some(StopWhen { weight_se: 0.01 });
+        impatient.early_stopping = Some(EarlyStopping {
+            max_standard_error: 0.01,
+        });
         assert_ne!(impatient.digest(), spec.digest());
         let mut swapped = spec.clone();
         swapped.sources.reverse();
@@ -299,9 +301,9 @@ pub(crate) mod tests {
     #[test]
     fn solving_again_is_told_apart_by_the_statistics_and_the_sources() {
         let whole = spec();
-        assert!(!json!(whole).to_string().contains("resolved_from"));
+        assert!(!json!(whole).to_string().contains("solved_from"));
         let from = |ensemble, statistics: &[u8]| EnsembleSpec {
-            resolved_from: Some(ResolvedFrom {
+            solved_from: Some(SolvedFrom {
                 ensemble: Uuid::from_u128(ensemble),
                 statistics: Digest::of(statistics),
             }),

@@ -16,7 +16,7 @@ pub enum Label {
 /// Why a label is of no class.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NoClass {
-    /// Below 0; -1 is how data sets say that there is no label.
+    /// Below 0; -1 is how datasets say that there is no label.
     Negative(i64),
     /// A number as large as the number of classes, or larger.
     Outside { label: i64, classes: usize },

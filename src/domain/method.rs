@@ -2,7 +2,7 @@
 //!
 //! Whatever the method, its weights may be pulled towards equal ones, αᵢ = (1-γ) α*ᵢ + γ/M, and the composed prompt towards
 //! the initial one, P_T = P₀ + β Σ αᵢ (Pᵢ - P₀). By default γ = 0 and β = 1, and P_T is
-//! Σ α*ᵢ Pᵢ, or with `hgprompt` the best single source where that does better ([`Fallback`]).
+//! Σ α*ᵢ Pᵢ, or with `hgprompt_cv` the best single source where that does better ([`Fallback`]).
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -14,7 +14,7 @@ pub const MAX_TARGET_EPOCHS: u32 = 100;
 
 /// Why a scale other than 1 is refused.
 pub const NO_ANCHOR: &str = "shrinks towards the initial prompt that the sources share, and their init seeds differ or \
-                             are unknown; name one by `anchor`, or leave the scale at 1";
+                             are unknown; name one by `anchor_seed`, or leave the scale at 1";
 
 /// The init seed that all prompts say they have: they began as one prompt, with their tokens in one order.
 pub fn common_seed(mut seeds: impl Iterator<Item = Option<u64>>) -> Option<u64> {
@@ -30,7 +30,7 @@ pub enum Method {
     /// (HGPrompt, arXiv 2504.12311): with the cross-validated H, and the best single source in place of a prompt that does worse.
     #[default]
     Hgprompt,
-    /// The same as it is published: with H of the samples that it was fitted on (`h_score.mode` is `inv`), and no `fallback`.
+    /// The same as it is published: with H of the samples that it was fitted on (`h_score.mode` is `standard`), and no `fallback`.
     HgpromptPaper,
     /// The H-score alone; takes no gradients.
     HOnly,
@@ -58,7 +58,7 @@ impl Method {
 
     /// Whether both terms have a say, so that they are weighed against each other.
     pub fn weighs(self) -> bool {
-        matches!(self, Self::Hgprompt | Self::HgpromptPaper)
+        matches!(self, Self::Hgprompt | Self::HgpromptCv)
     }
 
     /// Whether per-sample gradients are needed, which are three quarters of the work.
@@ -85,7 +85,7 @@ pub enum Criterion {
     /// H of its features alone.
     #[default]
     HScore,
-    LogMe,
+    Logme,
     /// The cross-fitted loss on the target samples with a closed-form head, over ten folds, negated.
     Validation,
 }
@@ -139,22 +139,22 @@ impl Default for TargetTuning {
 /// γ in [0, 1], or the rule that chooses it.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(untagged, expecting = "expected a number or `auto`")]
-pub enum UniformShare {
+pub enum UniformMix {
     Value(f64),
-    Rule(UniformShareRule),
+    Rule(UniformMixRule),
 }
 
-impl UniformShare {
+impl UniformMix {
     /// 0 while it is still to be chosen.
     pub fn known(self) -> f64 {
         match self {
             Self::Value(share) => share,
-            Self::Rule(UniformShareRule::Auto) => 0.0,
+            Self::Rule(UniformMixRule::Auto) => 0.0,
         }
     }
 }
 
-impl Default for UniformShare {
+impl Default for UniformMix {
     fn default() -> Self {
         Self::Value(0.0)
     }
@@ -162,13 +162,13 @@ impl Default for UniformShare {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
-pub enum UniformShareRule {
+pub enum UniformMixRule {
     /// Of 0, 0.25, 0.5, 0.75 and 1 the one whose prompt has the lowest cross-fitted loss on the target samples
     /// with a closed-form head; of equals the smallest. A forward pass each.
     Auto,
 }
 
-impl UniformShareRule {
+impl UniformMixRule {
     /// The one that changes least comes last.
     pub const CANDIDATES: [f64; 5] = [1.0, 0.75, 0.5, 0.25, 0.0];
 }

@@ -1,4 +1,4 @@
-//! Plain data and rules: what a prompt, a backbone, a data set, a job and a composition *are*.
+//! Plain data and rules: what a prompt, a backbone, a dataset, a job and a composition *are*.
 //!
 //! Nothing here knows SQL, HTTP, an async runtime or tensors. The engine depends on this module
 //! and on nothing else of the crate; so do the registry, the queue and the API.
@@ -27,7 +27,7 @@ pub mod prompt_description;
 pub mod prompt_file;
 pub mod ranking;
 pub mod reference;
-pub mod sharing;
+pub mod sharding;
 pub mod specification;
 pub mod tensor;
 pub mod tensor_file;

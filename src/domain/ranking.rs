@@ -11,7 +11,7 @@ use super::objective::{HScoreMode, HScoreOptions, Objective};
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct RankingObjective {
-    /// Of the metrics `h_score` and `h_score_adjusted`; the mode is `inv` by default here.
+    /// Of the metrics `h_score` and `h_score_adjusted`; the mode is `standard` by default here.
     pub h_score: HScoreOptions,
     /// The short tuning that the similarities of SPoT and PANDA are to.
     pub target_tuning: TargetTuning,
@@ -23,7 +23,7 @@ impl RankingObjective {
         Objective {
             method: Method::Panda,
             h_score: HScoreOptions {
-                mode: self.h_score.mode.or(Some(HScoreMode::Inv)),
+                mode: self.h_score.mode.or(Some(HScoreMode::Standard)),
                 ..self.h_score.clone()
             },
             target_tuning: self.target_tuning.clone(),
@@ -49,14 +49,14 @@ pub struct RankedSource {
     pub prompt: String,
     #[schema(value_type = String, example = "sha256:…")]
     pub digest: Digest,
-    /// H of the source's features alone; by default as `inv` with ρ = 0.01, 0 ≤ H ≤ min(d, K-1).
+    /// H of the source's features alone; by default as `standard` with ρ = 0.01, 0 ≤ H ≤ min(d, K-1).
     pub h_score: f64,
     /// H less its chance level, over what is left above it.
     pub h_score_adjusted: f64,
     /// H as `cross_validated`, of samples that it was not fitted on, ≤ K-1.
     pub h_score_cross_validated: f64,
     /// Log of the maximum evidence a sample and class.
-    pub log_me: f64,
+    pub logme: f64,
     /// ≤ 0; null where the prompt file has no source head.
     pub leep: Option<f64>,
     /// ≤ 0; null where the prompt file has no source head.
@@ -77,7 +77,7 @@ impl RankedSource {
         "h_score",
         "h_score_adjusted",
         "h_score_cross_validated",
-        "log_me",
+        "logme",
         "leep",
         "nce",
         "otce",
@@ -92,7 +92,7 @@ impl RankedSource {
             "h_score" => Some(self.h_score),
             "h_score_adjusted" => Some(self.h_score_adjusted),
             "h_score_cross_validated" => Some(self.h_score_cross_validated),
-            "log_me" => Some(self.log_me),
+            "logme" => Some(self.logme),
             "leep" => self.leep,
             "nce" => self.nce,
             "otce" => self.otce,

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `name` | the newest version that is not deprecated |
 //! | `name:3` | version 3 |
-//! | `name:production` | the version that the alias `production` points to; data sets have none |
+//! | `name:production` | the version that the alias `production` points to; datasets have none |
 //! | `name@sha256:<hex>` | the version with these bytes |
 
 use std::fmt;
@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::digest::Digest;
 
-/// A prompt's, backbone's or data set's name: `[a-z0-9][a-z0-9._-]{0,127}`.
+/// A prompt's, backbone's or dataset's name: `[a-z0-9][a-z0-9._-]{0,127}`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct ResourceName(String);
@@ -51,7 +51,7 @@ pub enum VersionSelector {
     Digest(Digest),
 }
 
-/// A version of a prompt or a data set.
+/// A version of a prompt or a dataset.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Reference {

@@ -64,11 +64,11 @@ impl Specification for EnsembleSpec {
             "objective": self.objective,
             "promptweave": env!("CARGO_PKG_VERSION"),
         });
-        if let Some(stop_when) = &self.stop_when {
-            computed["stop_when"] = json!(stop_when);
+        if let Some(early_stopping) = &self.early_stopping {
+            computed["early_stopping"] = json!(early_stopping);
         }
         // Whose statistics they were is a name; a whole composition keeps the digest it always had.
-        if let Some(from) = &self.resolved_from {
+        if let Some(from) = &self.solved_from {
             computed["statistics"] = json!(from.statistics);
         }
         Digest::of(computed.to_string().as_bytes())

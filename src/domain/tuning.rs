@@ -264,12 +264,12 @@ pub struct TuningResult {
     pub distance_from_init: Option<f64>,
     /// Of prompt and head on `eval_split`; null where none was asked for.
     pub evaluation: Option<HeldOut>,
-    /// N and K: images that were trained on and classes of the data set.
+    /// N and K: images that were trained on and classes of the dataset.
     pub num_samples: usize,
     pub num_classes: usize,
     /// Images that something was chosen by; 0 where nothing was.
     pub num_held_out: usize,
-    /// Unreadable images left out (`skip_bad`).
+    /// Unreadable images left out (`skip_unreadable`).
     pub skipped_images: usize,
     pub tuned: TunedPrompt,
     pub provenance: Provenance,

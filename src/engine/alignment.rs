@@ -1,4 +1,4 @@
-//! Gradient alignment L_align(α) in its three readings, from compressed statistics alone.
+//! Gradient alignment L_align(α) in its three variants, from compressed statistics alone.
 //!
 //! With g̃ᵢₙ the gradient of sample n's loss by prompt i, less its mean over the prompts, and
 //! S_ij[p] = 1/(N-1) Σ_n g̃ᵢₙ[p] g̃ⱼₙ[p], the variance of prompt i's gradients about the mixed gradient
@@ -6,7 +6,7 @@
 //!
 //! L_align(α) = (1/M) Σ_i ‖vᵢ - v̄‖² = (1/M) Σ_i Σ_p rᵢ[p]²
 //!
-//! | reading | vᵢ about | v̄ | rᵢ |
+//! | variant | vᵢ about | v̄ | rᵢ |
 //! |---|---|---|---|
 //! | R1 | the mixed gradient | Σ_k α_k v_k | uᵢ - Σ_k α_k u_k: quartic in α |
 //! | R2 | the mixed gradient | (1/M) Σ_k v_k | uᵢ - (1/M) Σ_k u_k: linear in α, so L_align is convex |
@@ -17,7 +17,7 @@
 //! columns of V, and they enter through VᵀV. L_align scales with the fourth power of the gradients.
 
 use super::optimizer::dot;
-use crate::domain::objective::AlignmentReading;
+use crate::domain::objective::AlignmentVariant;
 
 /// Row of the pair (i, j) in the packed order (0,0), (0,1), …, (0,M-1), (1,1), ….
 pub fn packed(i: usize, j: usize, m: usize) -> usize {
@@ -82,19 +82,19 @@ fn submatrix(matrix: &[f64], size: usize, rows: &[usize]) -> Vec<f64> {
 
 /// L_align as a function of α.
 pub struct GradientAlignment {
-    reading: AlignmentReading,
+    variant: AlignmentVariant,
     statistics: AlignmentStatistics,
 }
 
 impl GradientAlignment {
     /// # Panics
     /// When Γ is not T × T or VᵀV not M × M.
-    pub fn new(reading: AlignmentReading, statistics: AlignmentStatistics) -> Self {
+    pub fn new(variant: AlignmentVariant, statistics: AlignmentStatistics) -> Self {
         let m = statistics.num_sources;
         assert_eq!(statistics.gram.len(), num_pairs(m).pow(2));
         assert_eq!(statistics.variance_gram.len(), m.pow(2));
         Self {
-            reading,
+            variant,
             statistics,
         }
     }
@@ -106,10 +106,12 @@ impl GradientAlignment {
     /// L_align and its gradient, which is valid along Σα = 1.
     pub fn value_and_gradient(&self, alpha: &[f64]) -> (f64, Vec<f64>) {
         let m = self.statistics.num_sources;
-        let (value, gradient) = match self.reading {
-            AlignmentReading::R1 => self.about_the_mixed(alpha, alpha, true),
-            AlignmentReading::R2 => self.about_the_mixed(alpha, &vec![1.0 / m as f64; m], false),
-            AlignmentReading::R3 => self.about_their_own(alpha),
+        let (value, gradient) = match self.variant {
+            AlignmentVariant::MixtureWeighted => self.about_the_mixed(alpha, alpha, true),
+            AlignmentVariant::MixtureUniform => {
+                self.about_the_mixed(alpha, &vec![1.0 / m as f64; m], false)
+            }
+            AlignmentVariant::Fishr => self.about_their_own(alpha),
         };
         // Γ and VᵀV are positive semi-definite up to rounding.
         (value.max(0.0), gradient)
@@ -193,11 +195,11 @@ fn u(i: usize, alpha: &[f64]) -> Vec<f64> {
 mod tests {
     use tch::{Kind, Tensor};
 
-    use super::AlignmentReading::{R1, R2, R3};
+    use super::AlignmentVariant::{R1, R2, R3};
     use super::*;
     use crate::engine::testing::{alignment_statistics, noise_tensor};
 
-    const READINGS: [AlignmentReading; 3] = [R1, R2, R3];
+    const VARIANTS: [AlignmentVariant; 3] = [R1, R2, R3];
     const ALPHA: [f64; 4] = [0.1, 0.2, 0.3, 0.4];
 
     /// Gradients [M, N, P] of different scales, with means and with a part common to the prompts.
@@ -208,15 +210,15 @@ mod tests {
             + noise_tensor(&[1, 15, 6], seed + 2)
     }
 
-    fn value(reading: AlignmentReading, gradients: &Tensor, alpha: &[f64]) -> f64 {
-        GradientAlignment::new(reading, alignment_statistics(gradients)).value(alpha)
+    fn value(variant: AlignmentVariant, gradients: &Tensor, alpha: &[f64]) -> f64 {
+        GradientAlignment::new(variant, alignment_statistics(gradients)).value(alpha)
     }
 
     /// L_align as its definition reads, from the gradients themselves.
-    fn naive(reading: AlignmentReading, gradients: &Tensor, alpha: &[f64]) -> f64 {
+    fn naive(variant: AlignmentVariant, gradients: &Tensor, alpha: &[f64]) -> f64 {
         let (m, n, _) = gradients.size3().unwrap();
         let weights = Tensor::from_slice(alpha);
-        let about = match reading {
+        let about = match variant {
             R1 | R2 => (gradients * weights.view([m, 1, 1])).sum_dim_intlist(0, true, Kind::Double),
             R3 => gradients.mean_dim(1, true, Kind::Double),
         };
@@ -224,7 +226,7 @@ mod tests {
             .square()
             .sum_dim_intlist(1, false, Kind::Double)
             / (n - 1) as f64;
-        let v_bar = match reading {
+        let v_bar = match variant {
             R1 | R3 => (&v * weights.view([m, 1])).sum_dim_intlist(0, true, Kind::Double),
             R2 => v.mean_dim(0, true, Kind::Double),
         };
@@ -238,10 +240,10 @@ mod tests {
     #[test]
     fn every_reading_equals_its_definition() {
         let gradients = gradients(1);
-        for reading in READINGS {
+        for variant in VARIANTS {
             for alpha in [ALPHA, [0.25; 4], [0.0, 1.0, 0.0, 0.0]] {
-                let expected = naive(reading, &gradients, &alpha);
-                assert_relative(value(reading, &gradients, &alpha), expected, 1e-10);
+                let expected = naive(variant, &gradients, &alpha);
+                assert_relative(value(variant, &gradients, &alpha), expected, 1e-10);
             }
         }
         let v = |i| naive(R3, &gradients.narrow(0, i, 1), &[1.0]);
@@ -252,8 +254,8 @@ mod tests {
     #[test]
     fn the_gradient_agrees_with_central_differences() {
         let statistics = alignment_statistics(&gradients(4));
-        for reading in READINGS {
-            let alignment = GradientAlignment::new(reading, statistics.clone());
+        for variant in VARIANTS {
+            let alignment = GradientAlignment::new(variant, statistics.clone());
             let (_, gradient) = alignment.value_and_gradient(&ALPHA);
             for i in 0..4 {
                 // Along eᵢ - α, which keeps Σα = 1: the gradient is valid there only.
@@ -268,7 +270,7 @@ mod tests {
                 let analytic = dot(&gradient, &direction);
                 assert!(
                     (numeric - analytic).abs() < 1e-6 * (1.0 + analytic.abs()),
-                    "{reading:?}, {i}: {numeric} {analytic}"
+                    "{variant:?}, {i}: {numeric} {analytic}"
                 );
             }
         }
@@ -280,16 +282,16 @@ mod tests {
         let shared = &gradients + noise_tensor(&[1, 15, 6], 10) * 3.0;
         let order = Tensor::from_slice(&[3i64, 5, 0, 1, 4, 2]);
         let reordered = gradients.index_select(2, &order);
-        for reading in READINGS {
-            let here = value(reading, &gradients, &ALPHA);
-            let there = value(reading, &shared, &ALPHA);
-            if reading == R3 {
+        for variant in VARIANTS {
+            let here = value(variant, &gradients, &ALPHA);
+            let there = value(variant, &shared, &ALPHA);
+            if variant == R3 {
                 assert!((there - here).abs() > 0.01 * here, "{here} {there}");
             } else {
                 assert_relative(there, here, 1e-10);
             }
-            assert_relative(value(reading, &reordered, &ALPHA), here, 1e-12);
-            let scaled = value(reading, &(&gradients * 3.0), &ALPHA);
+            assert_relative(value(variant, &reordered, &ALPHA), here, 1e-12);
+            let scaled = value(variant, &(&gradients * 3.0), &ALPHA);
             assert_relative(scaled, 81.0 * here, 1e-10);
         }
     }
@@ -310,8 +312,8 @@ mod tests {
     #[test]
     fn r2_and_r3_are_convex_quadratics() {
         let statistics = alignment_statistics(&gradients(14));
-        for reading in [R2, R3] {
-            let alignment = GradientAlignment::new(reading, statistics.clone());
+        for variant in [R2, R3] {
+            let alignment = GradientAlignment::new(variant, statistics.clone());
             // Along any line of a quadratic, second differences are the same everywhere; of a convex
             // one they are not negative.
             for seed in 0..20 {
@@ -326,7 +328,7 @@ mod tests {
                     (at(step) - 2.0 * at(0.0) + at(-step)) / step.powi(2)
                 };
                 let here = second_difference(&ALPHA, 0.1);
-                assert!(here > 0.0, "{reading:?}: {here}");
+                assert!(here > 0.0, "{variant:?}: {here}");
                 assert_relative(second_difference(&[0.7, 0.1, 0.2, 0.0], 0.5), here, 1e-9);
             }
         }
@@ -342,10 +344,10 @@ mod tests {
             let subset = whole.of_sources(&keep);
             let m = keep.len();
             let alpha: Vec<f64> = (1..=m).map(|i| i as f64 / num_pairs(m) as f64).collect();
-            for reading in READINGS {
-                let value = GradientAlignment::new(reading, subset.clone()).value(&alpha);
-                let expected = naive(reading, &alone, &alpha);
-                let scale = naive(reading, &gradients, &ALPHA);
+            for variant in VARIANTS {
+                let value = GradientAlignment::new(variant, subset.clone()).value(&alpha);
+                let expected = naive(variant, &alone, &alpha);
+                let scale = naive(variant, &gradients, &ALPHA);
                 assert!((value - expected).abs() <= 1e-12 * scale.max(expected));
             }
         }

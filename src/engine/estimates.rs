@@ -8,11 +8,11 @@ use super::EngineError;
 use super::gradients::GradientStatistics;
 use super::methods::towards_uniform;
 use super::solve::{Solved, solve};
-use super::statistics::Ground;
+use super::statistics::SolveInputs;
 use super::steps::Steps;
 use crate::domain::composition::{Source, SourceWeight};
 use crate::domain::objective::{Objective, TradeOffRule, Weighing};
-use crate::domain::sharing::{EarlyStop, Estimate, StopWhen};
+use crate::domain::sharding::{EarlyStop, EarlyStopping, Estimate};
 
 /// An estimate that nobody's end depends on is made where it takes at most this part of the time.
 const SHARE: u32 = 10;
@@ -21,7 +21,7 @@ const SHARE: u32 = 10;
 pub struct Estimates<'a> {
     sources: &'a [Source],
     objective: &'a Objective,
-    stop_when: Option<StopWhen>,
+    early_stopping: Option<EarlyStopping>,
     /// Of all samples, [M, N, d].
     features: &'a Tensor,
     labels: &'a [usize],
@@ -37,7 +37,7 @@ impl<'a> Estimates<'a> {
     pub fn new(
         sources: &'a [Source],
         objective: &'a Objective,
-        stop_when: Option<StopWhen>,
+        early_stopping: Option<EarlyStopping>,
         features: &'a Tensor,
         labels: &'a [usize],
         shards: usize,
@@ -45,7 +45,7 @@ impl<'a> Estimates<'a> {
         Self {
             sources,
             objective,
-            stop_when,
+            early_stopping,
             features,
             labels,
             shards,
@@ -68,12 +68,12 @@ impl<'a> Estimates<'a> {
             return Ok(None);
         }
         let (at, took) = self.last;
-        if self.stop_when.is_none() && took * SHARE > at.elapsed() {
+        if self.early_stopping.is_none() && took * SHARE > at.elapsed() {
             return Ok(None);
         }
         let begun = Instant::now();
-        let gradients = merged.finish(self.objective.alignment.gradient_norm)?;
-        let ground = Ground {
+        let gradients = merged.finish(self.objective.alignment.gradient_normalization)?;
+        let ground = SolveInputs {
             features: self.features,
             labels: self.labels,
             gradients: Some(&gradients),
@@ -102,7 +102,7 @@ impl<'a> Estimates<'a> {
     }
 
     fn weights(&self, solved: &Solved) -> Vec<SourceWeight> {
-        let share = self.objective.uniform_share.known();
+        let share = self.objective.uniform_mix.known();
         let errors = solved.standard_errors.as_ref();
         let alpha = towards_uniform(&solved.solution.alpha, share);
         let weights = self.sources.iter().zip(&alpha).enumerate();
@@ -120,9 +120,11 @@ impl<'a> Estimates<'a> {
     /// Whether these weights are certain enough, and moved by no more than that since the last estimate: few samples
     /// may all say the same, and be wrong.
     fn stop(&self, weights: &[SourceWeight], samples: usize) -> Option<EarlyStop> {
-        let asked = self.stop_when.filter(|asked| asked.is_met_by(weights))?;
+        let asked = self
+            .early_stopping
+            .filter(|asked| asked.is_met_by(weights))?;
         let moved = |(source, before): (&SourceWeight, &f64)| {
-            (source.weight - before).abs() > asked.weight_se
+            (source.weight - before).abs() > asked.max_standard_error
         };
         if self.weights.is_empty() || weights.iter().zip(&self.weights).any(moved) {
             return None;
@@ -130,9 +132,9 @@ impl<'a> Estimates<'a> {
         let errors = weights.iter().filter_map(|source| source.standard_error);
         Some(EarlyStop {
             samples,
-            of: self.labels.len(),
-            asked: asked.weight_se,
-            weight_se: errors.fold(0.0, f64::max),
+            total_samples: self.labels.len(),
+            requested: asked.max_standard_error,
+            max_standard_error: errors.fold(0.0, f64::max),
         })
     }
 }

@@ -20,7 +20,7 @@ use super::head::SourceHead;
 use super::steps::stop_on;
 use super::streams::Pairs;
 use super::vit::Vit;
-use crate::domain::objective::GradientNorm;
+use crate::domain::objective::GradientNormalization;
 
 /// Sample folds of the delete-one-fold jackknife.
 const MAX_SAMPLE_FOLDS: usize = 10;
@@ -173,7 +173,7 @@ impl GradientStatistics {
     }
 
     /// Γ and the rest, with all that can only be known when every sample was seen.
-    pub fn finish(&self, norm: GradientNorm) -> Result<GradientSummary, EngineError> {
+    pub fn finish(&self, norm: GradientNormalization) -> Result<GradientSummary, EngineError> {
         let over_folds = |x: &Tensor| x.sum_dim_intlist(0, false, Kind::Double);
         let (products, sums, squares) = (
             over_folds(&self.products),
@@ -184,9 +184,9 @@ impl GradientStatistics {
         let per_prompt = squares.sum_dim_intlist(1, false, Kind::Double) / count.max(1) as f64;
         let rms = numbers(&per_prompt.sqrt())?;
         let scales: Vec<f64> = match norm {
-            GradientNorm::None => vec![1.0; rms.len()],
+            GradientNormalization::None => vec![1.0; rms.len()],
             // Without gradients there is nothing to normalise.
-            GradientNorm::Rms => rms
+            GradientNormalization::Rms => rms
                 .iter()
                 .map(|rms| if *rms > 0.0 { 1.0 / rms } else { 1.0 })
                 .collect(),
@@ -244,15 +244,17 @@ fn bytes_a_fold(num_sources: usize, num_params: usize) -> usize {
 
 /// [T, T']: the packed products of aᵢ = gᵢcᵢ less its mean over the prompts, cᵢ being the `scales`, as
 /// combinations of the accumulated ones.
-fn pair_map(norm: GradientNorm, scales: &[f64]) -> Tensor {
+fn pair_map(norm: GradientNormalization, scales: &[f64]) -> Tensor {
     let m = scales.len();
     let mean = scales.iter().sum::<f64>() / m as f64;
     // aᵢ = Σ_k A_ik g̃_k + A_iM ḡ. Without normalisation aᵢ = g̃ᵢ, which also Σ_k g̃_k = 0 makes of the
     // other branch; but so no digit is lost.
     let coefficient = |i: usize, k: usize| match norm {
-        GradientNorm::None => f64::from(u8::from(i == k)),
-        GradientNorm::Rms if k == m => scales[i] - mean,
-        GradientNorm::Rms => f64::from(u8::from(i == k)) * scales[i] - scales[k] / m as f64,
+        GradientNormalization::None => f64::from(u8::from(i == k)),
+        GradientNormalization::Rms if k == m => scales[i] - mean,
+        GradientNormalization::Rms => {
+            f64::from(u8::from(i == k)) * scales[i] - scales[k] / m as f64
+        }
     };
     let (rows, columns) = (num_pairs(m), num_pairs(m + 1));
     let mut map = vec![0.0; rows * columns];
@@ -478,7 +480,7 @@ mod tests {
     #[test]
     fn neither_micro_batches_nor_shards_change_the_statistics() {
         let (gradients, folds) = (gradients(), folds_of_twenty());
-        let norm = GradientNorm::None;
+        let norm = GradientNormalization::None;
         let whole = streamed(&gradients, &folds, &[20]).finish(norm).unwrap();
         for sizes in [&[1; 20][..], &[7, 13]] {
             let other = streamed(&gradients, &folds, sizes).finish(norm).unwrap();
@@ -510,7 +512,10 @@ mod tests {
         let squares = raw.square().sum_dim_intlist(2, false, Kind::Double);
         let rms = squares.mean_dim(1, false, Kind::Double).sqrt();
         let normalised = &raw / rms.view([3, 1, 1]);
-        for (norm, gradients) in [(GradientNorm::None, &raw), (GradientNorm::Rms, &normalised)] {
+        for (norm, gradients) in [
+            (GradientNormalization::None, &raw),
+            (GradientNormalization::Rms, &normalised),
+        ] {
             let statistics = streamed(&raw, &folds, &[6, 14]);
             let summary = statistics.finish(norm).unwrap();
             assert_statistics(&summary.whole, &alignment_statistics(gradients), 1e-12);
@@ -530,7 +535,7 @@ mod tests {
         let scaled = |second: f64| {
             let factors = Tensor::from_slice(&[1.0, second, 1.0]).view([3, 1, 1]);
             let statistics = streamed(&(&gradients * factors), &folds, &[20]);
-            statistics.finish(GradientNorm::Rms).unwrap()
+            statistics.finish(GradientNormalization::Rms).unwrap()
         };
         let whole = scaled(1.0).whole;
         assert_statistics(&scaled(30.0).whole, &whole, 1e-10);
@@ -549,7 +554,7 @@ mod tests {
         let means = Tensor::from_slice(&rows).view([4, 1, 2]);
         let apart = Tensor::from_slice(&[0.5, -0.5]).view([1, 2, 1]);
         let statistics = streamed(&(means + apart), &[0, 1], &[2]);
-        let summary = statistics.finish(GradientNorm::None).unwrap();
+        let summary = statistics.finish(GradientNormalization::None).unwrap();
         let half = -(0.5f64.sqrt());
         let expected = [
             [1.0, half, 0.0, 0.0],
@@ -582,7 +587,7 @@ mod tests {
         whole
             .add(&noise_tensor(&[2, 4, 3], 8), &[0, 1, 2, 3])
             .unwrap();
-        let summary = whole.finish(GradientNorm::None).unwrap();
+        let summary = whole.finish(GradientNormalization::None).unwrap();
         assert!(summary.leave_out.is_empty());
         let expected = alignment_statistics(&noise_tensor(&[2, 4, 3], 8));
         assert_statistics(&summary.whole, &expected, 1e-12);

@@ -13,8 +13,8 @@ use super::alignment::{AlignmentStatistics, GradientAlignment};
 use super::gradients::sample_folds;
 use super::h_score::HScore;
 use super::solver::{Descender, Terms, Tick};
-use super::weighing::Scale;
-use crate::domain::objective::{AlignmentReading, InvalidObjective};
+use super::term_weights::Scale;
+use crate::domain::objective::{AlignmentVariant, InvalidObjective};
 
 /// What was solved, on all samples.
 pub struct Solved<'a> {
@@ -22,7 +22,7 @@ pub struct Solved<'a> {
     /// What it is of: [M, N, d] and N.
     pub features: &'a Tensor,
     pub labels: &'a [usize],
-    pub reading: AlignmentReading,
+    pub variant: AlignmentVariant,
     pub scale: Scale,
     pub entropy: f64,
     pub alpha: &'a [f64],
@@ -53,7 +53,7 @@ pub fn standard_errors(
         let descender = Descender {
             terms: Terms {
                 h_score: &h_score,
-                alignment: &GradientAlignment::new(solved.reading, statistics.clone()),
+                alignment: &GradientAlignment::new(solved.variant, statistics.clone()),
             },
             scale: solved.scale,
             entropy: solved.entropy,

@@ -6,8 +6,8 @@ use super::EngineError;
 use super::evaluate::cross_fitted;
 use super::h_score::HScore;
 use super::solver::{own_h_scores, towards_vertex};
-use super::statistics::Ground;
-use super::transferability::{log_me, matrix};
+use super::statistics::SolveInputs;
+use super::transferability::{logme, matrix};
 use crate::domain::method::{Criterion, Similarity};
 use crate::domain::objective::Objective;
 use crate::domain::tensor::Tensor as PlainTensor;
@@ -57,7 +57,7 @@ pub fn most_similar(similarities: &[f64], top_k: Option<usize>) -> Vec<usize> {
 /// What `single_best` chooses by, one a source. `tick` is asked before each; its error ends it.
 pub fn scores(
     by: Criterion,
-    ground: Ground<'_>,
+    ground: SolveInputs<'_>,
     objective: &Objective,
     num_classes: usize,
     tick: &mut dyn FnMut() -> Result<(), EngineError>,
@@ -68,10 +68,10 @@ pub fn scores(
         Criterion::HScore => {
             own_h_scores(&HScore::new(ground.features, labels, &objective.h_score)?)
         }
-        Criterion::LogMe => of_sources
+        Criterion::Logme => of_sources
             .map(|features| {
                 tick()?;
-                log_me(&features.to_kind(Kind::Double), labels)
+                logme(&features.to_kind(Kind::Double), labels)
             })
             .collect(),
         Criterion::Validation => of_sources

@@ -30,28 +30,28 @@ pub mod optimizer;
 pub mod pixels;
 pub mod samples;
 pub mod shard_file;
-pub mod sharing;
+pub mod sharding;
 pub mod solve;
 pub mod solver;
 pub mod sources;
 pub mod statistics;
 mod steps;
 pub mod streams;
+pub mod term_weights;
 pub mod transferability;
 pub mod tuning;
 pub mod vit;
-pub mod weighing;
 
 mod classes;
 mod compose;
-mod helping;
 mod jackknife;
 mod platform;
 mod refine;
 mod report;
-mod resolve;
 mod row_file;
 mod self_test;
+mod shard_worker;
+mod solve_again;
 #[cfg(test)]
 pub(crate) mod testing;
 mod threads;
@@ -68,18 +68,18 @@ use tch::{Device, Kind, TchError, Tensor};
 use self::backbones::Backbones;
 use self::cache::ResultCache;
 use self::compose::TargetPrompt;
-use self::helping::Prepared;
+use self::shard_worker::Prepared;
 use self::statistics::StatisticsError;
 use self::vit::{Compute, Vit};
 use crate::domain::backbone::{Backbone, BackboneError};
 use crate::domain::composition::{
-    Composer, Composition, CompositionError, CompositionInput, Observer, Platform, ResolveInput,
+    Composer, Composition, CompositionError, CompositionInput, Observer, Platform, SolveInput,
     blames_the_device,
 };
 use crate::domain::dataset::DatasetError;
 use crate::domain::precision::Precision;
 use crate::domain::ranking::Ranking;
-use crate::domain::sharing::{ShardInput, SharingError};
+use crate::domain::sharding::{ShardInput, ShardingError};
 use crate::domain::tensor::Tensor as PlainTensor;
 use crate::domain::tuning::{CheckpointUnavailable, Checkpoints, Tuned, TuningInput};
 use crate::domain::tuning_method::TuningMethod;
@@ -90,11 +90,11 @@ pub enum EngineError {
     Stopped,
     #[error("the backbone cannot be used")]
     Backbone(#[from] BackboneError),
-    #[error("the data set cannot be used")]
+    #[error("the dataset cannot be used")]
     Dataset(#[from] DatasetError),
     #[error(
         "{count} of the images cannot be read, the first is `{first}`; leave them out with \
-         --skip-bad (`skip_bad` in a request), or repair them"
+         --skip-unreadable (`skip_unreadable` in a request), or repair them"
     )]
     UnreadableImages { first: PathBuf, count: usize },
     #[error(
@@ -147,7 +147,7 @@ pub enum EngineError {
     #[error(transparent)]
     Checkpoint(#[from] CheckpointUnavailable),
     #[error(transparent)]
-    Sharing(#[from] SharingError),
+    Sharing(#[from] ShardingError),
     #[error("libtorch failed")]
     Torch(#[from] TchError),
 }
@@ -286,13 +286,13 @@ impl Composer for Engine {
         )?)
     }
 
-    fn resolve(
+    fn solve(
         &mut self,
-        input: &ResolveInput,
+        input: &SolveInput,
         observer: &mut dyn Observer,
     ) -> Result<Composition, CompositionError> {
         let device = device::names_of(&self.backbones.compute.devices);
-        Ok(resolve::resolve(input, device, observer)?)
+        Ok(solve_again::solve_again(input, device, observer)?)
     }
 
     fn shard(
@@ -302,7 +302,9 @@ impl Composer for Engine {
     ) -> Result<Vec<u8>, CompositionError> {
         let (backbone, vit) = self.backbones.open(&input.composition.backbone_dir)?;
         let prepared = &mut self.prepared;
-        Ok(helping::shard(backbone, vit, prepared, input, observer)?)
+        Ok(shard_worker::shard(
+            backbone, vit, prepared, input, observer,
+        )?)
     }
 
     fn tune(

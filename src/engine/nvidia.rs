@@ -59,13 +59,13 @@ fn kernel_module(text: &str) -> Option<&str> {
         .find(|word| word.contains('.') && word.starts_with(|c: char| c.is_ascii_digit()))
 }
 
-type Answer = ((i32, i32), Vec<Card>);
+type DriverReport = ((i32, i32), Vec<Card>);
 
 #[expect(
     unsafe_code,
     reason = "the driver's C interface, as cuda.h declares it; there is no other"
 )]
-fn ask_driver() -> Result<Answer, String> {
+fn ask_driver() -> Result<DriverReport, String> {
     let said = |error: libloading::Error| chain(&error);
     // SAFETY: the initialisers of NVIDIA's library run; every function is called with the types that cuda.h
     // gives it and with buffers of the length it is told.

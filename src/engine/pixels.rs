@@ -37,7 +37,7 @@ struct Shared {
     image_bytes: usize,
     decode: Box<Decode>,
     /// Unreadable images are nobody's failure, only not there.
-    skip_bad: bool,
+    skip_unreadable: bool,
     /// The image at position i of `paths` lies at i · `image_bytes`.
     file: File,
     state: Mutex<State>,
@@ -61,19 +61,19 @@ impl PixelFile {
     pub fn start(
         paths: Vec<PathBuf>,
         image_bytes: usize,
-        skip_bad: bool,
+        skip_unreadable: bool,
         decode: Box<Decode>,
     ) -> Result<Self, EngineError> {
         let needed = (paths.len() as u64).saturating_mul(image_bytes as u64);
         let file = reserve(needed).map_err(|source| no_room(needed, Arc::new(source)))?;
-        Self::start_in(file, paths, image_bytes, skip_bad, decode)
+        Self::start_in(file, paths, image_bytes, skip_unreadable, decode)
     }
 
     fn start_in(
         file: File,
         paths: Vec<PathBuf>,
         image_bytes: usize,
-        skip_bad: bool,
+        skip_unreadable: bool,
         decode: Box<Decode>,
     ) -> Result<Self, EngineError> {
         let num_images = paths.len();
@@ -81,7 +81,7 @@ impl PixelFile {
             paths,
             image_bytes,
             decode,
-            skip_bad,
+            skip_unreadable,
             file,
             state: Mutex::new(State {
                 next: 0,
@@ -140,7 +140,7 @@ impl PixelFile {
                 return Err(shared.no_room(Arc::clone(source)));
             }
             let all_done = state.num_done == shared.paths.len();
-            match state.unreadable.first().filter(|_| !shared.skip_bad) {
+            match state.unreadable.first().filter(|_| !shared.skip_unreadable) {
                 Some(first) if all_done => {
                     return Err(EngineError::UnreadableImages {
                         first: shared.paths[*first].clone(),
@@ -264,10 +264,10 @@ mod tests {
 
     fn started(
         count: usize,
-        skip_bad: bool,
+        skip_unreadable: bool,
         decode: impl Fn(&Path) -> Option<Vec<u8>> + Send + Sync + 'static,
     ) -> PixelFile {
-        PixelFile::start(paths(count), 4, skip_bad, Box::new(decode)).unwrap()
+        PixelFile::start(paths(count), 4, skip_unreadable, Box::new(decode)).unwrap()
     }
 
     fn odd(path: &Path) -> bool {

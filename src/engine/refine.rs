@@ -21,8 +21,8 @@ use super::h_score::{HScore, Sums, centred, differentiable_regression, indicator
 use super::optimizer::project_to_simplex;
 use super::samples::Samples;
 use super::solver::Tick;
+use super::term_weights::Scale;
 use super::vit::Vit;
-use super::weighing::Scale;
 use crate::domain::composition::Refinement;
 use crate::domain::objective::{HScoreMode, HScoreOptions, Shrinkage};
 
@@ -225,12 +225,12 @@ mod tests {
     use super::*;
     use crate::domain::backbone::Backbone;
     use crate::domain::dataset::{LabelledImages, Split};
-    use crate::domain::objective::{AlignmentReading, Standardise};
+    use crate::domain::objective::{AlignmentVariant, Standardise};
     use crate::domain::precision::Precision;
     use crate::engine::alignment::AlignmentStatistics;
     use crate::engine::prompt_tensor;
     use crate::engine::samples::Selection;
-    use crate::engine::testing::{input, inv, noise_tensor};
+    use crate::engine::testing::{input, noise_tensor, standard};
     use crate::engine::vit::{Compute, Vit};
     use tch::Device;
 
@@ -239,7 +239,7 @@ mod tests {
         let labels: Vec<usize> = (0..30).map(|i| i % 3).collect();
         let features = noise_tensor(&[30, 5], 1);
         for mode in [
-            HScoreMode::Inv,
+            HScoreMode::Standard,
             HScoreMode::CrossValidated,
             HScoreMode::TraceRatio,
         ] {
@@ -269,7 +269,7 @@ mod tests {
             split: Split::Train,
             max_samples: None,
             seed: 0,
-            skip_bad: false,
+            skip_unreadable: false,
         };
         let dataset = LabelledImages::read(&input.target_dir).unwrap();
         let samples = Samples::load(&dataset, &selection, &backbone.config.preprocessing).unwrap();
@@ -281,7 +281,7 @@ mod tests {
         let rows = noise_tensor(&[6, 20], 2);
         let gram = Vec::try_from(rows.matmul(&rows.tr()).flatten(0, -1)).unwrap();
         let alignment = GradientAlignment::new(
-            AlignmentReading::R1,
+            AlignmentVariant::MixtureWeighted,
             AlignmentStatistics {
                 num_sources: 3,
                 gram,
@@ -294,7 +294,7 @@ mod tests {
             prompts: &prompts,
             alignment: &alignment,
             scale: Scale { h: 1.0, l: 0.01 },
-            h_score: inv(0.1),
+            h_score: standard(0.1),
         };
         let alpha = [0.5, 0.3, 0.2];
         let here = refiner.point(alpha.to_vec(), &mut || Ok(())).unwrap();
@@ -325,7 +325,7 @@ mod tests {
         // Beside the minimum, here of R3 at uniform weights, the first move leads too far: it is cut short.
         let identity = (0..9).map(|at| f64::from(u8::from(at % 4 == 0))).collect();
         let convex = GradientAlignment::new(
-            AlignmentReading::R3,
+            AlignmentVariant::Fishr,
             AlignmentStatistics {
                 num_sources: 3,
                 gram: vec![0.0; 36],

@@ -19,19 +19,19 @@ use crate::domain::composition::{
 use crate::domain::digest::Digest;
 use crate::domain::objective::HScoreMode;
 use crate::domain::prompt_file::PromptFile;
-use crate::domain::sharing::EarlyStop;
+use crate::domain::sharding::EarlyStop;
 
 /// A share of saturated samples above which a head is warned of.
 const MANY_SATURATED: f64 = 0.2;
 
 /// Everything a composition found.
-pub struct Evidence<'a> {
+pub struct Findings<'a> {
     pub metadata: Metadata,
     /// Of the sources, in order; `None` offline.
     pub versions: Vec<Option<i32>>,
     pub device: String,
     /// Of the statistics that stood in for backbone and images.
-    pub resolved_from: Option<Digest>,
+    pub solved_from: Option<Digest>,
     pub statistics: &'a Statistics,
     pub solved: Solved,
     pub method: MethodReport,
@@ -46,7 +46,7 @@ pub struct Evidence<'a> {
     pub fallback_dropped: bool,
 }
 
-impl Evidence<'_> {
+impl Findings<'_> {
     pub fn composition(self, steps: Steps<'_>) -> Result<Composition, EngineError> {
         let composed = self.composed.to_bytes();
         let objective = self.objective_value()?;
@@ -128,7 +128,7 @@ impl Evidence<'_> {
                 version: self.versions[i],
                 digest: source.digest,
                 weight: self.alpha[i],
-                standard_error: errors.map(|errors| (1.0 - self.method.uniform_share) * errors[i]),
+                standard_error: errors.map(|errors| (1.0 - self.method.uniform_mix) * errors[i]),
             })
             .collect()
     }
@@ -145,7 +145,7 @@ impl Evidence<'_> {
             precision: ground.precision,
             libtorch: LIBTORCH.to_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            resolved_from: self.resolved_from,
+            solved_from: self.solved_from,
         }
     }
 
@@ -188,7 +188,7 @@ impl Evidence<'_> {
         let most = present(&self.statistics.labels).len() as f64 - 1.0;
         match self.metadata.objective.h_score.mode() {
             HScoreMode::CrossValidated => (most, "of K-1"),
-            HScoreMode::Inv | HScoreMode::TraceRatio => {
+            HScoreMode::Standard | HScoreMode::TraceRatio => {
                 (mixed.abs().max(f64::MIN_POSITIVE), "of it")
             }
         }
@@ -205,7 +205,7 @@ impl Evidence<'_> {
             prompt: prompt.clone(),
             h_score: self.solved.solution.own_h_scores[i],
             h_score_adjusted: self.solved.h_score.adjusted(&alone)?,
-            log_me: Some(scores.log_me),
+            logme: Some(scores.logme),
             leep: scores.leep,
             nce: scores.nce,
             otce: scores.otce,
@@ -231,13 +231,15 @@ impl Evidence<'_> {
         if rivals > 0 {
             warnings.add(
                 "near_ties",
-                format!("{rivals} other local optima lie within 1 % of the best; see `optima`"),
+                format!(
+                    "{rivals} other local optima lie within 1 % of the best; see `local_optima`"
+                ),
             );
         }
         // Where the composed prompt itself was compared with something, it no longer counts what its features promised.
         let gap = (diagnostics.surrogate_gap).filter(|_| self.method.fallback.is_none());
         if let Some(gap) = gap.filter(|gap| gap.abs() > 0.1) {
-            let way_out = match self.method.name.solves() && self.method.uniform_share == 0.0 {
+            let way_out = match self.method.name.solves() && self.method.uniform_mix == 0.0 {
                 true => ", which α was chosen by; `refine` works on the former",
                 false => "",
             };
@@ -255,12 +257,12 @@ impl Evidence<'_> {
 
     fn warn_of_samples(&self, diagnostics: &Diagnostics, warnings: &mut Warnings) {
         let (_, n, d) = self.statistics.size();
-        let is_inv = self.metadata.objective.h_score.mode() == HScoreMode::Inv;
-        if is_inv && n < 2 * d {
+        let is_standard = self.metadata.objective.h_score.mode() == HScoreMode::Standard;
+        if is_standard && n < 2 * d {
             warnings.add(
                 "few_samples",
                 format!(
-                    "{n} samples for {d} feature dimensions: H as `inv` is near its chance level \
+                    "{n} samples for {d} feature dimensions: H as `standard` is near its chance level \
                      below {} samples, and differences between sources are small; `cross_validated` is not",
                     2 * d
                 ),

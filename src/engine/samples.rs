@@ -22,7 +22,7 @@ pub struct Samples {
     pixels: Arc<PixelFile>,
     /// Where in the pixel file a row's image lies.
     images: Vec<usize>,
-    /// Index into the data set's classes.
+    /// Index into the dataset's classes.
     pub labels: Vec<usize>,
     /// Positions in the list file, in row order.
     pub indices: Vec<usize>,
@@ -38,7 +38,7 @@ pub struct Selection {
     /// `None` takes all.
     pub max_samples: Option<usize>,
     pub seed: u64,
-    pub skip_bad: bool,
+    pub skip_unreadable: bool,
 }
 
 impl Selection {
@@ -47,7 +47,7 @@ impl Selection {
             split: target.split,
             max_samples: Some(target.max_samples),
             seed: target.seed,
-            skip_bad: target.skip_bad,
+            skip_unreadable: target.skip_unreadable,
         }
     }
 
@@ -62,7 +62,7 @@ impl Selection {
 }
 
 impl Samples {
-    /// Whether there is anything to tell apart; `classes` are the data set's names.
+    /// Whether there is anything to tell apart; `classes` are the dataset's names.
     pub fn check_classes(&self, classes: &[String]) -> Result<(), EngineError> {
         let first = self.labels[0];
         match self.labels.iter().all(|label| *label == first) {
@@ -71,7 +71,7 @@ impl Samples {
         }
     }
 
-    /// Starts to decode, and returns as soon as every file was read once for the digest. Only with `skip_bad` it
+    /// Starts to decode, and returns as soon as every file was read once for the digest. Only with `skip_unreadable` it
     /// waits for the last image: which rows there are is known no sooner.
     pub fn load(
         dataset: &LabelledImages,
@@ -88,8 +88,8 @@ impl Samples {
 
         let path = |index: &usize| dataset.image_path(&listed[*index]);
         let paths: Vec<PathBuf> = chosen.iter().map(path).collect();
-        let pixels = decoding(paths, selection.skip_bad, preprocessing)?;
-        let images: Vec<usize> = if selection.skip_bad {
+        let pixels = decoding(paths, selection.skip_unreadable, preprocessing)?;
+        let images: Vec<usize> = if selection.skip_unreadable {
             pixels.wait()?
         } else {
             (0..chosen.len()).collect()
@@ -173,7 +173,7 @@ impl Samples {
 
 fn decoding(
     paths: Vec<PathBuf>,
-    skip_bad: bool,
+    skip_unreadable: bool,
     preprocessing: &Preprocessing,
 ) -> Result<PixelFile, EngineError> {
     let (size, preprocessing) = (image_bytes(preprocessing), preprocessing.clone());
@@ -181,7 +181,7 @@ fn decoding(
         let image = decode(&fs::read(path).ok()?).ok()?;
         Some(resize(&image, &preprocessing))
     };
-    PixelFile::start(paths, size, skip_bad, Box::new(decoded))
+    PixelFile::start(paths, size, skip_unreadable, Box::new(decoded))
 }
 
 /// Of an image's pixels.
@@ -194,12 +194,12 @@ mod tests {
     use super::*;
     use crate::engine::testing::{write_backbone, write_dataset};
 
-    fn selection(skip_bad: bool) -> Selection {
+    fn selection(skip_unreadable: bool) -> Selection {
         Selection {
             split: Split::Train,
             max_samples: None,
             seed: 0,
-            skip_bad,
+            skip_unreadable,
         }
     }
 

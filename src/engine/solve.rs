@@ -10,7 +10,7 @@ use super::h_score::HScore;
 use super::jackknife::{self, standard_errors};
 use super::methods::{scores, single_best, uniform};
 use super::solver::{Solution, Solver, Terms};
-use super::statistics::Ground;
+use super::statistics::SolveInputs;
 use super::steps::{Steps, stop_on};
 use super::threads::OneThread;
 use crate::domain::composition::{MethodReport, PathPoint, Phase};
@@ -36,13 +36,13 @@ pub type Validate<'a> =
 
 /// Solves as `objective` says. `validate` is called for the rule that needs it and no other.
 pub fn solve(
-    ground: Ground<'_>,
+    ground: SolveInputs<'_>,
     objective: &Objective,
     steps: &mut Steps<'_>,
     validate: Validate<'_>,
 ) -> Result<Solved, EngineError> {
     let weighing = objective.weighing()?;
-    let reading = objective.alignment.reading;
+    let variant = objective.alignment.variant;
     let h_score = HScore::new(ground.features, ground.labels, &objective.h_score)?;
     let m = h_score.num_sources();
     let leave_out = match ground.gradients {
@@ -90,7 +90,7 @@ pub fn solve(
         h_score: &h_score,
         features: ground.features,
         labels: ground.labels,
-        reading,
+        variant,
         scale,
         entropy: objective.entropy,
         alpha: &solution.alpha,
@@ -110,9 +110,9 @@ pub fn solve(
     })
 }
 
-/// α by whatever method needs no forward pass of its own; `num_classes` are those of the data set.
+/// α by whatever method needs no forward pass of its own; `num_classes` are those of the dataset.
 pub fn weigh_features(
-    ground: Ground<'_>,
+    ground: SolveInputs<'_>,
     objective: &Objective,
     num_classes: usize,
     steps: &mut Steps<'_>,
@@ -144,7 +144,7 @@ pub fn weigh_features(
 impl Solved {
     /// Where α is not solved for.
     pub fn given(
-        ground: Ground<'_>,
+        ground: SolveInputs<'_>,
         objective: &Objective,
         alpha: Vec<f64>,
     ) -> Result<Self, EngineError> {
@@ -168,13 +168,13 @@ impl Solved {
 }
 
 /// L_align of what gradients there are.
-fn alignment_of(ground: Ground<'_>, objective: &Objective) -> GradientAlignment {
+fn alignment_of(ground: SolveInputs<'_>, objective: &Objective) -> GradientAlignment {
     let m = ground.features.size()[0] as usize;
     let statistics = match ground.gradients {
         Some(gradients) => gradients.whole.clone(),
         None => AlignmentStatistics::none(m),
     };
-    GradientAlignment::new(objective.alignment.reading, statistics)
+    GradientAlignment::new(objective.alignment.variant, statistics)
 }
 
 /// The point of least loss; of equals the one nearest the middle of the path, where neither term is given up.

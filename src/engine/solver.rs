@@ -12,7 +12,7 @@ use super::EngineError;
 use super::alignment::GradientAlignment;
 use super::h_score::HScore;
 use super::optimizer::{Descent, minimise, minimise_dense};
-use super::weighing::{Candidate, Ranges, Scale};
+use super::term_weights::{Candidate, Ranges, Scale};
 use crate::domain::composition::{Optimum, PathPoint, SolverReport};
 
 /// Points of the Pareto path: t = 0, 0.05, …, 1.

@@ -14,7 +14,7 @@
 //! | `gradient_gram_leave_out` | [J, T, T] | f64 | Γ without each of J sample folds |
 //! | `gradient_variance_gram_leave_out` | [J, M, M] | f64 | VᵀV likewise |
 //! | `gradient_mean_cosine` | [M, M] | f64 | of the prompts' mean gradients |
-//! | `gradient_rms` | [M] | f64 | before any `gradient_norm` |
+//! | `gradient_rms` | [M] | f64 | before any `gradient_normalization` |
 //!
 //! The `gradient_…` tensors are there where the method takes gradients.
 //!
@@ -84,7 +84,7 @@ pub struct Statistics {
 
 /// The part of [`Statistics`] that α is solved from.
 #[derive(Clone, Copy)]
-pub struct Ground<'a> {
+pub struct SolveInputs<'a> {
     /// [M, N, d]
     pub features: &'a Tensor,
     pub labels: &'a [usize],
@@ -185,8 +185,8 @@ impl Statistics {
         (m as usize, n as usize, d as usize)
     }
 
-    pub fn ground(&self) -> Ground<'_> {
-        Ground {
+    pub fn ground(&self) -> SolveInputs<'_> {
+        SolveInputs {
             features: &self.features,
             labels: &self.labels,
             gradients: self.gradients.as_ref(),

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use super::EngineError;
 use crate::domain::composition::{Observer, Phase};
-use crate::domain::sharing::Shards;
+use crate::domain::sharding::Shards;
 
 /// `Break` from the observer as an error.
 pub fn stop_on(flow: ControlFlow<()>) -> Result<(), EngineError> {

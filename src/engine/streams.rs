@@ -25,7 +25,7 @@ use tch::{Device, Kind, Tensor};
 use super::EngineError;
 use super::samples::Samples;
 use super::threads::OneThread;
-use super::vit::{Pass, Slope, Vit};
+use super::vit::{FeatureGradient, Pass, Vit};
 
 /// A way through the backbone of its own, for one thread at a time.
 pub struct Stream {
@@ -81,7 +81,7 @@ impl MicroBatch<'_> {
     }
 
     /// ∂ℓ/∂P of every sample, [M, B, m, d].
-    pub fn gradients(&mut self, slope: &mut Slope<'_>) -> Result<Tensor, EngineError> {
+    pub fn gradients(&mut self, slope: &mut FeatureGradient<'_>) -> Result<Tensor, EngineError> {
         self.by_prompts(|pass, prompts| pass.gradients(prompts, slope))
     }
 
@@ -155,7 +155,7 @@ impl Drop for StopOnDrop<'_> {
     }
 }
 
-enum Told<T> {
+enum StreamEvent<T> {
     Pairs(u64),
     Done(usize, T),
     Failed(EngineError),
@@ -233,17 +233,17 @@ impl Vit {
                                 num_prompts,
                                 at_once,
                                 deal,
-                                tell: &|pairs| drop(told.send(Told::Pairs(pairs))),
+                                tell: &|pairs| drop(told.send(StreamEvent::Pairs(pairs))),
                             };
                             let done = work(&mut state, &mut batch)?;
-                            let _ = told.send(Told::Done(index, done));
+                            let _ = told.send(StreamEvent::Done(index, done));
                         }
                         Ok(())
                     };
                     let ended = match catch_unwind(AssertUnwindSafe(run)) {
                         Ok(Ok(())) => return,
-                        Ok(Err(error)) => Told::Failed(error),
-                        Err(payload) => Told::Panicked(payload),
+                        Ok(Err(error)) => StreamEvent::Failed(error),
+                        Err(payload) => StreamEvent::Panicked(payload),
                     };
                     deal.change(|dealt| dealt.stopped = true);
                     let _ = told.send(ended);
@@ -256,13 +256,13 @@ impl Vit {
             let mut outcome = Ok(());
             for told in heard {
                 let so_far = match told {
-                    Told::Pairs(pairs) => match progress(pairs) {
+                    StreamEvent::Pairs(pairs) => match progress(pairs) {
                         ControlFlow::Continue(()) => Ok(()),
                         ControlFlow::Break(()) => Err(EngineError::Stopped),
                     },
-                    Told::Failed(error) => Err(error),
-                    Told::Panicked(payload) => return Err(payload),
-                    Told::Done(index, done) => {
+                    StreamEvent::Failed(error) => Err(error),
+                    StreamEvent::Panicked(payload) => return Err(payload),
+                    StreamEvent::Done(index, done) => {
                         early.insert(index, done);
                         let mut collected = Ok(());
                         while let (Ok(()), Some(done)) = (&collected, early.remove(&next)) {
@@ -314,7 +314,7 @@ mod tests {
             split: Split::Train,
             max_samples: None,
             seed: 0,
-            skip_bad: false,
+            skip_unreadable: false,
         };
         let preprocessing = &backbone.config.preprocessing;
         let compute = Compute {

@@ -105,10 +105,10 @@ pub fn assert_close(a: f64, b: f64, tolerance: f64) {
     );
 }
 
-/// `inv` with a fixed ρ.
-pub fn inv(rho: f64) -> HScoreOptions {
+/// `standard` with a fixed ρ.
+pub fn standard(rho: f64) -> HScoreOptions {
     HScoreOptions {
-        mode: Some(HScoreMode::Inv),
+        mode: Some(HScoreMode::Standard),
         shrinkage: Some(Shrinkage::Fixed(rho)),
         ..HScoreOptions::default()
     }

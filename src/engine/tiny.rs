@@ -157,14 +157,14 @@ pub fn input(dir: &Path, m: usize, signal: f64) -> io::Result<CompositionInput> 
             eval_split: None,
             max_samples: 2000,
             seed: 0,
-            skip_bad: false,
+            skip_unreadable: false,
         },
         sources,
         // As published: what all weights depend on, and nothing gives way to anything else.
         objective: Objective {
-            method: Method::HgpromptPaper,
+            method: Method::Hgprompt,
             ..Objective::default()
         },
-        stop_when: None,
+        early_stopping: None,
     })
 }

@@ -27,7 +27,7 @@ const MAX_TRANSPORT: usize = 400;
 /// Scores of one source; `None` where its prompt file lacks what the score is made of.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SourceScores {
-    pub log_me: f64,
+    pub logme: f64,
     /// ≤ 0; needs the source head.
     pub leep: Option<f64>,
     /// ≤ 0; needs the source head.
@@ -54,7 +54,7 @@ impl SourceScores {
             .as_ref()
             .filter(|sketch| !sketch.labels.values.is_empty());
         Ok(Self {
-            log_me: log_me(&features, labels)?,
+            logme: logme(&features, labels)?,
             leep: theta.as_ref().map(|t| leep(t, labels)).transpose()?,
             nce: theta.as_ref().map(|t| nce(t, labels)).transpose()?,
             otce: sketch
@@ -86,7 +86,7 @@ pub fn matrix(plain: &PlainTensor<f32>) -> Tensor {
 /// This is the fixed-point algorithm of arXiv 2110.10545 as its authors published it. For N < d their
 /// code leaves the term -(d-N)/2·ln α out of the evidence, and so does this: numbers of equal N and d
 /// compare, others do not.
-pub fn log_me(features: &Tensor, labels: &[usize]) -> Result<f64, EngineError> {
+pub fn logme(features: &Tensor, labels: &[usize]) -> Result<f64, EngineError> {
     let x = finite(features, "the features")?;
     let (n, d) = x.size2()?;
     let (classes, num_classes) = numbered(labels);
@@ -256,7 +256,7 @@ mod tests {
         features: Vec<Vec<f64>>,
         labels: Vec<usize>,
         probabilities: Vec<Vec<f64>>,
-        log_me: f64,
+        logme: f64,
         leep: f64,
         nce: f64,
         sketch: SketchCase,
@@ -327,7 +327,7 @@ mod tests {
         for case in reference() {
             let features = rows(&case.features);
             let theta = rows(&case.probabilities);
-            close(log_me(&features, &case.labels).unwrap(), case.log_me, 1e-10);
+            close(logme(&features, &case.labels).unwrap(), case.logme, 1e-10);
             close(leep(&theta, &case.labels).unwrap(), case.leep, 1e-12);
             close(nce(&theta, &case.labels).unwrap(), case.nce, 1e-12);
 
@@ -375,8 +375,8 @@ mod tests {
         let other: Vec<usize> = labels.iter().rev().map(|l| [9, 2, 5][*l]).collect();
         let (f, t) = (features.flip([0]), theta.flip([0]));
         close(
-            log_me(&f, &other).unwrap(),
-            log_me(&features, &labels).unwrap(),
+            logme(&f, &other).unwrap(),
+            logme(&features, &labels).unwrap(),
             1e-10,
         );
         close(
@@ -398,30 +398,30 @@ mod tests {
     }
 
     #[test]
-    fn log_me_grows_with_the_signal_and_ignores_rotation() {
+    fn logme_grows_with_the_signal_and_ignores_rotation() {
         let (features, labels) = task(60, 0.5);
         let (rotation, _) = Tensor::linalg_qr(&noise_tensor(&[6, 6], 6), "complete");
-        let score = log_me(&features, &labels).unwrap();
+        let score = logme(&features, &labels).unwrap();
         close(
-            log_me(&features.matmul(&rotation), &labels).unwrap(),
+            logme(&features.matmul(&rotation), &labels).unwrap(),
             score,
             1e-10,
         );
         let scores: Vec<f64> = [0.0, 0.5, 1.0, 2.0, 4.0]
-            .map(|signal| log_me(&task(60, signal).0, &labels).unwrap())
+            .map(|signal| logme(&task(60, signal).0, &labels).unwrap())
             .to_vec();
         assert!(scores.is_sorted_by(|a, b| a + 1e-3 < *b), "{scores:?}");
     }
 
     #[test]
-    fn log_me_is_finite_for_dependent_or_constant_features_and_one_class() {
+    fn logme_is_finite_for_dependent_or_constant_features_and_one_class() {
         let (features, labels) = task(30, 0.5);
         let twice = Tensor::cat(&[&features, &features], 1);
         for features in [&twice, &twice.narrow(0, 0, 7), &features.ones_like()] {
             let n = features.size()[0] as usize;
-            assert!(log_me(features, &labels[..n]).is_ok());
+            assert!(logme(features, &labels[..n]).is_ok());
         }
-        assert!(log_me(&features, &[1; 30]).is_ok());
+        assert!(logme(&features, &[1; 30]).is_ok());
     }
 
     #[test]
@@ -464,7 +464,7 @@ mod tests {
         let mut file = prompt_file(3, 6, 1);
         let bare = SourceScores::of(&features, &labels, &file).unwrap();
         assert_eq!((bare.leep, bare.nce, bare.otce), (None, None, None));
-        close(bare.log_me, log_me(&features, &labels).unwrap(), 1e-12);
+        close(bare.logme, logme(&features, &labels).unwrap(), 1e-12);
 
         file.head = Some(Head {
             weight: PlainTensor::new([2, 6], (0..12).map(|i| (i as f32).sin()).collect()),

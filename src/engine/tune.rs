@@ -8,7 +8,7 @@ use super::device::{self, LIBTORCH};
 use super::samples::{Samples, Selection};
 use super::sources::check_sources;
 use super::steps::{Steps, stop_on};
-use super::tuning::{Course, Images, Trained, Tuning};
+use super::tuning::{Images, Trained, Tuning, TuningRun};
 use super::vit::Vit;
 use crate::domain::backbone::Backbone;
 use crate::domain::composition::{Observer, Phase, Provenance};
@@ -39,7 +39,7 @@ pub fn tune(
     // Now, so that what is wrong with these images does not show after hours.
     let load = |split| Samples::load(&dataset, &selection.whole(split), preprocessing);
     let eval = input.target.eval_split.map(load).transpose()?;
-    let course = Course {
+    let course = TuningRun {
         tuning: Tuning {
             backbone,
             vit,
@@ -123,7 +123,7 @@ pub fn tune(
             precision: vit.compute.precision,
             libtorch: LIBTORCH.to_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            resolved_from: None,
+            solved_from: None,
         },
         timings: steps.into_inner().finish(),
     };

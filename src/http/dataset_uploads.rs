@@ -42,9 +42,9 @@ pub fn router() -> OpenApiRouter<AppState> {
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 struct UploadOptions {
-    /// Leave unreadable images out, and count them, instead of refusing the data set.
+    /// Leave unreadable images out, and count them, instead of refusing the dataset.
     #[serde(default)]
-    skip_bad: bool,
+    skip_unreadable: bool,
 }
 
 /// An archive.
@@ -53,7 +53,7 @@ struct UploadOptions {
 #[expect(dead_code, reason = "it exists for the API document alone")]
 pub(super) struct ArchiveBytes(Vec<u8>);
 
-/// Upload labelled images as the next version of a data set, which is made where there is none
+/// Upload labelled images as the next version of a dataset, which is made where there is none
 ///
 /// The body is a tar, tar.gz or zip with VTAB-1k list files, with folders of images named by class, or in
 /// WebDataset's layout, as `POST /v1/datasets` reads them; a single folder around everything may be there or
@@ -81,7 +81,7 @@ pub(super) struct ArchiveBytes(Vec<u8>);
         (status = 415, description = "`unsupported_format`, `unsupported_media_type`"),
         (status = 422, description = "`invalid_archive` (names the entry and the rule), \
             `invalid_dataset`, `empty_dataset`, `label_out_of_range`, `unreadable_image` (names the \
-            file; see `skip_bad`)"),
+            file; see `skip_unreadable`)"),
     )
 )]
 async fn upload_dataset(
@@ -100,11 +100,12 @@ async fn upload_dataset(
         let packed = pack_file(
             upload.into_file(),
             limit,
-            options.skip_bad,
+            options.skip_unreadable,
             &scratch_dir,
             out,
         );
-        packed.map_err(|error| refuse_file(error, "", "send `?skip_bad=true` to leave it out"))
+        packed
+            .map_err(|error| refuse_file(error, "", "send `?skip_unreadable=true` to leave it out"))
     };
     publish(&state, &caller, &name, pack).await
 }
@@ -113,7 +114,7 @@ async fn upload_dataset(
 pub(super) fn pack_file(
     file: File,
     limit: u64,
-    skip_bad: bool,
+    skip_unreadable: bool,
     scratch_dir: &std::path::Path,
     out: &std::path::Path,
 ) -> Result<Packed, PackError> {
@@ -123,9 +124,13 @@ pub(super) fn pack_file(
             name: "the file".to_owned(),
             file,
         };
-        return pack_parquet(vec![shard], skip_bad, limit, out);
+        return pack_parquet(vec![shard], skip_unreadable, limit, out);
     }
-    pack_files(&Archive::open(file, limit, scratch_dir)?, skip_bad, out)
+    pack_files(
+        &Archive::open(file, limit, scratch_dir)?,
+        skip_unreadable,
+        out,
+    )
 }
 
 fn starts_with(file: &File, magic: &[u8]) -> io::Result<bool> {

@@ -28,7 +28,7 @@ use crate::registry::datasets::{
 use crate::registry::references;
 use crate::remote::uri::SourceUri;
 
-const SKIP: &str = "send `\"skip_bad\": true` to leave it out";
+const SKIP: &str = "send `\"skip_unreadable\": true` to leave it out";
 /// Most names of left-out images in an answer; the count is always whole.
 const MAX_SKIPPED_NAMES: usize = 100;
 
@@ -52,9 +52,9 @@ struct RegisterDataset {
     /// a Parquet file, or `hf://datasets/org/name@revision/folder` for the Parquet files of a repository
     /// (`@~parquet` for those that the Hub made itself; revision and folder may be left out).
     uri: Option<String>,
-    /// Leave unreadable images out, and count them, instead of refusing the data set.
+    /// Leave unreadable images out, and count them, instead of refusing the dataset.
     #[serde(default)]
-    skip_bad: bool,
+    skip_unreadable: bool,
 }
 
 #[derive(Debug, Serialize, ToSchema)]
@@ -65,7 +65,7 @@ pub(super) struct RegisteredDataset {
     skipped_images: Vec<String>,
 }
 
-/// Register labelled images from a directory or a URI as the next version of a data set
+/// Register labelled images from a directory or a URI as the next version of a dataset
 ///
 /// Every image is decoded once as a check, and the original files are stored. The same images
 /// under the same name once more answer 200 with the version that exists. What a URI leads to is fetched
@@ -87,7 +87,7 @@ pub(super) struct RegisteredDataset {
         (status = 415, description = "`unsupported_format`"),
         (status = 422, description = "`directory_or_uri` (give one of them), `unknown_directory`, \
             `invalid_uri`, `uri_failed` (says what came), `invalid_archive`, `invalid_dataset`, \
-            `empty_dataset`, `label_out_of_range`, `unreadable_image` (names the file; see `skip_bad`)"),
+            `empty_dataset`, `label_out_of_range`, `unreadable_image` (names the file; see `skip_unreadable`)"),
     )
 )]
 async fn register_dataset(
@@ -99,13 +99,13 @@ async fn register_dataset(
         name,
         directory,
         uri,
-        skip_bad,
+        skip_unreadable,
     } = body;
     match Named::of(directory, uri)? {
         Named::Directory(directory) => {
             let dir = super::directory(&state.settings.dataset_roots, &directory)?;
             let pack = move |out: &FilePath| {
-                let packed = datasets::pack(&dir, skip_bad, out);
+                let packed = datasets::pack(&dir, skip_unreadable, out);
                 packed.map_err(|error| refuse(error, &dir, &directory))
             };
             publish(&state, &caller, &name, pack).await
@@ -117,7 +117,7 @@ async fn register_dataset(
                 state.settings.scratch_dir.clone(),
             );
             let pack = move |out: &FilePath| {
-                let packed = fetched.pack(limit, skip_bad, &scratch_dir, out);
+                let packed = fetched.pack(limit, skip_unreadable, &scratch_dir, out);
                 packed.map_err(|error| refuse_file(error, "/uri", SKIP))
             };
             publish(&state, &caller, &name, pack).await
@@ -145,7 +145,7 @@ impl Fetched {
         .await?;
         if found.is_empty() {
             let detail = format!(
-                "`{uri}` has no Parquet files of a split: a data set is `hf://datasets/org/name`, with the folder of \
+                "`{uri}` has no Parquet files of a split: a dataset is `hf://datasets/org/name`, with the folder of \
                  its files behind it where it has several; `name@~parquet` means those that the Hub made itself"
             );
             return Err(Problem::field("empty_dataset", "/uri", detail));
@@ -162,13 +162,13 @@ impl Fetched {
     fn pack(
         self,
         limit: u64,
-        skip_bad: bool,
+        skip_unreadable: bool,
         scratch_dir: &FilePath,
         out: &FilePath,
     ) -> Result<Packed, PackError> {
         match self {
-            Self::File(file) => pack_file(file, limit, skip_bad, scratch_dir, out),
-            Self::Shards(shards) => pack_parquet(shards, skip_bad, limit, out),
+            Self::File(file) => pack_file(file, limit, skip_unreadable, scratch_dir, out),
+            Self::Shards(shards) => pack_parquet(shards, skip_unreadable, limit, out),
         }
     }
 }
@@ -247,7 +247,7 @@ pub(super) fn refuse_pack(error: PackError, pointer: &str, detail: String, skip:
     Problem::field(code, pointer, detail)
 }
 
-/// List data sets by name, each with its newest version
+/// List datasets by name, each with its newest version
 #[utoipa::path(
     get,
     path = "/datasets",
@@ -269,7 +269,7 @@ async fn list_datasets(
     ))
 }
 
-/// The newest version of a data set
+/// The newest version of a dataset
 #[utoipa::path(
     get,
     path = "/datasets/{name}",
@@ -293,7 +293,7 @@ async fn get_dataset(
     };
     let found = datasets::resolve(&mut conn, caller.project_id, &reference).await?;
     found.map(JsonResponse).ok_or_else(|| {
-        let detail = format!("there is no data set `{reference}`");
+        let detail = format!("there is no dataset `{reference}`");
         Problem::not_found("dataset_not_found", detail)
     })
 }

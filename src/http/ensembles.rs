@@ -3,7 +3,7 @@
 mod actions;
 mod answer;
 mod outcome;
-mod resolve;
+mod solve;
 mod validate;
 
 use axum::Json as JsonResponse;
@@ -21,14 +21,14 @@ use super::access::Caller;
 use super::error::Problem;
 use super::extract::{Json, Path, Query};
 use super::jobs::events::{EventQuery, Events};
-use super::jobs::{self, Order, WaitQuery, accept, check_priority, default_priority};
+use super::jobs::{self, JobRequest, WaitQuery, accept, check_priority, default_priority};
 use super::page::{Page, PageQuery};
 use crate::domain::composition::TargetSamples;
 use crate::domain::dataset::Split;
 use crate::domain::job::EnsembleSpec;
 use crate::domain::objective::Objective;
 use crate::domain::reference::{Reference, ResourceName};
-use crate::domain::sharing::StopWhen;
+use crate::domain::sharding::EarlyStopping;
 use crate::jobs::plan::{EnsembleRequest, plan};
 use crate::jobs::requests::Reuse;
 use answer::Ensemble;
@@ -44,7 +44,7 @@ pub fn router() -> OpenApiRouter<AppState> {
         .routes(routes!(actions::cancel_ensemble))
         .routes(routes!(actions::retry_ensemble))
         .routes(routes!(actions::replay_ensemble))
-        .routes(routes!(resolve::resolve_ensemble))
+        .routes(routes!(solve::solve_ensemble))
 }
 
 // ---- Requests ------------------------------------------------------------------------------
@@ -62,7 +62,7 @@ struct CreateEnsemble {
     #[serde(default)]
     objective: Objective,
     /// Take no more gradients than it needs for weights this certain, and say so in the result.
-    stop_when: Option<StopWhen>,
+    early_stopping: Option<EarlyStopping>,
     #[serde(default)]
     output: Output,
     /// Jobs with a smaller number go first; 100 by default.
@@ -94,7 +94,7 @@ pub(super) struct Target {
     seed: u64,
     /// Leave unreadable images out, and count them, instead of failing.
     #[serde(default)]
-    skip_bad: bool,
+    skip_unreadable: bool,
 }
 
 impl Target {
@@ -104,7 +104,7 @@ impl Target {
             eval_split: self.eval_split,
             max_samples: self.max_samples,
             seed: self.seed,
-            skip_bad: self.skip_bad,
+            skip_unreadable: self.skip_unreadable,
         };
         (self.dataset, samples)
     }
@@ -156,7 +156,7 @@ pub(super) struct Output {
             `too_many_sources`, `unknown_prompt`, `same_source`, `deep_prompt_not_composable`, \
             `width_mismatch`, `length_mismatch`, `unknown_backbone`, `backbone_required`, \
             `backbone_ambiguous`, `backbone_mismatch`, `preprocessing_mismatch`, \
-            `invalid_objective`, `invalid_stop_when`, `too_large` (features above 4 GiB), `invalid_priority`"),
+            `invalid_objective`, `invalid_early_stopping`, `too_large` (features above 4 GiB), `invalid_priority`"),
         (status = 429, description = "`queue_full`: as many jobs wait as the operator lets",
          headers(("retry-after" = u32))),
     )
@@ -171,7 +171,7 @@ async fn create_ensemble(
     let id = state.clock.new_id();
     let mut conn = state.pool.acquire().await?;
     let spec = plan(&mut conn, caller.project_id, id, &request).await?;
-    let order = Order {
+    let order = JobRequest {
         id,
         priority,
         spec: &spec,
@@ -191,7 +191,7 @@ impl CreateEnsemble {
             sources: self.sources.into_iter().map(|it| it.prompt).collect(),
             backbone: self.backbone,
             objective: self.objective,
-            stop_when: self.stop_when,
+            early_stopping: self.early_stopping,
             output: self.output.name,
         })
     }

@@ -142,7 +142,7 @@ const LINKS: &[Links] = &[
     Links {
         from: &[
             "create_ensemble",
-            "resolve_ensemble",
+            "solve_ensemble",
             "replay_ensemble",
             "retry_ensemble",
             "get_ensemble",
@@ -155,7 +155,7 @@ const LINKS: &[Links] = &[
             "cancel_ensemble",
             "retry_ensemble",
             "replay_ensemble",
-            "resolve_ensemble",
+            "solve_ensemble",
         ],
         with: &[("id", "/id")],
     },

@@ -82,9 +82,9 @@ pub struct AppState {
 pub struct HttpSettings {
     /// Largest uploaded file that is held in memory.
     pub max_upload_bytes: usize,
-    /// Largest uploaded data set, packed or not.
+    /// Largest uploaded dataset, packed or not.
     pub max_dataset_bytes: u64,
-    /// A request that takes longer is answered 503. It bounds the registration of data sets too.
+    /// A request that takes longer is answered 503. It bounds the registration of datasets too.
     pub request_timeout: Duration,
     /// Most jobs that may wait in the queue; more are answered 429.
     pub max_queued: u32,
@@ -94,7 +94,7 @@ pub struct HttpSettings {
     pub authentication: bool,
     /// How often each client may ask; None: as often as they like.
     pub rate_limit: Option<RateLimit>,
-    /// Where data sets may be registered from.
+    /// Where datasets may be registered from.
     pub dataset_roots: AllowedRoots,
     /// Where backbones may be registered from.
     pub backbone_roots: AllowedRoots,
@@ -102,7 +102,7 @@ pub struct HttpSettings {
     pub sources: Option<Sources>,
     /// Where webhooks may lead.
     pub network: Network,
-    /// Packs are made here before they go to the blob store; must have room for a data set.
+    /// Packs are made here before they go to the blob store; must have room for a dataset.
     pub scratch_dir: PathBuf,
 }
 

@@ -1,4 +1,4 @@
-//! `/v1/projects`: each has its own prompts, backbones, data sets, jobs and keys.
+//! `/v1/projects`: each has its own prompts, backbones, datasets, jobs and keys.
 //!
 //! Keys of the project `default`, which there always is, are the operator's: with the scope `admin`
 //! they make projects and see which there are. What is inside another project they do not see; the

@@ -18,7 +18,8 @@ use super::extract::{Json, Path, Query};
 use super::jobs::actions::FORCE;
 use super::jobs::events::{EventQuery, Events};
 use super::jobs::{
-    self, JobStatus, JobUrls, Order, Resource, WaitQuery, accept, check_priority, default_priority,
+    self, JobRequest, JobStatus, JobUrls, Resource, WaitQuery, accept, check_priority,
+    default_priority,
 };
 use super::page::{Page, PageQuery};
 use crate::domain::ranking::{Ranking, RankingObjective};
@@ -70,7 +71,7 @@ pub struct RankingJob {
 }
 
 impl Resource for RankingSpec {
-    type Answer = RankingJob;
+    type Response = RankingJob;
 }
 
 impl From<Job<RankingSpec>> for RankingJob {
@@ -123,7 +124,7 @@ async fn create_ranking(
     };
     let mut conn = state.pool.acquire().await?;
     let spec = plan(&mut conn, caller.project_id, &request).await?;
-    let order = Order {
+    let order = JobRequest {
         id: state.clock.new_id(),
         priority: body.priority,
         spec: &spec,

@@ -18,7 +18,8 @@ use super::extract::{Json, Path, Query};
 use super::jobs::actions::FORCE;
 use super::jobs::events::{EventQuery, Events};
 use super::jobs::{
-    self, JobStatus, JobUrls, Order, Resource, WaitQuery, accept, check_priority, default_priority,
+    self, JobRequest, JobStatus, JobUrls, Resource, WaitQuery, accept, check_priority,
+    default_priority,
 };
 use super::page::{Page, PageQuery};
 use crate::domain::reference::ResourceName;
@@ -85,7 +86,7 @@ struct TuningUrls {
 }
 
 impl Resource for TuningSpec {
-    type Answer = TuningJob;
+    type Response = TuningJob;
 }
 
 impl From<Job<TuningSpec>> for TuningJob {
@@ -149,7 +150,7 @@ async fn create_tuning(
     let mut conn = state.pool.acquire().await?;
     let spec = plan(&mut conn, caller.project_id, id, &request).await?;
     let output = request.output.as_ref().map(ResourceName::as_str);
-    let order = Order {
+    let order = JobRequest {
         id,
         priority: body.priority,
         spec: &spec,

@@ -6,9 +6,9 @@ use sqlx::{Connection, PgConnection};
 use uuid::Uuid;
 
 use super::events::{record, tell};
-use super::leaving::Held;
 use super::queue::{Lease, QueueError};
 use super::read_digest;
+use super::transition::LockedJob;
 use crate::blobs::BlobStore;
 use crate::db::DbError;
 use crate::domain::digest::Digest;
@@ -48,7 +48,7 @@ pub async fn keep(
         // Before the job's row is held, which others wait for: a blob store may take its time.
         references::hold(&mut tx, blobs, file).await?;
     }
-    Held::lock(&mut tx, lease).await?;
+    LockedJob::lock(&mut tx, lease).await?;
     if let Some(file) = file {
         sqlx::query!(
             r#"

@@ -32,7 +32,7 @@ pub async fn estimate(
     let row = sqlx::query!(
         r#"
         SELECT
-            -- Equal packs may be versions of several data sets.
+            -- Equal packs may be versions of several datasets.
             (SELECT sum(images::bigint)::bigint
              FROM jsonb_array_elements_text((
                  SELECT v.class_counts->$2 FROM dataset_version v
@@ -45,8 +45,8 @@ pub async fn estimate(
                            * jsonb_array_length(result->'source_weights') AS passes
                 FROM job
                 WHERE project_id = $1 AND kind = $4 AND state = 'succeeded'
-                  AND spec->'backbone'->>'digest' = $5 AND spec->'resolved_from' IS NULL
-                  AND coalesce(spec->'objective'->>'method', 'hgprompt') = $6
+                  AND spec->'backbone'->>'digest' = $5 AND spec->'solved_from' IS NULL
+                  AND coalesce(spec->'objective'->>'method', 'hgprompt_cv') = $6
                 ORDER BY id DESC
                 LIMIT 5
             ) AS last WHERE passes > 0) AS seconds_a_pass,

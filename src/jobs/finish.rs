@@ -4,8 +4,8 @@
 use sqlx::{Connection, PgConnection, PgTransaction};
 
 use super::events::tell;
-use super::leaving::{Held, Leaving};
 use super::queue::{Claimed, QueueError};
+use super::transition::{LockedJob, Transition};
 use crate::blobs::BlobStore;
 use crate::db::DbError;
 use crate::domain::composition::CompositionResult;
@@ -60,7 +60,7 @@ pub async fn finish(
         // Before the job's row is held, which others wait for: a blob store may take its time.
         references::hold(&mut tx, blobs, statistics).await?;
     }
-    let held = Held::lock(&mut tx, claimed.lease).await?;
+    let held = LockedJob::lock(&mut tx, claimed.lease).await?;
     // A lease that has run out is nobody's, even before it is reaped.
     if held.ran_out {
         return Err(QueueError::LeaseLost(claimed.lease.job_id));
@@ -74,9 +74,9 @@ pub async fn finish(
         } => {
             let published = publish_composed(&mut tx, claimed, spec, result, composed).await?;
             let mut result = result.clone();
-            result.composed.prompt = Some(published.prompt.to_string());
-            result.composed.version = Some(published.version);
-            Leaving::with_result(&result, Some(statistics))
+            result.composed_prompt.prompt = Some(published.prompt.to_string());
+            result.composed_prompt.version = Some(published.version);
+            Transition::with_result(&result, Some(statistics))
         }
         Finished::Tuning {
             spec,
@@ -87,9 +87,9 @@ pub async fn finish(
             let mut result = result.clone();
             result.tuned.prompt = Some(published.prompt.to_string());
             result.tuned.version = Some(published.version);
-            Leaving::with_result(&result, None)
+            Transition::with_result(&result, None)
         }
-        Finished::Ranking(ranking) => Leaving::with_result(ranking, None),
+        Finished::Ranking(ranking) => Transition::with_result(ranking, None),
     };
     held.leave(&mut tx, leaving).await?;
     failpoints::reach("finishing", claimed.lease.job_id);
@@ -111,7 +111,7 @@ async fn publish_composed(
         "composed for {}:{} by ensemble {}",
         target.dataset, target.version, claimed.lease.job_id
     );
-    if let Some(from) = &spec.resolved_from {
+    if let Some(from) = &spec.solved_from {
         description += &format!(" from the statistics of ensemble {}", from.ensemble);
     }
     let parents: Vec<Parent> = (spec.sources.iter().zip(&result.source_weights))

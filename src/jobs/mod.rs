@@ -2,7 +2,7 @@
 //!
 //! [`queue`] holds the statements of the state machine ([`crate::domain::job`] draws it) that workers make,
 //! [`requests`] those of clients, [`shards`] those by which several workers share one job, `leaving` the one by which a job leaves `running`, [`plan`], [`plan_tuning`],
-//! [`plan_ranking`] and [`resolve`] make a request a specification, [`checkpoints`] keep how far a tuning is, [`finish`] is the one transaction that makes a result,
+//! [`plan_ranking`] and [`plan_solve`] make a request a specification, [`checkpoints`] keep how far a tuning is, [`finish`] is the one transaction that makes a result,
 //! [`events`] what happened, [`watch`] who waits for that, [`workers`] who is there, and
 //! [`listener`] the wake-up.
 
@@ -10,17 +10,17 @@ pub mod checkpoints;
 pub mod cost;
 pub mod events;
 pub mod finish;
-mod leaving;
 pub mod listener;
 pub mod plan;
 pub mod plan_ranking;
+pub mod plan_solve;
 pub mod plan_tuning;
 pub mod queue;
 pub mod reaper;
 pub mod requests;
-pub mod resolve;
 pub mod retention;
 pub mod shards;
+mod transition;
 pub mod watch;
 pub mod workers;
 

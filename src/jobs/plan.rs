@@ -11,10 +11,10 @@ use crate::domain::composition::TargetSamples;
 use crate::domain::dataset::Split;
 use crate::domain::digest::Digest;
 use crate::domain::job::{BackboneSpec, EnsembleSpec, SourceSpec, TargetSpec};
-use crate::domain::method::{NO_ANCHOR, Scale, UniformShare, common_seed};
+use crate::domain::method::{NO_ANCHOR, Scale, UniformMix, common_seed};
 use crate::domain::objective::{InvalidObjective, Objective, TradeOffRule, Weighing};
 use crate::domain::reference::{Reference, ResourceName};
-use crate::domain::sharing::StopWhen;
+use crate::domain::sharding::EarlyStopping;
 use crate::registry::RegistryError;
 use crate::registry::backbones::{self, RegisteredBackbone};
 use crate::registry::datasets::{self, DatasetVersion};
@@ -23,7 +23,7 @@ use crate::registry::prompts;
 
 /// Gradient statistics grow with the square of the pairs of sources; the method's own paper ends at 11.
 pub const MAX_SOURCES: usize = 64;
-/// More images than this are a data set to be sampled from.
+/// More images than this are a dataset to be sampled from.
 pub const MAX_SAMPLES: usize = 1_000_000;
 /// Features of all sources and samples, as they are held in memory and stored; gradients and solver
 /// need a few times that.
@@ -38,7 +38,7 @@ pub struct EnsembleRequest {
     /// May be left out where only one backbone fits the prompts.
     pub backbone: Option<ResourceName>,
     pub objective: Objective,
-    pub stop_when: Option<StopWhen>,
+    pub early_stopping: Option<EarlyStopping>,
     /// `<dataset>-<short id of the job>` by default.
     pub output: Option<ResourceName>,
 }
@@ -74,33 +74,33 @@ pub(super) fn refuse<T>(
     }))
 }
 
-fn check_stop_when(
-    asked: Option<StopWhen>,
+fn check_early_stopping(
+    asked: Option<EarlyStopping>,
     objective: &Objective,
     weighing: Weighing,
 ) -> Result<(), PlanError> {
     let method = objective.method;
-    let Some(StopWhen { weight_se }) = asked else {
+    let Some(EarlyStopping { max_standard_error }) = asked else {
         return Ok(());
     };
-    let refused = |pointer: &str, detail| refuse("invalid_stop_when", pointer, detail);
-    if !(weight_se > 0.0 && weight_se <= 1.0) {
-        let detail = format!("is {weight_se}; it must lie above 0 and not above 1");
-        return refused("/stop_when/weight_se", detail);
+    let refused = |pointer: &str, detail| refuse("invalid_early_stopping", pointer, detail);
+    if !(max_standard_error > 0.0 && max_standard_error <= 1.0) {
+        let detail = format!("is {max_standard_error}; it must lie above 0 and not above 1");
+        return refused("/early_stopping/max_standard_error", detail);
     }
     if !method.takes_gradients() {
         let detail = format!("is about gradients, and `{method}` takes none");
-        return refused("/stop_when", detail);
+        return refused("/early_stopping", detail);
     }
-    if matches!(objective.uniform_share, UniformShare::Rule(_)) || objective.falls_back() {
-        let detail = "cannot be watched with `uniform_share: \"auto\"` or a `fallback`, which know α at the end only; use a \
+    if matches!(objective.uniform_mix, UniformMix::Rule(_)) || objective.falls_back() {
+        let detail = "cannot be watched with `uniform_mix: \"auto\"` or a `fallback`, which know α at the end only; use a \
                       number, and no fallback";
-        return refused("/stop_when", detail.to_owned());
+        return refused("/early_stopping", detail.to_owned());
     }
     if weighing == Weighing::Rule(TradeOffRule::Validation) {
         let detail = "cannot be watched with `trade_off: \"validation\"`, which knows α at the end \
                       only; use `knee` or a number";
-        return refused("/stop_when", detail.to_owned());
+        return refused("/early_stopping", detail.to_owned());
     }
     Ok(())
 }
@@ -113,15 +113,15 @@ pub async fn plan(
     request: &EnsembleRequest,
 ) -> Result<EnsembleSpec, PlanError> {
     let weighing = request.objective.weighing().map_err(invalid_objective)?;
-    check_stop_when(request.stop_when, &request.objective, weighing)?;
+    check_early_stopping(request.early_stopping, &request.objective, weighing)?;
     check_output(request.output.as_ref())?;
-    let named = Named {
+    let named = NamedInputs {
         dataset: &request.dataset,
         samples: &request.samples,
         sources: &request.sources,
         backbone: request.backbone.as_ref(),
     };
-    let Ground {
+    let ResolvedInputs {
         target,
         sources,
         backbone,
@@ -129,16 +129,16 @@ pub async fn plan(
     Ok(EnsembleSpec {
         sources: sources.iter().map(source_spec).collect(),
         backbone: backbone_spec(backbone),
-        objective: request.objective.settled(request.stop_when.is_none()),
+        objective: request.objective.settled(request.early_stopping.is_none()),
         output: output_name(request.output.as_ref(), &target, job_id),
         target: target_spec(&target, &request.samples),
-        stop_when: request.stop_when,
-        resolved_from: None,
+        early_stopping: request.early_stopping,
+        solved_from: None,
     })
 }
 
 /// What a request says, in names, of all that features are computed of.
-pub(super) struct Named<'a> {
+pub(super) struct NamedInputs<'a> {
     pub dataset: &'a Reference,
     pub samples: &'a TargetSamples,
     pub sources: &'a [Reference],
@@ -146,20 +146,20 @@ pub(super) struct Named<'a> {
 }
 
 /// What the names stand for now.
-pub(super) struct Ground {
+pub(super) struct ResolvedInputs {
     pub target: DatasetVersion,
     pub sources: Vec<PromptVersion>,
     pub backbone: RegisteredBackbone,
 }
 
-impl Named<'_> {
+impl NamedInputs<'_> {
     /// Found, and fit for each other and for the objective.
     pub(super) async fn resolve(
         &self,
         conn: &mut PgConnection,
         project_id: Uuid,
         objective: &Objective,
-    ) -> Result<Ground, PlanError> {
+    ) -> Result<ResolvedInputs, PlanError> {
         let target = target(conn, project_id, self.dataset, self.samples).await?;
         let sources = sources(conn, project_id, self.sources).await?;
         check_anchor(objective, &sources)?;
@@ -172,7 +172,7 @@ impl Named<'_> {
         let embed_dim = backbone.config.embed_dim;
         check_size(sources.len(), num_samples, embed_dim)?;
         check_samples(objective, num_samples, embed_dim)?;
-        Ok(Ground {
+        Ok(ResolvedInputs {
             target,
             sources,
             backbone,
@@ -270,7 +270,7 @@ pub(super) fn check_size(m: usize, n: usize, d: usize) -> Result<(), PlanError> 
 
 // ---- The target ----------------------------------------------------------------------------
 
-/// A data set that can be learned from, with these samples.
+/// A dataset that can be learned from, with these samples.
 pub(super) async fn target(
     conn: &mut PgConnection,
     project_id: Uuid,
@@ -278,7 +278,7 @@ pub(super) async fn target(
     samples: &TargetSamples,
 ) -> Result<DatasetVersion, PlanError> {
     let Some(dataset) = datasets::resolve(conn, project_id, reference).await? else {
-        let detail = format!("there is no data set `{reference}`");
+        let detail = format!("there is no dataset `{reference}`");
         return refuse("unknown_dataset", "/target/dataset", detail);
     };
     let classes = classes_in(&dataset, samples.split, "/target/split")?;
@@ -406,7 +406,7 @@ pub async fn sources(
 /// A scale other than 1 needs the initial prompt.
 fn check_anchor(objective: &Objective, sources: &[PromptVersion]) -> Result<(), PlanError> {
     let shared = common_seed(sources.iter().map(|source| source.init_seed));
-    if objective.scale == Scale::default() || objective.anchor.or(shared).is_some() {
+    if objective.scale == Scale::default() || objective.anchor_seed.or(shared).is_some() {
         return Ok(());
     }
     refuse("invalid_objective", "/objective/scale", NO_ANCHOR)

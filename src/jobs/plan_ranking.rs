@@ -4,7 +4,8 @@ use sqlx::PgConnection;
 use uuid::Uuid;
 
 use super::plan::{
-    Ground, Named, PlanError, backbone_spec, invalid_objective, refuse, source_spec, target_spec,
+    NamedInputs, PlanError, ResolvedInputs, backbone_spec, invalid_objective, refuse, source_spec,
+    target_spec,
 };
 use crate::domain::composition::TargetSamples;
 use crate::domain::ranking::RankingObjective;
@@ -34,13 +35,13 @@ pub async fn plan(
         let detail = "a ranking makes nothing that could be evaluated; leave it out";
         return refuse("nothing_to_evaluate", "/target/eval_split", detail);
     }
-    let named = Named {
+    let named = NamedInputs {
         dataset: &request.dataset,
         samples: &request.samples,
         sources: &request.sources,
         backbone: request.backbone.as_ref(),
     };
-    let Ground {
+    let ResolvedInputs {
         target,
         sources,
         backbone,

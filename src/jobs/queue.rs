@@ -12,7 +12,7 @@ use sqlx::{Connection, PgConnection};
 use uuid::Uuid;
 
 use super::events::{record, tell};
-use super::leaving::{Held, Leaving};
+use super::transition::{LockedJob, Transition};
 use crate::db::{DbError, violates};
 use crate::domain::job::{AttemptOutcome, JobError, JobState, Progress};
 use crate::domain::specification::JobSpec;
@@ -156,8 +156,8 @@ pub async fn claim(
 
 /// What a worker learns whenever it writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Renewal {
-    Held,
+pub enum RenewOutcome {
+    Renewed,
     /// Somebody wants the job to stop; the lease still holds.
     CancelRequested,
 }
@@ -167,7 +167,7 @@ pub async fn renew(
     conn: &mut PgConnection,
     lease: Lease,
     length: Duration,
-) -> Result<Renewal, QueueError> {
+) -> Result<RenewOutcome, QueueError> {
     let cancel = sqlx::query_scalar!(
         r#"
         UPDATE job
@@ -185,7 +185,7 @@ pub async fn renew(
 }
 
 /// Whether the lease holds and the job is to stop; changes nothing.
-pub async fn look(conn: &mut PgConnection, lease: Lease) -> Result<Renewal, QueueError> {
+pub async fn look(conn: &mut PgConnection, lease: Lease) -> Result<RenewOutcome, QueueError> {
     let cancel = sqlx::query_scalar!(
         r#"
         SELECT cancel_requested_at IS NOT NULL AS "cancel!"
@@ -204,7 +204,7 @@ pub async fn progress(
     conn: &mut PgConnection,
     lease: Lease,
     progress: Progress,
-) -> Result<Renewal, QueueError> {
+) -> Result<RenewOutcome, QueueError> {
     let mut tx = conn.begin().await?;
     let row = sqlx::query!(
         r#"
@@ -244,11 +244,11 @@ pub async fn progress(
     renewal(lease, row.map(|row| row.cancel))
 }
 
-pub(super) fn renewal(lease: Lease, cancel: Option<bool>) -> Result<Renewal, QueueError> {
+pub(super) fn renewal(lease: Lease, cancel: Option<bool>) -> Result<RenewOutcome, QueueError> {
     match cancel {
         None => Err(QueueError::LeaseLost(lease.job_id)),
-        Some(true) => Ok(Renewal::CancelRequested),
-        Some(false) => Ok(Renewal::Held),
+        Some(true) => Ok(RenewOutcome::CancelRequested),
+        Some(false) => Ok(RenewOutcome::Renewed),
     }
 }
 
@@ -261,16 +261,16 @@ pub async fn fail(
     backoff: Option<Duration>,
 ) -> Result<JobState, QueueError> {
     let mut tx = conn.begin().await?;
-    let held = Held::lock(&mut tx, lease).await?;
+    let held = LockedJob::lock(&mut tx, lease).await?;
     let leaving = match backoff {
-        None => Leaving::to(JobState::Failed, AttemptOutcome::Failed).because(error),
+        None => Transition::to(JobState::Failed, AttemptOutcome::Failed).because(error),
         Some(_) if held.cancel_requested => {
-            Leaving::to(JobState::Cancelled, AttemptOutcome::Cancelled)
+            Transition::to(JobState::Cancelled, AttemptOutcome::Cancelled)
         }
         Some(_) if held.is_last() => {
-            Leaving::to(JobState::Failed, AttemptOutcome::Failed).because(held.exhausted(&error))
+            Transition::to(JobState::Failed, AttemptOutcome::Failed).because(held.exhausted(&error))
         }
-        Some(delay) => Leaving::to(JobState::Queued, AttemptOutcome::Retried)
+        Some(delay) => Transition::to(JobState::Queued, AttemptOutcome::Retried)
             .because(error)
             .after(delay),
     };
@@ -285,11 +285,11 @@ pub async fn fail(
 /// Gives the job back from a worker that stops; the attempt does not count.
 pub async fn release(conn: &mut PgConnection, lease: Lease) -> Result<(), QueueError> {
     let mut tx = conn.begin().await?;
-    let held = Held::lock(&mut tx, lease).await?;
+    let held = LockedJob::lock(&mut tx, lease).await?;
     let leaving = if held.cancel_requested {
-        Leaving::to(JobState::Cancelled, AttemptOutcome::Cancelled)
+        Transition::to(JobState::Cancelled, AttemptOutcome::Cancelled)
     } else {
-        Leaving::to(JobState::Queued, AttemptOutcome::Released).uncounted()
+        Transition::to(JobState::Queued, AttemptOutcome::Released).uncounted()
     };
     let state = leaving.state;
     held.leave(&mut tx, leaving).await?;
@@ -302,10 +302,10 @@ pub async fn release(conn: &mut PgConnection, lease: Lease) -> Result<(), QueueE
 /// Ends a job whose cancellation the worker has noticed.
 pub async fn finish_cancelled(conn: &mut PgConnection, lease: Lease) -> Result<(), QueueError> {
     let mut tx = conn.begin().await?;
-    let held = Held::lock(&mut tx, lease).await?;
+    let held = LockedJob::lock(&mut tx, lease).await?;
     held.leave(
         &mut tx,
-        Leaving::to(JobState::Cancelled, AttemptOutcome::Cancelled),
+        Transition::to(JobState::Cancelled, AttemptOutcome::Cancelled),
     )
     .await?;
     failpoints::reach("cancelling", lease.job_id);
@@ -326,7 +326,7 @@ pub struct Reaped {
 pub async fn reap(conn: &mut PgConnection) -> Result<Vec<Reaped>, QueueError> {
     let mut tx = conn.begin().await?;
     let lost = sqlx::query_as!(
-        Held,
+        LockedJob,
         r#"
         SELECT
             id AS job_id,
@@ -350,7 +350,7 @@ pub async fn reap(conn: &mut PgConnection) -> Result<Vec<Reaped>, QueueError> {
             "worker_lost",
             "the worker was not heard of within its lease",
         );
-        let to = |state| Leaving::to(state, AttemptOutcome::Lost);
+        let to = |state| Transition::to(state, AttemptOutcome::Lost);
         let leaving = if held.cancel_requested {
             to(JobState::Cancelled)
         } else if held.is_last() {

@@ -32,7 +32,7 @@ pub struct Reuse<'a> {
 
 /// What became of a request for a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Posted {
+pub enum EnqueueOutcome {
     Queued,
     /// This job computes, or computed, the same.
     Same(Uuid),
@@ -47,7 +47,7 @@ pub async fn post<S: Specification>(
     new: NewJob<'_, S>,
     reuse: Option<Reuse<'_>>,
     most: u32,
-) -> Result<Posted, QueueError> {
+) -> Result<EnqueueOutcome, QueueError> {
     let mut tx = conn.begin().await?;
     if let Some(reuse) = reuse {
         // Until the transaction's end, so that nobody looks between our look and our job.
@@ -58,16 +58,16 @@ pub async fn post<S: Specification>(
         .fetch_one(&mut *tx)
         .await?;
         if let Some(id) = same(&mut tx, &new, reuse).await? {
-            return Ok(Posted::Same(id));
+            return Ok(EnqueueOutcome::Same(id));
         }
     }
     let id = new.id;
     if !insert(&mut tx, new, Some(most)).await? {
-        return Ok(Posted::Full);
+        return Ok(EnqueueOutcome::Full);
     }
     tx.commit().await?;
     tell(conn, id, true).await;
-    Ok(Posted::Queued)
+    Ok(EnqueueOutcome::Queued)
 }
 
 /// The oldest job that computes the same and may be reused: not one that is to stop, and not one whose
@@ -91,7 +91,7 @@ pub async fn same<S: Specification>(
               AND (state IN ('queued', 'running') OR state = 'succeeded' AND NOT EXISTS (
                   SELECT FROM prompt p
                   WHERE p.project_id = job.project_id
-                    AND p.name = coalesce(job.result->'composed', job.result->'tuned')->>'prompt'
+                    AND p.name = coalesce(job.result->'composed_prompt', job.result->'tuned')->>'prompt'
                     AND p.deleted_at IS NOT NULL
               ))
         )

@@ -90,11 +90,11 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
             eval_split: args.eval_split,
             max_samples: args.max_samples,
             seed: args.seed,
-            skip_bad: args.engine.skip_bad,
+            skip_unreadable: args.engine.skip_unreadable,
         },
         sources: read_sources(&args.sources)?,
         objective: args.objective(),
-        stop_when: None,
+        early_stopping: None,
     };
     let mut engine = args.engine.engine()?;
     if let Some(dir) = &args.cache
@@ -130,7 +130,7 @@ mod tests {
         ];
         let spot = objective(&spot);
         assert_eq!((spot.spot.top_k, spot.target_tuning.epochs), (Some(3), 2));
-        let paper = objective(&["--method", "hgprompt_paper", "--refine", "5"]);
+        let paper = objective(&["--method", "hgprompt", "--refine", "5"]);
         assert_eq!(paper.refine, 5);
         for (asked, refused) in [
             (["--method", "average", "--refine", "5"], "refine"),

@@ -36,7 +36,7 @@ pub struct Args {
     pub max_samples: usize,
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
-    /// Of the reported H-score: `cross_validated`, `inv` or `trace_ratio`.
+    /// Of the reported H-score: `cross_validated`, `standard` or `trace_ratio`.
     #[arg(long, default_value_t)]
     pub h_score_mode: HScoreMode,
     /// ρ of that H-score, 0 or from 1e-6 to below 1; or `oas`, or `ledoit_wolf` [default: 0.3 with `cross_validated`, otherwise 0.01].
@@ -77,7 +77,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
             split,
             max_samples,
             seed: args.seed,
-            skip_bad: args.engine.skip_bad,
+            skip_unreadable: args.engine.skip_unreadable,
         };
         Samples::load(&dataset, &selection, &backbone.config.preprocessing)
     };

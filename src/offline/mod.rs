@@ -54,10 +54,10 @@ pub struct EngineOptions {
     /// By the definition as it is written: every prompt with every image, automatic differentiation. Slow; to check
     /// the fast path by.
     #[arg(long)]
-    pub plain: bool,
+    pub reference_path: bool,
     /// Leave unreadable images out (and count them) instead of failing.
     #[arg(long)]
-    pub skip_bad: bool,
+    pub skip_unreadable: bool,
 }
 
 impl EngineOptions {
@@ -67,7 +67,7 @@ impl EngineOptions {
             tch::set_num_threads(i32::try_from(threads.max(1))?);
         }
         Ok(Engine::with(Compute {
-            plain: self.plain,
+            plain: self.reference_path,
             largest_micro_batch: self.micro_batch.unwrap_or(usize::MAX),
             ..Compute::over(devices, self.precision)
         }))
@@ -124,7 +124,7 @@ fn write_composition(out: &Path, composition: &Composition) -> anyhow::Result<()
         );
     }
     println!("{:24} H = {:.4} mixed", "Σ α P", result.objective.h_score);
-    if let Some(composed) = &result.diagnostics.composed {
+    if let Some(composed) = &result.diagnostics.composed_score {
         println!("{:24} H = {:.4} composed", "", composed.h_score);
     }
     for warning in &result.warnings {

@@ -2,21 +2,21 @@
 
 use crate::domain::method::{
     Criterion, Fallback, Method, Scale, Similarity, SpotChoice, SpotOptions, TargetTuning,
-    UniformShare,
+    UniformMix,
 };
 use crate::domain::objective::{
-    AlignTokens, AlignmentOptions, AlignmentReading, GradientNorm, HScoreMode, HeadKind,
+    AlignTokens, AlignmentOptions, AlignmentVariant, GradientNormalization, HScoreMode, HeadKind,
     HeadOptions, Objective, Shrinkage, Standardise, TradeOff,
 };
 
 /// What statistics leave open. What is not given stays as it was.
 #[derive(Clone, Debug, clap::Args)]
 pub struct SolveOptions {
-    /// How α is found: `hgprompt`, `hgprompt_paper`, `h_only`, `alignment_only`, `average`, `single_best`,
-    /// `spot`, `panda` or `attempt` [default: hgprompt].
+    /// How α is found: `hgprompt_cv`, `hgprompt`, `h_only`, `alignment_only`, `average`, `single_best`,
+    /// `spot`, `panda` or `attempt` [default: hgprompt_cv].
     #[arg(long)]
     pub method: Option<Method>,
-    /// What `single_best` chooses by: `h_score`, `log_me` or `validation` [default: h_score].
+    /// What `single_best` chooses by: `h_score`, `logme` or `validation` [default: h_score].
     #[arg(long, value_name = "CRITERION")]
     pub single_best_by: Option<Criterion>,
     /// t in 0..=1: 0 weighs transferability alone, 1 gradient alignment alone; or `knee`, or (with a
@@ -29,8 +29,8 @@ pub struct SolveOptions {
     /// τ of the entropy term that makes weights dense [default: 0, off].
     #[arg(long, value_name = "TAU")]
     pub entropy: Option<f64>,
-    /// `cross_validated`, `inv` or `trace_ratio` [default: cross_validated; of `hgprompt_paper`: inv].
-    #[arg(long = "h-score-mode", visible_alias = "mode")]
+    /// `cross_validated`, `standard` or `trace_ratio` [default: cross_validated; of `hgprompt`: standard].
+    #[arg(long)]
     pub h_score_mode: Option<HScoreMode>,
     /// Features: `none` or `per_source` [default: none].
     #[arg(long)]
@@ -39,13 +39,13 @@ pub struct SolveOptions {
     /// `cross_validated`, otherwise 0.01].
     #[arg(long, value_name = "RHO")]
     pub h_score_shrinkage: Option<Shrinkage>,
-    /// Of the gradient alignment: `R1`, `R2` or `R3` [default: R1].
+    /// Of the gradient alignment: `mixture_weighted`, `mixture_uniform` or `fishr` [default: mixture_weighted].
     #[arg(long)]
-    pub reading: Option<AlignmentReading>,
+    pub alignment_variant: Option<AlignmentVariant>,
     /// γ in αᵢ = (1-γ) α*ᵢ + γ/M, which pulls the method's weights α* towards equal ones; or (with a backbone) `auto`
     /// [default: 0].
     #[arg(long, value_name = "GAMMA")]
-    pub uniform_share: Option<UniformShare>,
+    pub uniform_mix: Option<UniformMix>,
 }
 
 /// What the statistics themselves depend on, or what needs the backbone.
@@ -53,7 +53,7 @@ pub struct SolveOptions {
 pub struct BackboneOptions {
     /// Of every prompt's gradients: `none` or `rms`.
     #[arg(long, default_value_t)]
-    pub gradient_norm: GradientNorm,
+    pub gradient_normalization: GradientNormalization,
     /// The closed-form head that defines the loss: `lda`, `ridge` or `shared`.
     #[arg(long, default_value_t)]
     pub head: HeadKind,
@@ -76,7 +76,7 @@ pub struct BackboneOptions {
     #[arg(long, value_name = "EPOCHS", default_value_t = TargetTuning::default().epochs)]
     pub target_epochs: u32,
     /// `none`, or `single_best`: the source with the lowest cross-fitted loss on the target samples gets all weight where that is
-    /// lower than the composed prompt's [default: single_best with `hgprompt`, otherwise none].
+    /// lower than the composed prompt's [default: single_best with `hgprompt_cv`, otherwise none].
     #[arg(long)]
     pub fallback: Option<Fallback>,
     /// β in P₀ + β Σ αᵢ (Pᵢ - P₀), or `auto`.
@@ -84,7 +84,7 @@ pub struct BackboneOptions {
     pub scale: Scale,
     /// Init seed of P₀ [default: the one that all sources say they have].
     #[arg(long, value_name = "SEED")]
-    pub anchor: Option<u64>,
+    pub anchor_seed: Option<u64>,
     /// Steps on the true objective, through the backbone; 0 is off.
     #[arg(long, value_name = "STEPS", default_value_t = 0)]
     pub refine: u32,
@@ -110,8 +110,8 @@ impl SolveOptions {
         }
         set(&mut h_score.standardise, self.standardise);
         h_score.shrinkage = self.h_score_shrinkage.or(h_score.shrinkage);
-        set(&mut objective.alignment.reading, self.reading);
-        set(&mut objective.uniform_share, self.uniform_share);
+        set(&mut objective.alignment.variant, self.alignment_variant);
+        set(&mut objective.uniform_mix, self.uniform_mix);
         objective
     }
 }
@@ -127,7 +127,7 @@ impl BackboneOptions {
     pub fn objective(&self) -> Objective {
         Objective {
             alignment: AlignmentOptions {
-                gradient_norm: self.gradient_norm,
+                gradient_normalization: self.gradient_normalization,
                 ..Default::default()
             },
             head: HeadOptions {
@@ -146,7 +146,7 @@ impl BackboneOptions {
                 epochs: self.target_epochs,
             },
             scale: self.scale,
-            anchor: self.anchor,
+            anchor_seed: self.anchor_seed,
             ..Default::default()
         }
     }

@@ -40,7 +40,7 @@ pub struct Args {
     pub target_epochs: u32,
     /// The metric that the table is sorted by, the best first.
     #[arg(long, value_name = "METRIC", default_value = "h_score_cross_validated", value_parser = RankedSource::METRICS)]
-    pub by: String,
+    pub sort_by: String,
     /// As JSON, in the order of the sources.
     #[arg(long)]
     pub json: bool,
@@ -56,7 +56,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
             eval_split: None,
             max_samples: args.max_samples,
             seed: args.seed,
-            skip_bad: args.engine.skip_bad,
+            skip_unreadable: args.engine.skip_unreadable,
         },
         sources: read_sources(&args.sources)?,
         objective: RankingObjective {
@@ -69,13 +69,13 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
             },
         }
         .objective(),
-        stop_when: None,
+        early_stopping: None,
     };
     let ranking = args.engine.engine()?.rank(&input, &mut Bars::default())?;
     if args.json {
         println!("{}", serde_json::to_string_pretty(&ranking)?);
     } else {
-        print!("{}", table(&ranking, &args.by));
+        print!("{}", table(&ranking, &args.sort_by));
     }
     Ok(())
 }
@@ -118,7 +118,7 @@ mod tests {
             h_score,
             h_score_adjusted: 0.5,
             h_score_cross_validated: 0.25,
-            log_me: -0.25,
+            logme: -0.25,
             leep,
             nce: None,
             otce: None,

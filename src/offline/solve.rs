@@ -8,7 +8,7 @@ use anyhow::Context as _;
 use super::objective::SolveOptions;
 use super::progress::Bars;
 use super::write_composition;
-use crate::domain::composition::{Composer as _, ResolveInput, SourceRef};
+use crate::domain::composition::{Composer as _, SolveInput, SourceRef};
 use crate::engine::statistics::{Metadata, RecordedSource};
 use crate::engine::{Engine, EngineError};
 
@@ -39,7 +39,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     if let Some(threads) = args.threads {
         tch::set_num_threads(i32::try_from(threads.max(1))?);
     }
-    let input = ResolveInput {
+    let input = SolveInput {
         sources: named(&args.sources, &recorded)?,
         objective: args
             .objective
@@ -47,7 +47,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         statistics,
     };
     let composition = Engine::new(tch::Device::Cpu)
-        .resolve(&input, &mut Bars::default())
+        .solve(&input, &mut Bars::default())
         .with_context(unsolvable)?;
     write_composition(&args.out, &composition)
 }
@@ -92,13 +92,13 @@ mod tests {
             let objective = args.objective.over(&Objective::default()).settled(true);
             (objective.h_score.mode(), objective.h_score.shrinkage())
         };
-        let paper = ["--method", "hgprompt_paper"];
-        let (inv, cross_validated) = (HScoreMode::Inv, HScoreMode::CrossValidated);
-        assert_eq!(h_score(&paper), (inv, Shrinkage::Fixed(0.01)));
-        let asked = [paper.as_slice(), &["--mode", "cross_validated"]].concat();
+        let paper = ["--method", "hgprompt"];
+        let (standard, cross_validated) = (HScoreMode::Standard, HScoreMode::CrossValidated);
+        assert_eq!(h_score(&paper), (standard, Shrinkage::Fixed(0.01)));
+        let asked = [paper.as_slice(), &["--h-score-mode", "cross_validated"]].concat();
         assert_eq!(h_score(&asked), (cross_validated, Shrinkage::Fixed(0.3)));
-        let asked = ["--mode", "inv", "--h-score-shrinkage", "0.1"];
-        assert_eq!(h_score(&asked), (inv, Shrinkage::Fixed(0.1)));
+        let asked = ["--h-score-mode", "standard", "--h-score-shrinkage", "0.1"];
+        assert_eq!(h_score(&asked), (standard, Shrinkage::Fixed(0.1)));
     }
 
     #[test]
@@ -111,7 +111,7 @@ mod tests {
         let solve = |share: &str| {
             let (statistics, out) = (path("statistics"), path("out"));
             let files = ["solve", "--statistics", &statistics, "--out", &out];
-            let asked = ["--uniform-share", share];
+            let asked = ["--uniform-mix", share];
             run(&parsed(files.iter().chain(&asked)))
         };
         let refused = format!("{:#}", solve("auto").unwrap_err());

@@ -22,7 +22,7 @@ use crate::domain::tuning_method::TuningMethod;
 use crate::engine::EngineError;
 use crate::engine::samples::{Samples, Selection};
 use crate::engine::sources::check_sources;
-use crate::engine::tuning::{Course, Images, Outcome, Trained, Tuning, TuningProgress};
+use crate::engine::tuning::{Images, Outcome, Trained, Tuning, TuningProgress, TuningRun};
 
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {
@@ -30,7 +30,7 @@ pub struct Args {
     pub engine: EngineOptions,
     /// Folder of labelled images: an image folder or VTAB-1k list files.
     #[arg(long, value_name = "DIR")]
-    pub data: PathBuf,
+    pub target: PathBuf,
     /// What is trained beside the head: `vpt-shallow`, `vpt-deep`; or, to compare, `linear`, `mlp-K`, `partial-K`, `bias`,
     /// `adapter-R`, `sidetune`, `full`, which make no prompt.
     #[arg(long, default_value_t = TuningMethod::default())]
@@ -199,16 +199,16 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         options.num_tokens = start.file.num_tokens();
         options.init_seed = metadata.and_then(|m| m.init_seed).unwrap_or_default();
     }
-    let dataset = LabelledImages::read(&args.data)?;
+    let dataset = LabelledImages::read(&args.target)?;
     let selection = Selection {
         split: args.split,
         max_samples: args.max_samples,
         seed: args.seed,
-        skip_bad: args.engine.skip_bad,
+        skip_unreadable: args.engine.skip_unreadable,
     };
     let images = Images::load(&dataset, &selection, &backbone.config.preprocessing)?;
     let (task, grid) = (args.task(), args.grid());
-    let course = Course {
+    let course = TuningRun {
         tuning: Tuning {
             backbone,
             vit,
@@ -295,7 +295,7 @@ fn table<T>(outcome: &Outcome<T>) -> String {
 
 /// Runs with a bar for each phase, that shows epoch and loss.
 fn watched<T>(
-    course: &Course<'_>,
+    course: &TuningRun<'_>,
     checkpoint: &mut CheckpointFile,
     make: &mut dyn FnMut(&Trained<'_>) -> Result<T, EngineError>,
 ) -> anyhow::Result<Outcome<T>> {

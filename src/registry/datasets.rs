@@ -1,4 +1,4 @@
-//! Data sets: labelled images, packed into the blob store, as numbered versions under a name.
+//! Datasets: labelled images, packed into the blob store, as numbered versions under a name.
 
 use std::collections::BTreeMap;
 
@@ -39,7 +39,7 @@ pub struct DatasetVersion {
     /// Images of each split by class, in label order.
     #[schema(value_type = BTreeMap<String, Vec<u64>>, example = json!({"train": [210, 190]}))]
     pub class_counts: BTreeMap<Split, Vec<u64>>,
-    /// Unreadable images that were left out (`skip_bad`).
+    /// Unreadable images that were left out (`skip_unreadable`).
     pub skipped: i32,
     #[serde(with = "time::serde::rfc3339")]
     pub created_at: OffsetDateTime,
@@ -123,7 +123,7 @@ pub async fn resolve(
     Ok(found.into_iter().next())
 }
 
-/// The newest version of each data set by name, those after `after`.
+/// The newest version of each dataset by name, those after `after`.
 pub async fn list(
     conn: &mut PgConnection,
     project_id: Uuid,
@@ -133,7 +133,7 @@ pub async fn list(
     select(conn, project_id, None, after, limit).await
 }
 
-/// One version of each data set: the newest that `reference` admits.
+/// One version of each dataset: the newest that `reference` admits.
 async fn select(
     conn: &mut PgConnection,
     project_id: Uuid,
@@ -144,7 +144,7 @@ async fn select(
     let (number, digest) = match reference.map(|r| &r.version) {
         Some(VersionSelector::Number(number)) => (Some(*number), None),
         Some(VersionSelector::Digest(digest)) => (None, Some(digest)),
-        // Data sets have none.
+        // Datasets have none.
         Some(VersionSelector::Alias(_)) => return Ok(Vec::new()),
         Some(VersionSelector::Newest) | None => (None, None),
     };

@@ -114,7 +114,7 @@ pub struct ProducedBy {
     pub tuning: Option<Uuid>,
     /// The ensemble from whose statistics the weights were solved for again; null where they come
     /// from backbone and images.
-    pub resolved_from: Option<Uuid>,
+    pub solved_from: Option<Uuid>,
 }
 
 /// The graph around a version: all that at most `depth` edges lead to.
@@ -210,7 +210,7 @@ async fn nodes(
             walk.distance AS "distance!",
             j.id AS "job?",
             j.kind AS "kind?",
-            (j.spec #>> '{resolved_from,ensemble}')::uuid AS resolved_from
+            (j.spec #>> '{solved_from,ensemble}')::uuid AS solved_from
         FROM walk
         CROSS JOIN LATERAL unnest(walk.found) AS found (id)
         JOIN prompt_version v ON v.project_id = $1 AND v.id = found.id
@@ -246,7 +246,7 @@ async fn nodes(
                     ProducedBy {
                         ensemble: (!is_tuning).then_some(job),
                         tuning: is_tuning.then_some(job),
-                        resolved_from: row.resolved_from,
+                        solved_from: row.solved_from,
                     }
                 }),
                 created_at: row.created_at,

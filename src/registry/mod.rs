@@ -1,4 +1,4 @@
-//! The registry in Postgres: prompts, backbones and data sets, immutable and versioned.
+//! The registry in Postgres: prompts, backbones and datasets, immutable and versioned.
 //!
 //! Functions take a connection, so that handlers and the worker compose transactions of them; they
 //! answer `Ok(None)` for what is not there. Large files go to the [blob store](crate::blobs) before

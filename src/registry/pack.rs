@@ -1,8 +1,8 @@
-//! A data set as one file: a tar whose files [`Listing::read`] understands once it is unpacked.
+//! A dataset as one file: a tar whose files [`Listing::read`] understands once it is unpacked.
 //!
 //! It holds the original bytes of the images under `images/`, then `train.txt`, `val.txt`,
 //! `test.txt` (those that there are) and `meta.json` with the class names. Order, times, owners and
-//! modes are fixed, so equal data sets are equal bytes: the pack's sha256 is the version's digest.
+//! modes are fixed, so equal datasets are equal bytes: the pack's sha256 is the version's digest.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -63,7 +63,7 @@ pub enum PackError {
 }
 
 impl PackError {
-    /// The image at fault, where it is one that `skip_bad` may leave out.
+    /// The image at fault, where it is one that `skip_unreadable` may leave out.
     pub fn bad_image(&self) -> Option<&str> {
         match self {
             Self::TooLarge { path, .. }
@@ -75,20 +75,24 @@ impl PackError {
 }
 
 /// [`pack_files`] of a folder, or [`pack_parquet`] of the files in it.
-pub fn pack(root: &Path, skip_bad: bool, out: &Path) -> Result<Packed, PackError> {
-    match pack_files(&Directory::new(root), skip_bad, out) {
+pub fn pack(root: &Path, skip_unreadable: bool, out: &Path) -> Result<Packed, PackError> {
+    match pack_files(&Directory::new(root), skip_unreadable, out) {
         Err(PackError::Listing(DatasetError::Empty(_))) if !parquet::shards(root)?.is_empty() => {
-            pack_parquet(parquet::shards(root)?, skip_bad, u64::MAX, out)
+            pack_parquet(parquet::shards(root)?, skip_unreadable, u64::MAX, out)
         }
         packed => packed,
     }
 }
 
 /// Lists files, decodes every image once and writes the pack to `out`. An image that cannot be read
-/// is an error that names it, or with `skip_bad` is left out.
-pub fn pack_files(files: &dyn Files, skip_bad: bool, out: &Path) -> Result<Packed, PackError> {
+/// is an error that names it, or with `skip_unreadable` is left out.
+pub fn pack_files(
+    files: &dyn Files,
+    skip_unreadable: bool,
+    out: &Path,
+) -> Result<Packed, PackError> {
     let listed = Listing::read(files)?;
-    let mut packer = Packer::new(out, listed.classes, skip_bad, u64::MAX)?;
+    let mut packer = Packer::new(out, listed.classes, skip_unreadable, u64::MAX)?;
     // One image may be in several lists; it is read and stored once.
     let mut stored = BTreeMap::new();
     for (split, images) in &listed.splits {
@@ -114,12 +118,12 @@ pub fn pack_files(files: &dyn Files, skip_bad: bool, out: &Path) -> Result<Packe
 /// Packs the images of Parquet files, numbered within their split, into at most `max_bytes`.
 pub fn pack_parquet(
     shards: Vec<Shard>,
-    skip_bad: bool,
+    skip_unreadable: bool,
     max_bytes: u64,
     out: &Path,
 ) -> Result<Packed, PackError> {
     let ParquetImages { classes, shards } = ParquetImages::open(shards)?;
-    let mut packer = Packer::new(out, classes, skip_bad, max_bytes)?;
+    let mut packer = Packer::new(out, classes, skip_unreadable, max_bytes)?;
     let mut numbers = BTreeMap::new();
     for shard in &shards {
         packer.begin(shard.split);
@@ -140,7 +144,7 @@ pub fn pack_parquet(
 struct Packer {
     tar: tar::Builder<BufWriter<File>>,
     classes: Vec<String>,
-    skip_bad: bool,
+    skip_unreadable: bool,
     skipped: BTreeSet<String>,
     /// List file and images by class of each split that was begun.
     splits: BTreeMap<Split, (String, Vec<u64>)>,
@@ -152,13 +156,13 @@ impl Packer {
     fn new(
         out: &Path,
         classes: Vec<String>,
-        skip_bad: bool,
+        skip_unreadable: bool,
         max_bytes: u64,
     ) -> Result<Self, PackError> {
         Ok(Self {
             tar: tar::Builder::new(BufWriter::new(File::create(out)?)),
             classes,
-            skip_bad,
+            skip_unreadable,
             skipped: BTreeSet::new(),
             splits: BTreeMap::new(),
             max_bytes,
@@ -177,7 +181,7 @@ impl Packer {
         let bytes = match image {
             Ok(bytes) => bytes,
             Err(error) => match error.bad_image() {
-                Some(image) if self.skip_bad => {
+                Some(image) if self.skip_unreadable => {
                     self.skipped.insert(image.to_owned());
                     return Ok(false);
                 }
@@ -314,12 +318,12 @@ mod tests {
     }
 
     /// Packs and unpacks; the listing and each image's bytes, in order.
-    fn round_trip(root: &Path, skip_bad: bool) -> (Packed, Vec<(Split, usize, Vec<u8>)>) {
+    fn round_trip(root: &Path, skip_unreadable: bool) -> (Packed, Vec<(Split, usize, Vec<u8>)>) {
         let dir = tempfile::tempdir().unwrap();
         let tar = dir.path().join("pack.tar");
-        let packed = pack(root, skip_bad, &tar).unwrap();
+        let packed = pack(root, skip_unreadable, &tar).unwrap();
         let again = dir.path().join("again.tar");
-        pack(root, skip_bad, &again).unwrap();
+        pack(root, skip_unreadable, &again).unwrap();
         assert_eq!(
             Digest::of(&fs::read(&tar).unwrap()),
             Digest::of(&fs::read(&again).unwrap())

@@ -1,4 +1,4 @@
-//! Projects: each has its own prompts, backbones, data sets, jobs and keys.
+//! Projects: each has its own prompts, backbones, datasets, jobs and keys.
 
 use serde::Serialize;
 use sqlx::PgConnection;

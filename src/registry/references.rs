@@ -71,7 +71,7 @@ pub async fn unreferenced(
             OR EXISTS (
                 SELECT FROM job j
                 WHERE j.state IN ('queued', 'running')
-                  AND j.spec #>> '{resolved_from,statistics}' = 'sha256:' || encode(asked.digest, 'hex')
+                  AND j.spec #>> '{solved_from,statistics}' = 'sha256:' || encode(asked.digest, 'hex')
             ) AS "referenced!"
         FROM unnest($1::bytea[]) WITH ORDINALITY AS asked (digest, position)
         ORDER BY asked.position

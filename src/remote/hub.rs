@@ -17,7 +17,7 @@ use crate::domain::digest::{Digest, digest_of_file};
 
 /// Largest list of a repository's files, in bytes.
 const MAX_LIST: u64 = 64 << 20;
-/// The branch on which the Hub keeps a data set that it converted itself, and a short word for it.
+/// The branch on which the Hub keeps a dataset that it converted itself, and a short word for it.
 const CONVERTED: (&str, &str) = ("~parquet", "refs/convert/parquet");
 
 #[derive(Debug, thiserror::Error)]

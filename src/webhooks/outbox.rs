@@ -48,7 +48,7 @@ struct JobEnded {
     state: String,
     error: Option<JobError>,
     /// The composed prompt, of an ensemble that succeeded.
-    composed: Option<Published>,
+    composed_prompt: Option<Published>,
     /// The tuned prompt, of a tuning that succeeded.
     #[serde(skip_serializing_if = "Option::is_none")]
     tuned: Option<Published>,
@@ -87,8 +87,8 @@ pub async fn ended(conn: &mut PgConnection, job_id: Uuid) -> Result<(), DbError>
             j.kind,
             j.state,
             j.error AS "error: Json<JobError>",
-            coalesce(j.result -> 'composed', j.result -> 'tuned') ->> 'prompt' AS prompt,
-            (coalesce(j.result -> 'composed', j.result -> 'tuned') ->> 'version')::integer AS version,
+            coalesce(j.result -> 'composed_prompt', j.result -> 'tuned') ->> 'prompt' AS prompt,
+            (coalesce(j.result -> 'composed_prompt', j.result -> 'tuned') ->> 'version')::integer AS version,
             j.created_at,
             j.started_at,
             j.finished_at AS "finished_at!"
@@ -113,7 +113,7 @@ pub async fn ended(conn: &mut PgConnection, job_id: Uuid) -> Result<(), DbError>
     let this = format!("/v1/{}s/{job_id}", ended.kind);
     let published = ended.prompt.zip(ended.version);
     let published = published.map(|(prompt, version)| Published { prompt, version });
-    let (composed, tuned) = match ended.kind.as_str() {
+    let (composed_prompt, tuned) = match ended.kind.as_str() {
         TuningSpec::KIND => (None, published),
         _ => (published, None),
     };
@@ -126,7 +126,7 @@ pub async fn ended(conn: &mut PgConnection, job_id: Uuid) -> Result<(), DbError>
             result: succeeded.then(|| format!("{this}/result")),
             this,
         },
-        composed,
+        composed_prompt,
         tuned,
         created_at: ended.created_at,
         started_at: ended.started_at,

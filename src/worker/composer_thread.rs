@@ -15,11 +15,11 @@ use tokio_util::sync::CancellationToken;
 
 use crate::domain::composition::{
     Composer, Composition, CompositionError, CompositionInput, Observer, Phase, Platform,
-    ResolveInput, blames_the_device,
+    SolveInput, blames_the_device,
 };
 use crate::domain::job::Progress;
 use crate::domain::ranking::Ranking;
-use crate::domain::sharing::{ShardInput, Shards};
+use crate::domain::sharding::{ShardInput, Shards};
 use crate::domain::tuning::{Checkpoints, NoCheckpoints, Tuned, TuningInput};
 
 /// CUDA's libraries may come from a slow disk; a device that hangs takes for ever.
@@ -68,12 +68,12 @@ pub type Watched = (Option<Progress>, Instant);
 struct Watcher {
     stop: Stop,
     progress: watch::Sender<Watched>,
-    outlasting: Outlasting,
+    attempt_state: AttemptState,
 }
 
 /// What of a job outlasts an attempt, each kind of work its own.
 #[derive(Default)]
-pub struct Outlasting {
+pub struct AttemptState {
     pub shards: Option<Box<dyn Shards + Send>>,
     pub checkpoints: Option<Box<dyn Checkpoints + Send>>,
 }
@@ -89,7 +89,7 @@ impl Observer for Watcher {
     }
 
     fn shards(&mut self) -> Option<&mut dyn Shards> {
-        match &mut self.outlasting.shards {
+        match &mut self.attempt_state.shards {
             Some(shards) => Some(shards.as_mut()),
             None => None,
         }
@@ -98,9 +98,9 @@ impl Observer for Watcher {
 
 /// What a composer is given to do, with all its files at hand.
 #[derive(Debug)]
-pub enum Work {
+pub enum Task {
     Compose(CompositionInput),
-    Resolve(ResolveInput),
+    Solve(SolveInput),
     Shard(ShardInput),
     Tune(Box<TuningInput>),
     Rank(CompositionInput),
@@ -108,7 +108,7 @@ pub enum Work {
 
 /// What came of it.
 #[derive(Debug)]
-pub enum Done {
+pub enum Output {
     Composition(Box<Composition>),
     /// The file of a shard.
     Shard(Vec<u8>),
@@ -116,42 +116,42 @@ pub enum Done {
     Ranking(Ranking),
 }
 
-impl From<Composition> for Done {
+impl From<Composition> for Output {
     fn from(composition: Composition) -> Self {
         Self::Composition(Box::new(composition))
     }
 }
 
-impl Work {
+impl Task {
     fn done_by(
         &self,
         composer: &mut dyn Composer,
         observer: &mut Watcher,
-    ) -> Result<Done, CompositionError> {
+    ) -> Result<Output, CompositionError> {
         match self {
-            Self::Compose(input) => composer.compose(input, observer).map(Done::from),
-            Self::Resolve(input) => composer.resolve(input, observer).map(Done::from),
-            Self::Shard(input) => composer.shard(input, observer).map(Done::Shard),
+            Self::Compose(input) => composer.compose(input, observer).map(Output::from),
+            Self::Solve(input) => composer.solve(input, observer).map(Output::from),
+            Self::Shard(input) => composer.shard(input, observer).map(Output::Shard),
             Self::Tune(input) => {
-                let mut kept = observer.outlasting.checkpoints.take();
+                let mut kept = observer.attempt_state.checkpoints.take();
                 let mut none = NoCheckpoints;
                 let checkpoints: &mut dyn Checkpoints = match &mut kept {
                     Some(kept) => kept.as_mut(),
                     None => &mut none,
                 };
                 let tuned = composer.tune(input, checkpoints, observer)?;
-                Ok(Done::Tuned(Box::new(tuned)))
+                Ok(Output::Tuned(Box::new(tuned)))
             }
-            Self::Rank(input) => composer.rank(input, observer).map(Done::Ranking),
+            Self::Rank(input) => composer.rank(input, observer).map(Output::Ranking),
         }
     }
 }
 
 enum Request {
-    Work {
-        work: Box<Work>,
+    Task {
+        work: Box<Task>,
         watcher: Watcher,
-        answer: oneshot::Sender<Result<Done, CompositionError>>,
+        answer: oneshot::Sender<Result<Output, CompositionError>>,
     },
     SelfTest {
         begun: oneshot::Sender<()>,
@@ -191,22 +191,22 @@ impl ComposerThread {
     /// Hands work over, with what others left of it or may share in. Progress and answer come through the channels that are returned.
     pub fn begin(
         &self,
-        work: Work,
+        work: Task,
         stop: Stop,
-        outlasting: Outlasting,
+        attempt_state: AttemptState,
     ) -> (
         watch::Receiver<Watched>,
-        oneshot::Receiver<Result<Done, CompositionError>>,
+        oneshot::Receiver<Result<Output, CompositionError>>,
     ) {
         let (progress, watched) = watch::channel((None, Instant::now()));
         let (answer, answered) = oneshot::channel();
         let watcher = Watcher {
             stop,
             progress,
-            outlasting,
+            attempt_state,
         };
         // A thread that is gone drops the request, which the receiver of the answer notices.
-        let _ = self.requests.send(Request::Work {
+        let _ = self.requests.send(Request::Task {
             work: Box::new(work),
             watcher,
             answer,
@@ -257,7 +257,7 @@ fn own(
                     let _ = answer.send(self_test(composer.as_mut()));
                 }
             }
-            Request::Work {
+            Request::Task {
                 work,
                 mut watcher,
                 answer,

@@ -22,7 +22,7 @@ pub fn factory(options: &WorkerOptions, storage: &StorageOptions) -> NewComposer
         }
         // libtorch keeps the number of threads by thread.
         tch::set_num_threads(compute.threads as i32);
-        let backbone_bytes = u64::from(options.backbones_gib) << 30;
+        let backbone_bytes = u64::from(options.backbone_cache_gib) << 30;
         let engine = Engine::with(compute).with_backbone_bytes(backbone_bytes);
         let cache = options
             .cache

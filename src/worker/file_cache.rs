@@ -1,4 +1,4 @@
-//! Directories on this machine's disk by what is in them: a worker's copies of backbones and data sets.
+//! Directories on this machine's disk by what is in them: a worker's copies of backbones and datasets.
 //!
 //! Several workers may share one. What a job uses is locked by its worker, so that nobody evicts it; the system
 //! releases the locks of a worker that was killed, by which what it left unfinished is known.

@@ -4,17 +4,17 @@
 
 use sqlx::PgPool;
 
-use super::composer_thread::Work;
+use super::composer_thread::Task;
 use super::file_cache::{Entry, FileCache, InUse, NewEntry};
 use crate::blobs::{BlobError, BlobStore};
 use crate::db::DbError;
 use crate::domain::backbone::{CONFIG_FILE, MODEL_FILE};
-use crate::domain::composition::{CompositionInput, ResolveInput, Source, SourceRef};
+use crate::domain::composition::{CompositionInput, SolveInput, Source, SourceRef};
 use crate::domain::digest::Digest;
 use crate::domain::job::{BackboneSpec, EnsembleSpec, SourceSpec, TargetSpec};
 use crate::domain::objective::Objective;
 use crate::domain::prompt_file::{PromptFile, PromptFileError};
-use crate::domain::sharing::{ShardInput, StopWhen};
+use crate::domain::sharding::{EarlyStopping, ShardInput};
 use crate::domain::specification::{JobSpec, TuningSpec};
 use crate::domain::tuning::TuningInput;
 use crate::jobs::shards::ClaimedShard;
@@ -42,7 +42,7 @@ pub enum InputError {
 
 impl InputError {
     /// Whether another try may help: a full disk or a lost database may, missing bytes will not.
-    pub fn is_passing(&self) -> bool {
+    pub fn is_transient(&self) -> bool {
         match self {
             Self::Cache(_) | Self::Unpack { .. } => true,
             Self::Blob(error) | Self::Registry(RegistryError::Blob(error)) => {
@@ -62,7 +62,7 @@ struct Needed<'a> {
     backbone: &'a BackboneSpec,
     target: &'a TargetSpec,
     objective: &'a Objective,
-    stop_when: Option<StopWhen>,
+    early_stopping: Option<EarlyStopping>,
 }
 
 impl<'a> From<&'a EnsembleSpec> for Needed<'a> {
@@ -72,7 +72,7 @@ impl<'a> From<&'a EnsembleSpec> for Needed<'a> {
             backbone: &spec.backbone,
             target: &spec.target,
             objective: &spec.objective,
-            stop_when: spec.stop_when,
+            early_stopping: spec.early_stopping,
         }
     }
 }
@@ -88,7 +88,7 @@ pub struct Inputs {
 
 impl Inputs {
     /// What `spec` says to do, with everything that it names at hand for as long as the directories are in use.
-    pub async fn fetch(&self, spec: &JobSpec) -> Result<(Work, Vec<InUse>), InputError> {
+    pub async fn fetch(&self, spec: &JobSpec) -> Result<(Task, Vec<InUse>), InputError> {
         match spec {
             JobSpec::Ensemble(spec) => self.ensemble(spec).await,
             JobSpec::Tuning(spec) => self.tuning(spec).await,
@@ -98,18 +98,18 @@ impl Inputs {
                     backbone: &spec.backbone,
                     target: &spec.target,
                     objective: &spec.objective.objective(),
-                    stop_when: None,
+                    early_stopping: None,
                 };
                 let (input, in_use) = self.composition(needed).await?;
-                Ok((Work::Rank(input), in_use))
+                Ok((Task::Rank(input), in_use))
             }
         }
     }
 
-    async fn ensemble(&self, spec: &EnsembleSpec) -> Result<(Work, Vec<InUse>), InputError> {
-        if let Some(from) = &spec.resolved_from {
+    async fn ensemble(&self, spec: &EnsembleSpec) -> Result<(Task, Vec<InUse>), InputError> {
+        if let Some(from) = &spec.solved_from {
             let statistics = self.blobs.get_bytes(&from.statistics).await?;
-            let work = Work::Resolve(ResolveInput {
+            let work = Task::Solve(SolveInput {
                 statistics: statistics.into(),
                 sources: spec.sources.iter().map(named).collect(),
                 objective: spec.objective.clone(),
@@ -117,10 +117,10 @@ impl Inputs {
             return Ok((work, Vec::new()));
         }
         let (input, in_use) = self.composition(spec.into()).await?;
-        Ok((Work::Compose(input), in_use))
+        Ok((Task::Compose(input), in_use))
     }
 
-    async fn tuning(&self, spec: &TuningSpec) -> Result<(Work, Vec<InUse>), InputError> {
+    async fn tuning(&self, spec: &TuningSpec) -> Result<(Task, Vec<InUse>), InputError> {
         let start = match &spec.start {
             Some(start) => Some(self.source(start).await?),
             None => None,
@@ -136,14 +136,14 @@ impl Inputs {
             options: spec.options.clone(),
             grid: spec.grid.clone(),
         };
-        Ok((Work::Tune(Box::new(input)), vec![backbone, images]))
+        Ok((Task::Tune(Box::new(input)), vec![backbone, images]))
     }
 
     /// The same for a shard of somebody's job.
     pub async fn fetch_shard(
         &self,
         claimed: &ClaimedShard,
-    ) -> Result<(Work, Vec<InUse>), InputError> {
+    ) -> Result<(Task, Vec<InUse>), InputError> {
         let (composition, in_use) = self.composition((&claimed.spec).into()).await?;
         let mut features = Vec::with_capacity(claimed.features.len());
         for file in &claimed.features {
@@ -155,7 +155,7 @@ impl Inputs {
             shard: claimed.shard,
             features,
         };
-        Ok((Work::Shard(input), in_use))
+        Ok((Task::Shard(input), in_use))
     }
 
     async fn composition(
@@ -174,7 +174,7 @@ impl Inputs {
             target: spec.target.samples.clone(),
             sources,
             objective: spec.objective.clone(),
-            stop_when: spec.stop_when,
+            early_stopping: spec.early_stopping,
         };
         Ok((input, vec![backbone, images]))
     }

@@ -39,7 +39,7 @@ impl Checkpoints for JobCheckpoints {
         let read: Result<_, RegistryError> = self.runtime.block_on(read);
         read.or_else(|error| {
             let error = InputError::from(error);
-            if error.is_passing() {
+            if error.is_transient() {
                 return Err(CheckpointUnavailable(chain(&error)));
             }
             // It is lost for good, and the tuning begins anew.

@@ -13,7 +13,7 @@ use crate::blobs::{BlobError, BlobStore};
 use crate::db::DbError;
 use crate::domain::composition::Phase;
 use crate::domain::digest::Digest;
-use crate::domain::sharing::{Estimate, Next, Shard, Shards, SharingError};
+use crate::domain::sharding::{Estimate, Next, Shard, ShardingError, Shards};
 use crate::jobs::queue::QueueError;
 use crate::jobs::shards::{self, Owner};
 use crate::registry::RegistryError;
@@ -28,7 +28,7 @@ pub struct JobShards {
     pub blobs: BlobStore,
     pub owner: Owner,
     pub stop: Stop,
-    pub shard_pairs: u64,
+    pub min_shard_pairs: u64,
     /// The phase in work, and how many of its shards were handed to the engine.
     pub merged: (Phase, usize),
     /// As it was last seen.
@@ -36,11 +36,11 @@ pub struct JobShards {
 }
 
 impl Shards for JobShards {
-    fn shard_pairs(&self) -> u64 {
-        self.shard_pairs
+    fn min_shard_pairs(&self) -> u64 {
+        self.min_shard_pairs
     }
 
-    fn lay_out(&mut self, phase: Phase, count: usize) -> Result<usize, SharingError> {
+    fn lay_out(&mut self, phase: Phase, count: usize) -> Result<usize, ShardingError> {
         self.merged = (phase, 0);
         let laid_out = self.until_done(async || {
             shards::lay_out(&mut *self.pool.acquire().await?, &self.owner, phase, count).await
@@ -49,7 +49,7 @@ impl Shards for JobShards {
         Ok(laid_out?.unwrap_or(1))
     }
 
-    fn next(&mut self, phase: Phase) -> Result<(Next, f64), SharingError> {
+    fn next(&mut self, phase: Phase) -> Result<(Next, f64), ShardingError> {
         let (next, done) = self
             .until_done(async || self.look(phase).await)?
             .unwrap_or((Next::Wait, self.done));
@@ -63,7 +63,7 @@ impl Shards for JobShards {
         Ok((next, done))
     }
 
-    fn give(&mut self, shard: Shard, bytes: Vec<u8>) -> Result<(), SharingError> {
+    fn give(&mut self, shard: Shard, bytes: Vec<u8>) -> Result<(), ShardingError> {
         let bytes = Bytes::from(bytes);
         self.until_done(async || {
             let (file, mut conn) = self.stored(&bytes).await?;
@@ -72,7 +72,7 @@ impl Shards for JobShards {
         Ok(())
     }
 
-    fn give_whole(&mut self, phase: Phase, bytes: Vec<u8>) -> Result<(), SharingError> {
+    fn give_whole(&mut self, phase: Phase, bytes: Vec<u8>) -> Result<(), ShardingError> {
         let bytes = Bytes::from(bytes);
         self.until_done(async || {
             let (file, mut conn) = self.stored(&bytes).await?;
@@ -81,7 +81,7 @@ impl Shards for JobShards {
         Ok(())
     }
 
-    fn end(&mut self, phase: Phase) -> Result<(), SharingError> {
+    fn end(&mut self, phase: Phase) -> Result<(), ShardingError> {
         self.until_done(async || {
             shards::end(&mut *self.pool.acquire().await?, self.owner.lease, phase).await
         })?;
@@ -150,7 +150,7 @@ impl JobShards {
     fn until_done<T>(
         &self,
         work: impl AsyncFn() -> Result<T, QueueError>,
-    ) -> Result<Option<T>, SharingError> {
+    ) -> Result<Option<T>, ShardingError> {
         self.runtime.block_on(async {
             loop {
                 match work().await {
@@ -163,7 +163,7 @@ impl JobShards {
                         QueueError::Db(DbError::Unavailable(_))
                         | QueueError::Registry(RegistryError::Db(DbError::Unavailable(_))),
                     ) => {}
-                    Err(error) => return Err(SharingError(Box::new(error))),
+                    Err(error) => return Err(ShardingError(Box::new(error))),
                 }
                 if self.pause().await.is_break() {
                     return Ok(None);

@@ -52,9 +52,9 @@ pub struct WorkerSettings {
     /// An attempt without progress for this long is given up, and the process with it.
     pub stall: Duration,
     /// Sample × source pairs that make a shard of a job worth sharing; 0: none do.
-    pub shard_pairs: u64,
+    pub min_shard_pairs: u64,
     pub cache_dir: PathBuf,
-    /// Of backbones and data sets there; those of a running job do not count as evictable.
+    /// Of backbones and datasets there; those of a running job do not count as evictable.
     pub cache_bytes: u64,
 }
 
@@ -134,7 +134,7 @@ pub async fn run(
             composer,
             lease: settings.lease,
             stall: settings.stall,
-            shard_pairs: settings.shard_pairs,
+            min_shard_pairs: settings.min_shard_pairs,
         },
         pool,
         shutdown,

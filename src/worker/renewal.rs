@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::composer_thread::{Stop, StopReason};
 use crate::failpoints;
-use crate::jobs::queue::{self, Lease, QueueError, Renewal as Answer};
+use crate::jobs::queue::{self, Lease, QueueError, RenewOutcome};
 use crate::jobs::shards;
 use crate::telemetry::chain;
 
@@ -20,7 +20,7 @@ const GIVE_UP_AT: f64 = 0.8;
 
 /// What a lease is of.
 #[derive(Clone, Copy, Debug)]
-pub enum Of {
+pub enum LeaseKind {
     Job,
     Shard,
 }
@@ -37,7 +37,7 @@ impl Renewal {
     pub fn start(
         options: PgConnectOptions,
         lease: Lease,
-        of: Of,
+        of: LeaseKind,
         length: Duration,
         claimed_at: Instant,
         stop: Stop,
@@ -90,7 +90,7 @@ impl Drop for Renewal {
 struct Keeper {
     options: PgConnectOptions,
     lease: Lease,
-    of: Of,
+    of: LeaseKind,
     length: Duration,
     renewed_at: Instant,
     stop: Stop,
@@ -118,7 +118,7 @@ impl Keeper {
             match tokio::time::timeout(left, self.renew()).await {
                 Ok(Ok(answer)) => {
                     self.renewed_at = asked_at;
-                    if answer == Answer::CancelRequested {
+                    if answer == RenewOutcome::CancelRequested {
                         self.stop.because(StopReason::Cancelled);
                     }
                     continue;
@@ -141,15 +141,15 @@ impl Keeper {
         }
     }
 
-    async fn renew(&mut self) -> Result<Answer, QueueError> {
+    async fn renew(&mut self) -> Result<RenewOutcome, QueueError> {
         let connection = match &mut self.connection {
             Some(connection) => connection,
             none => none.insert(self.options.connect().await?),
         };
         failpoints::reach("renewing", self.lease.job_id);
         let renewed = match self.of {
-            Of::Job => queue::renew(connection, self.lease, self.length).await,
-            Of::Shard => shards::renew(connection, self.lease, self.length).await,
+            LeaseKind::Job => queue::renew(connection, self.lease, self.length).await,
+            LeaseKind::Shard => shards::renew(connection, self.lease, self.length).await,
         };
         failpoints::reach("renewed", self.lease.job_id);
         renewed

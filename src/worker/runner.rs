@@ -8,11 +8,11 @@ use tokio::runtime::Handle;
 use tokio::time::MissedTickBehavior;
 use uuid::Uuid;
 
-use super::composer_thread::{ComposerThread, Done, Outlasting, Stop, StopReason, Work};
+use super::composer_thread::{AttemptState, ComposerThread, Output, Stop, StopReason, Task};
 use super::inputs::{InputError, Inputs};
 use super::job_checkpoints::JobCheckpoints;
 use super::job_shards::JobShards;
-use super::renewal::{Of, Renewal};
+use super::renewal::{LeaseKind, Renewal};
 use crate::blobs::BlobError;
 use crate::db::DbError;
 use crate::domain::composition::{CompositionError, Phase};
@@ -23,7 +23,7 @@ use crate::domain::reference::ResourceName;
 use crate::domain::specification::JobSpec;
 use crate::failpoints;
 use crate::jobs::finish::{Finished, NewPrompt, finish};
-use crate::jobs::queue::{self, Claimed, Lease, QueueError, Renewal as Answer};
+use crate::jobs::queue::{self, Claimed, Lease, QueueError, RenewOutcome};
 use crate::jobs::shards::{self, ClaimedShard, GivenBack, Owner};
 use crate::registry::RegistryError;
 use crate::shutdown::Shutdown;
@@ -64,10 +64,10 @@ enum AttemptError {
 impl AttemptError {
     /// What the job's row says, and whether another attempt may help.
     fn verdict(&self) -> (JobError, bool) {
-        let (code, passing) = match self {
+        let (code, transient) = match self {
             Self::Stalled(_) => ("stalled", true),
             Self::EngineGone => ("engine_gone", true),
-            Self::Input(error) => ("input_unavailable", error.is_passing()),
+            Self::Input(error) => ("input_unavailable", error.is_transient()),
             Self::Composition(CompositionError::Retry { code, .. }) => (*code, true),
             Self::Composition(CompositionError::Refused { code, .. }) => (*code, false),
             Self::Statistics(_) => ("blob_store_failed", true),
@@ -75,7 +75,7 @@ impl AttemptError {
             Self::Queue(error) => ("not_stored", !error.is_refused_by_constraint()),
             Self::Stopped | Self::Composition(CompositionError::Stopped) => ("stopped", true),
         };
-        (JobError::new(code, chain(self)), passing)
+        (JobError::new(code, chain(self)), transient)
     }
 }
 
@@ -92,7 +92,7 @@ pub struct Runner {
     pub lease: Duration,
     pub stall: Duration,
     /// Sample × source pairs that make a shard; 0 shares nothing.
-    pub shard_pairs: u64,
+    pub min_shard_pairs: u64,
 }
 
 impl Runner {
@@ -104,7 +104,7 @@ impl Runner {
         shutdown: &Shutdown,
     ) -> Result<(), EngineStuck> {
         let stop = Stop::default();
-        let renewal = self.renewal(claimed.lease, Of::Job, claimed_at, &stop);
+        let renewal = self.renewal(claimed.lease, LeaseKind::Job, claimed_at, &stop);
         let attempt = self.attempt(claimed, &stop, &renewal);
         let outcome = until_shutdown(attempt, &stop, shutdown).await;
         if let Err(error) = &outcome {
@@ -121,7 +121,7 @@ impl Runner {
         shutdown: &Shutdown,
     ) -> Result<(), EngineStuck> {
         let stop = Stop::default();
-        let renewal = self.renewal(claimed.lease, Of::Shard, claimed_at, &stop);
+        let renewal = self.renewal(claimed.lease, LeaseKind::Shard, claimed_at, &stop);
         let helping = self.shard(claimed, &stop, &renewal);
         let outcome = until_shutdown(helping, &stop, shutdown).await;
         drop(renewal);
@@ -139,7 +139,7 @@ impl Runner {
         &self.inputs.pool
     }
 
-    fn renewal(&self, lease: Lease, of: Of, claimed_at: Instant, stop: &Stop) -> Renewal {
+    fn renewal(&self, lease: Lease, of: LeaseKind, claimed_at: Instant, stop: &Stop) -> Renewal {
         let options = (*self.pool().connect_options()).clone();
         Renewal::start(options, lease, of, self.lease, claimed_at, stop.clone())
     }
@@ -167,11 +167,11 @@ impl Runner {
                 arithmetic: self.composer.platform().arithmetic.clone(),
             },
             stop: stop.clone(),
-            shard_pairs: self.shard_pairs,
+            min_shard_pairs: self.min_shard_pairs,
             merged: (Phase::Features, 0),
             done: 0.0,
         };
-        let outlasting = Outlasting {
+        let attempt_state = AttemptState {
             shards: Some(Box::new(shards)),
             checkpoints: Some(Box::new(JobCheckpoints {
                 runtime: Handle::current(),
@@ -183,8 +183,8 @@ impl Runner {
                 untold: Vec::new(),
             })),
         };
-        let lease = (Of::Job, claimed.lease);
-        let done = self.drive(work, lease, outlasting, stop).await?;
+        let lease = (LeaseKind::Job, claimed.lease);
+        let done = self.drive(work, lease, attempt_state, stop).await?;
         self.store(claimed, renewal, &done).await
     }
 
@@ -200,9 +200,12 @@ impl Runner {
             // Whoever has the job waits for this.
             () = tokio::time::sleep(self.stall) => return Err(AttemptError::Stalled(self.stall)),
         };
-        let lease = (Of::Shard, claimed.lease);
-        match self.drive(work, lease, Outlasting::default(), stop).await? {
-            Done::Shard(file) => {
+        let lease = (LeaseKind::Shard, claimed.lease);
+        match self
+            .drive(work, lease, AttemptState::default(), stop)
+            .await?
+        {
+            Output::Shard(file) => {
                 let file = self.inputs.blobs.put_bytes(file).await;
                 let file = file.map_err(AttemptError::Statistics)?.digest;
                 let given = Outcome::Given { claimed, file };
@@ -215,12 +218,12 @@ impl Runner {
     /// Lets the composer work, storing its progress and passing on wishes to stop.
     async fn drive(
         &self,
-        work: Work,
-        lease: (Of, Lease),
-        outlasting: Outlasting,
+        work: Task,
+        lease: (LeaseKind, Lease),
+        attempt_state: AttemptState,
         stop: &Stop,
-    ) -> Result<Done, AttemptError> {
-        let (watched, mut answer) = self.composer.begin(work, stop.clone(), outlasting);
+    ) -> Result<Output, AttemptError> {
+        let (watched, mut answer) = self.composer.begin(work, stop.clone(), attempt_state);
         let mut tick = tokio::time::interval(PROGRESS_EVERY);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut stored = None;
@@ -246,22 +249,24 @@ impl Runner {
     }
 
     /// Stores progress, where there is some, and asks whether the work is to go on.
-    async fn report(&self, (of, lease): (Of, Lease), moved: Option<Progress>, stop: &Stop) {
+    async fn report(&self, (of, lease): (LeaseKind, Lease), moved: Option<Progress>, stop: &Stop) {
         let write = async {
             let mut conn = self.pool().acquire().await?;
             match (of, moved) {
-                (Of::Job, Some(progress)) => queue::progress(&mut conn, lease, progress).await,
-                (Of::Job, None) => queue::look(&mut conn, lease).await,
-                (Of::Shard, Some(progress)) => {
+                (LeaseKind::Job, Some(progress)) => {
+                    queue::progress(&mut conn, lease, progress).await
+                }
+                (LeaseKind::Job, None) => queue::look(&mut conn, lease).await,
+                (LeaseKind::Shard, Some(progress)) => {
                     let done = progress.done as f64 / progress.total.max(1) as f64;
                     shards::progress(&mut conn, lease, done).await
                 }
-                (Of::Shard, None) => shards::look(&mut conn, lease).await,
+                (LeaseKind::Shard, None) => shards::look(&mut conn, lease).await,
             }
         };
         match write.await {
-            Ok(Answer::Held) => {}
-            Ok(Answer::CancelRequested) => stop.because(StopReason::Cancelled),
+            Ok(RenewOutcome::Renewed) => {}
+            Ok(RenewOutcome::CancelRequested) => stop.because(StopReason::Cancelled),
             Err(QueueError::LeaseLost(_)) => stop.because(StopReason::LeaseLost),
             // Progress is for people; the renewal decides whether the job is still ours.
             Err(error) => {
@@ -275,11 +280,11 @@ impl Runner {
         &self,
         claimed: &Claimed,
         renewal: &Renewal,
-        done: &Done,
+        done: &Output,
     ) -> Result<(), AttemptError> {
         let job_id = claimed.lease.job_id;
         match (&claimed.spec, done) {
-            (JobSpec::Ensemble(spec), Done::Composition(composition)) => {
+            (JobSpec::Ensemble(spec), Output::Composition(composition)) => {
                 let composed = MadePrompt::read(&composition.composed, &spec.output)?;
                 failpoints::reach("storing", job_id);
                 // Statistics first: they are addressed by content, so without the row they are only litter.
@@ -296,7 +301,7 @@ impl Runner {
                 self.write(renewal, &Outcome::Finished(claimed, finished))
                     .await?;
             }
-            (JobSpec::Tuning(spec), Done::Tuned(done)) => {
+            (JobSpec::Tuning(spec), Output::Tuned(done)) => {
                 let tuned = MadePrompt::read(&done.file, &spec.output)?;
                 let finished = Finished::Tuning {
                     spec,
@@ -306,7 +311,7 @@ impl Runner {
                 self.write(renewal, &Outcome::Finished(claimed, finished))
                     .await?;
             }
-            (JobSpec::Ranking(_), Done::Ranking(ranking)) => {
+            (JobSpec::Ranking(_), Output::Ranking(ranking)) => {
                 let finished = Finished::Ranking(ranking);
                 self.write(renewal, &Outcome::Finished(claimed, finished))
                     .await?;
@@ -340,13 +345,13 @@ impl Runner {
                 Outcome::Released(claimed.lease)
             }
             (error, _) => {
-                let (error, passing) = error.verdict();
+                let (error, transient) = error.verdict();
                 tracing::warn!(job.id = %job_id, error.code = error.code, error = error.detail,
-                    retry = passing, "the attempt failed");
+                    retry = transient, "the attempt failed");
                 Outcome::Failed {
                     lease: claimed.lease,
                     error,
-                    backoff: passing.then(|| queue::backoff(claimed.attempt)),
+                    backoff: transient.then(|| queue::backoff(claimed.attempt)),
                 }
             }
         };
@@ -367,10 +372,10 @@ impl Runner {
         let why = match error {
             AttemptError::Stopped => GivenBack::Released,
             error => {
-                let (error, passing) = error.verdict();
+                let (error, transient) = error.verdict();
                 tracing::warn!(job.id = %job_id, error.code = error.code, error = error.detail,
-                    retry = passing, "a shard failed");
-                match passing {
+                    retry = transient, "a shard failed");
+                match transient {
                     true => GivenBack::Failed,
                     false => GivenBack::Refused,
                 }

@@ -6,11 +6,11 @@ use std::time::Duration;
 
 use promptweave::domain::composition::{
     Composer, Composition, CompositionError, CompositionInput, Observer, Phase, Platform,
-    ResolveInput,
+    SolveInput,
 };
 use promptweave::domain::digest::Digest;
 use promptweave::domain::ranking::Ranking;
-use promptweave::domain::sharing::{Next, Shard, ShardInput, SharingError};
+use promptweave::domain::sharding::{Next, Shard, ShardInput, ShardingError};
 use promptweave::domain::tuning::{Checkpoints, Curves, Tuned, TuningInput};
 use promptweave::failpoints;
 use promptweave::worker::composer_thread::NewComposer;
@@ -60,7 +60,7 @@ impl Pretending {
 
     /// A phase by shards, with whoever helps; what comes together must be what was dealt out, in order.
     fn share(&self, phase: Phase, observer: &mut dyn Observer) -> Result<(), CompositionError> {
-        let failed = |error: SharingError| CompositionError::Retry {
+        let failed = |error: ShardingError| CompositionError::Retry {
             code: "sharing_failed",
             detail: error.to_string(),
         };
@@ -147,9 +147,9 @@ impl Composer for Pretending {
         Ok(answer(&sources))
     }
 
-    fn resolve(
+    fn solve(
         &mut self,
-        input: &ResolveInput,
+        input: &SolveInput,
         observer: &mut dyn Observer,
     ) -> Result<Composition, CompositionError> {
         self.work(Phase::Solve, self.step, observer)?;

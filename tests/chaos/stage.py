@@ -190,7 +190,7 @@ class Stage:
             self.serve(self.api.address)
 
     def fill(self):
-        """A backbone, a data set and prompts, all tiny."""
+        """A backbone, a dataset and prompts, all tiny."""
         self.api.ok("POST", "/datasets", {"name": "pets", "directory": "parquet"})
         backbone = self.api.ok("POST", "/backbones", {"name": "tiny", "directory": "timm_vit"})
         self.made_for = f"backbone_digest={backbone['digest']}&preprocessing_id={backbone['preprocessing_id']}"

@@ -10,7 +10,7 @@ use serde_json::json;
 use sqlx::{PgPool, Row};
 use uuid::Uuid;
 
-use crate::app::{Answer, TestApp, prompt_file};
+use crate::app::{TestApp, TestResponse, prompt_file};
 
 struct Operation {
     method: Method,
@@ -52,7 +52,7 @@ fn operations() -> Vec<Operation> {
     found
 }
 
-async fn ask(app: &TestApp, operation: &Operation, authorization: Option<&str>) -> Answer {
+async fn ask(app: &TestApp, operation: &Operation, authorization: Option<&str>) -> TestResponse {
     let mut request = Request::builder()
         .method(operation.method.clone())
         .uri(&operation.path);

@@ -6,7 +6,7 @@ use promptweave::db::MIGRATOR;
 use serde_json::{Value, json};
 use sqlx::PgPool;
 
-use crate::app::{Answer, TestApp, prompt_file};
+use crate::app::{TestApp, TestResponse, prompt_file};
 
 const PRODUCTION: &str = "/v1/prompts/dtd/aliases/production";
 
@@ -23,7 +23,12 @@ async fn with_versions(pool: PgPool) -> TestApp {
     app
 }
 
-async fn send(app: &TestApp, method: Method, condition: &[(&str, &str)], body: Value) -> Answer {
+async fn send(
+    app: &TestApp,
+    method: Method,
+    condition: &[(&str, &str)],
+    body: Value,
+) -> TestResponse {
     let mut request = Request::builder()
         .method(method)
         .uri(PRODUCTION)
@@ -36,11 +41,11 @@ async fn send(app: &TestApp, method: Method, condition: &[(&str, &str)], body: V
         .await
 }
 
-async fn put(app: &TestApp, condition: &[(&str, &str)], body: Value) -> Answer {
+async fn put(app: &TestApp, condition: &[(&str, &str)], body: Value) -> TestResponse {
     send(app, Method::PUT, condition, body).await
 }
 
-async fn delete(app: &TestApp, condition: &[(&str, &str)]) -> Answer {
+async fn delete(app: &TestApp, condition: &[(&str, &str)]) -> TestResponse {
     send(app, Method::DELETE, condition, Value::Null).await
 }
 

@@ -9,10 +9,16 @@ use serde_json::{Value, json};
 use sqlx::PgPool;
 use uuid::Uuid;
 
-use crate::app::{Answer, TestApp};
+use crate::app::{TestApp, TestResponse};
 
 /// Sends with a key, a body where there is one.
-async fn ask(app: &TestApp, key: &str, method: Method, path: &str, body: Option<Value>) -> Answer {
+async fn ask(
+    app: &TestApp,
+    key: &str,
+    method: Method,
+    path: &str,
+    body: Option<Value>,
+) -> TestResponse {
     let request = Request::builder()
         .method(method)
         .uri(path)
@@ -163,7 +169,7 @@ async fn a_project_comes_with_its_first_key_and_keeps_to_itself(pool: PgPool) {
     }
 
     // The operator sees which projects there are; a project sees itself.
-    let names = |answer: &Answer| -> Vec<String> {
+    let names = |answer: &TestResponse| -> Vec<String> {
         let json = answer.ok(200);
         let items = json["items"].as_array().unwrap().iter();
         items.map(|it| text(&it["name"]).to_owned()).collect()

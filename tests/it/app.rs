@@ -44,7 +44,7 @@ pub struct TestApp {
     pub dir: TempDir,
 }
 
-pub struct Answer {
+pub struct TestResponse {
     pub status: StatusCode,
     pub headers: HeaderMap,
     pub body: Bytes,
@@ -94,7 +94,7 @@ impl TestApp {
     }
 
     /// With a key of the default project that has every scope, unless the request names its own.
-    pub async fn send(&self, request: Request<Body>) -> Answer {
+    pub async fn send(&self, request: Request<Body>) -> TestResponse {
         self.send_as_is(self.keyed(request).await).await
     }
 
@@ -123,38 +123,38 @@ impl TestApp {
         key.text().expose_secret().to_owned()
     }
 
-    pub async fn send_as_is(&self, request: Request<Body>) -> Answer {
+    pub async fn send_as_is(&self, request: Request<Body>) -> TestResponse {
         let response = self.router.clone().oneshot(request).await.unwrap();
         let (parts, body) = response.into_parts();
-        Answer {
+        TestResponse {
             status: parts.status,
             headers: parts.headers,
             body: body.collect().await.unwrap().to_bytes(),
         }
     }
 
-    pub async fn get(&self, path: &str) -> Answer {
+    pub async fn get(&self, path: &str) -> TestResponse {
         self.send(Request::get(path).body(Body::empty()).unwrap())
             .await
     }
 
-    pub async fn post(&self, path: &str, json: &Value) -> Answer {
+    pub async fn post(&self, path: &str, json: &Value) -> TestResponse {
         self.post_text(path, &json.to_string()).await
     }
 
-    pub async fn post_text(&self, path: &str, json: &str) -> Answer {
+    pub async fn post_text(&self, path: &str, json: &str) -> TestResponse {
         let request = Request::post(path).header(header::CONTENT_TYPE, "application/json");
         self.send(request.body(Body::from(json.to_owned())).unwrap())
             .await
     }
 
-    pub async fn post_empty(&self, path: &str) -> Answer {
+    pub async fn post_empty(&self, path: &str) -> TestResponse {
         self.send(Request::post(path).body(Body::empty()).unwrap())
             .await
     }
 
     /// Uploads to `/v1/prompts/…/versions`.
-    pub async fn upload(&self, path: &str, file: impl Into<Body>) -> Answer {
+    pub async fn upload(&self, path: &str, file: impl Into<Body>) -> TestResponse {
         let request = Request::builder()
             .method(Method::POST)
             .uri(path)
@@ -163,7 +163,7 @@ impl TestApp {
     }
 }
 
-impl Answer {
+impl TestResponse {
     pub fn json(&self) -> Value {
         serde_json::from_slice(&self.body).unwrap_or_else(|_| panic!("not JSON: {self:?}"))
     }
@@ -196,7 +196,7 @@ impl Answer {
     }
 }
 
-impl std::fmt::Debug for Answer {
+impl std::fmt::Debug for TestResponse {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let text = String::from_utf8_lossy(&self.body);
         write!(f, "{} {:?} {text}", self.status, self.headers)

@@ -8,7 +8,7 @@ use promptweave::domain::tensor::Tensor;
 use serde_json::{Value, json};
 use sqlx::PgPool;
 
-use crate::app::{Answer, TestApp, prompt_file};
+use crate::app::{TestApp, TestResponse, prompt_file};
 
 async fn publish(app: &TestApp, name: &str, file: &PromptFile) {
     app.post("/v1/prompts", &json!({"name": name}))
@@ -18,7 +18,7 @@ async fn publish(app: &TestApp, name: &str, file: &PromptFile) {
     app.upload(&path, file.to_bytes()).await.ok(201);
 }
 
-async fn compose(app: &TestApp, sources: &[(&str, f64)], output: &str) -> Answer {
+async fn compose(app: &TestApp, sources: &[(&str, f64)], output: &str) -> TestResponse {
     let sources: Vec<_> = sources
         .iter()
         .map(|(prompt, weight)| json!({"prompt": prompt, "weight": weight}))

@@ -92,7 +92,7 @@ pub fn composition(input_sources: &[(String, i32, Digest)], weights: &[f64]) -> 
             optima: vec![],
             method: MethodReport {
                 // As if it had been chosen.
-                uniform_share: 0.25,
+                uniform_mix: 0.25,
                 ..MethodReport::default()
             },
             solver: Some(SolverReport {
@@ -141,7 +141,7 @@ fn provenance() -> Provenance {
         precision: Precision::F32,
         libtorch: "none".into(),
         version: "0".into(),
-        resolved_from: None,
+        solved_from: None,
     }
 }
 
@@ -180,7 +180,7 @@ pub fn ranking(sources: impl IntoIterator<Item = (String, Digest)>) -> Ranking {
         digest,
         h_score: f64::from(place),
         h_score_adjusted: 0.5,
-        log_me: -0.25,
+        logme: -0.25,
         leep: None,
         nce: None,
         otce: None,

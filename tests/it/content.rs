@@ -9,7 +9,7 @@ use promptweave::domain::digest::Digest;
 use serde_json::json;
 use sqlx::PgPool;
 
-use crate::app::{Answer, TestApp, prompt_file};
+use crate::app::{TestApp, TestResponse, prompt_file};
 use crate::ensembles::{Worker, furnished, post, request, until_state, url};
 use crate::fixtures::FakeComposer;
 
@@ -27,7 +27,7 @@ async fn with_version(pool: PgPool) -> (TestApp, Vec<u8>) {
     (app, bytes)
 }
 
-async fn ask(app: &TestApp, method: Method, path: &str, headers: &[(&str, &str)]) -> Answer {
+async fn ask(app: &TestApp, method: Method, path: &str, headers: &[(&str, &str)]) -> TestResponse {
     let mut request = Request::builder().method(method).uri(path);
     for (name, value) in headers {
         request = request.header(*name, *value);

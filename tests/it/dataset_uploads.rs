@@ -13,7 +13,7 @@ use serde_json::json;
 use sqlx::PgPool;
 use tar::EntryType::{self, Regular};
 
-use crate::app::{Answer, TestApp, png, write_files};
+use crate::app::{TestApp, TestResponse, png, write_files};
 use crate::archives::{
     entry, gzip, huge_png, replaced, tar, tar_of, tar_of_many, zip, zip_that_declares,
 };
@@ -27,13 +27,13 @@ fn app(pool: PgPool) -> TestApp {
     })
 }
 
-async fn upload(app: &TestApp, query: &str, body: impl Into<Body>) -> Answer {
+async fn upload(app: &TestApp, query: &str, body: impl Into<Body>) -> TestResponse {
     let path = format!("/v1/datasets/food/versions{query}");
     app.send(Request::post(path).body(body.into()).unwrap())
         .await
 }
 
-/// Nothing of any upload is left, and no data set either.
+/// Nothing of any upload is left, and no dataset either.
 async fn assert_nothing_kept(app: &TestApp) {
     let scratch = &app.state.settings.scratch_dir;
     assert_eq!(fs::read_dir(scratch).unwrap().count(), 0);
@@ -130,7 +130,9 @@ async fn a_bad_image_is_named_or_left_out(pool: PgPool) {
         assert_eq!(problem["errors"][0]["pointer"], "/cat~12.png");
     }
     assert_nothing_kept(&app).await;
-    let dataset = upload(&app, "?skip_bad=true", tar(files)).await.ok(201);
+    let dataset = upload(&app, "?skip_unreadable=true", tar(files))
+        .await
+        .ok(201);
     assert_eq!(dataset["skipped_images"], json!(["cat/2.png", "dog/3.png"]));
 }
 
@@ -332,7 +334,7 @@ async fn hostile_archives_are_refused_by_entry_and_rule(pool: PgPool) {
     ];
     for (bytes, name, rule) in corpus {
         let started = Instant::now();
-        let answer = upload(&app, "?skip_bad=true", bytes).await;
+        let answer = upload(&app, "?skip_unreadable=true", bytes).await;
         let taken = started.elapsed();
         let problem = answer.problem(422, "invalid_archive");
         let detail = problem["detail"].as_str().unwrap();
@@ -410,7 +412,7 @@ async fn parquet_files_are_data_sets_from_a_directory_and_one_of_them_as_a_body(
     let refused = refused.problem(422, "unreadable_image");
     let detail = refused["errors"][0]["detail"].to_string();
     assert!(detail.contains("row 0 of the file"), "{detail}");
-    let dataset = upload(&app, "?skip_bad=true", broken).await.ok(201);
+    let dataset = upload(&app, "?skip_unreadable=true", broken).await.ok(201);
     assert_eq!(dataset["skipped_images"], json!(["row 0 of the file"]));
     let cut = bytes[0][..bytes[0].len() - 4].to_vec();
     let refused = upload(&app, "", cut).await.problem(422, "invalid_dataset");

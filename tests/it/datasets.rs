@@ -80,14 +80,14 @@ async fn an_unreadable_image_is_named_or_left_out_and_counted(pool: PgPool) {
         .problem(422, "unreadable_image");
     let detail = problem["detail"].as_str().unwrap();
     assert!(
-        detail.contains("`cat/2.png`") && detail.contains("skip_bad"),
+        detail.contains("`cat/2.png`") && detail.contains("skip_unreadable"),
         "{detail}"
     );
     app.get("/v1/datasets/pets")
         .await
         .problem(404, "dataset_not_found");
 
-    let body = json!({"name": "pets", "directory": "pets", "skip_bad": true});
+    let body = json!({"name": "pets", "directory": "pets", "skip_unreadable": true});
     let dataset = app.post("/v1/datasets", &body).await.ok(201);
     assert_eq!(dataset["skipped"], 1);
     assert_eq!(dataset["skipped_images"], json!(["cat/2.png"]));
@@ -113,7 +113,7 @@ async fn bad_directories_are_refused_without_the_servers_paths(pool: PgPool) {
         &[classes, ("train.txt", b"a.png 0\n")],
     );
     write_files(&app.root("unread"), &[("cat/1.png", b"no image")]);
-    for (directory, skip_bad, code, detail) in [
+    for (directory, skip_unreadable, code, detail) in [
         (
             "nothing",
             false,
@@ -169,7 +169,8 @@ async fn bad_directories_are_refused_without_the_servers_paths(pool: PgPool) {
             "there is no directory",
         ),
     ] {
-        let body = json!({"name": "bad", "directory": directory, "skip_bad": skip_bad});
+        let body =
+            json!({"name": "bad", "directory": directory, "skip_unreadable": skip_unreadable});
         let problem = app.post("/v1/datasets", &body).await.problem(422, code);
         assert!(
             problem["detail"].as_str().unwrap().starts_with(detail),

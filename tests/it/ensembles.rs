@@ -17,10 +17,10 @@ use sqlx::PgPool;
 use tokio::task::JoinHandle;
 use uuid::Uuid;
 
-use crate::app::{Answer, TestApp, WIDTH, png, prompt_file, tiny_backbone, write_files};
+use crate::app::{TestApp, TestResponse, WIDTH, png, prompt_file, tiny_backbone, write_files};
 use crate::fixtures::{FakeComposer, Script};
 
-/// An app with backbone `tiny`, data set `pets` and prompts `digits` and `flowers`.
+/// An app with backbone `tiny`, dataset `pets` and prompts `digits` and `flowers`.
 pub async fn furnished(pool: PgPool) -> TestApp {
     let app = TestApp::new(pool);
     tiny_backbone(&app.root("tiny"), 1, 4);
@@ -83,7 +83,7 @@ pub fn request() -> Value {
     })
 }
 
-pub async fn post(app: &TestApp, request: &Value) -> Answer {
+pub async fn post(app: &TestApp, request: &Value) -> TestResponse {
     app.post("/v1/ensembles", request).await
 }
 
@@ -106,7 +106,7 @@ impl Worker {
             lease: Duration::from_secs(30),
             stall: Duration::from_secs(600),
             cache_dir: app.dir.path().join("cache"),
-            shard_pairs: 0,
+            min_shard_pairs: 0,
             cache_bytes: 1 << 30,
         };
         let shutdown = Shutdown::default();
@@ -168,8 +168,8 @@ async fn an_ensemble_from_post_to_result(pool: PgPool) {
     assert_eq!(result["source_weights"][0]["prompt"], "digits");
     assert_eq!(result["source_weights"][0]["version"], 1);
     assert_eq!(result["source_weights"][1]["weight"], 0.75);
-    assert_eq!(result["composed"]["prompt"], "pets-composed");
-    let composed = app.get(&url(&done, "composed")).await;
+    assert_eq!(result["composed_prompt"]["prompt"], "pets-composed");
+    let composed = app.get(&url(&done, "composed_prompt")).await;
     assert_eq!(composed.status, 200);
     PromptFile::parse(&composed.body).unwrap();
     let statistics = app.get(&url(&ensemble, "statistics")).await;
@@ -257,11 +257,11 @@ async fn what_cannot_be_composed_is_refused_with_its_place(pool: PgPool) {
         request
     };
     let mut without_gradients = with("/objective", json!({"method": "average"}));
-    without_gradients["stop_when"] = json!({"weight_se": 0.1});
-    let mut chosen_at_the_end = with("/objective", json!({"uniform_share": "auto"}));
-    chosen_at_the_end["stop_when"] = json!({"weight_se": 0.1});
+    without_gradients["early_stopping"] = json!({"max_standard_error": 0.1});
+    let mut chosen_at_the_end = with("/objective", json!({"uniform_mix": "auto"}));
+    chosen_at_the_end["early_stopping"] = json!({"max_standard_error": 0.1});
     let mut falls_back = with("/objective", json!({"fallback": "single_best"}));
-    falls_back["stop_when"] = json!({"weight_se": 0.1});
+    falls_back["early_stopping"] = json!({"max_standard_error": 0.1});
     let mut without_anchor = with_source("unseeded");
     without_anchor["objective"] = json!({"scale": "auto"});
     let second = "/sources/1/prompt";
@@ -317,9 +317,17 @@ async fn what_cannot_be_composed_is_refused_with_its_place(pool: PgPool) {
             "/objective/trade_off",
         ),
         (without_anchor, "invalid_objective", "/objective/scale"),
-        (without_gradients, "invalid_stop_when", "/stop_when"),
-        (chosen_at_the_end, "invalid_stop_when", "/stop_when"),
-        (falls_back, "invalid_stop_when", "/stop_when"),
+        (
+            without_gradients,
+            "invalid_early_stopping",
+            "/early_stopping",
+        ),
+        (
+            chosen_at_the_end,
+            "invalid_early_stopping",
+            "/early_stopping",
+        ),
+        (falls_back, "invalid_early_stopping", "/early_stopping"),
         (
             with("/priority", json!(-1)),
             "invalid_priority",
@@ -340,7 +348,7 @@ async fn what_cannot_be_composed_is_refused_with_its_place(pool: PgPool) {
         assert_eq!(problem["errors"][0]["pointer"], pointer, "{problem}");
     }
 
-    // A data set without `val`, and with nothing readable in `test`.
+    // A dataset without `val`, and with nothing readable in `test`.
     write_files(
         &app.root("gaps"),
         &[
@@ -349,7 +357,7 @@ async fn what_cannot_be_composed_is_refused_with_its_place(pool: PgPool) {
             ("test/cat/1.png", b"not an image"),
         ],
     );
-    let gaps = json!({"name": "gaps", "directory": "gaps", "skip_bad": true});
+    let gaps = json!({"name": "gaps", "directory": "gaps", "skip_unreadable": true});
     app.post("/v1/datasets", &gaps).await.ok(201);
     for (split, value, code) in [
         ("split", "val", "unknown_split"),

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use promptweave::domain::backbone::BackboneConfig;
 use promptweave::domain::composition::{
     Composer, Composition, CompositionError, CompositionInput, Observer, Phase, Platform,
-    ResolveInput, TargetSamples,
+    SolveInput, TargetSamples,
 };
 use promptweave::domain::dataset::Split;
 use promptweave::domain::digest::Digest;
@@ -17,7 +17,7 @@ use promptweave::domain::job::{
 use promptweave::domain::objective::Objective;
 use promptweave::domain::prompt_file::Origin;
 use promptweave::domain::ranking::Ranking;
-use promptweave::domain::sharing::{Next, Shard, ShardInput};
+use promptweave::domain::sharding::{Next, Shard, ShardInput};
 use promptweave::domain::tuning::{Checkpoints, Curves, Tuned, TuningInput};
 use promptweave::jobs::requests::{self, NewJob};
 use promptweave::jobs::workers::{self, NewWorker};
@@ -84,7 +84,7 @@ pub async fn spec(db: &mut PgConnection) -> EnsembleSpec {
                 eval_split: None,
                 max_samples: 2000,
                 seed: 0,
-                skip_bad: false,
+                skip_unreadable: false,
             },
         },
         sources: vec![
@@ -100,8 +100,8 @@ pub async fn spec(db: &mut PgConnection) -> EnsembleSpec {
         },
         objective: Objective::default(),
         output: "emoji-composed".into(),
-        stop_when: None,
-        resolved_from: None,
+        early_stopping: None,
+        solved_from: None,
     }
 }
 
@@ -342,9 +342,9 @@ impl Composer for FakeComposer {
         Ok(composition(&sources, &weights))
     }
 
-    fn resolve(
+    fn solve(
         &mut self,
-        input: &ResolveInput,
+        input: &SolveInput,
         observer: &mut dyn Observer,
     ) -> Result<Composition, CompositionError> {
         let script = self.begin();
@@ -357,8 +357,8 @@ impl Composer for FakeComposer {
             .collect();
         let weights = vec![1.0 / sources.len() as f64; sources.len()];
         let mut resolved = composition(&sources, &weights);
-        resolved.result.provenance.resolved_from = Some(Digest::of(&input.statistics));
-        resolved.result.diagnostics.composed = None;
+        resolved.result.provenance.solved_from = Some(Digest::of(&input.statistics));
+        resolved.result.diagnostics.composed_score = None;
         resolved.result.diagnostics.surrogate_gap = None;
         Ok(resolved)
     }

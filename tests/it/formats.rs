@@ -12,7 +12,7 @@ use promptweave::domain::digest::Digest;
 use serde_json::{Value, json};
 use sqlx::PgPool;
 
-use crate::app::{Answer, TestApp, prompt_file, tiny_backbone};
+use crate::app::{TestApp, TestResponse, prompt_file, tiny_backbone};
 
 fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/formats")
@@ -141,7 +141,7 @@ fn weights(name: &str) -> Vec<u8> {
     fs::read(dir.join("adapter_model.safetensors")).unwrap()
 }
 
-async fn import(app: &TestApp, query: &str, tar: Vec<u8>) -> Answer {
+async fn import(app: &TestApp, query: &str, tar: Vec<u8>) -> TestResponse {
     let request = Request::post(format!("/v1/prompts/import-peft?{query}"))
         .header(header::CONTENT_TYPE, "application/x-tar");
     app.send(request.body(Body::from(tar)).unwrap()).await

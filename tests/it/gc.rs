@@ -11,7 +11,7 @@ use promptweave::registry::{RegistryError, references};
 use serde_json::{Value, json};
 use sqlx::PgPool;
 
-use crate::app::{Answer, TestApp};
+use crate::app::{TestApp, TestResponse};
 use crate::ensembles::{Worker, furnished, post, request, until_state, url};
 use crate::fixtures::FakeComposer;
 
@@ -56,7 +56,7 @@ async fn old_files_without_a_reference_go_and_nothing_else(pool: PgPool) {
     sqlx::query(row).execute(&app.state.pool).await.unwrap();
     age(&app).await;
     let young = app.state.blobs.put_bytes("young").await.unwrap();
-    // A backbone, a data set, statistics, and the two.
+    // A backbone, a dataset, statistics, and the two.
     assert_eq!(files(&app).len(), 5);
 
     let expected = Collected {
@@ -74,7 +74,10 @@ async fn old_files_without_a_reference_go_and_nothing_else(pool: PgPool) {
 
     assert_eq!(app.get(&url(&ensemble, "statistics")).await.status, 200);
     let composed = app.get(&url(&ensemble, "self")).await.ok(200);
-    assert_eq!(app.get(&url(&composed, "composed")).await.status, 200);
+    assert_eq!(
+        app.get(&url(&composed, "composed_prompt")).await.status,
+        200
+    );
 }
 
 #[sqlx::test(migrator = "MIGRATOR")]
@@ -127,9 +130,9 @@ async fn statistics_go_after_their_time_and_say_so(pool: PgPool) {
     let ensemble = post(&app, &request()).await.ok(202);
     let worker = Worker::start(&app, &FakeComposer::default());
     let done = until_state(&app, &ensemble, "succeeded").await;
-    assert_ne!(done["urls"]["resolve"], Value::Null);
+    assert_ne!(done["urls"]["solve"], Value::Null);
     worker.stop().await;
-    let resolve = format!("{}/resolve", url(&ensemble, "self"));
+    let resolve = format!("{}/solve", url(&ensemble, "self"));
     let again = app.post(&resolve, &json!({})).await.ok(202);
     let cancel = format!("{}/cancel", url(&again, "self"));
     app.post(&cancel, &json!({})).await.ok(200);
@@ -154,7 +157,7 @@ async fn statistics_go_after_their_time_and_say_so(pool: PgPool) {
         .unwrap();
     let collected = collect().await;
     assert_eq!((collected.ensembles, collected.files), (1, 1));
-    let gone = |answer: Answer| {
+    let gone = |answer: TestResponse| {
         let problem = answer.problem(410, "statistics_deleted");
         assert!(
             problem["detail"]
@@ -171,7 +174,7 @@ async fn statistics_go_after_their_time_and_say_so(pool: PgPool) {
     let still = app.get(&url(&again, "self")).await.ok(200);
     assert_eq!(still["state"], "cancelled");
     let after = app.get(&url(&ensemble, "self")).await.ok(200);
-    assert_eq!(after["urls"]["resolve"], Value::Null);
+    assert_eq!(after["urls"]["solve"], Value::Null);
     // The answer itself stays.
     app.get(&url(&ensemble, "result")).await.ok(200);
 }

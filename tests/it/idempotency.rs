@@ -12,7 +12,7 @@ use promptweave::registry::{DEFAULT_PROJECT, projects};
 use serde_json::json;
 use sqlx::PgPool;
 
-use crate::app::{Answer, TestApp, prompt_file};
+use crate::app::{TestApp, TestResponse, prompt_file};
 use crate::ensembles::{furnished, request};
 
 fn keyed(path: &str, key: &str, kind: &str, body: impl Into<Body>) -> Request<Body> {
@@ -23,7 +23,7 @@ fn keyed(path: &str, key: &str, kind: &str, body: impl Into<Body>) -> Request<Bo
         .unwrap()
 }
 
-async fn post(app: &TestApp, path: &str, key: &str, body: &serde_json::Value) -> Answer {
+async fn post(app: &TestApp, path: &str, key: &str, body: &serde_json::Value) -> TestResponse {
     let request = keyed(path, key, "application/json", body.to_string());
     app.send(request).await
 }
@@ -37,7 +37,7 @@ async fn count(app: &TestApp, table: &str) -> i64 {
 }
 
 /// Sends until nobody else is at work under the key.
-async fn patiently(send: impl AsyncFn() -> Answer) -> Answer {
+async fn patiently(send: impl AsyncFn() -> TestResponse) -> TestResponse {
     let answered = async {
         loop {
             let answer = send().await;
@@ -65,7 +65,7 @@ async fn fifty_at_once_are_one_ensemble_and_one_answer(pool: PgPool) {
         assert_eq!(answer.header("location"), answers[0].header("location"));
         assert_eq!(answer.header("retry-after"), "1");
     }
-    let replayed = |answer: &&Answer| answer.header("idempotency-replayed") == "true";
+    let replayed = |answer: &&TestResponse| answer.header("idempotency-replayed") == "true";
     assert_eq!(answers.iter().filter(replayed).count(), 49);
     assert_eq!(count(&app, "job").await, 1);
     // Its actions too, though they have no body.

@@ -6,7 +6,7 @@ use promptweave::db::MIGRATOR;
 use serde_json::{Value, json};
 use sqlx::PgPool;
 
-use crate::app::{Answer, TestApp, prompt_file};
+use crate::app::{TestApp, TestResponse, prompt_file};
 use crate::ensembles::{furnished, post, request};
 
 fn document() -> Value {
@@ -116,7 +116,7 @@ fn what_is_made_is_led_to() {
 }
 
 /// Follows the links of an answer that only read; what they answer, by the name of the link.
-async fn follow(app: &TestApp, from: &str, answer: &Answer) -> Vec<(String, u16)> {
+async fn follow(app: &TestApp, from: &str, answer: &TestResponse) -> Vec<(String, u16)> {
     let document = document();
     let operations = operations(&document);
     let found = |id: &str| operations.iter().find(|it| it.id() == id).unwrap();

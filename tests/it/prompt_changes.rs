@@ -8,13 +8,19 @@ use promptweave::registry::prompts::{self, Facet};
 use serde_json::{Value, json};
 use sqlx::PgPool;
 
-use crate::app::{Answer, TestApp, prompt_file};
+use crate::app::{TestApp, TestResponse, prompt_file};
 use crate::ensembles::{furnished, post, request};
 use crate::lineage;
 
 const DTD: &str = "/v1/prompts/dtd";
 
-async fn send(app: &TestApp, method: Method, path: &str, if_match: &str, body: Value) -> Answer {
+async fn send(
+    app: &TestApp,
+    method: Method,
+    path: &str,
+    if_match: &str,
+    body: Value,
+) -> TestResponse {
     let mut request = Request::builder()
         .method(method)
         .uri(path)
@@ -26,21 +32,21 @@ async fn send(app: &TestApp, method: Method, path: &str, if_match: &str, body: V
         .await
 }
 
-async fn patch(app: &TestApp, if_match: &str, body: Value) -> Answer {
+async fn patch(app: &TestApp, if_match: &str, body: Value) -> TestResponse {
     send(app, Method::PATCH, DTD, if_match, body).await
 }
 
-async fn delete(app: &TestApp, path: &str, if_match: &str) -> Answer {
+async fn delete(app: &TestApp, path: &str, if_match: &str) -> TestResponse {
     send(app, Method::DELETE, path, if_match, Value::Null).await
 }
 
-async fn create(app: &TestApp, body: Value) -> Answer {
+async fn create(app: &TestApp, body: Value) -> TestResponse {
     let answer = app.post("/v1/prompts", &body).await;
     answer.ok(201);
     answer
 }
 
-async fn publish(app: &TestApp, name: &str, seed: u64) -> Answer {
+async fn publish(app: &TestApp, name: &str, seed: u64) -> TestResponse {
     let bytes = prompt_file(seed).to_bytes();
     let answer = app
         .upload(&format!("/v1/prompts/{name}/versions"), bytes)

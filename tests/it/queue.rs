@@ -12,7 +12,7 @@ use promptweave::domain::prompt_file::PromptFile;
 use promptweave::domain::specification::JobSpec;
 use promptweave::jobs::events;
 use promptweave::jobs::finish::{Finished, NewPrompt, finish};
-use promptweave::jobs::queue::{self, Claimed, QueueError, Renewal};
+use promptweave::jobs::queue::{self, Claimed, QueueError, RenewOutcome};
 use promptweave::jobs::requests::{self, Cancellation};
 use promptweave::jobs::workers::{self, WorkerState};
 use promptweave::registry::lineage::{self, Direction};
@@ -156,7 +156,7 @@ async fn a_job_goes_through_its_phases_and_its_result_is_published(
         let renewal = queue::progress(&mut db, claimed.lease, progress)
             .await
             .unwrap();
-        assert_eq!(renewal, Renewal::Held);
+        assert_eq!(renewal, RenewOutcome::Renewed);
         assert_eq!(job(&mut db, id).await.progress, Some(progress));
     }
     finish_with(&mut db, &claimed, &spec, &[0.25, 0.75])
@@ -167,15 +167,18 @@ async fn a_job_goes_through_its_phases_and_its_result_is_published(
     assert_eq!(done.state, JobState::Succeeded);
     assert!(done.finished_at.is_some());
     let result = done.result.unwrap();
-    assert_eq!(result.composed.prompt.as_deref(), Some("emoji-composed"));
-    assert_eq!(result.composed.version, Some(1));
+    assert_eq!(
+        result.composed_prompt.prompt.as_deref(),
+        Some("emoji-composed")
+    );
+    assert_eq!(result.composed_prompt.version, Some(1));
     let reference = "emoji-composed:1".parse().unwrap();
     let version = prompt_versions::resolve(&mut db, DEFAULT_PROJECT, &reference)
         .await
         .unwrap()
         .unwrap();
     assert_eq!(version.produced_by_job, Some(id));
-    assert_eq!(version.digest, result.composed.digest);
+    assert_eq!(version.digest, result.composed_prompt.digest);
     let graph = lineage::walk(&mut db, DEFAULT_PROJECT, version.id, Direction::Up, 1)
         .await
         .unwrap();
@@ -303,7 +306,7 @@ async fn a_renewed_lease_is_not_reaped(mut db: PoolConnection<Postgres>) {
     let claimed = claim(&mut db, worker).await;
     run_out(&mut db, id).await;
     let renewal = queue::renew(&mut db, claimed.lease, LEASE).await.unwrap();
-    assert_eq!(renewal, Renewal::Held);
+    assert_eq!(renewal, RenewOutcome::Renewed);
     assert!(queue::reap(&mut db).await.unwrap().is_empty());
 }
 
@@ -344,7 +347,7 @@ async fn cancelling(mut db: PoolConnection<Postgres>) {
     assert_eq!(cancel(id).await, Cancellation::Requested);
     assert_eq!(cancel(id).await, Cancellation::Requested);
     let renewal = queue::renew(&mut db, claimed.lease, LEASE).await.unwrap();
-    assert_eq!(renewal, Renewal::CancelRequested);
+    assert_eq!(renewal, RenewOutcome::CancelRequested);
     queue::finish_cancelled(&mut db, claimed.lease)
         .await
         .unwrap();

@@ -13,7 +13,7 @@ use promptweave::domain::composition::Phase;
 use promptweave::domain::job::{EnsembleSpec, JobError, JobState, MAX_ATTEMPTS, Progress};
 use promptweave::domain::prompt_file::PromptFile;
 use promptweave::jobs::finish::{Finished, NewPrompt, finish};
-use promptweave::jobs::queue::{self, Claimed, QueueError, Renewal};
+use promptweave::jobs::queue::{self, Claimed, QueueError, RenewOutcome};
 use promptweave::jobs::requests::{self, Cancellation};
 use promptweave::registry::DEFAULT_PROJECT;
 use proptest::prelude::*;
@@ -342,12 +342,12 @@ fn lease<'a>(
 }
 
 /// Whether the lease held, which is what the answer must say.
-fn check(model: &Model, lease: usize, answer: Result<Option<Renewal>, QueueError>) -> bool {
+fn check(model: &Model, lease: usize, answer: Result<Option<RenewOutcome>, QueueError>) -> bool {
     match answer {
         Ok(renewal) => {
             assert!(model.holds(lease), "a lost lease wrote");
             if let Some(renewal) = renewal {
-                let asked = renewal == Renewal::CancelRequested;
+                let asked = renewal == RenewOutcome::CancelRequested;
                 assert_eq!(asked, model.cancel_requested);
             }
             true

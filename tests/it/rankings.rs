@@ -4,7 +4,7 @@ use promptweave::db::MIGRATOR;
 use serde_json::{Value, json};
 use sqlx::PgPool;
 
-use crate::app::{Answer, TestApp};
+use crate::app::{TestApp, TestResponse};
 use crate::ensembles::{Worker, furnished, until_state, url};
 use crate::fixtures::{FakeComposer, Script};
 
@@ -15,7 +15,7 @@ fn request() -> Value {
     })
 }
 
-async fn post(app: &TestApp, request: &Value) -> Answer {
+async fn post(app: &TestApp, request: &Value) -> TestResponse {
     app.post("/v1/rankings", request).await
 }
 
@@ -159,7 +159,7 @@ async fn the_engine_ranks_what_was_posted(pool: PgPool) {
             "h_score",
             "h_score_adjusted",
             "h_score_cross_validated",
-            "log_me",
+            "logme",
             "spot_token_mean",
             "spot_all_pairs",
             "panda",

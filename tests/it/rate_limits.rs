@@ -10,7 +10,7 @@ use promptweave::http::rate_limit::RateLimit;
 use promptweave::registry::DEFAULT_PROJECT;
 use sqlx::PgPool;
 
-use crate::app::{Answer, TestApp};
+use crate::app::{TestApp, TestResponse};
 
 /// Three at once, and then one in a quarter of an hour: no test lives to see it.
 fn limited(pool: PgPool) -> TestApp {
@@ -22,7 +22,7 @@ fn limited(pool: PgPool) -> TestApp {
     })
 }
 
-async fn get(app: &TestApp, path: &str, key: Option<&str>) -> Answer {
+async fn get(app: &TestApp, path: &str, key: Option<&str>) -> TestResponse {
     let mut request = Request::get(path);
     if let Some(key) = key {
         request = request.header(header::AUTHORIZATION, format!("Bearer {key}"));

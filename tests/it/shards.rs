@@ -8,8 +8,8 @@ use promptweave::db::MIGRATOR;
 use promptweave::domain::composition::Phase;
 use promptweave::domain::digest::Digest;
 use promptweave::domain::job::JobState;
-use promptweave::domain::sharing::{Estimate, Shard};
-use promptweave::jobs::queue::{self, Claimed, QueueError, Renewal};
+use promptweave::domain::sharding::{Estimate, Shard};
+use promptweave::jobs::queue::{self, Claimed, QueueError, RenewOutcome};
 use promptweave::jobs::shards::{self, ClaimedShard, GivenBack, Owner};
 use serde_json::json;
 use sqlx::pool::PoolConnection;
@@ -215,7 +215,7 @@ async fn shards_outlast_the_attempt_and_end_with_the_job(db: PoolConnection<Post
     ));
     assert!(shared.helps().await.is_none(), "nobody merges just now");
     let renewed = shards::renew(&mut shared.db, helper.lease, LEASE).await;
-    assert_eq!(renewed.unwrap(), Renewal::Held);
+    assert_eq!(renewed.unwrap(), RenewOutcome::Renewed);
     shared.give(&helper).await.unwrap();
 
     shared.owner.worker_id = worker(&mut shared.db).await;

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use sqlx::PgPool;
 use uuid::Uuid;
 
-use crate::app::{Answer, TestApp, WIDTH, png, tiny_backbone, write_files};
+use crate::app::{TestApp, TestResponse, WIDTH, png, tiny_backbone, write_files};
 use crate::ensembles::{Worker, fitting, furnished, until_state, upload, url};
 use crate::fixtures::{FakeComposer, Script};
 use crate::gc::age;
@@ -38,7 +38,7 @@ fn with(pointer: &str, value: Value) -> Value {
     request
 }
 
-async fn post(app: &TestApp, request: &Value) -> Answer {
+async fn post(app: &TestApp, request: &Value) -> TestResponse {
     app.post("/v1/tunings", request).await
 }
 
@@ -125,7 +125,7 @@ async fn whoever_asked_is_told_of_a_tunings_end_with_its_prompt(pool: PgPool) {
     assert_eq!(told[0]["job"], tuning["id"]);
     let data = &told[0]["payload"]["data"];
     assert_eq!(data["tuned"], json!({"prompt": "pets-tuned", "version": 1}));
-    assert_eq!(data["composed"], Value::Null);
+    assert_eq!(data["composed_prompt"], Value::Null);
     assert_eq!(data["urls"]["self"], url(&tuning, "self"));
     assert_eq!(data["urls"]["result"], url(&tuning, "result"));
 }

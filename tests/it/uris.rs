@@ -1,4 +1,4 @@
-//! Data sets and backbones from URIs: a web server, a bucket, and a stand-in for the Hub.
+//! Datasets and backbones from URIs: a web server, a bucket, and a stand-in for the Hub.
 
 use std::fs;
 use std::net::SocketAddr;
@@ -176,7 +176,7 @@ async fn an_object_of_a_bucket_is_fetched(pool: PgPool) {
     assert_nothing_left(&app);
 }
 
-/// Speaks the Hub's protocol for a data set and a model; large files are on another server.
+/// Speaks the Hub's protocol for a dataset and a model; large files are on another server.
 async fn hub() -> [SocketAddr; 2] {
     let file = |path: &str| fs::read(fixtures().join(path)).unwrap();
     let content = async |headers: HeaderMap, UrlPath(path): UrlPath<String>| -> Response {

@@ -12,11 +12,11 @@ use serde_json::{Value, json};
 use sqlx::PgPool;
 use tower::ServiceExt;
 
-use crate::app::{Answer, TestApp};
+use crate::app::{TestApp, TestResponse};
 use crate::ensembles::{Worker, furnished, post, request, until_state, url};
 use crate::fixtures::{FakeComposer, Script};
 
-async fn stream(app: &TestApp, ensemble: &Value, last: Option<&str>) -> Answer {
+async fn stream(app: &TestApp, ensemble: &Value, last: Option<&str>) -> TestResponse {
     let mut request =
         Request::get(url(ensemble, "events")).header(header::ACCEPT, "text/event-stream");
     if let Some(last) = last {
@@ -31,7 +31,7 @@ fn field(event: &str, name: &str) -> Option<String> {
 }
 
 /// Id and kind of each event of a stream, without `progress`.
-fn events(answer: &Answer) -> Vec<(i32, String)> {
+fn events(answer: &TestResponse) -> Vec<(i32, String)> {
     assert_eq!(answer.status, 200, "{answer:?}");
     assert_eq!(answer.header("content-type"), "text/event-stream");
     let text = std::str::from_utf8(&answer.body).unwrap();
@@ -65,7 +65,7 @@ async fn a_stream_has_every_event_and_ends_with_the_ensemble(pool: PgPool) {
         let at_work = text.contains("event: progress");
         fake.gate.fetch_or(at_work, Ordering::SeqCst);
     }
-    let answer = Answer {
+    let answer = TestResponse {
         status: parts.status,
         headers: parts.headers,
         body: read.into(),
@@ -218,14 +218,14 @@ async fn a_replay_says_how_much_the_weights_differ(pool: PgPool) {
     let again = app.post_empty(&url(&ensemble, "replay")).await.ok(202);
     assert_ne!(again["id"], ensemble["id"]);
     assert_eq!(again["spec_digest"], ensemble["spec_digest"]);
-    assert_eq!(again["replay"]["of"], ensemble["id"]);
+    assert_eq!(again["replay"]["original_id"], ensemble["id"]);
     let done = until_state(&app, &again, "succeeded").await;
     assert_eq!(done["replay"]["max_weight_difference"], 0.0);
     let result = app.get(&url(&again, "result")).await.ok(200);
     // Nobody's production prompt gets a version for it.
-    assert_ne!(result["composed"]["prompt"], "pets-composed");
+    assert_ne!(result["composed_prompt"]["prompt"], "pets-composed");
     // Of one that was solved again too.
-    let solved = app.post_empty(&url(&ensemble, "resolve")).await.ok(202);
+    let solved = app.post_empty(&url(&ensemble, "solve")).await.ok(202);
     let solved = until_state(&app, &solved, "succeeded").await;
     let again = app.post_empty(&url(&solved, "replay")).await.ok(202);
     let done = until_state(&app, &again, "succeeded").await;

@@ -191,7 +191,7 @@ async fn an_end_is_told_with_a_signature_that_others_verify(pool: PgPool) {
         if body["type"] == "ensemble.succeeded" {
             assert_eq!(told["id"], ensemble["id"]);
             assert_eq!(
-                told["composed"],
+                told["composed_prompt"],
                 json!({"prompt": "pets-composed", "version": 1})
             );
             assert_eq!(told["urls"]["result"], url(&ensemble, "result"));

@@ -14,7 +14,7 @@ use promptweave::registry::{DEFAULT_PROJECT, projects};
 use serde_json::{Value, json};
 use sqlx::{PgConnection, PgPool};
 
-use crate::app::{Answer, TestApp};
+use crate::app::{TestApp, TestResponse};
 use crate::fixtures::{enqueue, spec, worker};
 use crate::remote::network;
 
@@ -34,7 +34,7 @@ pub fn below(webhook: &Value, rest: &str) -> String {
     format!("/v1/webhooks/{}{rest}", webhook["id"].as_str().unwrap())
 }
 
-pub async fn patch(app: &TestApp, webhook: &Value, change: &Value) -> Answer {
+pub async fn patch(app: &TestApp, webhook: &Value, change: &Value) -> TestResponse {
     let request = Request::patch(below(webhook, ""))
         .header(header::CONTENT_TYPE, "application/merge-patch+json");
     app.send(request.body(Body::from(change.to_string())).unwrap())

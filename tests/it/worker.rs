@@ -9,7 +9,7 @@ use promptweave::blobs::BlobStore;
 use promptweave::db::MIGRATOR;
 use promptweave::domain::dataset::Split;
 use promptweave::domain::digest::Digest;
-use promptweave::domain::job::{EnsembleSpec, JobState, ResolvedFrom};
+use promptweave::domain::job::{EnsembleSpec, JobState, SolvedFrom};
 use promptweave::jobs::queue;
 use promptweave::jobs::requests::{self, Cancellation};
 use promptweave::jobs::{Job, events, reaper, workers};
@@ -137,7 +137,7 @@ impl Place {
             lease,
             stall,
             cache_dir: self.dir.path().join("cache"),
-            shard_pairs: 0,
+            min_shard_pairs: 0,
             cache_bytes: 1 << 30,
         };
         let task = tokio::spawn(run(
@@ -185,7 +185,13 @@ async fn jobs_are_run_one_after_the_other_and_their_statistics_kept(pool: PgPool
     // Equal compositions under one name are one version; both jobs name it.
     assert_eq!(place.composed_prompts().await, 1);
     assert_eq!(
-        place.job(late).await.result.unwrap().composed.version,
+        place
+            .job(late)
+            .await
+            .result
+            .unwrap()
+            .composed_prompt
+            .version,
         Some(1)
     );
     worker.stop().await.unwrap();
@@ -469,7 +475,7 @@ async fn any_process_reaps(pool: PgPool) {
 async fn solving_again_needs_statistics_alone_and_is_a_job_like_any(pool: PgPool) {
     let mut place = Place::new(pool).await;
     let statistics = Digest::of(b"statistics");
-    place.spec.resolved_from = Some(ResolvedFrom {
+    place.spec.solved_from = Some(SolvedFrom {
         ensemble: Uuid::now_v7(),
         statistics,
     });
@@ -508,7 +514,7 @@ async fn solving_again_needs_statistics_alone_and_is_a_job_like_any(pool: PgPool
     worker.stop().await.unwrap();
     assert_eq!(done.attempt, 2);
     let result = done.result.unwrap();
-    assert_eq!(result.provenance.resolved_from, Some(statistics));
+    assert_eq!(result.provenance.solved_from, Some(statistics));
     let phases = "SELECT data->>'phase' FROM job_event WHERE job_id = $1 AND kind = 'phase'";
     let mut phases: Vec<String> = sqlx::query_scalar(phases)
         .bind(id)

@@ -32,7 +32,7 @@ fn start(app: &TestApp, fake: &FakeComposer, seen_every: Duration) -> JoinHandle
         lease: Duration::from_secs(30),
         stall: Duration::from_secs(600),
         cache_dir: app.dir.path().join("cache"),
-        shard_pairs: 0,
+        min_shard_pairs: 0,
         cache_bytes: 1 << 30,
     };
     let (pool, blobs) = (app.state.pool.clone(), app.state.blobs.clone());

@@ -84,7 +84,7 @@ impl Names {
         names
     }
 
-    /// The folder that everything is in, with a `/` behind it: people pack the folder of a data set
+    /// The folder that everything is in, with a `/` behind it: people pack the folder of a dataset
     /// with it. Not one that holds images itself, nor one that is named as a split.
     pub fn top(&self) -> String {
         let mut top = String::new();

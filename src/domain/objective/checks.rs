@@ -6,7 +6,7 @@ use super::{
 };
 use crate::domain::method::{
     Fallback, MAX_SCALE, MAX_TARGET_EPOCHS, Method, Scale, SingleBestOptions, SpotOptions,
-    TargetTuning, UniformShare,
+    TargetTuning, UniformMix,
 };
 
 #[derive(Debug, thiserror::Error, PartialEq)]
@@ -62,7 +62,9 @@ impl HScoreOptions {
     /// As [`Shrinkage::check_samples`]; `trace_ratio` inverts nothing.
     pub fn check_samples(&self, n: usize, d: usize) -> Result<(), InvalidObjective> {
         match self.mode() {
-            HScoreMode::Inv | HScoreMode::CrossValidated => self.shrinkage().check_samples(n, d),
+            HScoreMode::Standard | HScoreMode::CrossValidated => {
+                self.shrinkage().check_samples(n, d)
+            }
             HScoreMode::TraceRatio => Ok(()),
         }
     }
@@ -120,7 +122,7 @@ impl Objective {
             if given && !method.weighs() {
                 return refuse(
                     field,
-                    format!("is of the method `hgprompt`; `{method}` weighs no terms"),
+                    format!("is of the method `hgprompt_cv`; `{method}` weighs no terms"),
                 );
             }
         }
@@ -162,10 +164,10 @@ impl Objective {
     }
 
     fn check_share_and_scale(&self) -> Result<(), InvalidObjective> {
-        match (self.uniform_share, self.scale) {
-            (UniformShare::Value(gamma), _) if !(0.0..=1.0).contains(&gamma) => {
+        match (self.uniform_mix, self.scale) {
+            (UniformMix::Value(gamma), _) if !(0.0..=1.0).contains(&gamma) => {
                 let problem = format!("is {gamma}; it must lie in 0..=1, or be `auto`");
-                refuse("uniform_share", problem)
+                refuse("uniform_mix", problem)
             }
             (_, Scale::Value(beta)) if !(0.0..=MAX_SCALE).contains(&beta) => {
                 let problem = format!("is {beta}; it must lie in 0..={MAX_SCALE}, or be `auto`");
@@ -187,7 +189,7 @@ impl Objective {
                 self.entropy > 0.0,
                 "excludes `refine`, whose steps know nothing of dense weights",
             ),
-            ("uniform_share", !is_off(&self.uniform_share), UNDONE),
+            ("uniform_mix", !is_off(&self.uniform_mix), UNDONE),
             ("fallback", self.falls_back(), UNDONE),
             (
                 "scale",
@@ -209,17 +211,17 @@ impl Objective {
         self.fallback == Some(Fallback::SingleBest)
     }
 
-    /// What it means on the whole, with what is not said as the method has it. Without a backbone, or where a `stop_when` looks at
+    /// What it means on the whole, with what is not said as the method has it. Without a backbone, or where a `early_stopping` looks at
     /// α on the way, there can be no fallback.
     pub fn settled(&self, can_fall_back: bool) -> Self {
         let mut settled = self.clone();
         let h_score = &mut settled.h_score;
         h_score.mode.get_or_insert(match self.method {
-            Method::HgpromptPaper => HScoreMode::Inv,
+            Method::Hgprompt => HScoreMode::Standard,
             _ => HScoreMode::default(),
         });
         h_score.shrinkage = Some(h_score.shrinkage());
-        let falls_back = can_fall_back && self.method == Method::Hgprompt && self.refine == 0;
+        let falls_back = can_fall_back && self.method == Method::HgpromptCv && self.refine == 0;
         settled.fallback.get_or_insert(match falls_back {
             true => Fallback::SingleBest,
             false => Fallback::None,
@@ -230,7 +232,7 @@ impl Objective {
     /// The same by another method, less what belongs to this one alone.
     pub fn for_method(&self, method: Method) -> Self {
         let mut h_score = self.h_score.clone();
-        if (method == Method::HgpromptPaper) != (self.method == Method::HgpromptPaper) {
+        if (method == Method::Hgprompt) != (self.method == Method::Hgprompt) {
             (h_score.mode, h_score.shrinkage) = (None, None);
         }
         let mut other = Self {
@@ -253,13 +255,13 @@ impl Objective {
     pub fn without_forward_passes(&self) -> Self {
         Self {
             refine: 0,
-            uniform_share: match self.uniform_share {
-                UniformShare::Rule(_) => UniformShare::default(),
+            uniform_mix: match self.uniform_mix {
+                UniformMix::Rule(_) => UniformMix::default(),
                 value => value,
             },
             fallback: Some(Fallback::None),
             scale: Scale::default(),
-            anchor: None,
+            anchor_seed: None,
             ..self.clone()
         }
     }
@@ -291,9 +293,9 @@ impl Objective {
             );
             return refuse("method", problem);
         }
-        if matches!(self.uniform_share, UniformShare::Rule(_)) {
+        if matches!(self.uniform_mix, UniformMix::Rule(_)) {
             return refuse(
-                "uniform_share",
+                "uniform_mix",
                 "`auto` needs the backbone: run the whole composition, or choose a number",
             );
         }
@@ -310,9 +312,12 @@ impl Objective {
             );
             return refuse("method", problem);
         }
-        if self.alignment.gradient_norm != recorded.alignment.gradient_norm {
-            let made = recorded.alignment.gradient_norm;
-            return refuse("alignment.gradient_norm", format!("{SAME} `{made}`"));
+        if self.alignment.gradient_normalization != recorded.alignment.gradient_normalization {
+            let made = recorded.alignment.gradient_normalization;
+            return refuse(
+                "alignment.gradient_normalization",
+                format!("{SAME} `{made}`"),
+            );
         }
         if self.head.kind != recorded.head.kind {
             return refuse("head.kind", format!("{SAME} `{}`", recorded.head.kind));
@@ -392,7 +397,7 @@ mod tests {
             (mode.unwrap(), shrinkage.unwrap(), settled.fallback.unwrap())
         };
         let fixed = Shrinkage::Fixed;
-        let (cross_validated, inv) = (HScoreMode::CrossValidated, HScoreMode::Inv);
+        let (cross_validated, standard) = (HScoreMode::CrossValidated, HScoreMode::Standard);
         for (json, can_fall_back, expected) in [
             (
                 "{}",
@@ -416,19 +421,19 @@ mod tests {
                 (cross_validated, fixed(0.3), Fallback::None),
             ),
             (
-                r#"{"method": "hgprompt_paper"}"#,
+                r#"{"method": "hgprompt"}"#,
                 true,
-                (inv, fixed(0.01), Fallback::None),
+                (standard, fixed(0.01), Fallback::None),
             ),
             (
-                r#"{"method": "hgprompt_paper", "h_score": {"shrinkage": 0.1}}"#,
+                r#"{"method": "hgprompt", "h_score": {"shrinkage": 0.1}}"#,
                 true,
-                (inv, fixed(0.1), Fallback::None),
+                (standard, fixed(0.1), Fallback::None),
             ),
             (
-                r#"{"h_score": {"mode": "inv"}}"#,
+                r#"{"h_score": {"mode": "standard"}}"#,
                 true,
-                (inv, fixed(0.01), Fallback::SingleBest),
+                (standard, fixed(0.01), Fallback::SingleBest),
             ),
         ] {
             assert_eq!(settled(json, can_fall_back), expected, "{json}");
@@ -440,12 +445,12 @@ mod tests {
         let check = |json: &str| serde_json::from_str::<Objective>(json).unwrap().weighing();
         let field = |json: &str| check(json).unwrap_err().field;
         for fine in [
-            r#"{"method": "average", "scale": "auto", "anchor": 3}"#,
+            r#"{"method": "average", "scale": "auto", "anchor_seed": 3}"#,
             r#"{"method": "alignment_only", "entropy": 0.1}"#,
-            r#"{"method": "single_best", "single_best": {"by": "log_me"}}"#,
+            r#"{"method": "single_best", "single_best": {"by": "logme"}}"#,
             r#"{"method": "spot", "spot": {"top_k": 3, "choice": "best_of"}}"#,
             r#"{"method": "panda", "target_tuning": {"epochs": 1}}"#,
-            r#"{"method": "h_only", "uniform_share": "auto", "scale": "auto"}"#,
+            r#"{"method": "h_only", "uniform_mix": "auto", "scale": "auto"}"#,
         ] {
             assert!(check(fine).is_ok(), "{fine}");
         }
@@ -465,10 +470,10 @@ mod tests {
             (r#"{"scale": 0.5, "refine": 1}"#, "scale"),
             (r#"{"scale": 2.5}"#, "scale"),
             (r#"{"scale": -0.5}"#, "scale"),
-            (r#"{"uniform_share": 0.5, "refine": 1}"#, "uniform_share"),
-            (r#"{"uniform_share": 1.5}"#, "uniform_share"),
+            (r#"{"uniform_mix": 0.5, "refine": 1}"#, "uniform_mix"),
+            (r#"{"uniform_mix": 1.5}"#, "uniform_mix"),
             (r#"{"fallback": "single_best", "refine": 1}"#, "fallback"),
-            (r#"{"single_best": {"by": "log_me"}}"#, "single_best"),
+            (r#"{"single_best": {"by": "logme"}}"#, "single_best"),
             (r#"{"method": "panda", "spot": {"top_k": 3}}"#, "spot"),
             (r#"{"method": "spot", "spot": {"top_k": 0}}"#, "spot.top_k"),
             (r#"{"target_tuning": {"epochs": 3}}"#, "target_tuning"),
@@ -487,13 +492,13 @@ mod tests {
         let average = full.for_method(Method::Average);
         assert!(average.weighing().is_ok());
         assert_eq!(average.h_score, full.h_score);
-        let published = full.for_method(Method::HgpromptPaper).settled(true);
+        let published = full.for_method(Method::Hgprompt).settled(true);
         assert_eq!((published.trade_off, published.refine), (full.trade_off, 2));
-        assert_eq!(published.h_score.mode(), HScoreMode::Inv);
+        assert_eq!(published.h_score.mode(), HScoreMode::Standard);
         assert_eq!(published.h_score.shrinkage(), Shrinkage::Fixed(0.01));
         // What is not said is not written: specifications of before have the digests that they had.
         let written = serde_json::to_value(Objective::default()).unwrap();
-        for since in ["method", "scale", "uniform_share", "fallback"] {
+        for since in ["method", "scale", "uniform_mix", "fallback"] {
             assert!(written.get(since).is_none(), "{since}");
         }
     }

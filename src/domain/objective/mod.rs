@@ -12,7 +12,7 @@ use utoipa::ToSchema;
 pub use self::checks::{InvalidObjective, check_shrinkage};
 use super::method::{
     Criterion, Fallback, Method, Scale, Similarity, SingleBestOptions, SpotChoice, SpotOptions,
-    TargetTuning, UniformShare,
+    TargetTuning, UniformMix,
 };
 
 /// Refinement steps after which nothing more is to be expected of them; each is a pass over all samples.
@@ -22,8 +22,8 @@ pub const MAX_REFINE: u32 = 100;
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Objective {
-    /// How α is found. `hgprompt` (default): H-score and gradient alignment, weighed by `trade_off` or `alignment_weight`, with H
-    /// `cross_validated` and the `fallback` `single_best`; `hgprompt_paper`: the same as published, with H as `inv` and no `fallback`;
+    /// How α is found. `hgprompt_cv` (default): H-score and gradient alignment, weighed by `trade_off` or `alignment_weight`, with H
+    /// `cross_validated` and the `fallback` `single_best`; `hgprompt`: the same as published, with H as `standard` and no `fallback`;
     /// `h_only`, `alignment_only`: one of the two terms; `average`: equal weights; `single_best`: one source; `spot`, `panda`,
     /// `attempt`: as those systems weigh.
     #[serde(skip_serializing_if = "is_off")]
@@ -48,7 +48,7 @@ pub struct Objective {
     pub align_tokens: AlignTokens,
     /// Projected-gradient steps on the objective with the true H(f of Σ αᵢ Pᵢ), through the backbone,
     /// after solving; each is accepted only if it improves that objective. 0 is off, at most 100; excludes
-    /// `entropy`, `uniform_share`, `fallback`, `scale` and methods that do not solve.
+    /// `entropy`, `uniform_mix`, `fallback`, `scale` and methods that do not solve.
     #[serde(skip_serializing_if = "is_off")]
     #[schema(maximum = 100)]
     pub refine: u32,
@@ -64,10 +64,10 @@ pub struct Objective {
     /// γ in αᵢ = (1-γ) α*ᵢ + γ/M: how far the weights α* that the method finds are pulled towards equal ones, which are hard to
     /// beat where α* is uncertain. Default 0; excludes `refine`.
     #[serde(skip_serializing_if = "is_off")]
-    pub uniform_share: UniformShare,
+    pub uniform_mix: UniformMix,
     /// `single_best`: where the source with the lowest cross-fitted loss on the target samples does better on them than the composed
     /// prompt, it gets all weight. `none`: never. Excludes `refine`. Default
-    /// `single_best` with the method `hgprompt` (without `refine`, `stop_when`, and with a backbone), otherwise `none`.
+    /// `single_best` with the method `hgprompt_cv` (without `refine`, `early_stopping`, and with a backbone), otherwise `none`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fallback: Option<Fallback>,
     /// β in P_T = P₀ + β Σ αᵢ (Pᵢ - P₀): how far the composed prompt goes from the shared initial prompt P₀ towards
@@ -76,7 +76,7 @@ pub struct Objective {
     pub scale: Scale,
     /// Init seed of P₀, for a `scale` other than 1 [default: the one that all sources say they have].
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub anchor: Option<u64>,
+    pub anchor_seed: Option<u64>,
 }
 
 /// Off, which is what leaving it out means.
@@ -113,8 +113,8 @@ pub enum TradeOffRule {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct HScoreOptions {
-    /// `inv`: the definition, tr(cov(f)⁻¹ cov(E[f|y])); `cross_validated`: the same measure of samples that it was not fitted on;
-    /// `trace_ratio`: tr cov(E[f|y]) / tr cov(f). Default `cross_validated`; with the method `hgprompt_paper` and in a ranking, `inv`.
+    /// `standard`: the definition, tr(cov(f)⁻¹ cov(E[f|y])); `cross_validated`: the same measure of samples that it was not fitted on;
+    /// `trace_ratio`: tr cov(E[f|y]) / tr cov(f). Default `cross_validated`; with the method `hgprompt` and in a ranking, `standard`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mode: Option<HScoreMode>,
     pub standardise: Standardise,
@@ -133,7 +133,7 @@ impl HScoreOptions {
         self.shrinkage
             .unwrap_or(Shrinkage::Fixed(match self.mode() {
                 HScoreMode::CrossValidated => 0.3,
-                HScoreMode::Inv | HScoreMode::TraceRatio => 0.01,
+                HScoreMode::Standard | HScoreMode::TraceRatio => 0.01,
             }))
     }
 }
@@ -148,7 +148,7 @@ pub enum HScoreMode {
     CrossValidated,
     /// tr(cov(f)⁻¹ cov(E[f|y])), the definition (Bao et al. 2019): what the same regression explains of the samples that it was
     /// fitted on.
-    Inv,
+    Standard,
     /// tr cov(E[f|y]) / tr cov(f), as in H-ensemble's code (Wu et al. 2024); needs no shrinkage.
     TraceRatio,
 }
@@ -185,14 +185,14 @@ pub enum ShrinkageEstimate {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct AlignmentOptions {
-    pub reading: AlignmentReading,
-    pub gradient_norm: GradientNorm,
+    pub variant: AlignmentVariant,
+    pub gradient_normalization: GradientNormalization,
 }
 
-/// Which reading of the gradient-alignment term; the paper leaves open about what gradients vary and
+/// Which variant of the gradient-alignment term; the paper leaves open about what gradients vary and
 /// which mean the variances are compared with.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub enum AlignmentReading {
+pub enum AlignmentVariant {
     /// Variances about the mixed gradient, against their α-weighted mean.
     #[default]
     R1,
@@ -205,7 +205,7 @@ pub enum AlignmentReading {
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
-pub enum GradientNorm {
+pub enum GradientNormalization {
     /// Gradients enter as they are, so that prompts with large gradients weigh more.
     #[default]
     None,
@@ -291,8 +291,8 @@ words!(
     HScoreMode,
     Standardise,
     Shrinkage,
-    AlignmentReading,
-    GradientNorm,
+    AlignmentVariant,
+    GradientNormalization,
     HeadKind,
     AlignTokens,
     Method,
@@ -301,7 +301,7 @@ words!(
     Similarity,
     SpotChoice,
     Scale,
-    UniformShare
+    UniformMix
 );
 
 #[cfg(test)]
@@ -317,7 +317,7 @@ mod tests {
             Ok(Shrinkage::Estimated(ShrinkageEstimate::Oas))
         );
         assert_eq!("trace_ratio".parse(), Ok(HScoreMode::TraceRatio));
-        assert_eq!(AlignmentReading::R3.to_string(), "R3");
+        assert_eq!(AlignmentVariant::Fishr.to_string(), "R3");
         assert_eq!(Shrinkage::Fixed(0.01).to_string(), "0.01");
         assert_eq!(
             "shrunk".parse::<Shrinkage>().unwrap_err(),

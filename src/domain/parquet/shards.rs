@@ -1,4 +1,4 @@
-//! Which files are a data set, and what the images of each are for.
+//! Which files are a dataset, and what the images of each are for.
 
 use std::fs::File;
 use std::io;
@@ -19,7 +19,7 @@ pub struct Shard {
     pub file: File,
 }
 
-/// The files of a folder that are a data set of this kind; none where there are none.
+/// The files of a folder that are a dataset of this kind; none where there are none.
 pub fn shards(dir: &Path) -> io::Result<Vec<Shard>> {
     let files = Directory::new(dir);
     let mut names = files.files("")?;
@@ -41,7 +41,7 @@ pub fn shards(dir: &Path) -> io::Result<Vec<Shard>> {
     opened.collect()
 }
 
-/// Which of these files are the data set: those of the outermost folder, or of its folder `data`, and in
+/// Which of these files are the dataset: those of the outermost folder, or of its folder `data`, and in
 /// folders of splits there. Files of other splits than ours are left alone; where no file is of any, all are
 /// `train`.
 pub fn choose(names: &[String]) -> Vec<(Split, String)> {

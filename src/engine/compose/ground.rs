@@ -4,9 +4,9 @@ use std::ops::ControlFlow;
 
 use tch::Tensor;
 
-use super::Work;
+use super::Workspace;
 use crate::domain::composition::Phase;
-use crate::domain::sharing::{EarlyStop, Shards, most_shards, num_shards};
+use crate::domain::sharding::{EarlyStop, Shards, most_shards, num_shards};
 use crate::engine::EngineError;
 use crate::engine::cache::{CachedGradients, CachedSources};
 use crate::engine::estimates::Estimates;
@@ -17,14 +17,14 @@ use crate::engine::gradients::{
 use crate::engine::head::{SourceHead, fit_heads, folds};
 use crate::engine::samples::Samples;
 use crate::engine::shard_file;
-use crate::engine::sharing::{Shared, by_shards};
+use crate::engine::sharding::{Shared, by_shards};
 use crate::engine::statistics::{HeadStatistics, Statistics};
 use crate::engine::steps::{Steps, stop_on};
 
 /// Of all shards' sums together; where one has many, there are fewer.
 const MAX_GRADIENT_BYTES: usize = 4 << 30;
 
-impl Work<'_> {
+impl Workspace<'_> {
     /// Features, heads and gradients: all that α is computed from, and whether less than all was enough.
     pub(super) fn statistics(
         &self,
@@ -114,7 +114,7 @@ impl Work<'_> {
             Some(merged) => merged,
             None => (self.gradients(heads, folds, &known, steps)?, None),
         };
-        let gradients = gradients.finish(self.objective.alignment.gradient_norm)?;
+        let gradients = gradients.finish(self.objective.alignment.gradient_normalization)?;
         cached.keep(&known);
         Ok((gradients, early_stop))
     }
@@ -185,7 +185,7 @@ impl Work<'_> {
         let Some(shards) = steps.shards() else {
             return Ok(None);
         };
-        let planned = match self.stop_when {
+        let planned = match self.early_stopping {
             Some(_) => most_shards(self.samples.len()),
             None => self.num_shards(shards),
         };
@@ -201,7 +201,7 @@ impl Work<'_> {
         let mut estimates = Estimates::new(
             self.sources,
             self.objective,
-            self.stop_when,
+            self.early_stopping,
             features,
             &self.samples.labels,
             count,
@@ -226,7 +226,11 @@ impl Work<'_> {
     }
 
     fn num_shards(&self, shards: &dyn Shards) -> usize {
-        num_shards(self.samples.len(), self.tensors.len(), shards.shard_pairs())
+        num_shards(
+            self.samples.len(),
+            self.tensors.len(),
+            shards.min_shard_pairs(),
+        )
     }
 
     fn shared(&self) -> Shared<'_> {

@@ -14,7 +14,7 @@ use super::cache::{CachedSources, ResultCache};
 use super::evaluate::{Evaluation, OnUnseen, cross_fitted};
 use super::methods::{towards_uniform, uniform};
 use super::refine::Refiner;
-use super::report::Evidence;
+use super::report::Findings;
 use super::samples::{Samples, Selection};
 use super::solve::Solved;
 use super::sources::{anchored, check_sources, common_init_seed, composed_prompt};
@@ -34,7 +34,7 @@ use crate::domain::dataset::LabelledImages;
 use crate::domain::method::{NO_ANCHOR, Scale};
 use crate::domain::objective::{HScoreOptions, InvalidObjective, Objective, Shrinkage};
 use crate::domain::prompt_file::PromptFile;
-use crate::domain::sharing::StopWhen;
+use crate::domain::sharding::EarlyStopping;
 use crate::domain::tensor::Tensor as PlainTensor;
 
 pub fn compose(
@@ -48,7 +48,7 @@ pub fn compose(
     let CompositionInput {
         target, sources, ..
     } = input;
-    let objective = &input.objective.settled(input.stop_when.is_none());
+    let objective = &input.objective.settled(input.early_stopping.is_none());
     let mut steps = Steps::new(observer);
     let inputs = Inputs::read(backbone, vit, input, &mut steps)?;
     let work = inputs.work(backbone, vit, input, objective);
@@ -63,13 +63,13 @@ pub fn compose(
 
     steps.begin(Phase::Verify)?;
     let (alpha, refinement) = work.refine(&solved, &mut steps)?;
-    (method.uniform_share, method.uniform_shares) = work.uniform_share(&alpha, &mut steps)?;
-    let alpha = towards_uniform(&alpha, method.uniform_share);
+    (method.uniform_mix, method.uniform_mix_candidates) = work.uniform_mix(&alpha, &mut steps)?;
+    let alpha = towards_uniform(&alpha, method.uniform_mix);
     let (alpha, fallback) = work.fallback(alpha, statistics.ground(), &mut steps)?;
     method.fallback = fallback;
-    (method.scale, method.scales) = work.scale(&alpha, &mut steps)?;
-    let anchor = objective.anchor.or(inputs.init_seed);
-    method.anchor = anchor.filter(|_| method.scale != 1.0);
+    (method.scale, method.scale_candidates) = work.scale(&alpha, &mut steps)?;
+    let anchor = objective.anchor_seed.or(inputs.init_seed);
+    method.anchor_seed = anchor.filter(|_| method.scale != 1.0);
     let metadata = Metadata {
         format: Metadata::FORMAT,
         sources: work.recorded(&statistics, &mut steps)?,
@@ -85,11 +85,11 @@ pub fn compose(
     };
     let mut composed = composed_prompt(&metadata, work.composed(&alpha, method.scale));
     let verified = work.verify(&mut composed, &solved, &statistics.features, &mut steps)?;
-    let evidence = Evidence {
+    let evidence = Findings {
         metadata,
         versions: sources.iter().map(|source| source.version).collect(),
         device: device::name_of(vit.device),
-        resolved_from: None,
+        solved_from: None,
         statistics: &statistics,
         solved,
         method,
@@ -138,7 +138,7 @@ impl Inputs {
         let anchor = match objective.scale == Scale::default() {
             true => None,
             false => {
-                let seed = objective.anchor.or(init_seed);
+                let seed = objective.anchor_seed.or(init_seed);
                 Some(initial_prompt_of(&prompts[0], backbone, seed)?)
             }
         };
@@ -173,8 +173,8 @@ impl Inputs {
         vit: &'a Vit,
         input: &'a CompositionInput,
         objective: &'a Objective,
-    ) -> Work<'a> {
-        Work {
+    ) -> Workspace<'a> {
+        Workspace {
             backbone,
             vit,
             samples: &self.samples,
@@ -184,7 +184,7 @@ impl Inputs {
             init_seed: self.init_seed,
             anchor: self.anchor.as_ref(),
             objective,
-            stop_when: input.stop_when,
+            early_stopping: input.early_stopping,
             tensors: self.prompts.iter().map(|p| prompt_tensor(p, vit)).collect(),
             prompts: &self.prompts,
             sources: &input.sources,
@@ -214,12 +214,12 @@ pub struct Verified {
 }
 
 /// Backbone, samples and prompts: what the steps with forward passes need.
-struct Work<'a> {
+struct Workspace<'a> {
     backbone: &'a Backbone,
     vit: &'a Vit,
     samples: &'a Samples,
     eval: Option<&'a Samples>,
-    /// Of the data set, whether present or not.
+    /// Of the dataset, whether present or not.
     classes: &'a [String],
     /// Of the choice of samples.
     seed: u64,
@@ -228,14 +228,14 @@ struct Work<'a> {
     /// P₀, where the scale is not 1.
     anchor: Option<&'a PlainTensor<f32>>,
     objective: &'a Objective,
-    stop_when: Option<StopWhen>,
+    early_stopping: Option<EarlyStopping>,
     sources: &'a [Source],
     /// Theirs, with their rows in the common order, and the same on the device [m, d].
     prompts: &'a [PlainTensor<f32>],
     tensors: Vec<Tensor>,
 }
 
-impl Work<'_> {
+impl Workspace<'_> {
     /// The sources as the statistics name them, with their isolated scores.
     fn recorded(
         &self,
@@ -274,7 +274,7 @@ impl Work<'_> {
                 of_points.push(of_points[i - 1]);
                 continue;
             }
-            let (share, scale) = (objective.uniform_share.known(), objective.scale.known());
+            let (share, scale) = (objective.uniform_mix.known(), objective.scale.known());
             let composed = self.composed(&towards_uniform(&point.weights, share), scale);
             let prompt = prompt_tensor(&composed, self.vit);
             let tick = |_| steps.tick(Phase::Solve);

@@ -53,7 +53,7 @@ pub fn rank(
             h_score: h_score.value(&alone)?,
             h_score_adjusted: h_score.adjusted(&alone)?,
             h_score_cross_validated: cross_validated[i],
-            log_me: scores.log_me,
+            logme: scores.logme,
             leep: scores.leep,
             nce: scores.nce,
             otce: scores.otce,

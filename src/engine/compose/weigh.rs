@@ -4,13 +4,13 @@ use std::time::Instant;
 
 use tch::{Kind, Tensor};
 
-use super::Work;
+use super::Workspace;
 use crate::domain::composition::{
-    FallbackReport, MethodReport, Phase, ScalePoint, UniformSharePoint,
+    FallbackReport, MethodReport, Phase, ScalePoint, UniformMixPoint,
 };
 use crate::domain::digest::Digest;
 use crate::domain::method::{
-    Criterion, Method, Scale, ScaleRule, SpotChoice, UniformShare, UniformShareRule,
+    Criterion, Method, Scale, ScaleRule, SpotChoice, UniformMix, UniformMixRule,
 };
 use crate::domain::tensor::Tensor as PlainTensor;
 use crate::domain::tuning::{NoCheckpoints, TuningOptions};
@@ -20,7 +20,7 @@ use crate::engine::methods::{
     effects, most_similar, proportional, scores, similarity, single_best, towards_uniform,
 };
 use crate::engine::solve::{Solved, weigh_features};
-use crate::engine::statistics::Ground;
+use crate::engine::statistics::SolveInputs;
 use crate::engine::steps::{Steps, stop_on};
 use crate::engine::tuning::{Attention, Tuning};
 use crate::engine::{EngineError, prompt_tensor};
@@ -33,11 +33,11 @@ pub struct TargetPrompt {
     pub(super) seconds: f64,
 }
 
-impl Work<'_> {
+impl Workspace<'_> {
     /// α, and how it was found.
     pub(super) fn weigh(
         &self,
-        ground: Ground<'_>,
+        ground: SolveInputs<'_>,
         last: &mut Option<TargetPrompt>,
         steps: &mut Steps<'_>,
     ) -> Result<(Solved, MethodReport), EngineError> {
@@ -143,7 +143,7 @@ impl Work<'_> {
     /// SPoT.
     fn by_similarity(
         &self,
-        ground: Ground<'_>,
+        ground: SolveInputs<'_>,
         target: &PlainTensor<f32>,
         steps: &mut Steps<'_>,
     ) -> Result<(Vec<f64>, Vec<f64>), EngineError> {
@@ -186,20 +186,20 @@ impl Work<'_> {
     }
 
     /// γ as asked, or the candidate that does best on the target samples.
-    pub(super) fn uniform_share(
+    pub(super) fn uniform_mix(
         &self,
         alpha: &[f64],
         steps: &mut Steps<'_>,
-    ) -> Result<(f64, Vec<UniformSharePoint>), EngineError> {
-        let candidates = match self.objective.uniform_share {
-            UniformShare::Value(share) => return Ok((share, Vec::new())),
-            UniformShare::Rule(UniformShareRule::Auto) => UniformShareRule::CANDIDATES,
+    ) -> Result<(f64, Vec<UniformMixPoint>), EngineError> {
+        let candidates = match self.objective.uniform_mix {
+            UniformMix::Value(share) => return Ok((share, Vec::new())),
+            UniformMix::Rule(UniformMixRule::Auto) => UniformMixRule::CANDIDATES,
         };
         let scale = self.objective.scale.known();
         let composed = |share: f64| self.composed(&towards_uniform(alpha, share), scale);
         let (best, points) = self.best_of(&candidates, composed, steps)?;
-        let point = |(uniform_share, validation): (f64, OnUnseen)| UniformSharePoint {
-            uniform_share,
+        let point = |(uniform_mix, validation): (f64, OnUnseen)| UniformMixPoint {
+            uniform_mix,
             validation_accuracy: validation.accuracy,
             validation_loss: validation.loss,
         };
@@ -210,7 +210,7 @@ impl Work<'_> {
     pub(super) fn fallback(
         &self,
         alpha: Vec<f64>,
-        ground: Ground<'_>,
+        ground: SolveInputs<'_>,
         steps: &mut Steps<'_>,
     ) -> Result<(Vec<f64>, Option<FallbackReport>), EngineError> {
         if !self.objective.falls_back() {

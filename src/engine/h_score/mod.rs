@@ -1,6 +1,6 @@
 //! Transferability: the H-score of the mixed features F = Σ αᵢ f_{Pᵢ}, as a function of α.
 //!
-//! `inv` (Bao et al. 2019; Ibrahim et al. 2021 for ρ), with Σ = cov F and B = cov(E[F|y]), both with
+//! `standard` (Bao et al. 2019; Ibrahim et al. 2021 for ρ), with Σ = cov F and B = cov(E[F|y]), both with
 //! 1/(N-1):
 //!
 //! H_ρ(α) = (1-ρ) tr(Σ_ρ⁻¹ B), Σ_ρ = (1-ρ)Σ + ρ(tr Σ/d)I, 0 ≤ H ≤ min(d, K-1)

@@ -4,7 +4,7 @@
 //! With X the centred mixed features [N, d], Z [N, K] the orthonormal class indicators (Z̃ less their column means) and
 //! c = (1-ρ)/(N-1), the hat matrix is A = c X S⁻¹ Xᵀ with S = Σ_ρ = c XᵀX + δI, and
 //!
-//! `inv`              H = tr(Z̃ᵀ A Z̃)
+//! `standard`              H = tr(Z̃ᵀ A Z̃)
 //! `cross_validated`  H = K - 1 - E/g²,   E = ‖Z̃ - A Z̃‖²,   g = 1 - (1 + df)/N,   df = tr A
 //!
 //! The second is generalised cross-validation (Golub, Heath & Wahba 1979): the squared error of leaving one sample out in
@@ -29,7 +29,7 @@ use super::super::{EngineError, cholesky};
 use super::second_moments::SecondMoments;
 use super::sums::Sums;
 
-/// The matrices of one data set, and which H is asked for.
+/// The matrices of one dataset, and which H is asked for.
 pub struct Regression {
     pub rho: f64,
     pub cross_validated: bool,
@@ -150,7 +150,7 @@ impl Regression {
 }
 
 impl Fit {
-    /// H as `inv`.
+    /// H as `standard`.
     fn explained(&self) -> f64 {
         let product = inner(&self.right, &self.solved);
         match self.dual {

@@ -12,7 +12,7 @@ use crate::domain::objective::{
     HScoreMode, HScoreOptions, Shrinkage, ShrinkageEstimate, Standardise,
 };
 use crate::engine::head::row_tensor;
-use crate::engine::testing::{assert_close, features, inv, labels, noise, noise_tensor};
+use crate::engine::testing::{assert_close, features, labels, noise, noise_tensor, standard};
 
 fn h(features: &Tensor, labels: &[usize], options: &HScoreOptions) -> HScore {
     HScore::new(features, labels, options).unwrap()
@@ -55,7 +55,7 @@ fn h_equals_its_definition_in_both_forms_and_stays_in_its_bounds() {
         let labels = labels(n, 4);
         let features = features(&[0.5, 1.0, 0.0], &labels, d, 1);
         for rho in [1e-6, 0.01, 0.5] {
-            let h = h(&features, &labels, &inv(rho));
+            let h = h(&features, &labels, &standard(rho));
             for alpha in [[1.0, 0.0, 0.0], [0.2, 0.3, 0.5]] {
                 let value = h.value(&alpha).unwrap();
                 // At ρ = 1e-6 the inverse itself loses digits where N < d.
@@ -64,7 +64,7 @@ fn h_equals_its_definition_in_both_forms_and_stays_in_its_bounds() {
                 assert!((0.0..=3.0 + 1e-9).contains(&value));
             }
         }
-        let nearly_all = h(&features, &labels, &inv(1.0 - 1e-9));
+        let nearly_all = h(&features, &labels, &standard(1.0 - 1e-9));
         assert!(nearly_all.value(&[0.2, 0.3, 0.5]).unwrap() < 1e-6);
     }
 }
@@ -107,7 +107,7 @@ fn no_way_of_keeping_the_moments_changes_a_value() {
 fn the_dual_form_is_chosen_below_seven_tenths_of_d() {
     for (n, dual) in [(6, true), (7, false)] {
         let labels = labels(n, 2);
-        let h = h(&features(&[1.0], &labels, 10, 3), &labels, &inv(0.1));
+        let h = h(&features(&[1.0], &labels, 10, 3), &labels, &standard(0.1));
         assert_eq!(is_dual(&h), dual, "N = {n}");
     }
 }
@@ -120,10 +120,10 @@ fn gradients_agree_with_central_differences_in_every_form() {
         shrinkage: Some(Shrinkage::Fixed(0.05)),
     };
     let cases = [
-        (40, 7, inv(0.05)),
-        (40, 7, inv(0.0)),
-        (12, 20, inv(0.05)),
-        (40, 7, options(HScoreMode::Inv, Standardise::PerSource)),
+        (40, 7, standard(0.05)),
+        (40, 7, standard(0.0)),
+        (12, 20, standard(0.05)),
+        (40, 7, options(HScoreMode::Standard, Standardise::PerSource)),
         (40, 7, options(HScoreMode::TraceRatio, Standardise::None)),
         (
             40,
@@ -210,7 +210,7 @@ fn cross_validated_h_is_the_error_of_a_ridge_regression_by_its_hat_matrix() {
         let expected = 2.0 - squares(&(&z - hat.matmul(&z))) / residual.powi(2);
         let options = HScoreOptions {
             mode: Some(HScoreMode::CrossValidated),
-            ..inv(rho)
+            ..standard(rho)
         };
         let h = h(&features, &labels, &options);
         assert_eq!(is_dual(&h), n < d);
@@ -236,12 +236,12 @@ fn standardised_features_do_not_depend_on_the_units_of_any_coordinate() {
     let scaled = &f * units;
     let options = HScoreOptions {
         standardise: Standardise::PerSource,
-        ..inv(0.1)
+        ..standard(0.1)
     };
     let value =
         |f: &Tensor, options: &HScoreOptions| h(f, &labels, options).value(&[0.4, 0.6]).unwrap();
     assert_close(value(&scaled, &options), value(&f, &options), 1e-10);
-    assert!((value(&scaled, &inv(0.1)) - value(&f, &inv(0.1))).abs() > 1e-3);
+    assert!((value(&scaled, &standard(0.1)) - value(&f, &standard(0.1))).abs() > 1e-3);
     // A constant coordinate is left at 0.
     let constant = Tensor::cat(
         &[&f, &Tensor::ones([2, 40, 1], (Kind::Double, Device::Cpu))],
@@ -266,7 +266,7 @@ fn h_without_shrinkage_is_the_sum_of_squared_canonical_correlations() {
     let basis = |t: &Tensor| Tensor::linalg_qr(t, "reduced").0;
     let product = basis(&x).tr().matmul(&basis(&y));
     let squares = f64::try_from(product.square().sum(Kind::Double)).unwrap();
-    let value = h(&features, &labels, &inv(0.0)).value(&[1.0]).unwrap();
+    let value = h(&features, &labels, &standard(0.0)).value(&[1.0]).unwrap();
     assert_close(value, squares, 1e-9);
 }
 
@@ -284,7 +284,7 @@ fn h_of_one_feature_is_the_anova_share() {
         })
         .sum();
     let total: f64 = x.iter().map(|v| (v - all).powi(2)).sum();
-    let value = h(&features, &labels, &inv(0.0)).value(&[1.0]).unwrap();
+    let value = h(&features, &labels, &standard(0.0)).value(&[1.0]).unwrap();
     assert_close(value, between / total, 1e-9);
 }
 
@@ -294,7 +294,7 @@ fn h_ignores_scale_shift_rotation_order_and_names() {
     let f = features(&[0.5, 1.0], &labels, 6, 3);
     let alpha = [0.4, 0.6];
     let value = |f: &Tensor, labels: &[usize], alpha: &[f64], rho| {
-        h(f, labels, &inv(rho)).value(alpha).unwrap()
+        h(f, labels, &standard(rho)).value(alpha).unwrap()
     };
     let shrunk = value(&f, &labels, &alpha, 0.1);
     assert_close(value(&f, &labels, &[2.8, 4.2], 0.1), shrunk, 1e-10);
@@ -315,8 +315,8 @@ fn h_ignores_scale_shift_rotation_order_and_names() {
 #[test]
 fn shuffled_labels_score_what_chance_says() {
     for (n, d, mode) in [
-        (40, 6, HScoreMode::Inv),
-        (14, 30, HScoreMode::Inv),
+        (40, 6, HScoreMode::Standard),
+        (14, 30, HScoreMode::Standard),
         (40, 6, HScoreMode::TraceRatio),
         (40, 6, HScoreMode::CrossValidated),
         (14, 30, HScoreMode::CrossValidated),
@@ -325,7 +325,7 @@ fn shuffled_labels_score_what_chance_says() {
         let f = features(&[1.0], &labels, d, 11);
         let options = HScoreOptions {
             mode: Some(mode),
-            ..inv(0.1)
+            ..standard(0.1)
         };
         let expected = h(&f, &labels, &options).chance(&[1.0]).unwrap();
         let shuffles = 400;
@@ -355,10 +355,10 @@ fn shuffled_labels_score_what_chance_says() {
 fn too_few_samples_without_shrinkage_are_refused_with_the_way_out() {
     let labels = labels(9, 3);
     let noise = noise_tensor(&[1, 9, 8], 8);
-    let refused = HScore::new(&noise, &labels, &inv(0.0)).err().unwrap();
+    let refused = HScore::new(&noise, &labels, &standard(0.0)).err().unwrap();
     assert!(refused.to_string().contains("set it to 0.01"), "{refused}");
     // And that is why: up to N = d+1 everything scores K-1.
-    let nearly = h(&noise, &labels, &inv(1e-6)).value(&[1.0]).unwrap();
+    let nearly = h(&noise, &labels, &standard(1e-6)).value(&[1.0]).unwrap();
     assert!(nearly > 1.99, "{nearly}");
 }
 
@@ -368,16 +368,16 @@ fn leaving_samples_out_is_not_having_had_them() {
     let of_class_two: Vec<usize> = (0..40).filter(|row| labels[*row] == 2).collect();
     let trace_ratio = HScoreOptions {
         mode: Some(HScoreMode::TraceRatio),
-        ..inv(0.05)
+        ..standard(0.05)
     };
     let cross_validated = HScoreOptions {
         mode: Some(HScoreMode::CrossValidated),
-        ..inv(0.05)
+        ..standard(0.05)
     };
     // In the primal form and the dual one.
     for (d, options) in [
-        (6, inv(0.05)),
-        (90, inv(0.05)),
+        (6, standard(0.05)),
+        (90, standard(0.05)),
         (6, trace_ratio),
         (6, cross_validated.clone()),
         (90, cross_validated),
@@ -408,13 +408,13 @@ fn standardisation_stays_as_it_was_when_samples_are_left_out() {
     let kept_labels: Vec<usize> = kept.iter().map(|row| labels[*row]).collect();
     let standardised = HScoreOptions {
         standardise: Standardise::PerSource,
-        ..inv(0.05)
+        ..standard(0.05)
     };
     let left = h(&f, &labels, &standardised)
         .without(&f, &labels, &rows)
         .unwrap();
     let scaled = centred(&f, Standardise::PerSource).index_select(1, &row_tensor(&kept));
-    let expected = h(&scaled, &kept_labels, &inv(0.05))
+    let expected = h(&scaled, &kept_labels, &standard(0.05))
         .value(&[0.3, 0.7])
         .unwrap();
     assert_close(left.value(&[0.3, 0.7]).unwrap(), expected, 1e-10);
@@ -424,24 +424,24 @@ fn standardisation_stays_as_it_was_when_samples_are_left_out() {
 fn degenerate_targets_stay_finite() {
     let labels = labels(30, 3);
     let one = features(&[0.8], &labels, 5, 9);
-    let opposite = h(&Tensor::cat(&[&one, &(-&one)], 0), &labels, &inv(0.01));
+    let opposite = h(&Tensor::cat(&[&one, &(-&one)], 0), &labels, &standard(0.01));
     let (value, gradient) = opposite.value_and_gradient(&[0.5, 0.5]).unwrap();
     assert!(value.is_finite() && gradient.iter().all(|g| g.is_finite()));
     // One class: nothing to tell apart.
-    let single = h(&one, &[0; 30], &inv(0.01));
+    let single = h(&one, &[0; 30], &standard(0.01));
     assert_close(single.value(&[1.0]).unwrap(), 0.0, 1e-12);
     assert_eq!(single.adjusted(&[1.0]).unwrap(), 0.0);
     // An absent class is ignored, a singleton is finite.
     let renumbered: Vec<usize> = labels.iter().map(|label| 2 * label).collect();
     let (a, b) = (
-        h(&one, &labels, &inv(0.01)),
-        h(&one, &renumbered, &inv(0.01)),
+        h(&one, &labels, &standard(0.01)),
+        h(&one, &renumbered, &standard(0.01)),
     );
     assert_close(a.value(&[1.0]).unwrap(), b.value(&[1.0]).unwrap(), 1e-12);
     let mut with_singleton = labels.clone();
     with_singleton[0] = 3;
     assert!(
-        h(&one, &with_singleton, &inv(0.01))
+        h(&one, &with_singleton, &standard(0.01))
             .value(&[1.0])
             .unwrap()
             .is_finite()
@@ -495,7 +495,7 @@ fn h_is_the_transfer_learning_librarys() {
         let x = matrix(&case.features).unsqueeze(0);
         let by_ledoit_wolf = HScoreOptions {
             shrinkage: Some(Shrinkage::Estimated(ShrinkageEstimate::LedoitWolf)),
-            ..inv(0.0)
+            ..standard(0.0)
         };
         let h_lw = h(&x, &case.labels, &by_ledoit_wolf);
         assert_close(h_lw.shrinkage().unwrap(), case.ledoit_wolf, 1e-10);
@@ -504,7 +504,7 @@ fn h_is_the_transfer_learning_librarys() {
         let ours = h_lw.value(&[1.0]).unwrap() * n / (n - 1.0);
         assert_close(ours, case.regularized_h_score, 1e-9);
         if let Some(expected) = case.h_score {
-            let ours = h(&x, &case.labels, &inv(0.0)).value(&[1.0]).unwrap();
+            let ours = h(&x, &case.labels, &standard(0.0)).value(&[1.0]).unwrap();
             assert_close(ours, expected, 1e-8);
         }
     }

@@ -24,7 +24,7 @@ use crate::engine::{EngineError, cholesky, plain};
 /// Logit of a class that no sample of the fit shows; finite so that it can be stored and scaled.
 const ABSENT: f64 = -1e30;
 
-/// W [K, d] and b [K], in f64 on the CPU. K counts all classes of the data set.
+/// W [K, d] and b [K], in f64 on the CPU. K counts all classes of the dataset.
 pub struct ClosedFormHead {
     weight: Tensor,
     bias: Tensor,

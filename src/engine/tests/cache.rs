@@ -80,7 +80,7 @@ fn cold_warm_and_without_a_cache_the_answer_is_the_same_bit_by_bit() {
     input.target.eval_split = Some(Split::Test);
     for (i, objective) in [
         r#"{}"#,
-        r#"{"align_tokens": "hungarian", "alignment": {"gradient_norm": "rms"}, "refine": 1}"#,
+        r#"{"align_tokens": "hungarian", "alignment": {"gradient_normalization": "rms"}, "refine": 1}"#,
         r#"{"head": {"kind": "shared"}}"#,
         r#"{"head": {"kind": "ridge"}, "trade_off": "validation"}"#,
     ]
@@ -135,7 +135,7 @@ fn other_options_cost_what_depends_on_them() {
     assert_eq!(pairs("{}"), [all, all]);
     for nothing in [
         r#"{"trade_off": "knee"}"#,
-        r#"{"alignment": {"reading": "R3", "gradient_norm": "rms"}}"#,
+        r#"{"alignment": {"variant": "fishr", "gradient_normalization": "rms"}}"#,
         r#"{"h_score": {"mode": "trace_ratio"}}"#,
         r#"{"entropy": 0.1}"#,
     ] {

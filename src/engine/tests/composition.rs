@@ -3,7 +3,7 @@
 use tch::Device;
 
 use crate::domain::composition::{
-    Composer as _, Composition, CompositionError, CompositionInput, PathPoint, Phase, ResolveInput,
+    Composer as _, Composition, CompositionError, CompositionInput, PathPoint, Phase, SolveInput,
     SourceRef,
 };
 use crate::domain::digest::Digest;
@@ -39,7 +39,7 @@ fn one_source_is_returned_as_it_is() {
         1e-12,
     );
     assert_close(
-        result.diagnostics.composed.as_ref().unwrap().h_score,
+        result.diagnostics.composed_score.as_ref().unwrap().h_score,
         result.objective.h_score,
         1e-12,
     );
@@ -163,10 +163,10 @@ fn input_that_cannot_be_composed_is_refused_by_name() {
     let (code, detail) = refusal(&broken);
     assert_eq!(code, "unreadable_image");
     assert!(
-        detail.contains("0002.png") && detail.contains("--skip-bad"),
+        detail.contains("0002.png") && detail.contains("--skip-unreadable"),
         "{detail}"
     );
-    broken.target.skip_bad = true;
+    broken.target.skip_unreadable = true;
     let skipped = compose(&broken).unwrap();
     assert_eq!(skipped.result.diagnostics.skipped_images, 1);
     assert_eq!(skipped.result.diagnostics.num_samples, 59);
@@ -232,11 +232,11 @@ fn refs(input: &CompositionInput, keep: &[usize]) -> Vec<SourceRef> {
     keep.iter().map(of).collect()
 }
 
-fn resolve(input: &ResolveInput) -> Result<Composition, CompositionError> {
-    Engine::new(Device::Cpu).resolve(input, &mut Recorder::default())
+fn resolve(input: &SolveInput) -> Result<Composition, CompositionError> {
+    Engine::new(Device::Cpu).solve(input, &mut Recorder::default())
 }
 
-fn resolve_refusal(input: &ResolveInput) -> (&'static str, String) {
+fn resolve_refusal(input: &SolveInput) -> (&'static str, String) {
     match resolve(input) {
         Err(CompositionError::Refused { code, detail }) => (code, detail),
         other => panic!("{other:?}"),
@@ -249,30 +249,30 @@ fn solving_again_gives_the_same_and_with_fewer_sources_what_they_alone_give() {
     let mut input = input(dir.path(), 4);
     input.objective.align_tokens = AlignTokens::Hungarian;
     let first = compose(&input).unwrap();
-    let again = ResolveInput {
+    let again = SolveInput {
         statistics: first.statistics.clone(),
         sources: refs(&input, &[0, 1, 2, 3]),
         objective: input.objective.clone(),
     };
     let all = resolve(&again).unwrap();
     assert_eq!(all.result.source_weights, first.result.source_weights);
-    assert_eq!(all.result.path, first.result.path);
+    assert_eq!(all.result.pareto_path, first.result.pareto_path);
     assert_eq!(all.statistics, first.statistics);
     let prompt = |c: &Composition| PromptFile::parse(&c.composed).unwrap();
     assert_eq!(
         prompt(&all).prompt_embeddings,
         prompt(&first).prompt_embeddings
     );
-    assert!(prompt(&all).head.is_none() && all.result.diagnostics.composed.is_none());
+    assert!(prompt(&all).head.is_none() && all.result.diagnostics.composed_score.is_none());
     assert_eq!(
-        all.result.provenance.resolved_from,
+        all.result.provenance.solved_from,
         Some(Digest::of(&first.statistics))
     );
 
     // Two of the four, in another order: as if the others had never been there.
     input.objective.align_tokens = AlignTokens::Off;
     let first = compose(&input).unwrap();
-    let some = resolve(&ResolveInput {
+    let some = resolve(&SolveInput {
         statistics: first.statistics.clone(),
         sources: refs(&input, &[2, 0, 3]),
         objective: input.objective.clone(),
@@ -297,8 +297,8 @@ fn solving_again_takes_every_option_that_needs_no_backbone() {
     let input = input(dir.path(), 3);
     let statistics = compose(&input).unwrap().statistics;
     for objective in [
-        r#"{"trade_off": 0.2, "alignment": {"reading": "R2"}}"#,
-        r#"{"trade_off": "knee", "alignment": {"reading": "R3"}}"#,
+        r#"{"trade_off": 0.2, "alignment": {"variant": "mixture_uniform"}}"#,
+        r#"{"trade_off": "knee", "alignment": {"variant": "fishr"}}"#,
         r#"{"alignment_weight": 0.5, "h_score": {"mode": "trace_ratio"}}"#,
         r#"{"entropy": 0.1, "h_score": {"standardise": "per_source", "shrinkage": "oas"}}"#,
         r#"{"h_score": {"shrinkage": "ledoit_wolf"}}"#,
@@ -306,7 +306,7 @@ fn solving_again_takes_every_option_that_needs_no_backbone() {
     ] {
         let mut whole = input.clone();
         whole.objective = serde_json::from_str(objective).unwrap();
-        let again = resolve(&ResolveInput {
+        let again = resolve(&SolveInput {
             statistics: statistics.clone(),
             sources: refs(&input, &[0, 1, 2]),
             objective: whole.objective.clone(),
@@ -326,7 +326,7 @@ fn statistics_that_cannot_be_solved_from_are_refused_by_name() {
     let dir = tempfile::tempdir().unwrap();
     let input = input(dir.path(), 2);
     let statistics = compose(&input).unwrap().statistics;
-    let good = ResolveInput {
+    let good = SolveInput {
         statistics,
         sources: refs(&input, &[0, 1]),
         objective: Objective::default(),
@@ -364,8 +364,8 @@ fn statistics_that_cannot_be_solved_from_are_refused_by_name() {
         (r#"{"trade_off": "validation"}"#, "trade_off"),
         (r#"{"refine": 2}"#, "refine"),
         (
-            r#"{"alignment": {"gradient_norm": "rms"}}"#,
-            "alignment.gradient_norm",
+            r#"{"alignment": {"gradient_normalization": "rms"}}"#,
+            "alignment.gradient_normalization",
         ),
         (r#"{"head": {"kind": "ridge"}}"#, "head.kind"),
         (r#"{"align_tokens": "hungarian"}"#, "align_tokens"),
@@ -386,7 +386,7 @@ fn every_head_and_norm_makes_a_whole_composition() {
     let mut input = input(dir.path(), 2);
     for objective in [
         r#"{"head": {"kind": "ridge"}}"#,
-        r#"{"head": {"kind": "shared"}, "alignment": {"gradient_norm": "rms"}}"#,
+        r#"{"head": {"kind": "shared"}, "alignment": {"gradient_normalization": "rms"}}"#,
     ] {
         input.objective = serde_json::from_str(objective).unwrap();
         let composition = compose(&input).unwrap();
@@ -410,10 +410,21 @@ fn the_validation_rule_takes_the_point_of_least_cross_fitted_loss() {
     let mut input = input(dir.path(), 3);
     input.objective.trade_off = Some(TradeOff::Rule(TradeOffRule::Validation));
     let result = compose(&input).unwrap().result;
-    let at = |t: f64| result.path.iter().find(|p| p.trade_off == t).unwrap();
+    let at = |t: f64| {
+        result
+            .pareto_path
+            .iter()
+            .find(|p| p.trade_off == t)
+            .unwrap()
+    };
     let chosen = at(result.objective.trade_off.unwrap());
     let loss = |point: &PathPoint| point.validation_loss.unwrap();
-    assert!(result.path.iter().all(|point| loss(point) >= loss(chosen)));
+    assert!(
+        result
+            .pareto_path
+            .iter()
+            .all(|point| loss(point) >= loss(chosen))
+    );
     assert_eq!(
         result.objective.trade_off_rule,
         Some(TradeOffRule::Validation)
@@ -421,7 +432,7 @@ fn the_validation_rule_takes_the_point_of_least_cross_fitted_loss() {
     // And it is what heads fitted on other samples get right, not what they were fitted to.
     let accuracy = chosen.validation_accuracy.unwrap();
     assert!((0.3..=1.0).contains(&accuracy), "{accuracy}");
-    let composed = result.diagnostics.composed.unwrap();
+    let composed = result.diagnostics.composed_score.unwrap();
     assert_eq!(composed.validation_loss, chosen.validation_loss);
 }
 
@@ -439,12 +450,12 @@ fn refinement_of_h_alone_never_lowers_the_true_h() {
         |score: &Option<crate::domain::composition::PromptScore>| score.as_ref().unwrap().h_score;
     assert_close(
         refinement.h_score_before,
-        h(&plain.diagnostics.composed),
+        h(&plain.diagnostics.composed_score),
         1e-6,
     );
     assert_close(
         refinement.h_score_after,
-        h(&refined.diagnostics.composed),
+        h(&refined.diagnostics.composed_score),
         1e-6,
     );
     assert!(refinement.h_score_after >= refinement.h_score_before);

@@ -6,9 +6,9 @@ use serde_json::json;
 use tch::Device;
 
 use crate::domain::composition::{
-    Composer as _, Composition, CompositionError, CompositionInput, Phase, ResolveInput, SourceRef,
+    Composer as _, Composition, CompositionError, CompositionInput, Phase, SolveInput, SourceRef,
 };
-use crate::domain::method::{Method, ScaleRule, UniformShareRule};
+use crate::domain::method::{Method, ScaleRule, UniformMixRule};
 use crate::domain::mixture::mix;
 use crate::domain::prompt_file::PromptFile;
 use crate::engine::testing::{Recorder, assert_close};
@@ -62,7 +62,7 @@ fn average_and_single_best_give_the_weights_that_they_say() {
         (result.objective.gradient_alignment, &result.solver),
         (None, &None)
     );
-    assert!(result.path.is_empty() && result.optima.is_empty());
+    assert!(result.pareto_path.is_empty() && result.local_optima.is_empty());
     assert!(
         result
             .diagnostics
@@ -75,7 +75,7 @@ fn average_and_single_best_give_the_weights_that_they_say() {
         .collect();
     assert_eq!(composed(&average), mix(&prompts, &[1.0 / 3.0; 3]));
 
-    for by in ["h_score", "log_me", "validation"] {
+    for by in ["h_score", "logme", "validation"] {
         let objective = json!({"method": "single_best", "single_best": {"by": by}});
         let (best, _) = compose(&job(dir.path(), objective));
         let scores = best.result.method.scores.clone().unwrap();
@@ -87,7 +87,7 @@ fn average_and_single_best_give_the_weights_that_they_say() {
         for (score, own) in scores.iter().zip(own) {
             match by {
                 "h_score" => assert_eq!(*score, own.h_score),
-                "log_me" => assert_close(*score, own.log_me.unwrap(), 1e-12),
+                "logme" => assert_close(*score, own.logme.unwrap(), 1e-12),
                 _ => assert!(*score <= 0.0),
             }
         }
@@ -155,7 +155,7 @@ fn a_uniform_share_goes_from_the_methods_weights_to_equal_ones() {
     let dir = tempfile::tempdir().unwrap();
     let of = |share: serde_json::Value| {
         let h_score = json!({"shrinkage": 0.5});
-        let objective = json!({"method": "h_only", "h_score": h_score, "uniform_share": share});
+        let objective = json!({"method": "h_only", "h_score": h_score, "uniform_mix": share});
         compose(&job(dir.path(), objective)).0
     };
     let [own, part, equal] = [0.0, 0.25, 1.0].map(|share| of(json!(share)));
@@ -174,18 +174,18 @@ fn a_uniform_share_goes_from_the_methods_weights_to_equal_ones() {
 
     let auto = of(json!("auto"));
     let method = &auto.result.method;
-    let losses = method.uniform_shares.iter().map(|p| p.validation_loss);
+    let losses = method
+        .uniform_mix_candidates
+        .iter()
+        .map(|p| p.validation_loss);
     let least = losses.fold(f64::INFINITY, f64::min);
-    let of_least = (method.uniform_shares.iter()).rfind(|p| p.validation_loss == least);
+    let of_least = (method.uniform_mix_candidates.iter()).rfind(|p| p.validation_loss == least);
     assert_eq!(
-        method.uniform_shares.len(),
-        UniformShareRule::CANDIDATES.len()
+        method.uniform_mix_candidates.len(),
+        UniformMixRule::CANDIDATES.len()
     );
-    assert_eq!(
-        Some(method.uniform_share),
-        of_least.map(|p| p.uniform_share)
-    );
-    assert_eq!(composed(&auto), composed(&of(json!(method.uniform_share))));
+    assert_eq!(Some(method.uniform_mix), of_least.map(|p| p.uniform_mix));
+    assert_eq!(composed(&auto), composed(&of(json!(method.uniform_mix))));
 }
 
 /// Whatever the method, the answer is the better of its prompt and the single best, and says which.
@@ -196,7 +196,12 @@ fn a_fallback_is_the_single_best_where_the_composed_prompt_is_worse() {
     let by = json!({"by": "validation"});
     let single = of(json!({"method": "single_best", "single_best": by}));
     let loss = |composition: &Composition| {
-        let composed = composition.result.diagnostics.composed.as_ref().unwrap();
+        let composed = composition
+            .result
+            .diagnostics
+            .composed_score
+            .as_ref()
+            .unwrap();
         composed.validation_loss.unwrap()
     };
     let mut taken = Vec::new();
@@ -245,7 +250,7 @@ fn a_fallback_is_the_single_best_where_the_composed_prompt_is_worse() {
 fn a_scale_goes_from_the_initial_prompt_to_the_sum() {
     let dir = tempfile::tempdir().unwrap();
     let of = |scale: serde_json::Value| {
-        let objective = json!({"method": "average", "scale": scale, "anchor": 7});
+        let objective = json!({"method": "average", "scale": scale, "anchor_seed": 7});
         compose(&job(dir.path(), objective)).0
     };
     let [at_0, half, at_1] = [0.0, 0.5, 1.0].map(|scale| of(json!(scale)));
@@ -254,7 +259,10 @@ fn a_scale_goes_from_the_initial_prompt_to_the_sum() {
         assert!((middle - (start + end) / 2.0).abs() < 1e-6);
     }
     assert_eq!(
-        (at_1.result.method.anchor, half.result.method.anchor),
+        (
+            at_1.result.method.anchor_seed,
+            half.result.method.anchor_seed
+        ),
         (None, Some(7))
     );
     // α is what it was; the initial prompt is nobody's source.
@@ -282,7 +290,7 @@ fn a_scale_goes_from_the_initial_prompt_to_the_sum() {
     }
     let error = Engine::new(Device::Cpu).compose(&input, &mut Recorder::default());
     let detail = refused(error.unwrap_err());
-    assert!(detail.contains("name one by `anchor`"), "{detail}");
+    assert!(detail.contains("name one by `anchor_seed`"), "{detail}");
 }
 
 #[test]
@@ -294,12 +302,12 @@ fn statistics_serve_every_method_that_they_suffice_for() {
             version: None,
             digest: source.digest,
         });
-        let again = ResolveInput {
+        let again = SolveInput {
             statistics: from.statistics.clone(),
             sources: sources.collect(),
             objective: serde_json::from_value(objective).unwrap(),
         };
-        Engine::new(Device::Cpu).resolve(&again, &mut Recorder::default())
+        Engine::new(Device::Cpu).solve(&again, &mut Recorder::default())
     };
     let told = |composition: &Composition| {
         let mut warnings = composition.result.warnings.iter();
@@ -311,7 +319,7 @@ fn statistics_serve_every_method_that_they_suffice_for() {
     for objective in [
         json!({"method": "average"}),
         json!({"method": "single_best", "single_best": {"by": "validation"}}),
-        json!({"method": "single_best", "uniform_share": 0.5}),
+        json!({"method": "single_best", "uniform_mix": 0.5}),
     ] {
         let (direct, _) = compose(&job(dir.path(), objective.clone()));
         let again = resolve(&whole, &input, objective).unwrap();
@@ -339,7 +347,7 @@ fn statistics_serve_every_method_that_they_suffice_for() {
             "needs the backbone",
         ),
         (
-            json!({"method": "average", "uniform_share": "auto"}),
+            json!({"method": "average", "uniform_mix": "auto"}),
             "choose a number",
         ),
         (
@@ -371,7 +379,7 @@ fn a_ranking_has_the_numbers_that_compositions_have() {
         let own = &panda.result.diagnostics.per_source[i];
         assert_eq!(source.h_score, own.h_score);
         assert_eq!(source.h_score_adjusted, own.h_score_adjusted);
-        assert_eq!((Some(source.log_me), source.otce), (own.log_me, own.otce));
+        assert_eq!((Some(source.logme), source.otce), (own.logme, own.otce));
         let score =
             |composition: &Composition| composition.result.method.scores.as_ref().unwrap()[i];
         assert_eq!(

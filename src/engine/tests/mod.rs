@@ -5,6 +5,6 @@ mod cache;
 mod composition;
 mod cuda;
 mod methods;
-mod sharing;
+mod sharding;
 mod solver;
 mod tune;

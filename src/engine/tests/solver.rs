@@ -3,27 +3,32 @@
 use serde::Deserialize;
 use tch::Tensor;
 
-use crate::domain::objective::{AlignmentReading, TradeOffRule, Weighing};
+use crate::domain::objective::{AlignmentVariant, TradeOffRule, Weighing};
 use crate::engine::alignment::{AlignmentStatistics, GradientAlignment, num_pairs};
 use crate::engine::gradients::sample_folds;
 use crate::engine::h_score::HScore;
 use crate::engine::jackknife::{self, standard_errors};
 use crate::engine::solver::{Solution, Solver, Terms};
 use crate::engine::testing::{
-    alignment_statistics, assert_close, features, inv, labels, noise, noise_tensor,
+    alignment_statistics, assert_close, features, labels, noise, noise_tensor, standard,
 };
 
 fn solve(h_score: &HScore, statistics: AlignmentStatistics, weighing: Weighing) -> Solution {
-    solve_as(AlignmentReading::R1, h_score, statistics, weighing)
+    solve_as(
+        AlignmentVariant::MixtureWeighted,
+        h_score,
+        statistics,
+        weighing,
+    )
 }
 
 fn solve_as(
-    reading: AlignmentReading,
+    variant: AlignmentVariant,
     h_score: &HScore,
     statistics: AlignmentStatistics,
     weighing: Weighing,
 ) -> Solution {
-    let alignment = GradientAlignment::new(reading, statistics);
+    let alignment = GradientAlignment::new(variant, statistics);
     let solution = solve_with(h_score, &alignment, weighing, 0.0);
     assert!((solution.alpha.iter().sum::<f64>() - 1.0).abs() < 1e-12);
     assert!(solution.alpha.iter().all(|weight| *weight >= 0.0));
@@ -63,7 +68,7 @@ fn equal_prompts_give_uniform_weights() {
     let labels = labels(30, 3);
     let one = features(&[0.8], &labels, 5, 8);
     let all = Tensor::cat(&[&one, &one, &one], 0);
-    let h = HScore::new(&all, &labels, &inv(0.01)).unwrap();
+    let h = HScore::new(&all, &labels, &standard(0.01)).unwrap();
     assert_close(
         h.value(&[1.0, 0.0, 0.0]).unwrap(),
         h.value(&[0.0, 0.3, 0.7]).unwrap(),
@@ -78,15 +83,20 @@ fn equal_prompts_give_uniform_weights() {
 #[test]
 fn two_prompts_align_at_the_middle() {
     let labels = labels(40, 3);
-    let h = HScore::new(&features(&[0.5, 1.5], &labels, 5, 10), &labels, &inv(0.01)).unwrap();
+    let h = HScore::new(
+        &features(&[0.5, 1.5], &labels, 5, 10),
+        &labels,
+        &standard(0.01),
+    )
+    .unwrap();
     let gradients = noise_tensor(&[2, 40, 9], 11) * Tensor::from_slice(&[1.0, 3.0]).view([2, 1, 1]);
-    for reading in [
-        AlignmentReading::R1,
-        AlignmentReading::R2,
-        AlignmentReading::R3,
+    for variant in [
+        AlignmentVariant::MixtureWeighted,
+        AlignmentVariant::MixtureUniform,
+        AlignmentVariant::Fishr,
     ] {
         let statistics = alignment_statistics(&gradients);
-        let solution = solve_as(reading, &h, statistics, Weighing::TradeOff(1.0));
+        let solution = solve_as(variant, &h, statistics, Weighing::TradeOff(1.0));
         assert_close(solution.alpha[0], 0.5, 1e-6);
         assert_eq!(solution.scale.lambda(), None);
     }
@@ -98,7 +108,12 @@ fn alignment_weighs_large_gradients_up() {
     let gradients =
         noise_tensor(&[4, 400, 60], 12) * Tensor::from_slice(&[1.0, 1.0, 1.0, 3.0]).view([4, 1, 1]);
     let labels = labels(40, 2);
-    let h = HScore::new(&features(&[0.5; 4], &labels, 5, 13), &labels, &inv(0.01)).unwrap();
+    let h = HScore::new(
+        &features(&[0.5; 4], &labels, 5, 13),
+        &labels,
+        &standard(0.01),
+    )
+    .unwrap();
     let solution = solve(
         &h,
         alignment_statistics(&gradients),
@@ -113,7 +128,7 @@ fn alignment_weighs_large_gradients_up() {
 fn the_source_with_the_signal_wins_and_complements_share() {
     let labels = labels(600, 4);
     let planted = features(&[0.0, 1.5, 0.0], &labels, 6, 14);
-    let h = HScore::new(&planted, &labels, &inv(0.01)).unwrap();
+    let h = HScore::new(&planted, &labels, &standard(0.01)).unwrap();
     let solution = solve(&h, no_gradients(3), Weighing::TradeOff(0.0));
     assert!(solution.alpha[1] > 0.95, "{:?}", solution.alpha);
 
@@ -127,7 +142,7 @@ fn the_source_with_the_signal_wins_and_complements_share() {
     let h = HScore::new(
         &Tensor::from_slice(&values).view([2, 600, 4]),
         &labels,
-        &inv(0.01),
+        &standard(0.01),
     )
     .unwrap();
     let solution = solve(&h, no_gradients(2), Weighing::TradeOff(0.0));
@@ -150,11 +165,11 @@ fn the_solver_is_at_least_as_good_as_a_grid() {
         let h = HScore::new(
             &features(&[0.4, 0.5, 0.6], &labels, 6, 20 + seed),
             &labels,
-            &inv(0.01),
+            &standard(0.01),
         )
         .unwrap();
         let statistics = alignment_statistics(&noise_tensor(&[3, 80, 8], 40 + seed));
-        let l = GradientAlignment::new(AlignmentReading::R1, statistics.clone());
+        let l = GradientAlignment::new(AlignmentVariant::MixtureWeighted, statistics.clone());
         let solution = solve(&h, statistics, Weighing::AlignmentWeight(2.0));
         let total = |alpha: &[f64]| 2.0 * l.value(alpha) - h.value(alpha).unwrap();
         let found = total(&solution.alpha);
@@ -178,7 +193,7 @@ fn the_path_is_monotone_from_one_anchor_to_the_other_and_scale_free() {
     let h = HScore::new(
         &features(&[0.4, 0.8, 0.6, 0.5], &labels, 6, 50),
         &labels,
-        &inv(0.01),
+        &standard(0.01),
     )
     .unwrap();
     let gradients = noise_tensor(&[4, 80, 8], 51);
@@ -222,7 +237,7 @@ fn the_path_is_monotone_from_one_anchor_to_the_other_and_scale_free() {
 fn every_point_of_the_path_is_what_its_trade_off_gives_on_its_own() {
     let labels = labels(80, 4);
     let f = features(&[0.4, 0.8, 0.6, 0.5], &labels, 6, 50);
-    let h = HScore::new(&f, &labels, &inv(0.01)).unwrap();
+    let h = HScore::new(&f, &labels, &standard(0.01)).unwrap();
     let statistics = alignment_statistics(&noise_tensor(&[4, 80, 8], 51));
     let path = solve(&h, statistics.clone(), Weighing::TradeOff(0.5)).path;
     for point in path.iter().step_by(5) {
@@ -241,7 +256,7 @@ fn permuting_the_prompts_permutes_the_weights() {
     let g = noise_tensor(&[3, 80, 8], 61);
     let order = Tensor::from_slice(&[2i64, 0, 1]);
     let run = |f: &Tensor, g: &Tensor| {
-        let h = HScore::new(f, &labels, &inv(0.01)).unwrap();
+        let h = HScore::new(f, &labels, &standard(0.01)).unwrap();
         solve(&h, alignment_statistics(g), Weighing::TradeOff(0.5)).alpha
     };
     let (here, there) = (
@@ -276,7 +291,7 @@ fn both_optima_of_the_worked_example_are_found() {
         .map(|rows| Tensor::from_slice2(rows))
         .collect();
     let f = Tensor::stack(&by_source, 0);
-    let h = HScore::new(&f, &example.labels, &inv(example.shrinkage)).unwrap();
+    let h = HScore::new(&f, &example.labels, &standard(example.shrinkage)).unwrap();
     let solution = solve(&h, no_gradients(2), Weighing::TradeOff(0.0));
     assert_eq!(solution.optima.len(), example.maxima.len());
     for (found, expected) in solution.optima.iter().zip(&example.maxima) {
@@ -291,7 +306,7 @@ fn both_optima_of_the_worked_example_are_found() {
 fn the_knee_is_inside_and_farthest_from_the_chord() {
     let labels = labels(80, 4);
     let f = features(&[0.4, 0.8, 0.6, 0.5], &labels, 6, 50);
-    let h = HScore::new(&f, &labels, &inv(0.01)).unwrap();
+    let h = HScore::new(&f, &labels, &standard(0.01)).unwrap();
     let statistics = alignment_statistics(&noise_tensor(&[4, 80, 8], 51));
     let knee = solve(&h, statistics, Weighing::Rule(TradeOffRule::Knee));
     let (first, last) = (&knee.path[0], &knee.path[20]);
@@ -312,8 +327,8 @@ fn the_knee_is_inside_and_farthest_from_the_chord() {
 fn entropy_makes_every_weight_count_and_vanishes_with_its_strength() {
     let labels = labels(200, 4);
     let f = features(&[0.0, 1.5, 0.0], &labels, 6, 14);
-    let h = HScore::new(&f, &labels, &inv(0.1)).unwrap();
-    let l = GradientAlignment::new(AlignmentReading::R1, no_gradients(3));
+    let h = HScore::new(&f, &labels, &standard(0.1)).unwrap();
+    let l = GradientAlignment::new(AlignmentVariant::MixtureWeighted, no_gradients(3));
     let run = |entropy| solve_with(&h, &l, Weighing::TradeOff(0.0), entropy).alpha;
     let (sparse, dense, uniform) = (run(0.0), run(0.1), run(1e4));
     assert!(dense.iter().all(|weight| *weight > 0.0), "{dense:?}");
@@ -337,8 +352,8 @@ fn standard_errors_are_those_of_solving_without_each_fold() {
     let folds = sample_folds(&labels);
     let f = features(&[0.6, 0.8, 0.7], &labels, 5, 80);
     let g = noise_tensor(&[3, 60, 9], 81);
-    let h = HScore::new(&f, &labels, &inv(0.05)).unwrap();
-    let l = GradientAlignment::new(AlignmentReading::R1, alignment_statistics(&g));
+    let h = HScore::new(&f, &labels, &standard(0.05)).unwrap();
+    let l = GradientAlignment::new(AlignmentVariant::MixtureWeighted, alignment_statistics(&g));
     let solution = solve_with(&h, &l, Weighing::TradeOff(0.5), 0.0);
     let of_fold = |fold: usize, is: bool| -> Tensor {
         let rows: Vec<i64> = (0..60)
@@ -353,7 +368,7 @@ fn standard_errors_are_those_of_solving_without_each_fold() {
         h_score: &h,
         features: &f,
         labels: &labels,
-        reading: AlignmentReading::R1,
+        variant: AlignmentVariant::MixtureWeighted,
         scale: solution.scale,
         entropy: 0.0,
         alpha: &solution.alpha,
@@ -369,7 +384,7 @@ fn standard_errors_are_those_of_solving_without_each_fold() {
             let kept = of_fold(fold, false);
             let rows = Vec::<i64>::try_from(&kept).unwrap();
             let kept_labels: Vec<usize> = rows.iter().map(|n| labels[*n as usize]).collect();
-            let h = HScore::new(&f.index_select(1, &kept), &kept_labels, &inv(0.05)).unwrap();
+            let h = HScore::new(&f.index_select(1, &kept), &kept_labels, &standard(0.05)).unwrap();
             solve(
                 &h,
                 leave_out[fold].clone(),

@@ -56,7 +56,7 @@ fn input(dir: &Path) -> TuningInput {
             eval_split: Some(Split::Test),
             max_samples: 30,
             seed: 0,
-            skip_bad: false,
+            skip_unreadable: false,
         },
         task: "tiny".into(),
         start: None,

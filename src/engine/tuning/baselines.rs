@@ -117,7 +117,7 @@ fn adapters_begin_as_the_identity_and_learn_in_both_their_weights() {
     let problem = problem();
     let options = by("adapter-4");
     let tuning = problem.tuning(&options);
-    let model = Whole::new(tuning).unwrap();
+    let model = FullModel::new(tuning).unwrap();
     let initial = model.initial().unwrap();
     let names: Vec<&str> = initial.iter().map(|p| p.name.as_str()).collect();
     let mut parameters: Vec<Tensor> = initial.iter().map(|p| p.values.copy()).collect();

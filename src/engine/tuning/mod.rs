@@ -10,7 +10,7 @@
 mod adaptation;
 mod attention;
 mod checkpoint;
-mod course;
+mod full_model;
 mod heads;
 mod images;
 mod network;
@@ -19,7 +19,7 @@ mod select;
 mod shallow;
 mod targets;
 mod train;
-mod whole;
+mod tuning_run;
 
 use std::ops::ControlFlow;
 
@@ -42,13 +42,13 @@ use crate::domain::tuning::{Checkpoints, Curves, HeldOut, TuningOptions};
 use crate::domain::tuning_method::TuningMethod;
 
 pub use self::attention::Attention;
-pub use self::course::{Course, Outcome};
+use self::full_model::FullModel;
 use self::heads::Heads;
 pub use self::images::Images;
 use self::shallow::Shallow;
 pub use self::train::TuningProgress;
 use self::train::{Alive, Model, Parameter, Training};
-use self::whole::Whole;
+pub use self::tuning_run::{Outcome, TuningRun};
 
 /// The training record, without times: the same content gives the same bytes.
 #[derive(Serialize)]
@@ -153,7 +153,7 @@ impl<'a> Tuning<'a> {
         let model: Box<dyn Model + 'a> = match self.options.method {
             TuningMethod::VptShallow => Box::new(Shallow::new(*self)?),
             TuningMethod::Linear | TuningMethod::Mlp(_) => Box::new(Heads::new(*self)?),
-            _ => Box::new(Whole::new(*self)?),
+            _ => Box::new(FullModel::new(*self)?),
         };
         let initial = model.initial()?;
         let training = Training {

@@ -28,7 +28,7 @@ pub fn problem() -> Problem {
             split,
             max_samples: None,
             seed: 0,
-            skip_bad: false,
+            skip_unreadable: false,
         };
         Samples::load(&dataset, &selection, &backbone.config.preprocessing).unwrap()
     };
@@ -355,7 +355,7 @@ fn a_pair_whose_losses_do_not_stay_finite_loses_and_a_single_pair_is_taken() {
         held_out: problem.train.only(&[1]),
         whose: "of nobody",
     };
-    let course = Course {
+    let course = TuningRun {
         tuning: problem.tuning(&base),
         grid: &grid,
         images: &images,

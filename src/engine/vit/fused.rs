@@ -17,11 +17,11 @@ use tch::Tensor;
 
 use super::attention::Heads;
 use super::buffers::{Buffer, Shape, Widths, Workspace};
-use super::fold::FoldedBlock;
+use super::flops::{self, Part};
+use super::fold_weights::FoldedBlock;
 use super::kernels::{self, Element};
-use super::spent::{self, Part};
 use super::weights::{Embedding, LayerNorm, Weights};
-use super::{Pass, Slope};
+use super::{FeatureGradient, Pass};
 use crate::engine::EngineError;
 
 pub struct Fused<E: Element> {
@@ -192,7 +192,7 @@ impl<E: Element> Fused<E> {
                 }
             }
             let heads = self.heads(shape, queries);
-            spent::timed(Part::Attention, 2 * heads.operations(shape.n()), || {
+            flops::timed(Part::Attention, 2 * heads.operations(shape.n()), || {
                 heads.attend(kept, &normed.rows(count));
             });
             product(&normed.rows(count), &block.proj.0.tr(), &y.rows(count));
@@ -320,7 +320,7 @@ impl<E: Element> Fused<E> {
         let heads = self.heads(shape, queries);
         // ∂ℓ/∂weights of all tokens; of queries, keys and values in the first block the prompt's alone.
         let tokens = shape.n() + 3 * if i == 0 { shape.m } else { shape.n() };
-        spent::timed(Part::Attention, heads.operations(tokens), || {
+        flops::timed(Part::Attention, heads.operations(tokens), || {
             heads.backward(&y.rows(count), &kept[i], by_weights, &by_qkv.tensor, i == 0);
         });
     }
@@ -383,7 +383,7 @@ impl<E: Element> Pass for Fused<E> {
 
     fn take_images(&mut self, images: &Tensor) {
         let _no_grad = tch::no_grad_guard();
-        let start = spent::timed(Part::Pass, 0, || {
+        let start = flops::timed(Part::Pass, 0, || {
             self.start(&self.embedding.tokens(images).flatten(0, 1))
         });
         self.images = Some((images.size()[0] as usize, start));
@@ -393,7 +393,7 @@ impl<E: Element> Pass for Fused<E> {
         let _no_grad = tch::no_grad_guard();
         let of = |i| {
             self.with_space(i, false, |pass, images, prompt, space| {
-                spent::timed(Part::Pass, 0, || pass.forward(images, prompt, space))
+                flops::timed(Part::Pass, 0, || pass.forward(images, prompt, space))
             })
         };
         Tensor::stack(&prompts.map(of).collect::<Vec<_>>(), 0)
@@ -402,14 +402,14 @@ impl<E: Element> Pass for Fused<E> {
     fn gradients(
         &mut self,
         prompts: Range<usize>,
-        slope: &mut Slope<'_>,
+        slope: &mut FeatureGradient<'_>,
     ) -> Result<Tensor, EngineError> {
         let _no_grad = tch::no_grad_guard();
         let of = |i| {
             self.with_space(i, true, |pass, images, prompt, space| {
-                let features = spent::timed(Part::Pass, 0, || pass.forward(images, prompt, space));
+                let features = flops::timed(Part::Pass, 0, || pass.forward(images, prompt, space));
                 let by_features = tch::with_grad(|| slope(i, &features))?;
-                Ok(spent::timed(Part::Pass, 0, || {
+                Ok(flops::timed(Part::Pass, 0, || {
                     pass.backward(&by_features, prompt, space)
                 }))
             })
@@ -456,7 +456,7 @@ fn cls(matrix: &Tensor, shape: Shape) -> Tensor {
 fn product(a: &Tensor, b: &Tensor, out: &Tensor) {
     let (rows, inner) = a.size2().expect("a matrix");
     let operations = 2 * rows * inner * b.size()[1];
-    spent::timed(Part::Linear, operations as u64, || {
+    flops::timed(Part::Linear, operations as u64, || {
         let _ = a.mm_out(out, b);
     });
 }

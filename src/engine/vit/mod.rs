@@ -10,12 +10,12 @@
 
 mod attention;
 mod buffers;
-mod fold;
+pub mod flops;
+mod fold_weights;
 mod fused;
 mod kernels;
 mod plain;
 mod shared;
-pub mod spent;
 mod weights;
 
 use std::cell::RefCell;
@@ -37,7 +37,7 @@ use crate::domain::backbone::{Backbone, BackboneConfig};
 use crate::domain::precision::Precision;
 
 /// ∂ℓ/∂f [B, d] from the prompt's number and its f [B, d]; every row by its own sample's loss.
-pub type Slope<'a> = dyn FnMut(usize, &Tensor) -> Result<Tensor, EngineError> + 'a;
+pub type FeatureGradient<'a> = dyn FnMut(usize, &Tensor) -> Result<Tensor, EngineError> + 'a;
 
 /// A way to pass images and prompts through the backbone. What is the same for all images is done when
 /// the prompts are taken up, what is the same for all prompts when the images are.
@@ -55,7 +55,7 @@ pub trait Pass: Send {
     fn gradients(
         &mut self,
         prompts: Range<usize>,
-        slope: &mut Slope<'_>,
+        slope: &mut FeatureGradient<'_>,
     ) -> Result<Tensor, EngineError>;
 }
 

@@ -6,7 +6,7 @@ use std::ops::Range;
 use tch::Tensor;
 
 use super::weights::{Block, Weights};
-use super::{Pass, Slope};
+use super::{FeatureGradient, Pass};
 use crate::engine::EngineError;
 
 impl Weights {
@@ -99,7 +99,7 @@ impl Pass for Plain {
     fn gradients(
         &mut self,
         prompts: Range<usize>,
-        slope: &mut Slope<'_>,
+        slope: &mut FeatureGradient<'_>,
     ) -> Result<Tensor, EngineError> {
         let gradients = prompts.map(|i| {
             let leaf = self.copies(i).contiguous().set_requires_grad(true);

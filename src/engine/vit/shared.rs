@@ -12,7 +12,7 @@ use tch::{Kind, Tensor};
 
 use super::plain::{attention, back, scaled};
 use super::weights::{Block, Embedding, LayerNorm, Weights};
-use super::{Pass, Slope};
+use super::{FeatureGradient, Pass};
 use crate::engine::EngineError;
 
 pub struct Shared {
@@ -148,7 +148,7 @@ impl Pass for Shared {
     fn gradients(
         &mut self,
         prompts: Range<usize>,
-        slope: &mut Slope<'_>,
+        slope: &mut FeatureGradient<'_>,
     ) -> Result<Tensor, EngineError> {
         let leaf = self.copies(prompts.clone()).set_requires_grad(true);
         let features = self.forward(&leaf);

@@ -11,7 +11,7 @@ use crate::http::AppState;
 use crate::http::access::Caller;
 use crate::http::error::Problem;
 use crate::http::extract::Path;
-use crate::http::jobs::{self, Order, accept, existing};
+use crate::http::jobs::{self, JobRequest, accept, existing};
 use crate::jobs::plan::default_output;
 use crate::registry::references;
 
@@ -77,7 +77,7 @@ async fn hold_statistics(
     caller: &Caller,
     spec: &EnsembleSpec,
 ) -> Result<(), Problem> {
-    let Some(from) = &spec.resolved_from else {
+    let Some(from) = &spec.solved_from else {
         return Ok(());
     };
     let origin = existing::<EnsembleSpec>(conn, caller.project_id, from.ensemble).await?;
@@ -114,7 +114,7 @@ pub(super) async fn replay_ensemble(
     let new_id = state.clock.new_id();
     let mut spec = job.spec;
     spec.output = default_output(&spec.target.dataset, new_id);
-    let order = Order {
+    let order = JobRequest {
         id: new_id,
         priority: job.priority,
         spec: &spec,

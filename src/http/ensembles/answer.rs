@@ -20,13 +20,13 @@ pub struct Ensemble {
 }
 
 impl Resource for EnsembleSpec {
-    type Answer = Ensemble;
+    type Response = Ensemble;
 }
 
 #[derive(Debug, Serialize, ToSchema)]
 struct Replay {
     /// The ensemble that it repeats.
-    of: Uuid,
+    original_id: Uuid,
     /// max |Δα| over the sources, once both have weights.
     max_weight_difference: Option<f64>,
 }
@@ -40,7 +40,7 @@ impl Replay {
             Some(differences.fold(0.0, f64::max))
         };
         Some(Self {
-            of: job.replay_of?,
+            original_id: job.replay_of?,
             max_weight_difference: differences(),
         })
     }
@@ -54,16 +54,19 @@ struct Urls {
     replay: String,
     statistics: String,
     /// The composed prompt's file, once there is one.
-    composed: Option<String>,
+    composed_prompt: Option<String>,
     /// Where to solve again from its statistics, once there are some.
-    resolve: Option<String>,
+    solve: Option<String>,
 }
 
 impl From<Job> for Ensemble {
     fn from(job: Job) -> Self {
         let this = path::<EnsembleSpec>(job.id);
-        let composed = job.result.as_ref().and_then(|result| {
-            let (prompt, version) = (result.composed.prompt.as_ref()?, result.composed.version?);
+        let composed_prompt = job.result.as_ref().and_then(|result| {
+            let (prompt, version) = (
+                result.composed_prompt.prompt.as_ref()?,
+                result.composed_prompt.version?,
+            );
             Some(format!("/v1/prompts/{prompt}/versions/{version}/content"))
         });
         Self {
@@ -74,9 +77,9 @@ impl From<Job> for Ensemble {
                 job: JobUrls::of::<EnsembleSpec>(job.id),
                 replay: format!("{this}/replay"),
                 statistics: format!("{this}/statistics"),
-                resolve: (job.statistics_digest.is_some() && job.statistics_deleted_at.is_none())
-                    .then(|| format!("{this}/resolve")),
-                composed,
+                solve: (job.statistics_digest.is_some() && job.statistics_deleted_at.is_none())
+                    .then(|| format!("{this}/solve")),
+                composed_prompt,
             },
         }
     }

@@ -17,7 +17,7 @@ use crate::http::content::File;
 use crate::http::error::Problem;
 use crate::http::extract::Path;
 use crate::http::jobs::{self, existing, no_result};
-use crate::jobs::resolve::Solved;
+use crate::jobs::plan_solve::Solved;
 use crate::telemetry::chain;
 
 /// The ensemble once it succeeded; otherwise why it has no result.

@@ -37,7 +37,7 @@ pub async fn cancel<S: Resource>(
         }
     };
     let job = existing::<S>(&mut conn, caller.project_id, id).await?;
-    Ok((status, JsonResponse(S::Answer::from(job))).into_response())
+    Ok((status, JsonResponse(S::Response::from(job))).into_response())
 }
 
 /// One that failed or was cancelled goes back into the queue as it was posted; `repeat` says how one that succeeded is
@@ -64,6 +64,6 @@ pub async fn retry<S: Resource>(
     }
     let again = [(header::RETRY_AFTER, LOOK_AGAIN_AFTER.to_string())];
     let job = existing::<S>(conn, caller.project_id, id).await?;
-    let answer = JsonResponse(S::Answer::from(job));
+    let answer = JsonResponse(S::Response::from(job));
     Ok((StatusCode::ACCEPTED, again, answer).into_response())
 }

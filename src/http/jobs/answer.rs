@@ -67,7 +67,7 @@ pub struct JobProgress {
     /// Of `done` since the phase began.
     per_second: Option<f64>,
     /// Until this phase is done, at that speed.
-    seconds_left: Option<f64>,
+    eta_seconds: Option<f64>,
 }
 
 impl JobProgress {
@@ -82,7 +82,7 @@ impl JobProgress {
             done: progress.done,
             total: progress.total,
             per_second,
-            seconds_left: per_second
+            eta_seconds: per_second
                 .map(|per_second| progress.total.saturating_sub(progress.done) as f64 / per_second),
         })
     }

@@ -21,7 +21,7 @@ use crate::domain::job::{DEFAULT_PRIORITY, JobState};
 use crate::domain::specification::Specification;
 use crate::jobs::plan::PlanError;
 use crate::jobs::queue::QueueError;
-use crate::jobs::requests::{self, NewJob, Posted, Reuse};
+use crate::jobs::requests::{self, EnqueueOutcome, NewJob, Reuse};
 use crate::jobs::{self, Job};
 
 pub(super) use answer::{JobProgress, JobStatus, JobUrls, path};
@@ -35,7 +35,7 @@ const MAX_WAIT: u32 = 60;
 
 /// A kind of job that clients see.
 pub(super) trait Resource: Specification {
-    type Answer: From<Job<Self>> + Serialize;
+    type Response: From<Job<Self>> + Serialize;
 }
 
 /// A code of the kind's own, e.g. `tuning_not_found`.
@@ -80,7 +80,7 @@ pub(super) fn check_priority(priority: i32) -> Result<(), Problem> {
 }
 
 /// A job to be put into the queue.
-pub(super) struct Order<'a, S> {
+pub(super) struct JobRequest<'a, S> {
     pub id: Uuid,
     pub priority: i32,
     pub spec: &'a S,
@@ -93,20 +93,20 @@ pub(super) async fn accept<S: Resource>(
     state: &AppState,
     conn: &mut PgConnection,
     project_id: Uuid,
-    order: Order<'_, S>,
+    request: JobRequest<'_, S>,
 ) -> Result<Response, Problem> {
     let new = NewJob {
-        id: order.id,
+        id: request.id,
         project_id,
-        priority: order.priority,
-        spec: order.spec,
-        replay_of: order.replay_of,
+        priority: request.priority,
+        spec: request.spec,
+        replay_of: request.replay_of,
     };
     let most = state.settings.max_queued;
-    let (id, is_new) = match requests::post(conn, new, order.reuse, most).await? {
-        Posted::Queued => (order.id, true),
-        Posted::Same(id) => (id, false),
-        Posted::Full => {
+    let (id, is_new) = match requests::post(conn, new, request.reuse, most).await? {
+        EnqueueOutcome::Queued => (request.id, true),
+        EnqueueOutcome::Same(id) => (id, false),
+        EnqueueOutcome::Full => {
             let detail = format!(
                 "{most} jobs wait already, which is the most that the operator lets (--max-queued); \
                  post it again later, or ask for more workers"
@@ -119,7 +119,7 @@ pub(super) async fn accept<S: Resource>(
     let location = [(header::LOCATION, path::<S>(id))];
     // A new one may be over already where a worker was quick; it was accepted all the same.
     let is_over = job.state.is_terminal() && !is_new;
-    let answer = JsonResponse(S::Answer::from(job));
+    let answer = JsonResponse(S::Response::from(job));
     Ok(match is_over {
         true => (StatusCode::OK, location, answer).into_response(),
         false => {
@@ -135,13 +135,13 @@ pub(super) async fn list<S: Resource>(
     state: &AppState,
     caller: &Caller,
     query: &PageQuery,
-) -> Result<JsonResponse<Page<S::Answer>>, Problem> {
+) -> Result<JsonResponse<Page<S::Response>>, Problem> {
     let (before, limit) = (query.after()?, query.limit()?);
     let mut conn = state.pool.acquire().await?;
     let jobs = jobs::list::<S>(&mut conn, caller.project_id, None, before, limit).await?;
     let page = query.page(jobs, |job: &Job<S>| job.id.to_string())?;
     Ok(JsonResponse(Page {
-        items: page.items.into_iter().map(S::Answer::from).collect(),
+        items: page.items.into_iter().map(S::Response::from).collect(),
         next_page_token: page.next_page_token,
     }))
 }
@@ -188,7 +188,7 @@ pub(super) async fn get<S: Resource>(
         wait => until_over(state, caller.project_id, id, wait).await?,
     };
     let look_again = !job.state.is_terminal();
-    let mut response = JsonResponse(S::Answer::from(job)).into_response();
+    let mut response = JsonResponse(S::Response::from(job)).into_response();
     if look_again {
         response
             .headers_mut()

@@ -12,10 +12,10 @@ use crate::blobs::BlobStore;
 use crate::domain::composition::Phase;
 use crate::domain::digest::Digest;
 use crate::domain::job::EnsembleSpec;
-use crate::domain::sharing::Shard;
+use crate::domain::sharding::Shard;
 use crate::failpoints;
 use crate::jobs::events::tell;
-use crate::jobs::queue::{Lease, QueueError, Renewal, renewal};
+use crate::jobs::queue::{Lease, QueueError, RenewOutcome, renewal};
 use crate::registry::references;
 
 /// A shard of somebody's job, with all that it is computed from.
@@ -108,7 +108,7 @@ pub async fn renew(
     conn: &mut PgConnection,
     lease: Lease,
     length: Duration,
-) -> Result<Renewal, QueueError> {
+) -> Result<RenewOutcome, QueueError> {
     let cancel = sqlx::query_scalar!(
         r#"
         UPDATE job_shard s
@@ -127,7 +127,7 @@ pub async fn renew(
 }
 
 /// Whether a shard's lease holds and its job is to stop; changes nothing.
-pub async fn look(conn: &mut PgConnection, lease: Lease) -> Result<Renewal, QueueError> {
+pub async fn look(conn: &mut PgConnection, lease: Lease) -> Result<RenewOutcome, QueueError> {
     let cancel = sqlx::query_scalar!(
         r#"
         SELECT j.cancel_requested_at IS NOT NULL AS "cancel!"
@@ -147,7 +147,7 @@ pub async fn progress(
     conn: &mut PgConnection,
     lease: Lease,
     done: f64,
-) -> Result<Renewal, QueueError> {
+) -> Result<RenewOutcome, QueueError> {
     let cancel = sqlx::query_scalar!(
         r#"
         UPDATE job_shard s

@@ -23,7 +23,7 @@ pub use owner::{Owner, There, discard, end, estimate, lay_out, put, put_whole, t
 use super::events::record;
 use crate::db::DbError;
 use crate::domain::composition::Phase;
-use crate::domain::sharing::Shard;
+use crate::domain::sharding::Shard;
 
 /// A shard that so many helpers lost or failed at is left to who has the job, whose attempts are counted.
 const MAX_HELPERS: i32 = 3;

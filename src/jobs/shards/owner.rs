@@ -9,11 +9,11 @@ use crate::blobs::BlobStore;
 use crate::db::DbError;
 use crate::domain::composition::Phase;
 use crate::domain::digest::Digest;
-use crate::domain::sharing::{Estimate, Shard};
+use crate::domain::sharding::{Estimate, Shard};
 use crate::failpoints;
 use crate::jobs::events::{record, tell};
-use crate::jobs::leaving::Held;
 use crate::jobs::queue::{Lease, QueueError};
+use crate::jobs::transition::LockedJob;
 use crate::registry::references;
 
 /// Who has the job, as far as its shards are concerned.
@@ -35,7 +35,7 @@ pub async fn lay_out(
 ) -> Result<usize, QueueError> {
     let lease = owner.lease;
     let mut tx = conn.begin().await?;
-    Held::lock(&mut tx, lease).await?;
+    LockedJob::lock(&mut tx, lease).await?;
     sqlx::query!(
         "DELETE FROM job_shard WHERE job_id = $1 AND arithmetic <> $2",
         lease.job_id,
@@ -160,7 +160,7 @@ async fn begin_with<'a>(
     let mut tx = conn.begin().await?;
     // Before the job's row is held, which others wait for: a blob store may take its time.
     references::hold(&mut tx, blobs, file).await?;
-    Held::lock(&mut tx, lease).await?;
+    LockedJob::lock(&mut tx, lease).await?;
     Ok(tx)
 }
 
@@ -245,7 +245,7 @@ pub async fn discard(
 ) -> Result<(), QueueError> {
     let lease = owner.lease;
     let mut tx = conn.begin().await?;
-    Held::lock(&mut tx, lease).await?;
+    LockedJob::lock(&mut tx, lease).await?;
     sqlx::query!(
         r#"
         UPDATE job_shard
@@ -265,7 +265,7 @@ pub async fn discard(
 /// What is not there of a phase is not needed; who works on it loses it.
 pub async fn end(conn: &mut PgConnection, lease: Lease, phase: Phase) -> Result<(), QueueError> {
     let mut tx = conn.begin().await?;
-    Held::lock(&mut tx, lease).await?;
+    LockedJob::lock(&mut tx, lease).await?;
     sqlx::query!(
         "DELETE FROM job_shard WHERE job_id = $1 AND phase = $2 AND state <> 'succeeded'",
         lease.job_id,
@@ -283,7 +283,7 @@ pub async fn estimate(
     estimate: &Estimate,
 ) -> Result<(), QueueError> {
     let mut tx = conn.begin().await?;
-    Held::lock(&mut tx, lease).await?;
+    LockedJob::lock(&mut tx, lease).await?;
     record(&mut tx, lease.job_id, "estimate", json!(estimate)).await?;
     tx.commit().await?;
     tell(conn, lease.job_id, false).await;

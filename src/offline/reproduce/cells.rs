@@ -26,7 +26,7 @@ pub const ALONE: &str = "alone";
 /// As published.
 pub const HGPROMPT: &str = "hgprompt";
 /// What an objective that says nothing means.
-pub const DEFAULT: &str = "default";
+pub const DEFAULT: &str = "hgprompt_cv";
 
 /// In the order of the tables.
 pub const METHODS: [Method; 17] = [
@@ -51,9 +51,9 @@ pub const METHODS: [Method; 17] = [
         objective: || published(json!({"method": "single_best"})),
     },
     Method {
-        key: "single_best_log_me",
+        key: "single_best_logme",
         label: "single best, by LogME",
-        objective: || published(json!({"method": "single_best", "single_best": {"by": "log_me"}})),
+        objective: || published(json!({"method": "single_best", "single_best": {"by": "logme"}})),
     },
     Method {
         key: "single_best_validation",
@@ -169,12 +169,12 @@ pub const VARIANTS: [Method; 24] = [
     Method {
         key: "cross_validated_auto",
         label: "cross-validated H only; share of equal weights and scale auto",
-        objective: || json!({"method": "h_only", "uniform_share": "auto", "scale": "auto"}),
+        objective: || json!({"method": "h_only", "uniform_mix": "auto", "scale": "auto"}),
     },
     Method {
         key: "cross_validated_both_auto",
         label: "cross-validated H; share of equal weights and scale auto",
-        objective: || json!({"fallback": "none", "uniform_share": "auto", "scale": "auto"}),
+        objective: || json!({"fallback": "none", "uniform_mix": "auto", "scale": "auto"}),
     },
     Method {
         key: "cross_validated_validated",
@@ -182,7 +182,7 @@ pub const VARIANTS: [Method; 24] = [
         objective: || json!({"fallback": "none", "trade_off": "validation", "scale": "auto"}),
     },
     Method {
-        key: "default_auto",
+        key: "hgprompt_cv_auto",
         label: "promptweave's default, scale auto",
         objective: || json!({"scale": "auto"}),
     },
@@ -242,20 +242,20 @@ pub const VARIANTS: [Method; 24] = [
         },
     },
     Method {
-        key: "uniform_share_auto",
+        key: "uniform_mix_auto",
         label: "share of equal weights auto",
-        objective: || published(json!({"uniform_share": "auto"})),
+        objective: || published(json!({"uniform_mix": "auto"})),
     },
     Method {
         key: "both_auto",
         label: "share of equal weights and scale auto",
-        objective: || published(json!({"uniform_share": "auto", "scale": "auto"})),
+        objective: || published(json!({"uniform_mix": "auto", "scale": "auto"})),
     },
     Method {
         key: "h_only_both_auto",
         label: "H only; share of equal weights and scale auto",
         objective: || {
-            published(json!({"method": "h_only", "uniform_share": "auto", "scale": "auto"}))
+            published(json!({"method": "h_only", "uniform_mix": "auto", "scale": "auto"}))
         },
     },
     Method {
@@ -275,10 +275,10 @@ pub const VARIANTS: [Method; 24] = [
 /// With H as HGPrompt is published, on one scale for all methods, and as it weighs by it.
 fn published(mut objective: Value) -> Value {
     let fields = objective.as_object_mut().expect("an object");
-    fields.entry("method").or_insert(json!("hgprompt_paper"));
+    fields.entry("method").or_insert(json!("hgprompt"));
     let h_score = fields.entry("h_score").or_insert(json!({}));
     if h_score.get("mode").is_none() {
-        h_score["mode"] = json!("inv");
+        h_score["mode"] = json!("standard");
     }
     objective
 }

@@ -27,7 +27,7 @@ const RANKINGS: [(&str, &str, Ranking); 14] = [
         DEFAULT,
         Ranking::Score("h_score"),
     ),
-    ("LogME", HGPROMPT, Ranking::Score("log_me")),
+    ("LogME", HGPROMPT, Ranking::Score("logme")),
     ("LEEP", HGPROMPT, Ranking::Score("leep")),
     ("NCE", HGPROMPT, Ranking::Score("nce")),
     ("OTCE", HGPROMPT, Ranking::Score("otce")),

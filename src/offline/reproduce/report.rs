@@ -19,7 +19,7 @@ const RIVALS: [&str; 11] = [
     OWN,
     "average",
     "single_best",
-    "single_best_log_me",
+    "single_best_logme",
     "single_best_validation",
     "spot",
     "spot_token_mean",
@@ -283,7 +283,7 @@ impl<'a> Report<'a> {
 
     fn csv(&self) -> String {
         let optional = |value: Option<f64>| value.map_or(String::new(), |value| value.to_string());
-        let mut text = "seed,target,method,sources,eval_accuracy,tuned_accuracy,train_accuracy,validation_accuracy,validation_loss,held_out_accuracy,held_out_loss,h_score,uniform_share,scale,seconds,weights\n".to_owned();
+        let mut text = "seed,target,method,sources,eval_accuracy,tuned_accuracy,train_accuracy,validation_accuracy,validation_loss,held_out_accuracy,held_out_loss,h_score,uniform_mix,scale,seconds,weights\n".to_owned();
         for row in self.rows {
             let weights: Vec<String> = row
                 .sources
@@ -306,7 +306,7 @@ impl<'a> Report<'a> {
                 optional(row.held_out_accuracy),
                 optional(row.held_out_loss),
                 row.h_score,
-                optional(row.uniform_share),
+                optional(row.uniform_mix),
                 row.scale,
                 row.seconds,
                 weights.join(" ")

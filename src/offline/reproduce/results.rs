@@ -23,7 +23,7 @@ pub struct Row {
     pub scores: Vec<(String, Vec<f64>)>,
     /// γ; None in rows of before it could be chosen.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub uniform_share: Option<f64>,
+    pub uniform_mix: Option<f64>,
     /// β
     pub scale: f64,
     /// Share of the test images that the closed-form head on the composed prompt's features gets right.
@@ -192,7 +192,7 @@ pub mod tests {
             sources: sources.iter().map(|name| (*name).to_owned()).collect(),
             weights: vec![1.0 / sources.len().max(1) as f64; sources.len()],
             scores: Vec::new(),
-            uniform_share: None,
+            uniform_mix: None,
             scale: 1.0,
             eval_accuracy,
             train_accuracy: 1.0,

@@ -115,11 +115,11 @@ impl<'a> Runner<'a> {
                 eval_split: None,
                 max_samples: self.settings.target_samples,
                 seed: cell.seed,
-                skip_bad: self.args.engine.skip_bad,
+                skip_unreadable: self.args.engine.skip_unreadable,
             },
             sources: self.sources(cell)?,
             objective: self.objective(cell)?,
-            stop_when: None,
+            early_stopping: None,
         })
     }
 
@@ -232,7 +232,7 @@ impl<'a> Runner<'a> {
             split,
             max_samples,
             seed,
-            skip_bad: self.args.engine.skip_bad,
+            skip_unreadable: self.args.engine.skip_unreadable,
         };
         let preprocessing = &backbone.config.preprocessing;
         Ok(Samples::load(&dataset, &selection, preprocessing)?)
@@ -387,7 +387,7 @@ fn row(
     accuracies: &Accuracies,
     seconds: f64,
 ) -> anyhow::Result<Row> {
-    let composed = result.diagnostics.composed.as_ref();
+    let composed = result.diagnostics.composed_score.as_ref();
     let composed = composed.ok_or_else(|| anyhow!("a composition with a backbone is verified"))?;
     Ok(Row {
         seed: cell.seed,
@@ -400,7 +400,7 @@ fn row(
             .map(|source| source.weight)
             .collect(),
         scores: scores(result)?,
-        uniform_share: Some(result.method.uniform_share),
+        uniform_mix: Some(result.method.uniform_mix),
         scale: result.method.scale,
         eval_accuracy: accuracies.test,
         train_accuracy: composed.train_accuracy,
@@ -427,7 +427,7 @@ fn scores(result: &CompositionResult) -> anyhow::Result<Vec<(String, Vec<f64>)>>
     for metric in [
         "h_score",
         "h_score_adjusted",
-        "log_me",
+        "logme",
         "leep",
         "nce",
         "otce",

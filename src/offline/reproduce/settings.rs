@@ -7,10 +7,10 @@ use super::report::{Report, mean_of, number, table};
 use super::results::Row;
 
 /// Something that a row says.
-type Said = fn(&Row) -> Option<f64>;
+type RowValue = fn(&Row) -> Option<f64>;
 
 /// What could be chosen by, the better the higher.
-const CRITERIA: [(&str, Said); 6] = [
+const CRITERIA: [(&str, RowValue); 6] = [
     ("held-out loss", |row| Some(-row.held_out_loss?)),
     ("held-out accuracy", |row| row.held_out_accuracy),
     ("cross-fitted loss", |row| Some(-row.validation_loss?)),
@@ -65,7 +65,8 @@ impl Report<'_> {
             .filter(|t| self.is_whole(t, HGPROMPT))
             .collect();
         let of_method = |key: &'static str| -> ([f64; 2], Vec<String>) {
-            let mean = |of: Said| mean_of(&self.by_target(&targets, key, of).unwrap_or_default());
+            let mean =
+                |of: RowValue| mean_of(&self.by_target(&targets, key, of).unwrap_or_default());
             let losses = [mean(held_out_loss), mean(|row| row.validation_loss)];
             let row = vec![
                 method(key).label.to_owned(),
@@ -120,7 +121,13 @@ impl Report<'_> {
     }
 
     /// Student's interval of a method's numbers less those of HGPrompt as published.
-    fn beside_published(&self, targets: &[&str], key: &str, of: Said, decimals: usize) -> String {
+    fn beside_published(
+        &self,
+        targets: &[&str],
+        key: &str,
+        of: RowValue,
+        decimals: usize,
+    ) -> String {
         let published = self.by_target(targets, HGPROMPT, of).unwrap_or_default();
         let others = self.by_target(targets, key, of).unwrap_or_default();
         let beside: Vec<f64> = others.iter().zip(&published).map(|(a, b)| a - b).collect();
@@ -157,7 +164,7 @@ impl Report<'_> {
         &self,
         target: &str,
         methods: impl Iterator<Item = &'static str>,
-        criterion: Said,
+        criterion: RowValue,
     ) -> Option<f64> {
         let of_method = |key: &'static str| {
             let chosen_by = self.by_target(&[target], key, criterion)?[0];

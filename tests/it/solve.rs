@@ -1,11 +1,11 @@
-//! `/v1/ensembles/{id}/resolve`: some sources of a finished ensemble, weighed again.
+//! `/v1/ensembles/{id}/solve`: some sources of a finished ensemble, weighed again.
 
 use promptweave::db::MIGRATOR;
 use promptweave::domain::digest::Digest;
 use serde_json::{Value, json};
 use sqlx::PgPool;
 
-use crate::app::{Answer, TestApp};
+use crate::app::{TestApp, TestResponse};
 use crate::ensembles::{Worker, fitting, furnished, post, request, until_state, upload, url};
 use crate::fixtures::FakeComposer;
 
@@ -17,17 +17,17 @@ async fn solved(app: &TestApp, objective: Value) -> (Value, Worker) {
     request["sources"] = json!(sources);
     request["objective"] = objective;
     let ensemble = post(app, &request).await.ok(202);
-    assert_eq!(ensemble["urls"]["resolve"], Value::Null);
+    assert_eq!(ensemble["urls"]["solve"], Value::Null);
     let worker = Worker::start(app, &FakeComposer::default());
     (until_state(app, &ensemble, "succeeded").await, worker)
 }
 
-async fn resolve(app: &TestApp, ensemble: &Value, body: &Value) -> Answer {
-    app.post(&url(ensemble, "resolve"), body).await
+async fn resolve(app: &TestApp, ensemble: &Value, body: &Value) -> TestResponse {
+    app.post(&url(ensemble, "solve"), body).await
 }
 
 async fn lineage(app: &TestApp, ensemble: &Value) -> Value {
-    let content = url(ensemble, "composed");
+    let content = url(ensemble, "composed_prompt");
     let version = content.strip_suffix("/content").unwrap();
     app.get(&format!("{version}/lineage")).await.ok(200)
 }
@@ -51,7 +51,7 @@ async fn a_subset_is_solved_again_published_and_told_apart(pool: PgPool) {
     let spec = &again["spec"];
     let statistics = Digest::of(b"statistics").to_string();
     let from = json!({"ensemble": ensemble["id"], "statistics": statistics});
-    assert_eq!(spec["resolved_from"], from);
+    assert_eq!(spec["solved_from"], from);
     let mut objective = ensemble["spec"]["objective"].clone();
     assert_eq!(objective["fallback"], "single_best");
     objective["fallback"] = json!("none");
@@ -78,7 +78,7 @@ async fn a_subset_is_solved_again_published_and_told_apart(pool: PgPool) {
     );
 
     let made = lineage(&app, &done).await;
-    let by = json!({"ensemble": again["id"], "resolved_from": ensemble["id"]});
+    let by = json!({"ensemble": again["id"], "solved_from": ensemble["id"]});
     assert_eq!(made["nodes"][0]["produced_by"], by);
     let edges = made["edges"].as_array().unwrap();
     let mut names: Vec<_> = edges
@@ -93,7 +93,7 @@ async fn a_subset_is_solved_again_published_and_told_apart(pool: PgPool) {
         .sum();
     assert!((sum - 1.0).abs() < 1e-6, "{made}");
     let whole = lineage(&app, &ensemble).await;
-    let by = json!({"ensemble": ensemble["id"], "resolved_from": null});
+    let by = json!({"ensemble": ensemble["id"], "solved_from": null});
     assert_eq!(whole["nodes"][0]["produced_by"], by);
     let source = app
         .get("/v1/prompts/digits/versions/1/lineage")
@@ -104,7 +104,7 @@ async fn a_subset_is_solved_again_published_and_told_apart(pool: PgPool) {
     // What was solved again can be solved again, from what is left.
     let digits = json!({"sources": [{"prompt": "digits:1"}], "output": {"name": "alone"}});
     let alone = resolve(&app, &done, &digits).await.ok(202);
-    assert_eq!(alone["spec"]["resolved_from"]["ensemble"], done["id"]);
+    assert_eq!(alone["spec"]["solved_from"]["ensemble"], done["id"]);
     assert_eq!(alone["spec"]["output"], "alone");
     until_state(&app, &alone, "succeeded").await;
     let flowers = json!({"sources": [{"prompt": "flowers"}]});
@@ -119,10 +119,10 @@ async fn what_is_left_out_stays_but_for_what_needs_the_backbone(pool: PgPool) {
     let app = furnished(pool).await;
     let objective = json!({
         "trade_off": "validation", "refine": 3, "head": {"shrinkage": 0.5},
-        "alignment": {"reading": "R2"},
+        "alignment": {"variant": "mixture_uniform"},
     });
     let (ensemble, worker) = solved(&app, objective).await;
-    let again = app.post_empty(&url(&ensemble, "resolve")).await.ok(202);
+    let again = app.post_empty(&url(&ensemble, "solve")).await.ok(202);
     assert_eq!(again["spec"]["sources"], ensemble["spec"]["sources"]);
     let mut expected = ensemble["spec"]["objective"].clone();
     expected.as_object_mut().unwrap().remove("refine");
@@ -139,7 +139,10 @@ async fn what_is_left_out_stays_but_for_what_needs_the_backbone(pool: PgPool) {
     let body = json!({"objective": {"trade_off": "knee", "head": {"shrinkage": 0.5}}});
     let other = resolve(&app, &ensemble, &body).await.ok(202);
     assert_eq!(other["spec"]["objective"]["trade_off"], "knee");
-    assert_eq!(other["spec"]["objective"]["alignment"]["reading"], "R1");
+    assert_eq!(
+        other["spec"]["objective"]["alignment"]["variant"],
+        "mixture_weighted"
+    );
     until_state(&app, &other, "succeeded").await;
     worker.stop().await;
 }
@@ -147,11 +150,11 @@ async fn what_is_left_out_stays_but_for_what_needs_the_backbone(pool: PgPool) {
 #[sqlx::test(migrator = "MIGRATOR")]
 async fn a_share_of_equal_weights_that_was_chosen_stays(pool: PgPool) {
     let app = furnished(pool).await;
-    let (ensemble, worker) = solved(&app, json!({"uniform_share": "auto"})).await;
-    let again = app.post_empty(&url(&ensemble, "resolve")).await.ok(202);
+    let (ensemble, worker) = solved(&app, json!({"uniform_mix": "auto"})).await;
+    let again = app.post_empty(&url(&ensemble, "solve")).await.ok(202);
     // What `auto` chose, says the fake.
-    assert_eq!(again["spec"]["objective"]["uniform_share"], 0.25);
-    let anew = json!({"objective": {"uniform_share": "auto"}});
+    assert_eq!(again["spec"]["objective"]["uniform_mix"], 0.25);
+    let anew = json!({"objective": {"uniform_mix": "auto"}});
     let refused = resolve(&app, &ensemble, &anew).await;
     refused.problem(422, "invalid_objective");
     worker.stop().await;
@@ -173,7 +176,7 @@ async fn what_fell_back_is_the_single_best_again(pool: PgPool) {
         .execute(&pool)
         .await
         .unwrap();
-    let again = app.post_empty(&url(&ensemble, "resolve")).await.ok(202);
+    let again = app.post_empty(&url(&ensemble, "solve")).await.ok(202);
     let objective = &again["spec"]["objective"];
     assert_eq!(objective["method"], "single_best", "{objective}");
     assert_eq!(objective["single_best"]["by"], "validation");
@@ -188,13 +191,13 @@ async fn what_fell_back_is_the_single_best_again(pool: PgPool) {
 async fn what_cannot_be_solved_again_is_refused_with_its_place(pool: PgPool) {
     let app = furnished(pool).await;
     let waiting = post(&app, &request()).await.ok(202);
-    let path = format!("{}/resolve", url(&waiting, "self"));
+    let path = format!("{}/solve", url(&waiting, "self"));
     let early = app.post(&path, &json!({})).await;
     early.problem(409, "ensemble_not_finished");
     app.post_empty(&url(&waiting, "cancel")).await.ok(200);
     let late = app.post(&path, &json!({})).await;
     late.problem(409, "ensemble_cancelled");
-    let nobody = "/v1/ensembles/01890a5d-ac96-774b-bcce-b302099a8057/resolve";
+    let nobody = "/v1/ensembles/01890a5d-ac96-774b-bcce-b302099a8057/solve";
     app.post_empty(nobody)
         .await
         .problem(404, "ensemble_not_found");
@@ -288,7 +291,7 @@ async fn two_versions_of_one_prompt_are_told_apart(pool: PgPool) {
 #[sqlx::test(migrator = "MIGRATOR")]
 async fn a_body_is_json_or_not_there(pool: PgPool) {
     let app = TestApp::new(pool);
-    let path = "/v1/ensembles/01890a5d-ac96-774b-bcce-b302099a8057/resolve";
+    let path = "/v1/ensembles/01890a5d-ac96-774b-bcce-b302099a8057/solve";
     let untyped = axum::http::Request::post(path).body("{}".into()).unwrap();
     app.send(untyped)
         .await

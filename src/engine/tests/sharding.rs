@@ -8,7 +8,9 @@ use uuid::Uuid;
 
 use crate::domain::composition::{Composer as _, Composition, CompositionInput, Observer, Phase};
 use crate::domain::precision::Precision;
-use crate::domain::sharing::{Estimate, Next, Shard, ShardInput, Shards, SharingError, StopWhen};
+use crate::domain::sharding::{
+    EarlyStopping, Estimate, Next, Shard, ShardInput, ShardingError, Shards,
+};
 use crate::engine::Engine;
 use crate::engine::self_test::job;
 use crate::engine::vit::Compute;
@@ -25,7 +27,7 @@ struct Team<'a> {
     helper: Engine,
     helps: fn(usize) -> bool,
     input: &'a CompositionInput,
-    shard_pairs: u64,
+    min_shard_pairs: u64,
     laid_out: BTreeMap<Phase, usize>,
     files: BTreeMap<(Phase, usize), Vec<u8>>,
     merged: BTreeMap<Phase, usize>,
@@ -41,7 +43,7 @@ impl<'a> Team<'a> {
             helper: engine(),
             helps,
             input,
-            shard_pairs: 40,
+            min_shard_pairs: 40,
             laid_out: BTreeMap::new(),
             files: BTreeMap::new(),
             merged: BTreeMap::new(),
@@ -69,18 +71,18 @@ impl Observer for Team<'_> {
 }
 
 impl Shards for Team<'_> {
-    fn shard_pairs(&self) -> u64 {
-        self.shard_pairs
+    fn min_shard_pairs(&self) -> u64 {
+        self.min_shard_pairs
     }
 
-    fn lay_out(&mut self, phase: Phase, count: usize) -> Result<usize, SharingError> {
+    fn lay_out(&mut self, phase: Phase, count: usize) -> Result<usize, ShardingError> {
         if count > 1 {
             self.laid_out.entry(phase).or_insert(count);
         }
         Ok(self.laid_out.get(&phase).copied().unwrap_or(1))
     }
 
-    fn next(&mut self, phase: Phase) -> Result<(Next, f64), SharingError> {
+    fn next(&mut self, phase: Phase) -> Result<(Next, f64), ShardingError> {
         let count = self.laid_out[&phase];
         let there = |index: &usize| self.files.contains_key(&(phase, *index));
         let done = (0..count).filter(there).count() as f64;
@@ -124,20 +126,20 @@ impl Shards for Team<'_> {
         Ok((Next::Wait, done))
     }
 
-    fn give_whole(&mut self, phase: Phase, bytes: Vec<u8>) -> Result<(), SharingError> {
+    fn give_whole(&mut self, phase: Phase, bytes: Vec<u8>) -> Result<(), ShardingError> {
         self.files.retain(|(of, _), _| *of != phase);
         self.laid_out.insert(phase, 1);
         self.files.insert((phase, 0), bytes);
         Ok(())
     }
 
-    fn give(&mut self, shard: Shard, bytes: Vec<u8>) -> Result<(), SharingError> {
+    fn give(&mut self, shard: Shard, bytes: Vec<u8>) -> Result<(), ShardingError> {
         self.laid_out.entry(shard.phase).or_insert(shard.count);
         self.files.insert((shard.phase, shard.index), bytes);
         Ok(())
     }
 
-    fn end(&mut self, _: Phase) -> Result<(), SharingError> {
+    fn end(&mut self, _: Phase) -> Result<(), ShardingError> {
         self.ended = true;
         Ok(())
     }
@@ -162,7 +164,7 @@ fn whoever_computes_the_shards_the_answer_is_that_of_one_alone() {
     let dir = tempfile::tempdir().unwrap();
     let input = job(dir.path()).unwrap();
     let mut alone = Team::new(&input, |_| false);
-    alone.shard_pairs = 0;
+    alone.min_shard_pairs = 0;
     let whole = alone.compose();
     assert!(alone.laid_out.is_empty() && alone.estimates.is_empty());
     let mut shared = Vec::new();
@@ -220,9 +222,11 @@ fn enough_is_enough_where_that_was_asked_for() {
     let whole = Team::new(&input, |_| false).compose();
     assert_eq!(whole.result.early_stop, None);
     // Of a small job too, which has its features at once.
-    input.stop_when = Some(StopWhen { weight_se: 1.0 });
+    input.early_stopping = Some(EarlyStopping {
+        max_standard_error: 1.0,
+    });
     let mut team = Team::new(&input, |_| true);
-    team.shard_pairs = 0;
+    team.min_shard_pairs = 0;
     let stopped = team.compose();
     assert!(team.ended);
     let early = stopped.result.early_stop.clone().unwrap();
@@ -230,7 +234,7 @@ fn enough_is_enough_where_that_was_asked_for() {
         panic!("{:?}", team.estimates);
     };
     assert_eq!(
-        (early.samples, early.of, early.asked),
+        (early.samples, early.total_samples, early.requested),
         (estimate.samples, 60, 1.0)
     );
     assert!((30..=50).contains(&early.samples), "{early:?}");
@@ -239,7 +243,9 @@ fn enough_is_enough_where_that_was_asked_for() {
     assert_eq!(estimated, weights(&stopped));
     assert!((estimated.iter().sum::<f64>() - 1.0).abs() < 1e-9);
 
-    input.stop_when = Some(StopWhen { weight_se: 1e-12 });
+    input.early_stopping = Some(EarlyStopping {
+        max_standard_error: 1e-12,
+    });
     let mut team = Team::new(&input, |index| index == 0);
     let never = team.compose();
     assert_eq!((never.result.early_stop, team.ended), (None, false));

@@ -1,18 +1,18 @@
-//! Solving again from the statistics of an earlier composition: another weighing, another reading or mode,
+//! Solving again from the statistics of an earlier composition: another weighing, another variant or mode,
 //! fewer sources; no backbone, no images.
 
 use super::EngineError;
 use super::methods::towards_uniform;
-use super::report::Evidence;
+use super::report::Findings;
 use super::solve::weigh_features;
 use super::sources::{anchored, composed_prompt};
 use super::statistics::{Metadata, Statistics};
 use super::steps::Steps;
-use crate::domain::composition::{Composition, Observer, Phase, ResolveInput, SourceRef};
+use crate::domain::composition::{Composition, Observer, Phase, SolveInput, SourceRef};
 use crate::domain::digest::Digest;
 
-pub fn resolve(
-    input: &ResolveInput,
+pub fn solve_again(
+    input: &SolveInput,
     device: String,
     observer: &mut dyn Observer,
 ) -> Result<Composition, EngineError> {
@@ -34,15 +34,15 @@ pub fn resolve(
         &mut steps,
         &mut |_, _| unreachable!("`validation` was refused"),
     )?;
-    method.uniform_share = objective.uniform_share.known();
-    let alpha = towards_uniform(&solved.solution.alpha, method.uniform_share);
+    method.uniform_mix = objective.uniform_mix.known();
+    let alpha = towards_uniform(&solved.solution.alpha, method.uniform_mix);
     // Without the backbone there are no features of the composed prompt to fit a head on.
     let composed = composed_prompt(&metadata, anchored(&statistics.prompts, &alpha, None, 1.0));
-    let evidence = Evidence {
+    let evidence = Findings {
         metadata,
         versions: input.sources.iter().map(|source| source.version).collect(),
         device,
-        resolved_from: Some(Digest::of(&input.statistics)),
+        solved_from: Some(Digest::of(&input.statistics)),
         statistics: &statistics,
         solved,
         method,

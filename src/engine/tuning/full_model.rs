@@ -17,7 +17,7 @@ use crate::engine::vit::Weights;
 /// 0, there is a gradient.
 const ADAPTER_DEVIATION: f64 = 0.02;
 
-pub struct Whole<'a> {
+pub struct FullModel<'a> {
     tuning: Tuning<'a>,
     targets: Targets,
     network: Network,
@@ -25,7 +25,7 @@ pub struct Whole<'a> {
     names: Vec<String>,
 }
 
-impl<'a> Whole<'a> {
+impl<'a> FullModel<'a> {
     pub fn new(tuning: Tuning<'a>) -> Result<Self, EngineError> {
         let vit = tuning.vit;
         let mut model = Self {
@@ -132,7 +132,7 @@ impl<'a> Whole<'a> {
     }
 }
 
-impl Model for Whole<'_> {
+impl Model for FullModel<'_> {
     fn initial(&self) -> Result<Vec<Parameter>, EngineError> {
         let mut all = self.own();
         all.extend(self.added()?);

@@ -17,7 +17,7 @@ pub enum Part {
 
 /// What all streams of this process together spent in one part.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Spent {
+pub struct FlopCounter {
     pub seconds: f64,
     /// Floating-point operations of its matrix products; a multiply-add is two.
     pub operations: f64,
@@ -35,9 +35,9 @@ static COUNTERS: [Counters; 3] = [const {
     }
 }; 3];
 
-pub fn spent(part: Part) -> Spent {
+pub fn spent(part: Part) -> FlopCounter {
     let counters = &COUNTERS[part as usize];
-    Spent {
+    FlopCounter {
         seconds: counters.nanoseconds.load(Relaxed) as f64 * 1e-9,
         operations: counters.operations.load(Relaxed) as f64,
     }

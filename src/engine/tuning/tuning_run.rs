@@ -8,7 +8,7 @@ use crate::domain::prompt_file::PromptFile;
 use crate::domain::tuning::{Candidate, Checkpoints, Grid, TuningOptions};
 use crate::engine::EngineError;
 
-pub struct Course<'a> {
+pub struct TuningRun<'a> {
     /// On all images.
     pub tuning: Tuning<'a>,
     pub grid: &'a Grid,
@@ -24,7 +24,7 @@ pub struct Outcome<T> {
     pub candidates: Vec<Candidate>,
 }
 
-impl Course<'_> {
+impl TuningRun<'_> {
     fn num_pairs(&self) -> usize {
         self.grid.pairs(self.tuning.options).len()
     }

@@ -15,7 +15,7 @@ use crate::domain::job::{AttemptOutcome, JobError, JobState};
 use crate::webhooks::outbox;
 
 /// A running job whose row this transaction holds.
-pub(super) struct Held {
+pub(super) struct LockedJob {
     pub job_id: Uuid,
     pub token: Uuid,
     pub attempt: i32,
@@ -26,7 +26,7 @@ pub(super) struct Held {
 }
 
 /// How a job leaves `running`.
-pub(super) struct Leaving {
+pub(super) struct Transition {
     pub state: JobState,
     outcome: AttemptOutcome,
     error: Option<JobError>,
@@ -38,7 +38,7 @@ pub(super) struct Leaving {
     result: Option<(Value, Option<Digest>)>,
 }
 
-impl Leaving {
+impl Transition {
     pub(super) fn to(state: JobState, outcome: AttemptOutcome) -> Self {
         assert!(JobState::Running.may_become(state));
         Self {
@@ -79,7 +79,7 @@ impl Leaving {
     }
 }
 
-impl Held {
+impl LockedJob {
     /// Locks the row if the lease's token is still the one it holds.
     pub(super) async fn lock(tx: &mut PgTransaction<'_>, lease: Lease) -> Result<Self, QueueError> {
         sqlx::query_as!(
@@ -119,9 +119,9 @@ impl Held {
     pub(super) async fn leave(
         self,
         tx: &mut PgTransaction<'_>,
-        leaving: Leaving,
+        leaving: Transition,
     ) -> Result<(), QueueError> {
-        let Leaving {
+        let Transition {
             state,
             outcome,
             error,

@@ -1,4 +1,4 @@
-//! `/v1/ensembles/{id}/resolve`: the weights once more, from what an ensemble kept.
+//! `/v1/ensembles/{id}/solve`: the weights once more, from what an ensemble kept.
 
 use axum::extract::State;
 use axum::response::Response;
@@ -16,23 +16,23 @@ use crate::http::AppState;
 use crate::http::access::Caller;
 use crate::http::error::Problem;
 use crate::http::extract::{Json, Path};
-use crate::http::jobs::{Order, accept, check_priority, default_priority};
+use crate::http::jobs::{JobRequest, accept, check_priority, default_priority};
+use crate::jobs::plan_solve::{SolveRequest, pin_aliases, plan};
 use crate::jobs::requests::Reuse;
-use crate::jobs::resolve::{ResolveRequest, pin_aliases, plan};
 use crate::registry::references;
 
 /// Everything may be left out, and the body with it: then α is solved for as it was.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-pub(super) struct ResolveEnsemble {
+pub(super) struct SolveEnsemble {
     /// Some of the ensemble's sources, each once; all of them by default. A bare name means the
     /// version that the ensemble recorded, an alias the version it points to now.
     #[schema(min_items = 1, max_items = 64)]
     sources: Option<Vec<Source>>,
     /// Replaces the ensemble's own objective as a whole, so repeat what is to stay: `head`,
-    /// `align_tokens` and `alignment.gradient_norm` are fixed by the statistics and must be what
+    /// `align_tokens` and `alignment.gradient_normalization` are fixed by the statistics and must be what
     /// they were; `refine`, `fallback`, `scale` and what is chosen by validation need the backbone. Left out, it is the
-    /// ensemble's own without `refine`, `fallback` and `scale`, at the trade-off and the `uniform_share` that were chosen; where
+    /// ensemble's own without `refine`, `fallback` and `scale`, at the trade-off and the `uniform_mix` that were chosen; where
     /// it fell back, `single_best` by `validation`.
     objective: Option<Objective>,
     #[serde(default)]
@@ -46,7 +46,7 @@ pub(super) struct ResolveEnsemble {
     force: bool,
 }
 
-impl Default for ResolveEnsemble {
+impl Default for SolveEnsemble {
     fn default() -> Self {
         Self {
             sources: None,
@@ -61,14 +61,14 @@ impl Default for ResolveEnsemble {
 /// Solve an ensemble again from its statistics, for some of its sources or another objective
 ///
 /// The answer is an ensemble of its own, with a composed prompt of its own. It needs neither
-/// backbone nor images and takes seconds, and it is not evaluated: `diagnostics.composed` is null.
+/// backbone nor images and takes seconds, and it is not evaluated: `diagnostics.composed_score` is null.
 #[utoipa::path(
     post,
-    path = "/ensembles/{id}/resolve",
+    path = "/ensembles/{id}/solve",
     tag = "ensembles",
     security(("api_key" = ["run"])),
     params(("id" = Uuid, Path)),
-    request_body = Option<ResolveEnsemble>,
+    request_body = Option<SolveEnsemble>,
     responses(
         (status = 200, description = "It was solved for before", body = Ensemble,
          headers(("location" = String))),
@@ -82,16 +82,16 @@ impl Default for ResolveEnsemble {
         (status = 429, description = "`queue_full`", headers(("retry-after" = u32))),
     )
 )]
-pub(super) async fn resolve_ensemble(
+pub(super) async fn solve_ensemble(
     State(state): State<AppState>,
     caller: Caller,
     Path(id): Path<Uuid>,
-    body: Option<Json<Option<ResolveEnsemble>>>,
+    body: Option<Json<Option<SolveEnsemble>>>,
 ) -> Result<Response, Problem> {
     let body = body.and_then(|Json(body)| body).unwrap_or_default();
     check_priority(body.priority)?;
     let named = |sources: Vec<Source>| sources.into_iter().map(|source| source.prompt).collect();
-    let mut request = ResolveRequest {
+    let mut request = SolveRequest {
         sources: body.sources.map(named),
         objective: body.objective,
         output: body.output.name,
@@ -106,7 +106,7 @@ pub(super) async fn resolve_ensemble(
     }
     let spec = plan(job_id, &solved, &request)?;
     let output = request.output.as_ref().map(ResourceName::as_str);
-    let order = Order {
+    let order = JobRequest {
         id: job_id,
         priority: body.priority,
         spec: &spec,

@@ -6,7 +6,7 @@ use super::EngineError;
 use super::head::{SourceHead, fit_heads, folds};
 use super::prompt_tensor;
 use super::samples::{Samples, Selection};
-use super::sharing::Shared;
+use super::sharding::Shared;
 use super::sources::check_sources;
 use super::steps::{Steps, stop_on};
 use super::token_alignment::align;
@@ -14,7 +14,7 @@ use super::vit::Vit;
 use crate::domain::backbone::Backbone;
 use crate::domain::composition::{CompositionInput, Observer, Phase};
 use crate::domain::dataset::LabelledImages;
-use crate::domain::sharing::{Shard, ShardInput};
+use crate::domain::sharding::{Shard, ShardInput};
 use crate::domain::tensor::Tensor as PlainTensor;
 
 /// What the last shard was computed from, for the next one of the same job.

@@ -15,7 +15,7 @@ use super::shard_file;
 use super::steps::{Steps, stop_on};
 use super::vit::Vit;
 use crate::domain::composition::Phase;
-use crate::domain::sharing::{Next, Shard};
+use crate::domain::sharding::{Next, Shard};
 
 /// Rows of a shard's samples, in order. Samples of one class are dealt out in turn, and so are those of one
 /// jackknife fold, so that the first shards alone say something of every class, and how sure that is.

@@ -13,8 +13,8 @@ use super::plan::{
 };
 use crate::domain::composition::{CompositionResult, TargetSamples};
 use crate::domain::digest::Digest;
-use crate::domain::job::{EnsembleSpec, JobState, ResolvedFrom, SourceSpec, TargetSpec};
-use crate::domain::method::{Criterion, Method, SingleBestOptions, UniformShare};
+use crate::domain::job::{EnsembleSpec, JobState, SolvedFrom, SourceSpec, TargetSpec};
+use crate::domain::method::{Criterion, Method, SingleBestOptions, UniformMix};
 use crate::domain::objective::{Objective, TradeOff, TradeOffRule};
 use crate::domain::reference::{Reference, ResourceName, VersionSelector};
 use crate::registry::prompt_versions;
@@ -59,7 +59,7 @@ impl TryFrom<Job> for Solved {
 
 /// What was asked for, in names; what is left out stays as it was.
 #[derive(Clone, Debug, Default)]
-pub struct ResolveRequest {
+pub struct SolveRequest {
     pub sources: Option<Vec<Reference>>,
     /// Replaces the ensemble's own as a whole.
     pub objective: Option<Objective>,
@@ -88,7 +88,7 @@ pub async fn pin_aliases(
 pub fn plan(
     job_id: Uuid,
     solved: &Solved,
-    request: &ResolveRequest,
+    request: &SolveRequest,
 ) -> Result<EnsembleSpec, PlanError> {
     check_output(request.output.as_ref())?;
     let recorded = &solved.spec;
@@ -127,8 +127,8 @@ pub fn plan(
             Some(name) => name.to_string(),
             None => default_output(&recorded.target.dataset, job_id),
         },
-        stop_when: None,
-        resolved_from: Some(ResolvedFrom {
+        early_stopping: None,
+        solved_from: Some(SolvedFrom {
             ensemble: solved.id,
             statistics: solved.statistics,
         }),
@@ -145,7 +145,7 @@ fn without_backbone(solved: &Solved) -> Objective {
             single_best: SingleBestOptions {
                 by: Criterion::Validation,
             },
-            uniform_share: UniformShare::default(),
+            uniform_mix: UniformMix::default(),
             h_score: objective.h_score.clone(),
             ..objective.for_method(Method::SingleBest)
         };
@@ -153,8 +153,8 @@ fn without_backbone(solved: &Solved) -> Objective {
     if objective.trade_off == Some(TradeOff::Rule(TradeOffRule::Validation)) {
         objective.trade_off = solved.result.objective.trade_off.map(TradeOff::Value);
     }
-    if matches!(solved.spec.objective.uniform_share, UniformShare::Rule(_)) {
-        objective.uniform_share = UniformShare::Value(solved.result.method.uniform_share);
+    if matches!(solved.spec.objective.uniform_mix, UniformMix::Rule(_)) {
+        objective.uniform_mix = UniformMix::Value(solved.result.method.uniform_mix);
     }
     objective
 }

@@ -34,11 +34,11 @@ pub struct Shard {
     pub count: usize,
 }
 
-/// How many shards a phase is cut into that takes every sample through every source, where `shard_pairs`
+/// How many shards a phase is cut into that takes every sample through every source, where `min_shard_pairs`
 /// sample × source pairs make a shard worth its while (0: never). 1 is not cut.
-pub fn num_shards(num_samples: usize, num_sources: usize, shard_pairs: u64) -> usize {
+pub fn num_shards(num_samples: usize, num_sources: usize, min_shard_pairs: u64) -> usize {
     let wanted = ((num_samples * num_sources) as u64)
-        .checked_div(shard_pairs)
+        .checked_div(min_shard_pairs)
         .unwrap_or(1);
     (wanted as usize).clamp(1, most_shards(num_samples))
 }
@@ -61,22 +61,22 @@ pub enum Next {
 /// The shards of one job, in the hands of whoever has it.
 pub trait Shards {
     /// How many sample × source pairs make a shard.
-    fn shard_pairs(&self) -> u64;
+    fn min_shard_pairs(&self) -> u64;
 
     /// Deals a phase out in `count` shards, unless that was done before; then it stays as it was. Returns how many.
-    fn lay_out(&mut self, phase: Phase, count: usize) -> Result<usize, SharingError>;
+    fn lay_out(&mut self, phase: Phase, count: usize) -> Result<usize, ShardingError>;
 
     /// What to do, and how much of the phase is done, counted in shards.
-    fn next(&mut self, phase: Phase) -> Result<(Next, f64), SharingError>;
+    fn next(&mut self, phase: Phase) -> Result<(Next, f64), ShardingError>;
 
     /// Stores a phase that was not computed by shards, for those who help with the next.
-    fn give_whole(&mut self, phase: Phase, bytes: Vec<u8>) -> Result<(), SharingError>;
+    fn give_whole(&mut self, phase: Phase, bytes: Vec<u8>) -> Result<(), ShardingError>;
 
     /// Stores a shard that was computed here.
-    fn give(&mut self, shard: Shard, bytes: Vec<u8>) -> Result<(), SharingError>;
+    fn give(&mut self, shard: Shard, bytes: Vec<u8>) -> Result<(), ShardingError>;
 
     /// What is not there of a phase is not needed.
-    fn end(&mut self, phase: Phase) -> Result<(), SharingError>;
+    fn end(&mut self, phase: Phase) -> Result<(), ShardingError>;
 
     /// Tells what α is by what was merged.
     fn estimate(&mut self, estimate: &Estimate);
@@ -85,7 +85,7 @@ pub trait Shards {
 /// Database or blob store failed. Another try may help.
 #[derive(Debug, thiserror::Error)]
 #[error("work cannot be shared with other workers")]
-pub struct SharingError(#[source] pub Box<dyn Error + Send + Sync>);
+pub struct ShardingError(#[source] pub Box<dyn Error + Send + Sync>);
 
 /// A shard, and all that it is computed from: for who helps with somebody else's job.
 #[derive(Clone, Debug)]
@@ -115,18 +115,18 @@ pub struct Estimate {
 /// When a job has seen enough.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-pub struct StopWhen {
+pub struct EarlyStopping {
     /// Every weight's standard error is at most this, and none moved by more with the last shard.
     #[schema(exclusive_minimum = 0, maximum = 1, example = 0.01)]
-    pub weight_se: f64,
+    pub max_standard_error: f64,
 }
 
-impl StopWhen {
+impl EarlyStopping {
     /// Whether the weights are known well enough.
     pub fn is_met_by(&self, weights: &[SourceWeight]) -> bool {
         weights.iter().all(|source| {
             let error = source.standard_error;
-            error.is_some_and(|error| error <= self.weight_se)
+            error.is_some_and(|error| error <= self.max_standard_error)
         })
     }
 }
@@ -134,12 +134,12 @@ impl StopWhen {
 /// That a job ended before all gradients were taken.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct EarlyStop {
-    /// Whose gradients were taken, of `of` in all.
+    /// Whose gradients were taken, of `total_samples` in all.
     pub samples: usize,
-    pub of: usize,
+    pub total_samples: usize,
     /// The largest standard error of a weight, as it was asked for and as it is.
-    pub asked: f64,
-    pub weight_se: f64,
+    pub requested: f64,
+    pub max_standard_error: f64,
 }
 
 #[cfg(test)]
@@ -168,7 +168,10 @@ mod tests {
                     standard_error: *error,
                 })
                 .collect();
-            StopWhen { weight_se: 0.01 }.is_met_by(&weights)
+            EarlyStopping {
+                max_standard_error: 0.01,
+            }
+            .is_met_by(&weights)
         };
         assert!(met(&[Some(0.01), Some(0.0)]));
         assert!(!met(&[Some(0.0), Some(0.011)]));
