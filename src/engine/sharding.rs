@@ -1,4 +1,4 @@
-//! The engine's side of work that is [shared](crate::domain::sharing): which samples a shard has, how one is
+//! The engine's side of work that is [shared](crate::domain::sharding): which samples a shard has, how one is
 //! computed, and how all are put together.
 
 use std::ops::ControlFlow;
