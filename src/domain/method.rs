@@ -26,12 +26,13 @@ pub fn common_seed(mut seeds: impl Iterator<Item = Option<u64>>) -> Option<u64> 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Method {
-    /// H-score of the mixed features and gradient alignment, weighed by `trade_off` or `alignment_weight`
-    /// (HGPrompt, arXiv 2504.12311): with the cross-validated H, and the best single source in place of a prompt that does worse.
+    /// HGPrompt with a cross-validated H-score, the default: H of samples that it was not fitted on, and gradient alignment, weighed
+    /// by `trade_off` or `alignment_weight`. The best single source takes the place of a composed prompt that does worse.
     #[default]
+    HgpromptCv,
+    /// HGPrompt as it is published (arXiv 2504.12311): H of the samples that it was fitted on (`h_score.mode` is `standard`), and no
+    /// `fallback`.
     Hgprompt,
-    /// The same as it is published: with H of the samples that it was fitted on (`h_score.mode` is `standard`), and no `fallback`.
-    HgpromptPaper,
     /// The H-score alone; takes no gradients.
     HOnly,
     /// Gradient alignment alone.
