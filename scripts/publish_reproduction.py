@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Puts the report of `promptweave reproduce` into docs/reproduction.md, between the markers of its profile.
+"""Puts the report of `promptweave reproduce` into docs/reproduction-tables.md, between the markers of its profile.
+docs/reproduction.md has the prose, which is written by hand.
 
     python3 scripts/publish_reproduction.py small
 """
@@ -8,7 +9,7 @@ import pathlib
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-DOCUMENT = ROOT / "docs" / "reproduction.md"
+DOCUMENT = ROOT / "docs" / "reproduction-tables.md"
 PICTURES = {
     "weights.svg": "weights of HGPrompt by target and source",
     "spearman.svg": "weights against what their sources are worth",
@@ -28,8 +29,11 @@ def main():
             text += f"\n\n![{label}](../{(folder / name).relative_to(ROOT)})"
     begin, end = f"<!-- {profile}: made by `make reproduce` -->", f"<!-- end of {profile} -->"
     before = DOCUMENT.read_text()
+    # A profile that was not published before has its section at the end.
+    if begin not in before:
+        before += f"\n## Profile {profile}\n\n{begin}\n\n{end}\n"
     if before.count(begin) != 1 or before.count(end) != 1:
-        sys.exit(f"error: {DOCUMENT} has no markers `{begin}` and `{end}`")
+        sys.exit(f"error: {DOCUMENT} does not have the markers `{begin}` and `{end}` exactly once each")
     head, tail = before.split(begin)[0], before.split(end)[1]
     DOCUMENT.write_text(f"{head}{begin}\n\n{text}\n\n{end}{tail}")
     print(f"wrote {DOCUMENT}")
