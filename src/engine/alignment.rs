@@ -8,8 +8,8 @@
 //!
 //! | variant | vᵢ about | v̄ | rᵢ |
 //! |---|---|---|---|
-//! | MixtureWeighted | the mixed gradient | Σ_k α_k v_k | uᵢ - Σ_k α_k u_k: quartic in α |
-//! | MixtureUniform | the mixed gradient | (1/M) Σ_k v_k | uᵢ - (1/M) Σ_k u_k: linear in α, so L_align is convex |
+//! | R1 | the mixed gradient | Σ_k α_k v_k | uᵢ - Σ_k α_k u_k: quartic in α |
+//! | R2 | the mixed gradient | (1/M) Σ_k v_k | uᵢ - (1/M) Σ_k u_k: linear in α, so L_align is convex |
 //! | R3 | prompt i's own mean, as in Fishr (Ramé et al. 2022) | Σ_k α_k v_k | vᵢ - Vα: linear in α |
 //!
 //! In MixtureWeighted and MixtureUniform every rᵢ is a linear combination, with coefficients that depend on α only, of the
@@ -117,7 +117,7 @@ impl GradientAlignment {
         (value.max(0.0), gradient)
     }
 
-    /// MixtureWeighted and R2: v̄ = Σ_k `weights`_k v_k, where `weights` are α itself (`moves`) or constant.
+    /// R1 and R2: v̄ = Σ_k `weights`_k v_k, where `weights` are α itself (`moves`) or constant.
     fn about_the_mixed(&self, alpha: &[f64], weights: &[f64], moves: bool) -> (f64, Vec<f64>) {
         let m = self.statistics.num_sources;
         let pairs = num_pairs(m);
@@ -219,7 +219,9 @@ mod tests {
         let (m, n, _) = gradients.size3().unwrap();
         let weights = Tensor::from_slice(alpha);
         let about = match variant {
-            MixtureWeighted | MixtureUniform => (gradients * weights.view([m, 1, 1])).sum_dim_intlist(0, true, Kind::Double),
+            MixtureWeighted | MixtureUniform => {
+                (gradients * weights.view([m, 1, 1])).sum_dim_intlist(0, true, Kind::Double)
+            }
             Fishr => gradients.mean_dim(1, true, Kind::Double),
         };
         let v = (gradients - about)
@@ -227,7 +229,9 @@ mod tests {
             .sum_dim_intlist(1, false, Kind::Double)
             / (n - 1) as f64;
         let v_bar = match variant {
-            MixtureWeighted | Fishr => (&v * weights.view([m, 1])).sum_dim_intlist(0, true, Kind::Double),
+            MixtureWeighted | Fishr => {
+                (&v * weights.view([m, 1])).sum_dim_intlist(0, true, Kind::Double)
+            }
             MixtureUniform => v.mean_dim(0, true, Kind::Double),
         };
         f64::try_from((v - v_bar).square().sum(Kind::Double)).unwrap() / m as f64

@@ -77,7 +77,7 @@ impl Findings<'_> {
         };
         Ok(Composition {
             result,
-            composed_score: composed,
+            composed,
             statistics: self.statistics.to_bytes(&self.metadata)?,
         })
     }
