@@ -31,8 +31,8 @@ SECTION = "bench-demo"
 BACKBONE = ROOT / ".assets" / "vit_s14_focus"
 # The first is what the others are compared with, and runs once.
 PATHS = {
-    "plain, f64": ["--reference-path", "--precision", "f64"],
-    "plain, f32": ["--reference-path"],
+    "reference, f64": ["--reference-path", "--precision", "f64"],
+    "reference, f32": ["--reference-path"],
     "fast, f64": ["--precision", "f64"],
     "fast, f32": [],
     "fast, f32, one thread": ["--threads", "1"],
@@ -71,7 +71,7 @@ def measure_paths(promptweave, folder, sources, rounds):
         for path, options in list(PATHS.items())[1 if round_ else 0 :]:
             results[path].append(compose(promptweave, folder, sources, options))
             say(f"  {path:22} {backbone_seconds(results[path][-1]):8.2f} s")
-    reference = weights(results["plain, f64"][0])
+    reference = weights(results["reference, f64"][0])
     rows = []
     for path, of_path in results.items():
         alpha = weights(of_path[0])
@@ -131,7 +131,7 @@ def report(result):
     steps = {
         "others": f"{number - 1} sources, nothing kept yet",
         "new": "one more source beside them",
-        "again": f"all {number} again, with another reading and trade-off",
+        "again": f"all {number} again, with another variant and trade-off",
         "alone": "that one source alone, nothing kept",
     }
     return "\n\n".join(

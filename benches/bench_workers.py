@@ -171,7 +171,7 @@ def bench():
     runs = {
         "one worker": (1, False),
         "two workers": (2, False),
-        "two workers, the job's own killed half-way": (2, True),
+        "two workers, the owner killed half-way": (2, True),
     }
     if not arguments.short:
         runs["one worker, killed half-way and started again"] = (1, True)

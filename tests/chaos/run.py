@@ -137,7 +137,7 @@ def rows(found: dict[str, dict]):
         ("kills", "a killed worker's job goes on elsewhere", "{kills} × kill -9 at {places} points, lease 2 s",
          "{jobs} jobs, {lost} lost; claimed again after {p50:.1f} s (p50), {p99:.1f} s (p99), {max:.1f} s (at most)"),
         ("shared", "a job that several workers share loses a shard at most, and none is there twice",
-         "{kills} × kill -9, {of_the_job} of them of the worker that had the job, lease 2 s",
+         "{kills} × kill -9, {of_the_job} of them of the owner, lease 2 s",
          "{jobs} jobs, {helped} of them by several workers, {lost} lost, {duplicates} duplicate results"),
         ("long lease", "the same with the default lease", "{kills} × kill -9, lease 30 s",
          "{jobs} jobs, {lost} lost; claimed again after {p50:.1f} s (p50), {p99:.1f} s (p99)"),

@@ -41,5 +41,6 @@ mod uris;
 mod watching;
 mod webhook_deliveries;
 mod webhooks;
+mod words;
 mod worker;
 mod workers;

@@ -151,7 +151,7 @@ fn methods_that_tune_on_the_target_say_how_long_it_took_and_weigh_by_cosines() {
 }
 
 #[test]
-fn a_uniform_share_goes_from_the_methods_weights_to_equal_ones() {
+fn a_uniform_mix_goes_from_the_methods_weights_to_equal_ones() {
     let dir = tempfile::tempdir().unwrap();
     let of = |share: serde_json::Value| {
         let h_score = json!({"shrinkage": 0.5});

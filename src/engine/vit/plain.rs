@@ -1,5 +1,5 @@
 //! The definition, as it is written: every prompt with every image, whole blocks, automatic
-//! differentiation. The faster paths are measured against it, and `--plain` composes with it.
+//! differentiation. The faster paths are measured against it, and `--reference-path` composes with it.
 
 use std::ops::Range;
 
