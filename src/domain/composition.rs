@@ -18,6 +18,7 @@ use super::prompt_file::PromptFile;
 use super::ranking::Ranking;
 use super::sharding::{EarlyStop, EarlyStopping, ShardInput, Shards};
 use super::tuning::{Checkpoints, Tuned, TuningInput};
+use super::words::{JobErrorCode, WarningCode};
 
 // ---- What is asked -------------------------------------------------------------------------
 
@@ -224,27 +225,31 @@ pub enum CompositionError {
     Stopped,
     /// The input cannot be composed; another try would not help.
     #[error("{detail}")]
-    Refused { code: &'static str, detail: String },
+    Refused { code: JobErrorCode, detail: String },
     /// The machine failed (memory, device); another try may help.
     #[error("{detail}")]
-    Retry { code: &'static str, detail: String },
+    Retry { code: JobErrorCode, detail: String },
 }
 
 impl CompositionError {
     /// After this the process that owns the device is not to be trusted.
     pub fn device_failed(detail: String) -> Self {
         Self::Retry {
-            code: DEVICE_FAILED,
+            code: JobErrorCode::DeviceFailed,
             detail,
         }
     }
 
     pub fn is_device_failure(&self) -> bool {
-        matches!(self, Self::Retry { code, .. } if *code == DEVICE_FAILED)
+        matches!(
+            self,
+            Self::Retry {
+                code: JobErrorCode::DeviceFailed,
+                ..
+            }
+        )
     }
 }
-
-const DEVICE_FAILED: &str = "device_failed";
 
 /// Whether what libtorch says is about memory or device, and so not the input's fault.
 pub fn blames_the_device(text: &str) -> bool {
@@ -598,7 +603,7 @@ pub struct Provenance {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Warning {
-    /// Stable, snake_case.
+    #[schema(value_type = WarningCode)]
     pub code: String,
     pub detail: String,
 }

@@ -25,6 +25,7 @@ use super::composition::{Phase, TargetSamples};
 use super::digest::Digest;
 use super::objective::Objective;
 use super::sharding::EarlyStopping;
+use super::words::JobErrorCode;
 
 /// Attempts of a job before it ends as `attempts_exhausted`.
 pub const MAX_ATTEMPTS: i32 = 5;
@@ -122,15 +123,15 @@ pub struct Progress {
 /// Why a job (or one attempt at it) failed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct JobError {
-    /// Stable, snake_case.
+    #[schema(value_type = JobErrorCode)]
     pub code: String,
     pub detail: String,
 }
 
 impl JobError {
-    pub fn new(code: &str, detail: impl Into<String>) -> Self {
+    pub fn new(code: JobErrorCode, detail: impl Into<String>) -> Self {
         Self {
-            code: code.to_owned(),
+            code: code.name().to_owned(),
             detail: detail.into(),
         }
     }

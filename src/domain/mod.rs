@@ -35,3 +35,4 @@ pub mod tuning;
 pub mod tuning_method;
 pub mod webdataset;
 pub mod webhook;
+pub mod words;

@@ -13,6 +13,7 @@ use super::composition::{CompositionError, Provenance, Source, TargetSamples};
 use super::digest::Digest;
 use super::prompt_file::MAX_TOKENS;
 use super::tuning_method::TuningMethod;
+use super::words::JobErrorCode;
 
 /// The loss of each goes into the prompt file's record, which has a limit.
 pub const MAX_EPOCHS: usize = 1000;
@@ -64,7 +65,7 @@ pub struct TuningOptions {
     pub sketch_samples: usize,
     /// What is trained beside the head: `vpt-shallow` or `vpt-deep`, and on the command line what they are compared with.
     #[serde(skip_serializing_if = "is_default")]
-    #[schema(value_type = String, default = "vpt-shallow", example = "vpt-deep")]
+    #[schema(default = "vpt-shallow")]
     pub method: TuningMethod,
     /// w ≥ 0: adds w times the mean squared difference of the teachers' logits to each sample's loss (PANDA's
     /// distillation). Without a teacher 0.
@@ -189,14 +190,10 @@ pub struct Epoch {
 #[error("the last checkpoint cannot be read: {0}")]
 pub struct CheckpointUnavailable(pub String);
 
-impl CheckpointUnavailable {
-    pub const CODE: &str = "checkpoint_unavailable";
-}
-
 impl From<CheckpointUnavailable> for CompositionError {
     fn from(error: CheckpointUnavailable) -> Self {
         Self::Retry {
-            code: CheckpointUnavailable::CODE,
+            code: JobErrorCode::CheckpointUnavailable,
             detail: error.to_string(),
         }
     }

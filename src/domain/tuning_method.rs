@@ -4,6 +4,8 @@ use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
+use utoipa::openapi::{ObjectBuilder, RefOr, Schema, Type};
+use utoipa::{PartialSchema, ToSchema};
 
 /// The linear head is trained with any of them, and everything that is not named stays frozen. As text: `vpt-shallow`,
 /// `partial-2`, `adapter-8`; without its number a method has its usual one.
@@ -32,9 +34,12 @@ pub enum TuningMethod {
 }
 
 impl TuningMethod {
+    /// Those that a job may be asked for, since it publishes a prompt.
+    const PROMPTS: [Self; 2] = [Self::VptShallow, Self::VptDeep];
+
     /// Whether what comes of it is a prompt file.
     pub fn makes_prompt(self) -> bool {
-        matches!(self, Self::VptShallow | Self::VptDeep)
+        Self::PROMPTS.contains(&self)
     }
 
     /// Of whatever is trained beside the head, with AdamW: small steps where the backbone itself moves.
@@ -109,6 +114,19 @@ impl From<TuningMethod> for String {
         method.to_string()
     }
 }
+
+/// The API knows those that make a prompt.
+impl PartialSchema for TuningMethod {
+    fn schema() -> RefOr<Schema> {
+        ObjectBuilder::new()
+            .schema_type(Type::String)
+            .description(Some("What is trained beside the head"))
+            .enum_values(Some(Self::PROMPTS.map(String::from)))
+            .into()
+    }
+}
+
+impl ToSchema for TuningMethod {}
 
 #[cfg(test)]
 mod tests {

@@ -83,6 +83,7 @@ use crate::domain::sharding::{ShardInput, ShardingError};
 use crate::domain::tensor::Tensor as PlainTensor;
 use crate::domain::tuning::{CheckpointUnavailable, Checkpoints, Tuned, TuningInput};
 use crate::domain::tuning_method::TuningMethod;
+use crate::domain::words::JobErrorCode;
 
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
@@ -153,31 +154,31 @@ pub enum EngineError {
 }
 
 impl EngineError {
-    /// A stable snake_case name.
-    pub fn code(&self) -> &'static str {
+    /// What clients branch on.
+    pub fn code(&self) -> JobErrorCode {
         match self {
-            Self::Stopped => "stopped",
-            Self::Backbone(_) => "backbone_unusable",
-            Self::Dataset(_) => "dataset_unusable",
-            Self::UnreadableImages { .. } => "unreadable_image",
-            Self::PixelFile { .. } => "pixel_file",
-            Self::NoThread(..) => "no_thread",
-            Self::NoSamples(_) => "empty_split",
-            Self::OneClass(_) => "one_class",
-            Self::NoneToHoldOut => "too_few_images",
-            Self::MakesNoPrompt(_) => "makes_no_prompt",
-            Self::OneBlock => "one_block",
-            Self::NoSources => "no_sources",
-            Self::SameSource { .. } => "same_source",
-            Self::UnknownSource { .. } => "unknown_source",
-            Self::Statistics(_) => "statistics_unusable",
-            Self::Incompatible { .. } => "incompatible_source",
-            Self::Objective(_) => "invalid_objective",
-            Self::NotFinite(_) => "not_finite",
-            Self::Cache(_) => "cache_unreadable",
-            Self::Checkpoint(_) => CheckpointUnavailable::CODE,
-            Self::Sharing(_) => "sharing_failed",
-            Self::Torch(_) => "libtorch",
+            Self::Stopped => JobErrorCode::Stopped,
+            Self::Backbone(_) => JobErrorCode::BackboneUnusable,
+            Self::Dataset(_) => JobErrorCode::DatasetUnusable,
+            Self::UnreadableImages { .. } => JobErrorCode::UnreadableImage,
+            Self::PixelFile { .. } => JobErrorCode::PixelFile,
+            Self::NoThread(..) => JobErrorCode::NoThread,
+            Self::NoSamples(_) => JobErrorCode::EmptySplit,
+            Self::OneClass(_) => JobErrorCode::OneClass,
+            Self::NoneToHoldOut => JobErrorCode::TooFewImages,
+            Self::MakesNoPrompt(_) => JobErrorCode::MakesNoPrompt,
+            Self::OneBlock => JobErrorCode::OneBlock,
+            Self::NoSources => JobErrorCode::NoSources,
+            Self::SameSource { .. } => JobErrorCode::SameSource,
+            Self::UnknownSource { .. } => JobErrorCode::UnknownSource,
+            Self::Statistics(_) => JobErrorCode::StatisticsUnusable,
+            Self::Incompatible { .. } => JobErrorCode::IncompatibleSource,
+            Self::Objective(_) => JobErrorCode::InvalidObjective,
+            Self::NotFinite(_) => JobErrorCode::NotFinite,
+            Self::Cache(_) => JobErrorCode::CacheUnreadable,
+            Self::Checkpoint(_) => JobErrorCode::CheckpointUnavailable,
+            Self::Sharing(_) => JobErrorCode::SharingFailed,
+            Self::Torch(_) => JobErrorCode::Libtorch,
         }
     }
 }

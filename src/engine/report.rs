@@ -20,6 +20,7 @@ use crate::domain::digest::Digest;
 use crate::domain::objective::HScoreMode;
 use crate::domain::prompt_file::PromptFile;
 use crate::domain::sharding::EarlyStop;
+use crate::domain::words::WarningCode;
 
 /// A share of saturated samples above which a head is warned of.
 const MANY_SATURATED: f64 = 0.2;
@@ -230,7 +231,7 @@ impl Findings<'_> {
         });
         if rivals > 0 {
             warnings.add(
-                "near_ties",
+                WarningCode::NearTies,
                 format!(
                     "{rivals} other local optima lie within 1 % of the best; see `local_optima`"
                 ),
@@ -245,7 +246,7 @@ impl Findings<'_> {
             };
             let relative_to = self.size_of_h(mixed).1;
             warnings.add(
-                "surrogate_gap",
+                WarningCode::SurrogateGap,
                 format!(
                     "H of the composed prompt differs by {:+.1} % ({relative_to}) from H of the mixed features{way_out}",
                     100.0 * gap
@@ -260,7 +261,7 @@ impl Findings<'_> {
         let is_standard = self.metadata.objective.h_score.mode() == HScoreMode::Standard;
         if is_standard && n < 2 * d {
             warnings.add(
-                "few_samples",
+                WarningCode::FewSamples,
                 format!(
                     "{n} samples for {d} feature dimensions: H as `standard` is near its chance level \
                      below {} samples, and differences between sources are small; `cross_validated` is not",
@@ -275,20 +276,20 @@ impl Findings<'_> {
         for (class, _) in counts.iter().filter(|(_, count)| **count == 1) {
             let name = &self.metadata.classes[*class];
             warnings.add(
-                "singleton_class",
+                WarningCode::SingletonClass,
                 format!("class `{name}` has a single sample"),
             );
         }
         if diagnostics.skipped_images > 0 {
             let count = diagnostics.skipped_images;
             warnings.add(
-                "skipped_images",
+                WarningCode::SkippedImages,
                 format!("{count} unreadable images were left out"),
             );
         }
         if self.solved.standard_errors.is_none() && self.method.name.solves() {
             warnings.add(
-                "no_standard_errors",
+                WarningCode::NoStandardErrors,
                 "too few samples, or too many pairs of sources, for the standard errors of the \
                  weights"
                     .into(),
@@ -300,7 +301,7 @@ impl Findings<'_> {
         for source in &diagnostics.per_source {
             if source.head_saturation > MANY_SATURATED {
                 warnings.add(
-                    "saturated_head",
+                    WarningCode::SaturatedHead,
                     format!(
                         "the head of source `{}` is certain of {:.0} % of the samples, so that the \
                          others make up nearly all of its gradient; raise `head.shrinkage`",
@@ -322,7 +323,7 @@ impl Findings<'_> {
                 ..
             } = fallback;
             warnings.add(
-                "fell_back",
+                WarningCode::FellBack,
                 format!(
                     "source `{prompt}` alone has a lower cross-fitted loss ({validation_loss:.4} nats) than the prompt \
                      that the method composed ({composed_validation_loss:.4}), and gets all weight"
@@ -331,7 +332,7 @@ impl Findings<'_> {
         }
         if self.fallback_dropped {
             warnings.add(
-                "no_fallback",
+                WarningCode::NoFallback,
                 "without the backbone the composed prompt is not compared with the best single source, which may do better"
                     .into(),
             );
@@ -341,7 +342,7 @@ impl Findings<'_> {
             if solves && (*weight == 0.0 || *weight == 1.0) {
                 let name = &source.prompt;
                 warnings.add(
-                    "weight_at_bound",
+                    WarningCode::WeightAtBound,
                     format!("source `{name}` has weight {weight}"),
                 );
             }
@@ -349,7 +350,7 @@ impl Findings<'_> {
         let aligned = self.metadata.token_alignment.is_some();
         if !aligned && self.metadata.common_init_seed().is_none() {
             warnings.add(
-                "init_seeds_differ",
+                WarningCode::InitSeedsDiffer,
                 "the sources' init seeds differ or are unknown, so that their tokens may be in \
                  different orders, on which Σ αᵢ Pᵢ depends; `align_tokens: hungarian` matches them"
                     .into(),
@@ -362,9 +363,9 @@ impl Findings<'_> {
 struct Warnings(Vec<Warning>);
 
 impl Warnings {
-    fn add(&mut self, code: &str, detail: String) {
+    fn add(&mut self, code: WarningCode, detail: String) {
         self.0.push(Warning {
-            code: code.to_owned(),
+            code: code.name().to_owned(),
             detail,
         });
     }

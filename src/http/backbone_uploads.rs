@@ -70,10 +70,13 @@ impl UploadOptions {
     security(("api_key" = ["write"])),
     params(("name" = String, Path), UploadOptions),
     request_body(
-        content_type = "application/x-tar",
-        description = "`application/gzip`, `application/zip` and `application/octet-stream` are \
-            accepted too",
-        content = ArchiveBytes,
+        description = "The archive; it is recognised by its content",
+        content(
+            (ArchiveBytes = "application/x-tar"),
+            (ArchiveBytes = "application/gzip"),
+            (ArchiveBytes = "application/zip"),
+            (ArchiveBytes = "application/octet-stream"),
+        ),
     ),
     responses(
         (status = 201, body = RegisteredBackbone, headers(("location" = String))),

@@ -68,10 +68,13 @@ pub(super) struct ArchiveBytes(Vec<u8>);
     security(("api_key" = ["write"])),
     params(("name" = String, Path), UploadOptions),
     request_body(
-        content_type = "application/x-tar",
-        description = "`application/gzip`, `application/zip` and `application/octet-stream` are \
-            accepted too",
-        content = ArchiveBytes,
+        description = "The archive; it is recognised by its content",
+        content(
+            (ArchiveBytes = "application/x-tar"),
+            (ArchiveBytes = "application/gzip"),
+            (ArchiveBytes = "application/zip"),
+            (ArchiveBytes = "application/octet-stream"),
+        ),
     ),
     responses(
         (status = 201, body = RegisteredDataset, headers(("location" = String))),

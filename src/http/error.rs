@@ -12,6 +12,7 @@ use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use utoipa::ToSchema;
 
+use super::problem_codes::ProblemCode;
 use crate::blobs::BlobError;
 use crate::db::DbError;
 use crate::registry::RegistryError;
@@ -30,8 +31,7 @@ pub struct ProblemDocument {
     /// The HTTP status once more.
     #[schema(example = 404)]
     status: u16,
-    /// What a program branches on; stable.
-    #[schema(example = "prompt_not_found")]
+    #[schema(value_type = ProblemCode, example = "prompt_not_found")]
     code: Cow<'static, str>,
     /// What happened to what, and the way out; for people.
     #[schema(example = "there is no prompt `dtd`")]

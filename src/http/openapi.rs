@@ -12,9 +12,9 @@ use super::error::ProblemDocument;
 use super::idempotency::{self, KeyedOperations};
 use super::{
     AppState, HttpSettings, aliases, api_keys, backbone_uploads, backbones, compose,
-    content_digest, datasets, ensembles, health, lineage, links, peft, projects, prompt_changes,
-    prompt_content, prompt_versions, prompts, rankings, tunings, webhook_deliveries, webhooks,
-    workers,
+    content_digest, datasets, document, ensembles, health, lineage, links, peft, projects,
+    prompt_changes, prompt_content, prompt_versions, prompts, rankings, tunings,
+    webhook_deliveries, webhooks, workers,
 };
 use crate::domain::reference::{ResourceName, VersionSelector};
 
@@ -83,6 +83,7 @@ pub(super) fn routes(settings: &HttpSettings) -> Routes {
     links::document(routes.get_openapi_mut());
     let keyed = idempotency::document(routes.get_openapi_mut(), &scopes);
     document_problems(routes.get_openapi_mut());
+    document::mend(routes.get_openapi_mut());
     Routes {
         routes,
         scopes,

@@ -70,9 +70,8 @@ struct ImportQuery {
     security(("api_key" = ["write"])),
     params(ImportQuery),
     request_body(
-        content_type = "application/x-tar",
-        description = "The archive, uncompressed; `application/octet-stream` is accepted too",
-        content = TarBytes,
+        description = "The archive, uncompressed",
+        content((TarBytes = "application/x-tar"), (TarBytes = "application/octet-stream")),
     ),
     responses(
         (status = 201, body = PublishedVersion, headers(("location" = String), ("etag" = String))),

@@ -99,9 +99,11 @@ pub(super) struct PromptFileBytes(Vec<u8>);
     security(("api_key" = ["write"])),
     params(("name" = String, Path), MissingMetadata),
     request_body(
-        content_type = "application/vnd.prompt+safetensors",
-        description = "The file; `application/octet-stream` is accepted too",
-        content = PromptFileBytes,
+        description = "The file",
+        content(
+            (PromptFileBytes = "application/vnd.prompt+safetensors"),
+            (PromptFileBytes = "application/octet-stream"),
+        ),
     ),
     responses(
         (status = 201, body = PublishedVersion, headers(("location" = String), ("etag" = String))),

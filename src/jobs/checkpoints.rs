@@ -13,6 +13,7 @@ use crate::blobs::BlobStore;
 use crate::db::DbError;
 use crate::domain::digest::Digest;
 use crate::domain::tuning::Epoch;
+use crate::domain::words::EventKind;
 use crate::registry::references;
 
 /// The file of the last one.
@@ -63,7 +64,7 @@ pub async fn keep(
         .await?;
     }
     for epoch in epochs {
-        record(&mut tx, lease.job_id, "epoch", json!(epoch)).await?;
+        record(&mut tx, lease.job_id, EventKind::Epoch, json!(epoch)).await?;
     }
     tx.commit().await?;
     tell(conn, lease.job_id, false).await;

@@ -9,6 +9,7 @@ use uuid::Uuid;
 
 use super::queue::WORK_CHANNEL;
 use crate::db::DbError;
+use crate::domain::words::EventKind;
 
 #[derive(Clone, Debug, Serialize, ToSchema)]
 pub struct JobEvent {
@@ -16,9 +17,7 @@ pub struct JobEvent {
     pub seq: i32,
     #[serde(with = "time::serde::rfc3339")]
     pub at: OffsetDateTime,
-    /// `queued`, `started`, `phase`, `shard`, `shard_lost`, `estimate`, `epoch`, `retried`, `lost`, `released`, `retry_requested`, `cancel_requested`,
-    /// `cancelled`, `failed` or `succeeded`.
-    #[schema(example = "started")]
+    #[schema(value_type = EventKind)]
     pub kind: String,
     /// What belongs to that kind: the attempt, the phase, the error; of `estimate` what α is by the shards so far;
     /// of `epoch` its number and losses.
@@ -33,7 +32,7 @@ pub const EVENT_CHANNEL: &str = "promptweave_event";
 pub(super) async fn record(
     conn: &mut PgConnection,
     job_id: Uuid,
-    kind: &str,
+    kind: EventKind,
     data: Value,
 ) -> Result<(), DbError> {
     sqlx::query!(
@@ -42,7 +41,7 @@ pub(super) async fn record(
         SELECT $1, coalesce(max(seq), 0) + 1, $2, $3 FROM job_event WHERE job_id = $1
         "#,
         job_id,
-        kind,
+        kind.name(),
         data,
     )
     .execute(conn)

@@ -16,6 +16,7 @@ use super::transition::{LockedJob, Transition};
 use crate::db::{DbError, violates};
 use crate::domain::job::{AttemptOutcome, JobError, JobState, Progress};
 use crate::domain::specification::JobSpec;
+use crate::domain::words::{EventKind, JobErrorCode};
 use crate::failpoints;
 use crate::registry::RegistryError;
 
@@ -231,7 +232,7 @@ pub async fn progress(
         record(
             &mut tx,
             lease.job_id,
-            "phase",
+            EventKind::Phase,
             json!({"phase": progress.phase}),
         )
         .await?;
@@ -347,7 +348,7 @@ pub async fn reap(conn: &mut PgConnection) -> Result<Vec<Reaped>, QueueError> {
     let mut reaped = Vec::with_capacity(lost.len());
     for held in lost {
         let error = JobError::new(
-            "worker_lost",
+            JobErrorCode::WorkerLost,
             "the worker was not heard of within its lease",
         );
         let to = |state| Transition::to(state, AttemptOutcome::Lost);

@@ -11,6 +11,7 @@ use super::queue::QueueError;
 use crate::db::{DbError, expect_one_row};
 use crate::domain::job::{JobState, MAX_ATTEMPTS};
 use crate::domain::specification::Specification;
+use crate::domain::words::EventKind;
 use crate::webhooks::outbox;
 
 #[derive(Clone, Debug)]
@@ -185,9 +186,9 @@ pub async fn cancel(
     let state = JobState::from_name(&row.state)
         .ok_or_else(|| DbError::unreadable("job", "state", &row.state))?;
     let (done, event) = match state {
-        JobState::Queued => (Cancellation::Cancelled, "cancelled"),
+        JobState::Queued => (Cancellation::Cancelled, EventKind::Cancelled),
         JobState::Running if row.requested => return Ok(Some(Cancellation::Requested)),
-        JobState::Running => (Cancellation::Requested, "cancel_requested"),
+        JobState::Running => (Cancellation::Requested, EventKind::CancelRequested),
         over => return Ok(Some(Cancellation::AlreadyOver(over))),
     };
     let changed = sqlx::query!(
@@ -262,7 +263,7 @@ pub async fn retry(
     .execute(&mut *tx)
     .await?;
     expect_one_row(changed)?;
-    record(&mut tx, id, "retry_requested", json!({})).await?;
+    record(&mut tx, id, EventKind::RetryRequested, json!({})).await?;
     tx.commit().await?;
     tell(conn, id, true).await;
     Ok(Some(Ok(())))

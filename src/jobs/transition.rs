@@ -12,6 +12,7 @@ use super::queue::{Lease, QueueError};
 use crate::db::DbError;
 use crate::domain::digest::Digest;
 use crate::domain::job::{AttemptOutcome, JobError, JobState};
+use crate::domain::words::{EventKind, JobErrorCode};
 use crate::webhooks::outbox;
 
 /// A running job whose row this transaction holds.
@@ -112,7 +113,7 @@ impl LockedJob {
             "{} attempts failed, the last with {}: {}",
             self.attempt, last.code, last.detail
         );
-        JobError::new("attempts_exhausted", detail)
+        JobError::new(JobErrorCode::AttemptsExhausted, detail)
     }
 
     /// The one statement by which a job leaves `running`, with all that belongs to it.
@@ -180,7 +181,7 @@ impl LockedJob {
             result,
             statistics.as_ref().map(|digest| digest.as_bytes() as &[u8]),
             outcome.name(),
-            event_name(state, outcome),
+            event(state, outcome).name(),
             data,
             state.is_terminal(),
         )
@@ -195,10 +196,13 @@ impl LockedJob {
 }
 
 /// The event that a move makes: where it went, or why it waits again.
-fn event_name(state: JobState, outcome: AttemptOutcome) -> &'static str {
-    if state == JobState::Queued {
-        outcome.name()
-    } else {
-        state.name()
+fn event(state: JobState, outcome: AttemptOutcome) -> EventKind {
+    match (state, outcome) {
+        (JobState::Succeeded, _) => EventKind::Succeeded,
+        (JobState::Failed, _) => EventKind::Failed,
+        (JobState::Cancelled, _) => EventKind::Cancelled,
+        (_, AttemptOutcome::Lost) => EventKind::Lost,
+        (_, AttemptOutcome::Released) => EventKind::Released,
+        _ => EventKind::Retried,
     }
 }

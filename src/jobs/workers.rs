@@ -8,6 +8,7 @@ use uuid::Uuid;
 
 use super::events::tell_workers;
 use crate::db::{DbError, expect_one_row};
+pub use crate::domain::words::WorkerState;
 
 #[derive(Clone, Copy, Debug, Default)]
 pub struct NewWorker<'a> {
@@ -37,9 +38,9 @@ pub struct Worker {
     pub libtorch: Option<String>,
     /// promptweave's own.
     pub version: String,
-    /// `idle`, `busy`, `draining` (claims nothing more, and ends with the job it has), `stopped`, or
-    /// `defunct`: several starts in a row have failed.
-    #[schema(example = "idle")]
+    /// One that is `draining` claims nothing more, and ends with the job it has; of one that is `defunct`, several
+    /// starts in a row have failed.
+    #[schema(value_type = WorkerState)]
     pub state: String,
     /// Why it ended; null where it was asked to.
     pub reason: Option<String>,
@@ -54,23 +55,6 @@ pub struct Worker {
     pub selftest_at: OffsetDateTime,
     /// Seen within the last minute, by the database's clock, and neither stopped nor defunct.
     pub live: bool,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum WorkerState {
-    Idle,
-    Busy,
-    Stopped,
-}
-
-impl WorkerState {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Idle => "idle",
-            Self::Busy => "busy",
-            Self::Stopped => "stopped",
-        }
-    }
 }
 
 /// A worker that is ready, or is so again under an id whose starts failed before.

@@ -14,6 +14,7 @@ use super::{RegistryError, read_digest};
 use crate::db::{DbError, OnConstraint, expect_one_row};
 use crate::domain::digest::Digest;
 use crate::domain::reference::{AliasName, ResourceName};
+use crate::domain::words::AliasEventKind;
 
 #[derive(Clone, Debug, PartialEq, Serialize, ToSchema)]
 pub struct Alias {
@@ -43,8 +44,7 @@ pub struct AliasEvent {
     pub seq: i32,
     #[serde(with = "time::serde::rfc3339")]
     pub at: OffsetDateTime,
-    /// `created`, `moved`, `protected`, `unprotected` or `deleted`.
-    #[schema(example = "moved")]
+    #[schema(value_type = AliasEventKind)]
     pub kind: String,
     /// Null when it was created.
     pub from_version: Option<i32>,
@@ -93,13 +93,13 @@ pub async fn set(
     let protect = new.protected.unwrap_or(was_protected);
     let mut kinds = Vec::new();
     match from {
-        None => kinds.push("created"),
-        Some(from) if from != new.version => kinds.push("moved"),
+        None => kinds.push(AliasEventKind::Created),
+        Some(from) if from != new.version => kinds.push(AliasEventKind::Moved),
         Some(_) => {}
     }
     match (was_protected, protect) {
-        (false, true) => kinds.push("protected"),
-        (true, false) => kinds.push("unprotected"),
+        (false, true) => kinds.push(AliasEventKind::Protected),
+        (true, false) => kinds.push(AliasEventKind::Unprotected),
         _ => {}
     }
     if kinds.is_empty() {
@@ -160,7 +160,12 @@ pub async fn delete(
     .execute(&mut *conn)
     .await?;
     expect_one_row(deleted)?;
-    let event = (current.seq + 1, "deleted", Some(current.version), None);
+    let event = (
+        current.seq + 1,
+        AliasEventKind::Deleted,
+        Some(current.version),
+        None,
+    );
     record(conn, project_id, prompt, alias, event, by).await?;
     prompts::touch(conn, project_id, prompt.id).await
 }
@@ -198,7 +203,7 @@ async fn record(
     project_id: Uuid,
     prompt: &Prompt,
     alias: &AliasName,
-    (seq, kind, from, to): (i32, &str, Option<i32>, Option<i32>),
+    (seq, kind, from, to): (i32, AliasEventKind, Option<i32>, Option<i32>),
     by: &ChangedBy,
 ) -> Result<(), RegistryError> {
     sqlx::query!(
@@ -212,7 +217,7 @@ async fn record(
         prompt.id,
         alias.as_str(),
         seq,
-        kind,
+        kind.name(),
         from,
         to,
         by.request_id,

@@ -16,6 +16,7 @@ use crate::db::{DbError, OnConstraint};
 use crate::domain::digest::Digest;
 use crate::domain::prompt_file::{Origin, PromptFile, PromptMetadata};
 use crate::domain::reference::{AliasName, Reference, ResourceName, VersionSelector};
+use crate::domain::words::PromptDtype;
 
 /// An immutable visual prompt: the facts about a file. The file is [`content`].
 #[derive(Clone, Debug, Serialize, ToSchema)]
@@ -37,7 +38,8 @@ pub struct PromptVersion {
     /// d, the prompt's width.
     pub embed_dim: i32,
     pub depth: Depth,
-    /// Of the stored tensor: `f32`, `f16` or `bf16`.
+    /// Of the stored tensor.
+    #[schema(value_type = PromptDtype)]
     pub dtype: String,
     #[schema(value_type = Option<String>, example = "sha256:…")]
     pub backbone_digest: Option<Digest>,

@@ -8,6 +8,7 @@ use utoipa::ToSchema;
 use uuid::Uuid;
 
 use crate::db::DbError;
+use crate::domain::words::DeliveryState;
 
 /// A message to one webhook.
 #[derive(Clone, Debug, Serialize, ToSchema)]
@@ -20,8 +21,7 @@ pub struct Delivery {
     /// An event type, or `webhook.test`.
     #[schema(example = "ensemble.succeeded")]
     pub event_type: String,
-    /// `pending`, `delivered` or `failed`, after the last try.
-    #[schema(example = "delivered")]
+    #[schema(value_type = DeliveryState)]
     pub state: String,
     /// Tries begun since it was written, or since somebody asked for it once more.
     pub attempt: i32,

@@ -15,6 +15,7 @@ use crate::db::DbError;
 use crate::domain::job::{JobError, JobState};
 use crate::domain::specification::{Specification as _, TuningSpec};
 use crate::domain::webhook::{TEST_EVENT, pause};
+use crate::domain::words::DeliveryState;
 
 /// How long a message is one deliverer's; longer than a try takes. One that dies meanwhile loses it to another.
 const LEASE: Duration = Duration::from_secs(60);
@@ -302,17 +303,20 @@ pub async fn settle(
     outcome: &Outcome,
 ) -> Result<Option<bool>, DbError> {
     let (state, after, status, error) = match outcome {
-        Outcome::Delivered { status } => ("delivered", None, Some(*status), None),
+        Outcome::Delivered { status } => (DeliveryState::Delivered, None, Some(*status), None),
         Outcome::Failed {
             status,
             error,
             gone,
         } => {
             let after = pause(claimed.attempt).filter(|_| !gone);
-            let state = if after.is_some() { "pending" } else { "failed" };
+            let state = match after {
+                Some(_) => DeliveryState::Pending,
+                None => DeliveryState::Failed,
+            };
             (state, after, *status, Some(error))
         }
-        Outcome::BrokenOff => ("pending", None, None, None),
+        Outcome::BrokenOff => (DeliveryState::Pending, None, None, None),
     };
     let broken_off = *outcome == Outcome::BrokenOff;
     let changed = sqlx::query!(
@@ -330,7 +334,7 @@ pub async fn settle(
         "#,
         claimed.id,
         claimed.token,
-        state,
+        state.name(),
         after.map(|pause| pause.as_secs_f64()),
         i32::from(broken_off),
         status.map(i32::from),
@@ -359,7 +363,7 @@ pub async fn settle(
         .execute(conn)
         .await?;
     }
-    Ok(Some(state == "pending"))
+    Ok(Some(state == DeliveryState::Pending))
 }
 
 /// Deletes what was delivered or given up long ago; says how much.

@@ -21,6 +21,7 @@ use crate::domain::job::Progress;
 use crate::domain::ranking::Ranking;
 use crate::domain::sharding::{ShardInput, Shards};
 use crate::domain::tuning::{Checkpoints, NoCheckpoints, Tuned, TuningInput};
+use crate::domain::words::JobErrorCode;
 
 /// CUDA's libraries may come from a slow disk; a device that hangs takes for ever.
 const STARTS_WITHIN: Duration = Duration::from_secs(300);
@@ -309,7 +310,7 @@ fn panicked(payload: &(dyn Any + Send)) -> CompositionError {
         return CompositionError::device_failed(detail);
     }
     CompositionError::Refused {
-        code: "engine_panicked",
+        code: JobErrorCode::EnginePanicked,
         detail,
     }
 }

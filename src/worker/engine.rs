@@ -3,6 +3,7 @@
 use super::composer_thread::NewComposer;
 use crate::config::{StorageOptions, WorkerOptions};
 use crate::domain::composition::CompositionError;
+use crate::domain::words::JobErrorCode;
 use crate::engine::Engine;
 use crate::engine::device::{self, DeviceError};
 use crate::engine::vit::Compute;
@@ -28,7 +29,7 @@ pub fn factory(options: &WorkerOptions, storage: &StorageOptions) -> NewComposer
             .cache
             .cache(&blob_dir)
             .map_err(|error| CompositionError::Retry {
-                code: "cache_unusable",
+                code: JobErrorCode::CacheUnusable,
                 detail: chain(error.as_ref()),
             })?;
         Ok(Box::new(match cache {

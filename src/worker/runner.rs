@@ -21,6 +21,7 @@ use crate::domain::job::{JobError, Progress};
 use crate::domain::prompt_file::PromptFile;
 use crate::domain::reference::ResourceName;
 use crate::domain::specification::JobSpec;
+use crate::domain::words::JobErrorCode;
 use crate::failpoints;
 use crate::jobs::finish::{Finished, NewPrompt, finish};
 use crate::jobs::queue::{self, Claimed, Lease, QueueError, RenewOutcome};
@@ -65,15 +66,17 @@ impl AttemptError {
     /// What the job's row says, and whether another attempt may help.
     fn verdict(&self) -> (JobError, bool) {
         let (code, transient) = match self {
-            Self::Stalled(_) => ("stalled", true),
-            Self::EngineGone => ("engine_gone", true),
-            Self::Input(error) => ("input_unavailable", error.is_transient()),
+            Self::Stalled(_) => (JobErrorCode::Stalled, true),
+            Self::EngineGone => (JobErrorCode::EngineGone, true),
+            Self::Input(error) => (JobErrorCode::InputUnavailable, error.is_transient()),
             Self::Composition(CompositionError::Retry { code, .. }) => (*code, true),
             Self::Composition(CompositionError::Refused { code, .. }) => (*code, false),
-            Self::Statistics(_) => ("blob_store_failed", true),
-            Self::Unusable(_) => ("unusable_result", false),
-            Self::Queue(error) => ("not_stored", !error.is_refused_by_constraint()),
-            Self::Stopped | Self::Composition(CompositionError::Stopped) => ("stopped", true),
+            Self::Statistics(_) => (JobErrorCode::BlobStoreFailed, true),
+            Self::Unusable(_) => (JobErrorCode::UnusableResult, false),
+            Self::Queue(error) => (JobErrorCode::NotStored, !error.is_refused_by_constraint()),
+            Self::Stopped | Self::Composition(CompositionError::Stopped) => {
+                (JobErrorCode::Stopped, true)
+            }
         };
         (JobError::new(code, chain(self)), transient)
     }

@@ -12,6 +12,7 @@ use promptweave::domain::digest::Digest;
 use promptweave::domain::ranking::Ranking;
 use promptweave::domain::sharding::{Next, Shard, ShardInput, ShardingError};
 use promptweave::domain::tuning::{Checkpoints, Curves, Tuned, TuningInput};
+use promptweave::domain::words::JobErrorCode;
 use promptweave::failpoints;
 use promptweave::worker::composer_thread::NewComposer;
 
@@ -46,7 +47,7 @@ impl Pretending {
         for done in 0..STEPS {
             if done == STEPS / 2 && failpoints::ask(phase.name(), None) == FAIL {
                 return Err(CompositionError::Retry {
-                    code: "out_of_memory",
+                    code: JobErrorCode::Libtorch,
                     detail: "it was told to fail".to_owned(),
                 });
             }

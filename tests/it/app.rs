@@ -32,6 +32,8 @@ use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
 use uuid::Uuid;
 
+use crate::contract;
+
 /// Width of [`tiny_backbone`], and of the prompts that fit it.
 pub const WIDTH: usize = 8;
 
@@ -124,13 +126,16 @@ impl TestApp {
     }
 
     pub async fn send_as_is(&self, request: Request<Body>) -> TestResponse {
+        let (method, path) = (request.method().clone(), request.uri().path().to_owned());
         let response = self.router.clone().oneshot(request).await.unwrap();
         let (parts, body) = response.into_parts();
-        TestResponse {
+        let answer = TestResponse {
             status: parts.status,
             headers: parts.headers,
             body: body.collect().await.unwrap().to_bytes(),
-        }
+        };
+        contract::check(method.as_str(), &path, &answer);
+        answer
     }
 
     pub async fn get(&self, path: &str) -> TestResponse {

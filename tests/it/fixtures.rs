@@ -19,6 +19,7 @@ use promptweave::domain::prompt_file::Origin;
 use promptweave::domain::ranking::Ranking;
 use promptweave::domain::sharding::{Next, Shard, ShardInput};
 use promptweave::domain::tuning::{Checkpoints, Curves, Tuned, TuningInput};
+use promptweave::domain::words::JobErrorCode;
 use promptweave::jobs::requests::{self, NewJob};
 use promptweave::jobs::workers::{self, NewWorker};
 use promptweave::jobs::{self, Job};
@@ -280,14 +281,14 @@ impl FakeComposer {
             Script::Refuse => {
                 let detail = "sample 3 has NaN".to_owned();
                 return Err(CompositionError::Refused {
-                    code: "not_finite",
+                    code: JobErrorCode::NotFinite,
                     detail,
                 });
             }
             Script::Retry => {
                 let detail = "no room".to_owned();
                 return Err(CompositionError::Retry {
-                    code: "out_of_memory",
+                    code: JobErrorCode::Libtorch,
                     detail,
                 });
             }

@@ -10,6 +10,7 @@ use promptweave::domain::digest::Digest;
 use promptweave::domain::job::{EnsembleSpec, JobError, JobState, MAX_ATTEMPTS, Progress};
 use promptweave::domain::prompt_file::PromptFile;
 use promptweave::domain::specification::JobSpec;
+use promptweave::domain::words::JobErrorCode;
 use promptweave::jobs::events;
 use promptweave::jobs::finish::{Finished, NewPrompt, finish};
 use promptweave::jobs::queue::{self, Claimed, QueueError, RenewOutcome};
@@ -262,9 +263,14 @@ async fn a_lost_job_finishes_elsewhere_and_the_first_worker_writes_nothing(
         queue::progress(&mut db, stale.lease, progress)
             .await
             .map(drop),
-        queue::fail(&mut db, stale.lease, JobError::new("x", "x"), None)
-            .await
-            .map(drop),
+        queue::fail(
+            &mut db,
+            stale.lease,
+            JobError::new(JobErrorCode::Stalled, "x"),
+            None,
+        )
+        .await
+        .map(drop),
         queue::release(&mut db, stale.lease).await,
         queue::finish_cancelled(&mut db, stale.lease).await,
         finish_with(&mut db, &stale, &spec, &[1.0, 0.0]).await,
@@ -376,7 +382,7 @@ async fn a_retry_waits_and_a_refusal_does_not_come_back(mut db: PoolConnection<P
     let id = enqueue(&mut db, &spec).await;
     let worker = worker(&mut db).await;
     let claimed = claim(&mut db, worker).await;
-    let error = JobError::new("out_of_memory", "no room");
+    let error = JobError::new(JobErrorCode::Libtorch, "no room");
     let wait = Some(Duration::from_secs(60));
     let state = queue::fail(&mut db, claimed.lease, error.clone(), wait)
         .await
@@ -393,7 +399,7 @@ async fn a_retry_waits_and_a_refusal_does_not_come_back(mut db: PoolConnection<P
         .await
         .unwrap();
     let claimed = claim(&mut db, worker).await;
-    let refused = JobError::new("not_finite", "sample 3 has NaN");
+    let refused = JobError::new(JobErrorCode::NotFinite, "sample 3 has NaN");
     let state = queue::fail(&mut db, claimed.lease, refused.clone(), None)
         .await
         .unwrap();

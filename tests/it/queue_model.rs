@@ -12,6 +12,7 @@ use promptweave::db::MIGRATOR;
 use promptweave::domain::composition::Phase;
 use promptweave::domain::job::{EnsembleSpec, JobError, JobState, MAX_ATTEMPTS, Progress};
 use promptweave::domain::prompt_file::PromptFile;
+use promptweave::domain::words::JobErrorCode;
 use promptweave::jobs::finish::{Finished, NewPrompt, finish};
 use promptweave::jobs::queue::{self, Claimed, QueueError, RenewOutcome};
 use promptweave::jobs::requests::{self, Cancellation};
@@ -151,7 +152,7 @@ impl Run<'_> {
             Step::Finish(back) => self.finish(back).await,
             Step::Fail(back, again) => {
                 if let Some((n, claimed, model)) = lease(&self.leases, &mut self.models, back) {
-                    let error = JobError::new("out_of_memory", "no room");
+                    let error = JobError::new(JobErrorCode::Libtorch, "no room");
                     let backoff = again.then_some(Duration::ZERO);
                     let answer = queue::fail(self.db, claimed.lease, error, backoff).await;
                     let state = answer.as_ref().ok().copied();

@@ -8,6 +8,7 @@ use promptweave::db::MIGRATOR;
 use promptweave::domain::api_key::Scope;
 use promptweave::domain::job::JobError;
 use promptweave::domain::webhook::EventType;
+use promptweave::domain::words::JobErrorCode;
 use promptweave::jobs::queue::{self, Claimed, QueueError};
 use promptweave::jobs::requests;
 use promptweave::registry::{DEFAULT_PROJECT, projects};
@@ -268,7 +269,7 @@ async fn every_end_writes_one_message_and_nothing_else_does(pool: PgPool) {
     let off = register(&app, "https://1.1.1.1/").await;
     patch(&app, &off, &json!({"disabled": true})).await.ok(200);
     let spec = spec(&mut db).await;
-    let error = || JobError::new("not_finite", "sample 3 has NaN");
+    let error = || JobError::new(JobErrorCode::NotFinite, "sample 3 has NaN");
 
     // A pause, a loss and a refusal to give up are no ends.
     let id = enqueue(&mut db, &spec).await;

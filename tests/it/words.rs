@@ -54,7 +54,18 @@ const PLACES: [&str; 14] = [
     "Makefile",
 ];
 const TEXT: [&str; 12] = [
-    "rs", "py", "sh", "toml", "md", "json", "jsonl", "csv", "yaml", "mjs", "Dockerfile", "",
+    "rs",
+    "py",
+    "sh",
+    "toml",
+    "md",
+    "json",
+    "jsonl",
+    "csv",
+    "yaml",
+    "mjs",
+    "Dockerfile",
+    "",
 ];
 
 fn text_files(path: &Path, out: &mut Vec<PathBuf>) {

@@ -248,7 +248,7 @@ async fn refusals_panics_and_retries_end_as_they_should(pool: PgPool) {
     until("an attempt that is to be retried", has_failed).await;
     let waiting = place.job(retried).await;
     assert_eq!((waiting.state, waiting.attempt), (JobState::Queued, 1));
-    assert_eq!(waiting.error.unwrap().code, "out_of_memory");
+    assert_eq!(waiting.error.unwrap().code, "libtorch");
     // The poll finds it once its time has come.
     sqlx::query("UPDATE job SET run_at = now() WHERE state = 'queued'")
         .execute(&place.pool)

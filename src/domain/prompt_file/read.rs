@@ -7,6 +7,7 @@ use super::metadata::{METADATA_KEY, PromptMetadata};
 use super::{Head, PromptFile, Sketch};
 use crate::domain::foreign_format;
 use crate::domain::tensor::{Tensor, read_f32, read_i64};
+use crate::domain::words::PromptDtype;
 
 /// Longest prompt accepted, in tokens (VPT's own grid ends at 200).
 pub const MAX_TOKENS: usize = 4096;
@@ -34,9 +35,9 @@ impl PromptFile {
         let tensors = Tensors::check_names(&file)?;
 
         let dtype = match file.tensor("prompt_embeddings").map(|t| t.dtype()) {
-            Ok(Dtype::F16) => "f16",
-            Ok(Dtype::BF16) => "bf16",
-            _ => "f32",
+            Ok(Dtype::F16) => PromptDtype::F16,
+            Ok(Dtype::BF16) => PromptDtype::Bf16,
+            _ => PromptDtype::F32,
         };
         let mut prompt_embeddings = tensors
             .float("prompt_embeddings")?
@@ -79,7 +80,7 @@ impl PromptFile {
             deep_prompt_embeddings,
             head,
             sketch,
-            dtype,
+            dtype: dtype.name(),
         })
     }
 }

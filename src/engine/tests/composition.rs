@@ -10,6 +10,7 @@ use crate::domain::digest::Digest;
 use crate::domain::objective::{AlignTokens, Objective, Shrinkage, TradeOff, TradeOffRule};
 use crate::domain::precision::Precision;
 use crate::domain::prompt_file::PromptFile;
+use crate::domain::words::JobErrorCode;
 use crate::engine::Engine;
 use crate::engine::testing::{D, Recorder, assert_close, input};
 use crate::engine::vit::Compute;
@@ -18,7 +19,7 @@ fn compose(input: &CompositionInput) -> Result<Composition, CompositionError> {
     Engine::new(Device::Cpu).compose(input, &mut Recorder::default())
 }
 
-fn refusal(input: &CompositionInput) -> (&'static str, String) {
+fn refusal(input: &CompositionInput) -> (JobErrorCode, String) {
     match compose(input) {
         Err(CompositionError::Refused { code, detail }) => (code, detail),
         other => panic!("{other:?}"),
@@ -236,7 +237,7 @@ fn resolve(input: &SolveInput) -> Result<Composition, CompositionError> {
     Engine::new(Device::Cpu).solve(input, &mut Recorder::default())
 }
 
-fn resolve_refusal(input: &SolveInput) -> (&'static str, String) {
+fn resolve_refusal(input: &SolveInput) -> (JobErrorCode, String) {
     match resolve(input) {
         Err(CompositionError::Refused { code, detail }) => (code, detail),
         other => panic!("{other:?}"),

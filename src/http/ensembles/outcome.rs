@@ -7,6 +7,7 @@ use axum::http::{HeaderMap, Method, StatusCode};
 use axum::response::Response;
 use futures::TryStreamExt;
 use time::OffsetDateTime;
+use utoipa::ToSchema;
 use uuid::Uuid;
 
 use crate::domain::composition::CompositionResult;
@@ -73,6 +74,12 @@ pub(super) async fn get_ensemble_result(
     jobs::result::<EnsembleSpec>(&state, &caller, id).await
 }
 
+/// A safetensors file.
+#[derive(ToSchema)]
+#[schema(value_type = String, format = Binary)]
+#[expect(dead_code, reason = "it exists for the API document alone")]
+pub(super) struct StatisticsBytes(Vec<u8>);
+
 /// What the numbers were computed from, as safetensors
 #[utoipa::path(
     get,
@@ -84,7 +91,7 @@ pub(super) async fn get_ensemble_result(
         ("if-none-match" = Option<String>, Header, description = "ETag of a copy at hand"),
     ),
     responses(
-        (status = 200, content_type = "application/octet-stream", body = Vec<u8>,
+        (status = 200, content_type = "application/octet-stream", body = StatisticsBytes,
          headers(("etag" = String), ("content-digest" = String), ("repr-digest" = String))),
         (status = 304, description = "The copy at hand is this one", headers(("etag" = String))),
         (status = 404, description = "`ensemble_not_found`"),

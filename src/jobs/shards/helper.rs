@@ -13,6 +13,7 @@ use crate::domain::composition::Phase;
 use crate::domain::digest::Digest;
 use crate::domain::job::EnsembleSpec;
 use crate::domain::sharding::Shard;
+use crate::domain::words::EventKind;
 use crate::failpoints;
 use crate::jobs::events::tell;
 use crate::jobs::queue::{Lease, QueueError, RenewOutcome, renewal};
@@ -191,7 +192,7 @@ pub async fn give(
     .fetch_optional(&mut *tx)
     .await?;
     let worker_id = worker_id.ok_or(QueueError::LeaseLost(job_id))?;
-    record_shard(&mut tx, job_id, "shard", claimed.shard, worker_id).await?;
+    record_shard(&mut tx, job_id, EventKind::Shard, claimed.shard, worker_id).await?;
     failpoints::reach("shard_giving", job_id);
     tx.commit().await?;
     tell(conn, job_id, false).await;
@@ -279,7 +280,7 @@ pub async fn reap(conn: &mut PgConnection) -> Result<usize, QueueError> {
                 count: row_of_shard.count as usize,
             };
             let worker_id = row_of_shard.worker_id;
-            record_shard(&mut tx, row.job_id, "shard_lost", shard, worker_id).await?;
+            record_shard(&mut tx, row.job_id, EventKind::ShardLost, shard, worker_id).await?;
             reaped += 1;
         }
         tx.commit().await?;

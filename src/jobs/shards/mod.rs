@@ -24,6 +24,7 @@ use super::events::record;
 use crate::db::DbError;
 use crate::domain::composition::Phase;
 use crate::domain::sharding::Shard;
+use crate::domain::words::EventKind;
 
 /// A shard that so many helpers lost or failed at is left to who has the job, whose attempts are counted.
 const MAX_HELPERS: i32 = 3;
@@ -31,7 +32,7 @@ const MAX_HELPERS: i32 = 3;
 async fn record_shard(
     conn: &mut PgConnection,
     job_id: Uuid,
-    kind: &str,
+    kind: EventKind,
     shard: Shard,
     worker_id: Uuid,
 ) -> Result<(), DbError> {

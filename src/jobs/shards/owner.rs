@@ -10,6 +10,7 @@ use crate::db::DbError;
 use crate::domain::composition::Phase;
 use crate::domain::digest::Digest;
 use crate::domain::sharding::{Estimate, Shard};
+use crate::domain::words::EventKind;
 use crate::failpoints;
 use crate::jobs::events::{record, tell};
 use crate::jobs::queue::{Lease, QueueError};
@@ -190,7 +191,14 @@ pub async fn put(
     .await?;
     // Else it was there already: the same one, sent again after a commit whose answer was lost.
     if changed.rows_affected() == 1 {
-        record_shard(&mut tx, lease.job_id, "shard", shard, owner.worker_id).await?;
+        record_shard(
+            &mut tx,
+            lease.job_id,
+            EventKind::Shard,
+            shard,
+            owner.worker_id,
+        )
+        .await?;
     }
     failpoints::reach("shard_putting", lease.job_id);
     tx.commit().await?;
@@ -284,7 +292,7 @@ pub async fn estimate(
 ) -> Result<(), QueueError> {
     let mut tx = conn.begin().await?;
     LockedJob::lock(&mut tx, lease).await?;
-    record(&mut tx, lease.job_id, "estimate", json!(estimate)).await?;
+    record(&mut tx, lease.job_id, EventKind::Estimate, json!(estimate)).await?;
     tx.commit().await?;
     tell(conn, lease.job_id, false).await;
     Ok(())
