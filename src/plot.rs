@@ -133,7 +133,7 @@ fn draw_front(area: &Area<'_>, result: &CompositionResult) -> Result<()> {
     chart.draw_series(LineSeries::new(line, GREY.stroke_width(1)))?;
     chart.draw_series(
         result
-            .path
+            .pareto_path
             .iter()
             .map(|p| Circle::new(point(p), 3, PALETTE[0].filled())),
     )?;
@@ -192,7 +192,7 @@ fn draw_weights_over_t(area: &Area<'_>, result: &CompositionResult) -> Result<()
     }
     for row in 0..result.source_weights.len() {
         let line = result
-            .path
+            .pareto_path
             .iter()
             .filter_map(|p| Some((p.trade_off, *p.weights.get(row)?)));
         chart.draw_series(LineSeries::new(line, color(row).stroke_width(2)))?;

@@ -29,9 +29,9 @@ pub enum Method {
     /// H-score of the mixed features and gradient alignment, weighed by `trade_off` or `alignment_weight`
     /// (HGPrompt, arXiv 2504.12311): with the cross-validated H, and the best single source in place of a prompt that does worse.
     #[default]
-    Hgprompt,
+    HgpromptCv,
     /// The same as it is published: with H of the samples that it was fitted on (`h_score.mode` is `standard`), and no `fallback`.
-    HgpromptPaper,
+    Hgprompt,
     /// The H-score alone; takes no gradients.
     HOnly,
     /// Gradient alignment alone.

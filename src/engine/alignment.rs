@@ -8,12 +8,12 @@
 //!
 //! | variant | vᵢ about | v̄ | rᵢ |
 //! |---|---|---|---|
-//! | R1 | the mixed gradient | Σ_k α_k v_k | uᵢ - Σ_k α_k u_k: quartic in α |
-//! | R2 | the mixed gradient | (1/M) Σ_k v_k | uᵢ - (1/M) Σ_k u_k: linear in α, so L_align is convex |
-//! | R3 | prompt i's own mean, as in Fishr (Ramé et al. 2022) | Σ_k α_k v_k | vᵢ - Vα: linear in α |
+//! | `mixture_weighted` | the mixed gradient | Σ_k α_k v_k | uᵢ - Σ_k α_k u_k: quartic in α |
+//! | `mixture_uniform` | the mixed gradient | (1/M) Σ_k v_k | uᵢ - (1/M) Σ_k u_k: linear in α, so L_align is convex |
+//! | `fishr` | prompt i's own mean, as in Fishr (Ramé et al. 2022) | Σ_k α_k v_k | vᵢ - Vα: linear in α |
 //!
-//! In R1 and R2 every rᵢ is a linear combination, with coefficients that depend on α only, of the
-//! T = M(M+1)/2 packed rows of S, and the data enter through Γ = S Sᵀ [T, T]. In R3 it is one of the M
+//! In `mixture_weighted` and `mixture_uniform` every rᵢ is a linear combination, with coefficients that depend on α only, of the
+//! T = M(M+1)/2 packed rows of S, and the data enter through Γ = S Sᵀ [T, T]. In `fishr` it is one of the M
 //! columns of V, and they enter through VᵀV. L_align scales with the fourth power of the gradients.
 
 use super::optimizer::dot;
@@ -117,7 +117,7 @@ impl GradientAlignment {
         (value.max(0.0), gradient)
     }
 
-    /// R1 and R2: v̄ = Σ_k `weights`_k v_k, where `weights` are α itself (`moves`) or constant.
+    /// `mixture_weighted` and `mixture_uniform`: v̄ = Σ_k `weights`_k v_k, where `weights` are α itself (`moves`) or constant.
     fn about_the_mixed(&self, alpha: &[f64], weights: &[f64], moves: bool) -> (f64, Vec<f64>) {
         let m = self.statistics.num_sources;
         let pairs = num_pairs(m);
@@ -161,7 +161,7 @@ impl GradientAlignment {
         (value * scale, gradient)
     }
 
-    /// R3: (1/M) Σ_i (eᵢ - α)ᵀ VᵀV (eᵢ - α).
+    /// `fishr`: (1/M) Σ_i (eᵢ - α)ᵀ VᵀV (eᵢ - α).
     fn about_their_own(&self, alpha: &[f64]) -> (f64, Vec<f64>) {
         let m = self.statistics.num_sources;
         let (mut value, mut gradient) = (0.0, vec![0.0; m]);
@@ -195,11 +195,11 @@ fn u(i: usize, alpha: &[f64]) -> Vec<f64> {
 mod tests {
     use tch::{Kind, Tensor};
 
-    use super::AlignmentVariant::{R1, R2, R3};
+    use super::AlignmentVariant::{MixtureWeighted, MixtureUniform, Fishr};
     use super::*;
     use crate::engine::testing::{alignment_statistics, noise_tensor};
 
-    const VARIANTS: [AlignmentVariant; 3] = [R1, R2, R3];
+    const VARIANTS: [AlignmentVariant; 3] = [MixtureWeighted, MixtureUniform, Fishr];
     const ALPHA: [f64; 4] = [0.1, 0.2, 0.3, 0.4];
 
     /// Gradients [M, N, P] of different scales, with means and with a part common to the prompts.
@@ -219,16 +219,16 @@ mod tests {
         let (m, n, _) = gradients.size3().unwrap();
         let weights = Tensor::from_slice(alpha);
         let about = match variant {
-            R1 | R2 => (gradients * weights.view([m, 1, 1])).sum_dim_intlist(0, true, Kind::Double),
-            R3 => gradients.mean_dim(1, true, Kind::Double),
+            MixtureWeighted | MixtureUniform => (gradients * weights.view([m, 1, 1])).sum_dim_intlist(0, true, Kind::Double),
+            Fishr => gradients.mean_dim(1, true, Kind::Double),
         };
         let v = (gradients - about)
             .square()
             .sum_dim_intlist(1, false, Kind::Double)
             / (n - 1) as f64;
         let v_bar = match variant {
-            R1 | R3 => (&v * weights.view([m, 1])).sum_dim_intlist(0, true, Kind::Double),
-            R2 => v.mean_dim(0, true, Kind::Double),
+            MixtureWeighted | Fishr => (&v * weights.view([m, 1])).sum_dim_intlist(0, true, Kind::Double),
+            MixtureUniform => v.mean_dim(0, true, Kind::Double),
         };
         f64::try_from((v - v_bar).square().sum(Kind::Double)).unwrap() / m as f64
     }
@@ -246,7 +246,7 @@ mod tests {
                 assert_relative(value(variant, &gradients, &alpha), expected, 1e-10);
             }
         }
-        let v = |i| naive(R3, &gradients.narrow(0, i, 1), &[1.0]);
+        let v = |i| naive(Fishr, &gradients.narrow(0, i, 1), &[1.0]);
         assert_eq!([v(0), v(3)], [0.0; 2], "one prompt is aligned with itself");
         assert_eq!(packed(2, 1, 4), 5);
     }
@@ -285,7 +285,7 @@ mod tests {
         for variant in VARIANTS {
             let here = value(variant, &gradients, &ALPHA);
             let there = value(variant, &shared, &ALPHA);
-            if variant == R3 {
+            if variant == Fishr {
                 assert!((there - here).abs() > 0.01 * here, "{here} {there}");
             } else {
                 assert_relative(there, here, 1e-10);
@@ -298,7 +298,7 @@ mod tests {
 
     #[test]
     fn r3_is_least_at_uniform_weights() {
-        let alignment = GradientAlignment::new(R3, alignment_statistics(&gradients(11)));
+        let alignment = GradientAlignment::new(Fishr, alignment_statistics(&gradients(11)));
         let (least, gradient) = alignment.value_and_gradient(&[0.25; 4]);
         assert!(least > 0.0 && gradient.iter().all(|g| g.abs() < 1e-10 * least));
         for seed in 0..20 {
@@ -312,7 +312,7 @@ mod tests {
     #[test]
     fn r2_and_r3_are_convex_quadratics() {
         let statistics = alignment_statistics(&gradients(14));
-        for variant in [R2, R3] {
+        for variant in [MixtureUniform, Fishr] {
             let alignment = GradientAlignment::new(variant, statistics.clone());
             // Along any line of a quadratic, second differences are the same everywhere; of a convex
             // one they are not negative.

@@ -56,7 +56,7 @@ impl Findings<'_> {
             source_weights: self.source_weights(),
             method: self.method.clone(),
             objective,
-            composed: ComposedPrompt {
+            composed_prompt: ComposedPrompt {
                 prompt: None,
                 version: None,
                 digest: Digest::of(&composed),
@@ -64,12 +64,12 @@ impl Findings<'_> {
             provenance: self.provenance(),
             early_stop: self.early_stop,
             token_alignment: self.metadata.token_alignment.clone(),
-            path: match self.statistics.gradients {
+            pareto_path: match self.statistics.gradients {
                 Some(_) => self.solved.solution.path,
                 // Every point of it would be the same.
                 None => Vec::new(),
             },
-            optima: self.solved.solution.optima,
+            local_optima: self.solved.solution.optima,
             solver: self.solved.solution.report,
             diagnostics,
             warnings,
@@ -177,7 +177,7 @@ impl Findings<'_> {
             // At another scale it is another prompt that H is of.
             surrogate_gap: (composed.as_ref().filter(|_| self.method.scale == 1.0))
                 .map(|score| (score.h_score - mixed) / self.size_of_h(mixed).0),
-            composed,
+            composed_score: composed,
             refinement: self.refinement.clone(),
             baselines: self.verified.as_ref().and_then(|v| v.baselines.clone()),
         })

@@ -158,7 +158,7 @@ impl Args {
 
     fn task(&self) -> String {
         let folder = self
-            .data
+            .target
             .file_name()
             .map(|name| name.to_string_lossy().into_owned());
         self.task.clone().or(folder).unwrap_or_default()

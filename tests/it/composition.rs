@@ -88,8 +88,8 @@ pub fn composition(input_sources: &[(String, i32, Digest)], weights: &[f64]) -> 
                 trade_off_rule: None,
                 total: Some(-0.9),
             },
-            path: vec![],
-            optima: vec![],
+            pareto_path: vec![],
+            local_optima: vec![],
             method: MethodReport {
                 // As if it had been chosen.
                 uniform_mix: 0.25,
@@ -110,12 +110,12 @@ pub fn composition(input_sources: &[(String, i32, Digest)], weights: &[f64]) -> 
                 h_score_shrinkage: Some(0.01),
                 conflict_rate: None,
                 gradient_cosines: vec![],
-                composed: Some(score),
+                composed_score: Some(score),
                 surrogate_gap: Some(0.0),
                 refinement: None,
                 baselines: None,
             },
-            composed: ComposedPrompt {
+            composed_prompt: ComposedPrompt {
                 prompt: None,
                 version: None,
                 digest: Digest::of(&composed),

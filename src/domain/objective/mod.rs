@@ -192,15 +192,16 @@ pub struct AlignmentOptions {
 /// Which variant of the gradient-alignment term; the paper leaves open about what gradients vary and
 /// which mean the variances are compared with.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
 pub enum AlignmentVariant {
     /// Variances about the mixed gradient, against their α-weighted mean.
     #[default]
-    R1,
+    MixtureWeighted,
     /// Variances about the mixed gradient, against their plain mean: a convex quadratic.
-    R2,
+    MixtureUniform,
     /// Variances about each prompt's own mean, against their α-weighted mean, as in Fishr (Ramé et al.
     /// 2022). Uniform weights always minimise it.
-    R3,
+    Fishr,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -317,7 +318,7 @@ mod tests {
             Ok(Shrinkage::Estimated(ShrinkageEstimate::Oas))
         );
         assert_eq!("trace_ratio".parse(), Ok(HScoreMode::TraceRatio));
-        assert_eq!(AlignmentVariant::Fishr.to_string(), "R3");
+        assert_eq!(AlignmentVariant::Fishr.to_string(), "fishr");
         assert_eq!(Shrinkage::Fixed(0.01).to_string(), "0.01");
         assert_eq!(
             "shrunk".parse::<Shrinkage>().unwrap_err(),

@@ -69,7 +69,7 @@ fn a_composition_is_whole_and_the_same_to_the_last_bit() {
     assert_eq!(diagnostics.head_folds, 2);
     assert!(
         diagnostics
-            .composed
+            .composed_score
             .as_ref()
             .unwrap()
             .eval_accuracy
@@ -396,7 +396,7 @@ fn every_head_and_norm_makes_a_whole_composition() {
             composition
                 .result
                 .diagnostics
-                .composed
+                .composed_score
                 .unwrap()
                 .train_accuracy
                 > 0.5

@@ -269,14 +269,14 @@ fn a_scale_goes_from_the_initial_prompt_to_the_sum() {
     assert_eq!(weights(&half), weights(&at_1));
 
     let auto = of(json!("auto")).result.method;
-    assert_eq!(auto.scales.len(), ScaleRule::CANDIDATES.len());
+    assert_eq!(auto.scale_candidates.len(), ScaleRule::CANDIDATES.len());
     let best = auto
-        .scales
+        .scale_candidates
         .iter()
         .map(|p| p.validation_loss.unwrap())
         .fold(f64::INFINITY, f64::min);
     let last = auto
-        .scales
+        .scale_candidates
         .iter()
         .rfind(|p| p.validation_loss == Some(best))
         .unwrap();
