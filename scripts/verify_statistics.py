@@ -7,7 +7,7 @@ At the result's weights α it computes, with Python's standard library alone, wh
 
 * the H-score of the mixed features F = Σ αᵢ f_{Pᵢ}, in the mode and with the standardisation that the statistics name
   and the ρ that the result says was used;
-* the gradient alignment L_align = (1/M) Σᵢ Σ_p (vᵢ[p] - v̄[p])², in the reading that the statistics name,
+* the gradient alignment L_align = (1/M) Σᵢ Σ_p (vᵢ[p] - v̄[p])², in the variant that the statistics name,
 
 and compares them with `objective` in the result. Exits with 1 where they differ by more than 1e-6 relative.
 """
@@ -160,16 +160,16 @@ def about_the_mixed(alpha, weights):
     return [[a - b for a, b in zip(coefficients, mean)] for coefficients in u]
 
 
-def gradient_alignment(tensors, alpha, reading):
+def gradient_alignment(tensors, alpha, variant):
     """(1/M) Σᵢ rᵢᵀ G rᵢ, where rᵢ holds the coefficients of vᵢ - v̄ and G the inner products of what they belong to:
     of the rows of S (Γ), or, in R3, of the vᵢ themselves."""
     sources = len(alpha)
-    if reading == "R3":
+    if variant == "fishr":
         name = "gradient_variance_gram"
         differences = [[(i == k) - alpha[k] for k in range(sources)] for i in range(sources)]
     else:
         name = "gradient_gram"
-        differences = about_the_mixed(alpha, alpha if reading == "R1" else [1 / sources] * sources)
+        differences = about_the_mixed(alpha, alpha if variant == "mixture_weighted" else [1 / sources] * sources)
     shape, gram = tensors[name]
     count = len(differences[0])
     if shape != [count, count]:
@@ -197,15 +197,17 @@ def main():
     if shape[:2] != [len(alpha), len(labels)]:
         sys.exit(f"error: features {shape} are not of {len(alpha)} sources and {len(labels)} samples")
 
-    options, reading = metadata["objective"]["h_score"], metadata["objective"]["alignment"]["reading"]
+    options = metadata["objective"]["h_score"]
+    # What a method without gradients of its own reports is that of earlier ones.
+    variant = metadata["objective"].get("alignment", {}).get("variant", "mixture_weighted")
     columns = mixed_features(features, shape, alpha, options["standardise"])
     if options["mode"] == "trace_ratio":
         h_score = trace_ratio(columns, labels)
     else:
         rho = result["diagnostics"]["h_score_shrinkage"]
         h_score = regression(columns, labels, rho, options["mode"] == "cross_validated")
-    recomputed = {"h_score": h_score, "gradient_alignment": gradient_alignment(tensors, alpha, reading)}
-    print(f"H-score {options['mode']}, standardise {options['standardise']}; gradient alignment {reading}")
+    recomputed = {"h_score": h_score, "gradient_alignment": gradient_alignment(tensors, alpha, variant)}
+    print(f"H-score {options['mode']}, standardise {options['standardise']}; gradient alignment {variant}")
     agree = True
     for name, value in recomputed.items():
         reported = result["objective"][name]

@@ -195,7 +195,7 @@ fn u(i: usize, alpha: &[f64]) -> Vec<f64> {
 mod tests {
     use tch::{Kind, Tensor};
 
-    use super::AlignmentVariant::{MixtureWeighted, MixtureUniform, Fishr};
+    use super::AlignmentVariant::{Fishr, MixtureUniform, MixtureWeighted};
     use super::*;
     use crate::engine::testing::{alignment_statistics, noise_tensor};
 
@@ -219,7 +219,9 @@ mod tests {
         let (m, n, _) = gradients.size3().unwrap();
         let weights = Tensor::from_slice(alpha);
         let about = match variant {
-            MixtureWeighted | MixtureUniform => (gradients * weights.view([m, 1, 1])).sum_dim_intlist(0, true, Kind::Double),
+            MixtureWeighted | MixtureUniform => {
+                (gradients * weights.view([m, 1, 1])).sum_dim_intlist(0, true, Kind::Double)
+            }
             Fishr => gradients.mean_dim(1, true, Kind::Double),
         };
         let v = (gradients - about)
@@ -227,7 +229,9 @@ mod tests {
             .sum_dim_intlist(1, false, Kind::Double)
             / (n - 1) as f64;
         let v_bar = match variant {
-            MixtureWeighted | Fishr => (&v * weights.view([m, 1])).sum_dim_intlist(0, true, Kind::Double),
+            MixtureWeighted | Fishr => {
+                (&v * weights.view([m, 1])).sum_dim_intlist(0, true, Kind::Double)
+            }
             MixtureUniform => v.mean_dim(0, true, Kind::Double),
         };
         f64::try_from((v - v_bar).square().sum(Kind::Double)).unwrap() / m as f64
