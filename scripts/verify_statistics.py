@@ -197,7 +197,9 @@ def main():
     if shape[:2] != [len(alpha), len(labels)]:
         sys.exit(f"error: features {shape} are not of {len(alpha)} sources and {len(labels)} samples")
 
-    options, variant = metadata["objective"]["h_score"], metadata["objective"]["alignment"]["variant"]
+    options = metadata["objective"]["h_score"]
+    # What a method without gradients of its own reports is that of earlier ones.
+    variant = metadata["objective"].get("alignment", {}).get("variant", "mixture_weighted")
     columns = mixed_features(features, shape, alpha, options["standardise"])
     if options["mode"] == "trace_ratio":
         h_score = trace_ratio(columns, labels)

@@ -13,6 +13,7 @@ use super::server::{Server, ServerError, ServerOptions};
 use super::table::{plain, print, table};
 use crate::domain::dataset::Split;
 use crate::domain::job::JobState;
+use crate::domain::json::{self, Mistake};
 use crate::domain::objective::Objective;
 use crate::domain::reference::{Reference, ResourceName};
 
@@ -162,9 +163,13 @@ fn split(text: &str) -> Result<Split, String> {
 
 /// Checked here, where the shell's quotes are at hand.
 fn objective(text: &str) -> Result<Value, String> {
-    let checked: Result<Objective, _> = serde_json::from_str(text);
-    checked.map_err(|error| error.to_string())?;
-    serde_json::from_str(text).map_err(|error| error.to_string())
+    let document = serde_json::from_str(text).map_err(|error| error.to_string())?;
+    let mistakes = json::read::<Objective>(&document).mistakes;
+    if mistakes.is_empty() {
+        return Ok(document);
+    }
+    let said: Vec<_> = mistakes.iter().map(Mistake::to_string).collect();
+    Err(said.join("\n"))
 }
 
 pub async fn run(command: Command) -> anyhow::Result<()> {

@@ -65,6 +65,14 @@ pub enum ServerError {
 struct Problem {
     code: String,
     detail: String,
+    #[serde(default)]
+    errors: Vec<Mistake>,
+}
+
+#[derive(Deserialize)]
+struct Mistake {
+    pointer: String,
+    detail: String,
 }
 
 /// What the client reads of a prompt.
@@ -182,9 +190,20 @@ impl Server {
         }
         let status = response.status().as_u16();
         let body = response.bytes().await.map_err(|e| self.unreachable(e))?;
-        let Ok(Problem { code, mut detail }) = serde_json::from_slice(&body) else {
+        let problem = serde_json::from_slice(&body);
+        let Ok(Problem {
+            code,
+            mut detail,
+            errors,
+        }) = problem
+        else {
             return Err(self.not_a_registry(status));
         };
+        if errors.len() > 1 {
+            let of = |it: &Mistake| format!("\n  {}: {}", it.pointer, it.detail);
+            let all: String = errors.iter().map(of).collect();
+            detail = format!("{} mistakes:{all}\n", errors.len());
+        }
         if status == 401 {
             detail +=
                 &format!("; it comes from {KEY_VARIABLE}, or from the file of --api-key-file");

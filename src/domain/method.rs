@@ -14,7 +14,7 @@ pub const MAX_TARGET_EPOCHS: u32 = 100;
 
 /// Why a scale other than 1 is refused.
 pub const NO_ANCHOR: &str = "shrinks towards the initial prompt that the sources share, and their init seeds differ or \
-                             are unknown; name one by `anchor_seed`, or leave the scale at 1";
+                             are unknown; name one by `experimental.anchor_seed`, or leave the scale at 1";
 
 /// The init seed that all prompts say they have: they began as one prompt, with their tokens in one order.
 pub fn common_seed(mut seeds: impl Iterator<Item = Option<u64>>) -> Option<u64> {
@@ -27,7 +27,7 @@ pub fn common_seed(mut seeds: impl Iterator<Item = Option<u64>>) -> Option<u64> 
 #[serde(rename_all = "snake_case")]
 pub enum Method {
     /// HGPrompt with a cross-validated H-score, the default: H of samples that it was not fitted on, and gradient alignment, weighed
-    /// by `trade_off` or `alignment_weight`. The best single source takes the place of a composed prompt that does worse.
+    /// by `trade_off`. The best single source takes the place of a composed prompt that does worse.
     #[default]
     HgpromptCv,
     /// HGPrompt as it is published (arXiv 2504.12311): H of the samples that it was fitted on (`h_score.mode` is `standard`), and no
@@ -39,7 +39,7 @@ pub enum Method {
     AlignmentOnly,
     /// 1/M each.
     Average,
-    /// All weight on one source, by `single_best.by`.
+    /// All weight on one source, the best `by` a criterion.
     SingleBest,
     /// By similarity to a prompt that is tuned on the target for a few epochs (SPoT, Vu et al. 2022).
     Spot,
@@ -52,6 +52,18 @@ pub enum Method {
 }
 
 impl Method {
+    pub const ALL: [Self; 9] = [
+        Self::HgpromptCv,
+        Self::Hgprompt,
+        Self::HOnly,
+        Self::AlignmentOnly,
+        Self::Average,
+        Self::SingleBest,
+        Self::Spot,
+        Self::Panda,
+        Self::Attempt,
+    ];
+
     /// Whether α is the end of a descent on -H + λ L_align.
     pub fn solves(self) -> bool {
         self.weighs() || matches!(self, Self::HOnly | Self::AlignmentOnly)
@@ -73,12 +85,6 @@ impl Method {
     }
 }
 
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct SingleBestOptions {
-    pub by: Criterion,
-}
-
 /// What a single source is chosen by: the highest. No gradients, and no target tuning.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
@@ -89,17 +95,6 @@ pub enum Criterion {
     Logme,
     /// The cross-fitted loss on the target samples with a closed-form head, over ten folds, negated.
     Validation,
-}
-
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct SpotOptions {
-    pub similarity: Similarity,
-    /// Of the sources, only so many that are most similar [default: all].
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(minimum = 1)]
-    pub top_k: Option<usize>,
-    pub choice: SpotChoice,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -122,35 +117,32 @@ pub enum SpotChoice {
     BestOf,
 }
 
-/// The short tuning on the target samples that `spot` and `panda` compare with and `attempt` learns by, otherwise as `promptweave tune` does
-/// it, from the sources' common initial prompt where they say that they have one.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct TargetTuning {
-    #[schema(minimum = 1, maximum = 100)]
-    pub epochs: u32,
+/// The word in place of a number that is to be chosen: of some candidates the one whose prompt has the lowest cross-fitted loss
+/// on the target samples with a closed-form head. A forward pass each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Auto {
+    Auto,
 }
 
-impl Default for TargetTuning {
-    fn default() -> Self {
-        Self { epochs: 5 }
-    }
-}
-
-/// γ in [0, 1], or the rule that chooses it.
+/// γ in [0, 1], or `auto`.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(untagged, expecting = "expected a number or `auto`")]
 pub enum UniformMix {
     Value(f64),
-    Rule(UniformMixRule),
+    /// Of 0, 0.25, 0.5, 0.75 and 1 the best; of equals the smallest.
+    Chosen(Auto),
 }
 
 impl UniformMix {
+    /// The one that changes least comes last.
+    pub const CANDIDATES: [f64; 5] = [1.0, 0.75, 0.5, 0.25, 0.0];
+
     /// 0 while it is still to be chosen.
     pub fn known(self) -> f64 {
         match self {
             Self::Value(share) => share,
-            Self::Rule(UniformMixRule::Auto) => 0.0,
+            Self::Chosen(Auto::Auto) => 0.0,
         }
     }
 }
@@ -159,19 +151,6 @@ impl Default for UniformMix {
     fn default() -> Self {
         Self::Value(0.0)
     }
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum UniformMixRule {
-    /// Of 0, 0.25, 0.5, 0.75 and 1 the one whose prompt has the lowest cross-fitted loss on the target samples
-    /// with a closed-form head; of equals the smallest. A forward pass each.
-    Auto,
-}
-
-impl UniformMixRule {
-    /// The one that changes least comes last.
-    pub const CANDIDATES: [f64; 5] = [1.0, 0.75, 0.5, 0.25, 0.0];
 }
 
 /// What α gives way to where it does worse.
@@ -186,20 +165,24 @@ pub enum Fallback {
     SingleBest,
 }
 
-/// β in [0, 2], or the rule that chooses it.
+/// β in [0, 2], or `auto`.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(untagged, expecting = "expected a number or `auto`")]
 pub enum Scale {
     Value(f64),
-    Rule(ScaleRule),
+    /// Of 0, 0.25, 0.5, 0.75 and 1 the best; of equals the largest.
+    Chosen(Auto),
 }
 
 impl Scale {
+    /// The one that changes least comes last.
+    pub const CANDIDATES: [f64; 5] = [0.0, 0.25, 0.5, 0.75, 1.0];
+
     /// 1 while it is still to be chosen.
     pub fn known(self) -> f64 {
         match self {
             Self::Value(scale) => scale,
-            Self::Rule(ScaleRule::Auto) => 1.0,
+            Self::Chosen(Auto::Auto) => 1.0,
         }
     }
 }
@@ -208,17 +191,4 @@ impl Default for Scale {
     fn default() -> Self {
         Self::Value(1.0)
     }
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum ScaleRule {
-    /// Of 0, 0.25, 0.5, 0.75 and 1 the one whose prompt has the lowest cross-fitted loss on the target samples
-    /// with a closed-form head; of equals the largest. A forward pass each.
-    Auto,
-}
-
-impl ScaleRule {
-    /// The one that changes least comes last.
-    pub const CANDIDATES: [f64; 5] = [0.0, 0.25, 0.5, 0.75, 1.0];
 }

@@ -15,6 +15,7 @@ pub mod foreign_format;
 pub mod image;
 pub mod import;
 pub mod job;
+pub mod json;
 pub mod labels;
 pub mod merge_patch;
 pub mod method;

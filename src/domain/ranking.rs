@@ -4,29 +4,42 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::digest::Digest;
-use super::method::{Method, TargetTuning};
-use super::objective::{HScoreMode, HScoreOptions, Objective};
+use super::objective::{
+    HScoreMode, HScoreOptions, MethodOptions, Objective, TARGET_EPOCHS, TargetTuned,
+};
 
 /// How the metrics are computed.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct RankingObjective {
     /// Of the metrics `h_score` and `h_score_adjusted`; the mode is `standard` by default here.
     pub h_score: HScoreOptions,
-    /// The short tuning that the similarities of SPoT and PANDA are to.
-    pub target_tuning: TargetTuning,
+    /// Epochs of the short tuning on the target that the similarities of SPoT and PANDA are to.
+    #[schema(minimum = 1, maximum = 100)]
+    pub target_epochs: u32,
+}
+
+impl Default for RankingObjective {
+    fn default() -> Self {
+        Self {
+            h_score: HScoreOptions::default(),
+            target_epochs: TARGET_EPOCHS,
+        }
+    }
 }
 
 impl RankingObjective {
     /// The objective of a composition that looks at the same; no weights are made.
     pub fn objective(&self) -> Objective {
         Objective {
-            method: Method::Panda,
+            options: MethodOptions::Panda(TargetTuned {
+                target_epochs: self.target_epochs,
+                fallback: None,
+            }),
             h_score: HScoreOptions {
                 mode: self.h_score.mode.or(Some(HScoreMode::Standard)),
                 ..self.h_score.clone()
             },
-            target_tuning: self.target_tuning.clone(),
             ..Objective::default()
         }
     }

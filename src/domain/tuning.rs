@@ -325,31 +325,50 @@ fn check_rate(field: &'static str, rate: f64) -> Result<(), InvalidTuning> {
 
 impl TuningOptions {
     pub fn check(&self) -> Result<(), InvalidTuning> {
-        within("num_tokens", self.num_tokens, 1..=MAX_TOKENS)?;
-        within("epochs", self.epochs, 1..=MAX_EPOCHS)?;
-        within("batch_size", self.batch_size, 1..=MAX_BATCH_SIZE)?;
-        check_rate("prompt_learning_rate", self.prompt_learning_rate)?;
-        check_rate("head_learning_rate", self.head_learning_rate)?;
-        check_rate("weight_decay", self.weight_decay)?;
-        check_rate("distillation_weight", self.distillation_weight)?;
-        if self.warmup_epochs > self.epochs {
-            let (warmup, epochs) = (self.warmup_epochs, self.epochs);
-            let problem = format!("is {warmup}; with {epochs} epochs it can be {epochs} at most");
-            return refuse("warmup_epochs", problem);
+        self.mistakes().into_iter().next().map_or(Ok(()), Err)
+    }
+
+    /// All that is wrong with them.
+    pub fn mistakes(&self) -> Vec<InvalidTuning> {
+        let checked = [
+            within("num_tokens", self.num_tokens, 1..=MAX_TOKENS),
+            within("epochs", self.epochs, 1..=MAX_EPOCHS),
+            within("batch_size", self.batch_size, 1..=MAX_BATCH_SIZE),
+            check_rate("prompt_learning_rate", self.prompt_learning_rate),
+            check_rate("head_learning_rate", self.head_learning_rate),
+            check_rate("weight_decay", self.weight_decay),
+            check_rate("distillation_weight", self.distillation_weight),
+            self.check_warmup(),
+            self.check_dropout(),
+            match self.patience {
+                Some(0) => refuse("patience", "is 0; it must be at least 1"),
+                _ => Ok(()),
+            },
+            within(
+                "sketch_samples",
+                self.sketch_samples,
+                0..=MAX_SKETCH_SAMPLES,
+            ),
+        ];
+        checked.into_iter().filter_map(Result::err).collect()
+    }
+
+    fn check_warmup(&self) -> Result<(), InvalidTuning> {
+        let (warmup, epochs) = (self.warmup_epochs, self.epochs);
+        if warmup <= epochs {
+            return Ok(());
         }
-        if !(0.0..1.0).contains(&self.prompt_dropout) {
-            let dropout = self.prompt_dropout;
-            let problem = format!("is {dropout}; it must be at least 0 and below 1");
-            return refuse("prompt_dropout", problem);
+        let problem = format!("is {warmup}; with {epochs} epochs it can be {epochs} at most");
+        refuse("warmup_epochs", problem)
+    }
+
+    fn check_dropout(&self) -> Result<(), InvalidTuning> {
+        let dropout = self.prompt_dropout;
+        if (0.0..1.0).contains(&dropout) {
+            return Ok(());
         }
-        if self.patience == Some(0) {
-            return refuse("patience", "is 0; it must be at least 1");
-        }
-        within(
-            "sketch_samples",
-            self.sketch_samples,
-            0..=MAX_SKETCH_SAMPLES,
-        )
+        let problem = format!("is {dropout}; it must be at least 0 and below 1");
+        refuse("prompt_dropout", problem)
     }
 }
 

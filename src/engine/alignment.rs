@@ -8,12 +8,12 @@
 //!
 //! | variant | vᵢ about | v̄ | rᵢ |
 //! |---|---|---|---|
-//! | R1 | the mixed gradient | Σ_k α_k v_k | uᵢ - Σ_k α_k u_k: quartic in α |
-//! | R2 | the mixed gradient | (1/M) Σ_k v_k | uᵢ - (1/M) Σ_k u_k: linear in α, so L_align is convex |
-//! | R3 | prompt i's own mean, as in Fishr (Ramé et al. 2022) | Σ_k α_k v_k | vᵢ - Vα: linear in α |
+//! | `mixture_weighted` | the mixed gradient | Σ_k α_k v_k | uᵢ - Σ_k α_k u_k: quartic in α |
+//! | `mixture_uniform` | the mixed gradient | (1/M) Σ_k v_k | uᵢ - (1/M) Σ_k u_k: linear in α, so L_align is convex |
+//! | `fishr` | prompt i's own mean, as in Fishr (Ramé et al. 2022) | Σ_k α_k v_k | vᵢ - Vα: linear in α |
 //!
-//! In MixtureWeighted and MixtureUniform every rᵢ is a linear combination, with coefficients that depend on α only, of the
-//! T = M(M+1)/2 packed rows of S, and the data enter through Γ = S Sᵀ [T, T]. In Fishr it is one of the M
+//! In `mixture_weighted` and `mixture_uniform` every rᵢ is a linear combination, with coefficients that depend on α only, of the
+//! T = M(M+1)/2 packed rows of S, and the data enter through Γ = S Sᵀ [T, T]. In `fishr` it is one of the M
 //! columns of V, and they enter through VᵀV. L_align scales with the fourth power of the gradients.
 
 use super::optimizer::dot;
@@ -117,7 +117,7 @@ impl GradientAlignment {
         (value.max(0.0), gradient)
     }
 
-    /// R1 and R2: v̄ = Σ_k `weights`_k v_k, where `weights` are α itself (`moves`) or constant.
+    /// `mixture_weighted` and `mixture_uniform`: v̄ = Σ_k `weights`_k v_k, where `weights` are α itself (`moves`) or constant.
     fn about_the_mixed(&self, alpha: &[f64], weights: &[f64], moves: bool) -> (f64, Vec<f64>) {
         let m = self.statistics.num_sources;
         let pairs = num_pairs(m);
@@ -161,7 +161,7 @@ impl GradientAlignment {
         (value * scale, gradient)
     }
 
-    /// R3: (1/M) Σ_i (eᵢ - α)ᵀ VᵀV (eᵢ - α).
+    /// `fishr`: (1/M) Σ_i (eᵢ - α)ᵀ VᵀV (eᵢ - α).
     fn about_their_own(&self, alpha: &[f64]) -> (f64, Vec<f64>) {
         let m = self.statistics.num_sources;
         let (mut value, mut gradient) = (0.0, vec![0.0; m]);

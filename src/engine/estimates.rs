@@ -63,7 +63,7 @@ impl<'a> Estimates<'a> {
     ) -> Result<Option<EarlyStop>, EngineError> {
         self.merged += 1;
         // The last one is the answer, which is on its way; and a choice by accuracy needs forward passes.
-        let by_accuracy = self.objective.weighing()? == Weighing::Rule(TradeOffRule::Validation);
+        let by_accuracy = self.objective.weighing() == Weighing::Rule(TradeOffRule::Validation);
         if self.merged == self.shards || by_accuracy {
             return Ok(None);
         }
@@ -72,7 +72,12 @@ impl<'a> Estimates<'a> {
             return Ok(None);
         }
         let begun = Instant::now();
-        let gradients = merged.finish(self.objective.alignment.gradient_normalization)?;
+        let gradients = merged.finish(
+            self.objective
+                .alignment()
+                .unwrap_or_default()
+                .gradient_normalization,
+        )?;
         let ground = SolveInputs {
             features: self.features,
             labels: self.labels,
@@ -102,7 +107,7 @@ impl<'a> Estimates<'a> {
     }
 
     fn weights(&self, solved: &Solved) -> Vec<SourceWeight> {
-        let share = self.objective.uniform_mix.known();
+        let share = self.objective.experimental.uniform_mix.known();
         let errors = solved.standard_errors.as_ref();
         let alpha = towards_uniform(&solved.solution.alpha, share);
         let weights = self.sources.iter().zip(&alpha).enumerate();

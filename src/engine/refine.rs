@@ -322,7 +322,7 @@ mod tests {
         assert_eq!(report.h_score_after, there.h);
         assert!((there.alpha.iter().sum::<f64>() - 1.0).abs() < 1e-12);
 
-        // Beside the minimum, here of R3 at uniform weights, the first move leads too far: it is cut short.
+        // Beside the minimum, here of `fishr` at uniform weights, the first move leads too far: it is cut short.
         let identity = (0..9).map(|at| f64::from(u8::from(at % 4 == 0))).collect();
         let convex = GradientAlignment::new(
             AlignmentVariant::Fishr,

@@ -14,8 +14,9 @@ use super::statistics::SolveInputs;
 use super::steps::{Steps, stop_on};
 use super::threads::OneThread;
 use crate::domain::composition::{MethodReport, PathPoint, Phase};
-use crate::domain::method::Method;
-use crate::domain::objective::{Objective, TradeOffRule, Weighing};
+use crate::domain::objective::{
+    AlignmentOptions, MethodOptions, Objective, TradeOffRule, Weighing,
+};
 
 /// α with all that is said about it without a forward pass.
 pub struct Solved {
@@ -41,8 +42,8 @@ pub fn solve(
     steps: &mut Steps<'_>,
     validate: Validate<'_>,
 ) -> Result<Solved, EngineError> {
-    let weighing = objective.weighing()?;
-    let variant = objective.alignment.variant;
+    let weighing = objective.weighing();
+    let variant = objective.alignment().unwrap_or_default().variant;
     let h_score = HScore::new(ground.features, ground.labels, &objective.h_score)?;
     let m = h_score.num_sources();
     let leave_out = match ground.gradients {
@@ -81,7 +82,7 @@ pub fn solve(
         }
     };
     let tick = &mut || stop_on(steps.tick(Phase::Solve));
-    let mut solution = solver.choose(explored, scale, objective.entropy, tick)?;
+    let mut solution = solver.choose(explored, scale, objective.experimental.entropy, tick)?;
     for (point, of_point) in (solution.path.iter_mut()).zip(validated.into_iter().flatten()) {
         point.validation_accuracy = Some(of_point.accuracy);
         point.validation_loss = Some(of_point.loss);
@@ -92,7 +93,7 @@ pub fn solve(
         labels: ground.labels,
         variant,
         scale,
-        entropy: objective.entropy,
+        entropy: objective.experimental.entropy,
         alpha: &solution.alpha,
     };
     let standard_errors = standard_errors(&whole, &leave_out, tick)?;
@@ -119,19 +120,18 @@ pub fn weigh_features(
     validate: Validate<'_>,
 ) -> Result<(Solved, MethodReport), EngineError> {
     let mut report = MethodReport {
-        name: objective.method,
+        name: objective.method(),
         ..MethodReport::default()
     };
-    if objective.method.solves() {
+    if objective.method().solves() {
         return Ok((solve(ground, objective, steps, validate)?, report));
     }
     let m = ground.features.size()[0] as usize;
-    let alpha = match objective.method {
-        Method::SingleBest => {
+    let alpha = match &objective.options {
+        MethodOptions::SingleBest(single) => {
             let _alone = OneThread::begin();
-            let by = objective.single_best.by;
             let tick = &mut || stop_on(steps.tick(Phase::Solve));
-            let scores = scores(by, ground, objective, num_classes, tick)?;
+            let scores = scores(single.by, ground, objective, num_classes, tick)?;
             let alpha = single_best(&scores);
             report.scores = Some(scores);
             alpha
@@ -174,7 +174,8 @@ fn alignment_of(ground: SolveInputs<'_>, objective: &Objective) -> GradientAlign
         Some(gradients) => gradients.whole.clone(),
         None => AlignmentStatistics::none(m),
     };
-    GradientAlignment::new(objective.alignment.variant, statistics)
+    let AlignmentOptions { variant, .. } = objective.alignment().unwrap_or_default();
+    GradientAlignment::new(variant, statistics)
 }
 
 /// The point of least loss; of equals the one nearest the middle of the path, where neither term is given up.

@@ -20,7 +20,15 @@ pub fn solve_again(
     steps.begin(Phase::Solve)?;
     let (all, recorded) = Statistics::parse(&input.statistics)?;
     let objective = input.objective.settled(false);
-    objective.check_without_backbone(&recorded.objective, all.gradients.is_some())?;
+    objective.check()?;
+    let differs =
+        objective.differs_from_statistics(&recorded.objective, recorded.gradient_normalization);
+    if let Some(refused) = (objective.needs_backbone().into_iter())
+        .chain(differs)
+        .next()
+    {
+        return Err(refused.into());
+    }
     let rows = rows_of(&input.sources, &recorded)?;
     let statistics = all.of_sources(&rows);
     let metadata = Metadata {
@@ -34,7 +42,7 @@ pub fn solve_again(
         &mut steps,
         &mut |_, _| unreachable!("`validation` was refused"),
     )?;
-    method.uniform_mix = objective.uniform_mix.known();
+    method.uniform_mix = objective.experimental.uniform_mix.known();
     let alpha = towards_uniform(&solved.solution.alpha, method.uniform_mix);
     // Without the backbone there are no features of the composed prompt to fit a head on.
     let composed = composed_prompt(&metadata, anchored(&statistics.prompts, &alpha, None, 1.0));
@@ -52,7 +60,7 @@ pub fn solve_again(
         refinement: None,
         early_stop: None,
         fallback_dropped: recorded.objective.falls_back()
-            && recorded.objective.method == input.objective.method,
+            && recorded.objective.method() == input.objective.method(),
     };
     evidence.composition(steps)
 }

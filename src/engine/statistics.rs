@@ -35,7 +35,7 @@ use super::transferability::SourceScores;
 use crate::domain::composition::TokenAlignment;
 use crate::domain::digest::Digest;
 use crate::domain::method::common_seed;
-use crate::domain::objective::Objective;
+use crate::domain::objective::{GradientNormalization, Objective};
 use crate::domain::precision::Precision;
 use crate::domain::prompt_file::METADATA_KEY;
 use crate::domain::tensor::{Stored, Tensor as PlainTensor, read_f32, read_f64, read_i64};
@@ -111,6 +111,8 @@ pub struct Metadata {
     /// Class names of the target, in label order.
     pub classes: Vec<String>,
     pub objective: Objective,
+    /// Of the gradients in the file, whoever took them; null without. It outlives an `objective` that takes none.
+    pub gradient_normalization: Option<GradientNormalization>,
     /// As it was when the gradients were taken.
     pub token_alignment: Option<TokenAlignment>,
     pub seed: u64,

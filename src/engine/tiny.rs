@@ -12,8 +12,7 @@ use crate::domain::backbone::{
 use crate::domain::composition::{CompositionInput, Source, TargetSamples};
 use crate::domain::dataset::Split;
 use crate::domain::digest::Digest;
-use crate::domain::method::Method;
-use crate::domain::objective::Objective;
+use crate::domain::objective::{BothTerms, MethodOptions, Objective};
 use crate::domain::prompt_file::{FORMAT, Origin, PromptFile, PromptMetadata};
 use crate::domain::tensor::{Stored, Tensor};
 
@@ -162,7 +161,7 @@ pub fn input(dir: &Path, m: usize, signal: f64) -> io::Result<CompositionInput> 
         sources,
         // As published: what all weights depend on, and nothing gives way to anything else.
         objective: Objective {
-            method: Method::Hgprompt,
+            options: MethodOptions::Hgprompt(BothTerms::default()),
             ..Objective::default()
         },
         early_stopping: None,

@@ -19,15 +19,14 @@ use uuid::Uuid;
 use super::AppState;
 use super::access::Caller;
 use super::error::Problem;
-use super::extract::{Json, Path, Query};
+use super::extract::{Draft, Path, Query};
 use super::jobs::events::{EventQuery, Events};
 use super::jobs::{self, JobRequest, WaitQuery, accept, check_priority, default_priority};
+use super::named::{Source, Target};
 use super::page::{Page, PageQuery};
-use crate::domain::composition::TargetSamples;
-use crate::domain::dataset::Split;
 use crate::domain::job::EnsembleSpec;
 use crate::domain::objective::Objective;
-use crate::domain::reference::{Reference, ResourceName};
+use crate::domain::reference::ResourceName;
 use crate::domain::sharding::EarlyStopping;
 use crate::jobs::plan::{EnsembleRequest, plan};
 use crate::jobs::requests::Reuse;
@@ -74,58 +73,6 @@ struct CreateEnsemble {
     force: bool,
 }
 
-/// Whose images are learned from.
-#[derive(Debug, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-pub(super) struct Target {
-    /// `name`, `name:2` or `name@sha256:…`.
-    #[schema(value_type = String, example = "food:1")]
-    dataset: Reference,
-    #[serde(default = "default_split")]
-    #[schema(default = "train")]
-    split: Split,
-    /// Labelled images the result is tried on; nothing is learned from them.
-    eval_split: Option<Split>,
-    /// At most this many images, a seeded stratified choice; no fewer than classes.
-    #[serde(default = "default_max_samples")]
-    #[schema(minimum = 2, maximum = 1_000_000, default = 2000)]
-    max_samples: usize,
-    #[serde(default)]
-    seed: u64,
-    /// Leave unreadable images out, and count them, instead of failing.
-    #[serde(default)]
-    skip_unreadable: bool,
-}
-
-impl Target {
-    pub fn samples(self) -> (Reference, TargetSamples) {
-        let samples = TargetSamples {
-            split: self.split,
-            eval_split: self.eval_split,
-            max_samples: self.max_samples,
-            seed: self.seed,
-            skip_unreadable: self.skip_unreadable,
-        };
-        (self.dataset, samples)
-    }
-}
-
-fn default_split() -> Split {
-    Split::Train
-}
-
-fn default_max_samples() -> usize {
-    2000
-}
-
-#[derive(Debug, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-pub(super) struct Source {
-    /// `name`, `name:2`, `name:production` or `name@sha256:…`.
-    #[schema(value_type = String, example = "dtd")]
-    pub prompt: Reference,
-}
-
 #[derive(Debug, Default, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Output {
@@ -156,7 +103,8 @@ pub(super) struct Output {
             `too_many_sources`, `unknown_prompt`, `same_source`, `deep_prompt_not_composable`, \
             `width_mismatch`, `length_mismatch`, `unknown_backbone`, `backbone_required`, \
             `backbone_ambiguous`, `backbone_mismatch`, `preprocessing_mismatch`, \
-            `invalid_objective`, `invalid_early_stopping`, `too_large` (features above 4 GiB), `invalid_priority`"),
+            `invalid_objective`, `invalid_early_stopping`, `too_large` (features above 4 GiB), `invalid_priority`; \
+            `invalid_request` where there are several, each with its own in `errors`"),
         (status = 429, description = "`queue_full`: as many jobs wait as the operator lets",
          headers(("retry-after" = u32))),
     )
@@ -164,13 +112,14 @@ pub(super) struct Output {
 async fn create_ensemble(
     State(state): State<AppState>,
     caller: Caller,
-    Json(body): Json<CreateEnsemble>,
+    Draft { body, mut mistakes }: Draft<CreateEnsemble>,
 ) -> Result<Response, Problem> {
     let (priority, force) = (body.priority, body.force);
-    let request = body.request()?;
+    mistakes.note(check_priority(priority))?;
+    let request = body.request();
     let id = state.clock.new_id();
     let mut conn = state.pool.acquire().await?;
-    let spec = plan(&mut conn, caller.project_id, id, &request).await?;
+    let spec = mistakes.finish(plan(&mut conn, caller.project_id, id, &request).await)?;
     let order = JobRequest {
         id,
         priority,
@@ -182,10 +131,9 @@ async fn create_ensemble(
 }
 
 impl CreateEnsemble {
-    fn request(self) -> Result<EnsembleRequest, Problem> {
-        check_priority(self.priority)?;
+    fn request(self) -> EnsembleRequest {
         let (dataset, samples) = self.target.samples();
-        Ok(EnsembleRequest {
+        EnsembleRequest {
             dataset,
             samples,
             sources: self.sources.into_iter().map(|it| it.prompt).collect(),
@@ -193,7 +141,7 @@ impl CreateEnsemble {
             objective: self.objective,
             early_stopping: self.early_stopping,
             output: self.output.name,
-        })
+        }
     }
 }
 

@@ -50,9 +50,29 @@ pub struct ProblemDocument {
 pub struct FieldError {
     /// JSON pointer into the body; for a file, `/` and the tensor; else `/` and the parameter.
     #[schema(example = "/prompt_embeddings")]
-    pointer: String,
+    pub(super) pointer: String,
+    /// As that of a problem with this one error.
+    #[schema(example = "invalid_body")]
+    code: Cow<'static, str>,
     detail: String,
 }
+
+impl FieldError {
+    pub(super) fn new(
+        code: impl Into<Cow<'static, str>>,
+        pointer: impl Into<String>,
+        detail: impl Into<String>,
+    ) -> Self {
+        Self {
+            pointer: pointer.into(),
+            code: code.into(),
+            detail: detail.into(),
+        }
+    }
+}
+
+/// The code of a request with mistakes of several kinds.
+const SEVERAL: &str = "invalid_request";
 
 /// What handlers fail with. Boxed, so that `Result<_, Problem>` stays small.
 #[derive(Clone, Debug)]
@@ -117,11 +137,40 @@ impl Problem {
     }
 
     pub fn with_error(mut self, pointer: impl Into<String>, detail: impl Into<String>) -> Self {
-        self.0.errors.push(FieldError {
-            pointer: pointer.into(),
-            detail: detail.into(),
-        });
+        let error = FieldError::new(self.0.code.clone(), pointer, detail);
+        self.0.errors.push(error);
         self
+    }
+
+    /// 422 for all mistakes of a request, of which there is one at least: by its code where it is one or all have the same.
+    pub(super) fn of_mistakes(errors: Vec<FieldError>) -> Self {
+        let Some(first) = errors.first() else {
+            return Self::unprocessable(SEVERAL, "the request has mistakes");
+        };
+        let alike = errors.iter().all(|error| error.code == first.code);
+        let code = if alike {
+            first.code.clone()
+        } else {
+            SEVERAL.into()
+        };
+        let FieldError {
+            pointer, detail, ..
+        } = first;
+        let detail = match errors.len() {
+            1 => detail.clone(),
+            several => format!("{several} mistakes; the first, at `{pointer}`: {detail}"),
+        };
+        let mut problem = Self::new(StatusCode::UNPROCESSABLE_ENTITY, code, detail);
+        problem.0.errors = errors;
+        problem
+    }
+
+    /// The mistakes of a request that it tells of, if that is what it does.
+    pub(super) fn into_mistakes(self) -> Result<Vec<FieldError>, Self> {
+        match self.0.status {
+            StatusCode::UNPROCESSABLE_ENTITY if !self.0.errors.is_empty() => Ok(self.0.errors),
+            _ => Err(self),
+        }
     }
 
     /// Seconds after which another try makes sense.

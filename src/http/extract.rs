@@ -8,12 +8,17 @@ use axum::extract::path::ErrorKind;
 use axum::extract::rejection::{BytesRejection, PathRejection};
 use axum::extract::{FromRequest, FromRequestParts, OptionalFromRequest, Request};
 use axum::http::{HeaderMap, StatusCode, header, request};
-use serde::de::{DeserializeOwned, IgnoredAny};
+use serde::de::DeserializeOwned;
 
 use super::content_digest;
 use super::error::Problem;
+use super::mistakes;
 
-/// A JSON body. Unreadable JSON is 400, JSON of another shape is 422 with a pointer to the place.
+pub use super::mistakes::{Draft, read_value};
+pub use crate::domain::json::escape;
+
+/// A JSON body. Unreadable JSON is 400, JSON of another shape is 422 with a pointer to each mistake. A handler that tells of what
+/// else is wrong beside these takes a [`Draft`].
 pub struct Json<T>(pub T);
 
 /// Parameters of the path.
@@ -71,7 +76,7 @@ impl<S: Send + Sync> FromRequest<S> for Body {
     }
 }
 
-impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Json<T> {
+impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Draft<T> {
     type Rejection = Problem;
 
     async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
@@ -86,12 +91,12 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Json<T> {
             ));
         }
         let Body(bytes) = Body::from_request(request, state).await?;
-        read_json(&bytes).map(Self)
+        mistakes::read(bytes)
     }
 }
 
 /// A request may also have no body at all: no content type and no bytes.
-impl<T: DeserializeOwned, S: Send + Sync> OptionalFromRequest<S> for Json<T> {
+impl<T: DeserializeOwned, S: Send + Sync> OptionalFromRequest<S> for Draft<T> {
     type Rejection = Problem;
 
     async fn from_request(request: Request, state: &S) -> Result<Option<Self>, Problem> {
@@ -109,49 +114,13 @@ impl<T: DeserializeOwned, S: Send + Sync> OptionalFromRequest<S> for Json<T> {
     }
 }
 
-fn read_json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
-    let mut json = serde_json::Deserializer::from_slice(bytes);
-    let value = serde_path_to_error::deserialize(&mut json).map_err(|error| {
-        let pointer = json_pointer(error.path());
-        let error = error.into_inner();
-        // The error's category does not say it: an array longer than its field is a syntax error to serde_json.
-        match serde_json::from_slice::<IgnoredAny>(bytes) {
-            Ok(_) => Problem::field("invalid_body", pointer, error.to_string()),
-            Err(error) => malformed(&error),
-        }
-    })?;
-    json.end().map_err(|error| malformed(&error))?;
-    Ok(value)
-}
+impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Json<T> {
+    type Rejection = Problem;
 
-/// JSON that was read before, as what it is to be; 422 as [`Json`] has it.
-pub fn read_value<T: DeserializeOwned>(value: serde_json::Value) -> Result<T, Problem> {
-    serde_path_to_error::deserialize(value).map_err(|error| {
-        let pointer = json_pointer(error.path());
-        Problem::field("invalid_body", pointer, error.into_inner().to_string())
-    })
-}
-
-fn malformed(error: &serde_json::Error) -> Problem {
-    let detail = format!("the body is not JSON: {error}");
-    Problem::new(StatusCode::BAD_REQUEST, "malformed_json", detail)
-}
-
-fn json_pointer(path: &serde_path_to_error::Path) -> String {
-    use serde_path_to_error::Segment;
-    path.iter()
-        .map(|segment| match segment {
-            Segment::Seq { index } => format!("/{index}"),
-            Segment::Map { key } => format!("/{}", escape(key)),
-            Segment::Enum { variant } => format!("/{}", escape(variant)),
-            Segment::Unknown => String::new(),
-        })
-        .collect()
-}
-
-/// A name as one part of a JSON pointer (RFC 6901).
-pub fn escape(name: &str) -> String {
-    name.replace('~', "~0").replace('/', "~1")
+    async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
+        let draft = <Draft<T> as FromRequest<S>>::from_request(request, state).await?;
+        draft.sound().map(Self)
+    }
 }
 
 impl<T: DeserializeOwned + Send + 'static, S: Send + Sync> FromRequestParts<S> for Path<T> {

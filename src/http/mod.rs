@@ -22,6 +22,8 @@ mod idempotency;
 mod jobs;
 mod lineage;
 mod links;
+mod mistakes;
+mod named;
 pub mod openapi;
 pub mod page;
 mod peft;

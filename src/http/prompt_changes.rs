@@ -87,7 +87,7 @@ fn patched(
         unreachable!("a struct is an object");
     };
     merge_patch::apply(&mut json, patch);
-    let changed = read_value(Value::Object(json))?;
+    let changed = read_value(&Value::Object(json))?;
     check_description(&changed)?;
     Ok(changed)
 }

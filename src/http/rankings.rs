@@ -12,15 +12,15 @@ use uuid::Uuid;
 
 use super::AppState;
 use super::access::Caller;
-use super::ensembles::{Source, Target};
 use super::error::Problem;
-use super::extract::{Json, Path, Query};
+use super::extract::{Draft, Path, Query};
 use super::jobs::actions::FORCE;
 use super::jobs::events::{EventQuery, Events};
 use super::jobs::{
     self, JobRequest, JobStatus, JobUrls, Resource, WaitQuery, accept, check_priority,
     default_priority,
 };
+use super::named::{Source, Target};
 use super::page::{Page, PageQuery};
 use crate::domain::ranking::{Ranking, RankingObjective};
 use crate::domain::reference::ResourceName;
@@ -103,7 +103,8 @@ impl From<Job<RankingSpec>> for RankingJob {
             `nothing_to_evaluate`, `invalid_max_samples`, `no_sources`, `too_many_sources`, `unknown_prompt`, `same_source`, \
             `deep_prompt_not_composable`, `width_mismatch`, `length_mismatch`, `unknown_backbone`, `backbone_required`, \
             `backbone_ambiguous`, `backbone_mismatch`, `preprocessing_mismatch`, `invalid_objective`, \
-            `too_large` (features above 4 GiB), `invalid_priority`"),
+            `too_large` (features above 4 GiB), `invalid_priority`; `invalid_request` where there are several, each with its \
+            own in `errors`"),
         (status = 429, description = "`queue_full`: as many jobs wait as the operator lets",
          headers(("retry-after" = u32))),
     )
@@ -111,9 +112,9 @@ impl From<Job<RankingSpec>> for RankingJob {
 async fn create_ranking(
     State(state): State<AppState>,
     caller: Caller,
-    Json(body): Json<CreateRanking>,
+    Draft { body, mut mistakes }: Draft<CreateRanking>,
 ) -> Result<Response, Problem> {
-    check_priority(body.priority)?;
+    mistakes.note(check_priority(body.priority))?;
     let (dataset, samples) = body.target.samples();
     let request = RankingRequest {
         dataset,
@@ -123,7 +124,7 @@ async fn create_ranking(
         objective: body.objective,
     };
     let mut conn = state.pool.acquire().await?;
-    let spec = plan(&mut conn, caller.project_id, &request).await?;
+    let spec = mistakes.finish(plan(&mut conn, caller.project_id, &request).await)?;
     let order = JobRequest {
         id: state.clock.new_id(),
         priority: body.priority,

@@ -12,15 +12,16 @@ use uuid::Uuid;
 
 use super::AppState;
 use super::access::Caller;
-use super::ensembles::{Output, Source, Target};
+use super::ensembles::Output;
 use super::error::Problem;
-use super::extract::{Json, Path, Query};
+use super::extract::{Draft, Path, Query};
 use super::jobs::actions::FORCE;
 use super::jobs::events::{EventQuery, Events};
 use super::jobs::{
     self, JobRequest, JobStatus, JobUrls, Resource, WaitQuery, accept, check_priority,
     default_priority,
 };
+use super::named::{Source, Target};
 use super::page::{Page, PageQuery};
 use crate::domain::reference::ResourceName;
 use crate::domain::specification::TuningSpec;
@@ -125,7 +126,8 @@ impl From<Job<TuningSpec>> for TuningJob {
         (status = 422, description = "`invalid_options`, `reserved_name`, `unknown_dataset`, `unknown_split`, \
             `empty_target`, `one_class`, `empty_split`, `same_split`, `invalid_max_samples`, `too_few_images` (to hold \
             some out), `unknown_prompt`, `deep_start`, `width_mismatch`, `unknown_backbone`, `backbone_required`, \
-            `backbone_ambiguous`, `backbone_mismatch`, `preprocessing_mismatch`, `invalid_priority`"),
+            `backbone_ambiguous`, `backbone_mismatch`, `preprocessing_mismatch`, `invalid_priority`; `invalid_request` where there are \
+            several, each with its own in `errors`"),
         (status = 429, description = "`queue_full`: as many jobs wait as the operator lets",
          headers(("retry-after" = u32))),
     )
@@ -133,9 +135,9 @@ impl From<Job<TuningSpec>> for TuningJob {
 async fn create_tuning(
     State(state): State<AppState>,
     caller: Caller,
-    Json(body): Json<CreateTuning>,
+    Draft { body, mut mistakes }: Draft<CreateTuning>,
 ) -> Result<Response, Problem> {
-    check_priority(body.priority)?;
+    mistakes.note(check_priority(body.priority))?;
     let (dataset, samples) = body.target.samples();
     let request = TuningRequest {
         dataset,
@@ -148,7 +150,7 @@ async fn create_tuning(
     };
     let id = state.clock.new_id();
     let mut conn = state.pool.acquire().await?;
-    let spec = plan(&mut conn, caller.project_id, id, &request).await?;
+    let spec = mistakes.finish(plan(&mut conn, caller.project_id, id, &request).await)?;
     let output = request.output.as_ref().map(ResourceName::as_str);
     let order = JobRequest {
         id,

@@ -260,7 +260,7 @@ fn patched(current: &Settings, patch: Map<String, Value>) -> Result<Settings, Pr
         unreachable!("a struct is an object");
     };
     merge_patch::apply(&mut json, patch);
-    read_value(Value::Object(json))
+    read_value(&Value::Object(json))
 }
 
 /// Delete a webhook with its deliveries; what is on its way may still arrive

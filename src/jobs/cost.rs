@@ -57,7 +57,7 @@ pub async fn estimate(
         spec.target.digest.as_bytes(),
         EnsembleSpec::KIND,
         spec.backbone.digest.to_string(),
-        spec.objective.method.to_string(),
+        spec.objective.method().to_string(),
     )
     .fetch_one(conn)
     .await?;

@@ -17,6 +17,7 @@ pub mod plan_solve;
 pub mod plan_tuning;
 pub mod queue;
 pub mod reaper;
+mod refusals;
 pub mod requests;
 pub mod retention;
 pub mod shards;

@@ -6,13 +6,14 @@ use std::collections::BTreeSet;
 use sqlx::PgConnection;
 use uuid::Uuid;
 
-use crate::db::DbError;
+pub use super::refusals::PlanError;
+use super::refusals::{Refusal, Refusals, refuse};
 use crate::domain::composition::TargetSamples;
 use crate::domain::dataset::Split;
 use crate::domain::digest::Digest;
 use crate::domain::job::{BackboneSpec, EnsembleSpec, SourceSpec, TargetSpec};
 use crate::domain::method::{NO_ANCHOR, Scale, UniformMix, common_seed};
-use crate::domain::objective::{InvalidObjective, Objective, TradeOffRule, Weighing};
+use crate::domain::objective::{Objective, TradeOffRule, Weighing};
 use crate::domain::reference::{Reference, ResourceName};
 use crate::domain::sharding::EarlyStopping;
 use crate::registry::RegistryError;
@@ -43,43 +44,11 @@ pub struct EnsembleRequest {
     pub output: Option<ResourceName>,
 }
 
-#[derive(Debug, thiserror::Error)]
-pub enum PlanError {
-    #[error(transparent)]
-    Registry(#[from] RegistryError),
-    #[error("{}", .0.detail)]
-    Refused(Refusal),
-}
-
-/// Why a request cannot become a job.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Refusal {
-    /// Stable, snake_case.
-    pub code: &'static str,
-    /// JSON pointer into the request.
-    pub pointer: String,
-    pub detail: String,
-}
-
-pub(super) fn refuse<T>(
-    code: &'static str,
-    pointer: impl Into<String>,
-    detail: impl Into<String>,
-) -> Result<T, PlanError> {
-    let (pointer, detail) = (pointer.into(), detail.into());
-    Err(PlanError::Refused(Refusal {
-        code,
-        pointer,
-        detail,
-    }))
-}
-
 fn check_early_stopping(
     asked: Option<EarlyStopping>,
     objective: &Objective,
-    weighing: Weighing,
-) -> Result<(), PlanError> {
-    let method = objective.method;
+) -> Result<(), Refusal> {
+    let method = objective.method();
     let Some(EarlyStopping { max_standard_error }) = asked else {
         return Ok(());
     };
@@ -92,12 +61,13 @@ fn check_early_stopping(
         let detail = format!("is about gradients, and `{method}` takes none");
         return refused("/early_stopping", detail);
     }
-    if matches!(objective.uniform_mix, UniformMix::Rule(_)) || objective.falls_back() {
-        let detail = "cannot be watched with `uniform_mix: \"auto\"` or a `fallback`, which know α at the end only; use a \
+    if matches!(objective.experimental.uniform_mix, UniformMix::Chosen(_)) || objective.falls_back()
+    {
+        let detail = "cannot be watched with `experimental.uniform_mix: \"auto\"` or a `fallback`, which know α at the end only; use a \
                       number, and no fallback";
         return refused("/early_stopping", detail.to_owned());
     }
-    if weighing == Weighing::Rule(TradeOffRule::Validation) {
+    if objective.weighing() == Weighing::Rule(TradeOffRule::Validation) {
         let detail = "cannot be watched with `trade_off: \"validation\"`, which knows α at the end \
                       only; use `knee` or a number";
         return refused("/early_stopping", detail.to_owned());
@@ -112,20 +82,27 @@ pub async fn plan(
     job_id: Uuid,
     request: &EnsembleRequest,
 ) -> Result<EnsembleSpec, PlanError> {
-    let weighing = request.objective.weighing().map_err(invalid_objective)?;
-    check_early_stopping(request.early_stopping, &request.objective, weighing)?;
-    check_output(request.output.as_ref())?;
+    let mut refusals = Refusals::default();
+    refusals.of_objective(request.objective.mistakes());
+    refusals.note(check_early_stopping(
+        request.early_stopping,
+        &request.objective,
+    ));
+    refusals.note(check_output(request.output.as_ref()));
     let named = NamedInputs {
         dataset: &request.dataset,
         samples: &request.samples,
         sources: &request.sources,
         backbone: request.backbone.as_ref(),
     };
+    let resolved = named
+        .resolve(conn, project_id, &request.objective, &mut refusals)
+        .await?;
     let ResolvedInputs {
         target,
         sources,
         backbone,
-    } = named.resolve(conn, project_id, &request.objective).await?;
+    } = refusals.finish(resolved)?;
     Ok(EnsembleSpec {
         sources: sources.iter().map(source_spec).collect(),
         backbone: backbone_spec(backbone),
@@ -153,30 +130,51 @@ pub(super) struct ResolvedInputs {
 }
 
 impl NamedInputs<'_> {
-    /// Found, and fit for each other and for the objective.
+    /// Found, and fit for each other and for the objective; `None` where something is not, which is noted.
     pub(super) async fn resolve(
         &self,
         conn: &mut PgConnection,
         project_id: Uuid,
         objective: &Objective,
-    ) -> Result<ResolvedInputs, PlanError> {
-        let target = target(conn, project_id, self.dataset, self.samples).await?;
-        let sources = sources(conn, project_id, self.sources).await?;
-        check_anchor(objective, &sources)?;
-        let backbone = backbone(conn, project_id, self.backbone, &sources).await?;
-        for (index, source) in sources.iter().enumerate() {
-            check_fits(source, &backbone, &source_pointer(index))?;
+        refusals: &mut Refusals,
+    ) -> Result<Option<ResolvedInputs>, RegistryError> {
+        let target = target(conn, project_id, self.dataset, self.samples, refusals).await?;
+        let (sources, all) = find_sources(conn, project_id, self.sources, refusals).await?;
+        // Whether they share what is needed of all, all of them say.
+        let backbone = match all || self.backbone.is_some() {
+            true => {
+                let of_sources: Vec<&PromptVersion> = sources.iter().map(|(_, it)| it).collect();
+                backbone(conn, project_id, self.backbone, &of_sources, refusals).await?
+            }
+            false => None,
+        };
+        if all {
+            refusals.note(check_anchor(objective, &sources));
         }
+        let Some(backbone) = backbone else {
+            return Ok(None);
+        };
+        for (index, source) in &sources {
+            refusals.note(check_fits(source, &backbone, &source_pointer(*index)));
+        }
+        let Some(target) = target else {
+            return Ok(None);
+        };
         let images: u64 = target.class_counts[&self.samples.split].iter().sum();
         let num_samples = self.samples.max_samples.min(images as usize);
         let embed_dim = backbone.config.embed_dim;
-        check_size(sources.len(), num_samples, embed_dim)?;
-        check_samples(objective, num_samples, embed_dim)?;
-        Ok(ResolvedInputs {
+        refusals.note(check_size(self.sources.len(), num_samples, embed_dim));
+        refusals.of_objective(
+            objective
+                .h_score
+                .check_samples(num_samples, embed_dim)
+                .err(),
+        );
+        Ok(Some(ResolvedInputs {
             target,
-            sources,
+            sources: sources.into_iter().map(|(_, source)| source).collect(),
             backbone,
-        })
+        }))
     }
 }
 
@@ -221,7 +219,7 @@ pub(super) fn output_name(
 }
 
 /// Refuses a name now that no prompt can be published under later.
-pub(super) fn check_output(name: Option<&ResourceName>) -> Result<(), PlanError> {
+pub(super) fn check_output(name: Option<&ResourceName>) -> Result<(), Refusal> {
     match name.map(prompts::check_name) {
         Some(Err(error)) => refuse("reserved_name", "/output/name", error.to_string()),
         Some(Ok(())) | None => Ok(()),
@@ -237,23 +235,8 @@ pub fn default_output(dataset: &str, job_id: Uuid) -> String {
 
 // ---- Numbers -------------------------------------------------------------------------------
 
-/// The field of the request that is at fault.
-pub(super) fn invalid_objective(invalid: InvalidObjective) -> PlanError {
-    PlanError::Refused(Refusal {
-        code: "invalid_objective",
-        pointer: format!("/objective/{}", invalid.field.replace('.', "/")),
-        detail: invalid.to_string(),
-    })
-}
-
-/// Refuses an H-score that N samples in d dimensions cannot have; known only once both are.
-pub(super) fn check_samples(objective: &Objective, n: usize, d: usize) -> Result<(), PlanError> {
-    let checked = objective.h_score.check_samples(n, d);
-    checked.map_err(invalid_objective)
-}
-
 /// Refuses features of M sources and N samples in d dimensions that no memory is meant to hold.
-pub(super) fn check_size(m: usize, n: usize, d: usize) -> Result<(), PlanError> {
+fn check_size(m: usize, n: usize, d: usize) -> Result<(), Refusal> {
     let bytes_a_sample = m * d * size_of::<f32>();
     if n * bytes_a_sample <= MAX_FEATURE_BYTES {
         return Ok(());
@@ -270,41 +253,47 @@ pub(super) fn check_size(m: usize, n: usize, d: usize) -> Result<(), PlanError> 
 
 // ---- The target ----------------------------------------------------------------------------
 
-/// A dataset that can be learned from, with these samples.
+/// A dataset that can be learned from, with these samples; `None` where it cannot.
 pub(super) async fn target(
     conn: &mut PgConnection,
     project_id: Uuid,
     reference: &Reference,
     samples: &TargetSamples,
-) -> Result<DatasetVersion, PlanError> {
+    refusals: &mut Refusals,
+) -> Result<Option<DatasetVersion>, RegistryError> {
     let Some(dataset) = datasets::resolve(conn, project_id, reference).await? else {
-        let detail = format!("there is no dataset `{reference}`");
-        return refuse("unknown_dataset", "/target/dataset", detail);
+        refusals.note::<()>(refuse(
+            "unknown_dataset",
+            "/target/dataset",
+            format!("there is no dataset `{reference}`"),
+        ));
+        return Ok(None);
     };
-    let classes = classes_in(&dataset, samples.split, "/target/split")?;
+    let checked = [
+        check_split(&dataset, samples),
+        check_eval_split(&dataset, samples),
+    ];
+    let sound = checked.map(|checked| refusals.note(checked).is_some());
+    Ok((sound == [true; 2]).then_some(dataset))
+}
+
+/// Two classes at least, and no fewer samples than classes.
+fn check_split(dataset: &DatasetVersion, samples: &TargetSamples) -> Result<(), Refusal> {
+    const POINTER: &str = "/target/split";
+    let split = samples.split.name();
+    let classes = classes_in(dataset, samples.split, POINTER)?;
     match classes.as_slice() {
         [] => {
-            let detail = format!("split `{}` holds no images", samples.split.name());
-            return refuse("empty_target", "/target/split", detail);
+            let detail = format!("split `{split}` holds no images");
+            return refuse("empty_target", POINTER, detail);
         }
         [class] => {
             let detail = format!(
-                "all images of split `{}` are of class `{class}`; at least two classes are needed",
-                samples.split.name()
+                "all images of split `{split}` are of class `{class}`; at least two classes are needed"
             );
-            return refuse("one_class", "/target/split", detail);
+            return refuse("one_class", POINTER, detail);
         }
         _ => {}
-    }
-    if let Some(eval) = samples.eval_split {
-        if eval == samples.split {
-            let detail = "is the split that is learned from; evaluate on another";
-            return refuse("same_split", "/target/eval_split", detail);
-        }
-        if classes_in(&dataset, eval, "/target/eval_split")?.is_empty() {
-            let detail = format!("split `{}` holds no images", eval.name());
-            return refuse("empty_split", "/target/eval_split", detail);
-        }
     }
     if !(classes.len()..=MAX_SAMPLES).contains(&samples.max_samples) {
         let detail = format!(
@@ -314,7 +303,24 @@ pub(super) async fn target(
         );
         return refuse("invalid_max_samples", "/target/max_samples", detail);
     }
-    Ok(dataset)
+    Ok(())
+}
+
+/// Where something is evaluated, it is on other images.
+fn check_eval_split(dataset: &DatasetVersion, samples: &TargetSamples) -> Result<(), Refusal> {
+    const POINTER: &str = "/target/eval_split";
+    let Some(eval) = samples.eval_split else {
+        return Ok(());
+    };
+    if eval == samples.split {
+        let detail = "is the split that is learned from; evaluate on another";
+        return refuse("same_split", POINTER, detail);
+    }
+    if classes_in(dataset, eval, POINTER)?.is_empty() {
+        let detail = format!("split `{}` holds no images", eval.name());
+        return refuse("empty_split", POINTER, detail);
+    }
+    Ok(())
 }
 
 /// The classes that a split has images of.
@@ -322,7 +328,7 @@ fn classes_in<'a>(
     dataset: &'a DatasetVersion,
     split: Split,
     pointer: &str,
-) -> Result<Vec<&'a str>, PlanError> {
+) -> Result<Vec<&'a str>, Refusal> {
     let Some(counts) = dataset.class_counts.get(&split) else {
         let there: Vec<_> = dataset
             .class_counts
@@ -351,7 +357,7 @@ pub fn source_pointer(index: usize) -> String {
     format!("/sources/{index}/prompt")
 }
 
-pub(super) fn no_sources<T>() -> Result<T, PlanError> {
+pub(super) fn no_sources<T>() -> Result<T, Refusal> {
     refuse(
         "no_sources",
         "/sources",
@@ -365,51 +371,90 @@ pub async fn sources(
     project_id: Uuid,
     references: &[Reference],
 ) -> Result<Vec<PromptVersion>, PlanError> {
-    if references.is_empty() {
-        return no_sources();
+    let mut refusals = Refusals::default();
+    let (found, _) = find_sources(conn, project_id, references, &mut refusals).await?;
+    refusals.finish(Some(found.into_iter().map(|(_, source)| source).collect()))
+}
+
+/// Those of the sources that are there, with their numbers in the request, and whether they are all of them and alike.
+async fn find_sources(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    references: &[Reference],
+    refusals: &mut Refusals,
+) -> Result<(Vec<(usize, PromptVersion)>, bool), RegistryError> {
+    let mut found: Vec<(usize, PromptVersion)> = Vec::with_capacity(references.len());
+    let counted = match references.len() {
+        0 => no_sources(),
+        1..=MAX_SOURCES => Ok(()),
+        many => refuse(
+            "too_many_sources",
+            "/sources",
+            format!("names {many} prompts; at most {MAX_SOURCES}"),
+        ),
+    };
+    // Too many are not looked for.
+    if refusals.note(counted).is_none() {
+        return Ok((found, false));
     }
-    if references.len() > MAX_SOURCES {
-        let detail = format!("names {} prompts; at most {MAX_SOURCES}", references.len());
-        return refuse("too_many_sources", "/sources", detail);
-    }
-    let mut sources: Vec<PromptVersion> = Vec::with_capacity(references.len());
+    let mut sound = true;
     for (index, reference) in references.iter().enumerate() {
-        let pointer = source_pointer(index);
-        let Some(source) = prompt_versions::resolve(conn, project_id, reference).await? else {
-            let detail = format!("there is no prompt version `{reference}`");
-            return refuse("unknown_prompt", pointer, detail);
-        };
-        if source.depth == Depth::Deep {
-            let detail =
-                format!("`{reference}` is a deep prompt; only shallow prompts can be composed");
-            return refuse("deep_prompt_not_composable", pointer, detail);
+        let version = prompt_versions::resolve(conn, project_id, reference).await?;
+        let checked = check_source(reference, version, &found, &source_pointer(index));
+        match refusals.note(checked) {
+            Some((source, alike)) => {
+                sound &= refusals.note(alike).is_some();
+                found.push((index, source));
+            }
+            None => sound = false,
         }
-        if let Some(other) = sources
-            .iter()
-            .position(|other| other.digest == source.digest)
-        {
-            let other = &sources[other];
-            let detail = format!(
-                "`{reference}` has the same bytes as `{}:{}`; name each prompt once",
-                other.prompt, other.version
-            );
-            return refuse("same_source", pointer, detail);
-        }
-        if let Some(first) = sources.first() {
-            check_alike(first, &source, &pointer)?;
-        }
-        sources.push(source);
     }
-    Ok(sources)
+    Ok((found, sound))
+}
+
+/// The version of a source, if it is one beside those that were found; and whether it is like them.
+fn check_source(
+    reference: &Reference,
+    version: Option<PromptVersion>,
+    found: &[(usize, PromptVersion)],
+    pointer: &str,
+) -> Result<(PromptVersion, Result<(), Refusal>), Refusal> {
+    let Some(source) = version else {
+        let detail = format!("there is no prompt version `{reference}`");
+        return refuse("unknown_prompt", pointer, detail);
+    };
+    if source.depth == Depth::Deep {
+        let detail =
+            format!("`{reference}` is a deep prompt; only shallow prompts can be composed");
+        return refuse("deep_prompt_not_composable", pointer, detail);
+    }
+    let mut others = found.iter().map(|(_, other)| other);
+    if let Some(other) = others.find(|other| other.digest == source.digest) {
+        let detail = format!(
+            "`{reference}` has the same bytes as `{}:{}`; name each prompt once",
+            other.prompt, other.version
+        );
+        return refuse("same_source", pointer, detail);
+    }
+    let alike = match found.first() {
+        Some((_, first)) => check_alike(first, &source, pointer),
+        None => Ok(()),
+    };
+    Ok((source, alike))
 }
 
 /// A scale other than 1 needs the initial prompt.
-fn check_anchor(objective: &Objective, sources: &[PromptVersion]) -> Result<(), PlanError> {
-    let shared = common_seed(sources.iter().map(|source| source.init_seed));
-    if objective.scale == Scale::default() || objective.anchor_seed.or(shared).is_some() {
+fn check_anchor(objective: &Objective, sources: &[(usize, PromptVersion)]) -> Result<(), Refusal> {
+    let shared = common_seed(sources.iter().map(|(_, source)| source.init_seed));
+    let experimental = &objective.experimental;
+    if experimental.scale == Scale::default() || experimental.anchor_seed.or(shared).is_some() {
         return Ok(());
     }
-    refuse("invalid_objective", "/objective/scale", NO_ANCHOR)
+    refuse(
+        "invalid_objective",
+        "/objective/experimental/scale",
+        NO_ANCHOR,
+    )
 }
 
 /// Prompts are summed number by number, so they must have one shape.
@@ -417,7 +462,7 @@ fn check_alike(
     first: &PromptVersion,
     source: &PromptVersion,
     pointer: &str,
-) -> Result<(), PlanError> {
+) -> Result<(), Refusal> {
     if source.embed_dim != first.embed_dim {
         let detail = format!(
             "`{}` is {} wide and `{}` is {}; prompts of one width can be composed",
@@ -442,43 +487,55 @@ pub(super) async fn backbone(
     conn: &mut PgConnection,
     project_id: Uuid,
     name: Option<&ResourceName>,
-    sources: &[PromptVersion],
-) -> Result<RegisteredBackbone, PlanError> {
-    const POINTER: &str = "/backbone";
-    if let Some(name) = name {
-        return match backbones::find(conn, project_id, name).await? {
-            Some(backbone) => Ok(backbone),
-            None => {
-                let detail = format!("there is no backbone `{name}`");
-                refuse("unknown_backbone", POINTER, detail)
+    sources: &[&PromptVersion],
+    refusals: &mut Refusals,
+) -> Result<Option<RegisteredBackbone>, RegistryError> {
+    let (fitting, unknown) = match name {
+        Some(name) => {
+            let found = backbones::find(conn, project_id, name).await?;
+            let unknown = format!("there is no backbone `{name}`");
+            (found.into_iter().collect(), unknown)
+        }
+        None => {
+            let Some(digest) = refusals.note(common_backbone(sources)) else {
+                return Ok(None);
+            };
+            let mut fitting = backbones::find_by_digest(conn, project_id, &digest).await?;
+            if fitting.len() > 1 {
+                let ids: Vec<_> = (sources.iter())
+                    .filter_map(|source| source.preprocessing_id.as_ref())
+                    .collect();
+                fitting.retain(|backbone| ids.iter().all(|id| **id == backbone.preprocessing_id));
             }
-        };
-    }
+            let unknown = format!("no registered backbone is the sources' {digest}; register it");
+            (fitting, unknown)
+        }
+    };
+    Ok(refusals.note(only(fitting, unknown)))
+}
+
+/// The digest of the backbone that all sources that name one were made for.
+fn common_backbone(sources: &[&PromptVersion]) -> Result<Digest, Refusal> {
     let digests: BTreeSet<Digest> = sources.iter().filter_map(|s| s.backbone_digest).collect();
-    let digest = match digests.len() {
-        0 => {
+    let mut digests = digests.into_iter();
+    match (digests.next(), digests.next()) {
+        (Some(digest), None) => Ok(digest),
+        (None, _) => {
             let detail = "no source says which backbone it was made for; name one";
-            return refuse("backbone_required", POINTER, detail);
+            refuse("backbone_required", "/backbone", detail)
         }
-        1 => digests
-            .into_iter()
-            .next()
-            .ok_or(RegistryError::Db(DbError::RowCount(0)))?,
-        _ => {
+        (Some(_), Some(_)) => {
             let detail = "the sources were made for different backbones and cannot be composed";
-            return refuse("backbone_mismatch", "/sources", detail);
+            refuse("backbone_mismatch", "/sources", detail)
         }
-    };
-    let said = |backbone: &RegisteredBackbone| {
-        let ids = sources
-            .iter()
-            .filter_map(|source| source.preprocessing_id.as_ref());
-        ids.into_iter().all(|id| *id == backbone.preprocessing_id)
-    };
-    let mut fitting = backbones::find_by_digest(conn, project_id, &digest).await?;
-    if fitting.len() > 1 {
-        fitting.retain(said);
     }
+}
+
+fn only(
+    mut fitting: Vec<RegisteredBackbone>,
+    unknown: String,
+) -> Result<RegisteredBackbone, Refusal> {
+    const POINTER: &str = "/backbone";
     if fitting.len() > 1 {
         let names: Vec<_> = fitting.iter().map(|b| format!("`{}`", b.name)).collect();
         let detail = format!("several backbones fit; name one of {}", names.join(", "));
@@ -486,10 +543,7 @@ pub(super) async fn backbone(
     }
     match fitting.pop() {
         Some(backbone) => Ok(backbone),
-        None => {
-            let detail = format!("no registered backbone is the sources' {digest}; register it");
-            refuse("unknown_backbone", POINTER, detail)
-        }
+        None => refuse("unknown_backbone", POINTER, unknown),
     }
 }
 
@@ -497,7 +551,7 @@ pub(super) fn check_fits(
     source: &PromptVersion,
     backbone: &RegisteredBackbone,
     pointer: &str,
-) -> Result<(), PlanError> {
+) -> Result<(), Refusal> {
     let (prompt, name) = (&source.prompt, &backbone.name);
     if source.embed_dim != backbone.embed_dim {
         let detail = format!(
@@ -531,7 +585,6 @@ pub(super) fn check_fits(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::domain::objective::HScoreMode;
 
     #[test]
     fn the_default_name_is_always_a_name() {
@@ -547,9 +600,7 @@ mod tests {
     fn the_largest_number_of_samples_that_fits_is_named() {
         let most = MAX_FEATURE_BYTES / (64 * 1024 * 4);
         assert!(check_size(64, most, 1024).is_ok());
-        let Err(PlanError::Refused(refusal)) = check_size(64, most + 1, 1024) else {
-            panic!("one more is too many");
-        };
+        let refusal = check_size(64, most + 1, 1024).unwrap_err();
         assert_eq!(refusal.code, "too_large");
         assert_eq!(refusal.pointer, "/target/max_samples");
         let detail = refusal.detail;
@@ -557,18 +608,5 @@ mod tests {
             detail.contains(&format!("set it to {most} or less")),
             "{detail}"
         );
-    }
-
-    #[test]
-    fn shrinkage_0_needs_more_samples_than_dimensions_unless_nothing_is_inverted() {
-        let mut objective: Objective =
-            serde_json::from_str(r#"{"h_score": {"shrinkage": 0.0}}"#).unwrap();
-        assert!(check_samples(&objective, 10, 8).is_ok());
-        let Err(PlanError::Refused(refusal)) = check_samples(&objective, 9, 8) else {
-            panic!("9 samples in 8 dimensions");
-        };
-        assert_eq!(refusal.pointer, "/objective/h_score/shrinkage");
-        objective.h_score.mode = Some(HScoreMode::TraceRatio);
-        assert!(check_samples(&objective, 9, 8).is_ok());
     }
 }

@@ -4,9 +4,9 @@ use sqlx::PgConnection;
 use uuid::Uuid;
 
 use super::plan::{
-    NamedInputs, PlanError, ResolvedInputs, backbone_spec, invalid_objective, refuse, source_spec,
-    target_spec,
+    NamedInputs, PlanError, ResolvedInputs, backbone_spec, source_spec, target_spec,
 };
+use super::refusals::{Refusals, refuse};
 use crate::domain::composition::TargetSamples;
 use crate::domain::ranking::RankingObjective;
 use crate::domain::reference::{Reference, ResourceName};
@@ -30,10 +30,14 @@ pub async fn plan(
     request: &RankingRequest,
 ) -> Result<RankingSpec, PlanError> {
     let objective = request.objective.objective();
-    objective.weighing().map_err(invalid_objective)?;
+    let mut refusals = Refusals::default();
+    refusals.of_objective(objective.mistakes());
     if request.samples.eval_split.is_some() {
-        let detail = "a ranking makes nothing that could be evaluated; leave it out";
-        return refuse("nothing_to_evaluate", "/target/eval_split", detail);
+        refusals.note::<()>(refuse(
+            "nothing_to_evaluate",
+            "/target/eval_split",
+            "a ranking makes nothing that could be evaluated; leave it out",
+        ));
     }
     let named = NamedInputs {
         dataset: &request.dataset,
@@ -41,11 +45,14 @@ pub async fn plan(
         sources: &request.sources,
         backbone: request.backbone.as_ref(),
     };
+    let resolved = named
+        .resolve(conn, project_id, &objective, &mut refusals)
+        .await?;
     let ResolvedInputs {
         target,
         sources,
         backbone,
-    } = named.resolve(conn, project_id, &objective).await?;
+    } = refusals.finish(resolved)?;
     Ok(RankingSpec {
         sources: sources.iter().map(source_spec).collect(),
         backbone: backbone_spec(backbone),

@@ -7,15 +7,16 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use super::Job;
-use super::plan::{
-    PlanError, check_output, check_samples, default_output, invalid_objective, no_sources, refuse,
-    source_pointer,
-};
+use super::plan::{PlanError, check_output, default_output, no_sources, source_pointer};
+use super::refusals::{Refusal, Refusals, refuse};
 use crate::domain::composition::{CompositionResult, TargetSamples};
 use crate::domain::digest::Digest;
 use crate::domain::job::{EnsembleSpec, JobState, SolvedFrom, SourceSpec, TargetSpec};
-use crate::domain::method::{Criterion, Method, SingleBestOptions, UniformMix};
-use crate::domain::objective::{Objective, TradeOff, TradeOffRule};
+use crate::domain::method::{Criterion, UniformMix};
+use crate::domain::objective::{
+    Experimental, GradientNormalization, MethodOptions, Objective, SingleBest, TradeOff,
+    TradeOffRule,
+};
 use crate::domain::reference::{Reference, ResourceName, VersionSelector};
 use crate::registry::prompt_versions;
 
@@ -90,27 +91,27 @@ pub fn plan(
     solved: &Solved,
     request: &SolveRequest,
 ) -> Result<EnsembleSpec, PlanError> {
-    check_output(request.output.as_ref())?;
+    let mut refusals = Refusals::default();
+    refusals.note(check_output(request.output.as_ref()));
     let recorded = &solved.spec;
     let sources = match &request.sources {
         None => recorded.sources.clone(),
-        Some(references) => sources(solved, references)?,
+        Some(references) => sources(solved, references, &mut refusals),
     };
     let objective = match &request.objective {
         None => without_backbone(solved),
-        Some(objective) => {
-            objective.weighing().map_err(invalid_objective)?;
-            objective.clone()
-        }
+        Some(objective) => objective.clone(),
     };
-    objective
-        .check_without_backbone(
-            &recorded.objective,
-            solved.result.objective.gradient_alignment.is_some(),
-        )
-        .map_err(invalid_objective)?;
-    let num_samples = solved.result.diagnostics.num_samples;
-    check_samples(&objective, num_samples, recorded.backbone.config.embed_dim)?;
+    refusals.of_objective(objective.mistakes());
+    refusals.of_objective(objective.needs_backbone());
+    let gradients = gradients(solved, &objective);
+    refusals.of_objective(objective.differs_from_statistics(&recorded.objective, gradients));
+    let (n, d) = (
+        solved.result.diagnostics.num_samples,
+        recorded.backbone.config.embed_dim,
+    );
+    refusals.of_objective(objective.h_score.check_samples(n, d).err());
+    let sources = refusals.finish(Some(sources))?;
     Ok(EnsembleSpec {
         target: TargetSpec {
             samples: TargetSamples {
@@ -142,61 +143,83 @@ fn without_backbone(solved: &Solved) -> Objective {
     let fallback = solved.result.method.fallback.as_ref();
     if fallback.is_some_and(|fallback| fallback.taken) {
         return Objective {
-            single_best: SingleBestOptions {
+            options: MethodOptions::SingleBest(SingleBest {
                 by: Criterion::Validation,
-            },
-            uniform_mix: UniformMix::default(),
-            h_score: objective.h_score.clone(),
-            ..objective.for_method(Method::SingleBest)
+            }),
+            experimental: Experimental::default(),
+            ..objective
         };
     }
-    if objective.trade_off == Some(TradeOff::Rule(TradeOffRule::Validation)) {
-        objective.trade_off = solved.result.objective.trade_off.map(TradeOff::Value);
+    if let Some(trade_off) = objective.options.trade_off_mut()
+        && *trade_off == TradeOff::Rule(TradeOffRule::Validation)
+    {
+        let chosen = solved.result.objective.trade_off;
+        *trade_off = chosen.map_or_else(TradeOff::default, TradeOff::Value);
     }
-    if matches!(solved.spec.objective.uniform_mix, UniformMix::Rule(_)) {
-        objective.uniform_mix = UniformMix::Value(solved.result.method.uniform_mix);
+    let asked = &solved.spec.objective.experimental;
+    if matches!(asked.uniform_mix, UniformMix::Chosen(_)) {
+        let chosen = solved.result.method.uniform_mix;
+        objective.experimental.uniform_mix = UniformMix::Value(chosen);
     }
     objective
 }
 
+/// How the gradients in the statistics are normalised, if there are any. Where the ensemble's own method takes none, they are of an
+/// earlier one, and the engine finds in the file whether they are as they are asked for.
+fn gradients(solved: &Solved, asked: &Objective) -> Option<GradientNormalization> {
+    solved.result.objective.gradient_alignment?;
+    let alignment = solved.spec.objective.alignment().or(asked.alignment());
+    Some(alignment.unwrap_or_default().gradient_normalization)
+}
+
 /// The ensemble's sources that are named, in the order they are named in.
-fn sources(solved: &Solved, references: &[Reference]) -> Result<Vec<SourceSpec>, PlanError> {
-    if references.is_empty() {
-        return no_sources();
-    }
+fn sources(solved: &Solved, references: &[Reference], refusals: &mut Refusals) -> Vec<SourceSpec> {
     let mut sources: Vec<SourceSpec> = Vec::with_capacity(references.len());
-    for (index, reference) in references.iter().enumerate() {
-        let pointer = source_pointer(index);
-        let recorded = solved.spec.sources.iter();
-        let meant: Vec<_> = recorded.filter(|source| means(reference, source)).collect();
-        let source = match meant.as_slice() {
-            [source] => *source,
-            [] => {
-                let detail = format!(
-                    "`{reference}` is no source of ensemble `{}`; its sources are {}",
-                    solved.id,
-                    listed(&solved.spec.sources)
-                );
-                return refuse("unknown_source", pointer, detail);
-            }
-            several => {
-                let detail = format!(
-                    "`{reference}` is several sources of the ensemble; name one of {}",
-                    listed(several.iter().copied())
-                );
-                return refuse("ambiguous_source", pointer, detail);
-            }
-        };
-        if sources.contains(source) {
-            let detail = format!(
-                "`{reference}` is `{}:{}` once more; name each source once",
-                source.prompt, source.version
-            );
-            return refuse("same_source", pointer, detail);
-        }
-        sources.push(source.clone());
+    if references.is_empty() {
+        refusals.note::<()>(no_sources());
     }
-    Ok(sources)
+    for (index, reference) in references.iter().enumerate() {
+        let found = source(solved, reference, &sources, source_pointer(index));
+        sources.extend(refusals.note(found).cloned());
+    }
+    sources
+}
+
+/// The source that is meant, which is none of those before it.
+fn source<'a>(
+    solved: &'a Solved,
+    reference: &Reference,
+    before: &[SourceSpec],
+    pointer: String,
+) -> Result<&'a SourceSpec, Refusal> {
+    let recorded = solved.spec.sources.iter();
+    let meant: Vec<_> = recorded.filter(|source| means(reference, source)).collect();
+    let source = match meant.as_slice() {
+        [source] => *source,
+        [] => {
+            let detail = format!(
+                "`{reference}` is no source of ensemble `{}`; its sources are {}",
+                solved.id,
+                listed(&solved.spec.sources)
+            );
+            return refuse("unknown_source", pointer, detail);
+        }
+        several => {
+            let detail = format!(
+                "`{reference}` is several sources of the ensemble; name one of {}",
+                listed(several.iter().copied())
+            );
+            return refuse("ambiguous_source", pointer, detail);
+        }
+    };
+    if before.contains(source) {
+        let detail = format!(
+            "`{reference}` is `{}:{}` once more; name each source once",
+            source.prompt, source.version
+        );
+        return refuse("same_source", pointer, detail);
+    }
+    Ok(source)
 }
 
 /// A bare name means the version that the ensemble recorded, not the newest.

@@ -4,9 +4,10 @@ use sqlx::PgConnection;
 use uuid::Uuid;
 
 use super::plan::{
-    PlanError, Refusal, backbone, backbone_spec, check_fits, check_output, output_name, refuse,
-    source_spec, target, target_spec,
+    PlanError, backbone, backbone_spec, check_fits, check_output, output_name, source_spec, target,
+    target_spec,
 };
+use super::refusals::{Refusal, Refusals, refuse};
 use crate::domain::backbone::BackboneConfig;
 use crate::domain::composition::TargetSamples;
 use crate::domain::dataset::Split;
@@ -43,34 +44,53 @@ pub async fn plan(
     request: &TuningRequest,
 ) -> Result<TuningSpec, PlanError> {
     let invalid = |place: &'static str| {
-        move |invalid: InvalidTuning| {
-            PlanError::Refused(Refusal {
-                code: "invalid_options",
-                pointer: format!("/{place}/{}", invalid.field),
-                detail: invalid.to_string(),
-            })
+        move |invalid: InvalidTuning| Refusal {
+            code: "invalid_options",
+            pointer: format!("/{place}/{}", invalid.field),
+            detail: invalid.to_string(),
         }
     };
-    request.options.check().map_err(invalid("options"))?;
-    check_method(&request.options)?;
-    request.grid.check().map_err(invalid("grid"))?;
-    check_output(request.output.as_ref())?;
-    let target = target(conn, project_id, &request.dataset, &request.samples).await?;
-    check_held_out(request, &target)?;
+    let mut refusals = Refusals::default();
+    for mistake in request.options.mistakes() {
+        refusals.add(invalid("options")(mistake));
+    }
+    refusals.note(check_method(&request.options));
+    refusals.note(request.grid.check().map_err(invalid("grid")));
+    refusals.note(check_output(request.output.as_ref()));
+    let (dataset, samples) = (&request.dataset, &request.samples);
+    let target = target(conn, project_id, dataset, samples, &mut refusals).await?;
+    if let Some(target) = &target {
+        refusals.note(check_held_out(request, target));
+    }
     let start = match &request.start {
-        Some(reference) => Some(start(conn, project_id, reference).await?),
+        Some(reference) => {
+            let version = prompt_versions::resolve(conn, project_id, reference).await?;
+            refusals.note(start(reference, version))
+        }
         None => None,
     };
     let name = request.backbone.as_ref();
-    let backbone = backbone(conn, project_id, name, start.as_slice()).await?;
+    // Which backbone the start was made for, only the start says.
+    let backbone = match name.is_some() || start.is_some() || request.start.is_none() {
+        true => {
+            let of: Vec<&PromptVersion> = start.iter().collect();
+            backbone(conn, project_id, name, &of, &mut refusals).await?
+        }
+        false => None,
+    };
     let mut options = request.options.clone();
     if let Some(start) = &start {
-        check_fits(start, &backbone, START)?;
         // Those of the prompt that it begins with are what they are.
         options.num_tokens = start.num_tokens as usize;
         options.init_seed = start.init_seed.unwrap_or_default();
     }
-    check_deep(&options, &backbone.config)?;
+    if let Some(backbone) = &backbone {
+        if let Some(start) = &start {
+            refusals.note(check_fits(start, backbone, START));
+        }
+        refusals.note(check_deep(&options, &backbone.config));
+    }
+    let (target, backbone) = refusals.finish(target.zip(backbone))?;
     Ok(TuningSpec {
         start: start.as_ref().map(source_spec),
         backbone: backbone_spec(backbone),
@@ -82,7 +102,7 @@ pub async fn plan(
 }
 
 /// A job publishes a prompt, and has no teachers.
-fn check_method(options: &TuningOptions) -> Result<(), PlanError> {
+fn check_method(options: &TuningOptions) -> Result<(), Refusal> {
     if !options.method.makes_prompt() {
         let detail = format!(
             "`{}` makes no prompt; give `vpt-shallow` or `vpt-deep`, or run `promptweave tune`",
@@ -98,7 +118,7 @@ fn check_method(options: &TuningOptions) -> Result<(), PlanError> {
 }
 
 /// A deep prompt has some for later blocks, and no more of them than what may be uploaded.
-fn check_deep(options: &TuningOptions, config: &BackboneConfig) -> Result<(), PlanError> {
+fn check_deep(options: &TuningOptions, config: &BackboneConfig) -> Result<(), Refusal> {
     if options.method != TuningMethod::VptDeep {
         return Ok(());
     }
@@ -122,12 +142,8 @@ fn check_deep(options: &TuningOptions, config: &BackboneConfig) -> Result<(), Pl
     Ok(())
 }
 
-async fn start(
-    conn: &mut PgConnection,
-    project_id: Uuid,
-    reference: &Reference,
-) -> Result<PromptVersion, PlanError> {
-    let Some(start) = prompt_versions::resolve(conn, project_id, reference).await? else {
+fn start(reference: &Reference, version: Option<PromptVersion>) -> Result<PromptVersion, Refusal> {
+    let Some(start) = version else {
         let detail = format!("there is no prompt version `{reference}`");
         return refuse("unknown_prompt", START, detail);
     };
@@ -139,7 +155,7 @@ async fn start(
 }
 
 /// Where something is chosen by images that are held out, there must be some: those of the split `val`, or every fifth.
-fn check_held_out(request: &TuningRequest, target: &DatasetVersion) -> Result<(), PlanError> {
+fn check_held_out(request: &TuningRequest, target: &DatasetVersion) -> Result<(), Refusal> {
     let TuningRequest {
         samples,
         options,

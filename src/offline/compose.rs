@@ -8,7 +8,6 @@ use super::{EngineOptions, parse_split, read_prompt, write_composition};
 use crate::config::CacheOptions;
 use crate::domain::composition::{Composer as _, CompositionInput, Source, TargetSamples};
 use crate::domain::dataset::Split;
-use crate::domain::objective::Objective;
 
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {
@@ -70,17 +69,6 @@ pub(super) fn read_sources(named: &[(String, PathBuf)]) -> anyhow::Result<Vec<So
     named.iter().map(source).collect()
 }
 
-impl Args {
-    /// What is given, all of it the method's own: what goes with another method is to be refused, not left out.
-    fn objective(&self) -> Objective {
-        let base = Objective {
-            method: self.solve.method.unwrap_or_default(),
-            ..self.backbone_options.objective()
-        };
-        self.solve.over(&base)
-    }
-}
-
 pub fn run(args: &Args) -> anyhow::Result<()> {
     let input = CompositionInput {
         backbone_dir: args.engine.backbone.clone(),
@@ -93,7 +81,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
             skip_unreadable: args.engine.skip_unreadable,
         },
         sources: read_sources(&args.sources)?,
-        objective: args.objective(),
+        objective: args.solve.objective(&args.backbone_options)?,
         early_stopping: None,
     };
     let mut engine = args.engine.engine()?;
@@ -109,7 +97,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::domain::objective::InvalidObjective;
+    use crate::domain::objective::MethodOptions;
     use crate::offline::parsed;
 
     #[test]
@@ -118,7 +106,7 @@ mod tests {
             let files = ["compose", "--backbone", "a", "--target", "b", "--out", "c"];
             let source = ["--source", "d=e"];
             let args: Args = parsed(files.iter().chain(&source).chain(asked));
-            args.objective()
+            args.solve.objective(&args.backbone_options)
         };
         let spot = [
             "--method",
@@ -128,16 +116,19 @@ mod tests {
             "--target-epochs",
             "2",
         ];
-        let spot = objective(&spot);
-        assert_eq!((spot.spot.top_k, spot.target_tuning.epochs), (Some(3), 2));
-        let paper = objective(&["--method", "hgprompt", "--refine", "5"]);
-        assert_eq!(paper.refine, 5);
-        for (asked, refused) in [
-            (["--method", "average", "--refine", "5"], "refine"),
-            (["--method", "panda", "--spot-top-k", "3"], "spot"),
-        ] {
-            let InvalidObjective { field, .. } = objective(&asked).weighing().unwrap_err();
-            assert_eq!(field, refused);
-        }
+        let MethodOptions::Spot(spot) = objective(&spot).unwrap().options else {
+            panic!("another method");
+        };
+        assert_eq!((spot.top_k, spot.target_epochs), (Some(3), 2));
+        let paper = objective(&["--method", "hgprompt", "--refine", "5"]).unwrap();
+        assert_eq!(paper.experimental.refine, 5);
+        let average = objective(&["--method", "average", "--refine", "5"]).unwrap();
+        assert_eq!(average.check().unwrap_err().field, "experimental.refine");
+        let refused = objective(&["--method", "panda", "--spot-top-k", "3"]).unwrap_err();
+        let refused = refused.to_string();
+        assert!(
+            refused.starts_with("--spot-top-k: ") && refused.ends_with("is of `spot`"),
+            "{refused}"
+        );
     }
 }

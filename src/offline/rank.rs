@@ -2,15 +2,12 @@
 
 use std::path::PathBuf;
 
-use anyhow::ensure;
-
 use super::compose::{parse_source, read_sources};
 use super::progress::Bars;
 use super::{EngineOptions, parse_split};
 use crate::domain::composition::{CompositionInput, TargetSamples};
 use crate::domain::dataset::Split;
-use crate::domain::method::TargetTuning;
-use crate::domain::objective::{HScoreOptions, Shrinkage};
+use crate::domain::objective::{HScoreOptions, Shrinkage, TARGET_EPOCHS};
 use crate::domain::ranking::{RankedSource, Ranking, RankingObjective};
 
 #[derive(Clone, Debug, clap::Args)]
@@ -36,7 +33,7 @@ pub struct Args {
     #[arg(long, value_name = "RHO", default_value = "0.01")]
     pub h_score_shrinkage: Shrinkage,
     /// Epochs of the short tuning on the target that SPoT's and PANDA's similarities are to.
-    #[arg(long, value_name = "EPOCHS", default_value_t = TargetTuning::default().epochs)]
+    #[arg(long, value_name = "EPOCHS", default_value_t = TARGET_EPOCHS)]
     pub target_epochs: u32,
     /// The metric that the table is sorted by, the best first.
     #[arg(long, value_name = "METRIC", default_value = "h_score_cross_validated", value_parser = RankedSource::METRICS)]
@@ -47,7 +44,15 @@ pub struct Args {
 }
 
 pub fn run(args: &Args) -> anyhow::Result<()> {
-    ensure!(args.target_epochs > 0, "--target-epochs must be at least 1");
+    let objective = RankingObjective {
+        h_score: HScoreOptions {
+            shrinkage: Some(args.h_score_shrinkage),
+            ..Default::default()
+        },
+        target_epochs: args.target_epochs,
+    }
+    .objective();
+    objective.check()?;
     let input = CompositionInput {
         backbone_dir: args.engine.backbone.clone(),
         target_dir: args.target.clone(),
@@ -59,16 +64,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
             skip_unreadable: args.engine.skip_unreadable,
         },
         sources: read_sources(&args.sources)?,
-        objective: RankingObjective {
-            h_score: HScoreOptions {
-                shrinkage: Some(args.h_score_shrinkage),
-                ..Default::default()
-            },
-            target_tuning: TargetTuning {
-                epochs: args.target_epochs,
-            },
-        }
-        .objective(),
+        objective,
         early_stopping: None,
     };
     let ranking = args.engine.engine()?.rank(&input, &mut Bars::default())?;

@@ -43,7 +43,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         sources: named(&args.sources, &recorded)?,
         objective: args
             .objective
-            .over(&recorded.objective.without_forward_passes()),
+            .over(&recorded.objective.without_forward_passes())?,
         statistics,
     };
     let composition = Engine::new(tch::Device::Cpu)
@@ -89,7 +89,8 @@ mod tests {
         let h_score = |asked: &[&str]| {
             let files = ["solve", "--statistics", "a", "--out", "b"];
             let args: Args = parsed(files.iter().chain(asked));
-            let objective = args.objective.over(&Objective::default()).settled(true);
+            let objective = args.objective.over(&Objective::default()).unwrap();
+            let objective = objective.settled(true);
             (objective.h_score.mode(), objective.h_score.shrinkage())
         };
         let paper = ["--method", "hgprompt"];

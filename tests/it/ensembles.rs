@@ -258,12 +258,15 @@ async fn what_cannot_be_composed_is_refused_with_its_place(pool: PgPool) {
     };
     let mut without_gradients = with("/objective", json!({"method": "average"}));
     without_gradients["early_stopping"] = json!({"max_standard_error": 0.1});
-    let mut chosen_at_the_end = with("/objective", json!({"uniform_mix": "auto"}));
+    let mut chosen_at_the_end = with(
+        "/objective",
+        json!({"experimental": {"uniform_mix": "auto"}}),
+    );
     chosen_at_the_end["early_stopping"] = json!({"max_standard_error": 0.1});
     let mut falls_back = with("/objective", json!({"fallback": "single_best"}));
     falls_back["early_stopping"] = json!({"max_standard_error": 0.1});
     let mut without_anchor = with_source("unseeded");
-    without_anchor["objective"] = json!({"scale": "auto"});
+    without_anchor["objective"] = json!({"experimental": {"scale": "auto"}});
     let second = "/sources/1/prompt";
     for (request, code, pointer) in [
         (with_source("nobody"), "unknown_prompt", second),
@@ -313,10 +316,14 @@ async fn what_cannot_be_composed_is_refused_with_its_place(pool: PgPool) {
         ),
         (
             with("/objective", json!({"method": "average", "trade_off": 0.5})),
-            "invalid_objective",
+            "invalid_body",
             "/objective/trade_off",
         ),
-        (without_anchor, "invalid_objective", "/objective/scale"),
+        (
+            without_anchor,
+            "invalid_objective",
+            "/objective/experimental/scale",
+        ),
         (
             without_gradients,
             "invalid_early_stopping",

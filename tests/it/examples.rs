@@ -9,7 +9,7 @@ use promptweave::domain::backbone::Backbone;
 use serde_json::{Value, json};
 use sqlx::PgPool;
 
-use crate::app::{TestResponse, TestApp, png, prompt_file, tiny_backbone, write_files};
+use crate::app::{TestApp, TestResponse, png, prompt_file, tiny_backbone, write_files};
 use crate::contract::DOCUMENT;
 use crate::ensembles::{Worker, until_state};
 use crate::fixtures::FakeComposer;
@@ -23,7 +23,11 @@ struct Examples {
 
 impl Examples {
     /// The example of an operation, to a path with its variables filled in.
-    async fn send(&mut self, operation_id: &'static str, variables: &[(&str, &str)]) -> TestResponse {
+    async fn send(
+        &mut self,
+        operation_id: &'static str,
+        variables: &[(&str, &str)],
+    ) -> TestResponse {
         let found = operations(&DOCUMENT).find(|(_, _, it)| it["operationId"] == operation_id);
         let (method, path, operation) = found.unwrap();
         let content = operation["requestBody"]["content"].as_object().unwrap();

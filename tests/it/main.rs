@@ -23,6 +23,7 @@ mod idempotency;
 mod layers;
 mod lineage;
 mod links;
+mod mistakes;
 mod openapi;
 mod private_postgres;
 mod problems;

@@ -111,9 +111,9 @@ async fn what_cannot_be_ranked_is_refused_at_the_door(pool: PgPool) {
             "/objective/h_score/shrinkage",
         ),
         (
-            with("/objective", json!({"target_tuning": {"epochs": 0}})),
+            with("/objective", json!({"target_epochs": 0})),
             "invalid_objective",
-            "/objective/target_tuning/epochs",
+            "/objective/target_epochs",
         ),
         (
             with("/objective", json!({"method": "spot"})),
@@ -148,7 +148,7 @@ async fn the_engine_ranks_what_was_posted(pool: PgPool) {
         Box::new(|| Ok(Box::new(Engine::new(tch::Device::Cpu)))),
     );
     let mut request = request();
-    request["objective"] = json!({"target_tuning": {"epochs": 1}});
+    request["objective"] = json!({"target_epochs": 1});
     let ranking = post(&app, &request).await.ok(202);
     until_state(&app, &ranking, "succeeded").await;
     worker.stop().await;

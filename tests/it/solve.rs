@@ -118,14 +118,14 @@ async fn a_subset_is_solved_again_published_and_told_apart(pool: PgPool) {
 async fn what_is_left_out_stays_but_for_what_needs_the_backbone(pool: PgPool) {
     let app = furnished(pool).await;
     let objective = json!({
-        "trade_off": "validation", "refine": 3, "head": {"shrinkage": 0.5},
+        "trade_off": "validation", "experimental": {"refine": 3}, "head": {"shrinkage": 0.5},
         "alignment": {"variant": "mixture_uniform"},
     });
     let (ensemble, worker) = solved(&app, objective).await;
     let again = app.post_empty(&url(&ensemble, "solve")).await.ok(202);
     assert_eq!(again["spec"]["sources"], ensemble["spec"]["sources"]);
     let mut expected = ensemble["spec"]["objective"].clone();
-    expected.as_object_mut().unwrap().remove("refine");
+    expected.as_object_mut().unwrap().remove("experimental");
     // What `validation` chose, says the fake.
     expected["trade_off"] = json!(0.5);
     assert_eq!(again["spec"]["objective"], expected);
@@ -150,11 +150,14 @@ async fn what_is_left_out_stays_but_for_what_needs_the_backbone(pool: PgPool) {
 #[sqlx::test(migrator = "MIGRATOR")]
 async fn a_share_of_equal_weights_that_was_chosen_stays(pool: PgPool) {
     let app = furnished(pool).await;
-    let (ensemble, worker) = solved(&app, json!({"uniform_mix": "auto"})).await;
+    let (ensemble, worker) = solved(&app, json!({"experimental": {"uniform_mix": "auto"}})).await;
     let again = app.post_empty(&url(&ensemble, "solve")).await.ok(202);
     // What `auto` chose, says the fake.
-    assert_eq!(again["spec"]["objective"]["uniform_mix"], 0.25);
-    let anew = json!({"objective": {"uniform_mix": "auto"}});
+    assert_eq!(
+        again["spec"]["objective"]["experimental"],
+        json!({"uniform_mix": 0.25})
+    );
+    let anew = json!({"objective": {"experimental": {"uniform_mix": "auto"}}});
     let refused = resolve(&app, &ensemble, &anew).await;
     refused.problem(422, "invalid_objective");
     worker.stop().await;
@@ -179,7 +182,7 @@ async fn what_fell_back_is_the_single_best_again(pool: PgPool) {
     let again = app.post_empty(&url(&ensemble, "solve")).await.ok(202);
     let objective = &again["spec"]["objective"];
     assert_eq!(objective["method"], "single_best", "{objective}");
-    assert_eq!(objective["single_best"]["by"], "validation");
+    assert_eq!(objective["by"], "validation");
     // Whoever asks for the mixture gets it.
     let mixture = json!({"objective": {"trade_off": 0.25}, "output": {"name": "mixture"}});
     let mixture = resolve(&app, &ensemble, &mixture).await.ok(202);
@@ -239,9 +242,9 @@ async fn what_cannot_be_solved_again_is_refused_with_its_place(pool: PgPool) {
             "/objective/head/shrinkage",
         ),
         (
-            objective(json!({"head": {"shrinkage": 0.5}, "refine": 1})),
+            objective(json!({"head": {"shrinkage": 0.5}, "experimental": {"refine": 1}})),
             "invalid_objective",
-            "/objective/refine",
+            "/objective/experimental/refine",
         ),
         // 4 samples in 8 dimensions.
         (

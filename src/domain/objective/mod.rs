@@ -2,6 +2,8 @@
 //! specification and the metadata of `statistics.safetensors`.
 
 mod checks;
+mod document;
+mod options;
 
 use std::fmt;
 use std::str::FromStr;
@@ -10,68 +12,49 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 pub use self::checks::{InvalidObjective, check_shrinkage};
-use super::method::{
-    Criterion, Fallback, Method, Scale, Similarity, SingleBestOptions, SpotChoice, SpotOptions,
-    TargetTuning, UniformMix,
+pub use self::options::{
+    AlignmentTerm, BothTerms, Guarded, MethodOptions, SingleBest, Spot, TARGET_EPOCHS, TargetTuned,
 };
+use super::method::{Criterion, Fallback, Method, Scale, Similarity, SpotChoice, UniformMix};
 
 /// Refinement steps after which nothing more is to be expected of them; each is a pass over all samples.
 pub const MAX_REFINE: u32 = 100;
 
-/// The method's settings. Everything has a default.
+/// What is asked of a composition: a method with its own options, and what all methods have. Everything has a default.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Objective {
+    #[serde(flatten)]
+    pub options: MethodOptions,
+    /// How features are measured: what some methods go by, and all report.
+    pub h_score: HScoreOptions,
+    /// The head that defines the loss.
+    pub head: HeadOptions,
+    pub align_tokens: AlignTokens,
+    #[serde(skip_serializing_if = "is_off")]
+    pub experimental: Experimental,
+}
+
+/// Options that were found without effect, or worse, where they were measured; they may go in any version.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
-pub struct Objective {
-    /// How α is found. `hgprompt_cv` (default): H-score and gradient alignment, weighed by `trade_off` or `alignment_weight`, with H
-    /// `cross_validated` and the `fallback` `single_best`; `hgprompt`: the same as published, with H as `standard` and no `fallback`;
-    /// `h_only`, `alignment_only`: one of the two terms; `average`: equal weights; `single_best`: one source; `spot`, `panda`,
-    /// `attempt`: as those systems weigh.
-    #[serde(skip_serializing_if = "is_off")]
-    pub method: Method,
-    /// t in [0, 1]: 0 weighs transferability alone, 1 gradient alignment alone. Scale-free: both
-    /// terms are normalised by their range between their own optima. `knee` and `validation` choose it
-    /// on the path. Default 0.5; excludes `alignment_weight`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub trade_off: Option<TradeOff>,
-    /// λ ≥ 0 in L(α) = -H(α) + λ L_align(α), taken as it is. Excludes `trade_off`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(minimum = 0)]
-    pub alignment_weight: Option<f64>,
+pub struct Experimental {
     /// τ ≥ 0: subtracts τ·S(α)/ln M from the minimised function, which is on a scale of order 1; S is the
-    /// entropy. Weights become dense, so that every source has a rank. 0 is off.
+    /// entropy. Weights become dense, so that every source has a rank. 0 is off. With methods that take gradients.
     #[serde(skip_serializing_if = "is_off")]
     #[schema(minimum = 0)]
     pub entropy: f64,
-    pub h_score: HScoreOptions,
-    pub alignment: AlignmentOptions,
-    pub head: HeadOptions,
-    pub align_tokens: AlignTokens,
     /// Projected-gradient steps on the objective with the true H(f of Σ αᵢ Pᵢ), through the backbone,
     /// after solving; each is accepted only if it improves that objective. 0 is off, at most 100; excludes
-    /// `entropy`, `uniform_mix`, `fallback`, `scale` and methods that do not solve.
+    /// `entropy`, `uniform_mix`, `scale`, a `fallback` and methods that do not solve.
     #[serde(skip_serializing_if = "is_off")]
     #[schema(maximum = 100)]
     pub refine: u32,
-    /// Of the method `single_best`.
-    #[serde(skip_serializing_if = "is_off")]
-    pub single_best: SingleBestOptions,
-    /// Of the method `spot`.
-    #[serde(skip_serializing_if = "is_off")]
-    pub spot: SpotOptions,
-    /// Of the methods `spot`, `panda` and `attempt`.
-    #[serde(skip_serializing_if = "is_off")]
-    pub target_tuning: TargetTuning,
     /// γ in αᵢ = (1-γ) α*ᵢ + γ/M: how far the weights α* that the method finds are pulled towards equal ones, which are hard to
     /// beat where α* is uncertain. Default 0; excludes `refine`.
     #[serde(skip_serializing_if = "is_off")]
     pub uniform_mix: UniformMix,
-    /// `single_best`: where the source with the lowest cross-fitted loss on the target samples does better on them than the composed
-    /// prompt, it gets all weight. `none`: never. Excludes `refine`. Default
-    /// `single_best` with the method `hgprompt_cv` (without `refine`, `early_stopping`, and with a backbone), otherwise `none`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub fallback: Option<Fallback>,
     /// β in P_T = P₀ + β Σ αᵢ (Pᵢ - P₀): how far the composed prompt goes from the shared initial prompt P₀ towards
-    /// Σ αᵢ Pᵢ. Default 1, the paper's sum.
+    /// Σ αᵢ Pᵢ. Default 1, the paper's sum; excludes `refine`.
     #[serde(skip_serializing_if = "is_off")]
     pub scale: Scale,
     /// Init seed of P₀, for a `scale` other than 1 [default: the one that all sources say they have].
@@ -92,12 +75,34 @@ pub enum Weighing {
     AlignmentWeight(f64),
 }
 
-/// A number in [0, 1], or the rule that chooses it.
+/// How much gradient alignment counts beside transferability.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
-#[serde(untagged, expecting = "expected a number, `knee` or `validation`")]
+#[serde(
+    untagged,
+    expecting = "expected a number, `knee`, `validation`, or `{\"alignment_weight\": …}` with a number"
+)]
 pub enum TradeOff {
+    /// t in [0, 1]: 0 weighs transferability alone, 1 gradient alignment alone. Scale-free: both
+    /// terms are normalised by their range between their own optima.
     Value(f64),
+    /// What chooses t on the path.
     Rule(TradeOffRule),
+    /// No t, but λ as it is.
+    Weight(AlignmentWeight),
+}
+
+impl Default for TradeOff {
+    fn default() -> Self {
+        Self::Value(0.5)
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct AlignmentWeight {
+    /// λ ≥ 0 in L(α) = -H(α) + λ L_align(α), taken as it is.
+    #[schema(minimum = 0)]
+    pub alignment_weight: f64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -182,7 +187,7 @@ pub enum ShrinkageEstimate {
     LedoitWolf,
 }
 
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct AlignmentOptions {
     pub variant: AlignmentVariant,
@@ -323,6 +328,10 @@ mod tests {
         assert_eq!(
             "shrunk".parse::<Shrinkage>().unwrap_err(),
             "expected a number, `oas` or `ledoit_wolf`"
+        );
+        assert_eq!(
+            "mean".parse::<TradeOff>().unwrap_err(),
+            "expected a number, `knee`, `validation`, or `{\"alignment_weight\": …}` with a number"
         );
     }
 }

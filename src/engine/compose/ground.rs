@@ -48,7 +48,7 @@ impl Workspace<'_> {
         )?;
         drop(count);
 
-        let (gradients, early_stop) = match self.objective.method.takes_gradients() {
+        let (gradients, early_stop) = match self.objective.method().takes_gradients() {
             true => {
                 let (gradients, early_stop) =
                     self.all_gradients(&mut cached, (&features, by_shards), &heads, &folds, steps)?;
@@ -114,7 +114,12 @@ impl Workspace<'_> {
             Some(merged) => merged,
             None => (self.gradients(heads, folds, &known, steps)?, None),
         };
-        let gradients = gradients.finish(self.objective.alignment.gradient_normalization)?;
+        let gradients = gradients.finish(
+            self.objective
+                .alignment()
+                .unwrap_or_default()
+                .gradient_normalization,
+        )?;
         cached.keep(&known);
         Ok((gradients, early_stop))
     }

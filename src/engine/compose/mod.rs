@@ -68,7 +68,7 @@ pub fn compose(
     let (alpha, fallback) = work.fallback(alpha, statistics.ground(), &mut steps)?;
     method.fallback = fallback;
     (method.scale, method.scale_candidates) = work.scale(&alpha, &mut steps)?;
-    let anchor = objective.anchor_seed.or(inputs.init_seed);
+    let anchor = (objective.experimental.anchor_seed).or(inputs.init_seed);
     method.anchor_seed = anchor.filter(|_| method.scale != 1.0);
     let metadata = Metadata {
         format: Metadata::FORMAT,
@@ -79,6 +79,8 @@ pub fn compose(
         sample_digest: samples.digest,
         classes: dataset.classes.clone(),
         objective: objective.clone(),
+        gradient_normalization: (objective.alignment())
+            .map(|alignment| alignment.gradient_normalization),
         token_alignment: inputs.token_alignment.clone(),
         seed: target.seed,
         skipped_images: samples.skipped,
@@ -131,14 +133,14 @@ impl Inputs {
             sources,
             ..
         } = input;
-        objective.weighing()?;
+        objective.check()?;
         check_sources(sources, backbone)?;
         let (prompts, token_alignment) = align(sources, objective.align_tokens)?;
         let init_seed = common_init_seed(sources);
-        let anchor = match objective.scale == Scale::default() {
+        let anchor = match objective.experimental.scale == Scale::default() {
             true => None,
             false => {
-                let seed = objective.anchor_seed.or(init_seed);
+                let seed = objective.experimental.anchor_seed.or(init_seed);
                 Some(initial_prompt_of(&prompts[0], backbone, seed)?)
             }
         };
@@ -199,7 +201,7 @@ fn initial_prompt_of(
     init_seed: Option<u64>,
 ) -> Result<PlainTensor<f32>, EngineError> {
     let seed = init_seed.ok_or_else(|| InvalidObjective {
-        field: "scale",
+        field: "experimental.scale",
         problem: NO_ANCHOR.into(),
     })?;
     let [m, d] = [prompt.shape[0], prompt.shape[1]];
@@ -274,7 +276,8 @@ impl Workspace<'_> {
                 of_points.push(of_points[i - 1]);
                 continue;
             }
-            let (share, scale) = (objective.uniform_mix.known(), objective.scale.known());
+            let experimental = &objective.experimental;
+            let (share, scale) = (experimental.uniform_mix.known(), experimental.scale.known());
             let composed = self.composed(&towards_uniform(&point.weights, share), scale);
             let prompt = prompt_tensor(&composed, self.vit);
             let tick = |_| steps.tick(Phase::Solve);
@@ -290,7 +293,8 @@ impl Workspace<'_> {
         steps: &mut Steps<'_>,
     ) -> Result<(Vec<f64>, Option<Refinement>), EngineError> {
         let alpha = &solved.solution.alpha;
-        if self.objective.refine == 0 || alpha.len() == 1 {
+        let steps_asked = self.objective.experimental.refine;
+        if steps_asked == 0 || alpha.len() == 1 {
             return Ok((alpha.clone(), None));
         }
         let refiner = Refiner {
@@ -302,7 +306,7 @@ impl Workspace<'_> {
             h_score: self.h_score_as_used(solved),
         };
         let tick = &mut || stop_on(steps.tick(Phase::Verify));
-        let (alpha, refinement) = refiner.refine(alpha, self.objective.refine, tick)?;
+        let (alpha, refinement) = refiner.refine(alpha, steps_asked, tick)?;
         Ok((alpha, Some(refinement)))
     }
 
@@ -317,7 +321,7 @@ impl Workspace<'_> {
     ) -> Result<Verified, EngineError> {
         let options = self.h_score_as_used(solved);
         let evaluation = self.evaluation(&options);
-        let compares = self.eval.is_some() && self.objective.method.weighs();
+        let compares = self.eval.is_some() && self.objective.method().weighs();
         let anew = evaluation.work(false);
         let mut count = steps.counter(if compares {
             2 * anew + evaluation.work(true)

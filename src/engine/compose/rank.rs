@@ -15,7 +15,7 @@ use crate::engine::steps::Steps;
 use crate::engine::transferability::SourceScores;
 use crate::engine::vit::Vit;
 
-/// Scores every source for the target; of the objective, `h_score` and `target_tuning` count.
+/// Scores every source for the target; of the objective, `h_score` and `target_epochs` count.
 pub fn rank(
     backbone: &Backbone,
     vit: &Vit,

@@ -9,9 +9,8 @@ use crate::domain::composition::{
     FallbackReport, MethodReport, Phase, ScalePoint, UniformMixPoint,
 };
 use crate::domain::digest::Digest;
-use crate::domain::method::{
-    Criterion, Method, Scale, ScaleRule, SpotChoice, UniformMix, UniformMixRule,
-};
+use crate::domain::method::{Criterion, Scale, SpotChoice, UniformMix};
+use crate::domain::objective::{MethodOptions, Spot, TARGET_EPOCHS};
 use crate::domain::tensor::Tensor as PlainTensor;
 use crate::domain::tuning::{NoCheckpoints, TuningOptions};
 use crate::engine::evaluate::OnUnseen;
@@ -42,27 +41,29 @@ impl Workspace<'_> {
         steps: &mut Steps<'_>,
     ) -> Result<(Solved, MethodReport), EngineError> {
         let objective = self.objective;
-        if !objective.method.tunes() {
-            let classes = self.classes.len();
-            return weigh_features(ground, objective, classes, steps, &mut |path, steps| {
-                self.validate(path, steps)
-            });
-        }
-        let (alpha, scores, seconds) = match objective.method {
-            Method::Attempt => self.by_attention(steps)?,
-            method => {
+        let (alpha, scores, seconds) = match &objective.options {
+            MethodOptions::Attempt(_) => self.by_attention(steps)?,
+            MethodOptions::Panda(_) => {
                 let target = self.target_prompt(last.take(), steps)?;
-                let (alpha, scores) = match method {
-                    Method::Panda => self.by_effects(ground.features, &target.embeddings, steps)?,
-                    _ => self.by_similarity(ground, &target.embeddings, steps)?,
-                };
-                let seconds = target.seconds;
-                *last = Some(target);
-                (alpha, scores, seconds)
+                let (alpha, scores) =
+                    self.by_effects(ground.features, &target.embeddings, steps)?;
+                (alpha, scores, last.insert(target).seconds)
+            }
+            MethodOptions::Spot(spot) => {
+                let target = self.target_prompt(last.take(), steps)?;
+                let (alpha, scores) =
+                    self.by_similarity(ground, spot, &target.embeddings, steps)?;
+                (alpha, scores, last.insert(target).seconds)
+            }
+            _ => {
+                let classes = self.classes.len();
+                return weigh_features(ground, objective, classes, steps, &mut |path, steps| {
+                    self.validate(path, steps)
+                });
             }
         };
         let report = MethodReport {
-            name: objective.method,
+            name: objective.method(),
             scores: Some(scores),
             target_tuning_seconds: Some(seconds),
             ..MethodReport::default()
@@ -76,7 +77,7 @@ impl Workspace<'_> {
             num_tokens: self.prompts[0].shape[0],
             init_seed: self.init_seed.unwrap_or_default(),
             seed: self.seed,
-            epochs: self.objective.target_tuning.epochs as usize,
+            epochs: self.objective.target_epochs().unwrap_or(TARGET_EPOCHS) as usize,
             sketch_samples: 0,
             ..TuningOptions::default()
         }
@@ -144,10 +145,10 @@ impl Workspace<'_> {
     fn by_similarity(
         &self,
         ground: SolveInputs<'_>,
+        spot: &Spot,
         target: &PlainTensor<f32>,
         steps: &mut Steps<'_>,
     ) -> Result<(Vec<f64>, Vec<f64>), EngineError> {
-        let spot = &self.objective.spot;
         let similarities: Vec<f64> = (self.prompts.iter())
             .map(|prompt| similarity(spot.similarity, prompt, target))
             .collect();
@@ -191,11 +192,11 @@ impl Workspace<'_> {
         alpha: &[f64],
         steps: &mut Steps<'_>,
     ) -> Result<(f64, Vec<UniformMixPoint>), EngineError> {
-        let candidates = match self.objective.uniform_mix {
+        let candidates = match self.objective.experimental.uniform_mix {
             UniformMix::Value(share) => return Ok((share, Vec::new())),
-            UniformMix::Rule(UniformMixRule::Auto) => UniformMixRule::CANDIDATES,
+            UniformMix::Chosen(_) => UniformMix::CANDIDATES,
         };
-        let scale = self.objective.scale.known();
+        let scale = self.objective.experimental.scale.known();
         let composed = |share: f64| self.composed(&towards_uniform(alpha, share), scale);
         let (best, points) = self.best_of(&candidates, composed, steps)?;
         let point = |(uniform_mix, validation): (f64, OnUnseen)| UniformMixPoint {
@@ -221,7 +222,7 @@ impl Workspace<'_> {
         let of_sources = scores(by, ground, self.objective, self.classes.len(), tick)?;
         let single = single_best(&of_sources);
         let at = (single.iter().position(|weight| *weight > 0.0)).expect("it has all weight");
-        let scale = self.objective.scale.known();
+        let scale = self.objective.experimental.scale.known();
         let evaluation = self.evaluation(&self.objective.h_score);
         let mut loss_of = |weights: &[f64]| -> Result<f64, EngineError> {
             let prompt = prompt_tensor(&self.composed(weights, scale), self.vit);
@@ -253,9 +254,9 @@ impl Workspace<'_> {
         alpha: &[f64],
         steps: &mut Steps<'_>,
     ) -> Result<(f64, Vec<ScalePoint>), EngineError> {
-        let candidates = match self.objective.scale {
+        let candidates = match self.objective.experimental.scale {
             Scale::Value(scale) => return Ok((scale, Vec::new())),
-            Scale::Rule(ScaleRule::Auto) => ScaleRule::CANDIDATES,
+            Scale::Chosen(_) => Scale::CANDIDATES,
         };
         let composed = |scale: f64| self.composed(alpha, scale);
         let (best, points) = self.best_of(&candidates, composed, steps)?;

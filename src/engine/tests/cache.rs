@@ -80,7 +80,7 @@ fn cold_warm_and_without_a_cache_the_answer_is_the_same_bit_by_bit() {
     input.target.eval_split = Some(Split::Test);
     for (i, objective) in [
         r#"{}"#,
-        r#"{"align_tokens": "hungarian", "alignment": {"gradient_normalization": "rms"}, "refine": 1}"#,
+        r#"{"align_tokens": "hungarian", "alignment": {"gradient_normalization": "rms"}, "experimental": {"refine": 1}}"#,
         r#"{"head": {"kind": "shared"}}"#,
         r#"{"head": {"kind": "ridge"}, "trade_off": "validation"}"#,
     ]
@@ -137,7 +137,7 @@ fn other_options_cost_what_depends_on_them() {
         r#"{"trade_off": "knee"}"#,
         r#"{"alignment": {"variant": "fishr", "gradient_normalization": "rms"}}"#,
         r#"{"h_score": {"mode": "trace_ratio"}}"#,
-        r#"{"entropy": 0.1}"#,
+        r#"{"experimental": {"entropy": 0.1}}"#,
     ] {
         assert_eq!(pairs(nothing), [0, 0], "{nothing}");
     }

@@ -300,8 +300,8 @@ fn solving_again_takes_every_option_that_needs_no_backbone() {
     for objective in [
         r#"{"trade_off": 0.2, "alignment": {"variant": "mixture_uniform"}}"#,
         r#"{"trade_off": "knee", "alignment": {"variant": "fishr"}}"#,
-        r#"{"alignment_weight": 0.5, "h_score": {"mode": "trace_ratio"}}"#,
-        r#"{"entropy": 0.1, "h_score": {"standardise": "per_source", "shrinkage": "oas"}}"#,
+        r#"{"trade_off": {"alignment_weight": 0.5}, "h_score": {"mode": "trace_ratio"}}"#,
+        r#"{"experimental": {"entropy": 0.1}, "h_score": {"standardise": "per_source", "shrinkage": "oas"}}"#,
         r#"{"h_score": {"shrinkage": "ledoit_wolf"}}"#,
         r#"{"h_score": {"shrinkage": 0}}"#,
     ] {
@@ -363,7 +363,7 @@ fn statistics_that_cannot_be_solved_from_are_refused_by_name() {
 
     for (objective, field) in [
         (r#"{"trade_off": "validation"}"#, "trade_off"),
-        (r#"{"refine": 2}"#, "refine"),
+        (r#"{"experimental": {"refine": 2}}"#, "experimental.refine"),
         (
             r#"{"alignment": {"gradient_normalization": "rms"}}"#,
             "alignment.gradient_normalization",
@@ -409,7 +409,7 @@ fn every_head_and_norm_makes_a_whole_composition() {
 fn the_validation_rule_takes_the_point_of_least_cross_fitted_loss() {
     let dir = tempfile::tempdir().unwrap();
     let mut input = input(dir.path(), 3);
-    input.objective.trade_off = Some(TradeOff::Rule(TradeOffRule::Validation));
+    *input.objective.options.trade_off_mut().unwrap() = TradeOff::Rule(TradeOffRule::Validation);
     let result = compose(&input).unwrap().result;
     let at = |t: f64| {
         result
@@ -441,10 +441,10 @@ fn the_validation_rule_takes_the_point_of_least_cross_fitted_loss() {
 fn refinement_of_h_alone_never_lowers_the_true_h() {
     let dir = tempfile::tempdir().unwrap();
     let mut input = input(dir.path(), 3);
-    input.objective.trade_off = Some(TradeOff::Value(0.0));
+    *input.objective.options.trade_off_mut().unwrap() = TradeOff::Value(0.0);
     input.objective.h_score.shrinkage = Some(Shrinkage::Fixed(0.1));
     let plain = compose(&input).unwrap().result;
-    input.objective.refine = 3;
+    input.objective.experimental.refine = 3;
     let refined = compose(&input).unwrap().result;
     let refinement = refined.diagnostics.refinement.unwrap();
     let h =
@@ -497,7 +497,7 @@ fn the_order_of_aligned_tokens_changes_no_answer() {
     ) -> (Vec<f64>, f64, Vec<Vec<f32>>) {
         let mut input = input.clone();
         input.objective.align_tokens = option;
-        input.objective.trade_off = Some(TradeOff::Value(t));
+        *input.objective.options.trade_off_mut().unwrap() = TradeOff::Value(t);
         let composition = compose(&input).unwrap();
         let composed = PromptFile::parse(&composition.composed).unwrap();
         let mut rows: Vec<Vec<f32>> = composed

@@ -8,7 +8,7 @@ use tch::Device;
 use crate::domain::composition::{
     Composer as _, Composition, CompositionError, CompositionInput, Phase, SolveInput, SourceRef,
 };
-use crate::domain::method::{Method, ScaleRule, UniformMixRule};
+use crate::domain::method::{Method, Scale, UniformMix};
 use crate::domain::mixture::mix;
 use crate::domain::prompt_file::PromptFile;
 use crate::engine::testing::{Recorder, assert_close};
@@ -76,7 +76,7 @@ fn average_and_single_best_give_the_weights_that_they_say() {
     assert_eq!(composed(&average), mix(&prompts, &[1.0 / 3.0; 3]));
 
     for by in ["h_score", "logme", "validation"] {
-        let objective = json!({"method": "single_best", "single_best": {"by": by}});
+        let objective = json!({"method": "single_best", "by": by});
         let (best, _) = compose(&job(dir.path(), objective));
         let scores = best.result.method.scores.clone().unwrap();
         let highest = scores.iter().copied().fold(f64::MIN, f64::max);
@@ -120,7 +120,7 @@ fn the_ablations_are_the_ends_of_the_path() {
 fn methods_that_tune_on_the_target_say_how_long_it_took_and_weigh_by_cosines() {
     let dir = tempfile::tempdir().unwrap();
     for method in ["spot", "panda", "attempt"] {
-        let objective = json!({"method": method, "target_tuning": {"epochs": 2}});
+        let objective = json!({"method": method, "target_epochs": 2});
         let (composition, phases) = compose(&job(dir.path(), objective));
         let report = &composition.result.method;
         let scores = report.scores.clone().unwrap();
@@ -140,8 +140,9 @@ fn methods_that_tune_on_the_target_say_how_long_it_took_and_weigh_by_cosines() {
             assert_close(*weight, expected, 1e-12);
         }
     }
-    let spot = json!({"top_k": 2, "choice": "best_of", "similarity": "token_mean"});
-    let (best_of, _) = compose(&job(dir.path(), json!({"method": "spot", "spot": spot})));
+    let spot =
+        json!({"method": "spot", "top_k": 2, "choice": "best_of", "similarity": "token_mean"});
+    let (best_of, _) = compose(&job(dir.path(), spot));
     let scores = best_of.result.method.scores.clone().unwrap();
     let least = (0..3)
         .min_by(|a, b| scores[*a].total_cmp(&scores[*b]))
@@ -154,8 +155,11 @@ fn methods_that_tune_on_the_target_say_how_long_it_took_and_weigh_by_cosines() {
 fn a_uniform_mix_goes_from_the_methods_weights_to_equal_ones() {
     let dir = tempfile::tempdir().unwrap();
     let of = |share: serde_json::Value| {
-        let h_score = json!({"shrinkage": 0.5});
-        let objective = json!({"method": "h_only", "h_score": h_score, "uniform_mix": share});
+        let objective = json!({
+            "method": "h_only",
+            "h_score": {"shrinkage": 0.5},
+            "experimental": {"uniform_mix": share},
+        });
         compose(&job(dir.path(), objective)).0
     };
     let [own, part, equal] = [0.0, 0.25, 1.0].map(|share| of(json!(share)));
@@ -182,7 +186,7 @@ fn a_uniform_mix_goes_from_the_methods_weights_to_equal_ones() {
     let of_least = (method.uniform_mix_candidates.iter()).rfind(|p| p.validation_loss == least);
     assert_eq!(
         method.uniform_mix_candidates.len(),
-        UniformMixRule::CANDIDATES.len()
+        UniformMix::CANDIDATES.len()
     );
     assert_eq!(Some(method.uniform_mix), of_least.map(|p| p.uniform_mix));
     assert_eq!(composed(&auto), composed(&of(json!(method.uniform_mix))));
@@ -193,8 +197,7 @@ fn a_uniform_mix_goes_from_the_methods_weights_to_equal_ones() {
 fn a_fallback_is_the_single_best_where_the_composed_prompt_is_worse() {
     let dir = tempfile::tempdir().unwrap();
     let of = |objective: serde_json::Value| compose(&job(dir.path(), objective)).0;
-    let by = json!({"by": "validation"});
-    let single = of(json!({"method": "single_best", "single_best": by}));
+    let single = of(json!({"method": "single_best", "by": "validation"}));
     let loss = |composition: &Composition| {
         let composed = composition
             .result
@@ -210,7 +213,7 @@ fn a_fallback_is_the_single_best_where_the_composed_prompt_is_worse() {
         json!({"method": "h_only", "h_score": {"shrinkage": 0.5}}),
         json!({}),
         // All weight on the worst.
-        json!({"method": "spot", "spot": {"top_k": 1}, "target_tuning": {"epochs": 1}}),
+        json!({"method": "spot", "top_k": 1, "target_epochs": 1}),
     ] {
         objective["fallback"] = json!("none");
         let own = of(objective.clone());
@@ -242,7 +245,9 @@ fn a_fallback_is_the_single_best_where_the_composed_prompt_is_worse() {
     assert_eq!(by_default.result.method.fallback.unwrap().taken, taken[2]);
 
     // A source alone is no worse than itself.
-    let alone = of(json!({"method": "single_best", "single_best": by, "fallback": "single_best"}));
+    let mut alone = job(dir.path(), json!({"fallback": "single_best"}));
+    alone.sources.truncate(1);
+    let (alone, _) = compose(&alone);
     assert!(!alone.result.method.fallback.unwrap().taken);
 }
 
@@ -250,7 +255,8 @@ fn a_fallback_is_the_single_best_where_the_composed_prompt_is_worse() {
 fn a_scale_goes_from_the_initial_prompt_to_the_sum() {
     let dir = tempfile::tempdir().unwrap();
     let of = |scale: serde_json::Value| {
-        let objective = json!({"method": "average", "scale": scale, "anchor_seed": 7});
+        let objective =
+            json!({"method": "average", "experimental": {"scale": scale, "anchor_seed": 7}});
         compose(&job(dir.path(), objective)).0
     };
     let [at_0, half, at_1] = [0.0, 0.5, 1.0].map(|scale| of(json!(scale)));
@@ -269,7 +275,7 @@ fn a_scale_goes_from_the_initial_prompt_to_the_sum() {
     assert_eq!(weights(&half), weights(&at_1));
 
     let auto = of(json!("auto")).result.method;
-    assert_eq!(auto.scale_candidates.len(), ScaleRule::CANDIDATES.len());
+    assert_eq!(auto.scale_candidates.len(), Scale::CANDIDATES.len());
     let best = auto
         .scale_candidates
         .iter()
@@ -283,14 +289,17 @@ fn a_scale_goes_from_the_initial_prompt_to_the_sum() {
     assert_eq!(auto.scale, last.scale);
 
     // Without an anchor: the tiny prompts say no init seed.
-    let objective = json!({"scale": 0.5});
+    let objective = json!({"experimental": {"scale": 0.5}});
     let mut input = job(dir.path(), objective);
     for source in &mut input.sources {
         source.file.metadata.as_mut().unwrap().init_seed = None;
     }
     let error = Engine::new(Device::Cpu).compose(&input, &mut Recorder::default());
     let detail = refused(error.unwrap_err());
-    assert!(detail.contains("name one by `anchor_seed`"), "{detail}");
+    assert!(
+        detail.contains("name one by `experimental.anchor_seed`"),
+        "{detail}"
+    );
 }
 
 #[test]
@@ -318,8 +327,8 @@ fn statistics_serve_every_method_that_they_suffice_for() {
     let (whole, _) = compose(&input);
     for objective in [
         json!({"method": "average"}),
-        json!({"method": "single_best", "single_best": {"by": "validation"}}),
-        json!({"method": "single_best", "uniform_mix": 0.5}),
+        json!({"method": "single_best", "by": "validation"}),
+        json!({"method": "single_best", "experimental": {"uniform_mix": 0.5}}),
     ] {
         let (direct, _) = compose(&job(dir.path(), objective.clone()));
         let again = resolve(&whole, &input, objective).unwrap();
@@ -343,11 +352,11 @@ fn statistics_serve_every_method_that_they_suffice_for() {
         (json!({}), "needs gradients"),
         (json!({"method": "spot"}), "tunes a prompt"),
         (
-            json!({"method": "average", "scale": "auto"}),
+            json!({"method": "average", "experimental": {"scale": "auto"}}),
             "needs the backbone",
         ),
         (
-            json!({"method": "average", "uniform_mix": "auto"}),
+            json!({"method": "average", "experimental": {"uniform_mix": "auto"}}),
             "choose a number",
         ),
         (
@@ -363,17 +372,14 @@ fn statistics_serve_every_method_that_they_suffice_for() {
 #[test]
 fn a_ranking_has_the_numbers_that_compositions_have() {
     let dir = tempfile::tempdir().unwrap();
-    let input = job(
-        dir.path(),
-        json!({"method": "panda", "target_tuning": {"epochs": 2}}),
-    );
+    let input = job(dir.path(), json!({"method": "panda", "target_epochs": 2}));
     let ranking = Engine::new(Device::Cpu)
         .rank(&input, &mut Recorder::default())
         .unwrap();
     assert_eq!(ranking.num_samples, 60);
     assert!(ranking.target_tuning_seconds > 0.0);
     let (panda, _) = compose(&input);
-    let spot = json!({"method": "spot", "target_tuning": {"epochs": 2}});
+    let spot = json!({"method": "spot", "target_epochs": 2});
     let (spot, _) = compose(&job(dir.path(), spot));
     for (i, source) in ranking.sources.iter().enumerate() {
         let own = &panda.result.diagnostics.per_source[i];

@@ -6,17 +6,18 @@ use serde::Deserialize;
 use utoipa::ToSchema;
 use uuid::Uuid;
 
+use super::Output;
 use super::answer::Ensemble;
 use super::outcome::with_statistics;
-use super::{Output, Source};
 use crate::domain::job::DEFAULT_PRIORITY;
 use crate::domain::objective::Objective;
 use crate::domain::reference::ResourceName;
 use crate::http::AppState;
 use crate::http::access::Caller;
 use crate::http::error::Problem;
-use crate::http::extract::{Json, Path};
+use crate::http::extract::{Draft, Path};
 use crate::http::jobs::{JobRequest, accept, check_priority, default_priority};
+use crate::http::named::Source;
 use crate::jobs::plan_solve::{SolveRequest, pin_aliases, plan};
 use crate::jobs::requests::Reuse;
 use crate::registry::references;
@@ -78,7 +79,7 @@ impl Default for SolveEnsemble {
             `ensemble_cancelled`"),
         (status = 410, description = "`statistics_deleted`: their time is over"),
         (status = 422, description = "`no_sources`, `unknown_source`, `ambiguous_source`, \
-            `same_source`, `invalid_objective`, `invalid_priority`"),
+            `same_source`, `invalid_objective`, `invalid_priority`; `invalid_request` where there are several"),
         (status = 429, description = "`queue_full`", headers(("retry-after" = u32))),
     )
 )]
@@ -86,10 +87,11 @@ pub(super) async fn solve_ensemble(
     State(state): State<AppState>,
     caller: Caller,
     Path(id): Path<Uuid>,
-    body: Option<Json<Option<SolveEnsemble>>>,
+    body: Option<Draft<Option<SolveEnsemble>>>,
 ) -> Result<Response, Problem> {
-    let body = body.and_then(|Json(body)| body).unwrap_or_default();
-    check_priority(body.priority)?;
+    let Draft { body, mut mistakes } = body.unwrap_or_default();
+    let body = body.unwrap_or_default();
+    mistakes.note(check_priority(body.priority))?;
     let named = |sources: Vec<Source>| sources.into_iter().map(|source| source.prompt).collect();
     let mut request = SolveRequest {
         sources: body.sources.map(named),
@@ -104,7 +106,7 @@ pub(super) async fn solve_ensemble(
     if let Some(sources) = &mut request.sources {
         pin_aliases(&mut tx, caller.project_id, sources).await?;
     }
-    let spec = plan(job_id, &solved, &request)?;
+    let spec = mistakes.finish(plan(job_id, &solved, &request))?;
     let output = request.output.as_ref().map(ResourceName::as_str);
     let order = JobRequest {
         id: job_id,

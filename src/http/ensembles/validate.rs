@@ -13,7 +13,8 @@ use crate::domain::specification::Specification as _;
 use crate::http::AppState;
 use crate::http::access::Caller;
 use crate::http::error::Problem;
-use crate::http::extract::Json;
+use crate::http::extract::Draft;
+use crate::http::jobs::check_priority;
 use crate::jobs::cost::{Cost, estimate};
 use crate::jobs::plan::plan;
 use crate::jobs::requests::{NewJob, same};
@@ -45,13 +46,14 @@ pub(super) struct EnsemblePlan {
 pub(super) async fn validate_ensemble(
     State(state): State<AppState>,
     caller: Caller,
-    Json(body): Json<CreateEnsemble>,
+    Draft { body, mut mistakes }: Draft<CreateEnsemble>,
 ) -> Result<JsonResponse<EnsemblePlan>, Problem> {
     let priority = body.priority;
-    let request = body.request()?;
+    mistakes.note(check_priority(priority))?;
+    let request = body.request();
     let id = state.clock.new_id();
     let mut conn = state.pool.acquire().await?;
-    let spec = plan(&mut conn, caller.project_id, id, &request).await?;
+    let spec = mistakes.finish(plan(&mut conn, caller.project_id, id, &request).await)?;
     let new = NewJob {
         id,
         project_id: caller.project_id,

@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use super::AppState;
 use super::access::Caller;
-use super::error::Problem;
+use super::error::{FieldError, Problem};
 use super::page::{Page, PageQuery};
 use crate::domain::job::{DEFAULT_PRIORITY, JobState};
 use crate::domain::specification::Specification;
@@ -47,9 +47,11 @@ impl From<PlanError> for Problem {
     fn from(error: PlanError) -> Self {
         match error {
             PlanError::Registry(error) => error.into(),
-            PlanError::Refused(refusal) => {
-                Problem::field(refusal.code, refusal.pointer, refusal.detail)
-            }
+            PlanError::Refused(refusals) => Problem::of_mistakes(
+                (refusals.into_iter())
+                    .map(|it| FieldError::new(it.code, it.pointer, it.detail))
+                    .collect(),
+            ),
         }
     }
 }

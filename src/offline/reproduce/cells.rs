@@ -53,14 +53,12 @@ pub const METHODS: [Method; 17] = [
     Method {
         key: "single_best_logme",
         label: "single best, by LogME",
-        objective: || published(json!({"method": "single_best", "single_best": {"by": "logme"}})),
+        objective: || published(json!({"method": "single_best", "by": "logme"})),
     },
     Method {
         key: "single_best_validation",
         label: "single best, by validation",
-        objective: || {
-            published(json!({"method": "single_best", "single_best": {"by": "validation"}}))
-        },
+        objective: || published(json!({"method": "single_best", "by": "validation"})),
     },
     Method {
         key: "spot",
@@ -70,14 +68,12 @@ pub const METHODS: [Method; 17] = [
     Method {
         key: "spot_token_mean",
         label: "SPoT, mean tokens",
-        objective: || published(json!({"method": "spot", "spot": {"similarity": "token_mean"}})),
+        objective: || published(json!({"method": "spot", "similarity": "token_mean"})),
     },
     Method {
         key: "spot_best_of_3",
         label: "SPoT, best of 3",
-        objective: || {
-            published(json!({"method": "spot", "spot": {"top_k": 3, "choice": "best_of"}}))
-        },
+        objective: || published(json!({"method": "spot", "top_k": 3, "choice": "best_of"})),
     },
     Method {
         key: "panda",
@@ -112,12 +108,12 @@ pub const METHODS: [Method; 17] = [
     Method {
         key: "average_auto",
         label: "average, scale auto",
-        objective: || published(json!({"method": "average", "scale": "auto"})),
+        objective: || published(json!({"method": "average", "experimental": {"scale": "auto"}})),
     },
     Method {
         key: "hgprompt_auto",
         label: "HGPrompt, scale auto",
-        objective: || published(json!({"scale": "auto"})),
+        objective: || published(json!({"experimental": {"scale": "auto"}})),
     },
 ];
 
@@ -125,7 +121,7 @@ pub const METHODS: [Method; 17] = [
 pub const DENSE: Method = Method {
     key: "hgprompt_dense",
     label: "HGPrompt, entropy 0.1",
-    objective: || published(json!({"entropy": 0.1})),
+    objective: || published(json!({"experimental": {"entropy": 0.1}})),
 };
 const ALONE_METHOD: Method = Method {
     key: ALONE,
@@ -169,22 +165,22 @@ pub const VARIANTS: [Method; 24] = [
     Method {
         key: "cross_validated_auto",
         label: "cross-validated H only; share of equal weights and scale auto",
-        objective: || json!({"method": "h_only", "uniform_mix": "auto", "scale": "auto"}),
+        objective: || json!({"method": "h_only", "experimental": {"uniform_mix": "auto", "scale": "auto"}}),
     },
     Method {
         key: "cross_validated_both_auto",
         label: "cross-validated H; share of equal weights and scale auto",
-        objective: || json!({"fallback": "none", "uniform_mix": "auto", "scale": "auto"}),
+        objective: || json!({"fallback": "none", "experimental": {"uniform_mix": "auto", "scale": "auto"}}),
     },
     Method {
         key: "cross_validated_validated",
         label: "cross-validated H; trade-off and scale by validation",
-        objective: || json!({"fallback": "none", "trade_off": "validation", "scale": "auto"}),
+        objective: || json!({"fallback": "none", "trade_off": "validation", "experimental": {"scale": "auto"}}),
     },
     Method {
         key: "hgprompt_cv_auto",
         label: "promptweave's default, scale auto",
-        objective: || json!({"scale": "auto"}),
+        objective: || json!({"experimental": {"scale": "auto"}}),
     },
     Method {
         key: "trace_ratio",
@@ -201,7 +197,9 @@ pub const VARIANTS: [Method; 24] = [
     Method {
         key: "validated",
         label: "trade-off and scale by validation",
-        objective: || published(json!({"trade_off": "validation", "scale": "auto"})),
+        objective: || {
+            published(json!({"trade_off": "validation", "experimental": {"scale": "auto"}}))
+        },
     },
     Method {
         key: "trace_ratio_validated",
@@ -210,7 +208,7 @@ pub const VARIANTS: [Method; 24] = [
             published(json!({
                 "h_score": {"mode": "trace_ratio", "standardise": "per_source"},
                 "trade_off": "validation",
-                "scale": "auto",
+                "experimental": {"scale": "auto"},
             }))
         },
     },
@@ -218,17 +216,17 @@ pub const VARIANTS: [Method; 24] = [
     Method {
         key: "entropy_1",
         label: "entropy 1",
-        objective: || published(json!({"entropy": 1.0})),
+        objective: || published(json!({"experimental": {"entropy": 1.0}})),
     },
     Method {
         key: "scale_0.5",
         label: "scale 0.5",
-        objective: || published(json!({"scale": 0.5})),
+        objective: || published(json!({"experimental": {"scale": 0.5}})),
     },
     Method {
         key: "average_scale_0.5",
         label: "average, scale 0.5",
-        objective: || published(json!({"method": "average", "scale": 0.5})),
+        objective: || published(json!({"method": "average", "experimental": {"scale": 0.5}})),
     },
     Method {
         key: "single_best_auto",
@@ -236,26 +234,28 @@ pub const VARIANTS: [Method; 24] = [
         objective: || {
             published(json!({
                 "method": "single_best",
-                "single_best": {"by": "validation"},
-                "scale": "auto",
+                "by": "validation",
+                "experimental": {"scale": "auto"},
             }))
         },
     },
     Method {
         key: "uniform_mix_auto",
         label: "share of equal weights auto",
-        objective: || published(json!({"uniform_mix": "auto"})),
+        objective: || published(json!({"experimental": {"uniform_mix": "auto"}})),
     },
     Method {
         key: "both_auto",
         label: "share of equal weights and scale auto",
-        objective: || published(json!({"uniform_mix": "auto", "scale": "auto"})),
+        objective: || published(json!({"experimental": {"uniform_mix": "auto", "scale": "auto"}})),
     },
     Method {
         key: "h_only_both_auto",
         label: "H only; share of equal weights and scale auto",
         objective: || {
-            published(json!({"method": "h_only", "uniform_mix": "auto", "scale": "auto"}))
+            published(
+                json!({"method": "h_only", "experimental": {"uniform_mix": "auto", "scale": "auto"}}),
+            )
         },
     },
     Method {
@@ -266,9 +266,7 @@ pub const VARIANTS: [Method; 24] = [
     Method {
         key: "best_initial_too",
         label: "single best by validation, the initial prompt among them",
-        objective: || {
-            published(json!({"method": "single_best", "single_best": {"by": "validation"}}))
-        },
+        objective: || published(json!({"method": "single_best", "by": "validation"})),
     },
 ];
 
@@ -423,7 +421,7 @@ mod tests {
     fn every_method_is_a_request_that_is_accepted() {
         for method in all() {
             let objective: Objective = serde_json::from_value((method.objective)()).unwrap();
-            assert!(objective.weighing().is_ok(), "{}", method.key);
+            assert!(objective.check().is_ok(), "{}", method.key);
             assert_eq!(super::method(method.key).label, method.label);
         }
     }

@@ -20,7 +20,6 @@ use crate::domain::composition::{
 };
 use crate::domain::dataset::{LabelledImages, Split, stratified_subset};
 use crate::domain::digest::Digest;
-use crate::domain::method::TargetTuning;
 use crate::domain::objective::Objective;
 use crate::domain::prompt_file::{FORMAT, Origin, PromptFile, PromptMetadata};
 use crate::domain::tensor::Tensor;
@@ -240,10 +239,8 @@ impl<'a> Runner<'a> {
 
     fn objective(&self, cell: &Cell) -> anyhow::Result<Objective> {
         let mut objective: Objective = serde_json::from_value((method(cell.method).objective)())?;
-        if objective.method.tunes() {
-            objective.target_tuning = TargetTuning {
-                epochs: self.settings.target_epochs,
-            };
+        if let Some(epochs) = objective.options.target_epochs_mut() {
+            *epochs = self.settings.target_epochs;
         }
         Ok(objective)
     }

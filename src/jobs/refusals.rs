@@ -1,0 +1,98 @@
+//! Why a request cannot become a job: all reasons together, each with its place in the request.
+
+use crate::domain::objective::InvalidObjective;
+use crate::registry::RegistryError;
+
+#[derive(Debug, thiserror::Error)]
+pub enum PlanError {
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    /// One at least.
+    #[error("{}", .0.iter().map(|refusal| refusal.detail.as_str()).collect::<Vec<_>>().join("; "))]
+    Refused(Vec<Refusal>),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    /// Stable, snake_case.
+    pub code: &'static str,
+    /// JSON pointer into the request.
+    pub pointer: String,
+    pub detail: String,
+}
+
+/// One mistake, of what is checked on its own.
+pub(super) fn refuse<T>(
+    code: &'static str,
+    pointer: impl Into<String>,
+    detail: impl Into<String>,
+) -> Result<T, Refusal> {
+    let (pointer, detail) = (pointer.into(), detail.into());
+    Err(Refusal {
+        code,
+        pointer,
+        detail,
+    })
+}
+
+/// The mistakes of one request so far; what does not depend on them is looked at all the same.
+#[derive(Debug, Default)]
+pub struct Refusals(Vec<Refusal>);
+
+impl Refusals {
+    /// What was checked, or `None` with its mistake noted.
+    pub fn note<T>(&mut self, checked: Result<T, Refusal>) -> Option<T> {
+        match checked {
+            Ok(value) => Some(value),
+            Err(refusal) => {
+                self.add(refusal);
+                None
+            }
+        }
+    }
+
+    /// Of one place the first mistake is told: others there may come of it.
+    pub fn add(&mut self, refusal: Refusal) {
+        if self.0.iter().all(|told| told.pointer != refusal.pointer) {
+            self.0.push(refusal);
+        }
+    }
+
+    /// Notes what is wrong with the field `objective` of the request.
+    pub fn of_objective(&mut self, mistakes: impl IntoIterator<Item = InvalidObjective>) {
+        for invalid in mistakes {
+            self.add(Refusal {
+                code: "invalid_objective",
+                pointer: format!("/objective/{}", invalid.field.replace('.', "/")),
+                detail: invalid.to_string(),
+            });
+        }
+    }
+
+    /// What was made of the request, if there is no mistake in it. What could not be made has one.
+    pub fn finish<T>(self, made: Option<T>) -> Result<T, PlanError> {
+        match made {
+            Some(made) if self.0.is_empty() => Ok(made),
+            _ => Err(PlanError::Refused(self.0)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mistakes_are_told_together_and_one_of_each_place() {
+        let mut refusals = Refusals::default();
+        assert_eq!(refusals.note(Ok(3)), Some(3));
+        for (pointer, detail) in [("/a", "one"), ("/b", "two"), ("/a", "of one")] {
+            assert_eq!(refusals.note::<()>(refuse("wrong", pointer, detail)), None);
+        }
+        let Err(error) = refusals.finish(Some(())) else {
+            panic!("it has mistakes");
+        };
+        assert_eq!(error.to_string(), "one; two");
+        assert!(Refusals::default().finish(Some(())).is_ok());
+    }
+}
