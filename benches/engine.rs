@@ -10,13 +10,13 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use criterion::{Criterion, criterion_group, criterion_main};
-use promptweave::domain::objective::{
+use promptweave_domain::objective::{
     AlignmentVariant, GradientNormalization, HScoreMode, HScoreOptions,
 };
-use promptweave::engine::alignment::GradientAlignment;
-use promptweave::engine::gradients::{GradientStatistics, sample_folds};
-use promptweave::engine::h_score::HScore;
-use promptweave::engine::solver::{Solution, Solver, Terms};
+use promptweave_engine::score::alignment::GradientAlignment;
+use promptweave_engine::score::gradients::{GradientStatistics, sample_folds};
+use promptweave_engine::score::h_score::HScore;
+use promptweave_engine::solve::solver::{Solution, Solver, Terms};
 use tch::{Device, Kind, Tensor};
 
 /// (M, d, N)

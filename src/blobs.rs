@@ -16,7 +16,7 @@ use object_store::path::Path as Key;
 use object_store::{ObjectStore, ObjectStoreExt, PutPayload, WriteMultipart};
 use time::OffsetDateTime;
 
-use crate::domain::digest::{Digest, DigestBuilder, digest_of_file};
+use promptweave_domain::digest::{Digest, DigestBuilder, digest_of_file};
 
 /// Files pass through memory in pieces of this size.
 const CHUNK: usize = 8 << 20;

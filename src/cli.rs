@@ -10,8 +10,8 @@ use crate::config::{
     DatabaseOptions, HttpOptions, LogOptions, PoolOptions, PrivatePostgresOptions,
     RetentionOptions, ShutdownOptions, StorageOptions, WorkerOptions,
 };
-use crate::domain::api_key::{KeyName, Scope};
-use crate::domain::reference::ResourceName;
+use promptweave_domain::api_key::{KeyName, Scope};
+use promptweave_domain::reference::ResourceName;
 
 /// A registry for visual prompts, with workers that learn which of them help a new task.
 #[derive(Debug, Parser)]
@@ -58,9 +58,6 @@ pub enum Command {
     /// Accuracy of a prompt on a labelled image set with its closed-form head.
     #[cfg(feature = "torch")]
     Evaluate(crate::offline::evaluate::Args),
-    /// Compare all methods on a suite of tasks, leave-one-out, as the paper's tables do.
-    #[cfg(feature = "torch")]
-    Reproduce(crate::offline::reproduce::Args),
     /// Say what the engine finds here (libtorch, CUDA, driver, devices, memory, matrix rates), and what to do
     /// where something is missing.
     #[cfg(feature = "torch")]
@@ -206,19 +203,8 @@ mod tests {
         command.clone().debug_assert();
         // What works on local files is typed by people; what serves is configured.
         let typed = [
-            "tune",
-            "compose",
-            "solve",
-            "evaluate",
-            "rank",
-            "reproduce",
-            "doctor",
-            "plot",
-            "push",
-            "pull",
-            "ls",
-            "verify",
-            "ensemble",
+            "tune", "compose", "solve", "evaluate", "rank", "doctor", "plot", "push", "pull", "ls",
+            "verify", "ensemble",
         ];
         let serving = |c: &&clap::Command| !typed.contains(&c.get_name());
         for sub in command.get_subcommands().filter(serving) {

@@ -16,13 +16,9 @@ use sqlx::PgPool;
 use sqlx::postgres::PgConnectOptions;
 use url::Url;
 
-#[cfg(feature = "torch")]
-use crate::blob_cache::BlobCache;
 use crate::blobs::BlobStore;
-use crate::db::{self, PoolSettings};
-use crate::domain::precision::Precision;
-#[cfg(feature = "torch")]
-use crate::engine::cache::ResultCache;
+use crate::db;
+use crate::db::PoolSettings;
 use crate::gc::Retention;
 use crate::http::rate_limit::RateLimit;
 use crate::remote::client::Client;
@@ -30,6 +26,11 @@ use crate::remote::network::{Network, Opening};
 use crate::remote::s3::S3Url;
 use crate::remote::sources::Sources;
 use crate::remote::uri::{AllowedUris, SourceUri};
+use promptweave_domain::precision::Precision;
+#[cfg(feature = "torch")]
+use promptweave_engine::cache::ResultCache;
+#[cfg(feature = "torch")]
+use promptweave_engine::cache::disk::BlobCache;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {

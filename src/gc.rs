@@ -16,7 +16,7 @@ use crate::cli::GcArgs;
 use crate::config::RetentionOptions;
 use crate::jobs::retention;
 use crate::registry::{RegistryError, references};
-use crate::telemetry::chain;
+use promptweave_domain::error_chain::chain;
 
 /// Digests looked up at once.
 const BATCH: usize = 500;

@@ -12,11 +12,13 @@ use uuid::Uuid;
 
 use crate::cli::{KeysArgs, KeysCommand};
 use crate::clock::{Clock, SystemClock};
-use crate::domain::api_key::{ApiKey, KeyName, Scope, Scopes};
-use crate::domain::reference::ResourceName;
 use crate::registry::DEFAULT_PROJECT;
-use crate::registry::api_keys::{self, StoredKey};
-use crate::registry::projects::{self, Project};
+use crate::registry::api_keys;
+use crate::registry::api_keys::StoredKey;
+use crate::registry::projects;
+use crate::registry::projects::Project;
+use promptweave_domain::api_key::{ApiKey, KeyName, Scope, Scopes};
+use promptweave_domain::reference::ResourceName;
 
 /// More than this are no list for people.
 const MAX_LISTED: i64 = 1000;

@@ -6,16 +6,12 @@
 //!                                    (the offline commands enter at engine/ directly: no HTTP, no Postgres)
 //! ```
 
-pub mod blob_cache;
 pub mod blobs;
 pub mod cli;
 pub mod client;
 pub mod clock;
 pub mod config;
 pub mod db;
-pub mod domain;
-#[cfg(feature = "torch")]
-pub mod engine;
 pub mod failpoints;
 pub mod gc;
 pub mod healthcheck;

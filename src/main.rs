@@ -1,3 +1,4 @@
+use promptweave_domain::error_chain::chain;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -17,7 +18,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // On a terminal the answer to a command, not a log record.
-            eprintln!("error: {}", telemetry::chain(error.as_ref()));
+            eprintln!("error: {}", chain(error.as_ref()));
             match is_client {
                 true => client::exit_status(&error).into(),
                 false => match error.downcast_ref::<WorkerError>() {
@@ -57,8 +58,6 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Command::Rank(args) => offline::rank::run(&args),
         #[cfg(feature = "torch")]
         Command::Evaluate(args) => offline::evaluate::run(&args),
-        #[cfg(feature = "torch")]
-        Command::Reproduce(args) => offline::reproduce::run(&args),
         #[cfg(feature = "torch")]
         Command::Doctor(args) => offline::doctor::run(&args),
         Command::Healthcheck(args) => healthcheck::check(args.address, &args.path),

@@ -11,12 +11,12 @@ use plotters::coord::Shift;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
-use crate::domain::composition::{CompositionResult, PathPoint};
+use promptweave_domain::composition::{CompositionResult, PathPoint};
 
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
 /// Okabe and Ito's colours, which the colour-blind tell apart; sources beyond eight share them.
-pub(crate) const PALETTE: [RGBColor; 8] = [
+pub const PALETTE: [RGBColor; 8] = [
     RGBColor(0, 114, 178),
     RGBColor(230, 159, 0),
     RGBColor(0, 158, 115),
@@ -26,9 +26,9 @@ pub(crate) const PALETTE: [RGBColor; 8] = [
     RGBColor(90, 90, 90),
     RGBColor(240, 228, 66),
 ];
-pub(crate) const INK: RGBColor = RGBColor(40, 40, 40);
-pub(crate) const GRID: RGBColor = RGBColor(225, 225, 225);
-pub(crate) const GREY: RGBColor = RGBColor(120, 120, 120);
+pub const INK: RGBColor = RGBColor(40, 40, 40);
+pub const GRID: RGBColor = RGBColor(225, 225, 225);
+pub const GREY: RGBColor = RGBColor(120, 120, 120);
 
 /// Reads `result`, writes its pictures into `out` and returns their paths: without a path of trade-offs there is none of
 /// that.
@@ -211,22 +211,22 @@ fn draw_legend(area: &Area<'_>, result: &CompositionResult) -> Result<()> {
     Ok(())
 }
 
-pub(crate) fn color(row: usize) -> RGBColor {
+pub fn color(row: usize) -> RGBColor {
     PALETTE[row % PALETTE.len()]
 }
 
-pub(crate) fn style<'a>(size: i32, color: &'a RGBColor, side: HPos) -> TextStyle<'a> {
+pub fn style<'a>(size: i32, color: &'a RGBColor, side: HPos) -> TextStyle<'a> {
     TextStyle::from(("sans-serif", size).into_font())
         .color(color)
         .pos(Pos::new(side, VPos::Center))
 }
 
-pub(crate) fn style_caption() -> TextStyle<'static> {
+pub fn style_caption() -> TextStyle<'static> {
     TextStyle::from(("sans-serif", 17).into_font()).color(&INK)
 }
 
 /// The values' range with a margin on both sides, also where all are equal, or there is none.
-pub(crate) fn padded(values: impl Iterator<Item = f64>) -> Range<f64> {
+pub fn padded(values: impl Iterator<Item = f64>) -> Range<f64> {
     let (low, high) = values.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), v| {
         (low.min(v), high.max(v))
     });
@@ -242,7 +242,7 @@ pub(crate) fn padded(values: impl Iterator<Item = f64>) -> Range<f64> {
 }
 
 /// A position on an axis, with the decimals that tell it from its neighbours.
-pub(crate) fn tick(value: f64, axis: &Range<f64>) -> String {
+pub fn tick(value: f64, axis: &Range<f64>) -> String {
     let step = (axis.end - axis.start) / 10.0;
     let decimals = (-step.log10().floor()).max(0.0) as usize;
     if decimals > 4 && axis.end.abs() < 1e-2 {

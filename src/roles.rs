@@ -24,8 +24,9 @@ use crate::registry::roots::AllowedRoots;
 use crate::remote::client::Client;
 use crate::shutdown::Shutdown;
 use crate::webhooks::deliverer;
+use crate::worker;
 use crate::worker::composer_thread::NewComposer;
-use crate::worker::{self, SEEN_EVERY, WorkerSettings};
+use crate::worker::{SEEN_EVERY, WorkerSettings};
 
 /// `promptweave serve`.
 pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {

@@ -13,10 +13,11 @@ use sqlx::PgPool;
 use tokio::process::{Child, Command};
 use uuid::Uuid;
 
-use crate::jobs::workers::{self, End, NewWorker};
+use crate::jobs::workers;
+use crate::jobs::workers::{End, NewWorker};
 use crate::shutdown::Shutdown;
-use crate::telemetry::chain;
 use crate::worker::hostname;
+use promptweave_domain::error_chain::chain;
 
 /// The variable that tells a worker its id.
 pub const WORKER_ID: &str = "PROMPTWEAVE_WORKER_ID";

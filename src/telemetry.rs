@@ -1,7 +1,5 @@
 //! Logs for people (`pretty`) or machines (`json`), on stderr; stdout is for a command's answer.
 
-use std::error::Error;
-use std::fmt::Write;
 use std::io::IsTerminal;
 
 use tracing_subscriber::EnvFilter;
@@ -25,17 +23,6 @@ pub fn init(options: &LogOptions) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// An error and what is behind it, on one line: errors here never print their own source.
-pub fn chain(error: &(dyn Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        write!(text, ": {error}").expect("writing to a String");
-        source = error.source();
-    }
-    text
-}
-
 #[cfg(test)]
 mod tests {
     #[test]
@@ -43,7 +30,7 @@ mod tests {
         let error = anyhow::anyhow!("disk full")
             .context("cannot write `x`")
             .context("job 7 failed");
-        let text = super::chain(error.as_ref());
+        let text = promptweave_domain::error_chain::chain(error.as_ref());
         assert_eq!(text, "job 7 failed: cannot write `x`: disk full");
     }
 }

@@ -4,7 +4,8 @@ use std::path::PathBuf;
 use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
-use promptweave::domain::backbone::{Backbone, BackboneConfig};
+use promptweave_domain::backbone::BackboneConfig;
+use promptweave_formats::backbone::Backbone;
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 

@@ -5,11 +5,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use image::RgbImage;
-use promptweave::domain::backbone::{
-    Backbone, BackboneConfig, CONFIG_FILE, Filter, MODEL_FILE, Preprocessing, expected_tensors,
-};
-use promptweave::domain::prompt_file::PromptFile;
-use promptweave::domain::tensor::Tensor as PlainTensor;
+use promptweave_domain::backbone::{BackboneConfig, Filter, Preprocessing};
+use promptweave_domain::prompt_file::PromptFile;
+use promptweave_domain::tensor::Tensor as PlainTensor;
+use promptweave_formats::backbone::{Backbone, CONFIG_FILE, MODEL_FILE, expected_tensors};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 

@@ -2,8 +2,9 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use promptweave::domain::peft::{self, AdapterConfig, archive};
-use promptweave::domain::prompt_file::PromptFile;
+use promptweave_formats::peft;
+use promptweave_formats::peft::{AdapterConfig, archive};
+use promptweave_domain::prompt_file::PromptFile;
 
 fuzz_target!(|bytes: &[u8]| {
     let Ok(found) = archive::find(bytes) else {

@@ -6,9 +6,10 @@ use std::fs::File;
 use std::io::Write;
 
 use libfuzzer_sys::fuzz_target;
-use promptweave::domain::archive::Archive;
-use promptweave::domain::dataset::{Listing, stays_inside};
-use promptweave::domain::files::Files;
+use promptweave_formats::archive::Archive;
+use promptweave_formats::dataset::Listing;
+use promptweave_formats::files::stays_inside;
+use promptweave_formats::files::Files;
 
 /// Small, so that inputs of the fuzzer's size come near it.
 const MAX_UNPACKED: u64 = 1 << 20;

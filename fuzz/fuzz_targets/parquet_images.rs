@@ -4,8 +4,8 @@
 use std::io::Write as _;
 
 use libfuzzer_sys::fuzz_target;
-use promptweave::domain::dataset::Split;
-use promptweave::domain::parquet::{ParquetImages, Shard};
+use promptweave_domain::split::Split;
+use promptweave_formats::parquet::{ParquetImages, Shard};
 
 fuzz_target!(|bytes: &[u8]| {
     // The reader's own panics are caught and refused (libFuzzer's hook would end at them).

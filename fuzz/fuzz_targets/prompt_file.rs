@@ -2,8 +2,8 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use promptweave::domain::peft;
-use promptweave::domain::prompt_file::{MAX_EMBED_DIM, MAX_TOKENS, PromptFile};
+use promptweave_formats::peft;
+use promptweave_domain::prompt_file::{MAX_EMBED_DIM, MAX_TOKENS, PromptFile};
 
 fuzz_target!(|bytes: &[u8]| {
     let Ok(file) = PromptFile::parse(bytes) else {

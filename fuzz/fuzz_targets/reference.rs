@@ -2,7 +2,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use promptweave::domain::reference::{Reference, ResourceName, VersionSelector};
+use promptweave_domain::reference::{Reference, ResourceName, VersionSelector};
 
 fuzz_target!(|text: &str| {
     if let Ok(reference) = text.parse::<Reference>() {

@@ -8,14 +8,15 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use super::progress::Phases;
-use super::server::{Server, ServerError, ServerOptions};
-use super::table::{plain, print, table};
-use crate::domain::dataset::Split;
-use crate::domain::job::JobState;
-use crate::domain::json::{self, Mistake};
-use crate::domain::objective::Objective;
-use crate::domain::reference::{Reference, ResourceName};
+use crate::client::progress::Phases;
+use crate::client::server::{Server, ServerError, ServerOptions};
+use crate::client::table::{plain, print, table};
+use promptweave_domain::job::JobState;
+use promptweave_domain::json;
+use promptweave_domain::json::Mistake;
+use promptweave_domain::objective::Objective;
+use promptweave_domain::reference::{Reference, ResourceName};
+use promptweave_domain::split::Split;
 
 /// For so long a server that is being restarted is asked again.
 const PATIENCE: Duration = Duration::from_secs(60);

@@ -7,9 +7,9 @@ use reqwest::Method;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::server::{Server, ServerOptions};
-use super::table::{print, table};
-use crate::domain::reference::ResourceName;
+use crate::client::server::{Server, ServerOptions};
+use crate::client::table::{print, table};
+use promptweave_domain::reference::ResourceName;
 
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {

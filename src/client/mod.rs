@@ -22,7 +22,7 @@ use std::path::Path;
 use anyhow::Context;
 use clap::Subcommand;
 
-use crate::domain::digest::{Digest, digest_of_file};
+use promptweave_domain::digest::{Digest, digest_of_file};
 use server::ServerError;
 
 #[derive(Clone, Debug, Subcommand)]

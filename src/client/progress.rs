@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use serde_json::Value;
 
-use super::ensemble::Progress;
-use super::table::plain;
+use crate::client::ensemble::Progress;
+use crate::client::table::plain;
 
 /// Between two lines of progress where there is no bar.
 const LINE_EVERY: Duration = Duration::from_secs(10);

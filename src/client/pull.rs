@@ -10,10 +10,10 @@ use reqwest::Method;
 use tempfile::NamedTempFile;
 use tokio::io::AsyncWriteExt;
 
-use super::server::{Server, ServerOptions, Version};
-use super::{digest_of, progress};
-use crate::domain::digest::{Digest, DigestBuilder};
-use crate::domain::reference::{Reference, ResourceName};
+use crate::client::server::{Server, ServerOptions, Version};
+use crate::client::{digest_of, progress};
+use promptweave_domain::digest::{Digest, DigestBuilder};
+use promptweave_domain::reference::{Reference, ResourceName};
 
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {

@@ -13,10 +13,11 @@ use serde_json::{Value, json};
 use tokio::io::AsyncReadExt;
 use tokio_util::io::ReaderStream;
 
-use super::server::{self, Server, ServerError, ServerOptions, Version};
-use super::{digest_of, progress};
-use crate::domain::digest::Digest;
-use crate::domain::reference::{
+use crate::client::server;
+use crate::client::server::{Server, ServerError, ServerOptions, Version};
+use crate::client::{digest_of, progress};
+use promptweave_domain::digest::Digest;
+use promptweave_domain::reference::{
     AliasName, InvalidReference, Reference, ResourceName, VersionSelector,
 };
 

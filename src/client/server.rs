@@ -13,8 +13,8 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use crate::domain::digest::Digest;
-use crate::domain::reference::{Reference, ResourceName, VersionSelector};
+use promptweave_domain::digest::Digest;
+use promptweave_domain::reference::{Reference, ResourceName, VersionSelector};
 
 const CONNECT: Duration = Duration::from_secs(10);
 /// Between two pieces of an answer; a server gives up earlier by itself.

@@ -2,10 +2,10 @@
 
 use std::path::PathBuf;
 
-use super::digest_of;
-use super::server::ServerOptions;
-use crate::domain::digest::Digest;
-use crate::domain::reference::Reference;
+use crate::client::digest_of;
+use crate::client::server::ServerOptions;
+use promptweave_domain::digest::Digest;
+use promptweave_domain::reference::Reference;
 
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {

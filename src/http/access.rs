@@ -17,13 +17,14 @@ use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityRequirement
 use utoipa::openapi::{Components, OpenApi, ResponseBuilder};
 use uuid::Uuid;
 
-use super::AppState;
-use super::error::Problem;
-use super::openapi::operations;
-use super::rate_limit::{Client, Limiter};
-use crate::domain::api_key::{ApiKey, MalformedKey, Scope, Scopes};
+use crate::http::AppState;
+use crate::http::error::Problem;
+use crate::http::openapi::operations;
+use crate::http::rate_limit::{Client, Limiter};
 use crate::registry::DEFAULT_PROJECT;
-use crate::registry::api_keys::{self, Grant};
+use crate::registry::api_keys;
+use crate::registry::api_keys::Grant;
+use promptweave_domain::api_key::{ApiKey, MalformedKey, Scope, Scopes};
 
 /// Name of the security scheme in the document.
 const SCHEME: &str = "api_key";

@@ -12,17 +12,18 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use uuid::Uuid;
 
-use super::AppState;
-use super::access::Caller;
-use super::boundary::RequestId;
-use super::conditional::Preconditions;
-use super::error::Problem;
-use super::extract::{Json, Path, Query};
-use super::page::{Page, PageQuery};
-use super::prompts::{existing, locked};
-use crate::domain::reference::{AliasName, ResourceName};
-use crate::registry::aliases::{self, Alias, AliasEvent, ChangedBy, NewAlias};
+use crate::http::AppState;
+use crate::http::access::Caller;
+use crate::http::boundary::RequestId;
+use crate::http::conditional::Preconditions;
+use crate::http::error::Problem;
+use crate::http::extract::{Json, Path, Query};
+use crate::http::page::{Page, PageQuery};
+use crate::http::prompts::{existing, locked};
+use crate::registry::aliases;
+use crate::registry::aliases::{Alias, AliasEvent, ChangedBy, NewAlias};
 use crate::registry::prompts::Prompt;
+use promptweave_domain::reference::{AliasName, ResourceName};
 
 pub fn router() -> OpenApiRouter<AppState> {
     OpenApiRouter::new()

@@ -15,13 +15,14 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use uuid::Uuid;
 
-use super::AppState;
-use super::access::Caller;
-use super::error::Problem;
-use super::extract::{Json, Path, Query};
-use super::page::{Page, PageQuery};
-use crate::domain::api_key::{ApiKey, KeyName, Scope, Scopes};
-use crate::registry::api_keys::{self, StoredKey};
+use crate::http::AppState;
+use crate::http::access::Caller;
+use crate::http::error::Problem;
+use crate::http::extract::{Json, Path, Query};
+use crate::http::page::{Page, PageQuery};
+use crate::registry::api_keys;
+use crate::registry::api_keys::StoredKey;
+use promptweave_domain::api_key::{ApiKey, KeyName, Scope, Scopes};
 
 pub fn router() -> OpenApiRouter<AppState> {
     OpenApiRouter::new()

@@ -1,5 +1,6 @@
 //! `PUT /v1/backbones/{name}`: a backbone's folder in an archive, sent as the body.
 
+use promptweave_domain::error_chain::chain;
 use std::fs::File;
 use std::path::Path as FilePath;
 
@@ -12,21 +13,21 @@ use utoipa::IntoParams;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use super::AppState;
-use super::access::Caller;
-use super::backbones::{MAX_WEIGHTS, open, publish, refuse};
-use super::dataset_uploads::{ArchiveBytes, check_media_type, refuse_archive};
-use super::error::Problem;
-use super::extract::{Path, Query};
-use super::prompt_files::unsupported_format;
-use super::spool::spool;
-use crate::domain::archive::Archive;
-use crate::domain::backbone::{Backbone, CONFIG_FILE, MODEL_FILE};
-use crate::domain::files::{FileError, Files as _};
-use crate::domain::import::{PREPROCESSOR_FILE, Settings};
-use crate::domain::reference::ResourceName;
+use crate::http::AppState;
+use crate::http::access::Caller;
+use crate::http::backbones::{MAX_WEIGHTS, open, publish, refuse};
+use crate::http::dataset_uploads::{ArchiveBytes, check_media_type, refuse_archive};
+use crate::http::error::Problem;
+use crate::http::extract::{Path, Query};
+use crate::http::prompt_files::unsupported_format;
+use crate::http::spool::spool;
 use crate::registry::backbones::RegisteredBackbone;
-use crate::telemetry;
+use promptweave_domain::reference::ResourceName;
+use promptweave_formats::archive::Archive;
+use promptweave_formats::backbone::{Backbone, CONFIG_FILE, MODEL_FILE};
+use promptweave_formats::checkpoint::{PREPROCESSOR_FILE, Settings};
+use promptweave_formats::error::FileError;
+use promptweave_formats::files::Files as _;
 
 /// Weights may be f64 in a foreign checkpoint, and beside them are small files.
 pub(super) const MAX_UPLOAD: u64 = 2 * MAX_WEIGHTS + (64 << 20);
@@ -179,7 +180,7 @@ fn copy(archive: &Archive, name: &str, max: u64, to: &FilePath) -> Result<(), Pr
         .map_err(|error| match error {
             FileError::Archive(error) => refuse_archive(error),
             FileError::TooLarge { .. } => {
-                let detail = format!("`{name}`: {}", telemetry::chain(&error));
+                let detail = format!("`{name}`: {}", chain(&error));
                 Problem::unprocessable("invalid_backbone", detail)
             }
             FileError::Io(error) => Problem::internal(error),

@@ -1,5 +1,5 @@
 //! `/v1/backbones`: frozen vision transformers, registered from the operator's directories or URIs (or
-//! [uploaded](super::backbone_uploads)), in the names of any library that publishes them.
+//! [uploaded](crate::http::backbone_uploads)), in the names of any library that publishes them.
 
 use std::path::Path as FilePath;
 
@@ -12,18 +12,20 @@ use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use super::AppState;
-use super::access::Caller;
-use super::backbone_uploads::{MAX_UPLOAD, open_archive};
-use super::error::Problem;
-use super::extract::{Json, Path, Query};
-use super::page::{Page, PageQuery};
-use super::sources::{Named, fetch_file, fetch_repository, is_repository};
-use crate::domain::backbone::{Backbone, BackboneError, CONFIG_FILE, MODEL_FILE};
-use crate::domain::import::{self, Checkpoint, ImportError, PREPROCESSOR_FILE, Settings};
-use crate::domain::reference::ResourceName;
-use crate::registry::backbones::{self, RegisteredBackbone};
+use crate::http::AppState;
+use crate::http::access::Caller;
+use crate::http::backbone_uploads::{MAX_UPLOAD, open_archive};
+use crate::http::error::Problem;
+use crate::http::extract::{Json, Path, Query};
+use crate::http::page::{Page, PageQuery};
+use crate::http::sources::{Named, fetch_file, fetch_repository, is_repository};
+use crate::registry::backbones;
+use crate::registry::backbones::RegisteredBackbone;
 use crate::registry::references;
+use promptweave_domain::reference::ResourceName;
+use promptweave_formats::backbone::{Backbone, BackboneError, CONFIG_FILE, MODEL_FILE};
+use promptweave_formats::checkpoint;
+use promptweave_formats::checkpoint::{Checkpoint, ImportError, PREPROCESSOR_FILE, Settings};
 
 pub fn router() -> OpenApiRouter<AppState> {
     OpenApiRouter::new()
@@ -90,7 +92,7 @@ async fn register_backbone(
     let uri = match Named::of(directory, uri)? {
         Named::Uri(uri) => uri,
         Named::Directory(directory) => {
-            let dir = super::directory(&state.settings.backbone_roots, &directory)?;
+            let dir = crate::http::directory(&state.settings.backbone_roots, &directory)?;
             let read = move |scratch: &FilePath| {
                 let opened = open(&dir, config, scratch);
                 opened.map_err(|error| refuse(error, &dir, &directory, "/directory"))
@@ -161,7 +163,7 @@ pub(super) fn refuse(
     shown: &str,
     pointer: &'static str,
 ) -> Problem {
-    let detail = super::chain_for_client(&error, dir, shown);
+    let detail = crate::http::chain_for_client(&error, dir, shown);
     match error {
         ImportError::MissingSetting { setting } => {
             Problem::field("missing_setting", format!("/config/{setting}"), detail)
@@ -187,11 +189,11 @@ pub(super) fn open(
     config: Option<Settings>,
     scratch: &FilePath,
 ) -> Result<Backbone, ImportError> {
-    if import::is_ours(dir) && config.is_none() {
+    if checkpoint::is_ours(dir) && config.is_none() {
         return Ok(Backbone::open(dir)?);
     }
     let checkpoint = Checkpoint::in_folder(dir)?;
-    let imported = import::import(
+    let imported = checkpoint::import(
         &checkpoint,
         config.unwrap_or_default(),
         MAX_WEIGHTS,

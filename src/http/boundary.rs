@@ -10,8 +10,8 @@ use axum::middleware::Next;
 use axum::response::Response;
 use tracing::{Instrument, debug, error, info, info_span, warn};
 
-use super::AppState;
-use super::error::Problem;
+use crate::http::AppState;
+use crate::http::error::Problem;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 

@@ -9,22 +9,23 @@ use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use super::AppState;
-use super::access::Caller;
-use super::error::Problem;
-use super::extract::Json;
-use super::prompt_files;
-use super::prompt_versions::PublishedVersion;
 use crate::db::DbError;
-use crate::domain::method::common_seed;
-use crate::domain::mixture::mix;
-use crate::domain::prompt_file::{FORMAT, Origin, PromptFile, PromptMetadata};
-use crate::domain::reference::{Reference, ResourceName};
-use crate::domain::tensor::Tensor;
+use crate::http::AppState;
+use crate::http::access::Caller;
+use crate::http::error::Problem;
+use crate::http::extract::Json;
+use crate::http::prompt_files;
+use crate::http::prompt_versions::PublishedVersion;
 use crate::jobs::plan;
 use crate::registry::lineage::Role;
-use crate::registry::prompt_versions::{self, NewVersion, Parent, PromptVersion};
+use crate::registry::prompt_versions;
+use crate::registry::prompt_versions::{NewVersion, Parent, PromptVersion};
 use crate::registry::prompts;
+use promptweave_domain::method::common_seed;
+use promptweave_domain::mixture::mix;
+use promptweave_domain::prompt_file::{FORMAT, Origin, PromptFile, PromptMetadata};
+use promptweave_domain::reference::{Reference, ResourceName};
+use promptweave_domain::tensor::Tensor;
 
 /// How far the sum of the weights may be from 1.
 const TOLERANCE: f64 = 1e-6;

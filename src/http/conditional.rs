@@ -4,7 +4,7 @@
 use axum::extract::FromRequestParts;
 use axum::http::{HeaderMap, HeaderName, StatusCode, header, request};
 
-use super::error::Problem;
+use crate::http::error::Problem;
 
 /// `If-Match` and `If-None-Match` of a request.
 #[derive(Clone, Debug, Default)]

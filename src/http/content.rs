@@ -7,10 +7,11 @@ use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 
-use super::conditional::Preconditions;
-use super::content_digest::{self, CONTENT_DIGEST, REPR_DIGEST};
-use super::error::Problem;
-use crate::domain::digest::Digest;
+use crate::http::conditional::Preconditions;
+use crate::http::content_digest;
+use crate::http::content_digest::{CONTENT_DIGEST, REPR_DIGEST};
+use crate::http::error::Problem;
+use promptweave_domain::digest::Digest;
 
 /// A file that is known before it is read.
 #[derive(Clone, Debug)]

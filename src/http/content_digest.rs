@@ -9,9 +9,9 @@ use sha2::{Digest as _, Sha256, Sha512};
 use utoipa::openapi::path::{ParameterBuilder, ParameterIn};
 use utoipa::openapi::{ObjectBuilder, OpenApi, RefOr, Required, Type};
 
-use super::error::Problem;
-use super::openapi::{add_refusal, operations};
-use crate::domain::digest::Digest;
+use crate::http::error::Problem;
+use crate::http::openapi::{add_refusal, operations};
+use promptweave_domain::digest::Digest;
 
 /// Of the bytes that are in a message.
 pub(super) const CONTENT_DIGEST: HeaderName = HeaderName::from_static("content-digest");

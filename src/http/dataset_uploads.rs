@@ -1,5 +1,6 @@
 //! `POST /v1/datasets/{name}/versions`: labelled images in an archive, sent as the body.
 
+use promptweave_domain::error_chain::chain;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt as _;
@@ -13,19 +14,20 @@ use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use super::AppState;
-use super::access::Caller;
-use super::datasets::{RegisteredDataset, publish, refuse_pack};
-use super::error::Problem;
-use super::extract::{Path, Query, escape, media_type, unsupported_media_type};
-use super::prompt_files::unsupported_format;
-use super::spool::spool;
-use crate::domain::archive::{Archive, ArchiveError};
-use crate::domain::dataset::Split;
-use crate::domain::parquet::{self, Shard};
-use crate::domain::reference::ResourceName;
+use crate::http::AppState;
+use crate::http::access::Caller;
+use crate::http::datasets::{RegisteredDataset, publish, refuse_pack};
+use crate::http::error::Problem;
+use crate::http::extract::{Path, Query, escape, media_type, unsupported_media_type};
+use crate::http::prompt_files::unsupported_format;
+use crate::http::spool::spool;
 use crate::registry::datasets::{PackError, Packed, pack_files, pack_parquet};
-use crate::telemetry;
+use promptweave_domain::reference::ResourceName;
+use promptweave_domain::split::Split;
+use promptweave_formats::archive::Archive;
+use promptweave_formats::error::ArchiveError;
+use promptweave_formats::parquet;
+use promptweave_formats::parquet::Shard;
 
 const MEDIA_TYPES: [&str; 4] = [
     "application/x-tar",
@@ -160,12 +162,12 @@ pub(super) fn refuse_file(error: PackError, pointer: &str, skip: &str) -> Proble
     if let PackError::Archive(error) = error {
         return refuse_archive(error);
     }
-    let detail = telemetry::chain(&error);
+    let detail = chain(&error);
     refuse_pack(error, pointer, detail, skip)
 }
 
 pub(super) fn refuse_archive(error: ArchiveError) -> Problem {
-    let detail = telemetry::chain(&error);
+    let detail = chain(&error);
     match &error {
         ArchiveError::Unrecognised => unsupported_format(detail),
         ArchiveError::Read(_) => Problem::internal(error),

@@ -12,21 +12,24 @@ use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use super::AppState;
-use super::access::Caller;
-use super::dataset_uploads::{self, pack_file, refuse_file};
-use super::error::Problem;
-use super::extract::{Json, Path, Query};
-use super::page::{Page, PageQuery};
-use super::sources::{Named, fetch_file, fetch_repository, is_repository};
-use crate::domain::dataset::DatasetError;
-use crate::domain::parquet::{self, ParquetError, Shard};
-use crate::domain::reference::{Reference, ResourceName, VersionSelector};
+use crate::http::AppState;
+use crate::http::access::Caller;
+use crate::http::dataset_uploads;
+use crate::http::dataset_uploads::{pack_file, refuse_file};
+use crate::http::error::Problem;
+use crate::http::extract::{Json, Path, Query};
+use crate::http::page::{Page, PageQuery};
+use crate::http::sources::{Named, fetch_file, fetch_repository, is_repository};
+use crate::registry::datasets;
 use crate::registry::datasets::{
-    self, DatasetVersion, NewDatasetVersion, PackError, Packed, pack_parquet,
+    DatasetVersion, NewDatasetVersion, PackError, Packed, pack_parquet,
 };
 use crate::registry::references;
 use crate::remote::uri::SourceUri;
+use promptweave_domain::reference::{Reference, ResourceName, VersionSelector};
+use promptweave_formats::dataset::DatasetError;
+use promptweave_formats::parquet;
+use promptweave_formats::parquet::{ParquetError, Shard};
 
 const SKIP: &str = "send `\"skip_unreadable\": true` to leave it out";
 /// Most names of left-out images in an answer; the count is always whole.
@@ -103,7 +106,7 @@ async fn register_dataset(
     } = body;
     match Named::of(directory, uri)? {
         Named::Directory(directory) => {
-            let dir = super::directory(&state.settings.dataset_roots, &directory)?;
+            let dir = crate::http::directory(&state.settings.dataset_roots, &directory)?;
             let pack = move |out: &FilePath| {
                 let packed = datasets::pack(&dir, skip_unreadable, out);
                 packed.map_err(|error| refuse(error, &dir, &directory))
@@ -220,7 +223,7 @@ pub(super) async fn publish(
 }
 
 fn refuse(error: PackError, dir: &FilePath, directory: &str) -> Problem {
-    let detail = super::chain_for_client(&error, dir, directory);
+    let detail = crate::http::chain_for_client(&error, dir, directory);
     refuse_pack(error, "/directory", detail, SKIP)
 }
 
@@ -234,7 +237,7 @@ pub(super) fn refuse_pack(error: PackError, pointer: &str, detail: String, skip:
         _ => {}
     }
     if let Some(image) = error.bad_image() {
-        let pointer = format!("{pointer}/{}", super::extract::escape(image));
+        let pointer = format!("{pointer}/{}", crate::http::extract::escape(image));
         let detail = format!("{detail}; repair it, or {skip}");
         return Problem::field("unreadable_image", pointer, detail);
     }

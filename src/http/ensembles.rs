@@ -16,21 +16,22 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use uuid::Uuid;
 
-use super::AppState;
-use super::access::Caller;
-use super::error::Problem;
-use super::extract::{Draft, Path, Query};
-use super::jobs::events::{EventQuery, Events};
-use super::jobs::{self, JobRequest, WaitQuery, accept, check_priority, default_priority};
-use super::named::{Source, Target};
-use super::page::{Page, PageQuery};
-use crate::domain::job::EnsembleSpec;
-use crate::domain::objective::Objective;
-use crate::domain::reference::ResourceName;
-use crate::domain::sharding::EarlyStopping;
+use crate::http::AppState;
+use crate::http::access::Caller;
+use crate::http::error::Problem;
+use crate::http::extract::{Draft, Path, Query};
+use crate::http::jobs;
+use crate::http::jobs::events::{EventQuery, Events};
+use crate::http::jobs::{JobRequest, WaitQuery, accept, check_priority, default_priority};
+use crate::http::named::{Source, Target};
+use crate::http::page::{Page, PageQuery};
 use crate::jobs::plan::{EnsembleRequest, plan};
 use crate::jobs::requests::Reuse;
 use answer::Ensemble;
+use promptweave_domain::early_stopping::EarlyStopping;
+use promptweave_domain::job::EnsembleSpec;
+use promptweave_domain::objective::Objective;
+use promptweave_domain::reference::ResourceName;
 
 pub fn router() -> OpenApiRouter<AppState> {
     OpenApiRouter::new()

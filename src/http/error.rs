@@ -1,8 +1,9 @@
 //! Errors as clients see them: RFC 9457 problem documents with a stable `code`.
 //!
-//! A handler returns a [`Problem`]; the [boundary](super::boundary) adds the request's id and path,
+//! A handler returns a [`Problem`]; the [boundary](crate::http::boundary) adds the request's id and path,
 //! logs the chain of causes once, and writes the body.
 
+use promptweave_domain::error_chain::chain;
 use std::borrow::Cow;
 use std::error::Error;
 use std::sync::Arc;
@@ -12,11 +13,10 @@ use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use super::problem_codes::ProblemCode;
 use crate::blobs::BlobError;
 use crate::db::DbError;
+use crate::http::problem_codes::ProblemCode;
 use crate::registry::RegistryError;
-use crate::telemetry;
 
 /// An error, as `application/problem+json`.
 #[derive(Clone, Debug, Serialize, ToSchema)]
@@ -224,7 +224,7 @@ impl Problem {
     /// The causes, outermost first, in one line.
     pub(super) fn causes(&self) -> Option<String> {
         let cause: &(dyn Error + 'static) = self.0.cause.as_deref()?;
-        Some(telemetry::chain(cause))
+        Some(chain(cause))
     }
 
     pub(super) fn document(&self, instance: &str, request_id: &str) -> ProblemDocument {

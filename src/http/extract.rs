@@ -10,12 +10,12 @@ use axum::extract::{FromRequest, FromRequestParts, OptionalFromRequest, Request}
 use axum::http::{HeaderMap, StatusCode, header, request};
 use serde::de::DeserializeOwned;
 
-use super::content_digest;
-use super::error::Problem;
-use super::mistakes;
+use crate::http::content_digest;
+use crate::http::error::Problem;
+use crate::http::mistakes;
 
-pub use super::mistakes::{Draft, read_value};
-pub use crate::domain::json::escape;
+pub use crate::http::mistakes::{Draft, read_value};
+pub use promptweave_domain::json::escape;
 
 /// A JSON body. Unreadable JSON is 400, JSON of another shape is 422 with a pointer to each mistake. A handler that tells of what
 /// else is wrong beside these takes a [`Draft`].

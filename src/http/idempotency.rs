@@ -27,15 +27,15 @@ use tracing::Instrument;
 use utoipa::openapi::path::{Operation, ParameterBuilder, ParameterIn};
 use utoipa::openapi::{Header, ObjectBuilder, OpenApi, RefOr, Required, Type};
 
-use super::AppState;
-use super::access::{Caller, RequiredScopes};
-use super::error::Problem;
-use super::extract::body_interrupted;
-use super::openapi::{add_refusal, operations};
-use crate::domain::api_key::Scope;
-use crate::domain::digest::DigestBuilder;
+use crate::http::AppState;
+use crate::http::access::{Caller, RequiredScopes};
+use crate::http::error::Problem;
+use crate::http::extract::body_interrupted;
+use crate::http::openapi::{add_refusal, operations};
 use crate::registry::idempotency::{Claim, Claimed, KeptAnswer, LEASE, RequestDigest, claim};
-use crate::telemetry::chain;
+use promptweave_domain::api_key::Scope;
+use promptweave_domain::digest::DigestBuilder;
+use promptweave_domain::error_chain::chain;
 
 const KEY: HeaderName = HeaderName::from_static("idempotency-key");
 const REPLAYED: HeaderName = HeaderName::from_static("idempotency-replayed");

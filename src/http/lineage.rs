@@ -7,12 +7,13 @@ use utoipa::IntoParams;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use super::AppState;
-use super::access::Caller;
-use super::error::Problem;
-use super::extract::{Path, Query};
-use super::prompt_versions::VersionPath;
-use crate::registry::lineage::{self, Direction, Graph};
+use crate::http::AppState;
+use crate::http::access::Caller;
+use crate::http::error::Problem;
+use crate::http::extract::{Path, Query};
+use crate::http::prompt_versions::VersionPath;
+use crate::registry::lineage;
+use crate::registry::lineage::{Direction, Graph};
 
 const DEFAULT_DEPTH: u32 = 16;
 const MAX_DEPTH: u32 = 64;

@@ -4,7 +4,7 @@
 use utoipa::openapi::link::LinkBuilder;
 use utoipa::openapi::{OpenApi, RefOr};
 
-use super::openapi::operations;
+use crate::http::openapi::operations;
 
 /// From the successes of some operations to others, by their ids. A new resource adds its own here;
 /// tests/it/links.rs checks that both ends exist and fit.

@@ -6,8 +6,9 @@ use axum::http::StatusCode;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::error::{FieldError, Problem};
-use crate::domain::json::{self, LeftOut, Mistake, Reading};
+use crate::http::error::{FieldError, Problem};
+use promptweave_domain::json;
+use promptweave_domain::json::{LeftOut, Mistake, Reading};
 
 /// A body as far as it can be read, and its mistakes so far.
 #[derive(Default)]

@@ -43,6 +43,7 @@ mod webhook_deliveries;
 pub mod webhooks;
 pub mod workers;
 
+use promptweave_domain::error_chain::chain;
 use std::any::Any;
 use std::error::Error;
 use std::path::{Path, PathBuf};
@@ -66,7 +67,6 @@ use crate::jobs::watch::JobWatch;
 use crate::registry::roots::AllowedRoots;
 use crate::remote::network::Network;
 use crate::remote::sources::Sources;
-use crate::telemetry;
 use rate_limit::{Limiter, RateLimit};
 
 /// Bodies of JSON requests; uploads have [`HttpSettings::max_upload_bytes`].
@@ -190,7 +190,7 @@ fn directory(roots: &AllowedRoots, name: &str) -> Result<PathBuf, error::Problem
 /// An error and its causes about a registered directory, with the client's name for it in place of
 /// the server's path.
 fn chain_for_client(error: &(dyn Error + 'static), dir: &Path, name: &str) -> String {
-    telemetry::chain(error).replace(&dir.display().to_string(), name)
+    chain(error).replace(&dir.display().to_string(), name)
 }
 
 #[cfg(test)]

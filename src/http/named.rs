@@ -10,9 +10,9 @@ use utoipa::openapi::schema::{ObjectBuilder, OneOfBuilder, Type};
 use utoipa::openapi::{RefOr, Schema};
 use utoipa::{PartialSchema, ToSchema};
 
-use crate::domain::composition::TargetSamples;
-use crate::domain::dataset::Split;
-use crate::domain::reference::Reference;
+use promptweave_domain::composition::TargetSamples;
+use promptweave_domain::reference::Reference;
+use promptweave_domain::split::Split;
 
 /// Whose images are learned from.
 #[derive(Debug)]
@@ -170,7 +170,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::domain::json;
+    use promptweave_domain::json;
 
     #[test]
     fn a_name_alone_is_the_object_that_says_no_more() {

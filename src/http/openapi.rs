@@ -7,16 +7,18 @@ use utoipa::openapi::path::{Operation, ParameterIn};
 use utoipa::openapi::{OpenApi, Ref, RefOr, ResponseBuilder, Schema};
 use utoipa_axum::router::OpenApiRouter;
 
-use super::access::{self, RequiredScopes};
-use super::error::ProblemDocument;
-use super::idempotency::{self, KeyedOperations};
-use super::{
+use crate::http::access;
+use crate::http::access::RequiredScopes;
+use crate::http::error::ProblemDocument;
+use crate::http::idempotency;
+use crate::http::idempotency::KeyedOperations;
+use crate::http::{
     AppState, HttpSettings, aliases, api_keys, backbone_uploads, backbones, compose,
     content_digest, datasets, document, ensembles, health, lineage, links, peft, projects,
     prompt_changes, prompt_content, prompt_versions, prompts, rankings, tunings,
     webhook_deliveries, webhooks, workers,
 };
-use crate::domain::reference::{ResourceName, VersionSelector};
+use promptweave_domain::reference::{ResourceName, VersionSelector};
 
 #[derive(utoipa::OpenApi)]
 #[openapi(

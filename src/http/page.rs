@@ -5,7 +5,7 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
-use super::error::Problem;
+use crate::http::error::Problem;
 
 const DEFAULT_SIZE: u32 = 50;
 const MAX_SIZE: u32 = 200;

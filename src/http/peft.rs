@@ -8,19 +8,23 @@ use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use super::access::Caller;
-use super::error::Problem;
-use super::extract::{Body, Path, Query, escape, media_type, unsupported_media_type};
-use super::prompt_files::{self, MissingMetadata};
-use super::prompt_versions::{PublishedVersion, VersionPath};
-use super::{AppState, HttpSettings};
 use crate::db::DbError;
-use crate::domain::digest::Digest;
-use crate::domain::peft::archive::{self, ArchiveError};
-use crate::domain::peft::{self, AdapterConfig, CONFIG_FILE, Layers, PeftError};
-use crate::domain::reference::ResourceName;
-use crate::registry::prompt_versions::{self, NewVersion};
+use crate::http::access::Caller;
+use crate::http::error::Problem;
+use crate::http::extract::{Body, Path, Query, escape, media_type, unsupported_media_type};
+use crate::http::prompt_files;
+use crate::http::prompt_files::MissingMetadata;
+use crate::http::prompt_versions::{PublishedVersion, VersionPath};
+use crate::http::{AppState, HttpSettings};
+use crate::registry::prompt_versions;
+use crate::registry::prompt_versions::NewVersion;
 use crate::registry::{backbones, prompts};
+use promptweave_domain::digest::Digest;
+use promptweave_domain::reference::ResourceName;
+use promptweave_formats::peft;
+use promptweave_formats::peft::archive;
+use promptweave_formats::peft::archive::ArchiveError;
+use promptweave_formats::peft::{AdapterConfig, CONFIG_FILE, Layers, PeftError};
 
 const TAR: &str = "application/x-tar";
 

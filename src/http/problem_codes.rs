@@ -3,7 +3,7 @@
 use utoipa::openapi::{ObjectBuilder, RefOr, Schema, Type};
 use utoipa::{PartialSchema, ToSchema};
 
-/// Sorted. Those that begin with `ensemble_`, `tuning_` and `ranking_` are made by [`super::jobs::code`].
+/// Sorted. Those that begin with `ensemble_`, `tuning_` and `ranking_` are made by [`crate::http::jobs::code`].
 pub const PROBLEM_CODES: &[&str] = &[
     "address_not_public",
     "alias_not_found",

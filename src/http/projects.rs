@@ -14,16 +14,18 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use uuid::Uuid;
 
-use super::AppState;
-use super::access::Caller;
-use super::api_keys::{self, NewApiKey};
-use super::error::Problem;
-use super::extract::{Json, Path, Query};
-use super::page::{Page, PageQuery};
-use crate::domain::api_key::{KeyName, Scope};
-use crate::domain::reference::ResourceName;
+use crate::http::AppState;
+use crate::http::access::Caller;
+use crate::http::api_keys;
+use crate::http::api_keys::NewApiKey;
+use crate::http::error::Problem;
+use crate::http::extract::{Json, Path, Query};
+use crate::http::page::{Page, PageQuery};
 use crate::registry::DEFAULT_PROJECT;
-use crate::registry::projects::{self, Project};
+use crate::registry::projects;
+use crate::registry::projects::Project;
+use promptweave_domain::api_key::{KeyName, Scope};
+use promptweave_domain::reference::ResourceName;
 
 pub fn router() -> OpenApiRouter<AppState> {
     OpenApiRouter::new()

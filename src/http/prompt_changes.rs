@@ -10,16 +10,16 @@ use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use super::AppState;
-use super::access::Caller;
-use super::conditional::Preconditions;
-use super::error::Problem;
-use super::extract::{Json, Path, read_value};
-use super::prompts::{DescribedPrompt, check_description, etag, existing, locked};
-use crate::domain::merge_patch;
-use crate::domain::prompt_description::PromptDescription;
-use crate::domain::reference::ResourceName;
+use crate::http::AppState;
+use crate::http::access::Caller;
+use crate::http::conditional::Preconditions;
+use crate::http::error::Problem;
+use crate::http::extract::{Json, Path, read_value};
+use crate::http::prompts::{DescribedPrompt, check_description, etag, existing, locked};
 use crate::registry::{deletion, prompts};
+use promptweave_domain::merge_patch;
+use promptweave_domain::prompt_description::PromptDescription;
+use promptweave_domain::reference::ResourceName;
 
 pub fn router() -> OpenApiRouter<AppState> {
     OpenApiRouter::new()

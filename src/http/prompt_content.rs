@@ -8,13 +8,13 @@ use bytes::Bytes;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use super::AppState;
-use super::access::Caller;
-use super::content::File;
-use super::error::Problem;
-use super::extract::Path;
-use super::prompt_versions::{PROMPT_FILE, PromptFileBytes, VersionPath};
 use crate::db::DbError;
+use crate::http::AppState;
+use crate::http::access::Caller;
+use crate::http::content::File;
+use crate::http::error::Problem;
+use crate::http::extract::Path;
+use crate::http::prompt_versions::{PROMPT_FILE, PromptFileBytes, VersionPath};
 use crate::registry::prompt_versions;
 
 pub fn router() -> OpenApiRouter<AppState> {

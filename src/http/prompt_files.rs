@@ -10,13 +10,13 @@ use sqlx::PgConnection;
 use utoipa::IntoParams;
 use uuid::Uuid;
 
-use super::error::Problem;
-use super::extract::escape;
-use super::prompt_versions::PublishedVersion;
-use crate::domain::digest::Digest;
-use crate::domain::prompt_file::{PromptFile, PromptFileError, PromptMetadata};
+use crate::http::error::Problem;
+use crate::http::extract::escape;
+use crate::http::prompt_versions::PublishedVersion;
 use crate::registry::backbones;
 use crate::registry::prompt_versions::PromptVersion;
+use promptweave_domain::digest::Digest;
+use promptweave_domain::prompt_file::{PromptFile, PromptFileError, PromptMetadata};
 
 /// What a file without promptweave's own metadata (PEFT, VPT) does not say. A field that the file
 /// does have must agree.

@@ -11,17 +11,19 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use uuid::Uuid;
 
-use super::access::Caller;
-use super::error::Problem;
-use super::extract::{Body, Path, Query, media_type, unsupported_media_type};
-use super::page::{Page, PageQuery};
-use super::prompt_files::{self, MissingMetadata};
-use super::prompts::{existing, locked, not_found};
-use super::{AppState, HttpSettings};
 use crate::db::DbError;
-use crate::domain::reference::{Reference, ResourceName, VersionSelector};
-use crate::registry::prompt_versions::{self, NewVersion, PromptVersion};
+use crate::http::access::Caller;
+use crate::http::error::Problem;
+use crate::http::extract::{Body, Path, Query, media_type, unsupported_media_type};
+use crate::http::page::{Page, PageQuery};
+use crate::http::prompt_files;
+use crate::http::prompt_files::MissingMetadata;
+use crate::http::prompts::{existing, locked, not_found};
+use crate::http::{AppState, HttpSettings};
+use crate::registry::prompt_versions;
+use crate::registry::prompt_versions::{NewVersion, PromptVersion};
 use crate::registry::prompts;
+use promptweave_domain::reference::{Reference, ResourceName, VersionSelector};
 
 pub(super) const PROMPT_FILE: &str = "application/vnd.prompt+safetensors";
 
@@ -215,7 +217,7 @@ impl VersionPath {
         project_id: Uuid,
     ) -> Result<PromptVersion, Problem> {
         let version: VersionSelector = self.selector.parse().map_err(
-            |error: crate::domain::reference::InvalidReference| {
+            |error: promptweave_domain::reference::InvalidReference| {
                 Problem::field("invalid_reference", "/ref", error.to_string())
             },
         )?;

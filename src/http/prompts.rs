@@ -14,17 +14,18 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use uuid::Uuid;
 
-use super::AppState;
-use super::access::Caller;
-use super::conditional::Preconditions;
-use super::error::Problem;
-use super::extract::{Json, Path, Query, escape};
-use super::page::{Page, PageQuery};
-use crate::domain::digest::Digest;
-use crate::domain::prompt_description::PromptDescription;
-use crate::domain::reference::{AliasName, ResourceName};
+use crate::http::AppState;
+use crate::http::access::Caller;
+use crate::http::conditional::Preconditions;
+use crate::http::error::Problem;
+use crate::http::extract::{Json, Path, Query, escape};
+use crate::http::page::{Page, PageQuery};
 use crate::registry::backbones;
-use crate::registry::prompts::{self, Facet, Prompt};
+use crate::registry::prompts;
+use crate::registry::prompts::{Facet, Prompt};
+use promptweave_domain::digest::Digest;
+use promptweave_domain::prompt_description::PromptDescription;
+use promptweave_domain::reference::{AliasName, ResourceName};
 
 pub fn router() -> OpenApiRouter<AppState> {
     OpenApiRouter::new()

@@ -10,24 +10,24 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use uuid::Uuid;
 
-use super::AppState;
-use super::access::Caller;
-use super::error::Problem;
-use super::extract::{Draft, Path, Query};
-use super::jobs::actions::FORCE;
-use super::jobs::events::{EventQuery, Events};
-use super::jobs::{
-    self, JobRequest, JobStatus, JobUrls, Resource, WaitQuery, accept, check_priority,
-    default_priority,
+use crate::http::AppState;
+use crate::http::access::Caller;
+use crate::http::error::Problem;
+use crate::http::extract::{Draft, Path, Query};
+use crate::http::jobs;
+use crate::http::jobs::actions::FORCE;
+use crate::http::jobs::events::{EventQuery, Events};
+use crate::http::jobs::{
+    JobRequest, JobStatus, JobUrls, Resource, WaitQuery, accept, check_priority, default_priority,
 };
-use super::named::{Source, Target};
-use super::page::{Page, PageQuery};
-use crate::domain::ranking::{Ranking, RankingObjective};
-use crate::domain::reference::ResourceName;
-use crate::domain::specification::RankingSpec;
+use crate::http::named::{Source, Target};
+use crate::http::page::{Page, PageQuery};
 use crate::jobs::Job;
 use crate::jobs::plan_ranking::{RankingRequest, plan};
 use crate::jobs::requests::Reuse;
+use promptweave_domain::ranking::{Ranking, RankingObjective};
+use promptweave_domain::reference::ResourceName;
+use promptweave_domain::specification::RankingSpec;
 
 pub fn router() -> OpenApiRouter<AppState> {
     OpenApiRouter::new()

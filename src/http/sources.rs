@@ -1,17 +1,17 @@
 //! What a client names to be registered: a directory of the operator's, or a URI that the operator allows.
 
+use promptweave_domain::error_chain::chain;
 use std::fs::File;
 
 use axum::http::StatusCode;
 use tempfile::TempDir;
 
-use super::AppState;
-use super::error::Problem;
+use crate::http::AppState;
+use crate::http::error::Problem;
 use crate::remote::client::{Limits, RemoteError};
 use crate::remote::hub::HubError;
 use crate::remote::sources::{FetchError, Sources};
 use crate::remote::uri::SourceUri;
-use crate::telemetry;
 
 pub(super) enum Named {
     Directory(String),
@@ -25,8 +25,7 @@ impl Named {
             (Some(directory), None) => Ok(Self::Directory(directory)),
             (None, Some(uri)) => {
                 let uri = uri.parse::<SourceUri>();
-                let wrong =
-                    |error: _| Problem::field("invalid_uri", "/uri", telemetry::chain(&error));
+                let wrong = |error: _| Problem::field("invalid_uri", "/uri", chain(&error));
                 Ok(Self::Uri(uri.map_err(wrong)?))
             }
             _ => {
@@ -89,7 +88,7 @@ fn scratch(state: &AppState) -> Result<TempDir, Problem> {
 }
 
 fn refuse(error: FetchError) -> Problem {
-    let detail = telemetry::chain(&error);
+    let detail = chain(&error);
     match error {
         FetchError::Io(_) | FetchError::Hub(HubError::Io(_)) => Problem::internal(error),
         FetchError::NotAllowed(_)

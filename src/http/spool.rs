@@ -8,9 +8,9 @@ use futures::StreamExt as _;
 use tempfile::NamedTempFile;
 use tokio::io::AsyncWriteExt as _;
 
-use super::content_digest;
-use super::error::Problem;
-use super::extract::body_interrupted;
+use crate::http::content_digest;
+use crate::http::error::Problem;
+use crate::http::extract::body_interrupted;
 
 /// The body as a file that goes away with the request, however that ends, checked against its
 /// `Content-Digest`. A larger one than `limit` is 413, at once where it says its length.

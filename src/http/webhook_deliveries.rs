@@ -9,13 +9,14 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use uuid::Uuid;
 
-use super::AppState;
-use super::access::Caller;
-use super::error::Problem;
-use super::extract::{Path, Query};
-use super::page::{Page, PageQuery};
-use super::webhooks;
-use crate::webhooks::deliveries::{self, Delivery};
+use crate::http::AppState;
+use crate::http::access::Caller;
+use crate::http::error::Problem;
+use crate::http::extract::{Path, Query};
+use crate::http::page::{Page, PageQuery};
+use crate::http::webhooks;
+use crate::webhooks::deliveries;
+use crate::webhooks::deliveries::Delivery;
 
 pub fn router() -> OpenApiRouter<AppState> {
     OpenApiRouter::new()

@@ -1,5 +1,5 @@
 //! `/v1/webhooks`: who is told when a job ends. What they were told is in
-//! [`webhook_deliveries`](super::webhook_deliveries).
+//! [`webhook_deliveries`](crate::http::webhook_deliveries).
 
 use axum::Json as JsonResponse;
 use axum::extract::State;
@@ -14,17 +14,18 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use uuid::Uuid;
 
-use super::AppState;
-use super::access::Caller;
-use super::error::Problem;
-use super::extract::{Json, Path, Query, read_value};
-use super::page::{Page, PageQuery};
-use crate::domain::merge_patch;
-use crate::domain::webhook::{EventType, EventTypes, WebhookSecret, WebhookUrl};
+use crate::http::AppState;
+use crate::http::access::Caller;
+use crate::http::error::Problem;
+use crate::http::extract::{Json, Path, Query, read_value};
+use crate::http::page::{Page, PageQuery};
 use crate::remote::network::{Network, NotPublic, Verdict};
 use crate::webhooks::deliveries::Delivery;
 use crate::webhooks::outbox;
-use crate::webhooks::registered::{self, Settings, Webhook};
+use crate::webhooks::registered;
+use crate::webhooks::registered::{Settings, Webhook};
+use promptweave_domain::merge_patch;
+use promptweave_domain::webhook::{EventType, EventTypes, WebhookSecret, WebhookUrl};
 
 const MAX_DESCRIPTION: usize = 512;
 
@@ -311,5 +312,5 @@ async fn test_webhook(
     if !outbox::test(&mut conn, caller.project_id, id, delivery_id).await? {
         return Err(not_found(id));
     }
-    super::webhook_deliveries::accepted(&mut conn, caller.project_id, id, delivery_id).await
+    crate::http::webhook_deliveries::accepted(&mut conn, caller.project_id, id, delivery_id).await
 }

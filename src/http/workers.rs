@@ -10,11 +10,12 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use uuid::Uuid;
 
-use super::AppState;
-use super::access::Caller;
-use super::error::Problem;
-use super::extract::Path;
-use crate::jobs::workers::{self, Drain, Worker};
+use crate::http::AppState;
+use crate::http::access::Caller;
+use crate::http::error::Problem;
+use crate::http::extract::Path;
+use crate::jobs::workers;
+use crate::jobs::workers::{Drain, Worker};
 use crate::registry::DEFAULT_PROJECT;
 
 pub fn router() -> OpenApiRouter<AppState> {

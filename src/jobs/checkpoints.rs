@@ -5,16 +5,16 @@ use serde_json::json;
 use sqlx::{Connection, PgConnection};
 use uuid::Uuid;
 
-use super::events::{record, tell};
-use super::queue::{Lease, QueueError};
-use super::read_digest;
-use super::transition::LockedJob;
 use crate::blobs::BlobStore;
 use crate::db::DbError;
-use crate::domain::digest::Digest;
-use crate::domain::tuning::Epoch;
-use crate::domain::words::EventKind;
+use crate::jobs::events::{record, tell};
+use crate::jobs::queue::{Lease, QueueError};
+use crate::jobs::read_digest;
+use crate::jobs::transition::LockedJob;
 use crate::registry::references;
+use promptweave_domain::digest::Digest;
+use promptweave_domain::tuning::Epoch;
+use promptweave_domain::words::EventKind;
 
 /// The file of the last one.
 pub async fn last(

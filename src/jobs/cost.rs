@@ -6,8 +6,8 @@ use utoipa::ToSchema;
 use uuid::Uuid;
 
 use crate::db::DbError;
-use crate::domain::job::EnsembleSpec;
-use crate::domain::specification::Specification as _;
+use promptweave_domain::job::EnsembleSpec;
+use promptweave_domain::specification::Specification as _;
 
 #[derive(Clone, Debug, PartialEq, Serialize, ToSchema)]
 pub struct Cost {

@@ -7,9 +7,9 @@ use time::OffsetDateTime;
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-use super::queue::WORK_CHANNEL;
 use crate::db::DbError;
-use crate::domain::words::EventKind;
+use crate::jobs::queue::WORK_CHANNEL;
+use promptweave_domain::words::EventKind;
 
 #[derive(Clone, Debug, Serialize, ToSchema)]
 pub struct JobEvent {
@@ -24,7 +24,7 @@ pub struct JobEvent {
     pub data: Value,
 }
 
-/// Where jobs are named that something happened to; a hint, as [`super::queue::WORK_CHANNEL`].
+/// Where jobs are named that something happened to; a hint, as [`crate::jobs::queue::WORK_CHANNEL`].
 pub const EVENT_CHANNEL: &str = "promptweave_event";
 
 /// Adds an event within the transaction that makes it true; the caller holds the job's row, and

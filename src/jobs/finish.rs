@@ -3,23 +3,24 @@
 
 use sqlx::{Connection, PgConnection, PgTransaction};
 
-use super::events::tell;
-use super::queue::{Claimed, QueueError};
-use super::transition::{LockedJob, Transition};
 use crate::blobs::BlobStore;
 use crate::db::DbError;
-use crate::domain::composition::CompositionResult;
-use crate::domain::digest::Digest;
-use crate::domain::job::EnsembleSpec;
-use crate::domain::prompt_file::{PromptFile, PromptMetadata};
-use crate::domain::ranking::Ranking;
-use crate::domain::reference::ResourceName;
-use crate::domain::specification::TuningSpec;
-use crate::domain::tuning::TuningResult;
 use crate::failpoints;
+use crate::jobs::events::tell;
+use crate::jobs::queue::{Claimed, QueueError};
+use crate::jobs::transition::{LockedJob, Transition};
 use crate::registry::lineage::Role;
-use crate::registry::prompt_versions::{self, NewVersion, Parent, Published};
+use crate::registry::prompt_versions;
+use crate::registry::prompt_versions::{NewVersion, Parent, Published};
 use crate::registry::{prompts, references};
+use promptweave_domain::composition::CompositionResult;
+use promptweave_domain::digest::Digest;
+use promptweave_domain::job::EnsembleSpec;
+use promptweave_domain::prompt_file::{PromptFile, PromptMetadata};
+use promptweave_domain::ranking::Ranking;
+use promptweave_domain::reference::ResourceName;
+use promptweave_domain::specification::TuningSpec;
+use promptweave_domain::tuning::TuningResult;
 
 /// What a job left to be stored.
 #[derive(Clone, Copy, Debug)]

@@ -5,7 +5,7 @@ use std::time::Duration;
 use sqlx::PgPool;
 use sqlx::postgres::PgListener;
 
-use super::queue::WORK_CHANNEL;
+use crate::jobs::queue::WORK_CHANNEL;
 
 /// Longest wait between two looks at the queue. Retries become due without a notification, so this
 /// is also how late one may start.

@@ -1,6 +1,6 @@
 //! The queue, directly on Postgres: a job's row is the public resource and the lock in one.
 //!
-//! [`queue`] holds the statements of the state machine ([`crate::domain::job`] draws it) that workers make,
+//! [`queue`] holds the statements of the state machine ([`promptweave_domain::job`] draws it) that workers make,
 //! [`requests`] those of clients, [`shards`] those by which several workers share one job, `leaving` the one by which a job leaves `running`, [`plan`], [`plan_tuning`],
 //! [`plan_ranking`] and [`plan_solve`] make a request a specification, [`checkpoints`] keep how far a tuning is, [`finish`] is the one transaction that makes a result,
 //! [`events`] what happened, [`watch`] who waits for that, [`workers`] who is there, and
@@ -33,10 +33,10 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use crate::db::DbError;
-use crate::domain::composition::SourceWeight;
-use crate::domain::digest::Digest;
-use crate::domain::job::{EnsembleSpec, JobError, JobState, Progress};
-use crate::domain::specification::Specification;
+use promptweave_domain::composition::SourceWeight;
+use promptweave_domain::digest::Digest;
+use promptweave_domain::job::{EnsembleSpec, JobError, JobState, Progress};
+use promptweave_domain::specification::Specification;
 
 /// A job of one kind, as its row says.
 #[derive(Clone, Debug)]

@@ -6,21 +6,24 @@ use std::collections::BTreeSet;
 use sqlx::PgConnection;
 use uuid::Uuid;
 
-pub use super::refusals::PlanError;
-use super::refusals::{Refusal, Refusals, refuse};
-use crate::domain::composition::TargetSamples;
-use crate::domain::dataset::Split;
-use crate::domain::digest::Digest;
-use crate::domain::job::{BackboneSpec, EnsembleSpec, SourceSpec, TargetSpec};
-use crate::domain::method::{NO_ANCHOR, Scale, UniformMix, common_seed};
-use crate::domain::objective::{Objective, TradeOffRule, Weighing};
-use crate::domain::reference::{Reference, ResourceName};
-use crate::domain::sharding::EarlyStopping;
+pub use crate::jobs::refusals::PlanError;
+use crate::jobs::refusals::{Refusal, Refusals, refuse};
 use crate::registry::RegistryError;
-use crate::registry::backbones::{self, RegisteredBackbone};
-use crate::registry::datasets::{self, DatasetVersion};
-use crate::registry::prompt_versions::{self, Depth, PromptVersion};
+use crate::registry::backbones;
+use crate::registry::backbones::RegisteredBackbone;
+use crate::registry::datasets;
+use crate::registry::datasets::DatasetVersion;
+use crate::registry::prompt_versions;
+use crate::registry::prompt_versions::{Depth, PromptVersion};
 use crate::registry::prompts;
+use promptweave_domain::composition::TargetSamples;
+use promptweave_domain::digest::Digest;
+use promptweave_domain::early_stopping::EarlyStopping;
+use promptweave_domain::job::{BackboneSpec, EnsembleSpec, SourceSpec, TargetSpec};
+use promptweave_domain::method::{NO_ANCHOR, Scale, UniformMix, common_seed};
+use promptweave_domain::objective::{Objective, TradeOffRule, Weighing};
+use promptweave_domain::reference::{Reference, ResourceName};
+use promptweave_domain::split::Split;
 
 /// Gradient statistics grow with the square of the pairs of sources; the method's own paper ends at 11.
 pub const MAX_SOURCES: usize = 64;

@@ -3,14 +3,14 @@
 use sqlx::PgConnection;
 use uuid::Uuid;
 
-use super::plan::{
+use crate::jobs::plan::{
     NamedInputs, PlanError, ResolvedInputs, backbone_spec, source_spec, target_spec,
 };
-use super::refusals::{Refusals, refuse};
-use crate::domain::composition::TargetSamples;
-use crate::domain::ranking::RankingObjective;
-use crate::domain::reference::{Reference, ResourceName};
-use crate::domain::specification::RankingSpec;
+use crate::jobs::refusals::{Refusals, refuse};
+use promptweave_domain::composition::TargetSamples;
+use promptweave_domain::ranking::RankingObjective;
+use promptweave_domain::reference::{Reference, ResourceName};
+use promptweave_domain::specification::RankingSpec;
 
 /// What was asked for, in names.
 #[derive(Clone, Debug)]

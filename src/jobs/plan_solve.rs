@@ -6,19 +6,19 @@ use sqlx::PgConnection;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::Job;
-use super::plan::{PlanError, check_output, default_output, no_sources, source_pointer};
-use super::refusals::{Refusal, Refusals, refuse};
-use crate::domain::composition::{CompositionResult, TargetSamples};
-use crate::domain::digest::Digest;
-use crate::domain::job::{EnsembleSpec, JobState, SolvedFrom, SourceSpec, TargetSpec};
-use crate::domain::method::{Criterion, UniformMix};
-use crate::domain::objective::{
+use crate::jobs::Job;
+use crate::jobs::plan::{PlanError, check_output, default_output, no_sources, source_pointer};
+use crate::jobs::refusals::{Refusal, Refusals, refuse};
+use crate::registry::prompt_versions;
+use promptweave_domain::composition::{CompositionResult, TargetSamples};
+use promptweave_domain::digest::Digest;
+use promptweave_domain::job::{EnsembleSpec, JobState, SolvedFrom, SourceSpec, TargetSpec};
+use promptweave_domain::method::{Criterion, UniformMix};
+use promptweave_domain::objective::{
     Experimental, GradientNormalization, MethodOptions, Objective, SingleBest, TradeOff,
     TradeOffRule,
 };
-use crate::domain::reference::{Reference, ResourceName, VersionSelector};
-use crate::registry::prompt_versions;
+use promptweave_domain::reference::{Reference, ResourceName, VersionSelector};
 
 /// An ensemble that succeeded: what it computed, and what it computed that from.
 #[derive(Clone, Debug)]

@@ -3,20 +3,21 @@
 use sqlx::PgConnection;
 use uuid::Uuid;
 
-use super::plan::{
+use crate::jobs::plan::{
     PlanError, backbone, backbone_spec, check_fits, check_output, output_name, source_spec, target,
     target_spec,
 };
-use super::refusals::{Refusal, Refusals, refuse};
-use crate::domain::backbone::BackboneConfig;
-use crate::domain::composition::TargetSamples;
-use crate::domain::dataset::Split;
-use crate::domain::reference::{Reference, ResourceName};
-use crate::domain::specification::TuningSpec;
-use crate::domain::tuning::{Grid, InvalidTuning, TuningOptions};
-use crate::domain::tuning_method::TuningMethod;
+use crate::jobs::refusals::{Refusal, Refusals, refuse};
 use crate::registry::datasets::DatasetVersion;
-use crate::registry::prompt_versions::{self, Depth, PromptVersion};
+use crate::registry::prompt_versions;
+use crate::registry::prompt_versions::{Depth, PromptVersion};
+use promptweave_domain::backbone::BackboneConfig;
+use promptweave_domain::composition::TargetSamples;
+use promptweave_domain::reference::{Reference, ResourceName};
+use promptweave_domain::specification::TuningSpec;
+use promptweave_domain::split::Split;
+use promptweave_domain::tuning::{Grid, InvalidTuning, TuningOptions};
+use promptweave_domain::tuning_method::TuningMethod;
 
 const START: &str = "/start/prompt";
 /// Of a tuned prompt: as much as a file that is uploaded may have by default.

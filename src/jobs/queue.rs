@@ -1,4 +1,4 @@
-//! The statements of the state machine that workers make; [`requests`](super::requests) has those of clients. Long work holds a lease, never a transaction; everything a
+//! The statements of the state machine that workers make; [`requests`](crate::jobs::requests) has those of clients. Long work holds a lease, never a transaction; everything a
 //! worker writes names the token of its attempt, so that one who lost the job changes nothing.
 //!
 //! Time is the database's `now()` throughout. Each function that makes a move is one transaction, often of one
@@ -11,14 +11,14 @@ use sqlx::types::Json;
 use sqlx::{Connection, PgConnection};
 use uuid::Uuid;
 
-use super::events::{record, tell};
-use super::transition::{LockedJob, Transition};
 use crate::db::{DbError, violates};
-use crate::domain::job::{AttemptOutcome, JobError, JobState, Progress};
-use crate::domain::specification::JobSpec;
-use crate::domain::words::{EventKind, JobErrorCode};
 use crate::failpoints;
+use crate::jobs::events::{record, tell};
+use crate::jobs::transition::{LockedJob, Transition};
 use crate::registry::RegistryError;
+use promptweave_domain::job::{AttemptOutcome, JobError, JobState, Progress};
+use promptweave_domain::specification::JobSpec;
+use promptweave_domain::words::{EventKind, JobErrorCode};
 
 /// Where workers listen for "there may be work"; a hint, never the only way.
 pub const WORK_CHANNEL: &str = "promptweave_work";

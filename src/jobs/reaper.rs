@@ -6,8 +6,8 @@ use std::time::Duration;
 use sqlx::PgPool;
 use tokio_util::sync::CancellationToken;
 
-use super::queue::{QueueError, Reaped, reap};
-use super::shards;
+use crate::jobs::queue::{QueueError, Reaped, reap};
+use crate::jobs::shards;
 use crate::registry::idempotency;
 
 const EVERY: Duration = Duration::from_secs(1);
@@ -26,7 +26,10 @@ pub async fn run(pool: PgPool, stop: CancellationToken) {
                     tracing::warn!(job.id = %job_id, job.state = state, "a lease ran out");
                 }
             }
-            Err(error) => tracing::debug!(error = crate::telemetry::chain(&error), "cannot reap"),
+            Err(error) => tracing::debug!(
+                error = promptweave_domain::error_chain::chain(&error),
+                "cannot reap"
+            ),
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Why a request cannot become a job: all reasons together, each with its place in the request.
 
-use crate::domain::objective::InvalidObjective;
 use crate::registry::RegistryError;
+use promptweave_domain::objective::InvalidObjective;
 
 #[derive(Debug, thiserror::Error)]
 pub enum PlanError {

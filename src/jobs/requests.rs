@@ -1,18 +1,18 @@
 //! What clients ask of the queue: a new job, its end, another try. What workers do is in
-//! [`queue`](super::queue).
+//! [`queue`](crate::jobs::queue).
 
 use serde_json::json;
 use sqlx::types::Json;
 use sqlx::{Connection, PgConnection};
 use uuid::Uuid;
 
-use super::events::{record, tell};
-use super::queue::QueueError;
 use crate::db::{DbError, expect_one_row};
-use crate::domain::job::{JobState, MAX_ATTEMPTS};
-use crate::domain::specification::Specification;
-use crate::domain::words::EventKind;
+use crate::jobs::events::{record, tell};
+use crate::jobs::queue::QueueError;
 use crate::webhooks::outbox;
+use promptweave_domain::job::{JobState, MAX_ATTEMPTS};
+use promptweave_domain::specification::Specification;
+use promptweave_domain::words::EventKind;
 
 #[derive(Clone, Debug)]
 pub struct NewJob<'a, S> {

@@ -8,12 +8,12 @@ use sqlx::PgTransaction;
 use sqlx::types::Json;
 use uuid::Uuid;
 
-use super::queue::{Lease, QueueError};
 use crate::db::DbError;
-use crate::domain::digest::Digest;
-use crate::domain::job::{AttemptOutcome, JobError, JobState};
-use crate::domain::words::{EventKind, JobErrorCode};
+use crate::jobs::queue::{Lease, QueueError};
 use crate::webhooks::outbox;
+use promptweave_domain::digest::Digest;
+use promptweave_domain::job::{AttemptOutcome, JobError, JobState};
+use promptweave_domain::words::{EventKind, JobErrorCode};
 
 /// A running job whose row this transaction holds.
 pub(super) struct LockedJob {

@@ -11,7 +11,7 @@ use tokio::sync::{Notify, broadcast};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use super::events::EVENT_CHANNEL;
+use crate::jobs::events::EVENT_CHANNEL;
 
 /// Longest wait between two looks. Progress is not told, so this is also how often that is seen.
 const POLL: Duration = Duration::from_secs(1);

@@ -6,9 +6,9 @@ use time::OffsetDateTime;
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-use super::events::tell_workers;
 use crate::db::{DbError, expect_one_row};
-pub use crate::domain::words::WorkerState;
+use crate::jobs::events::tell_workers;
+pub use promptweave_domain::words::WorkerState;
 
 #[derive(Clone, Copy, Debug, Default)]
 pub struct NewWorker<'a> {

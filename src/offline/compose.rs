@@ -2,12 +2,13 @@
 
 use std::path::PathBuf;
 
-use super::objective::{BackboneOptions, SolveOptions};
-use super::progress::Bars;
-use super::{EngineOptions, parse_split, read_prompt, write_composition};
 use crate::config::CacheOptions;
-use crate::domain::composition::{Composer as _, CompositionInput, Source, TargetSamples};
-use crate::domain::dataset::Split;
+use crate::offline::objective::{BackboneOptions, SolveOptions};
+use crate::offline::progress::Bars;
+use crate::offline::{EngineOptions, parse_split, read_prompt, write_composition};
+use promptweave_domain::composer::Composer as _;
+use promptweave_domain::composition::{CompositionInput, Source, TargetSamples};
+use promptweave_domain::split::Split;
 
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {
@@ -97,8 +98,8 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::domain::objective::MethodOptions;
     use crate::offline::parsed;
+    use promptweave_domain::objective::MethodOptions;
 
     #[test]
     fn options_of_the_method_count_and_those_of_another_are_refused() {

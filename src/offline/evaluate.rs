@@ -3,17 +3,18 @@
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 
-use super::progress::bar;
-use super::{EngineOptions, parse_split, read_prompt};
-use crate::domain::composition::Source;
-use crate::domain::dataset::{LabelledImages, Split};
-use crate::domain::objective::{
+use crate::offline::progress::bar;
+use crate::offline::{EngineOptions, parse_split, read_prompt};
+use promptweave_domain::composition::Source;
+use promptweave_domain::objective::{
     HScoreMode, HScoreOptions, HeadOptions, Shrinkage, check_shrinkage,
 };
-use crate::engine::evaluate::Evaluation;
-use crate::engine::prompt_tensor;
-use crate::engine::samples::{Samples, Selection};
-use crate::engine::sources::check_sources;
+use promptweave_domain::split::Split;
+use promptweave_engine::compose::sources::check_sources;
+use promptweave_engine::samples::{Samples, Selection};
+use promptweave_engine::score::evaluate::Evaluation;
+use promptweave_engine::tensors::prompt_tensor;
+use promptweave_formats::dataset::LabelledImages;
 
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {

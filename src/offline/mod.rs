@@ -7,7 +7,6 @@ pub mod evaluate;
 pub mod objective;
 pub mod progress;
 pub mod rank;
-pub mod reproduce;
 pub mod solve;
 pub mod tune;
 
@@ -19,13 +18,13 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use clap::Args;
 
-use crate::domain::composition::Composition;
-use crate::domain::dataset::Split;
-use crate::domain::digest::Digest;
-use crate::domain::precision::Precision;
-use crate::domain::prompt_file::PromptFile;
-use crate::engine::vit::Compute;
-use crate::engine::{Engine, device};
+use promptweave_domain::composer::Composition;
+use promptweave_domain::digest::Digest;
+use promptweave_domain::precision::Precision;
+use promptweave_domain::prompt_file::PromptFile;
+use promptweave_domain::split::Split;
+use promptweave_engine::vit::Compute;
+use promptweave_engine::{Engine, device};
 
 /// Options every offline command has.
 #[derive(Clone, Debug, Args)]
@@ -61,7 +60,8 @@ pub struct EngineOptions {
 }
 
 impl EngineOptions {
-    fn engine(&self) -> anyhow::Result<Engine> {
+    /// The engine that these options describe.
+    pub fn engine(&self) -> anyhow::Result<Engine> {
         let devices = device::all_named(&self.device, self.libtorch_cuda.as_deref())?;
         if let Some(threads) = self.threads {
             tch::set_num_threads(i32::try_from(threads.max(1))?);
@@ -75,7 +75,7 @@ impl EngineOptions {
 }
 
 /// Reads and checks a prompt file.
-fn read_prompt(path: &Path) -> anyhow::Result<(Digest, PromptFile)> {
+pub fn read_prompt(path: &Path) -> anyhow::Result<(Digest, PromptFile)> {
     let bytes = fs::read(path).with_context(|| format!("cannot read `{}`", path.display()))?;
     let file = PromptFile::parse(&bytes)
         .with_context(|| format!("`{}` is not a prompt file", path.display()))?;
@@ -83,7 +83,7 @@ fn read_prompt(path: &Path) -> anyhow::Result<(Digest, PromptFile)> {
 }
 
 /// Writes a file whole or not at all: under another name first, then renamed.
-fn write_whole(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
+pub fn write_whole(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
     let dir = path
         .parent()
         .filter(|dir| !dir.as_os_str().is_empty())

@@ -5,11 +5,12 @@ use anyhow::{anyhow, bail};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::domain::json::{self, Mistake};
-use crate::domain::method::{
+use promptweave_domain::json;
+use promptweave_domain::json::Mistake;
+use promptweave_domain::method::{
     Criterion, Fallback, Method, Scale, Similarity, SpotChoice, UniformMix,
 };
-use crate::domain::objective::{
+use promptweave_domain::objective::{
     AlignTokens, AlignmentVariant, GradientNormalization, HScoreMode, HeadKind, Objective,
     Shrinkage, Standardise, TradeOff,
 };

@@ -5,7 +5,8 @@ use std::ops::ControlFlow;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use crate::domain::composition::{Observer, Phase};
+use promptweave_domain::composer::Observer;
+use promptweave_domain::phase::Phase;
 
 /// A bar on standard error.
 pub fn bar(name: &str, total: u64) -> ProgressBar {

@@ -2,13 +2,13 @@
 
 use std::path::PathBuf;
 
-use super::compose::{parse_source, read_sources};
-use super::progress::Bars;
-use super::{EngineOptions, parse_split};
-use crate::domain::composition::{CompositionInput, TargetSamples};
-use crate::domain::dataset::Split;
-use crate::domain::objective::{HScoreOptions, Shrinkage, TARGET_EPOCHS};
-use crate::domain::ranking::{RankedSource, Ranking, RankingObjective};
+use crate::offline::compose::{parse_source, read_sources};
+use crate::offline::progress::Bars;
+use crate::offline::{EngineOptions, parse_split};
+use promptweave_domain::composition::{CompositionInput, TargetSamples};
+use promptweave_domain::objective::{HScoreOptions, Shrinkage, TARGET_EPOCHS};
+use promptweave_domain::ranking::{RankedSource, Ranking, RankingObjective};
+use promptweave_domain::split::Split;
 
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {
@@ -104,7 +104,7 @@ fn table(ranking: &Ranking, by: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::domain::digest::Digest;
+    use promptweave_domain::digest::Digest;
 
     #[test]
     fn the_table_is_sorted_and_says_what_is_missing() {

@@ -5,12 +5,14 @@ use std::path::PathBuf;
 
 use anyhow::Context as _;
 
-use super::objective::SolveOptions;
-use super::progress::Bars;
-use super::write_composition;
-use crate::domain::composition::{Composer as _, SolveInput, SourceRef};
-use crate::engine::statistics::{Metadata, RecordedSource};
-use crate::engine::{Engine, EngineError};
+use crate::offline::objective::SolveOptions;
+use crate::offline::progress::Bars;
+use crate::offline::write_composition;
+use promptweave_domain::composer::Composer as _;
+use promptweave_domain::composition::{SolveInput, SourceRef};
+use promptweave_engine::Engine;
+use promptweave_engine::error::EngineError;
+use promptweave_engine::statistics::{Metadata, RecordedSource};
 
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {
@@ -80,9 +82,10 @@ mod tests {
     use tch::Device;
 
     use super::*;
-    use crate::domain::objective::{HScoreMode, Objective, Shrinkage};
-    use crate::engine::testing::{Recorder, input};
     use crate::offline::parsed;
+    use promptweave_domain::composer::Unwatched;
+    use promptweave_domain::objective::{HScoreMode, Objective, Shrinkage};
+    use promptweave_engine::compose::self_test::job;
 
     #[test]
     fn a_mode_that_is_asked_for_counts_whatever_the_method_has_by_default() {
@@ -105,8 +108,8 @@ mod tests {
     #[test]
     fn what_needs_the_backbone_is_refused_where_it_is_asked_for() {
         let dir = tempfile::tempdir().unwrap();
-        let input = input(dir.path(), 3);
-        let composed = Engine::new(Device::Cpu).compose(&input, &mut Recorder::default());
+        let input = job(dir.path()).unwrap();
+        let composed = Engine::new(Device::Cpu).compose(&input, &mut Unwatched);
         let path = |name: &str| dir.path().join(name).display().to_string();
         fs::write(path("statistics"), composed.unwrap().statistics).unwrap();
         let solve = |share: &str| {

@@ -9,20 +9,22 @@ use anyhow::{Context as _, anyhow};
 use clap::ValueEnum;
 use indicatif::ProgressBar;
 
-use super::progress::bar;
-use super::{EngineOptions, parse_split, read_prompt, write_whole};
-use crate::domain::backbone::Preprocessing;
-use crate::domain::composition::{Phase, Source};
-use crate::domain::dataset::{LabelledImages, Split};
-use crate::domain::tuning::{
+use crate::offline::progress::bar;
+use crate::offline::{EngineOptions, parse_split, read_prompt, write_whole};
+use promptweave_domain::backbone::Preprocessing;
+use promptweave_domain::composition::Source;
+use promptweave_domain::phase::Phase;
+use promptweave_domain::split::Split;
+use promptweave_domain::tuning::{
     Candidate, CheckpointUnavailable, Checkpoints, Epoch, Grid, InvalidTuning, OptimizerKind,
     TuningOptions,
 };
-use crate::domain::tuning_method::TuningMethod;
-use crate::engine::EngineError;
-use crate::engine::samples::{Samples, Selection};
-use crate::engine::sources::check_sources;
-use crate::engine::tuning::{Images, Outcome, Trained, Tuning, TuningProgress, TuningRun};
+use promptweave_domain::tuning_method::TuningMethod;
+use promptweave_engine::compose::sources::check_sources;
+use promptweave_engine::error::EngineError;
+use promptweave_engine::samples::{Samples, Selection};
+use promptweave_engine::tune::{Images, Outcome, Trained, Tuning, TuningProgress, TuningRun};
+use promptweave_formats::dataset::LabelledImages;
 
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {

@@ -21,8 +21,8 @@ use sqlx::postgres::PgConnectOptions;
 use sqlx::{ConnectOptions, Connection};
 use tokio::process::Child;
 
-use crate::domain::digest::Digest;
 use programs::{Owner, Programs};
+use promptweave_domain::digest::Digest;
 
 /// User and database of the cluster.
 const NAME: &str = "promptweave";

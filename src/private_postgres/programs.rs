@@ -7,7 +7,7 @@ use std::process::Command as StdCommand;
 
 use tokio::process::Command;
 
-use super::PrivatePostgresError as Error;
+use crate::private_postgres::PrivatePostgresError as Error;
 
 /// Oldest major version the schema is written for.
 pub const MIN_MAJOR: u32 = 15;

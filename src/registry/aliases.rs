@@ -1,6 +1,6 @@
 //! Aliases: movable names of a prompt's versions, and who moved them from where to where.
 //!
-//! Whoever changes an alias holds its prompt's row ([`prompts::lock`](super::prompts::lock)), so what
+//! Whoever changes an alias holds its prompt's row ([`prompts::lock`](crate::registry::prompts::lock)), so what
 //! was read before the change is still true when it is made.
 
 use serde::Serialize;
@@ -9,12 +9,13 @@ use time::OffsetDateTime;
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-use super::prompts::{self, Prompt};
-use super::{RegistryError, read_digest};
 use crate::db::{DbError, OnConstraint, expect_one_row};
-use crate::domain::digest::Digest;
-use crate::domain::reference::{AliasName, ResourceName};
-use crate::domain::words::AliasEventKind;
+use crate::registry::prompts;
+use crate::registry::prompts::Prompt;
+use crate::registry::{RegistryError, read_digest};
+use promptweave_domain::digest::Digest;
+use promptweave_domain::reference::{AliasName, ResourceName};
+use promptweave_domain::words::AliasEventKind;
 
 #[derive(Clone, Debug, PartialEq, Serialize, ToSchema)]
 pub struct Alias {

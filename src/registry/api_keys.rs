@@ -6,10 +6,10 @@ use time::OffsetDateTime;
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-use super::{RegistryError, read_name};
 use crate::db::DbError;
-use crate::domain::api_key::{ApiKey, KeyName, Scope, Scopes};
-use crate::domain::reference::ResourceName;
+use crate::registry::{RegistryError, read_name};
+use promptweave_domain::api_key::{ApiKey, KeyName, Scope, Scopes};
+use promptweave_domain::reference::ResourceName;
 
 /// A key without its secret, which nobody has but its owner.
 #[derive(Clone, Debug, Serialize, ToSchema)]

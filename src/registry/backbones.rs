@@ -9,12 +9,13 @@ use time::OffsetDateTime;
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-use super::{RegistryError, read_digest, read_name};
 use crate::blobs::{BlobError, BlobStore, StoredBlob};
 use crate::db::DbError;
-use crate::domain::backbone::{Backbone, BackboneConfig, CONFIG_FILE, MODEL_FILE};
-use crate::domain::digest::Digest;
-use crate::domain::reference::ResourceName;
+use crate::registry::{RegistryError, read_digest, read_name};
+use promptweave_domain::backbone::BackboneConfig;
+use promptweave_domain::digest::Digest;
+use promptweave_domain::reference::ResourceName;
+use promptweave_formats::backbone::{Backbone, CONFIG_FILE, MODEL_FILE};
 
 /// A frozen ViT that prompts are made for.
 #[derive(Clone, Debug, Serialize, ToSchema)]

@@ -9,13 +9,13 @@ use time::OffsetDateTime;
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-pub use super::pack::{PackError, Packed, pack, pack_files, pack_parquet, unpack};
-use super::{RegistryError, read_digest, read_name};
 use crate::blobs::StoredBlob;
 use crate::db::DbError;
-use crate::domain::dataset::Split;
-use crate::domain::digest::Digest;
-use crate::domain::reference::{Reference, ResourceName, VersionSelector};
+pub use crate::registry::pack::{PackError, Packed, pack, pack_files, pack_parquet, unpack};
+use crate::registry::{RegistryError, read_digest, read_name};
+use promptweave_domain::digest::Digest;
+use promptweave_domain::reference::{Reference, ResourceName, VersionSelector};
+use promptweave_domain::split::Split;
 
 /// An immutable set of labelled images.
 #[derive(Clone, Debug, Serialize, ToSchema)]

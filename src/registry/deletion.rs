@@ -4,12 +4,12 @@
 use sqlx::PgConnection;
 use uuid::Uuid;
 
-use super::RegistryError;
-use super::prompts::Prompt;
 use crate::db::expect_one_row;
-use crate::domain::reference::ResourceName;
+use crate::registry::RegistryError;
+use crate::registry::prompts::Prompt;
+use promptweave_domain::reference::ResourceName;
 
-/// Deletes a prompt that nothing refers to. The caller holds it ([`lock`](super::prompts::lock)).
+/// Deletes a prompt that nothing refers to. The caller holds it ([`lock`](crate::registry::prompts::lock)).
 ///
 /// # Errors
 /// [`RegistryError::PromptInUse`] while an alias of it is protected, another prompt was composed of one of

@@ -8,9 +8,9 @@ use sqlx::PgConnection;
 use sqlx::types::Json;
 use uuid::Uuid;
 
-use super::{RegistryError, read_digest};
 use crate::db::DbError;
-use crate::domain::digest::Digest;
+use crate::registry::{RegistryError, read_digest};
+use promptweave_domain::digest::Digest;
 
 /// How long a claim holds without being renewed.
 pub const LEASE: Duration = Duration::from_secs(30);

@@ -9,11 +9,11 @@ use time::OffsetDateTime;
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-use super::{RegistryError, read_digest, read_name};
 use crate::db::DbError;
-use crate::domain::digest::Digest;
-use crate::domain::reference::{Reference, VersionSelector};
-use crate::domain::specification::{Specification as _, TuningSpec};
+use crate::registry::{RegistryError, read_digest, read_name};
+use promptweave_domain::digest::Digest;
+use promptweave_domain::reference::{Reference, VersionSelector};
+use promptweave_domain::specification::{Specification as _, TuningSpec};
 
 /// Most versions in a graph.
 pub const MAX_NODES: usize = 500;

@@ -22,8 +22,8 @@ use uuid::Uuid;
 
 use crate::blobs::BlobError;
 use crate::db::DbError;
-use crate::domain::digest::Digest;
-use crate::domain::reference::{AliasName, ResourceName};
+use promptweave_domain::digest::Digest;
+use promptweave_domain::reference::{AliasName, ResourceName};
 
 /// The project there always is; the first migration makes it.
 pub const DEFAULT_PROJECT: Uuid = Uuid::from_u128(0x0000_0000_0000_7000_8000_0000_0000_0001);

@@ -12,11 +12,15 @@ use std::path::{Component, Path, PathBuf};
 
 use serde_json::json;
 
-use crate::domain::archive::ArchiveError;
-use crate::domain::dataset::{DatasetError, Listing, Split, stays_inside};
-use crate::domain::files::{Directory, FileError, Files};
-use crate::domain::image::{UnreadableImage, decode};
-use crate::domain::parquet::{self, ParquetError, ParquetImages, Shard};
+use promptweave_domain::split::Split;
+use promptweave_formats::dataset::{DatasetError, Listing};
+use promptweave_formats::error::ArchiveError;
+use promptweave_formats::error::FileError;
+use promptweave_formats::files::stays_inside;
+use promptweave_formats::files::{Directory, Files};
+use promptweave_formats::image::{UnreadableImage, decode};
+use promptweave_formats::parquet;
+use promptweave_formats::parquet::{ParquetError, ParquetImages, Shard};
 
 /// Largest image file accepted, in bytes; the images are read one at a time.
 const MAX_IMAGE_BYTES: u64 = 64 << 20;
@@ -296,8 +300,8 @@ fn append<W: io::Write>(tar: &mut tar::Builder<W>, path: &str, bytes: &[u8]) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::domain::dataset::LabelledImages;
-    use crate::domain::digest::Digest;
+    use promptweave_domain::digest::Digest;
+    use promptweave_formats::dataset::LabelledImages;
 
     fn png(value: u8) -> Vec<u8> {
         let mut bytes = io::Cursor::new(Vec::new());

@@ -6,9 +6,9 @@ use time::OffsetDateTime;
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-use super::{RegistryError, read_name};
 use crate::db::OnConstraint;
-use crate::domain::reference::ResourceName;
+use crate::registry::{RegistryError, read_name};
+use promptweave_domain::reference::ResourceName;
 
 #[derive(Clone, Debug, Serialize, ToSchema)]
 pub struct Project {

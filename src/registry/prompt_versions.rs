@@ -10,13 +10,13 @@ use time::OffsetDateTime;
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-use super::lineage::Role;
-use super::{RegistryError, prompts, read_digest, read_name};
 use crate::db::{DbError, OnConstraint};
-use crate::domain::digest::Digest;
-use crate::domain::prompt_file::{Origin, PromptFile, PromptMetadata};
-use crate::domain::reference::{AliasName, Reference, ResourceName, VersionSelector};
-use crate::domain::words::PromptDtype;
+use crate::registry::lineage::Role;
+use crate::registry::{RegistryError, prompts, read_digest, read_name};
+use promptweave_domain::digest::Digest;
+use promptweave_domain::prompt_file::{Origin, PromptFile, PromptMetadata};
+use promptweave_domain::reference::{AliasName, Reference, ResourceName, VersionSelector};
+use promptweave_domain::words::PromptDtype;
 
 /// An immutable visual prompt: the facts about a file. The file is [`content`].
 #[derive(Clone, Debug, Serialize, ToSchema)]

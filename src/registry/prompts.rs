@@ -10,11 +10,11 @@ use time::OffsetDateTime;
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-use super::{RegistryError, read_name};
 use crate::db::expect_one_row;
-use crate::domain::digest::Digest;
-use crate::domain::prompt_description::PromptDescription;
-use crate::domain::reference::{AliasName, ResourceName};
+use crate::registry::{RegistryError, read_name};
+use promptweave_domain::digest::Digest;
+use promptweave_domain::prompt_description::PromptDescription;
+use promptweave_domain::reference::{AliasName, ResourceName};
 
 /// A name that versions are published under.
 #[derive(Clone, Debug, Serialize, ToSchema)]

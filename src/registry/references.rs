@@ -12,9 +12,9 @@
 use sqlx::PgConnection;
 use time::OffsetDateTime;
 
-use super::RegistryError;
 use crate::blobs::BlobStore;
-use crate::domain::digest::Digest;
+use crate::registry::RegistryError;
+use promptweave_domain::digest::Digest;
 
 /// Keeps a blob in the store until the transaction ends, by when a row refers to it.
 ///

@@ -11,7 +11,7 @@ use reqwest::{Method, Request, Response, StatusCode};
 use tokio::io::{AsyncWrite, AsyncWriteExt as _};
 use url::Url;
 
-use super::network::{Guarded, Network, NotPublic, SystemNames, Verdict};
+use crate::remote::network::{Guarded, Network, NotPublic, SystemNames, Verdict};
 
 /// On one host; further ones are refused.
 pub const MAX_REDIRECTS: usize = 5;

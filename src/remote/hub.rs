@@ -11,9 +11,9 @@ use reqwest::{Method, Request, Response};
 use serde::Deserialize;
 use url::Url;
 
-use super::client::{Client, Limits, RemoteError, host, save, target};
-use super::uri::SourceUri;
-use crate::domain::digest::{Digest, digest_of_file};
+use crate::remote::client::{Client, Limits, RemoteError, host, save, target};
+use crate::remote::uri::SourceUri;
+use promptweave_domain::digest::{Digest, digest_of_file};
 
 /// Largest list of a repository's files, in bytes.
 const MAX_LIST: u64 = 64 << 20;

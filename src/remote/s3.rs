@@ -15,7 +15,7 @@ use object_store::client::{
 use object_store::path::Path as Key;
 use object_store::prefix::PrefixStore;
 
-use super::client::{Client, RemoteError};
+use crate::remote::client::{Client, RemoteError};
 
 /// `s3://bucket/prefix`; the prefix may be empty.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -12,10 +12,10 @@ use reqwest::header::HeaderMap;
 use tokio::io::AsyncWriteExt as _;
 use url::Url;
 
-use super::client::{Client, Limits, RemoteError};
-use super::hub::{Hub, HubError, Repository};
-use super::s3::S3Url;
-use super::uri::{AllowedUris, SourceUri};
+use crate::remote::client::{Client, Limits, RemoteError};
+use crate::remote::hub::{Hub, HubError, Repository};
+use crate::remote::s3::S3Url;
+use crate::remote::uri::{AllowedUris, SourceUri};
 
 #[derive(Debug, thiserror::Error)]
 pub enum FetchError {

@@ -11,11 +11,11 @@ use sqlx::PgPool;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use super::outbox::{Claimed, Outcome, Receivers, claim, forget, settle};
 use crate::db::DbError;
-use crate::domain::webhook::{InvalidSecret, InvalidWebhookUrl, WebhookSecret, WebhookUrl};
 use crate::remote::client::{Client, RemoteError};
-use crate::telemetry::chain;
+use crate::webhooks::outbox::{Claimed, Outcome, Receivers, claim, forget, settle};
+use promptweave_domain::error_chain::chain;
+use promptweave_domain::webhook::{InvalidSecret, InvalidWebhookUrl, WebhookSecret, WebhookUrl};
 
 /// Longest wait between two looks at the outbox.
 const POLL: Duration = Duration::from_secs(1);

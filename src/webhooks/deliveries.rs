@@ -8,7 +8,7 @@ use utoipa::ToSchema;
 use uuid::Uuid;
 
 use crate::db::DbError;
-use crate::domain::words::DeliveryState;
+use promptweave_domain::words::DeliveryState;
 
 /// A message to one webhook.
 #[derive(Clone, Debug, Serialize, ToSchema)]

@@ -12,10 +12,10 @@ use uuid::Uuid;
 
 use crate::clock::{Clock as _, SystemClock};
 use crate::db::DbError;
-use crate::domain::job::{JobError, JobState};
-use crate::domain::specification::{Specification as _, TuningSpec};
-use crate::domain::webhook::{TEST_EVENT, pause};
-use crate::domain::words::DeliveryState;
+use promptweave_domain::job::{JobError, JobState};
+use promptweave_domain::specification::{Specification as _, TuningSpec};
+use promptweave_domain::webhook::{TEST_EVENT, pause};
+use promptweave_domain::words::DeliveryState;
 
 /// How long a message is one deliverer's; longer than a try takes. One that dies meanwhile loses it to another.
 const LEASE: Duration = Duration::from_secs(60);

@@ -10,7 +10,7 @@ use utoipa::ToSchema;
 use uuid::Uuid;
 
 use crate::db::{DbError, expect_one_row};
-use crate::domain::webhook::{EventType, EventTypes, WebhookSecret, WebhookUrl};
+use promptweave_domain::webhook::{EventType, EventTypes, WebhookSecret, WebhookUrl};
 
 /// The end of a job writes a row for each.
 pub const MOST: i64 = 100;

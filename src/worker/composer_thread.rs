@@ -13,15 +13,16 @@ use tokio::sync::{oneshot, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::domain::composition::{
-    Composer, Composition, CompositionError, CompositionInput, Observer, Phase, Platform,
-    SolveInput, blames_the_device,
+use promptweave_domain::composer::{
+    Composer, Composition, CompositionError, Observer, Platform, blames_the_device,
 };
-use crate::domain::job::Progress;
-use crate::domain::ranking::Ranking;
-use crate::domain::sharding::{ShardInput, Shards};
-use crate::domain::tuning::{Checkpoints, NoCheckpoints, Tuned, TuningInput};
-use crate::domain::words::JobErrorCode;
+use promptweave_domain::composition::{CompositionInput, SolveInput};
+use promptweave_domain::job::Progress;
+use promptweave_domain::phase::Phase;
+use promptweave_domain::ranking::Ranking;
+use promptweave_domain::sharding::{ShardInput, Shards};
+use promptweave_domain::tuning::{Checkpoints, NoCheckpoints, Tuned, TuningInput};
+use promptweave_domain::words::JobErrorCode;
 
 /// CUDA's libraries may come from a slow disk; a device that hangs takes for ever.
 const STARTS_WITHIN: Duration = Duration::from_secs(300);
@@ -275,7 +276,7 @@ fn own(
                     match tested(new) {
                         Ok(fresh) => composer = fresh,
                         Err(error) => {
-                            let error = crate::telemetry::chain(&error);
+                            let error = promptweave_domain::error_chain::chain(&error);
                             tracing::error!(error, "the engine cannot be started again");
                             return;
                         }

@@ -1,13 +1,14 @@
 //! The worker's real composer: the engine, made on the thread that will own it.
 
-use super::composer_thread::NewComposer;
 use crate::config::{StorageOptions, WorkerOptions};
-use crate::domain::composition::CompositionError;
-use crate::domain::words::JobErrorCode;
-use crate::engine::Engine;
-use crate::engine::device::{self, DeviceError};
-use crate::engine::vit::Compute;
-use crate::telemetry::chain;
+use crate::worker::composer_thread::NewComposer;
+use promptweave_domain::composer::CompositionError;
+use promptweave_domain::error_chain::chain;
+use promptweave_domain::words::JobErrorCode;
+use promptweave_engine::Engine;
+use promptweave_engine::device;
+use promptweave_engine::device::DeviceError;
+use promptweave_engine::vit::Compute;
 
 /// What makes the engine on the device of the options. All that can fail fails when it is called, where the worker
 /// can still say in the database why it does not start.

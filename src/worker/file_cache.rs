@@ -12,7 +12,7 @@ use std::time::SystemTime;
 
 use tempfile::TempDir;
 
-use crate::telemetry::chain;
+use promptweave_domain::error_chain::chain;
 
 const UNFINISHED: &str = ".unfinished-";
 

@@ -4,22 +4,24 @@
 
 use sqlx::PgPool;
 
-use super::composer_thread::Task;
-use super::file_cache::{Entry, FileCache, InUse, NewEntry};
 use crate::blobs::{BlobError, BlobStore};
 use crate::db::DbError;
-use crate::domain::backbone::{CONFIG_FILE, MODEL_FILE};
-use crate::domain::composition::{CompositionInput, SolveInput, Source, SourceRef};
-use crate::domain::digest::Digest;
-use crate::domain::job::{BackboneSpec, EnsembleSpec, SourceSpec, TargetSpec};
-use crate::domain::objective::Objective;
-use crate::domain::prompt_file::{PromptFile, PromptFileError};
-use crate::domain::sharding::{EarlyStopping, ShardInput};
-use crate::domain::specification::{JobSpec, TuningSpec};
-use crate::domain::tuning::TuningInput;
 use crate::jobs::shards::ClaimedShard;
-use crate::registry::datasets::{self, PackError};
+use crate::registry::datasets;
+use crate::registry::datasets::PackError;
 use crate::registry::{RegistryError, prompt_versions};
+use crate::worker::composer_thread::Task;
+use crate::worker::file_cache::{Entry, FileCache, InUse, NewEntry};
+use promptweave_domain::composition::{CompositionInput, SolveInput, Source, SourceRef};
+use promptweave_domain::digest::Digest;
+use promptweave_domain::early_stopping::EarlyStopping;
+use promptweave_domain::job::{BackboneSpec, EnsembleSpec, SourceSpec, TargetSpec};
+use promptweave_domain::objective::Objective;
+use promptweave_domain::prompt_file::{PromptFile, PromptFileError};
+use promptweave_domain::sharding::ShardInput;
+use promptweave_domain::specification::{JobSpec, TuningSpec};
+use promptweave_domain::tuning::TuningInput;
+use promptweave_formats::backbone::{CONFIG_FILE, MODEL_FILE};
 
 #[derive(Debug, thiserror::Error)]
 pub enum InputError {

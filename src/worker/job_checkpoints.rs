@@ -4,14 +4,14 @@ use bytes::Bytes;
 use sqlx::PgPool;
 use tokio::runtime::Handle;
 
-use super::composer_thread::{Stop, StopReason};
-use super::inputs::InputError;
 use crate::blobs::BlobStore;
-use crate::domain::tuning::{CheckpointUnavailable, Checkpoints, Epoch};
 use crate::jobs::checkpoints;
 use crate::jobs::queue::{Lease, QueueError};
 use crate::registry::RegistryError;
-use crate::telemetry::chain;
+use crate::worker::composer_thread::{Stop, StopReason};
+use crate::worker::inputs::InputError;
+use promptweave_domain::error_chain::chain;
+use promptweave_domain::tuning::{CheckpointUnavailable, Checkpoints, Epoch};
 
 #[derive(Clone)]
 pub struct JobCheckpoints {

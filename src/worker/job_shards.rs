@@ -8,16 +8,17 @@ use sqlx::pool::PoolConnection;
 use sqlx::{PgPool, Postgres};
 use tokio::runtime::Handle;
 
-use super::composer_thread::{Stop, StopReason};
 use crate::blobs::{BlobError, BlobStore};
 use crate::db::DbError;
-use crate::domain::composition::Phase;
-use crate::domain::digest::Digest;
-use crate::domain::sharding::{Estimate, Next, Shard, ShardingError, Shards};
 use crate::jobs::queue::QueueError;
-use crate::jobs::shards::{self, Owner};
+use crate::jobs::shards;
+use crate::jobs::shards::Owner;
 use crate::registry::RegistryError;
-use crate::telemetry::chain;
+use crate::worker::composer_thread::{Stop, StopReason};
+use promptweave_domain::digest::Digest;
+use promptweave_domain::error_chain::chain;
+use promptweave_domain::phase::Phase;
+use promptweave_domain::sharding::{Estimate, Next, Shard, ShardingError, Shards};
 
 /// Between two looks for a shard that somebody else computes, and between two tries while the database is gone.
 const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(200);

@@ -20,17 +20,20 @@ use uuid::Uuid;
 
 use crate::blobs::BlobStore;
 use crate::db::DbError;
-use crate::domain::composition::CompositionError;
 use crate::jobs::listener::WorkListener;
-use crate::jobs::queue::{self, Claimed, QueueError};
+use crate::jobs::queue;
+use crate::jobs::queue::{Claimed, QueueError};
 use crate::jobs::reaper;
-use crate::jobs::shards::{self, ClaimedShard};
-use crate::jobs::workers::{self, End, NewWorker, WorkerState};
+use crate::jobs::shards;
+use crate::jobs::shards::ClaimedShard;
+use crate::jobs::workers;
+use crate::jobs::workers::{End, NewWorker, WorkerState};
 use crate::shutdown::Shutdown;
-use crate::telemetry::chain;
 use composer_thread::{ComposerThread, NewComposer};
 use file_cache::FileCache;
 use inputs::Inputs;
+use promptweave_domain::composer::CompositionError;
+use promptweave_domain::error_chain::chain;
 use runner::{EngineStuck, Runner};
 
 /// Between two signs of life, of those who know no better; a worker counts as live for a minute after one.

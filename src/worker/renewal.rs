@@ -9,11 +9,12 @@ use sqlx::postgres::PgConnectOptions;
 use sqlx::{ConnectOptions, PgConnection};
 use tokio_util::sync::CancellationToken;
 
-use super::composer_thread::{Stop, StopReason};
 use crate::failpoints;
-use crate::jobs::queue::{self, Lease, QueueError, RenewOutcome};
+use crate::jobs::queue;
+use crate::jobs::queue::{Lease, QueueError, RenewOutcome};
 use crate::jobs::shards;
-use crate::telemetry::chain;
+use crate::worker::composer_thread::{Stop, StopReason};
+use promptweave_domain::error_chain::chain;
 
 /// Part of the lease after which a worker that could not renew stops.
 const GIVE_UP_AT: f64 = 0.8;

@@ -8,27 +8,32 @@ use tokio::runtime::Handle;
 use tokio::time::MissedTickBehavior;
 use uuid::Uuid;
 
-use super::composer_thread::{AttemptState, ComposerThread, Output, Stop, StopReason, Task};
-use super::inputs::{InputError, Inputs};
-use super::job_checkpoints::JobCheckpoints;
-use super::job_shards::JobShards;
-use super::renewal::{LeaseKind, Renewal};
 use crate::blobs::BlobError;
 use crate::db::DbError;
-use crate::domain::composition::{CompositionError, Phase};
-use crate::domain::digest::Digest;
-use crate::domain::job::{JobError, Progress};
-use crate::domain::prompt_file::PromptFile;
-use crate::domain::reference::ResourceName;
-use crate::domain::specification::JobSpec;
-use crate::domain::words::JobErrorCode;
 use crate::failpoints;
 use crate::jobs::finish::{Finished, NewPrompt, finish};
-use crate::jobs::queue::{self, Claimed, Lease, QueueError, RenewOutcome};
-use crate::jobs::shards::{self, ClaimedShard, GivenBack, Owner};
+use crate::jobs::queue;
+use crate::jobs::queue::{Claimed, Lease, QueueError, RenewOutcome};
+use crate::jobs::shards;
+use crate::jobs::shards::{ClaimedShard, GivenBack, Owner};
 use crate::registry::RegistryError;
 use crate::shutdown::Shutdown;
-use crate::telemetry::chain;
+use crate::worker::composer_thread::{
+    AttemptState, ComposerThread, Output, Stop, StopReason, Task,
+};
+use crate::worker::inputs::{InputError, Inputs};
+use crate::worker::job_checkpoints::JobCheckpoints;
+use crate::worker::job_shards::JobShards;
+use crate::worker::renewal::{LeaseKind, Renewal};
+use promptweave_domain::composer::CompositionError;
+use promptweave_domain::digest::Digest;
+use promptweave_domain::error_chain::chain;
+use promptweave_domain::job::{JobError, Progress};
+use promptweave_domain::phase::Phase;
+use promptweave_domain::prompt_file::PromptFile;
+use promptweave_domain::reference::ResourceName;
+use promptweave_domain::specification::JobSpec;
+use promptweave_domain::words::JobErrorCode;
 
 /// How often progress is stored, and a wish to cancel read.
 const PROGRESS_EVERY: Duration = Duration::from_millis(500);

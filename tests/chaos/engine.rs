@@ -4,17 +4,16 @@
 use std::thread;
 use std::time::Duration;
 
-use promptweave::domain::composition::{
-    Composer, Composition, CompositionError, CompositionInput, Observer, Phase, Platform,
-    SolveInput,
-};
-use promptweave::domain::digest::Digest;
-use promptweave::domain::ranking::Ranking;
-use promptweave::domain::sharding::{Next, Shard, ShardInput, ShardingError};
-use promptweave::domain::tuning::{Checkpoints, Curves, Tuned, TuningInput};
-use promptweave::domain::words::JobErrorCode;
 use promptweave::failpoints;
 use promptweave::worker::composer_thread::NewComposer;
+use promptweave_domain::composer::{Composer, Composition, CompositionError, Observer, Platform};
+use promptweave_domain::composition::{CompositionInput, SolveInput};
+use promptweave_domain::digest::Digest;
+use promptweave_domain::phase::Phase;
+use promptweave_domain::ranking::Ranking;
+use promptweave_domain::sharding::{Next, Shard, ShardInput, ShardingError};
+use promptweave_domain::tuning::{Checkpoints, Curves, Tuned, TuningInput};
+use promptweave_domain::words::JobErrorCode;
 
 use crate::composition::{composition, ranking, tuned};
 

@@ -5,6 +5,7 @@
 mod composition;
 mod engine;
 
+use promptweave_domain::error_chain::chain;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -51,7 +52,7 @@ async fn main() -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {}", telemetry::chain(error.as_ref()));
+            eprintln!("error: {}", chain(error.as_ref()));
             ExitCode::FAILURE
         }
     }

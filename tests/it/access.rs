@@ -3,8 +3,8 @@
 use axum::body::Body;
 use axum::http::{Method, Request, header};
 use promptweave::db::MIGRATOR;
-use promptweave::domain::api_key::{ApiKey, Scope};
 use promptweave::registry::{DEFAULT_PROJECT, api_keys, projects};
+use promptweave_domain::api_key::{ApiKey, Scope};
 use secrecy::ExposeSecret;
 use serde_json::json;
 use sqlx::{PgPool, Row};
@@ -159,7 +159,7 @@ async fn a_project_sees_nothing_of_another(pool: PgPool) {
         let request = Request::get(path).header(header::AUTHORIZATION, format!("Bearer {key}"));
         app.send(request.body(Body::empty()).unwrap())
     };
-    let digest = promptweave::domain::digest::Digest::of(&bytes);
+    let digest = promptweave_domain::digest::Digest::of(&bytes);
     for path in [
         "/v1/prompts/dtd".to_owned(),
         "/v1/prompts/dtd/versions".to_owned(),

@@ -3,8 +3,8 @@
 use axum::body::Body;
 use axum::http::{Method, Request, header};
 use promptweave::db::MIGRATOR;
-use promptweave::domain::api_key::{ApiKey, Scope};
 use promptweave::registry::DEFAULT_PROJECT;
+use promptweave_domain::api_key::{ApiKey, Scope};
 use serde_json::{Value, json};
 use sqlx::PgPool;
 use uuid::Uuid;

@@ -12,17 +12,16 @@ use bytes::Bytes;
 use http_body_util::BodyExt;
 use promptweave::blobs::BlobStore;
 use promptweave::clock::MockClock;
-use promptweave::domain::api_key::{ApiKey, Scope};
-use promptweave::domain::backbone::{
-    BackboneConfig, CONFIG_FILE, Filter, MODEL_FILE, Preprocessing, expected_tensors,
-};
-use promptweave::domain::digest::Digest;
-use promptweave::domain::prompt_file::{FORMAT, Origin, PromptFile, PromptMetadata};
-use promptweave::domain::tensor::{Stored, Tensor};
 use promptweave::http::{AppState, HttpSettings, router};
 use promptweave::jobs::watch::JobWatch;
 use promptweave::registry::roots::AllowedRoots;
 use promptweave::registry::{DEFAULT_PROJECT, api_keys};
+use promptweave_domain::api_key::{ApiKey, Scope};
+use promptweave_domain::backbone::{BackboneConfig, Filter, Preprocessing};
+use promptweave_domain::digest::Digest;
+use promptweave_domain::prompt_file::{FORMAT, Origin, PromptFile, PromptMetadata};
+use promptweave_domain::tensor::{Stored, Tensor};
+use promptweave_formats::backbone::{CONFIG_FILE, MODEL_FILE, expected_tensors};
 use secrecy::ExposeSecret;
 use serde_json::Value;
 use sqlx::PgPool;

@@ -5,8 +5,8 @@ use std::path::Path;
 use axum::body::Body;
 use axum::http::Request;
 use promptweave::db::MIGRATOR;
-use promptweave::domain::backbone::{Backbone, CONFIG_FILE, MODEL_FILE};
 use promptweave::registry::{DEFAULT_PROJECT, backbones};
+use promptweave_formats::backbone::{Backbone, CONFIG_FILE, MODEL_FILE};
 use serde_json::{Value, json};
 use sqlx::PgPool;
 

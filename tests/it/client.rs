@@ -8,10 +8,10 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use promptweave::db::MIGRATOR;
-use promptweave::domain::api_key::Scope;
-use promptweave::domain::digest::Digest;
 use promptweave::http::rate_limit::RateLimit;
 use promptweave::registry::DEFAULT_PROJECT;
+use promptweave_domain::api_key::Scope;
+use promptweave_domain::digest::Digest;
 use serde_json::{Value, json};
 use sqlx::PgPool;
 use tempfile::TempDir;

@@ -5,12 +5,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use promptweave::db::MIGRATOR;
-use promptweave::domain::job::EnsembleSpec;
-use promptweave::domain::specification::{RankingSpec, Specification, TuningSpec};
-use promptweave::domain::words::{
+use promptweave::http::problem_codes::PROBLEM_CODES;
+use promptweave_domain::job::EnsembleSpec;
+use promptweave_domain::specification::{RankingSpec, Specification, TuningSpec};
+use promptweave_domain::words::{
     AliasEventKind, DeliveryState, EventKind, JobErrorCode, PromptDtype, WarningCode, WorkerState,
 };
-use promptweave::http::problem_codes::PROBLEM_CODES;
 use serde_json::{Value, json};
 use sqlx::PgPool;
 

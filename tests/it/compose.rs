@@ -1,10 +1,10 @@
 //! `POST /v1/prompts/compose`: sums with weights of the user's own.
 
 use promptweave::db::MIGRATOR;
-use promptweave::domain::digest::Digest;
-use promptweave::domain::mixture::mix;
-use promptweave::domain::prompt_file::{Origin, PromptFile};
-use promptweave::domain::tensor::Tensor;
+use promptweave_domain::digest::Digest;
+use promptweave_domain::mixture::mix;
+use promptweave_domain::prompt_file::{Origin, PromptFile};
+use promptweave_domain::tensor::Tensor;
 use serde_json::{Value, json};
 use sqlx::PgPool;
 

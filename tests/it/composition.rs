@@ -3,17 +3,18 @@
 
 use std::collections::BTreeMap;
 
-use promptweave::domain::backbone::{Filter, Preprocessing};
-use promptweave::domain::composition::{
-    ComposedPrompt, Composition, CompositionResult, Diagnostics, MethodReport, ObjectiveValue,
-    PromptScore, Provenance, SolverReport, SourceWeight, StopReason,
+use promptweave_domain::backbone::{Filter, Preprocessing};
+use promptweave_domain::composer::Composition;
+use promptweave_domain::composition::{
+    ComposedPrompt, CompositionResult, Diagnostics, MethodReport, ObjectiveValue, PromptScore,
+    Provenance, SolverReport, SourceWeight, StopReason,
 };
-use promptweave::domain::digest::Digest;
-use promptweave::domain::precision::Precision;
-use promptweave::domain::prompt_file::{FORMAT, Origin, PromptFile, PromptMetadata};
-use promptweave::domain::ranking::{RankedSource, Ranking};
-use promptweave::domain::tensor::Tensor;
-use promptweave::domain::tuning::{Curves, Tuned, TunedPrompt, TuningOptions, TuningResult};
+use promptweave_domain::digest::Digest;
+use promptweave_domain::precision::Precision;
+use promptweave_domain::prompt_file::{FORMAT, Origin, PromptFile, PromptMetadata};
+use promptweave_domain::ranking::{RankedSource, Ranking};
+use promptweave_domain::tensor::Tensor;
+use promptweave_domain::tuning::{Curves, Tuned, TunedPrompt, TuningOptions, TuningResult};
 
 pub const EMBED_DIM: usize = 8;
 

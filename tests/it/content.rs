@@ -5,7 +5,7 @@ use axum::http::{Method, Request};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use promptweave::db::MIGRATOR;
-use promptweave::domain::digest::Digest;
+use promptweave_domain::digest::Digest;
 use serde_json::json;
 use sqlx::PgPool;
 

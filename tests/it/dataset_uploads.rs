@@ -8,7 +8,7 @@ use axum::body::Body;
 use axum::http::{Request, header};
 use futures::StreamExt as _;
 use promptweave::db::MIGRATOR;
-use promptweave::domain::archive::{MAX_ENTRIES, MAX_NAME};
+use promptweave_formats::error::{MAX_ENTRIES, MAX_NAME};
 use serde_json::json;
 use sqlx::PgPool;
 use tar::EntryType::{self, Regular};

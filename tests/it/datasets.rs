@@ -1,8 +1,9 @@
 //! `/v1/datasets`: registering a directory of images, and getting it back from the blob store.
 
 use promptweave::db::MIGRATOR;
-use promptweave::domain::dataset::{LabelledImages, Split};
 use promptweave::registry::{DEFAULT_PROJECT, datasets};
+use promptweave_domain::split::Split;
+use promptweave_formats::dataset::LabelledImages;
 use serde_json::json;
 use sqlx::PgPool;
 

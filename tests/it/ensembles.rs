@@ -5,13 +5,13 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use promptweave::db::MIGRATOR;
-use promptweave::domain::backbone::Backbone;
-use promptweave::domain::digest::Digest;
-use promptweave::domain::prompt_file::PromptFile;
-use promptweave::domain::tensor::Tensor;
 use promptweave::shutdown::Shutdown;
 use promptweave::worker::composer_thread::NewComposer;
 use promptweave::worker::{SEEN_EVERY, WorkerError, WorkerSettings, run};
+use promptweave_domain::digest::Digest;
+use promptweave_domain::prompt_file::PromptFile;
+use promptweave_domain::tensor::Tensor;
+use promptweave_formats::backbone::Backbone;
 use serde_json::{Value, json};
 use sqlx::PgPool;
 use tokio::task::JoinHandle;

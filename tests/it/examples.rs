@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use axum::body::Body;
 use axum::http::{Request, header};
 use promptweave::db::MIGRATOR;
-use promptweave::domain::backbone::Backbone;
+use promptweave_formats::backbone::Backbone;
 use serde_json::{Value, json};
 use sqlx::PgPool;
 

@@ -4,29 +4,32 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-use promptweave::domain::backbone::BackboneConfig;
-use promptweave::domain::composition::{
-    Composer, Composition, CompositionError, CompositionInput, Observer, Phase, Platform,
-    SolveInput, TargetSamples,
-};
-use promptweave::domain::dataset::Split;
-use promptweave::domain::digest::Digest;
-use promptweave::domain::job::{
-    BackboneSpec, DEFAULT_PRIORITY, EnsembleSpec, SourceSpec, TargetSpec,
-};
-use promptweave::domain::objective::Objective;
-use promptweave::domain::prompt_file::Origin;
-use promptweave::domain::ranking::Ranking;
-use promptweave::domain::sharding::{Next, Shard, ShardInput};
-use promptweave::domain::tuning::{Checkpoints, Curves, Tuned, TuningInput};
-use promptweave::domain::words::JobErrorCode;
-use promptweave::jobs::requests::{self, NewJob};
-use promptweave::jobs::workers::{self, NewWorker};
-use promptweave::jobs::{self, Job};
+use promptweave::jobs;
+use promptweave::jobs::Job;
+use promptweave::jobs::requests;
+use promptweave::jobs::requests::NewJob;
+use promptweave::jobs::workers;
+use promptweave::jobs::workers::NewWorker;
 use promptweave::registry::DEFAULT_PROJECT;
-use promptweave::registry::prompt_versions::{self, NewVersion};
+use promptweave::registry::prompt_versions;
+use promptweave::registry::prompt_versions::NewVersion;
 use promptweave::registry::prompts;
 use promptweave::worker::composer_thread::NewComposer;
+use promptweave_domain::backbone::BackboneConfig;
+use promptweave_domain::composer::{Composer, Composition, CompositionError, Observer, Platform};
+use promptweave_domain::composition::{CompositionInput, SolveInput, TargetSamples};
+use promptweave_domain::digest::Digest;
+use promptweave_domain::job::{
+    BackboneSpec, DEFAULT_PRIORITY, EnsembleSpec, SourceSpec, TargetSpec,
+};
+use promptweave_domain::objective::Objective;
+use promptweave_domain::phase::Phase;
+use promptweave_domain::prompt_file::Origin;
+use promptweave_domain::ranking::Ranking;
+use promptweave_domain::sharding::{Next, Shard, ShardInput};
+use promptweave_domain::split::Split;
+use promptweave_domain::tuning::{Checkpoints, Curves, Tuned, TuningInput};
+use promptweave_domain::words::JobErrorCode;
 use sqlx::PgConnection;
 use uuid::Uuid;
 

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use axum::body::Body;
 use axum::http::{Request, header};
 use promptweave::db::MIGRATOR;
-use promptweave::domain::digest::Digest;
+use promptweave_domain::digest::Digest;
 use serde_json::{Value, json};
 use sqlx::PgPool;
 

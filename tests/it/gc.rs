@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use promptweave::db::MIGRATOR;
-use promptweave::domain::digest::Digest;
 use promptweave::gc::{Collected, GcError, Retention, collect};
 use promptweave::registry::{RegistryError, references};
+use promptweave_domain::digest::Digest;
 use serde_json::{Value, json};
 use sqlx::PgPool;
 

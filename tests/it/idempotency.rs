@@ -6,9 +6,10 @@ use axum::body::Body;
 use axum::http::{Request, header};
 use futures::future::join_all;
 use promptweave::db::MIGRATOR;
-use promptweave::domain::api_key::Scope;
-use promptweave::registry::idempotency::{self, Claimed};
+use promptweave::registry::idempotency;
+use promptweave::registry::idempotency::Claimed;
 use promptweave::registry::{DEFAULT_PROJECT, projects};
+use promptweave_domain::api_key::Scope;
 use serde_json::json;
 use sqlx::PgPool;
 

@@ -1,11 +1,12 @@
 //! `…/lineage`: the graph above and below a version, and where a walk ends.
 
 use promptweave::db::MIGRATOR;
-use promptweave::domain::api_key::Scope;
-use promptweave::domain::prompt_file::Origin;
 use promptweave::registry::lineage::{MAX_NODES, Role};
-use promptweave::registry::prompt_versions::{self, NewVersion, Parent};
+use promptweave::registry::prompt_versions;
+use promptweave::registry::prompt_versions::{NewVersion, Parent};
 use promptweave::registry::{DEFAULT_PROJECT, projects, prompts};
+use promptweave_domain::api_key::Scope;
+use promptweave_domain::prompt_file::Origin;
 use serde_json::{Value, json};
 use sqlx::PgPool;
 use uuid::Uuid;

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use axum::body::Body;
 use axum::http::{Request, header};
-use promptweave::db::{self, MIGRATOR, PoolSettings};
+use promptweave::db;
+use promptweave::db::{MIGRATOR, PoolSettings};
 use serde_json::json;
 use sqlx::PgPool;
 use tokio::io::copy_bidirectional;

@@ -4,7 +4,8 @@ use axum::body::Body;
 use axum::http::{Method, Request, header};
 use promptweave::db::MIGRATOR;
 use promptweave::registry::DEFAULT_PROJECT;
-use promptweave::registry::prompts::{self, Facet};
+use promptweave::registry::prompts;
+use promptweave::registry::prompts::Facet;
 use serde_json::{Value, json};
 use sqlx::PgPool;
 
@@ -322,7 +323,7 @@ async fn prompts_are_found_by_tag_alias_backbone_and_task(pool: PgPool) {
     publish(&app, "p2", 1).await;
     publish(&app, "p4", 2).await;
     alias(&app, "/v1/prompts/p4", json!({"version": 1})).await;
-    let backbone = promptweave::domain::digest::Digest::of(b"some backbone");
+    let backbone = promptweave_domain::digest::Digest::of(b"some backbone");
 
     assert_eq!(names(&app, "").await.len(), 7);
     assert_eq!(names(&app, "tag=parity").await.len(), 7);

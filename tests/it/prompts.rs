@@ -3,12 +3,13 @@
 use axum::body::Body;
 use axum::http::{Request, header};
 use promptweave::db::MIGRATOR;
-use promptweave::domain::digest::Digest;
-use promptweave::domain::prompt_file::Origin;
-use promptweave::domain::tensor::{Stored, Tensor};
 use promptweave::registry::lineage::Role;
-use promptweave::registry::prompt_versions::{self, NewVersion, Parent};
+use promptweave::registry::prompt_versions;
+use promptweave::registry::prompt_versions::{NewVersion, Parent};
 use promptweave::registry::{DEFAULT_PROJECT, RegistryError, prompts};
+use promptweave_domain::digest::Digest;
+use promptweave_domain::prompt_file::Origin;
+use promptweave_domain::tensor::{Stored, Tensor};
 use safetensors::serialize;
 use serde_json::{Value, json};
 use sqlx::PgPool;

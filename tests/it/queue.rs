@@ -5,19 +5,23 @@ use std::time::Duration;
 
 use promptweave::blobs::BlobStore;
 use promptweave::db::MIGRATOR;
-use promptweave::domain::composition::Phase;
-use promptweave::domain::digest::Digest;
-use promptweave::domain::job::{EnsembleSpec, JobError, JobState, MAX_ATTEMPTS, Progress};
-use promptweave::domain::prompt_file::PromptFile;
-use promptweave::domain::specification::JobSpec;
-use promptweave::domain::words::JobErrorCode;
 use promptweave::jobs::events;
 use promptweave::jobs::finish::{Finished, NewPrompt, finish};
-use promptweave::jobs::queue::{self, Claimed, QueueError, RenewOutcome};
-use promptweave::jobs::requests::{self, Cancellation};
-use promptweave::jobs::workers::{self, WorkerState};
-use promptweave::registry::lineage::{self, Direction};
+use promptweave::jobs::queue;
+use promptweave::jobs::queue::{Claimed, QueueError, RenewOutcome};
+use promptweave::jobs::requests;
+use promptweave::jobs::requests::Cancellation;
+use promptweave::jobs::workers;
+use promptweave::jobs::workers::WorkerState;
+use promptweave::registry::lineage;
+use promptweave::registry::lineage::Direction;
 use promptweave::registry::{DEFAULT_PROJECT, prompt_versions};
+use promptweave_domain::digest::Digest;
+use promptweave_domain::job::{EnsembleSpec, JobError, JobState, MAX_ATTEMPTS, Progress};
+use promptweave_domain::phase::Phase;
+use promptweave_domain::prompt_file::PromptFile;
+use promptweave_domain::specification::JobSpec;
+use promptweave_domain::words::JobErrorCode;
 use sqlx::pool::PoolConnection;
 use sqlx::{PgConnection, PgPool, Postgres};
 use uuid::Uuid;
@@ -211,7 +215,7 @@ async fn weights_that_do_not_sum_to_one_cannot_be_stored(mut db: PoolConnection<
         let error = finish_with(&mut db, &claimed, &spec, &weights)
             .await
             .unwrap_err();
-        let text = promptweave::telemetry::chain(&error);
+        let text = promptweave_domain::error_chain::chain(&error);
         assert!(
             text.contains("lineage_weight") || text.contains("sum to 1.1"),
             "{text}"

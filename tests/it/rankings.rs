@@ -35,7 +35,7 @@ async fn a_ranking_is_a_row_of_metrics_a_source_and_publishes_nothing(pool: PgPo
         (&rows[0]["prompt"], &rows[1]["prompt"]),
         (&json!("digits"), &json!("flowers"))
     );
-    for metric in promptweave::domain::ranking::RankedSource::METRICS {
+    for metric in promptweave_domain::ranking::RankedSource::METRICS {
         assert!(rows[0].get(metric).is_some(), "{metric}");
     }
     // One that succeeded, whatever has come of prompts meanwhile.
@@ -140,7 +140,7 @@ async fn what_cannot_be_ranked_is_refused_at_the_door(pool: PgPool) {
 #[cfg(feature = "torch")]
 #[sqlx::test(migrator = "MIGRATOR")]
 async fn the_engine_ranks_what_was_posted(pool: PgPool) {
-    use promptweave::engine::Engine;
+    use promptweave_engine::Engine;
 
     let app = furnished(pool).await;
     let worker = Worker::start_with(

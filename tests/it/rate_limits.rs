@@ -5,9 +5,9 @@ use std::num::NonZeroU32;
 use axum::body::Body;
 use axum::http::{Request, header};
 use promptweave::db::MIGRATOR;
-use promptweave::domain::api_key::Scope;
 use promptweave::http::rate_limit::RateLimit;
 use promptweave::registry::DEFAULT_PROJECT;
+use promptweave_domain::api_key::Scope;
 use sqlx::PgPool;
 
 use crate::app::{TestApp, TestResponse};

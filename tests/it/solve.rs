@@ -1,7 +1,7 @@
 //! `/v1/ensembles/{id}/solve`: some sources of a finished ensemble, weighed again.
 
 use promptweave::db::MIGRATOR;
-use promptweave::domain::digest::Digest;
+use promptweave_domain::digest::Digest;
 use serde_json::{Value, json};
 use sqlx::PgPool;
 

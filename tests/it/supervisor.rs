@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use promptweave::db::MIGRATOR;
 use promptweave::jobs::queue;
-use promptweave::jobs::workers::{self, NewWorker, Worker};
+use promptweave::jobs::workers;
+use promptweave::jobs::workers::{NewWorker, Worker};
 use promptweave::shutdown::Shutdown;
 use promptweave::supervisor::Supervisor;
 use rustix::process::{Pid, Signal, kill_process};

@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use axum::body::Body;
 use axum::http::{Method, Request, header};
 use promptweave::db::MIGRATOR;
-use promptweave::domain::api_key::Scope;
 use promptweave::registry::DEFAULT_PROJECT;
+use promptweave_domain::api_key::Scope;
 use serde_json::{Map, Value, json};
 use sqlx::PgPool;
 

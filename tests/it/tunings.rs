@@ -6,11 +6,11 @@ use std::time::Duration;
 use axum::body::Body;
 use axum::http::{Request, header};
 use promptweave::db::MIGRATOR;
-use promptweave::domain::api_key::Scope;
-use promptweave::domain::tensor::Tensor;
 use promptweave::gc::{Retention, collect};
 use promptweave::jobs::queue;
 use promptweave::registry::projects;
+use promptweave_domain::api_key::Scope;
+use promptweave_domain::tensor::Tensor;
 use serde_json::{Value, json};
 use sqlx::PgPool;
 use uuid::Uuid;
@@ -442,7 +442,7 @@ async fn what_cannot_be_tuned_is_refused_at_the_door(pool: PgPool) {
 #[cfg(feature = "torch")]
 #[sqlx::test(migrator = "MIGRATOR")]
 async fn the_engine_tunes_what_was_posted_and_goes_on_from_what_it_made(pool: PgPool) {
-    use promptweave::engine::Engine;
+    use promptweave_engine::Engine;
 
     let app = furnished(pool).await;
     let worker = Worker::start_with(

@@ -143,7 +143,7 @@ async fn everything_starts_is_kept_running_and_stops_in_order() {
     let refused = run_with(second, stand_in(&notes), Shutdown::default())
         .await
         .unwrap_err();
-    let text = promptweave::telemetry::chain(refused.as_ref());
+    let text = promptweave_domain::error_chain::chain(refused.as_ref());
     assert!(
         text.contains("in use by another `promptweave up`"),
         "{text}"

@@ -10,10 +10,10 @@ use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse as _, Redirect, Response};
 use axum::routing::get;
 use promptweave::db::MIGRATOR;
-use promptweave::domain::digest::Digest;
 use promptweave::remote::client::Client;
 use promptweave::remote::sources::Sources;
 use promptweave::remote::uri::AllowedUris;
+use promptweave_domain::digest::Digest;
 use serde_json::json;
 use sqlx::PgPool;
 

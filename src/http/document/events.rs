@@ -8,14 +8,14 @@ use utoipa::openapi::{
 use utoipa::{OpenApi as _, ToSchema};
 use uuid::Uuid;
 
-use crate::domain::composition::Phase;
-use crate::domain::job::JobError;
-use crate::domain::sharding::Estimate;
-use crate::domain::tuning::Epoch;
-use crate::domain::words::EventKind;
 use crate::http::jobs::JobProgress;
 use crate::http::openapi::operations;
 use crate::jobs::events::JobEvent;
+use promptweave_domain::job::JobError;
+use promptweave_domain::phase::Phase;
+use promptweave_domain::sharding::Estimate;
+use promptweave_domain::tuning::Epoch;
+use promptweave_domain::words::EventKind;
 
 const STREAM: &str = "text/event-stream";
 

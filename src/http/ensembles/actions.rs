@@ -5,15 +5,16 @@ use axum::response::Response;
 use sqlx::PgConnection;
 use uuid::Uuid;
 
-use super::answer::Ensemble;
-use crate::domain::job::EnsembleSpec;
 use crate::http::AppState;
 use crate::http::access::Caller;
+use crate::http::ensembles::answer::Ensemble;
 use crate::http::error::Problem;
 use crate::http::extract::Path;
-use crate::http::jobs::{self, JobRequest, accept, existing};
+use crate::http::jobs;
+use crate::http::jobs::{JobRequest, accept, existing};
 use crate::jobs::plan::default_output;
 use crate::registry::references;
+use promptweave_domain::job::EnsembleSpec;
 
 /// Cancel an ensemble
 ///
@@ -81,7 +82,7 @@ async fn hold_statistics(
         return Ok(());
     };
     let origin = existing::<EnsembleSpec>(conn, caller.project_id, from.ensemble).await?;
-    super::outcome::check_statistics(origin.id, origin.statistics_deleted_at)?;
+    crate::http::ensembles::outcome::check_statistics(origin.id, origin.statistics_deleted_at)?;
     references::hold(conn, &state.blobs, &from.statistics).await?;
     Ok(())
 }

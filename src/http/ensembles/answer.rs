@@ -4,9 +4,9 @@ use serde::Serialize;
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-use crate::domain::job::EnsembleSpec;
 use crate::http::jobs::{JobStatus, JobUrls, Resource, path};
 use crate::jobs::Job;
+use promptweave_domain::job::EnsembleSpec;
 
 #[derive(Debug, Serialize, ToSchema)]
 pub struct Ensemble {

@@ -10,16 +10,17 @@ use time::OffsetDateTime;
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-use crate::domain::composition::CompositionResult;
-use crate::domain::job::EnsembleSpec;
 use crate::http::AppState;
 use crate::http::access::Caller;
 use crate::http::content::File;
 use crate::http::error::Problem;
 use crate::http::extract::Path;
-use crate::http::jobs::{self, existing, no_result};
+use crate::http::jobs;
+use crate::http::jobs::{existing, no_result};
 use crate::jobs::plan_solve::Solved;
-use crate::telemetry::chain;
+use promptweave_domain::composition::CompositionResult;
+use promptweave_domain::error_chain::chain;
+use promptweave_domain::job::EnsembleSpec;
 
 /// The ensemble once it succeeded; otherwise why it has no result.
 async fn succeeded(state: &AppState, caller: &Caller, id: Uuid) -> Result<Solved, Problem> {

@@ -6,14 +6,11 @@ use serde::Deserialize;
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-use super::Output;
-use super::answer::Ensemble;
-use super::outcome::with_statistics;
-use crate::domain::job::DEFAULT_PRIORITY;
-use crate::domain::objective::Objective;
-use crate::domain::reference::ResourceName;
 use crate::http::AppState;
 use crate::http::access::Caller;
+use crate::http::ensembles::Output;
+use crate::http::ensembles::answer::Ensemble;
+use crate::http::ensembles::outcome::with_statistics;
 use crate::http::error::Problem;
 use crate::http::extract::{Draft, Path};
 use crate::http::jobs::{JobRequest, accept, check_priority, default_priority};
@@ -21,6 +18,9 @@ use crate::http::named::Source;
 use crate::jobs::plan_solve::{SolveRequest, pin_aliases, plan};
 use crate::jobs::requests::Reuse;
 use crate::registry::references;
+use promptweave_domain::job::DEFAULT_PRIORITY;
+use promptweave_domain::objective::Objective;
+use promptweave_domain::reference::ResourceName;
 
 /// Everything may be left out, and the body with it: then α is solved for as it was.
 #[derive(Debug, Deserialize, ToSchema)]

@@ -6,18 +6,18 @@ use serde::Serialize;
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-use super::CreateEnsemble;
-use crate::domain::digest::Digest;
-use crate::domain::job::EnsembleSpec;
-use crate::domain::specification::Specification as _;
 use crate::http::AppState;
 use crate::http::access::Caller;
+use crate::http::ensembles::CreateEnsemble;
 use crate::http::error::Problem;
 use crate::http::extract::Draft;
 use crate::http::jobs::check_priority;
 use crate::jobs::cost::{Cost, estimate};
 use crate::jobs::plan::plan;
 use crate::jobs::requests::{NewJob, same};
+use promptweave_domain::digest::Digest;
+use promptweave_domain::job::EnsembleSpec;
+use promptweave_domain::specification::Specification as _;
 
 /// What would be computed.
 #[derive(Debug, Serialize, ToSchema)]

@@ -6,12 +6,13 @@ use axum::response::{IntoResponse, Response};
 use sqlx::PgConnection;
 use uuid::Uuid;
 
-use super::{LOOK_AGAIN_AFTER, Resource, code, existing, not_found};
-use crate::domain::job::JobState;
 use crate::http::AppState;
 use crate::http::access::Caller;
 use crate::http::error::Problem;
-use crate::jobs::requests::{self, Cancellation};
+use crate::http::jobs::{LOOK_AGAIN_AFTER, Resource, code, existing, not_found};
+use crate::jobs::requests;
+use crate::jobs::requests::Cancellation;
+use promptweave_domain::job::JobState;
 
 /// How a tuning or a ranking that succeeded is computed once more.
 pub const FORCE: &str = "post it with `force`";

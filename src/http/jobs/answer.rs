@@ -5,11 +5,11 @@ use time::OffsetDateTime;
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-use crate::domain::composition::Phase;
-use crate::domain::digest::Digest;
-use crate::domain::job::{JobError, JobState};
-use crate::domain::specification::Specification;
 use crate::jobs::Job;
+use promptweave_domain::digest::Digest;
+use promptweave_domain::job::{JobError, JobState};
+use promptweave_domain::phase::Phase;
+use promptweave_domain::specification::Specification;
 
 #[derive(Debug, Serialize, ToSchema)]
 pub struct JobStatus {

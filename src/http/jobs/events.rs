@@ -14,13 +14,14 @@ use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
 
-use super::{JobProgress, existing};
-use crate::domain::specification::Specification;
 use crate::http::AppState;
 use crate::http::access::Caller;
 use crate::http::error::Problem;
-use crate::jobs::events::{self, JobEvent};
+use crate::http::jobs::{JobProgress, existing};
+use crate::jobs::events;
+use crate::jobs::events::JobEvent;
 use crate::jobs::watch::Waiting;
+use promptweave_domain::specification::Specification;
 
 const MAX_EVENTS: i64 = 200;
 /// Between two comments where nothing happens, so that nobody on the way takes the stream for dead.

@@ -13,16 +13,18 @@ use tokio::time::{Duration, Instant, timeout_at};
 use utoipa::IntoParams;
 use uuid::Uuid;
 
-use super::AppState;
-use super::access::Caller;
-use super::error::{FieldError, Problem};
-use super::page::{Page, PageQuery};
-use crate::domain::job::{DEFAULT_PRIORITY, JobState};
-use crate::domain::specification::Specification;
+use crate::http::AppState;
+use crate::http::access::Caller;
+use crate::http::error::{FieldError, Problem};
+use crate::http::page::{Page, PageQuery};
+use crate::jobs;
+use crate::jobs::Job;
 use crate::jobs::plan::PlanError;
 use crate::jobs::queue::QueueError;
-use crate::jobs::requests::{self, EnqueueOutcome, NewJob, Reuse};
-use crate::jobs::{self, Job};
+use crate::jobs::requests;
+use crate::jobs::requests::{EnqueueOutcome, NewJob, Reuse};
+use promptweave_domain::job::{DEFAULT_PRIORITY, JobState};
+use promptweave_domain::specification::Specification;
 
 pub(super) use answer::{JobProgress, JobStatus, JobUrls, path};
 

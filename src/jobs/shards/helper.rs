@@ -6,18 +6,18 @@ use sqlx::types::Json;
 use sqlx::{Connection, PgConnection};
 use uuid::Uuid;
 
-use super::owner::there;
-use super::{MAX_HELPERS, phase, record_shard};
 use crate::blobs::BlobStore;
-use crate::domain::composition::Phase;
-use crate::domain::digest::Digest;
-use crate::domain::job::EnsembleSpec;
-use crate::domain::sharding::Shard;
-use crate::domain::words::EventKind;
 use crate::failpoints;
 use crate::jobs::events::tell;
 use crate::jobs::queue::{Lease, QueueError, RenewOutcome, renewal};
+use crate::jobs::shards::owner::there;
+use crate::jobs::shards::{MAX_HELPERS, phase, record_shard};
 use crate::registry::references;
+use promptweave_domain::digest::Digest;
+use promptweave_domain::job::EnsembleSpec;
+use promptweave_domain::phase::Phase;
+use promptweave_domain::sharding::Shard;
+use promptweave_domain::words::EventKind;
 
 /// A shard of somebody's job, with all that it is computed from.
 #[derive(Clone, Debug)]

@@ -20,11 +20,11 @@ use uuid::Uuid;
 pub use helper::{ClaimedShard, GivenBack, claim, give, give_back, look, progress, reap, renew};
 pub use owner::{Owner, There, discard, end, estimate, lay_out, put, put_whole, take, there};
 
-use super::events::record;
 use crate::db::DbError;
-use crate::domain::composition::Phase;
-use crate::domain::sharding::Shard;
-use crate::domain::words::EventKind;
+use crate::jobs::events::record;
+use promptweave_domain::phase::Phase;
+use promptweave_domain::sharding::Shard;
+use promptweave_domain::words::EventKind;
 
 /// A shard that so many helpers lost or failed at is left to who has the job, whose attempts are counted.
 const MAX_HELPERS: i32 = 3;

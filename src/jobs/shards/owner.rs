@@ -4,18 +4,18 @@ use serde_json::json;
 use sqlx::{Connection, PgConnection, PgTransaction};
 use uuid::Uuid;
 
-use super::{MAX_HELPERS, record_shard};
 use crate::blobs::BlobStore;
 use crate::db::DbError;
-use crate::domain::composition::Phase;
-use crate::domain::digest::Digest;
-use crate::domain::sharding::{Estimate, Shard};
-use crate::domain::words::EventKind;
 use crate::failpoints;
 use crate::jobs::events::{record, tell};
 use crate::jobs::queue::{Lease, QueueError};
+use crate::jobs::shards::{MAX_HELPERS, record_shard};
 use crate::jobs::transition::LockedJob;
 use crate::registry::references;
+use promptweave_domain::digest::Digest;
+use promptweave_domain::phase::Phase;
+use promptweave_domain::sharding::{Estimate, Shard};
+use promptweave_domain::words::EventKind;
 
 /// Who has the job, as far as its shards are concerned.
 #[derive(Clone, Debug)]

@@ -1,7 +1,7 @@
 //! What to do about what was found.
 
-use super::Report;
-use crate::engine::device::LIBTORCH;
+use crate::offline::doctor::Report;
+use promptweave_engine::device::LIBTORCH;
 
 /// The CUDA of PyPI's wheels of that version, and the first driver that runs it.
 const CUDA: (i32, i32) = (13, 0);
@@ -77,11 +77,11 @@ fn missing_library(error: &str) -> Option<&str> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::cpu::Cpu;
-    use super::super::{Asked, CudaLibrary, Libtorch};
     use super::*;
-    use crate::engine::memory::Memory;
-    use crate::engine::nvidia::{Card, Nvidia};
+    use crate::offline::doctor::cpu::Cpu;
+    use crate::offline::doctor::{Asked, CudaLibrary, Libtorch};
+    use promptweave_engine::device::memory::Memory;
+    use promptweave_engine::device::nvidia::{Card, Nvidia};
 
     fn report(asked: &str, nvidia: Nvidia, cuda_library: CudaLibrary) -> Report {
         Report {

@@ -14,10 +14,10 @@ use tch::Device;
 
 use self::cpu::Cpu;
 use self::rates::Rate;
-use crate::engine::device;
-use crate::engine::memory::Memory;
-use crate::engine::nvidia::Nvidia;
-use crate::telemetry::chain;
+use promptweave_domain::error_chain::chain;
+use promptweave_engine::device;
+use promptweave_engine::device::memory::Memory;
+use promptweave_engine::device::nvidia::Nvidia;
 
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {
@@ -180,7 +180,7 @@ impl fmt::Display for Report {
         for rate in &self.rates {
             line("", &rate.to_string())?;
         }
-        line("memory", &self.memory.to_string())?;
+        line("memory", &memory_in_words(&self.memory))?;
         let CudaLibrary { opened, error } = &self.cuda_library;
         let library = match (opened, error) {
             (Some(path), _) => format!("{} is open", path.display()),
@@ -188,7 +188,7 @@ impl fmt::Display for Report {
             (None, None) => "there is no libtorch_cuda.so beside libtorch_cpu.so".to_owned(),
         };
         line("CUDA", &library)?;
-        line("NVIDIA driver", &self.nvidia.to_string())?;
+        line("NVIDIA driver", &driver_in_words(&self.nvidia))?;
         for (index, card) in self.nvidia.devices.iter().enumerate() {
             let memory = gib(card.memory_bytes);
             line("", &format!("device {index}: {}, {memory}", card.name))?;
@@ -234,30 +234,25 @@ impl fmt::Display for Rate {
     }
 }
 
-impl fmt::Display for Memory {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (total, available) = (gib(self.total_bytes), gib(self.available_bytes));
-        write!(f, "{total}, {available} available")?;
-        match self.limit_bytes {
-            Some(limit) => write!(f, "; {} for this container", gib(limit)),
-            None => Ok(()),
-        }
-    }
+fn memory_in_words(memory: &Memory) -> String {
+    let (total, available) = (gib(memory.total_bytes), gib(memory.available_bytes));
+    let limit = memory.limit_bytes.map_or(String::new(), |limit| {
+        format!("; {} for this container", gib(limit))
+    });
+    format!("{total}, {available} available{limit}")
 }
 
-impl fmt::Display for Nvidia {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let driver = self.driver.as_deref();
-        match (self.cuda, &self.error) {
-            (Some((major, minor)), _) => {
-                let version = driver.map_or(String::new(), |driver| format!("{driver}, "));
-                write!(f, "{version}runs CUDA up to {major}.{minor}")
-            }
-            (None, error) => {
-                let version = driver.map_or("none", |driver| driver);
-                let error = error.as_deref().unwrap_or_default();
-                write!(f, "{version} ({error})")
-            }
+fn driver_in_words(nvidia: &Nvidia) -> String {
+    let driver = nvidia.driver.as_deref();
+    match (nvidia.cuda, &nvidia.error) {
+        (Some((major, minor)), _) => {
+            let version = driver.map_or(String::new(), |driver| format!("{driver}, "));
+            format!("{version}runs CUDA up to {major}.{minor}")
+        }
+        (None, error) => {
+            let version = driver.unwrap_or("none");
+            let error = error.as_deref().unwrap_or_default();
+            format!("{version} ({error})")
         }
     }
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use tch::{Cuda, Device, Kind, TchError, Tensor};
 
-use crate::engine::device::allow_tf32;
+use promptweave_engine::device::allow_tf32;
 
 /// An MLP's first product in a ViT-S, [tokens, d] × [d, 4d], of some images at 98 px.
 const ON_CPU: [i64; 3] = [1536, 384, 1536];

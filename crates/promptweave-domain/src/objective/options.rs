@@ -1,0 +1,208 @@
+//! Each method with the options that it has, and no others: what has no meaning for a method cannot be asked of it.
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::method::{Criterion, Fallback, Method, Similarity, SpotChoice};
+use crate::objective::{AlignmentOptions, Objective, TradeOff};
+
+/// A method with its own options.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(tag = "method", rename_all = "snake_case")]
+pub enum MethodOptions {
+    HgpromptCv(BothTerms),
+    Hgprompt(BothTerms),
+    HOnly(Guarded),
+    AlignmentOnly(AlignmentTerm),
+    Average(Guarded),
+    SingleBest(SingleBest),
+    Spot(Spot),
+    Panda(TargetTuned),
+    Attempt(TargetTuned),
+}
+
+/// The options of methods that weigh two terms.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(default)]
+pub struct BothTerms {
+    /// t in [0, 1]: 0 weighs transferability alone, 1 gradient alignment alone; `knee` and `validation` choose it on the
+    /// path. Or `{"alignment_weight": λ}`. Default 0.5.
+    pub trade_off: TradeOff,
+    pub alignment: AlignmentOptions,
+    /// `single_best`: where the source with the lowest cross-fitted loss on the target samples does better on them than the composed
+    /// prompt, it gets all weight. `none`: never. Excludes `refine`. Default
+    /// `single_best` with the method `hgprompt_cv` (without `refine`, `early_stopping`, and with a backbone), otherwise `none`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fallback: Option<Fallback>,
+}
+
+/// The options of gradient alignment alone.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(default)]
+pub struct AlignmentTerm {
+    pub alignment: AlignmentOptions,
+    /// As of `hgprompt_cv`; by default `none`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fallback: Option<Fallback>,
+}
+
+/// The option of methods that have no other.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(default)]
+pub struct Guarded {
+    /// As of `hgprompt_cv`; by default `none`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fallback: Option<Fallback>,
+}
+
+/// The option of the best single source, which has nothing to fall back to.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(default)]
+pub struct SingleBest {
+    pub by: Criterion,
+}
+
+/// The options of SPoT.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(default)]
+pub struct Spot {
+    pub similarity: Similarity,
+    /// Of the sources, only so many that are most similar [default: all].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1)]
+    pub top_k: Option<usize>,
+    pub choice: SpotChoice,
+    /// As of `panda`.
+    #[schema(minimum = 1, maximum = 100)]
+    pub target_epochs: u32,
+    /// As of `hgprompt_cv`; by default `none`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fallback: Option<Fallback>,
+}
+
+/// The options of methods that tune on the target, and have no others.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(default)]
+pub struct TargetTuned {
+    /// Epochs of the short tuning on the target samples that is compared with or learned by, otherwise as `promptweave tune` does
+    /// it, from the sources' common initial prompt where they say that they have one.
+    #[schema(minimum = 1, maximum = 100)]
+    pub target_epochs: u32,
+    /// As of `hgprompt_cv`; by default `none`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fallback: Option<Fallback>,
+}
+
+/// Of the short tuning on the target.
+pub const TARGET_EPOCHS: u32 = 5;
+
+impl Default for Spot {
+    fn default() -> Self {
+        Self {
+            similarity: Similarity::default(),
+            top_k: None,
+            choice: SpotChoice::default(),
+            target_epochs: TARGET_EPOCHS,
+            fallback: None,
+        }
+    }
+}
+
+impl Default for TargetTuned {
+    fn default() -> Self {
+        Self {
+            target_epochs: TARGET_EPOCHS,
+            fallback: None,
+        }
+    }
+}
+
+impl Default for MethodOptions {
+    fn default() -> Self {
+        Self::HgpromptCv(BothTerms::default())
+    }
+}
+
+impl MethodOptions {
+    pub fn method(&self) -> Method {
+        match self {
+            Self::HgpromptCv(_) => Method::HgpromptCv,
+            Self::Hgprompt(_) => Method::Hgprompt,
+            Self::HOnly(_) => Method::HOnly,
+            Self::AlignmentOnly(_) => Method::AlignmentOnly,
+            Self::Average(_) => Method::Average,
+            Self::SingleBest(_) => Method::SingleBest,
+            Self::Spot(_) => Method::Spot,
+            Self::Panda(_) => Method::Panda,
+            Self::Attempt(_) => Method::Attempt,
+        }
+    }
+
+    /// Where the method has one.
+    pub fn trade_off_mut(&mut self) -> Option<&mut TradeOff> {
+        match self {
+            Self::HgpromptCv(both) | Self::Hgprompt(both) => Some(&mut both.trade_off),
+            _ => None,
+        }
+    }
+
+    /// Where the method has one.
+    pub fn fallback_mut(&mut self) -> Option<&mut Option<Fallback>> {
+        match self {
+            Self::HgpromptCv(both) | Self::Hgprompt(both) => Some(&mut both.fallback),
+            Self::HOnly(guarded) | Self::Average(guarded) => Some(&mut guarded.fallback),
+            Self::AlignmentOnly(term) => Some(&mut term.fallback),
+            Self::SingleBest(_) => None,
+            Self::Spot(spot) => Some(&mut spot.fallback),
+            Self::Panda(tuned) | Self::Attempt(tuned) => Some(&mut tuned.fallback),
+        }
+    }
+
+    /// Where the method tunes on the target.
+    pub fn target_epochs_mut(&mut self) -> Option<&mut u32> {
+        match self {
+            Self::Spot(spot) => Some(&mut spot.target_epochs),
+            Self::Panda(tuned) | Self::Attempt(tuned) => Some(&mut tuned.target_epochs),
+            _ => None,
+        }
+    }
+}
+
+impl Objective {
+    pub fn method(&self) -> Method {
+        self.options.method()
+    }
+
+    /// Where the method takes gradients; what it means for the others' reports is the default.
+    pub fn alignment(&self) -> Option<AlignmentOptions> {
+        match &self.options {
+            MethodOptions::HgpromptCv(both) | MethodOptions::Hgprompt(both) => Some(both.alignment),
+            MethodOptions::AlignmentOnly(term) => Some(term.alignment),
+            _ => None,
+        }
+    }
+
+    /// Whether a `fallback` is asked for.
+    pub fn falls_back(&self) -> bool {
+        let asked = match &self.options {
+            MethodOptions::HgpromptCv(both) | MethodOptions::Hgprompt(both) => both.fallback,
+            MethodOptions::HOnly(guarded) | MethodOptions::Average(guarded) => guarded.fallback,
+            MethodOptions::AlignmentOnly(term) => term.fallback,
+            MethodOptions::SingleBest(_) => None,
+            MethodOptions::Spot(spot) => spot.fallback,
+            MethodOptions::Panda(tuned) | MethodOptions::Attempt(tuned) => tuned.fallback,
+        };
+        asked == Some(Fallback::SingleBest)
+    }
+
+    /// Of the short tuning on the target, where the method has one.
+    pub fn target_epochs(&self) -> Option<u32> {
+        match &self.options {
+            MethodOptions::Spot(spot) => Some(spot.target_epochs),
+            MethodOptions::Panda(tuned) | MethodOptions::Attempt(tuned) => {
+                Some(tuned.target_epochs)
+            }
+            _ => None,
+        }
+    }
+}

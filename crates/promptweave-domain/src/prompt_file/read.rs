@@ -1,0 +1,224 @@
+//! Reading a prompt file: names, dtypes, shapes and values, each checked before the next.
+
+use safetensors::{Dtype, SafeTensors};
+
+use crate::foreign_format;
+use crate::prompt_file::error::PromptFileError;
+use crate::prompt_file::metadata::{METADATA_KEY, PromptMetadata};
+use crate::prompt_file::{Head, PromptFile, Sketch};
+use crate::tensor::{Tensor, read_f32, read_i64};
+use crate::words::PromptDtype;
+
+/// Longest prompt accepted, in tokens (VPT's own grid ends at 200).
+pub const MAX_TOKENS: usize = 4096;
+/// Widest prompt accepted (the largest public ViT, 22 B parameters, has 6144).
+pub const MAX_EMBED_DIM: usize = 16_384;
+
+impl PromptFile {
+    /// Reads and checks a prompt file: format, names, dtypes, shapes, finite values.
+    pub fn parse(bytes: &[u8]) -> Result<Self, PromptFileError> {
+        if !foreign_format::starts_as_safetensors(bytes) {
+            if let Some(format) = foreign_format::recognise(bytes) {
+                return Err(PromptFileError::Foreign(format));
+            }
+            if bytes.get(8) == Some(&b'{') {
+                return Err(PromptFileError::HeaderTooLong);
+            }
+        }
+        let file = SafeTensors::deserialize(bytes).map_err(PromptFileError::NotSafetensors)?;
+        let (_, header) =
+            SafeTensors::read_metadata(bytes).map_err(PromptFileError::NotSafetensors)?;
+        let metadata = header.metadata().as_ref().and_then(|m| m.get(METADATA_KEY));
+        let metadata = metadata
+            .map(|json| PromptMetadata::read(json))
+            .transpose()?;
+        let tensors = Tensors::check_names(&file)?;
+
+        let dtype = match file.tensor("prompt_embeddings").map(|t| t.dtype()) {
+            Ok(Dtype::F16) => PromptDtype::F16,
+            Ok(Dtype::BF16) => PromptDtype::Bf16,
+            _ => PromptDtype::F32,
+        };
+        let mut prompt_embeddings = tensors
+            .float("prompt_embeddings")?
+            .ok_or(PromptFileError::MissingTensor("prompt_embeddings"))?;
+        if prompt_embeddings.shape.len() == 3 && prompt_embeddings.shape[0] == 1 {
+            prompt_embeddings.shape.remove(0);
+        }
+        let &[m, d] = prompt_embeddings.shape.as_slice() else {
+            return Err(shape(
+                "prompt_embeddings",
+                &prompt_embeddings.shape,
+                "[m, d]",
+            ));
+        };
+        if !(1..=MAX_TOKENS).contains(&m) || !(1..=MAX_EMBED_DIM).contains(&d) {
+            let expected = format!("[m, d] with m in 1..={MAX_TOKENS}, d in 1..={MAX_EMBED_DIM}");
+            return Err(shape(
+                "prompt_embeddings",
+                &prompt_embeddings.shape,
+                &expected,
+            ));
+        }
+        let deep_prompt_embeddings = tensors.float("deep_prompt_embeddings")?;
+        if let Some(deep) = &deep_prompt_embeddings
+            && (deep.shape.len() != 3 || deep.shape[0] == 0 || deep.shape[1..] != [m, d])
+        {
+            return Err(shape(
+                "deep_prompt_embeddings",
+                &deep.shape,
+                &format!("[L-1, {m}, {d}]"),
+            ));
+        }
+        let head = tensors.head(d)?;
+        let sketch = tensors.sketch(d)?;
+        let classes = metadata.as_ref().and_then(|m| m.classes.as_ref());
+        check_classes(classes.map(Vec::len), head.as_ref(), sketch.as_ref())?;
+        Ok(Self {
+            metadata,
+            prompt_embeddings,
+            deep_prompt_embeddings,
+            head,
+            sketch,
+            dtype: dtype.name(),
+        })
+    }
+}
+
+fn shape(tensor: &str, shape: &[usize], expected: &str) -> PromptFileError {
+    PromptFileError::Shape {
+        tensor: tensor.to_owned(),
+        shape: shape.to_vec(),
+        expected: expected.to_owned(),
+    }
+}
+
+/// One K throughout: class names where the file has them, the head's rows, the sketch's labels.
+fn check_classes(
+    classes: Option<usize>,
+    head: Option<&Head>,
+    sketch: Option<&Sketch>,
+) -> Result<(), PromptFileError> {
+    let rows = head.map(|head| head.weight.shape[0]);
+    if let (Some(classes), Some(head)) = (classes, head)
+        && head.weight.shape[0] != classes
+    {
+        let expected = format!("[K, d] with K = {classes}, the number of `classes`");
+        return Err(shape("head.weight", &head.weight.shape, &expected));
+    }
+    let Some(sketch) = sketch else { return Ok(()) };
+    let bound = classes.or(rows);
+    let outside = |label: &i64| *label < 0 || bound.is_some_and(|k| *label >= k as i64);
+    match sketch.labels.values.iter().position(outside) {
+        None => Ok(()),
+        Some(index) => Err(PromptFileError::Label {
+            tensor: "sketch.labels",
+            index,
+            label: sketch.labels.values[index],
+            expected: match bound {
+                Some(k) => format!("0 to {}", k.saturating_sub(1)),
+                None => "0 or more".to_owned(),
+            },
+        }),
+    }
+}
+
+/// The tensors of a file whose names are all known.
+struct Tensors<'a>(&'a SafeTensors<'a>);
+
+impl<'a> Tensors<'a> {
+    const NAMES: [&'static str; 6] = [
+        "prompt_embeddings",
+        "deep_prompt_embeddings",
+        "head.weight",
+        "head.bias",
+        "sketch.features",
+        "sketch.labels",
+    ];
+
+    fn check_names(file: &'a SafeTensors<'a>) -> Result<Self, PromptFileError> {
+        let mut unknown: Vec<_> = file
+            .names()
+            .into_iter()
+            .filter(|n| !Self::NAMES.contains(n))
+            .collect();
+        unknown.sort_unstable();
+        match unknown.first() {
+            Some(name) => Err(PromptFileError::UnknownTensor {
+                tensor: (*name).to_owned(),
+            }),
+            None => Ok(Self(file)),
+        }
+    }
+
+    fn float(&self, name: &str) -> Result<Option<Tensor<f32>>, PromptFileError> {
+        let Ok(view) = self.0.tensor(name) else {
+            return Ok(None);
+        };
+        let values = read_f32(&view).ok_or_else(|| PromptFileError::Dtype {
+            tensor: name.to_owned(),
+            dtype: format!("{:?}", view.dtype()).to_lowercase(),
+            expected: "f32, f16 or bf16",
+        })?;
+        match values.iter().position(|v| !v.is_finite()) {
+            Some(index) => Err(PromptFileError::NotFinite {
+                tensor: name.to_owned(),
+                index,
+                value: values[index],
+            }),
+            None => Ok(Some(Tensor::new(view.shape(), values))),
+        }
+    }
+
+    fn head(&self, d: usize) -> Result<Option<Head>, PromptFileError> {
+        let (weight, bias) = match (self.float("head.weight")?, self.float("head.bias")?) {
+            (None, None) => return Ok(None),
+            (Some(_), None) => return Err(PromptFileError::MissingTensor("head.bias")),
+            (None, Some(_)) => return Err(PromptFileError::MissingTensor("head.weight")),
+            (Some(weight), Some(bias)) => (weight, bias),
+        };
+        if weight.shape.len() != 2 || weight.shape[0] == 0 || weight.shape[1] != d {
+            return Err(shape("head.weight", &weight.shape, &format!("[K, {d}]")));
+        }
+        if bias.shape != weight.shape[..1] {
+            return Err(shape(
+                "head.bias",
+                &bias.shape,
+                &format!("[{}]", weight.shape[0]),
+            ));
+        }
+        Ok(Some(Head { weight, bias }))
+    }
+
+    fn sketch(&self, d: usize) -> Result<Option<Sketch>, PromptFileError> {
+        let labels = match self.0.tensor("sketch.labels") {
+            Err(_) => None,
+            Ok(view) => Some(Tensor::new(
+                view.shape(),
+                read_i64(&view).ok_or_else(|| PromptFileError::Dtype {
+                    tensor: "sketch.labels".to_owned(),
+                    dtype: format!("{:?}", view.dtype()).to_lowercase(),
+                    expected: "i64",
+                })?,
+            )),
+        };
+        let (features, labels) = match (self.float("sketch.features")?, labels) {
+            (None, None) => return Ok(None),
+            (Some(_), None) => return Err(PromptFileError::MissingTensor("sketch.labels")),
+            (None, Some(_)) => return Err(PromptFileError::MissingTensor("sketch.features")),
+            (Some(features), Some(labels)) => (features, labels),
+        };
+        if features.shape.len() != 2 || features.shape[1] != d {
+            return Err(shape(
+                "sketch.features",
+                &features.shape,
+                &format!("[n, {d}]"),
+            ));
+        }
+        if labels.shape != features.shape[..1] {
+            let expected = format!("[{}]", features.shape[0]);
+            return Err(shape("sketch.labels", &labels.shape, &expected));
+        }
+        Ok(Some(Sketch { features, labels }))
+    }
+}

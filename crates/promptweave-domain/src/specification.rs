@@ -1,0 +1,218 @@
+//! What a job is to do, by its kind: to compose (see [`crate::job`]), to tune, to rank. Everything in it is resolved.
+
+use std::fmt::Debug;
+
+use serde::de::{DeserializeOwned, Error as _};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use utoipa::ToSchema;
+
+use crate::composition::CompositionResult;
+use crate::digest::Digest;
+use crate::job::{BackboneSpec, EnsembleSpec, SourceSpec, TargetSpec};
+use crate::ranking::{Ranking, RankingObjective};
+use crate::tuning::{Grid, TuningOptions, TuningResult};
+
+/// A specification of one kind, and what comes of it.
+pub trait Specification:
+    Clone + Debug + Serialize + DeserializeOwned + Send + Sync + 'static
+{
+    type Result: Clone + Debug + Serialize + DeserializeOwned + Send + Sync;
+
+    /// As the job's row and its address have it.
+    const KIND: &'static str;
+
+    /// Equal digests mean equal answers: what is computed, without any name, and by which version.
+    fn digest(&self) -> Digest;
+}
+
+/// Of any kind, as a worker claims it.
+#[derive(Clone, Debug, PartialEq)]
+pub enum JobSpec {
+    Ensemble(EnsembleSpec),
+    Tuning(TuningSpec),
+    Ranking(RankingSpec),
+}
+
+impl JobSpec {
+    /// What the row of a job of this kind says.
+    pub fn read(kind: &str, spec: Value) -> Result<Self, serde_json::Error> {
+        match kind {
+            EnsembleSpec::KIND => serde_json::from_value(spec).map(Self::Ensemble),
+            TuningSpec::KIND => serde_json::from_value(spec).map(Self::Tuning),
+            RankingSpec::KIND => serde_json::from_value(spec).map(Self::Ranking),
+            unknown => {
+                let known = &[EnsembleSpec::KIND, TuningSpec::KIND, RankingSpec::KIND];
+                Err(serde_json::Error::unknown_variant(unknown, known))
+            }
+        }
+    }
+}
+
+impl Specification for EnsembleSpec {
+    type Result = CompositionResult;
+    const KIND: &'static str = "ensemble";
+
+    fn digest(&self) -> Digest {
+        // `json!` sorts keys, so the text is canonical.
+        let mut computed = json!({
+            "target": self.target.digest,
+            "samples": self.target.samples,
+            "sources": digests(&self.sources),
+            "backbone": self.backbone.digest,
+            "preprocessing_id": self.backbone.preprocessing_id,
+            "objective": self.objective,
+            "promptweave": env!("CARGO_PKG_VERSION"),
+        });
+        if let Some(early_stopping) = &self.early_stopping {
+            computed["early_stopping"] = json!(early_stopping);
+        }
+        // Whose statistics they were is a name; a whole composition keeps the digest it always had.
+        if let Some(from) = &self.solved_from {
+            computed["statistics"] = json!(from.statistics);
+        }
+        Digest::of(computed.to_string().as_bytes())
+    }
+}
+
+fn digests(sources: &[SourceSpec]) -> Vec<Digest> {
+    sources.iter().map(|source| source.digest).collect()
+}
+
+/// What a tuning trains, on what and how.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct TuningSpec {
+    pub target: TargetSpec,
+    /// The prompt that it begins with; otherwise it is the initial prompt of `options.init_seed`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start: Option<SourceSpec>,
+    pub backbone: BackboneSpec,
+    pub options: TuningOptions,
+    pub grid: Grid,
+    /// Name of the prompt the result is published under.
+    pub output: String,
+}
+
+impl Specification for TuningSpec {
+    type Result = TuningResult;
+    const KIND: &'static str = "tuning";
+
+    fn digest(&self) -> Digest {
+        let computed = json!({
+            "target": self.target.digest,
+            // No mere name: the prompt file says what it was tuned for.
+            "task": self.target.dataset,
+            "samples": self.target.samples,
+            "start": self.start.as_ref().map(|start| start.digest),
+            "backbone": self.backbone.digest,
+            "preprocessing_id": self.backbone.preprocessing_id,
+            "options": self.options,
+            "grid": self.grid,
+            "promptweave": env!("CARGO_PKG_VERSION"),
+        });
+        Digest::of(computed.to_string().as_bytes())
+    }
+}
+
+/// Which prompts a ranking scores, and for what.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct RankingSpec {
+    pub target: TargetSpec,
+    /// In the order of the request.
+    pub sources: Vec<SourceSpec>,
+    pub backbone: BackboneSpec,
+    pub objective: RankingObjective,
+}
+
+impl Specification for RankingSpec {
+    type Result = Ranking;
+    const KIND: &'static str = "ranking";
+
+    fn digest(&self) -> Digest {
+        // The table has the names that the prompts were given.
+        let names: Vec<_> = self.sources.iter().map(|source| &source.prompt).collect();
+        let computed = json!({
+            "target": self.target.digest,
+            "samples": self.target.samples,
+            "sources": digests(&self.sources),
+            "names": names,
+            "backbone": self.backbone.digest,
+            "preprocessing_id": self.backbone.preprocessing_id,
+            "objective": self.objective,
+            "promptweave": env!("CARGO_PKG_VERSION"),
+        });
+        Digest::of(computed.to_string().as_bytes())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::job::tests::spec;
+
+    fn tuning() -> TuningSpec {
+        let ensemble = spec();
+        TuningSpec {
+            target: ensemble.target,
+            start: None,
+            backbone: ensemble.backbone,
+            options: TuningOptions::default(),
+            grid: Grid::default(),
+            output: "emoji-1".into(),
+        }
+    }
+
+    fn ranking() -> RankingSpec {
+        let ensemble = spec();
+        RankingSpec {
+            target: ensemble.target,
+            sources: ensemble.sources,
+            backbone: ensemble.backbone,
+            objective: RankingObjective::default(),
+        }
+    }
+
+    #[test]
+    fn every_kind_reads_back_from_its_row_and_no_other_kind_is_known() {
+        let read = |kind, spec: Value| JobSpec::read(kind, spec).unwrap();
+        assert_eq!(read("ensemble", json!(spec())), JobSpec::Ensemble(spec()));
+        assert_eq!(read("tuning", json!(tuning())), JobSpec::Tuning(tuning()));
+        let ranked = JobSpec::Ranking(ranking());
+        assert_eq!(read("ranking", json!(ranking())), ranked);
+        let error = JobSpec::read("other", json!({})).unwrap_err();
+        assert!(error.to_string().contains("`other`"), "{error}");
+    }
+
+    #[test]
+    fn a_tuning_is_the_same_whatever_its_output_is_called() {
+        let renamed = TuningSpec {
+            output: "other".into(),
+            ..tuning()
+        };
+        assert_eq!(renamed.digest(), tuning().digest());
+        let begun = TuningSpec {
+            start: Some(spec().sources[0].clone()),
+            ..tuning()
+        };
+        let longer = TuningSpec {
+            options: TuningOptions {
+                epochs: 11,
+                ..TuningOptions::default()
+            },
+            ..tuning()
+        };
+        let chosen = TuningSpec {
+            grid: Grid {
+                weight_decays: vec![0.1, 0.2],
+                ..Grid::default()
+            },
+            ..tuning()
+        };
+        for other in [begun, longer, chosen] {
+            assert_ne!(other.digest(), tuning().digest());
+        }
+        let mut fewer = ranking();
+        fewer.sources.pop();
+        assert_ne!(fewer.digest(), ranking().digest());
+    }
+}

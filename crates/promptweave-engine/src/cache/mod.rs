@@ -1,0 +1,339 @@
+//! Features and gradients of single sources, kept between compositions: who adds a source to an ensemble, or asks
+//! again with other options, pays for what is new.
+//!
+//! An entry's key is the digest of all that its numbers depend on, so a cached composition is the same as one without a
+//! cache, to the last bit on the CPU. (Only what cuts micro-batches otherwise, a limit on them or shards, is not in it: it
+//! moves features by their rounding.)
+
+pub mod disk;
+pub(crate) mod row_file;
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use serde::Serialize;
+use tch::{Device, Tensor};
+
+use crate::cache::row_file::{Layout, RowFile};
+use crate::device::LIBTORCH;
+use crate::error::EngineError;
+use crate::samples::Samples;
+use crate::vit::Vit;
+use promptweave_domain::backbone::BackboneConfig;
+use promptweave_domain::cache::Cache;
+use promptweave_domain::digest::{Digest, DigestBuilder};
+use promptweave_domain::objective::{HeadKind, HeadOptions};
+use promptweave_domain::precision::Precision;
+use promptweave_domain::tensor::{Element as _, Tensor as PlainTensor};
+use promptweave_formats::backbone::Backbone;
+
+/// To be raised whenever the engine computes other numbers from the same input within a version.
+const FORMAT: u32 = 1;
+
+/// What an engine keeps.
+pub struct ResultCache {
+    files: Box<dyn Cache>,
+    /// They are m times as large as features.
+    gradients: bool,
+}
+
+impl ResultCache {
+    /// `gradients` false keeps features alone.
+    pub fn new(files: Box<dyn Cache>, gradients: bool) -> Self {
+        Self { files, gradients }
+    }
+}
+
+// ---- Keys ------------------------------------------------------------------------------------
+
+#[derive(Serialize)]
+struct FeaturesKey<'a> {
+    kind: &'static str,
+    format: u32,
+    version: &'static str,
+    libtorch: &'static str,
+    backbone: Digest,
+    /// What the digest of the weights does not cover: heads, epsilons, preprocessing.
+    config: &'a BackboneConfig,
+    preprocessing: String,
+    /// Over images and labels.
+    samples: Digest,
+    precision: Precision,
+    plain: bool,
+    device: &'static str,
+    /// Of the plain path, whose results are the same to the last bit only at the same number.
+    threads: Option<i32>,
+    prompt: Digest,
+}
+
+#[derive(Serialize)]
+struct GradientsKey<'a> {
+    kind: &'static str,
+    features: Digest,
+    head: &'a HeadOptions,
+    /// Of the heads' cross-fit.
+    folds: Digest,
+    num_classes: usize,
+    /// All sources, where one head is fitted on all.
+    fitted_on: &'a [Digest],
+}
+
+fn digest_of(key: &impl Serialize) -> Digest {
+    Digest::of(&serde_json::to_vec(key).expect("plain data"))
+}
+
+/// Of a prompt as it goes into the backbone, its tokens in the common order.
+fn digest_of_prompt(prompt: &PlainTensor<f32>) -> Digest {
+    let mut digest = DigestBuilder::default();
+    for size in &prompt.shape {
+        digest.update(&(*size as u64).to_le_bytes());
+    }
+    digest.update(&f32::bytes(&prompt.values));
+    digest.finish()
+}
+
+fn digest_of_folds(folds: &[usize]) -> Digest {
+    let bytes: Vec<u8> = folds
+        .iter()
+        .flat_map(|fold| (*fold as u64).to_le_bytes())
+        .collect();
+    Digest::of(&bytes)
+}
+
+// ---- One composition's results ------------------------------------------------------------------
+
+/// The cache with the keys of one composition's sources.
+pub struct CachedSources<'a> {
+    cache: Option<&'a mut ResultCache>,
+    vit: &'a Vit,
+    num_samples: usize,
+    /// Of the sources' features.
+    keys: Vec<Digest>,
+}
+
+impl<'a> CachedSources<'a> {
+    pub fn new(
+        cache: Option<&'a mut ResultCache>,
+        backbone: &Backbone,
+        vit: &'a Vit,
+        samples: &Samples,
+        prompts: &[PlainTensor<f32>],
+    ) -> Self {
+        let on_cpu = vit.device == Device::Cpu;
+        let key_of = |prompt: &PlainTensor<f32>| {
+            digest_of(&FeaturesKey {
+                kind: "features",
+                format: FORMAT,
+                version: env!("CARGO_PKG_VERSION"),
+                libtorch: LIBTORCH,
+                backbone: backbone.digest,
+                config: &backbone.config,
+                preprocessing: backbone.config.preprocessing.id(),
+                samples: samples.digest,
+                precision: vit.compute.precision,
+                plain: vit.compute.plain,
+                device: if on_cpu { "cpu" } else { "cuda" },
+                threads: (on_cpu && vit.compute.plain).then(tch::get_num_threads),
+                prompt: digest_of_prompt(prompt),
+            })
+        };
+        Self {
+            cache,
+            vit,
+            num_samples: samples.len(),
+            keys: prompts.iter().map(key_of).collect(),
+        }
+    }
+
+    /// Features [M, N, d]; `extract` computes [M', N, d] for those of the prompts that are not known, if any.
+    pub fn features(
+        &mut self,
+        prompts: &[Tensor],
+        extract: impl FnOnce(&[Tensor]) -> Result<Tensor, EngineError>,
+    ) -> Result<Tensor, EngineError> {
+        let Some(cache) = self.cache.as_deref_mut() else {
+            return extract(prompts);
+        };
+        let d = self.vit.config.embed_dim;
+        let layout = Layout::new("features", self.num_samples, &[d], self.vit.kind);
+        let mut features: Vec<Option<Tensor>> = (self.keys.iter())
+            .map(|key| {
+                let rows = cache.find(key, &layout)?;
+                logged(rows.read(0, self.num_samples))
+            })
+            .collect();
+        let unknown: Vec<usize> = (0..prompts.len())
+            .filter(|i| features[*i].is_none())
+            .collect();
+        tracing::debug!(known = prompts.len() - unknown.len(), "features");
+        if !unknown.is_empty() {
+            let of_unknown: Vec<Tensor> = (unknown.iter())
+                .map(|i| prompts[*i].shallow_clone())
+                .collect();
+            let computed = extract(&of_unknown)?;
+            for (at, i) in unknown.into_iter().enumerate() {
+                let of_source = computed.get(at as i64);
+                let kept = cache.make(&layout);
+                if kept
+                    .as_ref()
+                    .and_then(|rows| logged(rows.write(0, &of_source)))
+                    .is_some()
+                {
+                    cache.put(&self.keys[i], kept.as_ref().expect("it was written"));
+                }
+                features[i] = Some(of_source);
+            }
+        }
+        Ok(Tensor::stack(
+            &features.into_iter().flatten().collect::<Vec<_>>(),
+            0,
+        ))
+    }
+
+    /// Where each source's gradients are to be read or written.
+    pub fn gradients(
+        &mut self,
+        num_tokens: usize,
+        head: &HeadOptions,
+        folds: &[usize],
+        num_classes: usize,
+    ) -> CachedGradients {
+        let sources = self.keys.len();
+        let Some(cache) = self.cache.as_deref_mut().filter(|cache| cache.gradients) else {
+            return CachedGradients::none(sources);
+        };
+        let fitted_on: &[Digest] = match head.kind {
+            HeadKind::Shared => &self.keys,
+            HeadKind::Lda | HeadKind::Ridge => &[],
+        };
+        let folds = digest_of_folds(folds);
+        let key_of = |features: &Digest| {
+            digest_of(&GradientsKey {
+                kind: "gradients",
+                features: *features,
+                head,
+                folds,
+                num_classes,
+                fitted_on,
+            })
+        };
+        let keys: Vec<Digest> = self.keys.iter().map(key_of).collect();
+        let row = [num_tokens, self.vit.config.embed_dim];
+        let layout = Layout::new("gradients", self.num_samples, &row, self.vit.kind);
+        let sources = keys
+            .iter()
+            .map(|key| match cache.find(key, &layout) {
+                Some(rows) => SourceRows::Known(rows),
+                None => cache.make(&layout).map_or(SourceRows::Nowhere, |rows| {
+                    let written = AtomicUsize::new(0);
+                    SourceRows::New { rows, written }
+                }),
+            })
+            .collect();
+        CachedGradients { keys, sources }
+    }
+
+    /// Keeps the gradients that were computed, now that they turned out to be finite.
+    pub fn keep(&mut self, gradients: &CachedGradients) {
+        let Some(cache) = self.cache.as_deref_mut() else {
+            return;
+        };
+        for (key, source) in gradients.keys.iter().zip(&gradients.sources) {
+            match source {
+                SourceRows::New { rows, written }
+                    if written.load(Ordering::Acquire) == rows.num_rows() =>
+                {
+                    cache.put(key, rows);
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+impl ResultCache {
+    fn find(&mut self, key: &Digest, layout: &Layout) -> Option<RowFile> {
+        logged(RowFile::open(self.files.get(key)?, layout.clone())).flatten()
+    }
+
+    fn make(&mut self, layout: &Layout) -> Option<RowFile> {
+        logged(RowFile::create(self.files.scratch()?, layout.clone()))
+    }
+
+    fn put(&mut self, key: &Digest, rows: &RowFile) {
+        self.files.put(key, rows.file());
+    }
+}
+
+/// The sources' gradients on disk while they are accumulated; streams may share it.
+pub struct CachedGradients {
+    keys: Vec<Digest>,
+    sources: Vec<SourceRows>,
+}
+
+enum SourceRows {
+    Known(RowFile),
+    New {
+        rows: RowFile,
+        /// All of them, or the file is not whole.
+        written: AtomicUsize,
+    },
+    Nowhere,
+}
+
+impl CachedGradients {
+    /// Of this many sources none are known, and none will be.
+    pub fn none(sources: usize) -> Self {
+        Self {
+            keys: Vec::new(),
+            sources: (0..sources).map(|_| SourceRows::Nowhere).collect(),
+        }
+    }
+
+    /// The sources whose gradients have to be computed.
+    pub fn unknown(&self) -> Vec<usize> {
+        let is_known = |i: &usize| matches!(self.sources[*i], SourceRows::Known(_));
+        (0..self.sources.len()).filter(|i| !is_known(i)).collect()
+    }
+
+    /// All sources' gradients [M, B, m·d] of samples that follow one another: `computed`, [B, m·d] of each unknown
+    /// source, which are noted, and between them those that are read.
+    ///
+    /// # Errors
+    /// [`EngineError::Cache`] where a file that was readable is not any more.
+    pub fn complete(
+        &self,
+        samples: &[usize],
+        computed: Vec<Tensor>,
+    ) -> Result<Tensor, EngineError> {
+        let start = samples.first().copied().unwrap_or(0);
+        let mut computed = computed.into_iter();
+        let device = computed
+            .as_slice()
+            .first()
+            .map_or(Device::Cpu, Tensor::device);
+        let of_source = |source: &SourceRows| {
+            if let SourceRows::Known(rows) = source {
+                let read = rows.read(start, samples.len());
+                return Ok(read.map_err(EngineError::Cache)?.to_device(device));
+            }
+            let gradients = computed.next().expect("one for each unknown source");
+            if let SourceRows::New { rows, written } = source
+                && logged(rows.write(start, &gradients)).is_some()
+            {
+                written.fetch_add(samples.len(), Ordering::Release);
+            }
+            Ok(gradients)
+        };
+        let all: Vec<Tensor> = (self.sources.iter())
+            .map(of_source)
+            .collect::<Result<_, EngineError>>()?;
+        Ok(Tensor::stack(&all, 0))
+    }
+}
+
+/// A cache that fails costs time and nothing else.
+fn logged<T>(result: std::io::Result<T>) -> Option<T> {
+    result
+        .inspect_err(|error| tracing::warn!(%error, "a file of the cache cannot be used"))
+        .ok()
+}

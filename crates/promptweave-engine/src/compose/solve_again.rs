@@ -1,0 +1,93 @@
+//! Solving again from the statistics of an earlier composition: another weighing, another variant or mode,
+//! fewer sources; no backbone, no images.
+
+use crate::baselines::towards_uniform;
+use crate::compose::report::Findings;
+use crate::compose::sources::{anchored, composed_prompt};
+use crate::compose::steps::Steps;
+use crate::error::EngineError;
+use crate::solve::weigh_features;
+use crate::statistics::{Metadata, Statistics};
+use promptweave_domain::composer::{Composition, Observer};
+use promptweave_domain::composition::{SolveInput, SourceRef};
+use promptweave_domain::digest::Digest;
+use promptweave_domain::phase::Phase;
+
+pub fn solve_again(
+    input: &SolveInput,
+    device: String,
+    observer: &mut dyn Observer,
+) -> Result<Composition, EngineError> {
+    let mut steps = Steps::new(observer);
+    steps.begin(Phase::Solve)?;
+    let (all, recorded) = Statistics::parse(&input.statistics)?;
+    let objective = input.objective.settled(false);
+    objective.check()?;
+    let differs =
+        objective.differs_from_statistics(&recorded.objective, recorded.gradient_normalization);
+    if let Some(refused) = (objective.needs_backbone().into_iter())
+        .chain(differs)
+        .next()
+    {
+        return Err(refused.into());
+    }
+    let rows = rows_of(&input.sources, &recorded)?;
+    let statistics = all.of_sources(&rows);
+    let metadata = Metadata {
+        objective: objective.clone(),
+        ..recorded.of_sources(&rows)
+    };
+    let (solved, mut method) = weigh_features(
+        statistics.ground(),
+        &objective,
+        metadata.classes.len(),
+        &mut steps,
+        &mut |_, _| unreachable!("`validation` was refused"),
+    )?;
+    method.uniform_mix = objective.experimental.uniform_mix.known();
+    let alpha = towards_uniform(&solved.solution.alpha, method.uniform_mix);
+    // Without the backbone there are no features of the composed prompt to fit a head on.
+    let composed = composed_prompt(&metadata, anchored(&statistics.prompts, &alpha, None, 1.0));
+    let evidence = Findings {
+        metadata,
+        versions: input.sources.iter().map(|source| source.version).collect(),
+        device,
+        solved_from: Some(Digest::of(&input.statistics)),
+        statistics: &statistics,
+        solved,
+        method,
+        alpha,
+        composed,
+        verified: None,
+        refinement: None,
+        early_stop: None,
+        fallback_dropped: recorded.objective.falls_back()
+            && recorded.objective.method() == input.objective.method(),
+    };
+    evidence.composition(steps)
+}
+
+/// The place of every asked source among the recorded ones.
+fn rows_of(sources: &[SourceRef], recorded: &Metadata) -> Result<Vec<usize>, EngineError> {
+    if sources.is_empty() {
+        return Err(EngineError::NoSources);
+    }
+    let mut rows: Vec<usize> = Vec::with_capacity(sources.len());
+    for source in sources {
+        let known = &recorded.sources;
+        let row = known.iter().position(|other| other.digest == source.digest);
+        let row = row.ok_or_else(|| EngineError::UnknownSource {
+            prompt: source.prompt.clone(),
+            known: recorded.source_names(),
+        })?;
+        if let Some(earlier) = rows.iter().position(|other| *other == row) {
+            return Err(EngineError::SameSource {
+                first: sources[earlier].prompt.clone(),
+                second: source.prompt.clone(),
+                digest: source.digest.to_string(),
+            });
+        }
+        rows.push(row);
+    }
+    Ok(rows)
+}

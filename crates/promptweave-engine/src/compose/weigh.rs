@@ -1,0 +1,301 @@
+//! α by the method that was asked for, its share of equal weights, and the scale of the composed prompt.
+
+use std::time::Instant;
+
+use tch::{Kind, Tensor};
+
+use crate::baselines::{
+    effects, most_similar, proportional, scores, similarity, single_best, towards_uniform,
+};
+use crate::compose::Workspace;
+use crate::compose::steps::{Steps, stop_on};
+use crate::error::EngineError;
+use crate::score::evaluate::OnUnseen;
+use crate::solve::{Solved, weigh_features};
+use crate::statistics::SolveInputs;
+use crate::tensors::prompt_tensor;
+use crate::tune::{Attention, Tuning};
+use crate::vit::features::extract;
+use promptweave_domain::composition::{FallbackReport, MethodReport, ScalePoint, UniformMixPoint};
+use promptweave_domain::digest::Digest;
+use promptweave_domain::method::{Criterion, Scale, SpotChoice, UniformMix};
+use promptweave_domain::objective::{MethodOptions, Spot, TARGET_EPOCHS};
+use promptweave_domain::phase::Phase;
+use promptweave_domain::tensor::Tensor as PlainTensor;
+use promptweave_domain::tuning::{NoCheckpoints, TuningOptions};
+
+/// What was last tuned on a target, for another method that compares with the same.
+pub struct TargetPrompt {
+    /// Of all that it depends on.
+    key: Digest,
+    pub(super) embeddings: PlainTensor<f32>,
+    pub(super) seconds: f64,
+}
+
+impl Workspace<'_> {
+    /// α, and how it was found.
+    pub(super) fn weigh(
+        &self,
+        ground: SolveInputs<'_>,
+        last: &mut Option<TargetPrompt>,
+        steps: &mut Steps<'_>,
+    ) -> Result<(Solved, MethodReport), EngineError> {
+        let objective = self.objective;
+        let (alpha, scores, seconds) = match &objective.options {
+            MethodOptions::Attempt(_) => self.by_attention(steps)?,
+            MethodOptions::Panda(_) => {
+                let target = self.target_prompt(last.take(), steps)?;
+                let (alpha, scores) =
+                    self.by_effects(ground.features, &target.embeddings, steps)?;
+                (alpha, scores, last.insert(target).seconds)
+            }
+            MethodOptions::Spot(spot) => {
+                let target = self.target_prompt(last.take(), steps)?;
+                let (alpha, scores) =
+                    self.by_similarity(ground, spot, &target.embeddings, steps)?;
+                (alpha, scores, last.insert(target).seconds)
+            }
+            _ => {
+                let classes = self.classes.len();
+                return weigh_features(ground, objective, classes, steps, &mut |path, steps| {
+                    self.validate(path, steps)
+                });
+            }
+        };
+        let report = MethodReport {
+            name: objective.method(),
+            scores: Some(scores),
+            target_tuning_seconds: Some(seconds),
+            ..MethodReport::default()
+        };
+        Ok((Solved::given(ground, objective, alpha)?, report))
+    }
+
+    /// Of the short tuning on the target samples, from where the sources began.
+    fn target_options(&self) -> TuningOptions {
+        TuningOptions {
+            num_tokens: self.prompts[0].shape[0],
+            init_seed: self.init_seed.unwrap_or_default(),
+            seed: self.seed,
+            epochs: self.objective.target_epochs().unwrap_or(TARGET_EPOCHS) as usize,
+            sketch_samples: 0,
+            ..TuningOptions::default()
+        }
+    }
+
+    fn target_tuning<'b>(&'b self, options: &'b TuningOptions) -> Tuning<'b> {
+        Tuning {
+            backbone: self.backbone,
+            vit: self.vit,
+            train: self.samples,
+            held_out: None,
+            task: "target",
+            classes: self.classes,
+            start: None,
+            takes_head: false,
+            teachers: &[],
+            options,
+        }
+    }
+
+    /// A prompt that is tuned on the target samples for a few epochs, from where the sources began; or `last`, if it is
+    /// that.
+    pub(super) fn target_prompt(
+        &self,
+        last: Option<TargetPrompt>,
+        steps: &mut Steps<'_>,
+    ) -> Result<TargetPrompt, EngineError> {
+        let options = self.target_options();
+        let of = (
+            self.backbone.digest,
+            self.samples.digest,
+            self.vit.compute.precision,
+            &options,
+        );
+        let key = Digest::of(&serde_json::to_vec(&of).expect("plain data"));
+        if let Some(last) = last.filter(|last| last.key == key) {
+            return Ok(last);
+        }
+        let begun = Instant::now();
+        let mut count = steps.counter((options.epochs * self.samples.len()) as u64);
+        let tuning = self.target_tuning(&options);
+        let file = tuning.run(&mut NoCheckpoints, |at| count(at.samples))?;
+        Ok(TargetPrompt {
+            key,
+            embeddings: file.prompt_embeddings,
+            seconds: begun.elapsed().as_secs_f64(),
+        })
+    }
+
+    /// ATTEMPT: α, the mean attention to each source, and how long it took to learn.
+    fn by_attention(
+        &self,
+        steps: &mut Steps<'_>,
+    ) -> Result<(Vec<f64>, Vec<f64>, f64), EngineError> {
+        let begun = Instant::now();
+        let options = self.target_options();
+        let mut count = steps.counter((options.epochs * self.samples.len()) as u64);
+        let model = Attention::new(self.target_tuning(&options), self.prompts)?;
+        let attention = model.learn(&mut |at| count(at.samples))?;
+        let alpha = proportional(&attention, None);
+        Ok((alpha, attention, begun.elapsed().as_secs_f64()))
+    }
+
+    /// SPoT.
+    fn by_similarity(
+        &self,
+        ground: SolveInputs<'_>,
+        spot: &Spot,
+        target: &PlainTensor<f32>,
+        steps: &mut Steps<'_>,
+    ) -> Result<(Vec<f64>, Vec<f64>), EngineError> {
+        let similarities: Vec<f64> = (self.prompts.iter())
+            .map(|prompt| similarity(spot.similarity, prompt, target))
+            .collect();
+        let alpha = match spot.choice {
+            SpotChoice::WeightedAverage => proportional(&similarities, spot.top_k),
+            SpotChoice::BestOf => {
+                let mut scores = vec![f64::NEG_INFINITY; similarities.len()];
+                for i in most_similar(&similarities, spot.top_k) {
+                    stop_on(steps.tick(Phase::Solve))?;
+                    let features = ground.features.get(i as i64);
+                    scores[i] = -self.cross_fitted(&features)?.loss;
+                }
+                single_best(&scores)
+            }
+        };
+        Ok((alpha, similarities))
+    }
+
+    /// PANDA.
+    pub(super) fn by_effects(
+        &self,
+        features: &Tensor,
+        target: &PlainTensor<f32>,
+        steps: &mut Steps<'_>,
+    ) -> Result<(Vec<f64>, Vec<f64>), EngineError> {
+        let none = Tensor::zeros([0, self.vit.embed_dim()], (self.vit.kind, self.vit.device));
+        let mut features_of = |prompt: Tensor| -> Result<Tensor, EngineError> {
+            let prompts = [prompt];
+            let pairs = self.vit.pairs(self.samples, &prompts);
+            Ok(extract(self.vit, &pairs, |_| steps.tick(Phase::Solve))?.get(0))
+        };
+        let without = features_of(none)?;
+        let with = features_of(prompt_tensor(target, self.vit))?;
+        let similarities = effects(&features.to_kind(Kind::Double), &without, &with);
+        Ok((proportional(&similarities, None), similarities))
+    }
+
+    /// γ as asked, or the candidate that does best on the target samples.
+    pub(super) fn uniform_mix(
+        &self,
+        alpha: &[f64],
+        steps: &mut Steps<'_>,
+    ) -> Result<(f64, Vec<UniformMixPoint>), EngineError> {
+        let candidates = match self.objective.experimental.uniform_mix {
+            UniformMix::Value(share) => return Ok((share, Vec::new())),
+            UniformMix::Chosen(_) => UniformMix::CANDIDATES,
+        };
+        let scale = self.objective.experimental.scale.known();
+        let composed = |share: f64| self.composed(&towards_uniform(alpha, share), scale);
+        let (best, points) = self.best_of(&candidates, composed, steps)?;
+        let point = |(uniform_mix, validation): (f64, OnUnseen)| UniformMixPoint {
+            uniform_mix,
+            validation_accuracy: validation.accuracy,
+            validation_loss: validation.loss,
+        };
+        Ok((best, points.into_iter().map(point).collect()))
+    }
+
+    /// α, or all weight on the single best source where that is asked for and does better on the target samples.
+    pub(super) fn fallback(
+        &self,
+        alpha: Vec<f64>,
+        ground: SolveInputs<'_>,
+        steps: &mut Steps<'_>,
+    ) -> Result<(Vec<f64>, Option<FallbackReport>), EngineError> {
+        if !self.objective.falls_back() {
+            return Ok((alpha, None));
+        }
+        let by = Criterion::Validation;
+        let tick = &mut || stop_on(steps.tick(Phase::Verify));
+        let of_sources = scores(by, ground, self.objective, self.classes.len(), tick)?;
+        let single = single_best(&of_sources);
+        let at = (single.iter().position(|weight| *weight > 0.0)).expect("it has all weight");
+        let scale = self.objective.experimental.scale.known();
+        let evaluation = self.evaluation(&self.objective.h_score);
+        let mut loss_of = |weights: &[f64]| -> Result<f64, EngineError> {
+            let prompt = prompt_tensor(&self.composed(weights, scale), self.vit);
+            let tick = |_| steps.tick(Phase::Verify);
+            Ok(evaluation.cross_fitted(&prompt, tick)?.loss)
+        };
+        // As it is, the source's features are at hand.
+        let validation_loss = match scale == 1.0 {
+            true => -of_sources[at],
+            false => loss_of(&single)?,
+        };
+        let composed_validation_loss = match alpha == single {
+            true => validation_loss,
+            false => loss_of(&alpha)?,
+        };
+        let report = FallbackReport {
+            prompt: self.sources[at].prompt.clone(),
+            validation_loss,
+            composed_validation_loss,
+            taken: validation_loss < composed_validation_loss,
+        };
+        let alpha = if report.taken { single } else { alpha };
+        Ok((alpha, Some(report)))
+    }
+
+    /// β as asked, or the candidate that does best on the target samples.
+    pub(super) fn scale(
+        &self,
+        alpha: &[f64],
+        steps: &mut Steps<'_>,
+    ) -> Result<(f64, Vec<ScalePoint>), EngineError> {
+        let candidates = match self.objective.experimental.scale {
+            Scale::Value(scale) => return Ok((scale, Vec::new())),
+            Scale::Chosen(_) => Scale::CANDIDATES,
+        };
+        let composed = |scale: f64| self.composed(alpha, scale);
+        let (best, points) = self.best_of(&candidates, composed, steps)?;
+        let point = |(scale, validation): (f64, OnUnseen)| ScalePoint {
+            scale,
+            validation_accuracy: validation.accuracy,
+            validation_loss: Some(validation.loss),
+        };
+        Ok((best, points.into_iter().map(point).collect()))
+    }
+
+    /// The candidate whose prompt has the lowest cross-fitted loss on the target samples, of equals the last; and what was
+    /// found of each.
+    fn best_of(
+        &self,
+        candidates: &[f64],
+        composed: impl Fn(f64) -> PlainTensor<f32>,
+        steps: &mut Steps<'_>,
+    ) -> Result<(f64, Vec<(f64, OnUnseen)>), EngineError> {
+        let evaluation = self.evaluation(&self.objective.h_score);
+        let mut points: Vec<(f64, OnUnseen)> = Vec::with_capacity(candidates.len());
+        let mut last: Option<(PlainTensor<f32>, OnUnseen)> = None;
+        for candidate in candidates {
+            let prompt = composed(*candidate);
+            // Of one source, or of equal weights, all are the same.
+            let found = match last.filter(|(before, _)| *before == prompt) {
+                Some((_, found)) => found,
+                None => {
+                    let tick = |_| steps.tick(Phase::Verify);
+                    evaluation.cross_fitted(&prompt_tensor(&prompt, self.vit), tick)?
+                }
+            };
+            points.push((*candidate, found));
+            last = Some((prompt, found));
+        }
+        let (best, _) = points
+            .iter()
+            .max_by(|(_, a), (_, b)| b.loss.total_cmp(&a.loss))
+            .expect("there are candidates");
+        Ok((*best, points))
+    }
+}

@@ -1,0 +1,176 @@
+//! The engine: HGPrompt (arXiv 2504.12311) on files at hand.
+//!
+//! [`Engine::compose`] reads as the method's pseudo-code; each step is a module:
+//!
+//! ```text
+//! samples ─► features f_{Pᵢ} ─► heads ─► per-sample gradients ─► Γ ─┐
+//!                   └──────────► H(α) ────────────────────────────┴─► solve α ─► P_T = Σ αᵢ Pᵢ ─► verify
+//! ```
+//!
+//! It knows files and tensors; nothing of databases, HTTP or jobs (only [`crate::domain`]).
+
+pub mod baselines;
+pub mod cache;
+pub mod compose;
+pub mod device;
+pub mod error;
+pub mod samples;
+pub mod score;
+pub mod sharding;
+pub mod solve;
+pub mod statistics;
+pub mod tensors;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
+#[cfg(test)]
+mod tests;
+pub mod tune;
+pub mod vit;
+
+use std::path::Path;
+
+use promptweave_domain::composer::{Composer, Composition, CompositionError, Observer, Platform};
+use promptweave_domain::composition::{CompositionInput, SolveInput};
+use promptweave_domain::precision::Precision;
+use promptweave_domain::ranking::Ranking;
+use promptweave_domain::sharding::ShardInput;
+use promptweave_domain::tuning::{Checkpoints, Tuned, TuningInput};
+use promptweave_formats::backbone::Backbone;
+use tch::Device;
+
+use crate::cache::ResultCache;
+use crate::compose::{TargetPrompt, self_test, solve_again};
+use crate::device::platform;
+use crate::error::EngineError;
+use crate::sharding::shard_worker::{self, Prepared};
+use crate::vit::backbones::Backbones;
+use crate::vit::{Compute, Vit};
+
+/// What stays between compositions: backbones that are loaded, results of single sources.
+pub struct Engine {
+    backbones: Backbones,
+    cache: Option<ResultCache>,
+    /// For the next shard of the job that was last helped with.
+    prepared: Option<Prepared>,
+    target_prompt: Option<TargetPrompt>,
+}
+
+impl Engine {
+    /// On one device, in f32.
+    pub fn new(device: Device) -> Self {
+        Self::with(Compute::on(device, Precision::F32))
+    }
+
+    pub fn with(compute: Compute) -> Self {
+        Self {
+            backbones: Backbones::new(compute),
+            cache: None,
+            prepared: None,
+            target_prompt: None,
+        }
+    }
+
+    /// Backbones of up to `max_bytes` stay loaded, and the one in use.
+    pub fn with_backbone_bytes(mut self, max_bytes: u64) -> Self {
+        self.backbones.max_bytes = max_bytes;
+        self
+    }
+
+    /// Keeps results of single sources between compositions.
+    pub fn with_cache(self, cache: ResultCache) -> Self {
+        Self {
+            cache: Some(cache),
+            ..self
+        }
+    }
+
+    /// Every metric of every source for a target, without weighing them.
+    pub fn rank(
+        &mut self,
+        input: &CompositionInput,
+        observer: &mut dyn Observer,
+    ) -> Result<Ranking, EngineError> {
+        let (backbone, vit) = self.backbones.open(&input.backbone_dir)?;
+        let (cache, target_prompt) = (self.cache.as_mut(), &mut self.target_prompt);
+        compose::rank(backbone, vit, cache, target_prompt, input, observer)
+    }
+
+    /// The backbone of a folder; read again only when the folder's content changed.
+    pub fn backbone(&mut self, dir: &Path) -> Result<(&Backbone, &Vit), EngineError> {
+        self.backbones.open(dir)
+    }
+}
+
+impl Composer for Engine {
+    fn compose(
+        &mut self,
+        input: &CompositionInput,
+        observer: &mut dyn Observer,
+    ) -> Result<Composition, CompositionError> {
+        let (backbone, vit) = self.backbones.open(&input.backbone_dir)?;
+        let cache = self.cache.as_mut();
+        self.prepared = None;
+        let target_prompt = &mut self.target_prompt;
+        Ok(compose::compose(
+            backbone,
+            vit,
+            cache,
+            target_prompt,
+            input,
+            observer,
+        )?)
+    }
+
+    fn solve(
+        &mut self,
+        input: &SolveInput,
+        observer: &mut dyn Observer,
+    ) -> Result<Composition, CompositionError> {
+        let device = device::names_of(&self.backbones.compute.devices);
+        Ok(solve_again::solve_again(input, device, observer)?)
+    }
+
+    fn shard(
+        &mut self,
+        input: &ShardInput,
+        observer: &mut dyn Observer,
+    ) -> Result<Vec<u8>, CompositionError> {
+        let (backbone, vit) = self.backbones.open(&input.composition.backbone_dir)?;
+        let prepared = &mut self.prepared;
+        Ok(shard_worker::shard(
+            backbone, vit, prepared, input, observer,
+        )?)
+    }
+
+    fn tune(
+        &mut self,
+        input: &TuningInput,
+        checkpoints: &mut dyn Checkpoints,
+        observer: &mut dyn Observer,
+    ) -> Result<Tuned, CompositionError> {
+        let (backbone, vit) = self.backbones.open(&input.backbone_dir)?;
+        Ok(tune::job::tune(
+            backbone,
+            vit,
+            input,
+            checkpoints,
+            observer,
+        )?)
+    }
+
+    fn rank(
+        &mut self,
+        input: &CompositionInput,
+        observer: &mut dyn Observer,
+    ) -> Result<Ranking, CompositionError> {
+        Ok(Engine::rank(self, input, observer)?)
+    }
+
+    fn self_test(&mut self) -> Result<(), CompositionError> {
+        self_test::run(&self.backbones.compute)
+    }
+
+    fn platform(&self) -> Platform {
+        platform::of(&self.backbones.compute)
+    }
+}

@@ -1,0 +1,192 @@
+//! How well prompts do on a labelled set: a closed-form head on the frozen feature.
+
+use std::ops::ControlFlow;
+
+use tch::Tensor;
+
+use crate::device::threads::OneThread;
+use crate::error::EngineError;
+use crate::samples::Samples;
+use crate::score::gradients::sample_folds;
+use crate::score::h_score::HScore;
+use crate::score::head::{ClosedFormHead, calibrated_loss, row_tensor};
+use crate::score::transferability::matrix;
+use crate::tensors::prompt_tensor;
+use crate::vit::Vit;
+use crate::vit::features::extract;
+use promptweave_domain::composition::PromptScore;
+use promptweave_domain::objective::{HScoreOptions, HeadOptions};
+use promptweave_domain::prompt_file::PromptFile;
+
+/// A prompt's head on the target samples, and how well both do.
+pub struct Evaluated {
+    pub head: ClosedFormHead,
+    pub score: PromptScore,
+}
+
+/// What prompts are evaluated on and with.
+pub struct Evaluation<'a> {
+    pub vit: &'a Vit,
+    /// The head is fitted on these: all of them, no cross-fit.
+    pub train: &'a Samples,
+    /// Never seen by the head.
+    pub eval: Option<&'a Samples>,
+    pub num_classes: usize,
+    pub h_score: &'a HScoreOptions,
+    pub head: &'a HeadOptions,
+}
+
+impl Evaluation<'_> {
+    /// Sample × prompt pairs that [`Self::run`] sends through the backbone for each prompt whose
+    /// training features are not at hand (`known` false) or are.
+    pub fn work(&self, known: bool) -> u64 {
+        let train = if known { 0 } else { self.train.len() };
+        (train + self.eval.map_or(0, Samples::len)) as u64
+    }
+
+    /// Scores one prompt [m, d]. `train_features` [N, d] saves a pass where they are at hand.
+    pub fn run(
+        &self,
+        prompt: &Tensor,
+        train_features: Option<Tensor>,
+        mut progress: impl FnMut(u64) -> ControlFlow<()>,
+    ) -> Result<Evaluated, EngineError> {
+        let _alone = OneThread::begin();
+        let mut features_of = |samples: &Samples| -> Result<Tensor, EngineError> {
+            let prompts = std::slice::from_ref(prompt);
+            Ok(extract(self.vit, &self.vit.pairs(samples, prompts), &mut progress)?.get(0))
+        };
+        let train_features = match train_features {
+            Some(features) => features,
+            None => features_of(self.train)?,
+        };
+        let labels = &self.train.labels;
+        let h_score = HScore::new(&train_features.unsqueeze(0), labels, self.h_score)?;
+        let head = ClosedFormHead::fit(&train_features, labels, self.num_classes, self.head)?;
+        let accuracy = |features: &Tensor, labels: &[usize]| -> Result<f64, EngineError> {
+            Ok(head.count_correct(features, labels)? as f64 / labels.len().max(1) as f64)
+        };
+        let train_accuracy = accuracy(&train_features, labels)?;
+        let validation = cross_fitted(&train_features, labels, self.num_classes, self.head)?;
+        let eval_accuracy = match self.eval {
+            None => None,
+            Some(eval) => Some(accuracy(&features_of(eval)?, &eval.labels)?),
+        };
+        Ok(Evaluated {
+            score: PromptScore {
+                h_score: h_score.value(&[1.0])?,
+                h_score_adjusted: h_score.adjusted(&[1.0])?,
+                train_accuracy,
+                validation_accuracy: Some(validation.accuracy),
+                validation_loss: Some(validation.loss),
+                eval_accuracy,
+            },
+            head,
+        })
+    }
+
+    /// [`cross_fitted`] of a prompt [m, d] whose features are not at hand.
+    pub fn cross_fitted(
+        &self,
+        prompt: &Tensor,
+        progress: impl FnMut(u64) -> ControlFlow<()>,
+    ) -> Result<OnUnseen, EngineError> {
+        let prompts = std::slice::from_ref(prompt);
+        let features = extract(self.vit, &self.vit.pairs(self.train, prompts), progress)?.get(0);
+        cross_fitted(&features, &self.train.labels, self.num_classes, self.head)
+    }
+}
+
+/// How closed-form heads do on samples that they were not fitted on.
+#[derive(Clone, Copy, Debug)]
+pub struct OnUnseen {
+    /// Share that they get right.
+    pub accuracy: f64,
+    /// Mean cross-entropy of softmax(logits/T) in nats, at the T of least loss, of samples whose class they know.
+    pub loss: f64,
+}
+
+/// Of the samples, features [N, d], over ten folds: no split but the target samples is needed, and none of them is scored
+/// by a head that saw it.
+pub fn cross_fitted(
+    features: &Tensor,
+    labels: &[usize],
+    num_classes: usize,
+    head: &HeadOptions,
+) -> Result<OnUnseen, EngineError> {
+    let _alone = OneThread::begin();
+    let folds = sample_folds(labels);
+    let select = |of_fold: &dyn Fn(usize) -> bool| -> (Tensor, Vec<usize>) {
+        let rows: Vec<usize> = (0..labels.len()).filter(|n| of_fold(folds[*n])).collect();
+        let of_rows = rows.iter().map(|row| labels[*row]).collect();
+        (features.index_select(0, &row_tensor(&rows)), of_rows)
+    };
+    let (mut correct, mut with_loss) = (0, Vec::new());
+    for fold in 0..=folds.iter().copied().max().unwrap_or(0) {
+        let (fitted_on, of_fitted) = select(&|other| other != fold);
+        if of_fitted.is_empty() {
+            continue;
+        }
+        let fitted = ClosedFormHead::fit(&fitted_on, &of_fitted, num_classes, head)?;
+        let (scored, of_scored) = select(&|other| other == fold);
+        correct += fitted.count_correct(&scored, &of_scored)?;
+        with_loss.extend(known_logits(&fitted, &scored, &of_scored)?);
+    }
+    Ok(OnUnseen::of(correct, labels.len(), &with_loss, num_classes))
+}
+
+/// The head that a prompt file carries, on samples that it was not fitted on.
+pub fn carried_head(
+    vit: &Vit,
+    samples: &Samples,
+    file: &PromptFile,
+) -> Result<OnUnseen, EngineError> {
+    let _alone = OneThread::begin();
+    let stored = file
+        .head
+        .as_ref()
+        .expect("a composed or tuned prompt has one");
+    let head = ClosedFormHead::given(&matrix(&stored.weight), &matrix(&stored.bias))?;
+    let prompts = [prompt_tensor(&file.prompt_embeddings, vit)];
+    let progress = |_| ControlFlow::Continue(());
+    let features = extract(vit, &vit.pairs(samples, &prompts), progress)?.get(0);
+    let labels = &samples.labels;
+    let correct = head.count_correct(&features, labels)?;
+    let with_loss = known_logits(&head, &features, labels)?;
+    let num_classes = stored.bias.shape[0];
+    Ok(OnUnseen::of(correct, labels.len(), &with_loss, num_classes))
+}
+
+impl OnUnseen {
+    fn of(
+        correct: usize,
+        num_samples: usize,
+        with_loss: &[(Vec<f64>, usize)],
+        num_classes: usize,
+    ) -> Self {
+        Self {
+            accuracy: correct as f64 / num_samples.max(1) as f64,
+            loss: match with_loss {
+                // No more than guessing.
+                [] => (num_classes as f64).ln(),
+                known => calibrated_loss(known),
+            },
+        }
+    }
+}
+
+/// Logits and label of the samples whose class the head knows.
+fn known_logits(
+    head: &ClosedFormHead,
+    features: &Tensor,
+    labels: &[usize],
+) -> Result<Vec<(Vec<f64>, usize)>, EngineError> {
+    let logits = head.logits(features);
+    let num_classes = logits.size2()?.1 as usize;
+    let logits = Vec::<f64>::try_from(logits.flatten(0, -1))?;
+    let of_samples = logits.chunks_exact(num_classes).zip(labels);
+    let known = of_samples.filter(|(_, label)| head.knows(**label));
+    Ok(known
+        .map(|(logits, label)| (logits.to_vec(), *label))
+        .collect())
+}

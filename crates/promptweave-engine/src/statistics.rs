@@ -1,0 +1,476 @@
+//! `statistics.safetensors`: what α was computed from, so that it can be checked, and solved for again
+//! without the backbone, with other weighings or fewer sources. It is complete: the prompts are in it too.
+//!
+//! | tensor | shape | dtype | |
+//! |---|---|---|---|
+//! | `features` | [M, N, d] | f32 | f_{Pᵢ}(xₙ) |
+//! | `prompts` | [M, m, d] | f32 | Pᵢ, rows in the order they are summed in |
+//! | `labels` | [N] | i64 | |
+//! | `sample_indices` | [N] | i64 | positions in the list file, in row order |
+//! | `folds` | [N] | i64 | cross-fit fold of the head; all 0 without |
+//! | `head_temperature`, `head_loss`, `head_saturation` | [M] | f64 | |
+//! | `gradient_gram` | [T, T] | f64 | Γ, T = M(M+1)/2, packed i ≤ j row by row |
+//! | `gradient_variance_gram` | [M, M] | f64 | VᵀV |
+//! | `gradient_gram_leave_out` | [J, T, T] | f64 | Γ without each of J sample folds |
+//! | `gradient_variance_gram_leave_out` | [J, M, M] | f64 | VᵀV likewise |
+//! | `gradient_mean_cosine` | [M, M] | f64 | of the prompts' mean gradients |
+//! | `gradient_rms` | [M] | f64 | before any `gradient_normalization` |
+//!
+//! The `gradient_…` tensors are there where the method takes gradients.
+//!
+//! The one metadata key, `promptweave`, names the sources in order, the digests and the options.
+
+use std::borrow::Cow;
+use std::collections::HashMap;
+
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensorError, SafeTensors, View};
+use serde::{Deserialize, Serialize};
+use tch::{Kind, Tensor};
+
+use crate::error::EngineError;
+use crate::score::alignment::{AlignmentStatistics, num_pairs};
+use crate::score::gradients::GradientSummary;
+use crate::score::transferability::SourceScores;
+use promptweave_domain::composition::TokenAlignment;
+use promptweave_domain::digest::Digest;
+use promptweave_domain::method::common_seed;
+use promptweave_domain::objective::{GradientNormalization, Objective};
+use promptweave_domain::precision::Precision;
+use promptweave_domain::prompt_file::METADATA_KEY;
+use promptweave_domain::tensor::{Stored, Tensor as PlainTensor, read_f32, read_f64, read_i64};
+
+/// Of the file; another number is another layout.
+const FORMAT: u32 = 1;
+
+/// Why a statistics file is of no use.
+#[derive(Debug, thiserror::Error)]
+pub enum StatisticsError {
+    #[error(
+        "the file is truncated, or not safetensors; run the composition again to write it anew"
+    )]
+    Unreadable(#[source] SafeTensorError),
+    #[error(
+        "tensor `{0}` is missing: the file was written by another version, or is not of statistics"
+    )]
+    MissingTensor(&'static str),
+    #[error("tensor `{tensor}` has shape {shape:?} or another dtype, expected {expected}")]
+    Shape {
+        tensor: &'static str,
+        shape: Vec<usize>,
+        expected: String,
+    },
+    #[error("tensor `{0}` holds values that are not finite, or out of range")]
+    Values(&'static str),
+    #[error("metadata key `promptweave` is missing or cannot be read: {0}")]
+    Metadata(String),
+    #[error("the statistics have format {0}; this version reads format {FORMAT}")]
+    Format(u32),
+}
+
+/// What α is computed from.
+pub struct Statistics {
+    /// [M, N, d] in f32
+    pub features: Tensor,
+    /// [m, d] a source.
+    pub prompts: Vec<PlainTensor<f32>>,
+    pub labels: Vec<usize>,
+    pub sample_indices: Vec<usize>,
+    pub folds: Vec<usize>,
+    pub heads: HeadStatistics,
+    /// None where the method takes none.
+    pub gradients: Option<GradientSummary>,
+}
+
+/// The part of [`Statistics`] that α is solved from.
+#[derive(Clone, Copy)]
+pub struct SolveInputs<'a> {
+    /// [M, N, d]
+    pub features: &'a Tensor,
+    pub labels: &'a [usize],
+    pub gradients: Option<&'a GradientSummary>,
+}
+
+/// One number a source each.
+pub struct HeadStatistics {
+    pub temperature: Vec<f64>,
+    pub loss: Vec<f64>,
+    pub saturation: Vec<f64>,
+}
+
+/// What the numbers rest on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Metadata {
+    pub format: u32,
+    pub sources: Vec<RecordedSource>,
+    pub backbone_digest: Digest,
+    pub preprocessing_id: String,
+    #[serde(default)]
+    pub precision: Precision,
+    pub sample_digest: Digest,
+    /// Class names of the target, in label order.
+    pub classes: Vec<String>,
+    pub objective: Objective,
+    /// Of the gradients in the file, whoever took them; null without. It outlives an `objective` that takes none.
+    pub gradient_normalization: Option<GradientNormalization>,
+    /// As it was when the gradients were taken.
+    pub token_alignment: Option<TokenAlignment>,
+    pub seed: u64,
+    pub skipped_images: usize,
+}
+
+impl Metadata {
+    pub const FORMAT: u32 = FORMAT;
+
+    /// Of a file, without its tensors.
+    pub fn read(bytes: &[u8]) -> Result<Self, StatisticsError> {
+        let (_, header) = SafeTensors::read_metadata(bytes).map_err(StatisticsError::Unreadable)?;
+        let json = header
+            .metadata()
+            .as_ref()
+            .and_then(|m| m.get(METADATA_KEY))
+            .ok_or_else(|| StatisticsError::Metadata("there is none".into()))?;
+        // The format first: another one may look different in every other way.
+        #[derive(Deserialize)]
+        struct OnlyFormat {
+            format: u32,
+        }
+        let unreadable = |error: serde_json::Error| StatisticsError::Metadata(error.to_string());
+        let OnlyFormat { format } = serde_json::from_str(json).map_err(unreadable)?;
+        if format != FORMAT {
+            return Err(StatisticsError::Format(format));
+        }
+        serde_json::from_str(json).map_err(unreadable)
+    }
+
+    /// Of some of the sources, in the order given.
+    pub fn of_sources(&self, keep: &[usize]) -> Self {
+        let token_alignment = self.token_alignment.as_ref().map(|all| TokenAlignment {
+            reference: all.reference.clone(),
+            permutations: keep.iter().map(|i| all.permutations[*i].clone()).collect(),
+        });
+        Self {
+            sources: keep.iter().map(|i| self.sources[*i].clone()).collect(),
+            token_alignment,
+            ..self.clone()
+        }
+    }
+
+    /// As an error lists them.
+    pub fn source_names(&self) -> String {
+        let names = self
+            .sources
+            .iter()
+            .map(|source| format!("`{}`", source.prompt));
+        names.collect::<Vec<_>>().join(", ")
+    }
+
+    /// The init seed all sources share, if they do and say so.
+    pub fn common_init_seed(&self) -> Option<u64> {
+        common_seed(self.sources.iter().map(|source| source.init_seed))
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RecordedSource {
+    pub prompt: String,
+    pub digest: Digest,
+    pub init_seed: Option<u64>,
+    /// They need the prompt's file, which is not kept.
+    pub scores: SourceScores,
+}
+
+impl Statistics {
+    /// M, N, d
+    pub fn size(&self) -> (usize, usize, usize) {
+        let (m, n, d) = self.features.size3().expect("three axes");
+        (m as usize, n as usize, d as usize)
+    }
+
+    pub fn ground(&self) -> SolveInputs<'_> {
+        SolveInputs {
+            features: &self.features,
+            labels: &self.labels,
+            gradients: self.gradients.as_ref(),
+        }
+    }
+
+    /// The bytes of the file; the same content gives the same bytes.
+    pub fn to_bytes(&self, metadata: &Metadata) -> Result<Vec<u8>, EngineError> {
+        let (m, _, d) = self.size();
+        let t = num_pairs(m);
+        let numbers = |shape: &[usize], values: Vec<f64>| {
+            Entry::Small(Stored::from(&PlainTensor::new(shape.to_vec(), values)))
+        };
+        let whole = |values: &[usize]| {
+            let values: Vec<i64> = values.iter().map(|v| *v as i64).collect();
+            Entry::Small(Stored::from(&PlainTensor::new([values.len()], values)))
+        };
+        let shape = [m, self.prompts[0].shape[0], d];
+        let prompts = self.prompts.iter().flat_map(|prompt| &prompt.values);
+        let prompts = PlainTensor::new(shape, prompts.copied().collect());
+        let mut tensors = vec![
+            ("features", Entry::features(&self.features)),
+            ("prompts", Entry::Small(Stored::from(&prompts))),
+            ("labels", whole(&self.labels)),
+            ("sample_indices", whole(&self.sample_indices)),
+            ("folds", whole(&self.folds)),
+            (
+                "head_temperature",
+                numbers(&[m], self.heads.temperature.clone()),
+            ),
+            ("head_loss", numbers(&[m], self.heads.loss.clone())),
+            (
+                "head_saturation",
+                numbers(&[m], self.heads.saturation.clone()),
+            ),
+        ];
+        if let Some(GradientSummary {
+            whole: all,
+            leave_out,
+            mean_cosine,
+            rms,
+        }) = &self.gradients
+        {
+            let j = leave_out.len();
+            let stacked = |of: fn(&AlignmentStatistics) -> &Vec<f64>| -> Vec<f64> {
+                leave_out.iter().flat_map(of).copied().collect()
+            };
+            tensors.extend([
+                ("gradient_gram", numbers(&[t, t], all.gram.clone())),
+                (
+                    "gradient_variance_gram",
+                    numbers(&[m, m], all.variance_gram.clone()),
+                ),
+                (
+                    "gradient_gram_leave_out",
+                    numbers(&[j, t, t], stacked(|s| &s.gram)),
+                ),
+                (
+                    "gradient_variance_gram_leave_out",
+                    numbers(&[j, m, m], stacked(|s| &s.variance_gram)),
+                ),
+                (
+                    "gradient_mean_cosine",
+                    numbers(&[m, m], mean_cosine.clone()),
+                ),
+                ("gradient_rms", numbers(&[m], rms.clone())),
+            ]);
+        }
+        let json = serde_json::to_value(metadata)
+            .expect("plain data")
+            .to_string();
+        let metadata = HashMap::from([(METADATA_KEY.to_owned(), json)]);
+        Ok(safetensors::serialize(tensors, Some(metadata)).expect("shapes agree with their data"))
+    }
+
+    /// Reads and checks a file: whole, complete, shapes that fit together, finite values.
+    pub fn parse(bytes: &[u8]) -> Result<(Self, Metadata), StatisticsError> {
+        let file = SafeTensors::deserialize(bytes).map_err(StatisticsError::Unreadable)?;
+        let metadata = Metadata::read(bytes)?;
+        let file = File(&file);
+        let m = metadata.sources.len();
+        let labels = file.whole("labels", None)?;
+        let n = labels.len();
+        let permutations = metadata.token_alignment.as_ref();
+        if permutations.is_some_and(|alignment| alignment.permutations.len() != m) {
+            return Err(StatisticsError::Metadata(
+                "`token_alignment` is not of all sources".into(),
+            ));
+        }
+        if m == 0 || n == 0 || labels.iter().any(|label| *label >= metadata.classes.len()) {
+            return Err(StatisticsError::Values("labels"));
+        }
+        let (features, [_, _, d]) = file.floats("features", [Some(m), Some(n), None])?;
+        let (prompts, [_, tokens, _]) = file.floats("prompts", [Some(m), None, Some(d)])?;
+        let statistics = Self {
+            features: Tensor::from_slice(&features).view([m as i64, n as i64, d as i64]),
+            prompts: (prompts.chunks_exact(tokens * d))
+                .map(|values| PlainTensor::new([tokens, d], values.to_vec()))
+                .collect(),
+            labels,
+            sample_indices: file.whole("sample_indices", Some(n))?,
+            folds: file.whole("folds", Some(n))?,
+            heads: HeadStatistics {
+                temperature: file.numbers("head_temperature", &[m])?,
+                loss: file.numbers("head_loss", &[m])?,
+                saturation: file.numbers("head_saturation", &[m])?,
+            },
+            gradients: file.gradients(m)?,
+        };
+        Ok((statistics, metadata))
+    }
+
+    /// Of some of the sources, in the order given. Exact: what the gradients were centred with is common to
+    /// all sources, and drops out of L_align.
+    pub fn of_sources(&self, keep: &[usize]) -> Self {
+        let rows: Vec<i64> = keep.iter().map(|i| *i as i64).collect();
+        let of = |values: &[f64]| -> Vec<f64> { keep.iter().map(|i| values[*i]).collect() };
+        Self {
+            features: self.features.index_select(0, &Tensor::from_slice(&rows)),
+            prompts: keep.iter().map(|i| self.prompts[*i].clone()).collect(),
+            labels: self.labels.clone(),
+            sample_indices: self.sample_indices.clone(),
+            folds: self.folds.clone(),
+            heads: HeadStatistics {
+                temperature: of(&self.heads.temperature),
+                loss: of(&self.heads.loss),
+                saturation: of(&self.heads.saturation),
+            },
+            gradients: self.gradients.as_ref().map(|all| all.of_sources(keep)),
+        }
+    }
+}
+
+/// A tensor on its way into the file.
+enum Entry<'a> {
+    Small(Stored),
+    /// On the CPU, with its shape; written in f32. Its bytes are made when they are written: it is the largest thing there is.
+    Features(&'a Tensor, Vec<usize>),
+}
+
+impl<'a> Entry<'a> {
+    fn features(features: &'a Tensor) -> Self {
+        let shape = features.size().iter().map(|size| *size as usize).collect();
+        Self::Features(features, shape)
+    }
+}
+
+impl View for Entry<'_> {
+    fn dtype(&self) -> Dtype {
+        match self {
+            Self::Small(stored) => stored.dtype(),
+            Self::Features(..) => Dtype::F32,
+        }
+    }
+    fn shape(&self) -> &[usize] {
+        match self {
+            Self::Small(stored) => stored.shape(),
+            Self::Features(_, shape) => shape,
+        }
+    }
+    fn data(&self) -> Cow<'_, [u8]> {
+        match self {
+            Self::Small(stored) => stored.data(),
+            Self::Features(features, _) => {
+                let mut bytes = vec![0; self.data_len()];
+                let features = features.to_kind(Kind::Float).contiguous();
+                features.copy_data_u8(&mut bytes, features.numel());
+                Cow::Owned(bytes)
+            }
+        }
+    }
+    fn data_len(&self) -> usize {
+        match self {
+            Self::Small(stored) => stored.data_len(),
+            Self::Features(features, _) => 4 * features.numel(),
+        }
+    }
+}
+
+/// A file's tensors, checked as they are read.
+pub(crate) struct File<'a>(pub &'a SafeTensors<'a>);
+
+impl File<'_> {
+    pub fn view(&self, name: &'static str) -> Result<TensorView<'_>, StatisticsError> {
+        self.0
+            .tensor(name)
+            .map_err(|_| StatisticsError::MissingTensor(name))
+    }
+
+    /// Of m sources, if there are any.
+    fn gradients(&self, m: usize) -> Result<Option<GradientSummary>, StatisticsError> {
+        if self
+            .0
+            .names()
+            .iter()
+            .all(|name| !name.starts_with("gradient_"))
+        {
+            return Ok(None);
+        }
+        let t = num_pairs(m);
+        let leave_out_shape = self.view("gradient_gram_leave_out")?.shape().to_vec();
+        let j = leave_out_shape.first().copied().unwrap_or(0);
+        let grams = self.numbers("gradient_gram_leave_out", &[j, t, t])?;
+        let variance_grams = self.numbers("gradient_variance_gram_leave_out", &[j, m, m])?;
+        let leave_out = (grams.chunks_exact(t * t))
+            .zip(variance_grams.chunks_exact(m * m))
+            .map(|(gram, variance_gram)| AlignmentStatistics {
+                num_sources: m,
+                gram: gram.to_vec(),
+                variance_gram: variance_gram.to_vec(),
+            })
+            .collect();
+        Ok(Some(GradientSummary {
+            whole: AlignmentStatistics {
+                num_sources: m,
+                gram: self.numbers("gradient_gram", &[t, t])?,
+                variance_gram: self.numbers("gradient_variance_gram", &[m, m])?,
+            },
+            leave_out,
+            mean_cosine: self.numbers("gradient_mean_cosine", &[m, m])?,
+            rms: self.numbers("gradient_rms", &[m])?,
+        }))
+    }
+
+    pub fn numbers(
+        &self,
+        name: &'static str,
+        shape: &[usize],
+    ) -> Result<Vec<f64>, StatisticsError> {
+        let view = self.view(name)?;
+        let values = read_f64(&view).filter(|_| view.shape() == shape);
+        let values = values.ok_or_else(|| misshapen(name, &view, format!("f64 {shape:?}")))?;
+        if values.iter().all(|value| value.is_finite()) {
+            Ok(values)
+        } else {
+            Err(StatisticsError::Values(name))
+        }
+    }
+
+    pub fn whole(
+        &self,
+        name: &'static str,
+        len: Option<usize>,
+    ) -> Result<Vec<usize>, StatisticsError> {
+        let view = self.view(name)?;
+        let fits = view.shape().len() == 1 && len.is_none_or(|len| view.shape() == [len]);
+        let values = read_i64(&view).filter(|_| fits);
+        let values = values.ok_or_else(|| misshapen(name, &view, "i64 [N]".into()))?;
+        values
+            .into_iter()
+            .map(|value| usize::try_from(value).map_err(|_| StatisticsError::Values(name)))
+            .collect()
+    }
+
+    /// Values and shape; `None` in `expected` stands for any length but 0.
+    pub fn floats(
+        &self,
+        name: &'static str,
+        expected: [Option<usize>; 3],
+    ) -> Result<(Vec<f32>, [usize; 3]), StatisticsError> {
+        let view = self.view(name)?;
+        let shape = <[usize; 3]>::try_from(view.shape()).ok();
+        let shape = shape.filter(|shape| {
+            let mut lengths = shape.iter().zip(expected);
+            lengths.all(|(length, expected)| expected.map_or(*length > 0, |e| e == *length))
+        });
+        let (Some(shape), Some(values)) = (shape, read_f32(&view)) else {
+            let [a, b, c] = expected.map(|e| e.map_or("any".into(), |e| e.to_string()));
+            return Err(misshapen(name, &view, format!("f32 [{a}, {b}, {c}]")));
+        };
+        if values.iter().all(|value| value.is_finite()) {
+            Ok((values, shape))
+        } else {
+            Err(StatisticsError::Values(name))
+        }
+    }
+}
+
+fn misshapen(tensor: &'static str, view: &TensorView<'_>, expected: String) -> StatisticsError {
+    StatisticsError::Shape {
+        tensor,
+        shape: view.shape().to_vec(),
+        expected,
+    }
+}

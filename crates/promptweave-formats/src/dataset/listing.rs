@@ -1,0 +1,56 @@
+//! Which images there are, and what they show.
+
+use std::collections::BTreeMap;
+use std::ops::Deref;
+use std::path::PathBuf;
+
+use crate::dataset::error::DatasetError;
+use promptweave_domain::split::Split;
+
+/// Most classes a dataset may have; a label without class names sizes nothing beyond it.
+pub const MAX_CLASSES: usize = 100_000;
+
+/// One image and what it shows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LabelledImage {
+    /// Relative to the dataset's folder, with `/` between parts; never leaves the folder.
+    pub path: String,
+    /// Index into [`LabelledImages::classes`].
+    pub label: usize,
+}
+
+/// Which images there are and what they show. Every label is within `classes`; `train` is never
+/// empty.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listing {
+    pub classes: Vec<String>,
+    pub splits: BTreeMap<Split, Vec<LabelledImage>>,
+}
+
+/// The listing of a folder.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LabelledImages {
+    pub root: PathBuf,
+    pub listing: Listing,
+}
+
+impl Deref for LabelledImages {
+    type Target = Listing;
+
+    fn deref(&self) -> &Listing {
+        &self.listing
+    }
+}
+
+impl Listing {
+    /// The images of a split, in the order of the list file or sorted by path.
+    pub fn split(&self, split: Split) -> Result<&[LabelledImage], DatasetError> {
+        self.splits
+            .get(&split)
+            .map(Vec::as_slice)
+            .ok_or_else(|| DatasetError::NoSplit {
+                wanted: split,
+                present: self.splits.keys().copied().collect(),
+            })
+    }
+}
