@@ -36,7 +36,7 @@ test-peft: setup ## prompts from and to the real peft package, through a running
 	cargo build --release
 	scripts/with_postgres.sh $$(scripts/peft_python.sh) scripts/test_peft.py target/release/promptweave
 
-fuzz-api: setup ## schemathesis against a running service, with a key and without; fetches schemathesis once
+fuzz-api: setup ## a generated client and schemathesis against a running service, with a key and without; fetches both once
 	cargo build --release
 	scripts/with_postgres.sh $$(scripts/schemathesis_python.sh) scripts/fuzz_api/run.py $${CARGO_TARGET_DIR:-target}/release/promptweave
 

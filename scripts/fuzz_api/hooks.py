@@ -1,5 +1,6 @@
 """What the API's document does not tell schemathesis: which bytes are a prompt file, and what is there already."""
 
+import gzip
 import io
 import itertools
 import json
@@ -103,11 +104,14 @@ def tars(draw) -> bytes:
 prompts = st.one_of(prompt_files(), prompt_files(), foreign_files())
 schemathesis.openapi.media_type("application/vnd.prompt+safetensors", prompts)
 schemathesis.openapi.media_type("application/x-tar", st.one_of(tars(), tars(), foreign_files()))
+schemathesis.openapi.media_type("application/gzip", st.one_of(tars().map(gzip.compress), foreign_files()))
+schemathesis.openapi.media_type("application/zip", foreign_files())
+schemathesis.openapi.media_type("application/octet-stream", st.one_of(prompts, tars()))
 
 
 # ---- What is there ------------------------------------------------------------------------------------
 
-NAMES = ["dtd", "food", "vit-s14"]
+NAMES = ["dtd", "svhn", "food", "vit-s14"]
 ENSEMBLES = os.environ.get("FUZZ_ENSEMBLES", "").split()
 KEY = os.environ.get("FUZZ_KEY_ID", "")
 IDEMPOTENCY_KEY = re.compile("[!-~]{1,255}")
