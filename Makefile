@@ -19,10 +19,10 @@ test: ## every check: formatting, lints, tests, the demo on a handful of images
 	@scripts/test.sh
 
 fmt: ## format the code
-	cargo fmt
+	cargo fmt --all
 
 clippy: ## lints, with and without libtorch
-	cargo clippy --release --all-targets -- -D warnings
+	cargo clippy --release --workspace --all-targets -- -D warnings
 	cargo clippy --release --all-targets --no-default-features --features chaos -- -D warnings
 
 openapi: ## write openapi/openapi.json anew after a change of the API
@@ -48,7 +48,7 @@ chaos-short: ## the same in three minutes, of everything a little
 	scripts/chaos_short.sh
 
 reproduce: setup mini-vtab ## every method on every task of the mini-VTAB; PROFILE zero-shot (default), small or full, in hours; goes on where it was
-	cargo build --release
+	cargo build --release --package promptweave-lab
 	scripts/reproduce.sh $${PROFILE:-zero-shot} $${OUT:-.assets/mini-vtab}
 
 mini-vtab: ## ten small tasks in VTAB-1k's layout, into OUT (.assets/mini-vtab), in two minutes; fetches 370 MB once

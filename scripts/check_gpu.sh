@@ -5,10 +5,10 @@
 #   scripts/check_gpu.sh [cuda:N]          (cuda:0)
 #
 # From a clone with Rust it builds what it needs. On a machine without, carry along what another one built (`cargo build
-# --release`, `cargo test --release --lib --no-run`) and the backbone under .assets, and name them:
+# --release`, `cargo test --release --package promptweave-engine --lib --no-run`) and the backbone under .assets, and name them:
 #
 #   PROMPTWEAVE                  the binary
-#   PROMPTWEAVE_TESTS            the tests' binary, target/release/deps/promptweave-…
+#   PROMPTWEAVE_TESTS            the tests' binary, target/release/deps/promptweave_engine-…
 #   PROMPTWEAVE_LIBTORCH_CUDA    folder torch/lib of PyTorch 2.11.0 for CUDA; without it that of python3's torch
 #   PROMPTWEAVE_MAX_SAMPLES      of the demo (all); fewer make the CPU's part shorter
 set -euo pipefail
@@ -37,7 +37,7 @@ if [ -z "${PROMPTWEAVE:-}" ] || [ -z "${PROMPTWEAVE_TESTS:-}" ]; then
     scripts/setup.sh libtorch backbone
     cargo build --release
     PROMPTWEAVE=${PROMPTWEAVE:-${CARGO_TARGET_DIR:-target}/release/promptweave}
-    PROMPTWEAVE_TESTS=${PROMPTWEAVE_TESTS:-$(cargo test --release --lib --no-run --message-format json |
+    PROMPTWEAVE_TESTS=${PROMPTWEAVE_TESTS:-$(cargo test --release --package promptweave-engine --lib --no-run --message-format json |
         python3 -c 'import json, sys
 print([m["executable"] for m in map(json.loads, sys.stdin) if m.get("executable")][-1])')}
 fi
@@ -51,7 +51,7 @@ part "what is found"
 "$PROMPTWEAVE" doctor --device "$device" --json >"$out/doctor.json"
 
 part "CUDA against the CPU, on the self-test's task"
-"$PROMPTWEAVE_TESTS" --ignored --exact engine::tests::cuda::cuda_gives_what_the_cpu_gives --nocapture
+"$PROMPTWEAVE_TESTS" --ignored --exact tests::cuda::cuda_gives_what_the_cpu_gives --nocapture
 
 part "the demo on both"
 sources=()

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Puts the report of `promptweave reproduce` into docs/reproduction-tables.md, between the markers of its profile.
+"""Puts the report of `promptweave-lab reproduce` into docs/reproduction-tables.md, between the markers of its profile.
 docs/reproduction.md has the prose, which is written by hand.
 
     python3 scripts/publish_reproduction.py small

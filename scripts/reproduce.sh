@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Runs `promptweave reproduce` on a suite and puts what came out into docs/reproduction.md; `make reproduce` calls this.
+# Runs `promptweave-lab reproduce` on a suite and puts its tables into docs/reproduction-tables.md; `make reproduce` calls this.
 #
-#   scripts/reproduce.sh PROFILE SUITE_DIR [OPTION …]      OPTIONs go to `promptweave reproduce`
+#   scripts/reproduce.sh PROFILE SUITE_DIR [OPTION …]      OPTIONs go to `promptweave-lab reproduce`
 #
 # TABLES and PRECISION in the environment stand in for those of the profile. With JOBS=N, N processes have a seed and a
 # target each, which a GPU has room for, and their rows come together at the end; SEEDS (0,1,2) are theirs.
@@ -13,7 +13,7 @@ profile=${1:?usage: scripts/reproduce.sh PROFILE SUITE_DIR [OPTION …]}
 suite=${2:?usage: scripts/reproduce.sh PROFILE SUITE_DIR [OPTION …]}
 shift 2
 cd "$(dirname "$0")/.."
-promptweave=${PROMPTWEAVE:-target/release/promptweave}
+lab=${PROMPTWEAVE_LAB:-target/release/promptweave-lab}
 backbone=.assets/vit_s14_focus
 precision=f32 tables=main,ablation,spearman
 case $profile in
@@ -41,10 +41,10 @@ if [ -n "${JOBS:-}" ]; then
         shift
         mkdir -p "$folder"
         ln -sfn ../../prompts "$folder/prompts"
-        "$promptweave" reproduce --profile "$profile" --suite "$suite" --out "$folder" "$@" --seeds "$seed" --targets "$target"
+        "$lab" reproduce --profile "$profile" --suite "$suite" --out "$folder" "$@" --seeds "$seed" --targets "$target"
     }
     export -f part
-    export out profile suite promptweave
+    export out profile suite lab
     # Where a part fails, the others' rows count all the same.
     parts() { # OPTION …
         for seed in $(tr , ' ' <<<"${SEEDS:-0,1,2}"); do
@@ -59,6 +59,6 @@ if [ -n "${JOBS:-}" ]; then
     parts "$@" "${rows[@]}"
     set -- "$@" --seeds "${SEEDS:-0,1,2}" --report-only --merge "$out"/parts/*/results.jsonl
 fi
-"$promptweave" reproduce --profile "$profile" --suite "$suite" --out "$out" "$@"
+"$lab" reproduce --profile "$profile" --suite "$suite" --out "$out" "$@"
 python3 scripts/publish_reproduction.py "$profile"
 exit $failed

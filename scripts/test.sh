@@ -48,17 +48,17 @@ api_against_its_document() {
 
 part "set-up" scripts/setup.sh
 part "rustfmt and clippy" cargo_components
-part "formatting" cargo fmt --check
-part "lints" cargo clippy --release --all-targets -- -D warnings
+part "formatting" cargo fmt --all --check
+part "lints" cargo clippy --release --workspace --all-targets -- -D warnings
 part "lints without libtorch" cargo clippy --release --all-targets --no-default-features --features chaos -- -D warnings
-part "build" cargo build --release
+part "build" cargo build --release --workspace
 if cargo nextest --version >/dev/null 2>&1; then
-    part "build of the tests" cargo nextest run --release --no-run
-    part "tests" scripts/with_postgres.sh cargo nextest run --release --no-fail-fast
-    part "documentation tests" cargo test --release --doc
+    part "build of the tests" cargo nextest run --release --workspace --no-run
+    part "tests" scripts/with_postgres.sh cargo nextest run --release --workspace --no-fail-fast
+    part "documentation tests" cargo test --release --workspace --doc
 else
-    part "build of the tests" cargo test --release --no-run
-    part "tests" scripts/with_postgres.sh cargo test --release
+    part "build of the tests" cargo test --release --workspace --no-run
+    part "tests" scripts/with_postgres.sh cargo test --release --workspace
 fi
 if cargo deny --version >/dev/null 2>&1; then
     part "dependencies" cargo deny --log-level error check bans licenses sources
