@@ -51,7 +51,7 @@ pub struct FieldError {
     /// JSON pointer into the body; for a file, `/` and the tensor; else `/` and the parameter.
     #[schema(example = "/prompt_embeddings")]
     pub(super) pointer: String,
-    /// As that of a problem with this one error.
+    /// What a program branches on: the code of a problem with this mistake alone.
     #[schema(example = "invalid_body")]
     code: Cow<'static, str>,
     detail: String,

@@ -188,7 +188,7 @@ mod tests {
         let broken = Problem::not_found("prompt_not_found", "there is none");
         assert!(mistakes.note(Err(broken)).is_err());
         assert!(draft("{").is_err_and(|problem| problem.code() == "malformed_json"));
-        assert!(draft("[]").is_err_and(|problem| problem.code() == "invalid_body"));
+        assert!(draft("3").is_err_and(|problem| problem.code() == "invalid_body"));
         let twice = r#"{"priority": 1, "priority": 2}"#;
         assert!(draft(twice).is_err_and(|problem| problem.code() == "invalid_body"));
     }

@@ -51,7 +51,7 @@ impl Refusals {
         }
     }
 
-    /// Of one place the first mistake is told: others there may come of it.
+    /// The first mistake of a place is told: others there may come of it.
     pub fn add(&mut self, refusal: Refusal) {
         if self.0.iter().all(|told| told.pointer != refusal.pointer) {
             self.0.push(refusal);

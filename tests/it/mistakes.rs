@@ -165,7 +165,7 @@ async fn a_name_alone_is_enough(pool: PgPool) {
     let short = json!({"target": "pets:1", "sources": ["digits:1", "flowers"]});
     for path in ["/v1/ensembles", "/v1/rankings"] {
         let job = app.post(path, &full).await.ok(202);
-        assert_eq!(app.post(path, &short).await.ok(200)["id"], job["id"]);
+        assert_eq!(app.post(path, &short).await.ok(202)["id"], job["id"]);
     }
     let mixed = json!({"target": "pets", "sources": ["digits:1", {"prompt": "flowers"}]});
     let plan = app.post("/v1/ensembles/validate", &mixed).await.ok(200);
@@ -174,7 +174,7 @@ async fn a_name_alone_is_enough(pool: PgPool) {
     let tuning = app.post("/v1/tunings", &start).await.ok(202);
     assert_eq!(tuning["spec"]["start"]["prompt"], "digits");
 
-    let ensemble = app.post("/v1/ensembles", &short).await.ok(200);
+    let ensemble = app.post("/v1/ensembles", &short).await.ok(202);
     let worker = Worker::start(&app, &FakeComposer::default());
     until_state(&app, &ensemble, "succeeded").await;
     worker.stop().await;

@@ -41,7 +41,7 @@ pub struct Reading<T> {
 #[derive(Clone, Debug, Default)]
 pub struct LeftOut {
     parts: Vec<String>,
-    /// Of arrays, the numbers of what was left out, in order.
+    /// The numbers that were left out of arrays, in order.
     of_arrays: BTreeMap<String, Vec<usize>>,
 }
 

@@ -130,7 +130,7 @@ pub enum Auto {
 #[serde(untagged, expecting = "expected a number or `auto`")]
 pub enum UniformMix {
     Value(f64),
-    /// Of 0, 0.25, 0.5, 0.75 and 1 the best; of equals the smallest.
+    /// The best of 0, 0.25, 0.5, 0.75 and 1; of equals the smallest.
     Chosen(Auto),
 }
 
@@ -170,7 +170,7 @@ pub enum Fallback {
 #[serde(untagged, expecting = "expected a number or `auto`")]
 pub enum Scale {
     Value(f64),
-    /// Of 0, 0.25, 0.5, 0.75 and 1 the best; of equals the largest.
+    /// The best of 0, 0.25, 0.5, 0.75 and 1; of equals the largest.
     Chosen(Auto),
 }
 

@@ -111,7 +111,8 @@ pub struct Metadata {
     /// Class names of the target, in label order.
     pub classes: Vec<String>,
     pub objective: Objective,
-    /// Of the gradients in the file, whoever took them; null without. It outlives an `objective` that takes none.
+    /// How the gradients in the file are normalised, whoever took them; null without any. It outlives an `objective` that takes
+    /// none.
     pub gradient_normalization: Option<GradientNormalization>,
     /// As it was when the gradients were taken.
     pub token_alignment: Option<TokenAlignment>,

@@ -32,9 +32,9 @@ pub(super) struct SolveEnsemble {
     sources: Option<Vec<Source>>,
     /// Replaces the ensemble's own objective as a whole, so repeat what is to stay: `head`,
     /// `align_tokens` and `alignment.gradient_normalization` are fixed by the statistics and must be what
-    /// they were; `refine`, `fallback`, `scale` and what is chosen by validation need the backbone. Left out, it is the
-    /// ensemble's own without `refine`, `fallback` and `scale`, at the trade-off and the `uniform_mix` that were chosen; where
-    /// it fell back, `single_best` by `validation`.
+    /// they were; a `fallback`, what is chosen by validation, and `refine` and `scale` of `experimental` need the backbone. Left
+    /// out, it is the ensemble's own without these, at the trade-off and the `uniform_mix` that were chosen; where it fell back,
+    /// `single_best` by `validation`.
     objective: Option<Objective>,
     #[serde(default)]
     output: Output,

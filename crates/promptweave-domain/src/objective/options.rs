@@ -41,7 +41,7 @@ pub struct BothTerms {
 #[serde(default)]
 pub struct AlignmentTerm {
     pub alignment: AlignmentOptions,
-    /// As of `hgprompt_cv`; by default `none`.
+    /// As with `hgprompt_cv`; `none` by default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fallback: Option<Fallback>,
 }
@@ -50,7 +50,7 @@ pub struct AlignmentTerm {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct Guarded {
-    /// As of `hgprompt_cv`; by default `none`.
+    /// As with `hgprompt_cv`; `none` by default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fallback: Option<Fallback>,
 }
@@ -67,15 +67,15 @@ pub struct SingleBest {
 #[serde(default)]
 pub struct Spot {
     pub similarity: Similarity,
-    /// Of the sources, only so many that are most similar [default: all].
+    /// Only so many of the sources, the most similar [default: all].
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1)]
     pub top_k: Option<usize>,
     pub choice: SpotChoice,
-    /// As of `panda`.
+    /// Epochs of the short tuning, as with `panda`.
     #[schema(minimum = 1, maximum = 100)]
     pub target_epochs: u32,
-    /// As of `hgprompt_cv`; by default `none`.
+    /// As with `hgprompt_cv`; `none` by default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fallback: Option<Fallback>,
 }
@@ -88,12 +88,12 @@ pub struct TargetTuned {
     /// it, from the sources' common initial prompt where they say that they have one.
     #[schema(minimum = 1, maximum = 100)]
     pub target_epochs: u32,
-    /// As of `hgprompt_cv`; by default `none`.
+    /// As with `hgprompt_cv`; `none` by default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fallback: Option<Fallback>,
 }
 
-/// Of the short tuning on the target.
+/// Epochs of the short tuning on the target, where none are asked for.
 pub const TARGET_EPOCHS: u32 = 5;
 
 impl Default for Spot {
@@ -138,7 +138,7 @@ impl MethodOptions {
         }
     }
 
-    /// Where the method has one.
+    /// The trade-off, where the method has one.
     pub fn trade_off_mut(&mut self) -> Option<&mut TradeOff> {
         match self {
             Self::HgpromptCv(both) | Self::Hgprompt(both) => Some(&mut both.trade_off),
@@ -146,7 +146,7 @@ impl MethodOptions {
         }
     }
 
-    /// Where the method has one.
+    /// The fallback, where the method has one.
     pub fn fallback_mut(&mut self) -> Option<&mut Option<Fallback>> {
         match self {
             Self::HgpromptCv(both) | Self::Hgprompt(both) => Some(&mut both.fallback),
@@ -158,7 +158,7 @@ impl MethodOptions {
         }
     }
 
-    /// Where the method tunes on the target.
+    /// Epochs of the short tuning on the target, where the method has one.
     pub fn target_epochs_mut(&mut self) -> Option<&mut u32> {
         match self {
             Self::Spot(spot) => Some(&mut spot.target_epochs),
@@ -173,7 +173,7 @@ impl Objective {
         self.options.method()
     }
 
-    /// Where the method takes gradients; what it means for the others' reports is the default.
+    /// How gradients are aligned, where the method takes any; what the others report goes by the default.
     pub fn alignment(&self) -> Option<AlignmentOptions> {
         match &self.options {
             MethodOptions::HgpromptCv(both) | MethodOptions::Hgprompt(both) => Some(both.alignment),
@@ -195,7 +195,7 @@ impl Objective {
         asked == Some(Fallback::SingleBest)
     }
 
-    /// Of the short tuning on the target, where the method has one.
+    /// Epochs of the short tuning on the target, where the method has one.
     pub fn target_epochs(&self) -> Option<u32> {
         match &self.options {
             MethodOptions::Spot(spot) => Some(spot.target_epochs),

@@ -242,7 +242,7 @@ impl Findings<'_> {
         let gap = (diagnostics.surrogate_gap).filter(|_| self.method.fallback.is_none());
         if let Some(gap) = gap.filter(|gap| gap.abs() > 0.1) {
             let way_out = match self.method.name.solves() && self.method.uniform_mix == 0.0 {
-                true => ", which α was chosen by; `refine` works on the former",
+                true => ", which α was chosen by; `experimental.refine` works on the former",
                 false => "",
             };
             let relative_to = self.size_of_h(mixed).1;
