@@ -23,6 +23,7 @@ mod idempotency;
 mod layers;
 mod lineage;
 mod links;
+mod migrations;
 mod mistakes;
 mod openapi;
 mod private_postgres;

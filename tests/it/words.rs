@@ -90,7 +90,10 @@ fn no_public_word_that_was_renamed_is_left() {
     }
     assert!(files.len() > 300, "{} files", files.len());
     let mut left = Vec::new();
-    for file in files.iter().filter(|file| !file.ends_with("words.rs")) {
+    for file in files
+        .iter()
+        .filter(|file| !file.ends_with("words.rs") && !file.ends_with("migrations.rs"))
+    {
         let Ok(text) = fs::read_to_string(file) else {
             continue;
         };

@@ -267,7 +267,7 @@ mod tests {
         let mistakes = |json: Value| json::read::<Objective>(&json).mistakes;
         let told = mistakes(json!({
             "method": "panda", "top_k": 3, "trade_off": 0.5, "scale": 0.5, "lambda": 1, "target_epochs": "five",
-            "h_score": {"mode": "inv"}, "experimental": {"entropy": "high"},
+            "h_score": {"mode": "inverted"}, "experimental": {"entropy": "high"},
         }));
         let has = "the method `panda` has `target_epochs`, `fallback`, `h_score`, `head`, `align_tokens`, `experimental`";
         let expected = [
@@ -292,7 +292,7 @@ mod tests {
             ),
             (
                 "/h_score/mode",
-                "unknown value `inv`, expected one of `cross_validated`, `standard`, `trace_ratio`"
+                "unknown value `inverted`, expected one of `cross_validated`, `standard`, `trace_ratio`"
                     .to_owned(),
             ),
             (
