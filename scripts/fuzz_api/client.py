@@ -84,7 +84,7 @@ def compose(api: Api, worker: subprocess.Popen):
     models = api.models
     body = models.CreateEnsemble(
         backbone="vit-s14",
-        target=models.Target(dataset="clipart", eval_split=models.Split.TEST, max_samples=IMAGES),
+        target=models.Target(dataset="clipart", split=models.Split.TRAIN, max_samples=IMAGES),
         sources=[models.Source(prompt="emoji"), models.Source(prompt="fashion")],
         output=models.Output(name="clipart-composed"),
     )

@@ -61,7 +61,7 @@ impl Pretending {
     /// A phase by shards, with whoever helps; what comes together must be what was dealt out, in order.
     fn share(&self, phase: Phase, observer: &mut dyn Observer) -> Result<(), CompositionError> {
         let failed = |error: ShardingError| CompositionError::Retry {
-            code: "sharing_failed",
+            code: JobErrorCode::SharingFailed,
             detail: error.to_string(),
         };
         let shards = observer.shards().expect("a worker gives them");

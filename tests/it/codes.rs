@@ -52,7 +52,7 @@ const OTHER_WORDS: &[&str] = &[
     "true",
 ];
 
-fn words<'a>(text: &'a str, quote: char) -> impl Iterator<Item = &'a str> {
+fn words(text: &str, quote: char) -> impl Iterator<Item = &str> {
     // Every second piece is between two quotes.
     let is_word = |it: &&str| {
         it.starts_with(|first: char| first.is_ascii_lowercase())
