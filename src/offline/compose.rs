@@ -71,6 +71,9 @@ pub(super) fn read_sources(named: &[(String, PathBuf)]) -> anyhow::Result<Vec<So
 }
 
 pub fn run(args: &Args) -> anyhow::Result<()> {
+    // Before any file is read: what is wrong with a flag is quickly said.
+    let objective = args.solve.objective(&args.backbone_options)?;
+    objective.check()?;
     let input = CompositionInput {
         backbone_dir: args.engine.backbone.clone(),
         target_dir: args.target.clone(),
@@ -82,7 +85,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
             skip_unreadable: args.engine.skip_unreadable,
         },
         sources: read_sources(&args.sources)?,
-        objective: args.solve.objective(&args.backbone_options)?,
+        objective,
         early_stopping: None,
     };
     let mut engine = args.engine.engine()?;

@@ -176,9 +176,9 @@ async fn a_name_alone_is_enough(pool: PgPool) {
 
     let ensemble = app.post("/v1/ensembles", &short).await.ok(202);
     let worker = Worker::start(&app, &FakeComposer::default());
-    until_state(&app, &ensemble, "succeeded").await;
+    let done = until_state(&app, &ensemble, "succeeded").await;
     worker.stop().await;
-    let solve = url(&ensemble, "solve");
+    let solve = url(&done, "solve");
     let some = app.post(&solve, &json!({"sources": ["flowers"]})).await;
     let solved = some.ok(202);
     assert_eq!(solved["spec"]["sources"].as_array().unwrap().len(), 1);
