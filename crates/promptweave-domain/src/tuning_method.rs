@@ -8,9 +8,9 @@ use serde::{Deserialize, Serialize};
 use utoipa::openapi::{ObjectBuilder, RefOr, Schema, Type};
 use utoipa::{PartialSchema, ToSchema};
 
-/// What is trained on a target. Every method also trains the linear head, and everything not named
-/// stays frozen. As text: `vpt-shallow`, `partial-2`, `adapter-8`; without its number a method has
-/// its usual one.
+/// The part of the model that is trained on a target. Every method also trains the linear head, and
+/// everything not named stays frozen. As text: `vpt-shallow`, `partial-2`, `adapter-8`; without its
+/// number a method has its usual one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum TuningMethod {

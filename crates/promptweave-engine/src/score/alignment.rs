@@ -1,7 +1,7 @@
 //! Gradient alignment L_align(α) in its three variants, from compressed statistics alone.
 //!
-//! With g̃ᵢₙ the gradient of sample n's loss by prompt i, less its mean over the prompts, and
-//! S_ij[p] = 1/(N-1) Σ_n g̃ᵢₙ[p] g̃ⱼₙ[p], the variance of prompt i's gradients about the mixed gradient
+//! Let g̃ᵢₙ be the gradient of sample n's loss by prompt i, minus its mean over the prompts, and
+//! S_ij[p] = 1/(N-1) Σ_n g̃ᵢₙ[p] g̃ⱼₙ[p]. The variance of prompt i's gradients about the mixed gradient
 //! Σ_k α_k g_k is vᵢ = uᵢ + αᵀSα on Σα = 1, where uᵢ = S_ii - 2(Sα)ᵢ. So
 //!
 //! L_align(α) = (1/M) Σ_i ‖vᵢ - v̄‖² = (1/M) Σ_i Σ_p rᵢ[p]²
@@ -12,9 +12,10 @@
 //! | `mixture_uniform` | the mixed gradient | (1/M) Σ_k v_k | uᵢ - (1/M) Σ_k u_k: linear in α, so L_align is convex |
 //! | `fishr` | prompt i's own mean, as in Fishr (Ramé et al. 2022) | Σ_k α_k v_k | vᵢ - Vα: linear in α |
 //!
-//! In `mixture_weighted` and `mixture_uniform` every rᵢ is a linear combination, with coefficients that depend on α only, of the
-//! T = M(M+1)/2 packed rows of S, and the data enter through Γ = S Sᵀ [T, T]. In `fishr` it is one of the M
-//! columns of V, and they enter through VᵀV. L_align scales with the fourth power of the gradients.
+//! In `mixture_weighted` and `mixture_uniform` every rᵢ is a linear combination of the T = M(M+1)/2 packed
+//! rows of S, with coefficients that depend on α only. The data enter through Γ = S Sᵀ [T, T]. In `fishr`
+//! every rᵢ combines the M columns of V, and the data enter through VᵀV. L_align scales with the fourth
+//! power of the gradients.
 
 use crate::solve::optimizer::dot;
 use promptweave_domain::objective::AlignmentVariant;

@@ -1,9 +1,9 @@
 //! Per-sample gradients of the loss by each source prompt, streamed into their statistics.
 //!
 //! ```text
-//! micro-batch of samples ─┬─► P₁, a copy a sample [B, m, d] ─► f ─► ∂ℓ/∂f ─► g₁ [B, m·d] ─┐
-//!                         ├─► P₂ …                                                      ├─► centred over prompts ─► its fold's S += g̃ᵢ∘g̃ⱼ
-//!                         └─► P_M …                                                     ┘
+//! micro-batch ─┬─► P₁, a copy a sample [B, m, d] ─► f ─► ∂ℓ/∂f ─► g₁ [B, m·d] ─┐
+//!              ├─► P₂ …                                                      ├─► centred over prompts ─► its fold's S += g̃ᵢ∘g̃ⱼ
+//!              └─► P_M …                                                     ┘
 //! ```
 //!
 //! Each sample has its own copy of the prompt. Backpropagating the *sum* of the samples' losses to

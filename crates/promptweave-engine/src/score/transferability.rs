@@ -4,8 +4,8 @@
 //! | score | from | higher means |
 //! |---|---|---|
 //! | LogME (You et al. 2021) | features, labels | a linear map explains the labels with more evidence |
-//! | LEEP (Nguyen et al. 2020), NCE (Tran et al. 2019) | the source head's probabilities, labels | source classes foretell target classes |
-//! | OTCE (Tan et al. 2021) | a sketch of the source task's features, labels | the nearest source samples foretell target classes |
+//! | LEEP (Nguyen et al. 2020), NCE (Tran et al. 2019) | source head, labels | source classes predict target classes |
+//! | OTCE (Tan et al. 2021) | feature sketch, labels | the nearest source samples predict target classes |
 //!
 //! None depends on the order of the samples or on the names of the labels. All numbers are in nats.
 

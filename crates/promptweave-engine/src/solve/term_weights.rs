@@ -1,12 +1,12 @@
-//! L(α) = -H(α) + λ L_align(α): how much a unit of each term counts.
+//! The weights of the two terms in L(α) = -H(α) + λ L_align(α).
 //!
 //! H is unitless and L_align scales with the fourth power of the gradients, so a fixed λ means nothing
 //! across tasks. The scale-free trade-off t normalises each term by its range between the two terms'
-//! own optima (utopia-nadir normalisation), with α_H = argmax H and α_L = argmin L_align:
+//! own optima (utopia-nadir normalisation). With α_H = argmax H and α_L = argmin L_align, it minimises
 //!
 //! (1-t)·(H* - H)/(H* - H(α_L)) + t·(L_align - L*)/(L_align(α_H) - L*), t in [0, 1]
 //!
-//! which is the minimisation of L(α) at λ(t) = t/(1-t)·(H* - H(α_L))/(L_align(α_H) - L*).
+//! This is the minimisation of L(α) at λ(t) = t/(1-t)·(H* - H(α_L))/(L_align(α_H) - L*).
 
 use promptweave_domain::composition::PathPoint;
 

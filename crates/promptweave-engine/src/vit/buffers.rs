@@ -111,7 +111,7 @@ pub struct Workspace<E: Element> {
     pub kept: Vec<Kept<E>>,
     /// The residual stream [B · n, d], and later the derivative by it.
     pub x: Buffer<E::Real>,
-    /// The same for CLS alone, [B, d], in the last block.
+    /// The residual stream of CLS alone, [B, d], in the last block.
     pub x_cls: Buffer<E::Real>,
     /// Outputs of matrix products, and inputs of the passes between them.
     pub y: Buffer<E>,

@@ -1,14 +1,14 @@
-//! An uploaded archive as [`Files`]: an index of what lies where in it. It is never unpacked, and no
-//! name in it becomes a path.
+//! An uploaded archive as [`Files`], with an index of the places of its files. It is never unpacked, and
+//! no name in it becomes a path.
 //!
 //! ```text
 //! tar, zip ─────────────────────────► index of names ─► one file's bytes at a time
 //! tar.gz ─► its tar beside it, with ▲
 //!           a limit on what it grows to
 //! ```
-//! Whoever made the archive may be hostile: names that leave it, links, devices, entries that hold
-//! more than they declare and archives that grow without end are refused, with the entry's name and
-//! the rule, before any image is read.
+//! The archive's maker may be hostile. Names that leave the archive, links, devices, entries that hold
+//! more than they declare, and archives that grow without end are refused before any image is read. The
+//! error has the entry's name and the rule.
 
 mod names;
 mod tarball;

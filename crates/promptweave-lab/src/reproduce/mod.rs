@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! suite ─► for each seed: a source prompt a task ─► for each target: the other tasks' prompts, by every method
-//!           └─► results.jsonl, a row a cell ─► report
+//!                                                        └─► results.jsonl, a row a cell ─► report
 //! ```
 //!
 //! A cell that has its row is not computed again. So a run can be stopped at any time, and the

@@ -1,17 +1,17 @@
-//! H as what a ridge regression of the classes on the mixed features explains, and how much of that it would explain of
-//! samples that it was not fitted on.
+//! H as the variance of the classes that a ridge regression on the mixed features explains, on the samples
+//! that it was fitted on or on others.
 //!
-//! With X the centred mixed features [N, d], Z [N, K] the orthonormal class indicators (Z̃ less their column means) and
-//! c = (1-ρ)/(N-1), the hat matrix is A = c X S⁻¹ Xᵀ with S = Σ_ρ = c XᵀX + δI, and
+//! Let X be the centred mixed features [N, d], Z [N, K] the orthonormal class indicators, Z̃ these minus
+//! their column means, and c = (1-ρ)/(N-1). The hat matrix is A = c X S⁻¹ Xᵀ with S = Σ_ρ = c XᵀX + δI, and
 //!
 //! `standard`              H = tr(Z̃ᵀ A Z̃)
 //! `cross_validated`  H = K - 1 - E/g²,   E = ‖Z̃ - A Z̃‖²,   g = 1 - (1 + df)/N,   df = tr A
 //!
-//! The second is generalised cross-validation (Golub, Heath & Wahba 1979): the squared error of leaving one sample out in
-//! turn, with the mean leverage in place of each one's own. It is below 0 where left-out samples are told worse than by
-//! their mean, and no more of it is chance where N is near d.
+//! The second is generalised cross-validation (Golub, Heath & Wahba 1979): the squared error of leaving
+//! out each sample in turn, with the mean leverage in place of each sample's own. It is below 0 if the
+//! left-out samples are predicted worse than by the mean. Chance has no larger part in it if N is near d.
 //!
-//! Both are functions of G = XᵀZ [d, K], S and δ; with V = S⁻¹G and Y = S⁻¹V
+//! Both are functions of G = XᵀZ [d, K], S and δ. With V = S⁻¹G and Y = S⁻¹V:
 //!
 //! ```text
 //! primal, S [d, d]               H = c⟨G, V⟩       E = K - 1 - H - cδ‖V‖²    df = d - δ tr S⁻¹
@@ -19,7 +19,8 @@
 //!       V = S⁻¹Z̃, Y = S⁻¹V       H = K - 1 - δ⟨Z̃, V⟩   E = δ²‖V‖²            df = N - δ tr S⁻¹
 //! ```
 //!
-//! The dual's E is no difference of larger numbers, as the primal's is, where next to nothing is missed: with N ≤ d and little ρ.
+//! If the error is tiny (N ≤ d and a small ρ), the primal's E is a difference of larger numbers and loses
+//! digits. The dual's E does not.
 
 use std::cell::OnceCell;
 

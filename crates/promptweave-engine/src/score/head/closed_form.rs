@@ -1,8 +1,8 @@
 //! Linear heads W f + b fitted in closed form: shrunken linear discriminant analysis, and ridge
 //! regression on one-hot labels.
 //!
-//! Both solve S⁻¹ μ_c for every class, with S = (1-ρ_h) A + ρ_h (tr A/d) I shrunk and μ_c the class
-//! means less the overall mean; n_c of N samples are of class c, π_c = n_c/N, all covariances have
+//! Both solve S⁻¹ μ_c for every class. S = (1-ρ_h) A + ρ_h (tr A/d) I is shrunken, and μ_c are the class
+//! means minus the overall mean. n_c of N samples are of class c, π_c = n_c/N, and all covariances have
 //! 1/(N-1):
 //!
 //! | kind | A | W_c | b_c (features centred) |
@@ -10,7 +10,7 @@
 //! | LDA | within-class covariance S_w = C - B | S⁻¹ μ_c | log π_c - ½ μ_cᵀ S⁻¹ μ_c |
 //! | ridge | covariance C | (1-ρ_h) n_c/(N-1) S⁻¹ μ_c | π_c |
 //!
-//! so that ridge is argmin Σ_n ‖W f̃_n - (e_{y_n} - π)‖² + (N-1) κ ‖W‖² with κ = ρ_h/(1-ρ_h) tr C/d.
+//! So ridge is argmin Σ_n ‖W f̃_n - (e_{y_n} - π)‖² + (N-1) κ ‖W‖² with κ = ρ_h/(1-ρ_h) tr C/d.
 
 use tch::{Device, Kind, Tensor};
 
