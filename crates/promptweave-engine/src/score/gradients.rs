@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! micro-batch ─┬─► P₁, a copy a sample [B, m, d] ─► f ─► ∂ℓ/∂f ─► g₁ [B, m·d] ─┐
-//!              ├─► P₂ …                                                      ├─► centred over prompts ─► its fold's S += g̃ᵢ∘g̃ⱼ
-//!              └─► P_M …                                                     ┘
+//!              ├─► P₂ …                                                        ├─► centred over prompts ─► fold's S += g̃ᵢ∘g̃ⱼ
+//!              └─► P_M …                                                       ┘
 //! ```
 //!
 //! Each sample has its own copy of the prompt. Backpropagating the *sum* of the samples' losses to
