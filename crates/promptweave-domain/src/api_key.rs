@@ -1,8 +1,8 @@
 //! API keys as text, `pr_<id>_<secret><checksum>`, and the scopes they have.
 //!
-//! The id (32 hex digits) names the key's row and is no secret; the secret is 256 random bits (64
-//! hex digits); the checksum (8) is the CRC-32 of all that goes before it, so that a mistyped key
-//! is refused without a look into the database, and scanners for leaked keys can tell one.
+//! The id (32 hex digits) names the key's row and is no secret. The secret is 256 random bits (64
+//! hex digits). The checksum (8 hex digits) is the CRC-32 of everything before it: a mistyped key
+//! is refused without a database query, and scanners for leaked keys can recognise one.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -17,7 +17,7 @@ use subtle::ConstantTimeEq;
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-/// What a key may be used for. None includes another.
+/// What a key may be used for. No scope includes another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Scope {
@@ -27,7 +27,7 @@ pub enum Scope {
     Write,
     /// Start and cancel ensembles, tunings and rankings.
     Run,
-    /// Keys, projects, webhooks and workers.
+    /// Manage keys, projects, webhooks and workers.
     Admin,
 }
 
@@ -66,7 +66,7 @@ impl FromStr for Scope {
     }
 }
 
-/// What a key is for, in its maker's words: 1 to 128 characters.
+/// A note by the key's maker on what the key is for: 1 to 128 characters.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct KeyName(String);
@@ -116,7 +116,7 @@ const PREFIX: &str = "pr_";
 const CHECKSUM_LEN: usize = 8;
 
 impl ApiKey {
-    /// A key with a fresh secret, from the operating system's generator.
+    /// Makes a key with a fresh secret from the operating system's generator.
     pub fn generate(id: Uuid) -> Result<Self, SysError> {
         let mut secret = [0; 32];
         SysRng.try_fill_bytes(&mut secret)?;
@@ -127,22 +127,22 @@ impl ApiKey {
         self.id
     }
 
-    /// The readable beginning, by which a key can be told from others.
+    /// The readable beginning of a key, which tells it from others.
     pub fn prefix(id: Uuid) -> String {
         format!("{PREFIX}{}", id.simple())
     }
 
-    /// What is stored in place of the secret.
+    /// The hash that is stored in place of the secret.
     pub fn secret_sha256(&self) -> [u8; 32] {
         Sha256::digest(self.secret).into()
     }
 
-    /// Whether this is the secret that was stored, in a time that does not tell how much agrees.
+    /// Whether the stored hash belongs to this key's secret. The comparison takes constant time.
     pub fn matches(&self, secret_sha256: &[u8]) -> bool {
         self.secret_sha256().ct_eq(secret_sha256).into()
     }
 
-    /// The key as its owner sends it.
+    /// The key's text, as its owner sends it.
     pub fn text(&self) -> SecretString {
         let body = format!("{}_{}", Self::prefix(self.id), hex::encode(self.secret));
         format!("{body}{}", checksum(&body)).into()
@@ -153,7 +153,7 @@ fn checksum(body: &str) -> String {
     format!("{:08x}", crc32fast::hash(body.as_bytes()))
 }
 
-/// The id alone: secrets do not go into logs.
+/// Prints the id alone: secrets do not go into logs.
 impl fmt::Debug for ApiKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "ApiKey({})", self.id)
@@ -175,7 +175,7 @@ impl FromStr for ApiKey {
         if !text.starts_with(PREFIX) || !text.is_ascii() {
             return Err(MalformedKey::Shape);
         }
-        // The checksum first: it says more than what a typing error does to the rest.
+        // The checksum is checked first: it tells a typing error better than the parts it garbles.
         let (body, found) = text.split_at(text.len().saturating_sub(CHECKSUM_LEN));
         if checksum(body) != found {
             return Err(MalformedKey::Checksum);

@@ -1,11 +1,11 @@
-//! What a backbone is beside its tensors: its architecture and its preprocessing.
+//! A backbone's description beside its tensors: its architecture and its preprocessing.
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::digest::Digest;
 
-/// `config.json`: what the tensors alone do not say.
+/// The contents of `config.json`: what the tensors alone do not say.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct BackboneConfig {
@@ -39,7 +39,7 @@ pub struct Preprocessing {
     pub filter: Filter,
     /// Whether the filter's support grows when shrinking (Pillow's rule).
     pub antialias: bool,
-    /// Per channel, RGB, on a scale of 0..=1.
+    /// Mean of each channel (RGB), on a scale of 0..=1.
     #[schema(min_items = 3, max_items = 3)]
     pub mean: [f64; 3],
     #[schema(min_items = 3, max_items = 3)]
@@ -74,7 +74,7 @@ impl Preprocessing {
 }
 
 impl BackboneConfig {
-    /// Says what is inconsistent, where something is.
+    /// Checks the description, and says what is inconsistent.
     pub fn check(&self) -> Result<(), String> {
         let fail = |text: String| Err(text);
         let Preprocessing {
@@ -91,7 +91,7 @@ impl BackboneConfig {
         {
             return fail("every size must be at least 1".into());
         }
-        // Far beyond any ViT there is, and small enough that nothing below overflows.
+        // These bounds lie far beyond any existing ViT, and keep everything below from overflowing.
         let largest = [
             self.embed_dim,
             self.num_heads,

@@ -1,4 +1,5 @@
-//! The seam between worker and engine: who composes, and who watches.
+//! The interface between worker and engine: the traits for composing and for watching a
+//! composition.
 
 use crate::composition::{CompositionInput, CompositionResult, SolveInput};
 use crate::phase::Phase;
@@ -7,18 +8,18 @@ use crate::sharding::{ShardInput, Shards};
 use crate::tuning::{CheckpointUnavailable, Checkpoints, Tuned, TuningInput};
 use crate::words::JobErrorCode;
 
-/// Watches a composition; asked after about every second of work.
+/// Watches a composition. It is called about every second of work.
 pub trait Observer {
-    /// `done` of `total` units of `phase` are finished. `Break` stops the composition.
+    /// Reports that `done` of `total` units of `phase` are finished. `Break` stops the composition.
     fn progress(&mut self, phase: Phase, done: u64, total: u64) -> std::ops::ControlFlow<()>;
 
-    /// Others that may share the work. None: there are none.
+    /// The other workers that may share the work; `None` if there are none.
     fn shards(&mut self) -> Option<&mut dyn Shards> {
         None
     }
 }
 
-/// Watches nothing, and lets everything go on.
+/// An observer that ignores progress and never stops the work.
 pub struct Unwatched;
 
 impl Observer for Unwatched {
@@ -27,7 +28,7 @@ impl Observer for Unwatched {
     }
 }
 
-/// Composes prompts. The engine is one; tests of queue and API have a fake without libtorch.
+/// Composes prompts. The engine implements it; tests of queue and API use a fake without libtorch.
 pub trait Composer: Send {
     fn compose(
         &mut self,
@@ -35,22 +36,22 @@ pub trait Composer: Send {
         observer: &mut dyn Observer,
     ) -> Result<Composition, CompositionError>;
 
-    /// Solves for α again from the statistics of an earlier composition; phases are `solve` alone.
+    /// Solves for α again from the statistics of an earlier composition. The only phase is `solve`.
     fn solve(
         &mut self,
         input: &SolveInput,
         observer: &mut dyn Observer,
     ) -> Result<Composition, CompositionError>;
 
-    /// Computes a shard of a composition that somebody else has, for them to merge.
+    /// Computes one shard of a composition that another worker owns. The owner merges the result.
     fn shard(
         &mut self,
         input: &ShardInput,
         observer: &mut dyn Observer,
     ) -> Result<Vec<u8>, CompositionError>;
 
-    /// Trains a prompt, from the last checkpoint if there is one; phases are `select` and `tune`, then `verify` where it is
-    /// evaluated.
+    /// Trains a prompt, from the last checkpoint if there is one. The phases are `select` and
+    /// `tune`, and `verify` if the prompt is evaluated.
     fn tune(
         &mut self,
         input: &TuningInput,
@@ -58,49 +59,53 @@ pub trait Composer: Send {
         observer: &mut dyn Observer,
     ) -> Result<Tuned, CompositionError>;
 
-    /// Scores every source for the target, without weighing them; phases are `features` and `solve`.
+    /// Scores every source for the target, without weighing them. The phases are `features` and
+    /// `solve`.
     fn rank(
         &mut self,
         input: &CompositionInput,
         observer: &mut dyn Observer,
     ) -> Result<Ranking, CompositionError>;
 
-    /// Composes a known tiny job, which must give its known α: whether the device computes at all, and
-    /// rightly. Takes well below a second.
+    /// Composes a known tiny job and compares its α with the known one. It tells whether the device
+    /// computes at all, and correctly. It takes well below a second.
     fn self_test(&mut self) -> Result<(), CompositionError>;
 
     fn platform(&self) -> Platform;
 }
 
-/// What a composer computes on, and with.
+/// The hardware and software that a composer runs on.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Platform {
-    /// e.g. `cpu`, `cuda:0` or `cuda:0,cuda:1`.
+    /// The devices, e.g. `cpu`, `cuda:0` or `cuda:0,cuda:1`.
     pub device: String,
-    /// NVIDIA's, e.g. `580.65.06`.
+    /// The version of NVIDIA's driver, e.g. `580.65.06`.
     pub driver: Option<String>,
-    /// Of the devices together; the machine's for a CPU.
+    /// The memory of all devices together; on a CPU, the machine's memory.
     pub memory_bytes: Option<u64>,
-    /// Its version.
+    /// The version of libtorch.
     pub libtorch: Option<String>,
-    /// Version, kind of device, precision: where equal, numbers of two composers belong together.
+    /// Engine version, kind of device and precision. Results of two composers may be mixed only
+    /// where this is equal.
     pub arithmetic: String,
 }
 
-/// A finished composition: the answer and the two files that belong to it.
+/// A finished composition: the answer and its two files.
 #[derive(Clone, Debug)]
 pub struct Composition {
-    /// `result.composed_prompt` names the digest of `composed`; name and version are the caller's to add.
+    /// The answer. `result.composed_prompt` holds the digest of `composed`; the caller adds name
+    /// and version.
     pub result: CompositionResult,
-    /// A prompt file.
+    /// The composed prompt, as the bytes of a prompt file.
     pub composed: Vec<u8>,
-    /// `statistics.safetensors`; of a [`SolveInput`] the part of it that was used.
+    /// The bytes of `statistics.safetensors`; for a [`SolveInput`], the part of its statistics that
+    /// was used.
     pub statistics: Vec<u8>,
 }
 
 #[derive(Debug, thiserror::Error)]
 pub enum CompositionError {
-    /// The observer broke off: cancelled, or the lease is lost.
+    /// The observer stopped the work: the job was cancelled, or its lease was lost.
     #[error("stopped")]
     Stopped,
     /// The input cannot be composed; another try would not help.
@@ -112,7 +117,7 @@ pub enum CompositionError {
 }
 
 impl CompositionError {
-    /// After this the process that owns the device is not to be trusted.
+    /// A device failure. After it the process that owns the device cannot be trusted.
     pub fn device_failed(detail: String) -> Self {
         Self::Retry {
             code: JobErrorCode::DeviceFailed,
@@ -131,7 +136,7 @@ impl CompositionError {
     }
 }
 
-/// Whether what libtorch says is about memory or device, and so not the input's fault.
+/// Whether libtorch's message is about memory or the device, so that the input is not at fault.
 pub fn blames_the_device(text: &str) -> bool {
     let words = [
         "CUDA",

@@ -1,7 +1,7 @@
-//! What a composition is asked for and what it answers; the seam between worker and engine.
+//! The input and the answer of a composition: the data that worker and engine exchange.
 //!
-//! The JSON here is one shape for three places: the API's result, `result.json` of
-//! `promptweave compose`, and the row the worker stores.
+//! The JSON here has one shape in three places: the API's result, `result.json` of `promptweave
+//! compose`, and the row that the worker stores.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -18,53 +18,56 @@ use crate::prompt_file::PromptFile;
 use crate::split::Split;
 use crate::words::WarningCode;
 
-// ---- What is asked -------------------------------------------------------------------------
+// ---- Input ---------------------------------------------------------------------------------
 
 /// Which of a dataset's images are the target samples.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct TargetSamples {
     pub split: Split,
-    /// Labelled images the result is evaluated on; never used to choose α.
+    /// The split of labelled images on which the result is evaluated. It is never used to choose α.
     pub eval_split: Option<Split>,
-    /// At most this many, a seeded stratified choice.
+    /// The largest number of target samples. If there are more, a seeded stratified choice is
+    /// taken.
     pub max_samples: usize,
     pub seed: u64,
     /// Leave unreadable images out (and count them) instead of failing.
     pub skip_unreadable: bool,
 }
 
-/// A source prompt by the name its user gave it.
+/// A source prompt, by the name that its user gave it.
 #[derive(Clone, Debug)]
 pub struct Source {
     pub prompt: String,
-    /// None offline.
+    /// The prompt's version; `None` without a registry.
     pub version: Option<i32>,
-    /// Of the file's bytes.
+    /// The digest of the prompt file's bytes.
     pub digest: Digest,
     pub file: PromptFile,
 }
 
-/// All an engine needs: files at hand, nothing to look up.
+/// The complete input of a composition: files at hand, nothing to look up.
 #[derive(Clone, Debug)]
 pub struct CompositionInput {
-    /// A folder [`promptweave_formats::backbone::Backbone::open`] reads.
+    /// The backbone's folder, as `promptweave_formats::backbone::Backbone::open` reads it.
     pub backbone_dir: PathBuf,
-    /// A folder [`promptweave_formats::dataset::LabelledImages::read`] reads.
+    /// The target dataset's folder, as `promptweave_formats::dataset::LabelledImages::read` reads
+    /// it.
     pub target_dir: PathBuf,
     pub target: TargetSamples,
     pub sources: Vec<Source>,
     pub objective: Objective,
-    /// Where the work is shared; elsewhere all samples' gradients are taken.
+    /// When to stop before all samples' gradients are taken. It has an effect only where the work
+    /// is shared.
     pub early_stopping: Option<EarlyStopping>,
 }
 
-/// Solving again: what a composition was computed from stands in for backbone and images.
+/// The input for solving again: an earlier composition's statistics replace backbone and images.
 #[derive(Clone, Debug)]
 pub struct SolveInput {
     /// The bytes of a `statistics.safetensors`.
     pub statistics: Vec<u8>,
-    /// Sources of that file, all of them or some, in any order. The file has their prompts too, so that
-    /// nothing but their digests is needed.
+    /// Sources from that file, all of them or some, in any order. The file contains their prompts,
+    /// so that their digests suffice.
     pub sources: Vec<SourceRef>,
     pub objective: Objective,
 }
@@ -73,63 +76,64 @@ pub struct SolveInput {
 #[derive(Clone, Debug, PartialEq)]
 pub struct SourceRef {
     pub prompt: String,
-    /// None offline.
+    /// The prompt's version; `None` without a registry.
     pub version: Option<i32>,
     pub digest: Digest,
 }
 
-// ---- The seam ------------------------------------------------------------------------------
-
-// ---- The answer ----------------------------------------------------------------------------
+// ---- Answer --------------------------------------------------------------------------------
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct CompositionResult {
-    /// α: every weight ≥ 0, their sum 1. In the order of the request.
+    /// The weights α in the order of the request. Every weight is ≥ 0, and their sum is 1.
     pub source_weights: Vec<SourceWeight>,
     #[serde(default)]
     pub method: MethodReport,
     pub objective: ObjectiveValue,
-    /// How tokens were put into a common order; null with `align_tokens` off.
+    /// How the tokens were put into a common order; null with `align_tokens` off.
     #[serde(default)]
     pub token_alignment: Option<TokenAlignment>,
-    /// The Pareto path over `trade_off` from 0 to 1; empty where there are not two terms.
+    /// The Pareto path over `trade_off` from 0 to 1. It is empty unless the method weighs two
+    /// terms.
     pub pareto_path: Vec<PathPoint>,
-    /// The distinct local optima found at the chosen weighing, best first; empty where the method does not solve.
+    /// The distinct local optima at the chosen trade-off, best first. It is empty if the method
+    /// does not solve for α.
     pub local_optima: Vec<Optimum>,
-    /// Null where the method does not solve.
+    /// The solver's report; null if the method does not solve for α.
     pub solver: Option<SolverReport>,
     pub diagnostics: Diagnostics,
     pub composed_prompt: ComposedPrompt,
-    /// Present where `early_stopping` ended it before all gradients were taken.
+    /// Present if `early_stopping` ended the job before all gradients were taken.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub early_stop: Option<EarlyStop>,
     pub provenance: Provenance,
     pub warnings: Vec<Warning>,
-    /// Seconds by phase.
+    /// Seconds spent in each phase.
     pub timings: BTreeMap<String, f64>,
 }
 
-/// What chose α, and what became of it.
+/// How the method chose α, and what was done with it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct MethodReport {
     pub name: Method,
-    /// What a source was weighed or chosen by, in the order of `source_weights`: H, LogME or loss with
-    /// `single_best`, cosines with `spot` and `panda`, mean attention with `attempt`; null with the others.
+    /// The score by which each source was weighed or chosen, in the order of `source_weights`: H,
+    /// LogME or loss with `single_best`, cosines with `spot` and `panda`, mean attention with
+    /// `attempt`; null with the other methods.
     pub scores: Option<Vec<f64>>,
-    /// Of the short tuning on the target, where the method needs one.
+    /// Duration of the short tuning on the target in seconds; null if the method needs none.
     pub target_tuning_seconds: Option<f64>,
     /// γ in αᵢ = (1-γ) α*ᵢ + γ/M.
     pub uniform_mix: f64,
-    /// With `uniform_mix: "auto"`, what it was chosen by.
+    /// The candidates that were compared with `uniform_mix: "auto"`; otherwise empty.
     pub uniform_mix_candidates: Vec<UniformMixPoint>,
-    /// With a `fallback`, what was compared; null without.
+    /// The comparison that a `fallback` made; null without a fallback.
     pub fallback: Option<FallbackReport>,
     /// β in P_T = P₀ + β Σ αᵢ (Pᵢ - P₀).
     pub scale: f64,
-    /// Init seed of P₀; null at scale 1, where P₀ drops out.
+    /// Init seed of the initial prompt P₀; null at scale 1, where P₀ drops out.
     pub anchor_seed: Option<u64>,
-    /// With `scale: "auto"`, what the scale was chosen by.
+    /// The candidates that were compared with `scale: "auto"`; otherwise empty.
     pub scale_candidates: Vec<ScalePoint>,
 }
 
@@ -152,30 +156,30 @@ impl Default for MethodReport {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct UniformMixPoint {
     pub uniform_mix: f64,
-    /// Cross-fitted, on the target samples.
+    /// Cross-fitted accuracy on the target samples.
     pub validation_accuracy: f64,
-    /// Cross-entropy of the same, in nats, which chooses.
+    /// Cross-fitted cross-entropy on the target samples, in nats. The lowest is chosen.
     pub validation_loss: f64,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct FallbackReport {
-    /// The source that would stand in.
+    /// The source that replaces the composed prompt if it does better.
     pub prompt: String,
-    /// Its cross-fitted loss on the target samples, in nats.
+    /// Cross-fitted loss of that source on the target samples, in nats.
     pub validation_loss: f64,
-    /// The same of the prompt that the method composed.
+    /// Cross-fitted loss of the composed prompt on the target samples, in nats.
     pub composed_validation_loss: f64,
-    /// Whether it has all weight.
+    /// Whether the source replaced the composed prompt and has all weight.
     pub taken: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct ScalePoint {
     pub scale: f64,
-    /// Cross-fitted, on the target samples.
+    /// Cross-fitted accuracy on the target samples.
     pub validation_accuracy: f64,
-    /// Cross-entropy of the same, in nats, which chooses.
+    /// Cross-fitted cross-entropy on the target samples, in nats. The lowest is chosen.
     #[serde(default)]
     pub validation_loss: Option<f64>,
 }
@@ -183,66 +187,69 @@ pub struct ScalePoint {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct SourceWeight {
     pub prompt: String,
-    /// Null where no registry is involved (offline).
+    /// The prompt's version; null without a registry (offline).
     pub version: Option<i32>,
     #[schema(value_type = String, example = "sha256:…")]
     pub digest: Digest,
     #[schema(minimum = 0, maximum = 1)]
     pub weight: f64,
-    /// Of the weight as it was solved for (before any `refine`), by leaving out one of ten folds of the
-    /// samples at a time (jackknife), λ, heads and `uniform_mix` held. Null where the method does not solve for it, where a fold
-    /// less leaves too little to solve, and where the `fallback` has all weight.
+    /// The jackknife standard error of the solved weight (before any `refine`), from leaving out
+    /// one of ten folds of the samples at a time while λ, heads and `uniform_mix` are held. It is
+    /// null if the method does not solve for α, if too few samples remain to solve, or if the
+    /// `fallback` has all weight.
     #[serde(default)]
     pub standard_error: Option<f64>,
 }
 
-/// L(α) = -H(α) + λ L_align(α) and its parts at the returned α.
+/// The objective L(α) = -H(α) + λ L_align(α) and its parts at the returned α.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct ObjectiveValue {
-    /// H of the mixed features Σ αᵢ f_{Pᵢ}; ≤ K-1 (≤ 1 with `trace_ratio`), and below 0 with `cross_validated` where features are worse
-    /// than none.
+    /// H of the mixed features Σ αᵢ f_{Pᵢ}. It is at most K-1 (at most 1 with `trace_ratio`). With
+    /// `cross_validated` it is below 0 if the features predict worse than none.
     pub h_score: f64,
-    /// H less its chance level, over what is left above it: 0 for features that know nothing of the
-    /// labels, 1 at the most; comparable across datasets.
+    /// H minus its chance level, divided by the range that is left above it. It is 0 for features
+    /// that know nothing of the labels and at most 1, and can be compared across datasets.
     #[serde(default)]
     pub h_score_adjusted: f64,
-    /// L_align ≥ 0; null where the method takes no gradients.
+    /// The gradient alignment L_align ≥ 0; null if the method takes no gradients.
     pub gradient_alignment: Option<f64>,
-    /// The effective λ, whichever way it was asked for. Null where it is infinite: at trade-off 1, or where H does
-    /// not depend on α, or where the method does not solve.
+    /// The effective λ, however it was requested. It is null if λ is infinite (at trade-off 1, or
+    /// if H does not depend on α), or if the method does not solve for α.
     pub alignment_weight: Option<f64>,
-    /// t; null when a raw `alignment_weight` was asked for, or where the method does not solve.
+    /// The trade-off t; null if a raw `alignment_weight` was requested, or if the method does not
+    /// solve for α.
     pub trade_off: Option<f64>,
-    /// What chose `trade_off`, if not the request.
+    /// The rule that chose `trade_off`; null if the request gave it.
     #[serde(default)]
     pub trade_off_rule: Option<TradeOffRule>,
-    /// -H + λ L_align; null where λ is infinite.
+    /// The objective -H + λ L_align; null if λ is infinite.
     pub total: Option<f64>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct PathPoint {
     pub trade_off: f64,
-    /// λ(t); null at t = 1.
+    /// λ at this trade-off; null at t = 1.
     pub alignment_weight: Option<f64>,
     pub h_score: f64,
     pub gradient_alignment: f64,
-    /// Cross-fitted accuracy of the composed prompt; with `trade_off: "validation"`.
+    /// Cross-fitted accuracy of the composed prompt; present with `trade_off: "validation"`.
     #[serde(default)]
     pub validation_accuracy: Option<f64>,
-    /// Cross-entropy of the same, in nats, which chooses.
+    /// Cross-fitted cross-entropy of the composed prompt, in nats. The lowest is chosen.
     #[serde(default)]
     pub validation_loss: Option<f64>,
-    /// α in the order of `source_weights`.
+    /// The weights α in the order of `source_weights`.
     pub weights: Vec<f64>,
 }
 
-/// Row k of source i's aligned prompt is row `permutations[i][k]` of its file.
+/// How the sources' tokens were reordered. Row k of source i's aligned prompt is row
+/// `permutations[i][k]` of its file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct TokenAlignment {
-    /// The source whose order the others were given.
+    /// The source whose token order the others were given.
     pub reference: String,
-    /// In the order of `source_weights`.
+    /// One permutation for each source, in the order of `source_weights`.
     pub permutations: Vec<Vec<usize>>,
 }
 
@@ -260,7 +267,7 @@ pub struct Optimum {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct SolverReport {
     pub starts: usize,
-    /// Of the start that won.
+    /// Iterations of the start that won.
     pub iterations: usize,
     /// Objective evaluations over all starts and the path.
     pub evaluations: usize,
@@ -279,12 +286,13 @@ pub enum StopReason {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Diagnostics {
-    /// N and K: target samples used and classes among them.
+    /// N, the number of target samples used. `num_classes` is K, the number of classes among them.
     pub num_samples: usize,
     pub num_classes: usize,
-    /// Unreadable images left out (`skip_unreadable`).
+    /// Number of unreadable images that were left out (`skip_unreadable`).
     pub skipped_images: usize,
-    /// Samples heads were fitted without, fold by fold (2), or none (1).
+    /// Number of folds for the closed-form heads: with 2, no head is fitted on the samples it
+    /// scores; with 1, one head is fitted on all.
     pub head_folds: usize,
     /// ρ of the H-score as it was used; null with `trace_ratio`.
     #[serde(default)]
@@ -296,15 +304,17 @@ pub struct Diagnostics {
     /// Cosines of the sources' mean gradients, [M, M], in the order of `source_weights`.
     #[serde(default)]
     pub gradient_cosines: Vec<Vec<f64>>,
-    /// One forward pass with the composed prompt itself; null where α was solved for again from
-    /// statistics, without the backbone.
+    /// The score of the composed prompt itself, by one forward pass; null if α was solved for again
+    /// from statistics, without the backbone.
     pub composed_score: Option<PromptScore>,
-    /// H(f of the composed prompt) minus H(mixed features), over the latter, or over K-1 with `cross_validated`; null at a `scale` other than 1.
+    /// H of the composed prompt's features minus H of the mixed features, divided by the latter (by
+    /// K-1 with `cross_validated`); null at a `scale` other than 1.
     pub surrogate_gap: Option<f64>,
-    /// What `refine` steps found.
+    /// The result of the `refine` steps; null without them.
     #[serde(default)]
     pub refinement: Option<Refinement>,
-    /// What α is to be compared with; present with `hgprompt_cv` and `hgprompt` when `eval_split` was given.
+    /// The prompts to compare α with; present with `hgprompt_cv` and `hgprompt` if `eval_split` was
+    /// given.
     pub baselines: Option<Baselines>,
 }
 
@@ -313,31 +323,33 @@ pub struct SourceDiagnostics {
     pub prompt: String,
     /// H of this source's features alone.
     pub h_score: f64,
-    /// As `objective.h_score_adjusted`.
+    /// H minus its chance level, divided by the range above it (see `objective.h_score_adjusted`).
     #[serde(default)]
     pub h_score_adjusted: f64,
-    /// Log of the maximum evidence a sample and class (You et al. 2021).
+    /// LogME: log of the maximum evidence, for each sample and class (You et al. 2021).
     #[serde(default)]
     pub logme: Option<f64>,
-    /// Log expected empirical prediction ≤ 0 (Nguyen et al. 2020); where the prompt file has its source head.
+    /// LEEP: log expected empirical prediction ≤ 0 (Nguyen et al. 2020); null if the prompt file
+    /// has no source head.
     #[serde(default)]
     pub leep: Option<f64>,
-    /// Negative conditional entropy ≤ 0 (Tran et al. 2019); where the prompt file has its source head.
+    /// NCE: negative conditional entropy ≤ 0 (Tran et al. 2019); null if the prompt file has no
+    /// source head.
     #[serde(default)]
     pub nce: Option<f64>,
-    /// -H(Y_target | Y_source) ≤ 0 under optimal transport of the features (Tan et al. 2021); where the
-    /// prompt file has a feature sketch.
+    /// OTCE: -H(Y_target | Y_source) ≤ 0 under optimal transport of the features (Tan et al. 2021);
+    /// null if the prompt file has no feature sketch.
     #[serde(default)]
     pub otce: Option<f64>,
-    /// T of its closed-form head: logits are divided by it.
+    /// Temperature T of the source's closed-form head: logits are divided by it.
     pub head_temperature: f64,
     /// Mean cross-entropy of that head in nats, on samples it was not fitted on (with two folds).
     pub head_loss: f64,
-    /// Share of the samples to whose largest class that head gives a probability above 0.999; such samples
-    /// have next to no gradient.
+    /// Share of the samples to whose largest class that head gives a probability above 0.999. Such
+    /// samples have next to no gradient.
     #[serde(default)]
     pub head_saturation: f64,
-    /// Root mean square over samples of ‖∂ℓ/∂Pᵢ‖; null where the method takes no gradients.
+    /// Root mean square over the samples of ‖∂ℓ/∂Pᵢ‖; null if the method takes no gradients.
     pub gradient_rms: Option<f64>,
 }
 
@@ -345,40 +357,40 @@ pub struct SourceDiagnostics {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct PromptScore {
     pub h_score: f64,
-    /// As `objective.h_score_adjusted`.
+    /// H minus its chance level, divided by the range above it (see `objective.h_score_adjusted`).
     #[serde(default)]
     pub h_score_adjusted: f64,
-    /// On the samples the head was fitted on.
+    /// Accuracy on the samples the head was fitted on.
     pub train_accuracy: f64,
-    /// On the same samples, cross-fitted: over ten folds, none scored by a head that saw it. What can be told of the
-    /// prompt's use without an `eval_split`.
+    /// Cross-fitted accuracy on the same samples: over ten folds, each sample is scored by a head
+    /// that has not seen it. It is the best estimate without an `eval_split`.
     #[serde(default)]
     pub validation_accuracy: Option<f64>,
-    /// The same as cross-entropy, in nats, of probabilities at the temperature of least loss: it tells more of few samples
-    /// than their accuracy does.
+    /// Cross-fitted cross-entropy on the same samples, in nats, at the temperature of least loss.
+    /// With few samples it tells more than accuracy.
     #[serde(default)]
     pub validation_loss: Option<f64>,
-    /// On `eval_split`.
+    /// Accuracy on `eval_split`; null if none was given.
     pub eval_accuracy: Option<f64>,
 }
 
-/// Steps on the true objective, -H(f of Σ αᵢ Pᵢ) + λ L_align(α), from the solver's α.
+/// The steps on the true objective, -H(f of Σ αᵢ Pᵢ) + λ L_align(α), from the solver's α.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Refinement {
-    /// Steps that were accepted, of those asked for.
+    /// Number of accepted steps.
     pub accepted_steps: u32,
-    /// Forward passes over all samples, one a tried α.
+    /// Number of forward passes over all samples, one for each α that was tried.
     pub evaluations: u32,
-    /// α before the first step; `source_weights` has it after the last.
+    /// The weights α before the first step; `source_weights` has those after the last.
     pub solved_weights: Vec<f64>,
-    /// H(f of the composed prompt) before and after.
+    /// H of the composed prompt's features before the steps; `h_score_after` has it after them.
     pub h_score_before: f64,
     pub h_score_after: f64,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Baselines {
-    /// (1/M) Σ Pᵢ.
+    /// The plain mean of the sources, (1/M) Σ Pᵢ.
     pub uniform: PromptScore,
     /// The source with the highest H of its own.
     pub best_single: PromptScore,
@@ -387,32 +399,32 @@ pub struct Baselines {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct ComposedPrompt {
-    /// Null offline.
+    /// Name of the published prompt; null offline.
     pub prompt: Option<String>,
     pub version: Option<i32>,
     #[schema(value_type = String, example = "sha256:…")]
     pub digest: Digest,
 }
 
-/// What the numbers rest on.
+/// The inputs and the platform that the numbers depend on.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Provenance {
     #[schema(value_type = String)]
     pub backbone_digest: Digest,
     pub preprocessing_id: String,
-    /// Over the target samples' bytes and labels, in order.
+    /// Digest over the target samples' bytes and labels, in order.
     #[schema(value_type = String)]
     pub sample_digest: Digest,
     pub seed: u64,
     pub device: String,
     pub num_threads: usize,
-    /// Of the backbone's matrix products.
+    /// Precision of the backbone's matrix products.
     #[serde(default)]
     pub precision: Precision,
     pub libtorch: String,
-    /// promptweave's own version.
+    /// The version of promptweave.
     pub version: String,
-    /// Of the statistics α was solved for again from; null for a whole composition.
+    /// Digest of the statistics from which α was solved for again; null for a whole composition.
     #[serde(default)]
     #[schema(value_type = Option<String>)]
     pub solved_from: Option<Digest>,

@@ -1,4 +1,4 @@
-//! Content addresses: `sha256:<64 hex digits>` names bytes by what they are.
+//! Content addresses: `sha256:<64 hex digits>` names bytes by their content.
 
 use std::fmt;
 use std::fs::File;
@@ -9,7 +9,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-/// The sha256 of some bytes; written `sha256:<hex>` wherever a person or a client reads it.
+/// The SHA-256 of some bytes, written `sha256:<hex>` wherever a person or a client reads it.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Digest([u8; 32]);
@@ -29,13 +29,13 @@ impl Digest {
         &self.0
     }
 
-    /// 64 lower-case hex digits, without the `sha256:`.
+    /// The 64 lower-case hex digits, without the `sha256:`.
     pub fn hex(&self) -> String {
         hex::encode(self.0)
     }
 }
 
-/// A digest made piece by piece.
+/// Computes a digest piece by piece.
 #[derive(Default)]
 pub struct DigestBuilder(Sha256);
 
@@ -49,7 +49,7 @@ impl DigestBuilder {
     }
 }
 
-/// The digest of a file and its size in bytes; it is read in pieces.
+/// The digest of a file and its size in bytes. The file is read in pieces.
 pub fn digest_of_file(path: &Path) -> io::Result<(Digest, u64)> {
     let mut file = File::open(path)?;
     let (mut digest, mut size) = (DigestBuilder::default(), 0);

@@ -1,21 +1,23 @@
-//! When a job has seen enough of the samples' gradients, and that it ended so.
+//! Early stopping: when a job has seen enough of the samples' gradients, and the report that it
+//! stopped.
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::composition::SourceWeight;
 
-/// When a job has seen enough.
+/// The condition under which a job stops taking gradients.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct EarlyStopping {
-    /// Every weight's standard error is at most this, and none moved by more with the last shard.
+    /// The largest standard error allowed. The job stops if no weight's standard error is above it,
+    /// and no weight moved by more with the last shard.
     #[schema(exclusive_minimum = 0, maximum = 1, example = 0.01)]
     pub max_standard_error: f64,
 }
 
 impl EarlyStopping {
-    /// Whether the weights are known well enough.
+    /// Whether every weight's standard error is small enough.
     pub fn is_met_by(&self, weights: &[SourceWeight]) -> bool {
         weights.iter().all(|source| {
             let error = source.standard_error;
@@ -24,13 +26,14 @@ impl EarlyStopping {
     }
 }
 
-/// That a job ended before all gradients were taken.
+/// The report of a job that stopped before all gradients were taken.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct EarlyStop {
-    /// Whose gradients were taken, of `total_samples` in all.
+    /// Number of samples whose gradients were taken, out of `total_samples`.
     pub samples: usize,
     pub total_samples: usize,
-    /// The largest standard error of a weight, as it was asked for and as it is.
+    /// The standard error that the request allowed. `max_standard_error` is the largest that a
+    /// weight has.
     pub requested: f64,
     pub max_standard_error: f64,
 }

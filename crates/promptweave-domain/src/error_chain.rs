@@ -1,9 +1,10 @@
-//! An error with all that is behind it, as one line.
+//! An error and its causes as one line.
 
 use std::error::Error;
 use std::fmt::Write as _;
 
-/// An error and what is behind it, on one line: errors here never print their own source.
+/// Formats an error and all its causes on one line. Errors in this project never print their own
+/// source.
 pub fn chain(error: &(dyn Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut source = error.source();

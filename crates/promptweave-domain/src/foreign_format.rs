@@ -1,21 +1,24 @@
-//! What people upload instead of safetensors, recognised by its first bytes and never parsed.
+//! Other formats that people upload instead of safetensors, recognised by their first bytes and
+//! never parsed.
 //!
-//! Pickles, and the archives that PyTorch and NumPy keep them in, run code when they are loaded. So
-//! they are refused by name, with the way to convert them on the machine of somebody who trusts them.
+//! Pickles, and the archives in which PyTorch and NumPy keep them, run code when they are loaded.
+//! They are refused by name, with advice for converting them on a machine whose owner trusts them.
 
 /// A format that is not safetensors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ForeignFormat {
-    /// With its article, e.g. `a pickle`.
+    /// The format's name with its article, e.g. `a pickle`.
     pub name: &'static str,
     /// How to make a safetensors file of it.
     pub advice: &'static str,
 }
 
-/// Longest header a file may have to count as safetensors here; prompts need a tenth of it.
+/// The longest header that a file may have to count as safetensors here; prompts need a tenth of
+/// it.
 ///
-/// It is also why no file is both: below 1 MiB the third byte is less than 0x10, and no pickle goes
-/// on like that after its `\x80` and the protocol, whatever header length the first two bytes spell.
+/// The limit also keeps the formats apart. Below 1 MiB the third byte is less than 0x10, and no
+/// pickle has such a byte after its `\x80` and the protocol, whatever header length the first two
+/// bytes spell.
 pub const MAX_HEADER_BYTES: u64 = (1 << 20) - 1;
 
 const TORCH: &str = "convert it where you trust it: `safetensors.torch.save_file(\
@@ -36,13 +39,13 @@ const PAGE: &str = "the download answered with a page; look at it, and download 
 const EXPORT: &str = "write the tensor `prompt_embeddings` with `safetensors.torch.save_file` or \
     `safetensors.numpy.save_file`";
 
-/// Whether the bytes start as a safetensors file does: the length of a JSON object, and its brace.
+/// Whether the bytes start like a safetensors file: the length of a JSON object, then its brace.
 pub fn starts_as_safetensors(bytes: &[u8]) -> bool {
     let length = bytes.first_chunk().map(|b| u64::from_le_bytes(*b));
     length.is_some_and(|n| n <= MAX_HEADER_BYTES) && bytes.get(8) == Some(&b'{')
 }
 
-/// The format of bytes that are not safetensors, where it is one that people upload.
+/// Recognises a format that people upload instead of safetensors; `None` for unknown bytes.
 pub fn recognise(bytes: &[u8]) -> Option<ForeignFormat> {
     if starts_as_safetensors(bytes) {
         return None;
@@ -78,7 +81,7 @@ pub fn recognise(bytes: &[u8]) -> Option<ForeignFormat> {
 }
 
 const MAGIC: &[(&[u8], &str, &str)] = &[
-    // The magic number 0x1950a86a20f9469cfc6c that PyTorch before 1.6 pickles first.
+    // The magic number 0x1950a86a20f9469cfc6c, which PyTorch before 1.6 pickles first.
     (
         b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19",
         "a PyTorch checkpoint (pickles, as before PyTorch 1.6)",
@@ -106,7 +109,7 @@ const MAGIC: &[(&[u8], &str, &str)] = &[
     (b"\xff\xd8\xff", "a JPEG image", EXPORT),
 ];
 
-/// A zip by the name of its first entry, which lies in plain text at byte 30.
+/// Tells a zip archive's format by the name of its first entry, in plain text at byte 30.
 fn zip(bytes: &[u8]) -> ForeignFormat {
     let length = bytes
         .get(26..28)
@@ -128,7 +131,7 @@ fn zip(bytes: &[u8]) -> ForeignFormat {
     ForeignFormat { name, advice }
 }
 
-/// A .npy file by its header, a Python literal of at most a few hundred bytes.
+/// Describes a .npy file by its header, a Python literal of at most a few hundred bytes.
 fn numpy(bytes: &[u8]) -> ForeignFormat {
     let header = &bytes[..bytes.len().min(512)];
     let objects = ["'descr': '|O'", "'descr': 'O'"];
@@ -144,13 +147,14 @@ fn contains(bytes: &[u8], part: &[u8]) -> bool {
     bytes.windows(part.len()).any(|window| window == part)
 }
 
-/// Protocols 0 and 1 have no magic bytes. Their programs end with a stop and begin by opening an
-/// empty or marked container, or by naming something to import: `c`, a module and a name in lines.
+/// Whether the bytes are a pickle of protocol 0 or 1, which have no magic bytes. Such a program
+/// ends with a stop. It begins by opening an empty or marked container, or by importing a name:
+/// `c`, then a module and a name in lines.
 fn is_text_pickle(bytes: &[u8]) -> bool {
     if !bytes.trim_ascii_end().ends_with(b".") {
         return false;
     }
-    // What is imported may come first or be put on a list, into a dictionary, behind a mark.
+    // An import may come first, or be put on a list, into a dictionary, or behind a mark.
     let marked = bytes.strip_prefix(b"(").unwrap_or(bytes);
     let opens = [
         &b"dp"[..],
@@ -212,14 +216,14 @@ mod tests {
             assert_eq!(recognise(&bytes), None);
             assert!(starts_as_safetensors(&bytes));
         }
-        // The same bytes where a pickle goes on after them.
+        // The same bytes, but followed by the rest of a pickle.
         assert!(name(b"\x80\x02}q\x00.").contains("protocol 2"));
         assert!(name(b"\x80\x04\x95\x05\x00\x00\x00\x00\x00\x00\x00]\x94.").contains("protocol 4"));
     }
 
     #[test]
     fn no_pickle_starts_as_safetensors() {
-        // Of every file that does, the third byte is below 0x10, and the opcodes of pickles are not.
+        // The third byte of every safetensors file is below 0x10, and pickle opcodes are not.
         let longest = MAX_HEADER_BYTES.to_le_bytes();
         assert!(longest[2] < 0x10 && longest[3..].iter().all(|b| *b == 0));
         let mut long = (MAX_HEADER_BYTES + 1).to_le_bytes().to_vec();

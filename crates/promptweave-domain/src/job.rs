@@ -1,5 +1,5 @@
-//! A job: its states, their legal moves, and the specification of an ensemble with everything in it
-//! resolved, so that what was asked for stays what it was whatever is published later.
+//! A job: its states, their legal moves, and the specification of an ensemble. A specification is
+//! fully resolved, so that nothing published later changes what was requested.
 //!
 //! ```text
 //!            claim                     finish
@@ -11,9 +11,9 @@
 //!    │        cancelled◄──────┘ and noticed               │
 //!    │            │    │                                  │
 //!    ├────────────┼────┘ lease lost, graceful stop,       │
-//!    │            │      an error that may pass           │
+//!    │            │      a transient error                │
 //!    └────────────┴───────────────────────────────────────┘
-//!                        another try, when a client asks
+//!                        a client asks for another try
 //! ```
 
 use serde::{Deserialize, Serialize};
@@ -28,9 +28,9 @@ use crate::objective::Objective;
 use crate::phase::Phase;
 use crate::words::JobErrorCode;
 
-/// Attempts of a job before it ends as `attempts_exhausted`.
+/// Number of attempts after which a failing job ends as `attempts_exhausted`.
 pub const MAX_ATTEMPTS: i32 = 5;
-/// Jobs with a smaller number are claimed first.
+/// Priority of a job that names none. Jobs with a smaller number are claimed first.
 pub const DEFAULT_PRIORITY: i32 = 100;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
@@ -70,14 +70,15 @@ impl JobState {
         matches!(self, Self::Succeeded | Self::Failed | Self::Cancelled)
     }
 
-    /// The one list of legal moves. The statements of `jobs::queue` make these and no others.
+    /// Whether a job may go from this state to the next. This is the one list of legal moves: the
+    /// statements of `jobs::queue` make these and no others.
     pub fn may_become(self, next: Self) -> bool {
         use JobState::{Cancelled, Failed, Queued, Running, Succeeded};
         matches!(
             (self, next),
             (Queued, Running | Cancelled)
                 | (Running, Queued | Succeeded | Failed | Cancelled)
-                // When a client asks for another try.
+                // A client may ask for another try.
                 | (Failed | Cancelled, Queued)
         )
     }
@@ -112,16 +113,16 @@ impl AttemptOutcome {
     }
 }
 
-/// How far the current phase is.
+/// How far the current phase has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Progress {
     pub phase: Phase,
-    /// Units of work finished, of `total`.
+    /// Units of work that are finished, out of `total`.
     pub done: u64,
     pub total: u64,
 }
 
-/// Why a job (or one attempt at it) failed.
+/// Why a job, or one attempt at it, failed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct JobError {
     #[schema(value_type = JobErrorCode)]
@@ -138,30 +139,30 @@ impl JobError {
     }
 }
 
-/// What an ensemble job computes. Names are for people; digests decide.
+/// What an ensemble job computes. Names are for people; the digests decide the result.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct EnsembleSpec {
     pub target: TargetSpec,
-    /// In the order of the request.
+    /// The source prompts in the order of the request.
     pub sources: Vec<SourceSpec>,
     pub backbone: BackboneSpec,
     pub objective: Objective,
-    /// Name of the prompt the result is published under.
+    /// Name of the prompt under which the result is published.
     pub output: String,
-    /// Take no more gradients than this needs.
+    /// When to stop before all gradients are taken; absent if all are taken.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub early_stopping: Option<EarlyStopping>,
-    /// Present where α is solved for again from the statistics of an earlier ensemble, without
-    /// backbone and images; then `sources` are some of that ensemble's.
+    /// Present if α is solved for again from an earlier ensemble's statistics, without backbone and
+    /// images. Then `sources` are some of that ensemble's sources.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub solved_from: Option<SolvedFrom>,
 }
 
-/// The ensemble whose statistics stand in for backbone and images.
+/// The ensemble whose statistics replace backbone and images.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct SolvedFrom {
     pub ensemble: Uuid,
-    /// Of its `statistics.safetensors` in the blob store.
+    /// Digest of that ensemble's `statistics.safetensors` in the blob store.
     #[schema(value_type = String, example = "sha256:…")]
     pub statistics: Digest,
 }
@@ -170,7 +171,7 @@ pub struct SolvedFrom {
 pub struct TargetSpec {
     pub dataset: String,
     pub version: i32,
-    /// Of the packed images in the blob store.
+    /// Digest of the packed images in the blob store.
     #[schema(value_type = String, example = "sha256:…")]
     pub digest: Digest,
     #[serde(flatten)]
@@ -179,7 +180,7 @@ pub struct TargetSpec {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct SourceSpec {
-    /// Of the prompt version.
+    /// The prompt version's id.
     pub id: Uuid,
     pub prompt: String,
     pub version: i32,
@@ -193,7 +194,7 @@ pub struct BackboneSpec {
     #[schema(value_type = String, example = "sha256:…")]
     pub digest: Digest,
     pub preprocessing_id: String,
-    /// Of `model.safetensors` in the blob store.
+    /// Digest of `model.safetensors` in the blob store.
     #[schema(value_type = String, example = "sha256:…")]
     pub model_digest: Digest,
     pub config: BackboneConfig,

@@ -1,4 +1,5 @@
-//! JSON that people write: every mistake in its shape, each with its place, and in JSON's own words.
+//! Reading JSON that people write. Every mistake in a document's shape is reported with its place,
+//! in JSON's own words.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -6,18 +7,19 @@ use std::fmt;
 use serde::de::{Deserialize, DeserializeOwned};
 use serde_json::Value;
 
-/// Mistakes of one document that are told of; whoever makes more has not read what is asked for.
+/// The largest number of mistakes reported for one document.
 const MAX_MISTAKES: usize = 32;
 
-/// A part of a document that is not what it should be.
+/// A part of a document that is not as it should be.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mistake {
-    /// JSON pointer.
+    /// JSON pointer to the part.
     pub pointer: String,
     pub detail: String,
 }
 
-/// A type that reads its own parts fails with a mistake's text; [`read`] finds the place in it.
+/// The format in which a type that reads its own parts reports a mistake. [`read`] finds the place
+/// in it.
 impl fmt::Display for Mistake {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { pointer, detail } = self;
@@ -28,24 +30,25 @@ impl fmt::Display for Mistake {
     }
 }
 
-/// A document as far as it can be read.
+/// A document, as far as it can be read.
 #[derive(Debug)]
 pub struct Reading<T> {
-    /// What is there without the mistakes; `None` where nothing is left of it.
+    /// The document without its mistakes; `None` if nothing is left of it.
     pub value: Option<T>,
     pub mistakes: Vec<Mistake>,
     pub left_out: LeftOut,
 }
 
-/// The parts that were left out of a document, by pointers into the whole of it.
+/// The parts that were left out of a document, as pointers into the whole document.
 #[derive(Clone, Debug, Default)]
 pub struct LeftOut {
     parts: Vec<String>,
-    /// The numbers that were left out of arrays, in order.
+    /// For each array, the indices of the elements that were left out, in order.
     of_arrays: BTreeMap<String, Vec<usize>>,
 }
 
-/// Reads a document, again and again without the part that was the mistake.
+/// Reads a document. After each mistake it reads again without the mistaken part, so that all
+/// mistakes are found.
 pub fn read<T: DeserializeOwned>(document: &Value) -> Reading<T> {
     let mut rest = document.clone();
     let mut reading = Reading {
@@ -66,7 +69,8 @@ pub fn read<T: DeserializeOwned>(document: &Value) -> Reading<T> {
             let pointer = place;
             reading.mistakes.push(Mistake { pointer, detail });
         }
-        // A `method` says what else there may be: without it nothing beside it can be judged.
+        // `method` decides which other fields are allowed: without it the fields beside it cannot
+        // be checked.
         let part = pointer.strip_suffix("/method").unwrap_or(&pointer);
         let place = reading.left_out.original(part);
         if reading.mistakes.len() == MAX_MISTAKES || !leave_out(&mut rest, part) {
@@ -76,7 +80,7 @@ pub fn read<T: DeserializeOwned>(document: &Value) -> Reading<T> {
     }
 }
 
-/// Reads a document, or says what its first mistake is.
+/// Reads a document, or returns its first mistake.
 pub fn part<T: for<'a> Deserialize<'a>>(document: &Value) -> Result<T, Mistake> {
     serde_path_to_error::deserialize(document).map_err(|error| {
         let mut pointer = json_pointer(error.path());
@@ -99,7 +103,7 @@ pub fn part<T: for<'a> Deserialize<'a>>(document: &Value) -> Result<T, Mistake> 
 }
 
 impl LeftOut {
-    /// A pointer into what was read as one into the document.
+    /// Translates a pointer into the reduced document to a pointer into the original.
     pub fn original(&self, pointer: &str) -> String {
         let mut place = String::new();
         for segment in pointer.split('/').skip(1) {
@@ -117,7 +121,7 @@ impl LeftOut {
         place
     }
 
-    /// Whether what is said of this part of the document may come of what was left out of it.
+    /// Whether a complaint about this part may be due to a part that was left out.
     pub fn spoils(&self, place: &str) -> bool {
         let within = |part: &str, whole: &str| {
             let rest = part.strip_prefix(whole);
@@ -148,7 +152,7 @@ impl LeftOut {
     }
 }
 
-/// Takes a part out of a document; the whole of it cannot be.
+/// Removes a part from a document, and tells whether it did. The whole document cannot be removed.
 fn leave_out(document: &mut Value, pointer: &str) -> bool {
     let Some((parent, last)) = pointer.rsplit_once('/') else {
         return false;
@@ -169,7 +173,7 @@ fn leave_out(document: &mut Value, pointer: &str) -> bool {
     }
 }
 
-/// Where an error is.
+/// The place of an error as a JSON pointer.
 pub fn json_pointer(path: &serde_path_to_error::Path) -> String {
     use serde_path_to_error::Segment;
     path.iter()
@@ -182,14 +186,14 @@ pub fn json_pointer(path: &serde_path_to_error::Path) -> String {
         .collect()
 }
 
-/// A name as one part of a JSON pointer (RFC 6901).
+/// Escapes a name as one segment of a JSON pointer (RFC 6901).
 pub fn escape(name: &str) -> String {
     name.replace('~', "~0").replace('/', "~1")
 }
 
-/// What serde says of a value, which names Rust's types, in the words of JSON.
+/// Rewrites serde's message about a value, which names Rust's types, in JSON's words.
 pub fn in_json_words(message: &str) -> String {
-    // Behind what is read from text.
+    // A message about text ends with the position.
     let message = match message.rsplit_once(" at line ") {
         Some((message, place)) if place.contains(" column ") => message,
         _ => message,

@@ -1,6 +1,7 @@
-//! What is asked and answered: prompts, jobs, compositions and their rules, as plain data.
+//! Prompts, jobs, compositions and their rules, as plain data.
 //!
-//! Nothing here knows files, images, SQL, HTTP, an async runtime or libtorch. Every other crate depends on this one.
+//! Nothing here knows files, images, SQL, HTTP, an async runtime or libtorch. Every other crate
+//! depends on this one.
 
 pub mod api_key;
 pub mod backbone;

@@ -1,4 +1,4 @@
-//! JSON merge patches (RFC 7396): a change that looks like what it changes.
+//! JSON merge patches (RFC 7396): a change in the shape of the object that it changes.
 
 use serde_json::{Map, Value};
 

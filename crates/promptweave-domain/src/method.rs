@@ -1,22 +1,23 @@
-//! Transfer methods: the ways from source prompts to weights, and from weights to the composed prompt.
+//! Transfer methods: how source prompts get weights, and how weights give the composed prompt.
 //!
-//! Whatever the method, its weights may be pulled towards equal ones, αᵢ = (1-γ) α*ᵢ + γ/M, and the composed prompt towards
-//! the initial one, P_T = P₀ + β Σ αᵢ (Pᵢ - P₀). By default γ = 0 and β = 1, and P_T is
-//! Σ α*ᵢ Pᵢ, or with `hgprompt_cv` the best single source where that does better ([`Fallback`]).
+//! Any method's weights can be pulled towards equal ones, αᵢ = (1-γ) α*ᵢ + γ/M, and the composed
+//! prompt towards the initial one, P_T = P₀ + β Σ αᵢ (Pᵢ - P₀). By default γ = 0, β = 1, and P_T is
+//! Σ α*ᵢ Pᵢ. With `hgprompt_cv` P_T is the best single source if that does better ([`Fallback`]).
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-/// Scales above this are no interpolation any more.
+/// The largest scale accepted. A larger one would no longer interpolate.
 pub const MAX_SCALE: f64 = 2.0;
-/// Longer is a tuning of its own.
+/// The most epochs of a short tuning on the target. A longer one is a tuning of its own.
 pub const MAX_TARGET_EPOCHS: u32 = 100;
 
 /// Why a scale other than 1 is refused.
 pub const NO_ANCHOR: &str = "shrinks towards the initial prompt that the sources share, and their init seeds differ or \
                              are unknown; name one by `experimental.anchor_seed`, or leave the scale at 1";
 
-/// The init seed that all prompts say they have: they began as one prompt, with their tokens in one order.
+/// The init seed that all prompts state, if it is one and the same. Such prompts began as one
+/// prompt, with their tokens in one order.
 pub fn common_seed(mut seeds: impl Iterator<Item = Option<u64>>) -> Option<u64> {
     let first = seeds.next()??;
     seeds.all(|seed| seed == Some(first)).then_some(first)
@@ -26,28 +27,31 @@ pub fn common_seed(mut seeds: impl Iterator<Item = Option<u64>>) -> Option<u64> 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Method {
-    /// HGPrompt with a cross-validated H-score, the default: H of samples that it was not fitted on, and gradient alignment, weighed
-    /// by `trade_off`. The best single source takes the place of a composed prompt that does worse.
+    /// HGPrompt with a cross-validated H-score, the default. It weighs two terms by `trade_off`: H
+    /// of samples that it was not fitted on, and gradient alignment. If the composed prompt does
+    /// worse than the best single source, that source takes its place.
     #[default]
     HgpromptCv,
-    /// HGPrompt as it is published (arXiv 2504.12311): H of the samples that it was fitted on (`h_score.mode` is `standard`), and no
-    /// `fallback`.
+    /// HGPrompt as published (arXiv 2504.12311): H of the samples that it was fitted on
+    /// (`h_score.mode` is `standard`), and no `fallback`.
     Hgprompt,
-    /// The H-score alone; takes no gradients.
+    /// The H-score alone. It takes no gradients.
     HOnly,
     /// Gradient alignment alone.
     AlignmentOnly,
-    /// 1/M each.
+    /// Equal weights, 1/M each.
     Average,
     /// All weight on one source, the best `by` a criterion.
     SingleBest,
-    /// By similarity to a prompt that is tuned on the target for a few epochs (SPoT, Vu et al. 2022).
+    /// Weights by similarity to a prompt that is tuned on the target for a few epochs (SPoT, Vu et
+    /// al. 2022).
     Spot,
-    /// By similarity of what prompts do to the target's features: cosines of mean(f_{Pᵢ} - f_∅) with the same of a
-    /// prompt that is tuned on the target for a few epochs (PANDA, Zhong et al. 2022).
+    /// Weights by similarity of the prompts' effects on the target's features: the cosine of
+    /// mean(f_{Pᵢ} - f_∅) with the same mean for a prompt that is tuned on the target for a few
+    /// epochs (PANDA, Zhong et al. 2022).
     Panda,
-    /// Mean attention of the target samples to the frozen sources, which is trained with a new prompt on them for a few
-    /// epochs (ATTEMPT, Asai et al. 2022).
+    /// Weights by the mean attention of the target samples to the frozen sources. The attention is
+    /// trained together with a new prompt for a few epochs (ATTEMPT, Asai et al. 2022).
     Attempt,
 }
 
@@ -64,36 +68,37 @@ impl Method {
         Self::Attempt,
     ];
 
-    /// Whether α is the end of a descent on -H + λ L_align.
+    /// Whether α is found by descent on -H + λ L_align.
     pub fn solves(self) -> bool {
         self.weighs() || matches!(self, Self::HOnly | Self::AlignmentOnly)
     }
 
-    /// Whether both terms have a say, so that they are weighed against each other.
+    /// Whether the objective has both terms, so that they are weighed against each other.
     pub fn weighs(self) -> bool {
         matches!(self, Self::Hgprompt | Self::HgpromptCv)
     }
 
-    /// Whether per-sample gradients are needed, which are three quarters of the work.
+    /// Whether the method needs per-sample gradients, which are three quarters of the work.
     pub fn takes_gradients(self) -> bool {
         self.weighs() || self == Self::AlignmentOnly
     }
 
-    /// Whether a prompt is tuned on the target first.
+    /// Whether the method first tunes a prompt on the target.
     pub fn tunes(self) -> bool {
         matches!(self, Self::Spot | Self::Panda | Self::Attempt)
     }
 }
 
-/// What a single source is chosen by: the highest. No gradients, and no target tuning.
+/// The score by which a single source is chosen: the highest wins. It needs no gradients and no
+/// target tuning.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Criterion {
-    /// H of its features alone.
+    /// H of the source's features alone.
     #[default]
     HScore,
     Logme,
-    /// The cross-fitted loss on the target samples with a closed-form head, over ten folds, negated.
+    /// The negated cross-fitted loss on the target samples with a closed-form head, over ten folds.
     Validation,
 }
 
@@ -102,7 +107,8 @@ pub enum Criterion {
 pub enum Similarity {
     /// Cosine of the prompts' mean tokens.
     TokenMean,
-    /// Mean cosine over all pairs of their tokens; does not depend on the tokens' order either.
+    /// Mean cosine over all pairs of the prompts' tokens. It does not depend on the tokens' order
+    /// either.
     #[default]
     AllPairs,
 }
@@ -110,15 +116,16 @@ pub enum Similarity {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum SpotChoice {
-    /// αᵢ ∝ max(similarity, 0); uniform where none is above 0.
+    /// αᵢ ∝ max(similarity, 0). The weights are uniform if no similarity is above 0.
     #[default]
     WeightedAverage,
-    /// The one of the `top_k` with the lowest cross-fitted loss on the target samples.
+    /// The one source among the `top_k` with the lowest cross-fitted loss on the target samples.
     BestOf,
 }
 
-/// The word in place of a number that is to be chosen: of some candidates the one whose prompt has the lowest cross-fitted loss
-/// on the target samples with a closed-form head. A forward pass each.
+/// The word `auto` in place of a number. It chooses the candidate whose prompt has the lowest
+/// cross-fitted loss on the target samples with a closed-form head, by one forward pass for each
+/// candidate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Auto {
@@ -135,10 +142,10 @@ pub enum UniformMix {
 }
 
 impl UniformMix {
-    /// The one that changes least comes last.
+    /// The candidates of `auto`. The one that changes least comes last.
     pub const CANDIDATES: [f64; 5] = [1.0, 0.75, 0.5, 0.25, 0.0];
 
-    /// 0 while it is still to be chosen.
+    /// The value of γ, or 0 while it is still to be chosen.
     pub fn known(self) -> f64 {
         match self {
             Self::Value(share) => share,
@@ -153,15 +160,16 @@ impl Default for UniformMix {
     }
 }
 
-/// What α gives way to where it does worse.
+/// What replaces the composed prompt if that does worse.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Fallback {
     #[default]
     None,
-    /// The source with the lowest cross-fitted loss on the target samples, alone, where that is lower than the composed prompt's:
-    /// what mixed features promise is not always what mixed prompts do. A forward pass of the composed prompt; at a `scale` other
-    /// than 1 one of that source too.
+    /// All weight on the source with the lowest cross-fitted loss on the target samples, if its
+    /// loss is below the composed prompt's. It guards against mixed features that promise more than
+    /// the mixed prompt does. It takes a forward pass of the composed prompt, and at a `scale`
+    /// other than 1 one of that source.
     SingleBest,
 }
 
@@ -175,10 +183,10 @@ pub enum Scale {
 }
 
 impl Scale {
-    /// The one that changes least comes last.
+    /// The candidates of `auto`. The one that changes least comes last.
     pub const CANDIDATES: [f64; 5] = [0.0, 0.25, 0.5, 0.75, 1.0];
 
-    /// 1 while it is still to be chosen.
+    /// The value of β, or 1 while it is still to be chosen.
     pub fn known(self) -> f64 {
         match self {
             Self::Value(scale) => scale,

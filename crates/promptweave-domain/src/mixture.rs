@@ -1,12 +1,14 @@
-//! Σ αᵢ Pᵢ: what an ensemble and `POST /v1/prompts/compose` make of source prompts and weights.
+//! The sum Σ αᵢ Pᵢ, which ensembles and `POST /v1/prompts/compose` make of source prompts and
+//! weights.
 
 use crate::tensor::Tensor;
 
-/// Σ αᵢ Pᵢ [m, d] in f64, rounded once. A prompt at weight 1 comes out bit by bit, and the order of
-/// the prompts changes no bit: each number's terms are added from the least to the greatest.
+/// Σ αᵢ Pᵢ [m, d], computed in f64 and rounded once. A prompt at weight 1 comes out bit by bit. The
+/// order of the prompts changes no bit: each number's terms are added from the least to the
+/// greatest.
 ///
 /// # Panics
-/// Without prompts, or where their shapes differ.
+/// If there are no prompts, or their shapes differ.
 pub fn mix(prompts: &[Tensor<f32>], alpha: &[f64]) -> Tensor<f32> {
     let shape = &prompts[0].shape;
     assert!(prompts.iter().all(|prompt| prompt.shape == *shape));
@@ -25,7 +27,7 @@ pub fn mix(prompts: &[Tensor<f32>], alpha: &[f64]) -> Tensor<f32> {
 mod tests {
     use super::*;
 
-    /// Numbers of all sizes, so that the order of additions matters.
+    /// Prompts with numbers of all sizes, so that the order of additions matters.
     fn prompts() -> Vec<Tensor<f32>> {
         let value = |seed: u32| {
             let bits = seed.wrapping_mul(2_654_435_761);

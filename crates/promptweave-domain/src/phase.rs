@@ -1,27 +1,28 @@
-//! The steps of a job.
+//! The phases of a job.
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-/// The steps of a job: of a composition the first five, in order; of a ranking `features` and `solve`.
+/// The phases of a job. A composition has the first five, in this order; a ranking has `features`
+/// and `solve`.
 #[derive(
     Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema,
 )]
 #[serde(rename_all = "snake_case")]
 pub enum Phase {
-    /// Prompt-induced features of every sample and source.
+    /// Computes the prompt-induced features of every sample and source.
     Features,
-    /// Closed-form heads, which need every sample's features.
+    /// Fits the closed-form heads, which need every sample's features.
     Heads,
-    /// Per-sample prompt gradients.
+    /// Takes the per-sample gradients of the prompts.
     Gradients,
-    /// α.
+    /// Solves for the weights α.
     Solve,
-    /// Forward passes with the prompt that came of it, and evaluation.
+    /// Runs forward passes with the resulting prompt, and evaluates it.
     Verify,
-    /// Of a tuning: a tuning for each pair of the grid.
+    /// Runs one short tuning for each pair of a tuning's grid.
     Select,
-    /// Of a tuning: gradient steps on prompt and head.
+    /// Takes a tuning's gradient steps on prompt and head.
     Tune,
 }
 
@@ -35,7 +36,7 @@ impl Phase {
         Self::Select,
         Self::Tune,
     ];
-    /// The steps of a composition, in order.
+    /// The phases of a composition, in order.
     pub const OF_COMPOSITION: [Self; 5] = [
         Self::Features,
         Self::Heads,

@@ -1,4 +1,4 @@
-//! What matrix products are computed in.
+//! The number type of matrix products.
 
 use std::fmt;
 use std::str::FromStr;
@@ -6,16 +6,17 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-/// Statistics, heads and the solver are in f64 whichever it is, residual streams and sums in f32 at least.
+/// The number type of the backbone's matrix products. In all cases statistics, heads and the solver
+/// use f64, residual streams and sums at least f32.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Precision {
-    /// On CUDA with TensorFloat-32.
+    /// f32; on CUDA with TensorFloat-32.
     #[default]
     F32,
-    /// Products of bfloat16 numbers, summed in f32: about twice as fast where the processor has it.
+    /// bfloat16, with sums in f32: about twice as fast on processors that have it.
     Bf16,
-    /// To check the others by.
+    /// f64, for checking the others.
     F64,
 }
 

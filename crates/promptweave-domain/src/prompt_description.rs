@@ -1,4 +1,4 @@
-//! What people write about a prompt: all of it that may change.
+//! The description of a prompt that people write. All of it may change.
 
 use std::collections::BTreeMap;
 
@@ -15,11 +15,11 @@ const MAX_CARD: usize = 64 << 10;
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct PromptDescription {
-    /// What it is, in a line or two.
+    /// A description in a line or two.
     #[schema(max_length = 4096)]
     pub description: String,
-    /// To find it by (`?tag=domain=texture`): at most 64, keys of 1 to 256 bytes without `=`, values of
-    /// at most 256 bytes.
+    /// Tags to find the prompt by (`?tag=domain=texture`): at most 64, with keys of 1 to 256 bytes
+    /// without `=` and values of at most 256 bytes.
     #[schema(example = json!({"domain": "texture"}))]
     pub tags: BTreeMap<String, String>,
     /// Free JSON, at most 16 KiB.
@@ -33,7 +33,7 @@ pub struct PromptDescription {
 /// A field that breaks its rule.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BrokenRule {
-    /// `description`, or `tags` and the tag's key.
+    /// Path of the field: `description`, or `tags` and the tag's key.
     pub path: Vec<String>,
     pub rule: String,
 }
@@ -56,7 +56,7 @@ impl PromptDescription {
                 let rule = format!("keys have 1 to {MAX_TAG} bytes, values at most {MAX_TAG}");
                 return broken(&["tags", key], rule);
             }
-            // `?tag=a=b` would be the value b of a, and the tag `a=b`.
+            // `?tag=a=b` would be ambiguous: the value b of a, or the tag `a=b`.
             if key.contains('=') {
                 return broken(&["tags", key], "keys have no `=`".to_owned());
             }

@@ -1,4 +1,4 @@
-//! How source prompts rank for a target, by every metric there is, without composing anything.
+//! Ranking source prompts for a target by every metric, without composing anything.
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -12,9 +12,11 @@ use crate::objective::{
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct RankingObjective {
-    /// Of the metrics `h_score` and `h_score_adjusted`; the mode is `standard` by default here.
+    /// How the metrics `h_score` and `h_score_adjusted` are computed. The default mode is
+    /// `standard` here.
     pub h_score: HScoreOptions,
-    /// Epochs of the short tuning on the target that the similarities of SPoT and PANDA are to.
+    /// Epochs of the short tuning on the target. SPoT and PANDA measure similarity to the prompt it
+    /// gives.
     #[schema(minimum = 1, maximum = 100)]
     pub target_epochs: u32,
 }
@@ -29,7 +31,7 @@ impl Default for RankingObjective {
 }
 
 impl RankingObjective {
-    /// The objective of a composition that looks at the same; no weights are made.
+    /// The objective of a composition that would compute the same metrics. No weights are made.
     pub fn objective(&self) -> Objective {
         Objective {
             options: MethodOptions::Panda(TargetTuned {
@@ -45,47 +47,48 @@ impl RankingObjective {
     }
 }
 
-/// One table for any set of prompts.
+/// The metrics of a set of prompts, as a table.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Ranking {
-    /// In the order they were named.
+    /// The sources in the order of the request.
     pub sources: Vec<RankedSource>,
-    /// N
+    /// N, the number of target samples.
     pub num_samples: usize,
-    /// Of the short tuning on the target that the similarities are to.
+    /// Duration of the short tuning on the target in seconds.
     pub target_tuning_seconds: f64,
 }
 
-/// Higher is better, by every metric.
+/// The metrics of one source prompt. Higher is better for every metric.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct RankedSource {
     pub prompt: String,
     #[schema(value_type = String, example = "sha256:…")]
     pub digest: Digest,
-    /// H of the source's features alone; by default as `standard` with ρ = 0.01, 0 ≤ H ≤ min(d, K-1).
+    /// H of the source's features alone. By default it is computed as `standard` with ρ = 0.01, and
+    /// 0 ≤ H ≤ min(d, K-1).
     pub h_score: f64,
-    /// H less its chance level, over what is left above it.
+    /// H minus its chance level, divided by the range that is left above it.
     pub h_score_adjusted: f64,
-    /// H as `cross_validated`, of samples that it was not fitted on, ≤ K-1.
+    /// H as `cross_validated`, on samples that it was not fitted on, ≤ K-1.
     pub h_score_cross_validated: f64,
-    /// Log of the maximum evidence a sample and class.
+    /// LogME: log of the maximum evidence, for each sample and class.
     pub logme: f64,
-    /// ≤ 0; null where the prompt file has no source head.
+    /// LEEP ≤ 0; null if the prompt file has no source head.
     pub leep: Option<f64>,
-    /// ≤ 0; null where the prompt file has no source head.
+    /// NCE ≤ 0; null if the prompt file has no source head.
     pub nce: Option<f64>,
-    /// ≤ 0; null where the prompt file has no feature sketch.
+    /// OTCE ≤ 0; null if the prompt file has no feature sketch.
     pub otce: Option<f64>,
-    /// SPoT: cosine of mean tokens with those of a prompt tuned on the target.
+    /// SPoT: cosine of the mean tokens of this prompt and of one tuned on the target.
     pub spot_token_mean: f64,
-    /// SPoT: mean cosine over all pairs of tokens.
+    /// SPoT: mean cosine over all pairs of tokens of the two prompts.
     pub spot_all_pairs: f64,
-    /// PANDA: cosine of what the prompts do to the mean feature.
+    /// PANDA: cosine of the two prompts' effects on the mean feature.
     pub panda: f64,
 }
 
 impl RankedSource {
-    /// The metrics by name, in the order of the table.
+    /// The metrics' names, in the order of the table.
     pub const METRICS: [&str; 10] = [
         "h_score",
         "h_score_adjusted",
@@ -99,7 +102,7 @@ impl RankedSource {
         "panda",
     ];
 
-    /// One of [`Self::METRICS`], where the prompt file allows it.
+    /// The value of one of [`Self::METRICS`]; `None` if the prompt file does not allow it.
     pub fn metric(&self, name: &str) -> Option<f64> {
         match name {
             "h_score" => Some(self.h_score),

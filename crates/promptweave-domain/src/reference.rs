@@ -1,4 +1,4 @@
-//! How resources are named, and how a version of one is referred to.
+//! Names of resources, and references to a version of one.
 //!
 //! | reference | means |
 //! |---|---|
@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::digest::Digest;
 
-/// A prompt's, backbone's or dataset's name: `[a-z0-9][a-z0-9._-]{0,127}`.
+/// The name of a prompt, backbone or dataset: `[a-z0-9][a-z0-9._-]{0,127}`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct ResourceName(String);
@@ -28,8 +28,8 @@ impl ResourceName {
     }
 }
 
-/// A movable name of one of a prompt's versions: a [`ResourceName`] that reads neither as a number nor
-/// as a digest, so it is not all digits and does not begin with `sha256`.
+/// A movable name of one of a prompt's versions. It is a [`ResourceName`] that reads neither as a
+/// number nor as a digest: it is not all digits and does not begin with `sha256`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct AliasName(String);
@@ -40,12 +40,12 @@ impl AliasName {
     }
 }
 
-/// Which version of a resource.
+/// A choice of one version of a resource.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum VersionSelector {
-    /// The newest that is not deprecated.
+    /// The newest version that is not deprecated.
     Newest,
-    /// Counted from 1.
+    /// The version with this number, counted from 1.
     Number(i32),
     Alias(AliasName),
     Digest(Digest),
@@ -78,7 +78,8 @@ pub enum InvalidReference {
 }
 
 impl VersionSelector {
-    /// Roughly what it looks like alone in a path; the API document states it.
+    /// The pattern of a selector alone in a path, as the API document states it. It is a little
+    /// wider than what is parsed.
     pub const PATTERN: &'static str = "^([a-z0-9][a-z0-9._-]{0,127}|sha256:[0-9a-f]{64})$";
 }
 
@@ -111,7 +112,7 @@ impl FromStr for AliasName {
     }
 }
 
-/// A selector as it stands alone in a path: `3`, `production` or `sha256:<hex>`.
+/// Parses a selector alone in a path: `3`, `production` or `sha256:<hex>`.
 impl FromStr for VersionSelector {
     type Err = InvalidReference;
 
@@ -254,7 +255,7 @@ mod tests {
         fn what_reads_as_a_reference_is_written_as_one(text in "[a-z0-9:@._-]{1,20}|\\PC{0,20}") {
             if let Ok(reference) = text.parse::<Reference>() {
                 let written = reference.to_string();
-                // Numbers may be written with zeros in front.
+                // Numbers may have leading zeros.
                 prop_assert_eq!(written.parse::<Reference>().unwrap(), reference);
             }
         }

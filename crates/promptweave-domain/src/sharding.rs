@@ -1,15 +1,16 @@
-//! A composition that several workers share: its samples are dealt out in shards.
+//! A composition that several workers share: its samples are cut into shards.
 //!
-//! Features of samples stand side by side, and sums over their gradients add up; so these two phases are cut by
-//! samples. Who has the job computes shards as anybody does, and alone puts them together, in their order:
+//! Features of different samples are independent, and sums over their gradients add up, so these two
+//! phases are cut by samples. The job's owner computes shards like any helper. It alone merges them, in
+//! their order:
 //!
 //! ```text
-//!               ┌─► one that nobody has ─► compute ─► give ─┐
-//! lay out ─► next ─► one that is there, in its turn ─► merge ├─► next …
-//!               └─► others have the rest ─► wait ───────────┘
+//!               ┌─► a free shard ─► compute ─► give ────────┐
+//! lay out ─► next ─► the next in order is done ─► merge ────├─► next …
+//!               └─► others compute the rest ─► wait ────────┘
 //! ```
 //!
-//! What comes of it depends on how many shards there are, and not on who computed which.
+//! The result depends on the number of shards, and not on which worker computed which.
 
 use std::error::Error;
 
@@ -20,23 +21,25 @@ use uuid::Uuid;
 use crate::composition::{CompositionInput, SourceWeight};
 use crate::phase::Phase;
 
-/// Each leaves a file with sums over its samples; more would cost more to store than they save.
+/// The most shards of a phase. Each leaves a file with sums over its samples; storing more would
+/// cost more than they save.
 pub const MAX_SHARDS: usize = 16;
-/// Of a shard; twice the folds that standard errors are made of, so that it has some of each.
+/// The smallest shard, in samples: twice the number of folds for standard errors, so that a shard
+/// has samples of every fold.
 const MIN_SAMPLES: usize = 20;
 
-/// Some of the samples in one phase.
+/// Some of the samples, in one phase.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shard {
     /// [`Phase::Features`] or [`Phase::Gradients`].
     pub phase: Phase,
-    /// 0..count
+    /// The shard's number, in `0..count`.
     pub index: usize,
     pub count: usize,
 }
 
-/// How many shards a phase is cut into that takes every sample through every source, where `min_shard_pairs`
-/// sample × source pairs make a shard worth its while (0: never). 1 is not cut.
+/// The number of shards of a phase that takes every sample through every source; 1 means not cut. A
+/// shard pays from `min_shard_pairs` sample × source pairs on (0: never).
 pub fn num_shards(num_samples: usize, num_sources: usize, min_shard_pairs: u64) -> usize {
     let wanted = ((num_samples * num_sources) as u64)
         .checked_div(min_shard_pairs)
@@ -44,68 +47,70 @@ pub fn num_shards(num_samples: usize, num_sources: usize, min_shard_pairs: u64) 
     (wanted as usize).clamp(1, most_shards(num_samples))
 }
 
-/// As many as samples allow.
+/// The most shards that the number of samples allows.
 pub fn most_shards(num_samples: usize) -> usize {
     (num_samples / MIN_SAMPLES).clamp(1, MAX_SHARDS)
 }
 
-/// What whoever has the job is to do.
+/// The next thing for the job's owner to do.
 #[derive(Debug)]
 pub enum Next {
     Compute(Shard),
-    /// The next in order, as it was given.
+    /// The next shard in order is done, with these bytes.
     There(Vec<u8>),
-    /// Others work on what is left; some time has passed.
+    /// Other workers compute the remaining shards. Some time has passed; ask again.
     Wait,
 }
 
-/// The shards of one job, in the hands of whoever has it.
+/// The shards of one job, as its owner sees them.
 pub trait Shards {
-    /// How many sample × source pairs make a shard.
+    /// The number of sample × source pairs that make a shard worthwhile.
     fn min_shard_pairs(&self) -> u64;
 
-    /// Deals a phase out in `count` shards, unless that was done before; then it stays as it was. Returns how many.
+    /// Cuts a phase into `count` shards, unless that was done before; an earlier cut stays. Returns
+    /// the number of shards.
     fn lay_out(&mut self, phase: Phase, count: usize) -> Result<usize, ShardingError>;
 
-    /// What to do, and how much of the phase is done, counted in shards.
+    /// The next thing to do, and how much of the phase is done, counted in shards.
     fn next(&mut self, phase: Phase) -> Result<(Next, f64), ShardingError>;
 
-    /// Stores a phase that was not computed by shards, for those who help with the next.
+    /// Stores the result of a phase that was not computed by shards, for the helpers in the next
+    /// phase.
     fn give_whole(&mut self, phase: Phase, bytes: Vec<u8>) -> Result<(), ShardingError>;
 
     /// Stores a shard that was computed here.
     fn give(&mut self, shard: Shard, bytes: Vec<u8>) -> Result<(), ShardingError>;
 
-    /// What is not there of a phase is not needed.
+    /// Ends a phase: shards of it that are not done are no longer needed.
     fn end(&mut self, phase: Phase) -> Result<(), ShardingError>;
 
-    /// Tells what α is by what was merged.
+    /// Reports the estimate of α from the shards merged so far.
     fn estimate(&mut self, estimate: &Estimate);
 }
 
-/// Database or blob store failed. Another try may help.
+/// A failure of the database or the blob store. Another try may help.
 #[derive(Debug, thiserror::Error)]
 #[error("work cannot be shared with other workers")]
 pub struct ShardingError(#[source] pub Box<dyn Error + Send + Sync>);
 
-/// A shard, and all that it is computed from: for who helps with somebody else's job.
+/// A shard and everything it is computed from, for a worker that helps with another's job.
 #[derive(Clone, Debug)]
 pub struct ShardInput {
-    /// What is prepared for one shard of a job serves for the next.
+    /// The job's id. What is prepared for one shard of a job serves for the next.
     pub job: Uuid,
     pub composition: CompositionInput,
     pub shard: Shard,
-    /// For gradients: the shards of features, in order.
+    /// For a gradient shard, the feature shards in order.
     pub features: Vec<Vec<u8>>,
 }
 
-/// α by a part of the samples' gradients (and the features of all).
+/// An estimate of α from a part of the samples' gradients and the features of all.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Estimate {
-    /// Merged, of `shards`.
+    /// Number of merged shards, out of `shards`.
     pub shards_done: usize,
     pub shards: usize,
-    /// Whose gradients these are.
+    /// Number of samples whose gradients are merged.
     pub samples: usize,
     pub source_weights: Vec<SourceWeight>,
     /// H of the mixed features at this α.

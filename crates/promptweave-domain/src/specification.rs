@@ -1,4 +1,5 @@
-//! What a job is to do, by its kind: to compose (see [`crate::job`]), to tune, to rank. Everything in it is resolved.
+//! What a job is to do, by kind: compose (see [`crate::job`]), tune or rank. Everything in a
+//! specification is resolved.
 
 use std::fmt::Debug;
 
@@ -13,20 +14,21 @@ use crate::job::{BackboneSpec, EnsembleSpec, SourceSpec, TargetSpec};
 use crate::ranking::{Ranking, RankingObjective};
 use crate::tuning::{Grid, TuningOptions, TuningResult};
 
-/// A specification of one kind, and what comes of it.
+/// The specification of one kind of job, with the type of its result.
 pub trait Specification:
     Clone + Debug + Serialize + DeserializeOwned + Send + Sync + 'static
 {
     type Result: Clone + Debug + Serialize + DeserializeOwned + Send + Sync;
 
-    /// As the job's row and its address have it.
+    /// The kind's name in the job's row and in its URL.
     const KIND: &'static str;
 
-    /// Equal digests mean equal answers: what is computed, without any name, and by which version.
+    /// The digest of what is computed, without any name, and of the version that computes it. Equal
+    /// digests mean equal answers.
     fn digest(&self) -> Digest;
 }
 
-/// Of any kind, as a worker claims it.
+/// A specification of any kind, as a worker claims it.
 #[derive(Clone, Debug, PartialEq)]
 pub enum JobSpec {
     Ensemble(EnsembleSpec),
@@ -35,7 +37,7 @@ pub enum JobSpec {
 }
 
 impl JobSpec {
-    /// What the row of a job of this kind says.
+    /// Reads a specification from a job's row.
     pub fn read(kind: &str, spec: Value) -> Result<Self, serde_json::Error> {
         match kind {
             EnsembleSpec::KIND => serde_json::from_value(spec).map(Self::Ensemble),
@@ -67,7 +69,8 @@ impl Specification for EnsembleSpec {
         if let Some(early_stopping) = &self.early_stopping {
             computed["early_stopping"] = json!(early_stopping);
         }
-        // Whose statistics they were is a name; a whole composition keeps the digest it always had.
+        // The earlier ensemble's id is only a name, so it is left out. A whole composition keeps
+        // the digest it always had.
         if let Some(from) = &self.solved_from {
             computed["statistics"] = json!(from.statistics);
         }
@@ -79,17 +82,17 @@ fn digests(sources: &[SourceSpec]) -> Vec<Digest> {
     sources.iter().map(|source| source.digest).collect()
 }
 
-/// What a tuning trains, on what and how.
+/// What a tuning trains, on what data, and how.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct TuningSpec {
     pub target: TargetSpec,
-    /// The prompt that it begins with; otherwise it is the initial prompt of `options.init_seed`.
+    /// The prompt to start from; null starts from the initial prompt of `options.init_seed`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub start: Option<SourceSpec>,
     pub backbone: BackboneSpec,
     pub options: TuningOptions,
     pub grid: Grid,
-    /// Name of the prompt the result is published under.
+    /// Name of the prompt under which the result is published.
     pub output: String,
 }
 
@@ -100,7 +103,7 @@ impl Specification for TuningSpec {
     fn digest(&self) -> Digest {
         let computed = json!({
             "target": self.target.digest,
-            // No mere name: the prompt file says what it was tuned for.
+            // The dataset's name counts here: the prompt file states what it was tuned for.
             "task": self.target.dataset,
             "samples": self.target.samples,
             "start": self.start.as_ref().map(|start| start.digest),
@@ -114,11 +117,11 @@ impl Specification for TuningSpec {
     }
 }
 
-/// Which prompts a ranking scores, and for what.
+/// The prompts that a ranking scores, and the target.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct RankingSpec {
     pub target: TargetSpec,
-    /// In the order of the request.
+    /// The source prompts in the order of the request.
     pub sources: Vec<SourceSpec>,
     pub backbone: BackboneSpec,
     pub objective: RankingObjective,
@@ -129,7 +132,7 @@ impl Specification for RankingSpec {
     const KIND: &'static str = "ranking";
 
     fn digest(&self) -> Digest {
-        // The table has the names that the prompts were given.
+        // The prompts' names count here: the table contains them.
         let names: Vec<_> = self.sources.iter().map(|source| &source.prompt).collect();
         let computed = json!({
             "target": self.target.digest,

@@ -4,12 +4,12 @@ use std::collections::BTreeMap;
 
 use crate::digest::Digest;
 
-/// A seeded, stratified choice of at most `max_samples` of `labels`, as sorted positions.
+/// Chooses at most `max_samples` of `labels`, seeded and stratified. Returns sorted positions.
 ///
-/// Classes keep their share (largest remainder) and every class keeps at least one sample where
+/// Classes keep their share (largest remainder), and every class keeps at least one sample if
 /// `max_samples` allows. Within a class the samples with the smallest sha256(seed, position) are
-/// taken, so that the choice depends on no random generator's version, and a larger `max_samples`
-/// only adds samples to a class.
+/// taken. So the choice depends on no random generator's version, and a larger `max_samples` only
+/// adds samples to a class.
 pub fn stratified_subset(labels: &[usize], max_samples: usize, seed: u64) -> Vec<usize> {
     if labels.len() <= max_samples {
         return (0..labels.len()).collect();
@@ -37,9 +37,9 @@ pub fn stratified_subset(labels: &[usize], max_samples: usize, seed: u64) -> Vec
     chosen
 }
 
-/// Splits `total` (less than the sum of `sizes`) in proportion to `sizes`: floor of the exact share
-/// (but 1 where that is 0), then one more for the largest remainders; what the ones cost is taken
-/// from the largest shares.
+/// Splits `total` (less than the sum of `sizes`) in proportion to `sizes`. Each share is the floor
+/// of the exact share, but at least 1; the largest remainders get one more. What the raised shares
+/// cost is taken from the largest shares.
 fn shares(sizes: &[usize], total: usize) -> Vec<usize> {
     let all: usize = sizes.iter().sum();
     let mut shares: Vec<usize> = sizes.iter().map(|s| (s * total / all).max(1)).collect();

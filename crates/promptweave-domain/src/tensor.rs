@@ -1,7 +1,7 @@
-//! A small dense tensor in plain memory, and its way in and out of safetensors.
+//! A small dense tensor in plain memory, read from and written to safetensors.
 //!
-//! Prompt files and backbone digests are checked where no libtorch is linked, so this is all the
-//! tensor the registry knows.
+//! Prompt files and backbone digests are checked where no libtorch is linked, so the registry knows
+//! no other tensor.
 
 use half::{bf16, f16};
 use safetensors::tensor::TensorView;
@@ -16,8 +16,10 @@ pub struct Tensor<T> {
 }
 
 impl<T> Tensor<T> {
+    /// Makes a tensor of a shape and its values.
+    ///
     /// # Panics
-    /// When `values` does not have as many entries as `shape` says.
+    /// If `values` does not have as many entries as `shape` says.
     pub fn new(shape: impl Into<Vec<usize>>, values: Vec<T>) -> Self {
         let shape = shape.into();
         assert_eq!(
@@ -80,7 +82,7 @@ pub fn read_f64(view: &TensorView<'_>) -> Option<Vec<f64>> {
     })
 }
 
-/// A number that safetensors stores.
+/// A number type that safetensors stores.
 pub trait Element: Copy {
     const DTYPE: Dtype;
     fn bytes(values: &[Self]) -> Vec<u8>;
@@ -100,7 +102,7 @@ element!(f32, Dtype::F32);
 element!(f64, Dtype::F64);
 element!(i64, Dtype::I64);
 
-/// A tensor as safetensors writes it. Tensors of several dtypes go into one file this way.
+/// A tensor ready to be written as safetensors. Tensors of several dtypes can go into one file.
 pub struct Stored {
     dtype: Dtype,
     shape: Vec<usize>,

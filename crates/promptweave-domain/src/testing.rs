@@ -1,10 +1,10 @@
-//! What tests of several crates build on.
+//! Helpers for the tests of several crates.
 
 use crate::digest::Digest;
 use crate::prompt_file::{FORMAT, Origin, PromptFile, PromptMetadata};
 use crate::tensor::Tensor;
 
-/// A valid file of `m` × `d` numbers that differ by `seed`.
+/// A valid prompt file of `m` × `d` numbers, which depend on `seed`.
 pub fn prompt_file(m: usize, d: usize, seed: u64) -> PromptFile {
     let values = (0..m * d).map(|i| ((i as u64 * 37 + seed * 101) % 97) as f32 / 97.0 - 0.5);
     PromptFile {

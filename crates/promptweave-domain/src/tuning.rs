@@ -1,5 +1,5 @@
-//! What a tuning is asked for, and what is recorded of it: one shape for the API, the command line, a job's specification
-//! and the training record in a prompt file.
+//! The input of a tuning and the record of it. They have one shape for the API, the command line, a
+//! job's specification and the training record in a prompt file.
 
 use std::collections::BTreeMap;
 use std::fmt::Display;
@@ -14,23 +14,25 @@ use crate::digest::Digest;
 use crate::prompt_file::MAX_TOKENS;
 use crate::tuning_method::TuningMethod;
 
-/// The loss of each goes into the prompt file's record, which has a limit.
+/// The most epochs accepted. Each epoch's loss goes into the prompt file's record, whose size is
+/// limited.
 pub const MAX_EPOCHS: usize = 1000;
 pub const MAX_BATCH_SIZE: usize = 65_536;
-/// More say no more of a feature's distribution.
+/// The most samples in a sketch. More would say no more about the features' distribution.
 pub const MAX_SKETCH_SAMPLES: usize = 10_000;
-/// Pairs of learning rate and weight decay that are tried, each by a tuning of its own.
+/// The most pairs of learning rate and weight decay in a grid. Each pair takes a tuning of its own.
 pub const MAX_PAIRS: usize = 64;
 
-/// With linear warm-up and cosine decay. Stored in the prompt file as its training record.
+/// The options of a tuning, which has linear warm-up and cosine decay. They are stored in the
+/// prompt file as its training record.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct TuningOptions {
-    /// m
+    /// m, the prompt's length in tokens.
     #[schema(minimum = 1, maximum = 4096)]
     pub num_tokens: usize,
-    /// Seed of the initial prompt. Prompts that are to be composed should share it: their tokens then
-    /// start in one order.
+    /// Seed of the initial prompt. Prompts that are to be composed should share it, so that their
+    /// tokens start in one order.
     pub init_seed: u64,
     /// Seed of the choice of samples and of the order of batches.
     pub seed: u64,
@@ -38,36 +40,39 @@ pub struct TuningOptions {
     pub epochs: usize,
     #[schema(minimum = 1, maximum = 65536)]
     pub batch_size: usize,
-    /// Of everything that is trained beside the head. Too high and the prompt ends far from its initial values, where
-    /// prompts mix badly.
+    /// Learning rate of everything that is trained beside the head. If it is too high, the prompt
+    /// ends far from its initial values, where prompts mix badly.
     #[schema(minimum = 0)]
     pub prompt_learning_rate: f64,
     #[schema(minimum = 0)]
     pub head_learning_rate: f64,
     #[schema(minimum = 0)]
     pub weight_decay: f64,
-    /// At most `epochs`.
+    /// Epochs of linear warm-up, at most `epochs`.
     #[schema(minimum = 0)]
     pub warmup_epochs: usize,
     #[serde(skip_serializing_if = "is_default")]
     pub optimizer: OptimizerKind,
-    /// Share of the prompt's values that a step leaves out, in [0, 1); one choice a step, for all its images. 0 is off.
+    /// Share of the prompt's values that a step drops, in [0, 1); each step makes one choice for
+    /// all its images. 0 is off.
     #[serde(skip_serializing_if = "is_default")]
     #[schema(minimum = 0, exclusive_maximum = 1)]
     pub prompt_dropout: f64,
-    /// Stop after so many epochs without a lower cross-entropy on held-out samples, and take the epoch that had the lowest.
+    /// Number of epochs without a lower cross-entropy on held-out samples after which the tuning
+    /// stops. The epoch with the lowest is kept.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1)]
     pub patience: Option<usize>,
-    /// Labelled features to keep in the file for transferability scores; 0 for none.
+    /// Number of labelled features to keep in the file for transferability scores; 0 for none.
     #[schema(minimum = 0, maximum = 10000)]
     pub sketch_samples: usize,
-    /// What is trained beside the head: `vpt-shallow` or `vpt-deep`, and on the command line what they are compared with.
+    /// What is trained beside the head: `vpt-shallow` or `vpt-deep`; the command line also accepts
+    /// the methods they are compared with.
     #[serde(skip_serializing_if = "is_default")]
     #[schema(default = "vpt-shallow")]
     pub method: TuningMethod,
-    /// w ≥ 0: adds w times the mean squared difference of the teachers' logits to each sample's loss (PANDA's
-    /// distillation). Without a teacher 0.
+    /// w ≥ 0: adds w times the mean squared difference from the teachers' logits to each sample's
+    /// loss (PANDA's distillation). It is 0 without a teacher.
     #[serde(skip_serializing_if = "is_default")]
     #[schema(minimum = 0)]
     pub distillation_weight: f64,
@@ -95,7 +100,7 @@ impl Default for TuningOptions {
     }
 }
 
-/// What leaving it out means.
+/// Whether the option has its default, so that it can be omitted.
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
 }
@@ -103,25 +108,26 @@ fn is_default<T: Default + PartialEq>(value: &T) -> bool {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum OptimizerKind {
-    /// Weight decay apart from the gradient.
+    /// Adam with weight decay apart from the gradient.
     #[default]
     AdamW,
-    /// Momentum 0.9, weight decay as part of the gradient.
+    /// Gradient descent with momentum 0.9 and weight decay as part of the gradient.
     Sgd,
 }
 
-/// All pairs of these are tried on held-out samples, and the best is taken.
+/// A grid of learning rates and weight decays. All pairs are tried on held-out samples, and the
+/// best is taken.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Grid {
-    /// Empty: that of the options.
+    /// The learning rates to try; if empty, that of the options.
     pub prompt_learning_rates: Vec<f64>,
-    /// Empty: that of the options.
+    /// The weight decays to try; if empty, that of the options.
     pub weight_decays: Vec<f64>,
 }
 
 impl Grid {
-    /// In the order in which they are tried.
+    /// The pairs of learning rate and weight decay, in the order in which they are tried.
     pub fn pairs(&self, options: &TuningOptions) -> Vec<(f64, f64)> {
         let or_own = |values: &[f64], own| match values {
             [] => vec![own],
@@ -135,35 +141,35 @@ impl Grid {
     }
 }
 
-/// One pair, and how it did.
+/// One pair of the grid and its result.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Candidate {
     pub prompt_learning_rate: f64,
     pub weight_decay: f64,
-    /// On the held-out samples; null where its losses did not stay finite.
+    /// Accuracy on the held-out samples; null if the losses did not stay finite.
     pub accuracy: Option<f64>,
     pub cross_entropy: Option<f64>,
 }
 
-/// Of each epoch so far.
+/// The losses of each epoch so far.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Curves {
-    /// Mean over the epoch, nats.
+    /// Mean cross-entropy over each epoch, in nats.
     pub cross_entropy: Vec<f64>,
-    /// After it, on the samples that are held out, if any.
+    /// The result on the held-out samples after each epoch; empty if none are held out.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub held_out: Vec<HeldOut>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct HeldOut {
-    /// Mean, nats.
+    /// Mean cross-entropy in nats.
     pub cross_entropy: f64,
     pub accuracy: f64,
 }
 
 impl Curves {
-    /// The last epoch there is.
+    /// The last epoch of the curves; `None` before the first.
     pub fn last(&self) -> Option<Epoch> {
         Some(Epoch {
             epoch: self.cross_entropy.len(),
@@ -173,37 +179,39 @@ impl Curves {
     }
 }
 
-/// A point of the curves.
+/// One epoch's point of the curves.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Epoch {
-    /// Counted from 1.
+    /// The epoch's number, counted from 1.
     pub epoch: usize,
-    /// Mean over the epoch, nats.
+    /// Mean cross-entropy over the epoch, in nats.
     pub cross_entropy: f64,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub held_out: Option<HeldOut>,
 }
 
-/// There is a checkpoint, and it cannot be had now. Another attempt may have it; to begin anew would lose what was done.
+/// A checkpoint exists but cannot be read now. Another attempt may read it; starting afresh would
+/// lose work.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("the last checkpoint cannot be read: {0}")]
 pub struct CheckpointUnavailable(pub String);
 
-/// Where the last checkpoint of a tuning is kept.
+/// The store of a tuning's last checkpoint.
 pub trait Checkpoints {
-    /// None where there is none, or none any more.
+    /// The last checkpoint; `None` if there is none, or no longer one.
     fn last(&mut self) -> Result<Option<Vec<u8>>, CheckpointUnavailable>;
 
-    /// After an epoch. Takes the place of the one before; where it cannot be written, the tuning goes on.
+    /// Stores the checkpoint after an epoch, in place of the one before. If it cannot be written,
+    /// the tuning goes on.
     fn keep(&mut self, epoch: &Epoch, bytes: &[u8]);
 
-    /// Of the pair at this place of a grid, which is a tuning of its own.
+    /// The checkpoints of the pair at this place of a grid. Each pair is a tuning of its own.
     fn of_pair(&mut self, _place: usize) -> Box<dyn Checkpoints + '_> {
         Box::new(NoCheckpoints)
     }
 }
 
-/// Nowhere.
+/// A store that keeps nothing.
 pub struct NoCheckpoints;
 
 impl Checkpoints for NoCheckpoints {
@@ -214,17 +222,18 @@ impl Checkpoints for NoCheckpoints {
     fn keep(&mut self, _: &Epoch, _: &[u8]) {}
 }
 
-// ---- The seam between worker and engine --------------------------------------------------------
+// ---- Interface between worker and engine -------------------------------------------------------
 
-/// All an engine needs for a tuning: files at hand, nothing to look up.
+/// The complete input of a tuning: files at hand, nothing to look up.
 #[derive(Clone, Debug)]
 pub struct TuningInput {
-    /// A folder [`promptweave_formats::backbone::Backbone::open`] reads.
+    /// The backbone's folder, as `promptweave_formats::backbone::Backbone::open` reads it.
     pub backbone_dir: PathBuf,
-    /// A folder [`promptweave_formats::dataset::LabelledImages::read`] reads.
+    /// The target dataset's folder, as `promptweave_formats::dataset::LabelledImages::read` reads
+    /// it.
     pub target_dir: PathBuf,
     pub target: TargetSamples,
-    /// Goes into the prompt file.
+    /// Name of the task, which goes into the prompt file.
     pub task: String,
     pub start: Option<Source>,
     pub options: TuningOptions,
@@ -234,39 +243,39 @@ pub struct TuningInput {
 /// A finished tuning.
 #[derive(Clone, Debug)]
 pub struct Tuned {
-    /// `result.tuned` names the digest of `file`; name and version are the caller's to add.
+    /// The answer. `result.tuned` holds the digest of `file`; the caller adds name and version.
     pub result: TuningResult,
-    /// A prompt file.
+    /// The bytes of the prompt file.
     pub file: Vec<u8>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct TuningResult {
-    /// With the learning rate and the weight decay that were chosen, where there was a grid.
+    /// The options of the tuning. With a grid, they have the chosen learning rate and weight decay.
     pub options: TuningOptions,
     /// The pairs that were tried; empty without a grid.
     pub candidates: Vec<Candidate>,
     pub curves: Curves,
-    /// ‖P - P₀‖ / ‖P₀‖: how far the prompt moved from where it began; null from a prompt of zeros.
+    /// ‖P - P₀‖ / ‖P₀‖, how far the prompt moved from its start; null if it started from zeros.
     pub distance_from_init: Option<f64>,
-    /// Of prompt and head on `eval_split`; null where none was asked for.
+    /// The result of prompt and head on `eval_split`; null if none was given.
     pub evaluation: Option<HeldOut>,
-    /// N and K: images that were trained on and classes of the dataset.
+    /// N, the number of images trained on. `num_classes` is K, the number of the dataset's classes.
     pub num_samples: usize,
     pub num_classes: usize,
-    /// Images that something was chosen by; 0 where nothing was.
+    /// Number of held-out images, by which something was chosen; 0 if nothing was.
     pub num_held_out: usize,
-    /// Unreadable images left out (`skip_unreadable`).
+    /// Number of unreadable images that were left out (`skip_unreadable`).
     pub skipped_images: usize,
     pub tuned: TunedPrompt,
     pub provenance: Provenance,
-    /// Seconds by phase.
+    /// Seconds spent in each phase.
     pub timings: BTreeMap<String, f64>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct TunedPrompt {
-    /// Null until it is published.
+    /// Name of the published prompt; null until it is published.
     pub prompt: Option<String>,
     pub version: Option<i32>,
     #[schema(value_type = String, example = "sha256:…")]
@@ -302,7 +311,7 @@ fn within<T: PartialOrd + Display>(
     )
 }
 
-/// A learning rate or weight decay.
+/// Checks a learning rate or weight decay.
 fn check_rate(field: &'static str, rate: f64) -> Result<(), InvalidTuning> {
     if rate.is_finite() && rate >= 0.0 {
         return Ok(());
@@ -318,7 +327,7 @@ impl TuningOptions {
         self.mistakes().into_iter().next().map_or(Ok(()), Err)
     }
 
-    /// All that is wrong with them.
+    /// All mistakes in the options.
     pub fn mistakes(&self) -> Vec<InvalidTuning> {
         let checked = [
             within("num_tokens", self.num_tokens, 1..=MAX_TOKENS),

@@ -1,4 +1,5 @@
-//! What is trained on a target: a prompt, or one of the things that prompts are compared with.
+//! What is trained on a target: a prompt, or one of the alternatives that prompts are compared
+//! with.
 
 use std::fmt;
 use std::str::FromStr;
@@ -7,42 +8,47 @@ use serde::{Deserialize, Serialize};
 use utoipa::openapi::{ObjectBuilder, RefOr, Schema, Type};
 use utoipa::{PartialSchema, ToSchema};
 
-/// The linear head is trained with any of them, and everything that is not named stays frozen. As text: `vpt-shallow`,
-/// `partial-2`, `adapter-8`; without its number a method has its usual one.
+/// The part of the model that is trained on a target. Every method also trains the linear head, and
+/// everything not named stays frozen. As text: `vpt-shallow`, `partial-2`, `adapter-8`; without its
+/// number a method has its usual one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum TuningMethod {
     /// A prompt [m, d] at the first block's input (Jia et al. 2022).
     #[default]
     VptShallow,
-    /// A prompt [m, d] at the first block's input, and one for every block after it that takes its place.
+    /// A prompt [m, d] at the first block's input, and one for every later block, which replaces it
+    /// there.
     VptDeep,
     /// Nothing but the head, on the backbone's own features.
     Linear,
-    /// Nothing but a head with so many hidden layers: linear, ReLU, batch normalisation, dropout 0.1.
+    /// Nothing but a head with this number of hidden layers: linear, ReLU, batch normalisation,
+    /// dropout 0.1.
     Mlp(usize),
-    /// The last blocks and the final normalisation.
+    /// This number of last blocks, and the final normalisation.
     Partial(usize),
     /// All biases.
     Bias,
-    /// After every block's MLP, before its residual: x + W_up GELU(W_down x) through d/r channels (Pfeiffer et al. 2021).
+    /// A bottleneck of d/r channels, x + W_up GELU(W_down x), after every block's MLP and before
+    /// its residual (Pfeiffer et al. 2021).
     Adapter(usize),
     /// σ(a) f + (1 - σ(a)) W g(x): a small network g beside the frozen backbone (Zhang et al. 2020).
     Sidetune,
-    /// Everything.
+    /// The whole backbone.
     Full,
 }
 
 impl TuningMethod {
-    /// Those that a job may be asked for, since it publishes a prompt.
+    /// The methods that a job may use, since a job publishes a prompt.
     const PROMPTS: [Self; 2] = [Self::VptShallow, Self::VptDeep];
 
-    /// Whether what comes of it is a prompt file.
+    /// Whether the method's result is a prompt file.
     pub fn makes_prompt(self) -> bool {
         Self::PROMPTS.contains(&self)
     }
 
-    /// Of whatever is trained beside the head, with AdamW: small steps where the backbone itself moves.
+    /// The usual learning rate with AdamW of everything that is trained beside the head. It is
+    /// small if the backbone itself moves.
     pub fn usual_learning_rate(self) -> f64 {
         match self {
             Self::Partial(_) | Self::Full => 1e-4,
@@ -115,7 +121,7 @@ impl From<TuningMethod> for String {
     }
 }
 
-/// The API knows those that make a prompt.
+/// The schema in the API's document lists the methods that make a prompt.
 impl PartialSchema for TuningMethod {
     fn schema() -> RefOr<Schema> {
         ObjectBuilder::new()

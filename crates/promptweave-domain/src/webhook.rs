@@ -1,5 +1,5 @@
-//! Webhooks as Standard Webhooks (standardwebhooks.com) has them: what is told, where to, under which
-//! secret, and when it is tried again.
+//! Webhooks as Standard Webhooks (standardwebhooks.com) defines them: the events, the receiver's
+//! URL, the secret, and the schedule of retries.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -17,7 +17,7 @@ use sha2::Sha256;
 use url::Url;
 use utoipa::ToSchema;
 
-/// What a webhook may be told of.
+/// An event that a webhook may be sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
 pub enum EventType {
     #[serde(rename = "ensemble.succeeded")]
@@ -40,7 +40,8 @@ pub enum EventType {
     RankingCancelled,
 }
 
-/// Sent when its owner asks for it, whatever else a webhook is told of.
+/// The event that is sent when a webhook's owner asks for it, whatever events the webhook has
+/// chosen.
 pub const TEST_EVENT: &str = "webhook.test";
 
 impl EventType {
@@ -75,7 +76,7 @@ impl EventType {
     }
 }
 
-/// At least one.
+/// A set of at least one event.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "BTreeSet<EventType>", into = "BTreeSet<EventType>")]
 pub struct EventTypes(BTreeSet<EventType>);
@@ -113,9 +114,9 @@ impl From<EventTypes> for BTreeSet<EventType> {
     }
 }
 
-// ---- Where to ------------------------------------------------------------------------------
+// ---- Receiver ------------------------------------------------------------------------------
 
-/// Where a receiver listens. Its path may be a secret of the receiver's, so it goes into no log.
+/// The URL where a receiver listens. Its path may be the receiver's secret, so it goes into no log.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct WebhookUrl(Url);
@@ -172,7 +173,7 @@ impl From<WebhookUrl> for String {
     }
 }
 
-/// The host alone.
+/// Prints the host alone.
 impl fmt::Debug for WebhookUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "WebhookUrl({:?})", self.0.host_str())
@@ -181,7 +182,7 @@ impl fmt::Debug for WebhookUrl {
 
 // ---- Signatures ----------------------------------------------------------------------------
 
-/// What the messages to one receiver are signed with, `whsec_<base64>`.
+/// The secret that signs the messages to one receiver, `whsec_<base64>`.
 #[derive(Clone, Deserialize)]
 #[serde(try_from = "String")]
 pub struct WebhookSecret(Vec<u8>);
@@ -193,7 +194,7 @@ const PREFIX: &str = "whsec_";
 pub struct InvalidSecret;
 
 impl WebhookSecret {
-    /// From the operating system's generator.
+    /// Makes a secret with the operating system's generator.
     pub fn generate() -> Result<Self, SysError> {
         let mut bytes = vec![0; 32];
         SysRng.try_fill_bytes(&mut bytes)?;
@@ -204,7 +205,7 @@ impl WebhookSecret {
         format!("{PREFIX}{}", STANDARD.encode(&self.0)).into()
     }
 
-    /// The header `webhook-signature` of a message that is sent at `timestamp`, in seconds since 1970.
+    /// The header `webhook-signature` of a message sent at `timestamp`, in seconds since 1970.
     pub fn sign(&self, id: &str, timestamp: i64, body: &str) -> String {
         let mut mac =
             Hmac::<Sha256>::new_from_slice(&self.0).expect("HMAC takes keys of any length");
@@ -240,10 +241,11 @@ impl fmt::Debug for WebhookSecret {
     }
 }
 
-// ---- Trying again --------------------------------------------------------------------------
+// ---- Retries -------------------------------------------------------------------------------
 
-/// Seconds between two tries. Close together within the first half hour, so that a receiver which was down for
-/// ten minutes has everything soon after; then over more than three days.
+/// The pauses between tries, in seconds. They are short within the first half hour, so that a
+/// receiver that was down for ten minutes has everything soon after. The later ones stretch over
+/// more than three days.
 const PAUSES: [u64; 16] = {
     const MINUTE: u64 = 60;
     const HOUR: u64 = 60 * MINUTE;
@@ -267,8 +269,8 @@ const PAUSES: [u64; 16] = {
     ]
 };
 
-/// How long to wait after try number `attempt`, give or take a fifth, so that what failed together does not come
-/// back together. None: it was the last.
+/// How long to wait after try number `attempt`, give or take a fifth, so that messages that failed
+/// together are not retried together. `None` after the last try.
 pub fn pause(attempt: i32) -> Option<Duration> {
     let index = usize::try_from(attempt).ok()?.checked_sub(1)?;
     let seconds = *PAUSES.get(index)?;
@@ -281,7 +283,7 @@ mod tests {
 
     use super::*;
 
-    /// The example in the tests of Standard Webhooks' own libraries.
+    /// The example from the tests of Standard Webhooks' own libraries.
     #[test]
     fn the_signature_is_that_of_standard_webhooks() {
         let secret: WebhookSecret = "whsec_C2FVsBQIhrscChlQIMV+b5sSYspob7oD".parse().unwrap();

@@ -1,7 +1,7 @@
-//! Words that clients branch on, each written once: the code names a variant, the database and the API have its word, and the
-//! API's document lists them all.
+//! Words that clients branch on, each written once. The code names a variant, the database and the
+//! API use its word, and the API's document lists all words.
 
-/// Makes an enum of words, with what needs them as text.
+/// Makes an enum of words, with its conversions to text.
 macro_rules! words {
     ($(#[$about:meta])* $name:ident { $($(#[$meta:meta])* $variant:ident = $word:tt,)+ }) => {
         $(#[$about])*
@@ -30,24 +30,24 @@ macro_rules! words {
 }
 
 words! {
-    /// What can happen to a job.
+    /// An event in a job's history.
     EventKind {
         Queued = "queued",
         /// A worker began an attempt.
         Started = "started",
-        /// The attempt came to another phase.
+        /// The attempt entered another phase.
         Phase = "phase",
-        /// A shard of the work is done.
+        /// A shard of the work was finished.
         Shard = "shard",
         /// A helper lost a shard, or failed at it.
         ShardLost = "shard_lost",
-        /// What α is by the shards so far.
+        /// An estimate of α from the shards so far.
         Estimate = "estimate",
-        /// An epoch of a tuning is over.
+        /// An epoch of a tuning was finished.
         Epoch = "epoch",
-        /// An attempt failed, and another one may not.
+        /// An attempt failed with a transient error, so that the job is tried again.
         Retried = "retried",
-        /// The worker was not heard of within its lease.
+        /// The worker's lease ran out without a sign of life.
         Lost = "lost",
         /// The worker was stopped, and gave the job back.
         Released = "released",
@@ -60,7 +60,7 @@ words! {
 }
 
 words! {
-    /// What can happen to an alias.
+    /// An event in an alias's history.
     AliasEventKind {
         Created = "created",
         Moved = "moved",
@@ -71,30 +71,30 @@ words! {
 }
 
 words! {
-    /// What a worker does.
+    /// The state of a worker.
     WorkerState {
         Idle = "idle",
         Busy = "busy",
-        /// It claims nothing more, and ends with the job it has.
+        /// The worker claims nothing more, and finishes the job it has.
         Draining = "draining",
         Stopped = "stopped",
-        /// Several starts in a row have failed.
+        /// The worker's last starts all failed.
         Defunct = "defunct",
     }
 }
 
 words! {
-    /// How far a webhook's message is.
+    /// The state of a webhook's message.
     DeliveryState {
         Pending = "pending",
         Delivered = "delivered",
-        /// The last try failed too.
+        /// The last try failed.
         Failed = "failed",
     }
 }
 
 words! {
-    /// What the numbers of a stored prompt are.
+    /// The dtype of a stored prompt's numbers.
     PromptDtype {
         F32 = "f32",
         F16 = "f16",
@@ -103,7 +103,7 @@ words! {
 }
 
 words! {
-    /// What a careful reader of a result would want to be told.
+    /// A warning about a result.
     WarningCode {
         NearTies = "near_ties",
         SurrogateGap = "surrogate_gap",
@@ -120,7 +120,7 @@ words! {
 }
 
 words! {
-    /// Why an attempt at a job failed, or the job.
+    /// Why a job, or one attempt at it, failed.
     JobErrorCode {
         AttemptsExhausted = "attempts_exhausted",
         BackboneUnusable = "backbone_unusable",

@@ -1,4 +1,4 @@
-//! Why the engine cannot answer.
+//! Errors of the engine.
 
 use std::io;
 use std::path::PathBuf;
@@ -86,7 +86,7 @@ pub enum EngineError {
 }
 
 impl EngineError {
-    /// What clients branch on.
+    /// The code that clients branch on.
     pub fn code(&self) -> JobErrorCode {
         match self {
             Self::Stopped => JobErrorCode::Stopped,
@@ -122,7 +122,8 @@ impl From<EngineError> for CompositionError {
             EngineError::Stopped => Self::Stopped,
             EngineError::Checkpoint(unavailable) => unavailable.into(),
             EngineError::Torch(_) if blames_the_device(&detail) => Self::device_failed(detail),
-            // Out of memory or disk, or a device that failed: the next attempt may meet a better machine.
+            // Memory or disk ran out, or a device failed. The next attempt may get a better
+            // machine.
             EngineError::Torch(_)
             | EngineError::Cache(_)
             | EngineError::Sharing(_)

@@ -1,13 +1,14 @@
 //! The engine: HGPrompt (arXiv 2504.12311) on files at hand.
 //!
-//! [`Engine::compose`] reads as the method's pseudo-code; each step is a module:
+//! [`Engine::compose`] reads like the method's pseudo-code, and each step is a module:
 //!
 //! ```text
 //! samples ─► features f_{Pᵢ} ─► heads ─► per-sample gradients ─► Γ ─┐
 //!                   └──────────► H(α) ────────────────────────────┴─► solve α ─► P_T = Σ αᵢ Pᵢ ─► verify
 //! ```
 //!
-//! It knows files and tensors; nothing of databases, HTTP or jobs (only [`crate::domain`]).
+//! The engine knows files and tensors, and nothing of databases, HTTP or jobs beyond
+//! [`promptweave_domain`].
 
 pub mod baselines;
 pub mod cache;
@@ -46,17 +47,18 @@ use crate::sharding::shard_worker::{self, Prepared};
 use crate::vit::backbones::Backbones;
 use crate::vit::{Compute, Vit};
 
-/// What stays between compositions: backbones that are loaded, results of single sources.
+/// The engine with the state it keeps between compositions: loaded backbones, and results of single
+/// sources.
 pub struct Engine {
     backbones: Backbones,
     cache: Option<ResultCache>,
-    /// For the next shard of the job that was last helped with.
+    /// Inputs prepared for the next shard of the last job that it helped with.
     prepared: Option<Prepared>,
     target_prompt: Option<TargetPrompt>,
 }
 
 impl Engine {
-    /// On one device, in f32.
+    /// An engine on one device, in f32.
     pub fn new(device: Device) -> Self {
         Self::with(Compute::on(device, Precision::F32))
     }
@@ -70,7 +72,7 @@ impl Engine {
         }
     }
 
-    /// Backbones of up to `max_bytes` stay loaded, and the one in use.
+    /// Sets how many bytes of backbones stay loaded. The one in use always does.
     pub fn with_backbone_bytes(mut self, max_bytes: u64) -> Self {
         self.backbones.max_bytes = max_bytes;
         self
@@ -84,7 +86,7 @@ impl Engine {
         }
     }
 
-    /// Every metric of every source for a target, without weighing them.
+    /// Scores every source for a target by every metric, without weighing them.
     pub fn rank(
         &mut self,
         input: &CompositionInput,
@@ -95,7 +97,7 @@ impl Engine {
         compose::rank(backbone, vit, cache, target_prompt, input, observer)
     }
 
-    /// The backbone of a folder; read again only when the folder's content changed.
+    /// The backbone of a folder. It is read again only if the folder's content changed.
     pub fn backbone(&mut self, dir: &Path) -> Result<(&Backbone, &Vit), EngineError> {
         self.backbones.open(dir)
     }

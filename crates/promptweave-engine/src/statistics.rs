@@ -40,10 +40,10 @@ use promptweave_domain::precision::Precision;
 use promptweave_domain::prompt_file::METADATA_KEY;
 use promptweave_domain::tensor::{Stored, Tensor as PlainTensor, read_f32, read_f64, read_i64};
 
-/// Of the file; another number is another layout.
+/// Format number of the file. Another number means another layout.
 const FORMAT: u32 = 1;
 
-/// Why a statistics file is of no use.
+/// Why a statistics file cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum StatisticsError {
     #[error(
@@ -68,37 +68,37 @@ pub enum StatisticsError {
     Format(u32),
 }
 
-/// What α is computed from.
+/// The data that α is computed from.
 pub struct Statistics {
-    /// [M, N, d] in f32
+    /// Features [M, N, d] in f32.
     pub features: Tensor,
-    /// [m, d] a source.
+    /// The sources' prompts, [m, d] each.
     pub prompts: Vec<PlainTensor<f32>>,
     pub labels: Vec<usize>,
     pub sample_indices: Vec<usize>,
     pub folds: Vec<usize>,
     pub heads: HeadStatistics,
-    /// None where the method takes none.
+    /// Summary of the gradients; `None` if the method takes none.
     pub gradients: Option<GradientSummary>,
 }
 
 /// The part of [`Statistics`] that α is solved from.
 #[derive(Clone, Copy)]
 pub struct SolveInputs<'a> {
-    /// [M, N, d]
+    /// Features [M, N, d].
     pub features: &'a Tensor,
     pub labels: &'a [usize],
     pub gradients: Option<&'a GradientSummary>,
 }
 
-/// One number a source each.
+/// The heads' numbers, one for each source.
 pub struct HeadStatistics {
     pub temperature: Vec<f64>,
     pub loss: Vec<f64>,
     pub saturation: Vec<f64>,
 }
 
-/// What the numbers rest on.
+/// The inputs that the numbers depend on.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Metadata {
     pub format: u32,
@@ -111,10 +111,10 @@ pub struct Metadata {
     /// Class names of the target, in label order.
     pub classes: Vec<String>,
     pub objective: Objective,
-    /// How the gradients in the file are normalised, whoever took them; null without any. It outlives an `objective` that takes
-    /// none.
+    /// Normalisation of the gradients in the file; null without gradients. It stays when an
+    /// `objective` that takes none replaces the one the gradients were taken for.
     pub gradient_normalization: Option<GradientNormalization>,
-    /// As it was when the gradients were taken.
+    /// The token alignment at the time the gradients were taken.
     pub token_alignment: Option<TokenAlignment>,
     pub seed: u64,
     pub skipped_images: usize,
@@ -123,7 +123,7 @@ pub struct Metadata {
 impl Metadata {
     pub const FORMAT: u32 = FORMAT;
 
-    /// Of a file, without its tensors.
+    /// Reads a file's metadata, without its tensors.
     pub fn read(bytes: &[u8]) -> Result<Self, StatisticsError> {
         let (_, header) = SafeTensors::read_metadata(bytes).map_err(StatisticsError::Unreadable)?;
         let json = header
@@ -131,7 +131,7 @@ impl Metadata {
             .as_ref()
             .and_then(|m| m.get(METADATA_KEY))
             .ok_or_else(|| StatisticsError::Metadata("there is none".into()))?;
-        // The format first: another one may look different in every other way.
+        // The format is checked first, since another one may differ in every other way.
         #[derive(Deserialize)]
         struct OnlyFormat {
             format: u32,
@@ -144,7 +144,7 @@ impl Metadata {
         serde_json::from_str(json).map_err(unreadable)
     }
 
-    /// Of some of the sources, in the order given.
+    /// The metadata of some of the sources, in the order given.
     pub fn of_sources(&self, keep: &[usize]) -> Self {
         let token_alignment = self.token_alignment.as_ref().map(|all| TokenAlignment {
             reference: all.reference.clone(),
@@ -157,7 +157,7 @@ impl Metadata {
         }
     }
 
-    /// As an error lists them.
+    /// The sources' names, as an error lists them.
     pub fn source_names(&self) -> String {
         let names = self
             .sources
@@ -166,7 +166,7 @@ impl Metadata {
         names.collect::<Vec<_>>().join(", ")
     }
 
-    /// The init seed all sources share, if they do and say so.
+    /// The init seed that all sources state, if it is one and the same.
     pub fn common_init_seed(&self) -> Option<u64> {
         common_seed(self.sources.iter().map(|source| source.init_seed))
     }
@@ -177,12 +177,12 @@ pub struct RecordedSource {
     pub prompt: String,
     pub digest: Digest,
     pub init_seed: Option<u64>,
-    /// They need the prompt's file, which is not kept.
+    /// Isolated scores of the source. They need the prompt's file, which is not kept.
     pub scores: SourceScores,
 }
 
 impl Statistics {
-    /// M, N, d
+    /// The sizes M, N, d.
     pub fn size(&self) -> (usize, usize, usize) {
         let (m, n, d) = self.features.size3().expect("three axes");
         (m as usize, n as usize, d as usize)
@@ -196,7 +196,7 @@ impl Statistics {
         }
     }
 
-    /// The bytes of the file; the same content gives the same bytes.
+    /// The bytes of the file. The same content gives the same bytes.
     pub fn to_bytes(&self, metadata: &Metadata) -> Result<Vec<u8>, EngineError> {
         let (m, _, d) = self.size();
         let t = num_pairs(m);
@@ -265,7 +265,8 @@ impl Statistics {
         Ok(safetensors::serialize(tensors, Some(metadata)).expect("shapes agree with their data"))
     }
 
-    /// Reads and checks a file: whole, complete, shapes that fit together, finite values.
+    /// Reads and checks a file: it must be whole and complete, with matching shapes and finite
+    /// values.
     pub fn parse(bytes: &[u8]) -> Result<(Self, Metadata), StatisticsError> {
         let file = SafeTensors::deserialize(bytes).map_err(StatisticsError::Unreadable)?;
         let metadata = Metadata::read(bytes)?;
@@ -302,8 +303,8 @@ impl Statistics {
         Ok((statistics, metadata))
     }
 
-    /// Of some of the sources, in the order given. Exact: what the gradients were centred with is common to
-    /// all sources, and drops out of L_align.
+    /// The statistics of some of the sources, in the order given. They are exact: what the
+    /// gradients were centred with is common to all sources, and drops out of L_align.
     pub fn of_sources(&self, keep: &[usize]) -> Self {
         let rows: Vec<i64> = keep.iter().map(|i| *i as i64).collect();
         let of = |values: &[f64]| -> Vec<f64> { keep.iter().map(|i| values[*i]).collect() };
@@ -323,10 +324,11 @@ impl Statistics {
     }
 }
 
-/// A tensor on its way into the file.
+/// A tensor to be written to the file.
 enum Entry<'a> {
     Small(Stored),
-    /// On the CPU, with its shape; written in f32. Its bytes are made when they are written: it is the largest thing there is.
+    /// Features on the CPU, with their shape, written in f32. Their bytes are made only when they
+    /// are written, since they are the largest part.
     Features(&'a Tensor, Vec<usize>),
 }
 
@@ -379,7 +381,7 @@ impl File<'_> {
             .map_err(|_| StatisticsError::MissingTensor(name))
     }
 
-    /// Of m sources, if there are any.
+    /// Reads the gradients of m sources, if there are any.
     fn gradients(&self, m: usize) -> Result<Option<GradientSummary>, StatisticsError> {
         if self
             .0
@@ -444,7 +446,7 @@ impl File<'_> {
             .collect()
     }
 
-    /// Values and shape; `None` in `expected` stands for any length but 0.
+    /// Reads values and shape. `None` in `expected` stands for any length but 0.
     pub fn floats(
         &self,
         name: &'static str,

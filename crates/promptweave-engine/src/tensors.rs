@@ -1,4 +1,4 @@
-//! Between plain numbers and tensors.
+//! Conversions between plain numbers and tensors.
 
 use promptweave_domain::tensor::Tensor as PlainTensor;
 use tch::{Device, Kind, Tensor};
@@ -6,7 +6,8 @@ use tch::{Device, Kind, Tensor};
 use crate::error::EngineError;
 use crate::vit::Vit;
 
-/// L of a positive definite matrix [d, d] = L Lᵀ; `what` is to blame where it is not.
+/// The Cholesky factor L of a positive definite matrix [d, d] = L Lᵀ. `what` names the matrix in
+/// the error if it is not positive definite.
 pub(crate) fn cholesky(matrix: &Tensor, what: &'static str) -> Result<Tensor, EngineError> {
     let (factor, failed_at) = matrix.f_linalg_cholesky_ex(false, false)?;
     match i64::try_from(failed_at)? {
@@ -25,7 +26,7 @@ pub(crate) fn plain(tensor: &Tensor) -> Result<Vec<f32>, EngineError> {
     Ok(Vec::try_from(flat)?)
 }
 
-/// A prompt [m, d] where the model is.
+/// A prompt [m, d] on the model's device.
 pub fn prompt_tensor(prompt: &PlainTensor<f32>, vit: &Vit) -> Tensor {
     let shape: Vec<i64> = prompt.shape.iter().map(|s| *s as i64).collect();
     Tensor::from_slice(&prompt.values)

@@ -1,4 +1,4 @@
-//! What the engine's tests run on and compare with, beside the tiny task of [`tiny`].
+//! Fixtures and references of the engine's tests, beside the tiny task of [`tiny`].
 
 use std::path::Path;
 
@@ -16,7 +16,7 @@ use promptweave_formats::backbone::Backbone;
 
 pub use crate::compose::tiny::{D, TOKENS, noise};
 
-/// Classes that every head tells apart.
+/// Signal of classes that every head tells apart.
 const SIGNAL: f64 = 60.0;
 
 pub fn noise_tensor(shape: &[i64], seed: u64) -> Tensor {
@@ -24,7 +24,7 @@ pub fn noise_tensor(shape: &[i64], seed: u64) -> Tensor {
     Tensor::from_slice(&noise(len, seed)).view(shape)
 }
 
-/// The statistics of gradients [M, N, P] as their definition says, in one go.
+/// The statistics of gradients [M, N, P] by their definition, in one go.
 pub fn alignment_statistics(gradients: &Tensor) -> AlignmentStatistics {
     let (m, n, _) = gradients.size3().unwrap();
     let centred = gradients - gradients.mean_dim(0, true, Kind::Double);
@@ -49,7 +49,7 @@ pub fn write_backbone(dir: &Path) -> Backbone {
     Backbone::open(dir).unwrap()
 }
 
-/// A CPU stream's way through it, in f64.
+/// The pass that a CPU stream makes, in f64.
 pub fn tiny_pass(dir: &Path) -> Box<dyn Pass> {
     let compute = Compute::on(Device::Cpu, Precision::F64);
     let vit = Vit::load(&write_backbone(dir), &compute).unwrap();
@@ -64,7 +64,7 @@ pub fn input(dir: &Path, m: usize) -> CompositionInput {
     tiny::input(dir, m, SIGNAL).unwrap()
 }
 
-/// Notes what it is told and stops when told to.
+/// An observer that records what it is told, and stops when told to.
 #[derive(Default)]
 pub struct Recorder {
     pub seen: Vec<(Phase, u64, u64)>,
@@ -81,7 +81,7 @@ impl Observer for Recorder {
     }
 }
 
-/// Features [M, N, d] with class signal of the given strength a source.
+/// Features [M, N, d] with a class signal of the given strength for each source.
 pub fn features(strengths: &[f64], labels: &[usize], d: usize, seed: u64) -> Tensor {
     let (m, n) = (strengths.len(), labels.len());
     let classes = labels.iter().max().unwrap() + 1;
@@ -107,7 +107,7 @@ pub fn assert_close(a: f64, b: f64, tolerance: f64) {
     );
 }
 
-/// `standard` with a fixed ρ.
+/// H-score options: `standard` with a fixed ρ.
 pub fn standard(rho: f64) -> HScoreOptions {
     HScoreOptions {
         mode: Some(HScoreMode::Standard),

@@ -50,9 +50,9 @@ pub enum BackboneError {
 pub struct Backbone {
     pub dir: PathBuf,
     pub config: BackboneConfig,
-    /// sha256 over (name, shape, f32 bytes) of the tensors in name order, the head left out.
+    /// sha256 over (name, shape, f32 bytes) of the tensors in name order, without the head.
     pub digest: Digest,
-    /// Numbers in the model's tensors.
+    /// Number of values in the model's tensors.
     pub num_weights: u64,
 }
 
@@ -107,8 +107,8 @@ fn digest(model: &mut TensorFile) -> Result<Digest, TensorFileError> {
     Ok(digest.finish())
 }
 
-/// Every tensor a ViT of this configuration has, with its shape. LayerScale (`ls1`, `ls2`) is the
-/// one optional part: present in all blocks or in none.
+/// Every tensor of a ViT of this configuration, with its shape. LayerScale (`ls1`, `ls2`) is the
+/// one optional part: it is present in all blocks or in none.
 pub fn expected_tensors(
     config: &BackboneConfig,
     mlp_dim: usize,
@@ -155,7 +155,7 @@ pub fn expected_tensors(
 }
 
 fn check_tensors(config: &BackboneConfig, model: &TensorFile) -> Result<(), BackboneError> {
-    // The MLP's width is read off the file; all blocks must then agree with it.
+    // The MLP's width is taken from the file. All blocks must then agree with it.
     let mlp_dim = model
         .shape("blocks.0.mlp.fc1.weight")
         .and_then(|shape| shape.first().copied())
@@ -172,7 +172,7 @@ fn check_tensors(config: &BackboneConfig, model: &TensorFile) -> Result<(), Back
     }
 }
 
-/// That a tensor is there and has this shape.
+/// Checks that a tensor is present and has this shape.
 pub(crate) fn check_shape(
     model: &TensorFile,
     name: &str,

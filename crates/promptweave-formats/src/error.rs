@@ -2,13 +2,14 @@
 
 use std::io;
 
-/// Most entries, folders included.
+/// The most entries, folders included.
 pub const MAX_ENTRIES: usize = 250_000;
 
 /// Longest name of an entry, in bytes.
 pub const MAX_NAME: usize = 1024;
 
-/// Unpacked, an archive may be this many times larger than it is, and some; images hardly shrink.
+/// How many times larger than itself an archive may be when unpacked, plus a constant. Images
+/// hardly shrink.
 pub const MAX_RATIO: u64 = 100;
 
 #[derive(Debug, thiserror::Error)]

@@ -1,4 +1,4 @@
-//! Files by name, wherever they lie: in a folder, or in an archive, which is never unpacked.
+//! Files by name, in a folder or in an archive, which is never unpacked.
 
 use std::fs::{self, FileType};
 use std::io::{self, Read as _};
@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::FileError;
 
-/// Names have `/` between their parts; the outermost folder is `""`.
+/// A collection of files. Names have `/` between their parts; the outermost folder is `""`.
 pub trait Files {
     fn is_file(&self, path: &str) -> bool;
 
@@ -18,14 +18,14 @@ pub trait Files {
     /// Names of the files directly in `folder`, sorted.
     fn files(&self, folder: &str) -> io::Result<Vec<String>>;
 
-    /// A file's bytes, at most `max` of them.
+    /// A file's bytes. A file with more than `max` bytes is refused.
     fn read(&self, path: &str, max: u64) -> Result<Vec<u8>, FileError>;
 
-    /// How a file or folder is called in errors.
+    /// The name of a file or folder in errors.
     fn shown(&self, path: &str) -> PathBuf;
 }
 
-/// A folder of the operator's; names that are no UTF-8 count as absent.
+/// A folder on the operator's disk. Names that are not UTF-8 count as absent.
 #[derive(Clone, Debug)]
 pub struct Directory(PathBuf);
 
@@ -85,7 +85,7 @@ impl Files for Directory {
     }
 }
 
-/// Whether a relative path names something under its root, by its text alone.
+/// Whether a relative path stays under its root, by its text alone.
 pub fn stays_inside(path: &str) -> bool {
     use std::path::Component::Normal;
     !path.is_empty()
@@ -94,7 +94,7 @@ pub fn stays_inside(path: &str) -> bool {
             .all(|part| matches!(part, Normal(_)))
 }
 
-/// Whether a name ends as those of images do.
+/// Whether a name has the extension of an image.
 pub fn is_image_name(name: &str) -> bool {
     let extension = Path::new(name)
         .extension()

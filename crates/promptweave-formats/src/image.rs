@@ -1,4 +1,4 @@
-//! Image bytes to square RGB pixels, the way Pillow does it.
+//! Decodes image bytes to square RGB pixels, as Pillow does.
 
 use fast_image_resize as fir;
 use image::{ImageReader, Limits, RgbImage};
@@ -6,9 +6,10 @@ use std::io::Cursor;
 
 use promptweave_domain::backbone::{Filter, Preprocessing};
 
-/// Largest edge accepted, in pixels; a small file can claim a huge picture.
+/// The largest edge accepted, in pixels. A small file can declare a huge picture.
 const MAX_EDGE: u32 = 8192;
-/// Most pixels: a progressive JPEG is kept as coefficients besides, up to 15 bytes a pixel in all.
+/// The most pixels accepted. A progressive JPEG is also kept as coefficients, up to 15 bytes for
+/// each pixel in all.
 const MAX_PIXELS: u64 = 32_000_000;
 const MAX_ALLOC: u64 = 256 << 20;
 
@@ -27,7 +28,7 @@ pub enum UnreadableImage {
 pub fn decode(bytes: &[u8]) -> Result<RgbImage, UnreadableImage> {
     let reader = || ImageReader::new(Cursor::new(bytes)).with_guessed_format();
     let header = reader().map_err(image::ImageError::IoError)?;
-    // Looked at before the limits below, which do not say how large it is.
+    // The size is checked before the limits below, whose errors do not tell it.
     let (width, height) = header.into_dimensions()?;
     if width.max(height) > MAX_EDGE || u64::from(width) * u64::from(height) > MAX_PIXELS {
         return Err(UnreadableImage::TooLarge { width, height });
@@ -43,8 +44,8 @@ pub fn decode(bytes: &[u8]) -> Result<RgbImage, UnreadableImage> {
 
 /// Resizes directly to `size` × `size` and returns RGB bytes, row by row.
 ///
-/// Pillow's rule: a horizontal then a vertical pass, each rounded and clamped to u8; bicubic with
-/// a = -0.5; with `antialias` the filter's support is scaled when shrinking.
+/// It follows Pillow: a horizontal then a vertical pass, each rounded and clamped to u8; bicubic
+/// with a = -0.5. With `antialias` the filter's support is scaled when shrinking.
 pub fn resize(image: &RgbImage, preprocessing: &Preprocessing) -> Vec<u8> {
     let edge = preprocessing.size as u32;
     let filter = match preprocessing.filter {
@@ -57,8 +58,8 @@ pub fn resize(image: &RgbImage, preprocessing: &Preprocessing) -> Vec<u8> {
         fir::ResizeAlg::Interpolation(filter)
     };
     let options = fir::ResizeOptions::new().resize_alg(algorithm);
-    // One call an axis: in one call the crate takes the vertical pass first, and the rounding between
-    // the passes then moves pixels at hard edges by several levels from Pillow's.
+    // One call for each axis. In one call the crate takes the vertical pass first, and the rounding
+    // between the passes then moves pixels at hard edges by several levels from Pillow's.
     let mut wide = fir::images::Image::new(edge, image.height(), fir::PixelType::U8x3);
     let mut resized = fir::images::Image::new(edge, edge, fir::PixelType::U8x3);
     let mut resizer = fir::Resizer::new();

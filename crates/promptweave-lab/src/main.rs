@@ -1,4 +1,5 @@
-//! promptweave's laboratory: compares the methods on a suite of tasks, and makes the tables and pictures of it.
+//! promptweave's laboratory: compares the methods on a suite of tasks, and makes tables and
+//! pictures of the results.
 
 mod reproduce;
 

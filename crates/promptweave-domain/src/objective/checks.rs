@@ -1,4 +1,5 @@
-//! What an objective may be beyond its shape: ranges, what the experimental options go with, and what needs a backbone.
+//! Checks of an objective beyond its shape: ranges, conflicts of the experimental options, and
+//! options that need a backbone.
 
 use crate::method::{Fallback, MAX_SCALE, MAX_TARGET_EPOCHS, Method, Scale, UniformMix};
 use crate::objective::{
@@ -9,7 +10,7 @@ use crate::objective::{
 #[derive(Debug, thiserror::Error, PartialEq)]
 #[error("`{field}` {problem}")]
 pub struct InvalidObjective {
-    /// Dotted, e.g. `h_score.shrinkage`.
+    /// The field's dotted path, e.g. `h_score.shrinkage`.
     pub field: &'static str,
     pub problem: String,
 }
@@ -19,7 +20,8 @@ fn refuse<T>(field: &'static str, problem: impl Into<String>) -> Result<T, Inval
     Err(InvalidObjective { field, problem })
 }
 
-/// Below 1e-6 a covariance of fewer samples than dimensions is singular in floating point.
+/// Checks that ρ lies in [1e-6, 1). Below 1e-6 a covariance of fewer samples than dimensions is
+/// singular in floating point.
 pub fn check_shrinkage(field: &'static str, rho: f64) -> Result<(), InvalidObjective> {
     if (1e-6..1.0).contains(&rho) {
         return Ok(());
@@ -41,7 +43,8 @@ fn check_target_epochs(epochs: u32) -> Result<(), InvalidObjective> {
 }
 
 impl Shrinkage {
-    /// Checks the range. 0 passes: whether there are samples enough for it, [`Self::check_samples`] says.
+    /// Checks the range of ρ. 0 passes here: [`Self::check_samples`] checks whether there are
+    /// samples enough for it.
     pub fn check(self, field: &'static str) -> Result<(), InvalidObjective> {
         match self {
             Self::Fixed(0.0) | Self::Estimated(_) => Ok(()),
@@ -49,7 +52,7 @@ impl Shrinkage {
         }
     }
 
-    /// Refuses ρ = 0 where the covariance of N samples in d dimensions is singular.
+    /// Refuses ρ = 0 if the covariance of N samples in d dimensions is singular.
     pub fn check_samples(self, n: usize, d: usize) -> Result<(), InvalidObjective> {
         if self != Self::Fixed(0.0) || n > d + 1 {
             return Ok(());
@@ -66,7 +69,7 @@ impl Shrinkage {
 }
 
 impl HScoreOptions {
-    /// As [`Shrinkage::check_samples`]; `trace_ratio` inverts nothing.
+    /// Applies [`Shrinkage::check_samples`], except with `trace_ratio`, which inverts nothing.
     pub fn check_samples(&self, n: usize, d: usize) -> Result<(), InvalidObjective> {
         match self.mode() {
             HScoreMode::Standard | HScoreMode::CrossValidated => {
@@ -78,7 +81,7 @@ impl HScoreOptions {
 }
 
 impl Objective {
-    /// How the terms are weighed.
+    /// How the two terms are weighed.
     pub fn weighing(&self) -> Weighing {
         match &self.options {
             MethodOptions::HgpromptCv(both) | MethodOptions::Hgprompt(both) => match both.trade_off
@@ -94,12 +97,12 @@ impl Objective {
         }
     }
 
-    /// Checks ranges, and what the experimental options go with.
+    /// Checks ranges and conflicts of the experimental options. Returns the first mistake.
     pub fn check(&self) -> Result<(), InvalidObjective> {
         self.mistakes().into_iter().next().map_or(Ok(()), Err)
     }
 
-    /// All that is wrong with it.
+    /// All mistakes in the objective.
     pub fn mistakes(&self) -> Vec<InvalidObjective> {
         let checked = [
             self.h_score.shrinkage().check("h_score.shrinkage"),
@@ -201,8 +204,9 @@ impl Objective {
         Ok(())
     }
 
-    /// What it means on the whole, with what is not said as the method has it. Without a backbone, or where a `early_stopping` looks at
-    /// α on the way, there can be no fallback.
+    /// The objective with every omitted option filled in by the method's defaults. Without a
+    /// backbone, or with `early_stopping` (which looks at α on the way), there can be no fallback
+    /// (`can_fall_back`).
     pub fn settled(&self, can_fall_back: bool) -> Self {
         let mut settled = self.clone();
         let h_score = &mut settled.h_score;
@@ -223,8 +227,8 @@ impl Objective {
         settled
     }
 
-    /// What is left of it where α is solved for again without a backbone: no refinement, nothing that is chosen by forward
-    /// passes, and Σ αᵢ Pᵢ itself.
+    /// The objective without all that needs a backbone, for solving for α again: no refinement,
+    /// nothing that forward passes choose, and the plain sum Σ αᵢ Pᵢ.
     pub fn without_forward_passes(&self) -> Self {
         let Experimental {
             entropy,
@@ -248,7 +252,7 @@ impl Objective {
         left
     }
 
-    /// All that needs a backbone, where there is only a statistics file.
+    /// All options that need a backbone, as mistakes of an objective for a statistics file.
     pub fn needs_backbone(&self) -> Vec<InvalidObjective> {
         const RUN: &str = "needs the backbone: run the whole composition";
         let method = self.method();
@@ -284,7 +288,8 @@ impl Objective {
             .collect()
     }
 
-    /// All that differs from what statistics were made with: `recorded`, and gradients of this kind, if any.
+    /// All differences from the objective that the statistics were made with (`recorded`) and from
+    /// their kind of `gradients`, if any.
     pub fn differs_from_statistics(
         &self,
         recorded: &Self,
@@ -400,7 +405,7 @@ mod tests {
             "{singular}"
         );
         assert!(Shrinkage::Fixed(0.0).check_samples(10, 8).is_ok());
-        // Nothing is inverted for a ratio of traces.
+        // A ratio of traces inverts nothing.
         let mut of_none = read(r#"{"h_score": {"shrinkage": 0.0}}"#).h_score;
         assert!(of_none.check_samples(9, 8).is_err());
         of_none.mode = Some(HScoreMode::TraceRatio);

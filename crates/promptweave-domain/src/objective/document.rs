@@ -1,4 +1,4 @@
-//! An objective as JSON: a flat object whose `method` says what else may be in it.
+//! An objective as JSON: a flat object whose `method` decides which other fields are allowed.
 
 use serde::de::{DeserializeOwned, Error as _};
 use serde::{Deserialize, Deserializer};
@@ -17,7 +17,7 @@ use crate::objective::{
     AlignTokens, Experimental, HScoreMode, HScoreOptions, HeadOptions, Objective,
 };
 
-/// What all methods have.
+/// The options that all methods have.
 #[derive(Default, Deserialize, ToSchema)]
 #[serde(default)]
 struct Common {
@@ -89,7 +89,8 @@ impl Objective {
         })
     }
 
-    /// The same by another method: less what that one does not have, and what is said of the solution of this one.
+    /// This objective with another method. It loses the options that the other method does not
+    /// have, and those about this method's solution.
     pub fn for_method(&self, method: Method) -> Self {
         let Ok(Value::Object(mut fields)) = serde_json::to_value(self) else {
             unreachable!("an objective is an object");
@@ -149,7 +150,7 @@ fn no_option(name: &str, method: Method) -> String {
     format!("unknown field `{name}`: the method `{method}` has {has}{whose}")
 }
 
-// ---- In the API's document ---------------------------------------------------------------------
+// ---- Schema in the API's document --------------------------------------------------------------
 
 impl PartialSchema for Objective {
     fn schema() -> RefOr<Schema> {
@@ -173,7 +174,7 @@ impl ToSchema for Objective {
     }
 }
 
-/// All that a request by this method may have.
+/// The schema of a request with this method: all fields that it may have.
 fn of_method(method: Method) -> Schema {
     let (own, description) = match method {
         Method::HgpromptCv => (
@@ -234,7 +235,7 @@ mod tests {
             assert_eq!(objective.method(), method);
             let written = json!(objective);
             assert_eq!(read(written.clone()), objective);
-            // What there is of a method is written, and may be asked for.
+            // All options of a method are written, and may be requested.
             for name in written.as_object().unwrap().keys() {
                 assert!(name == "method" || method.has(name), "{method}: {name}");
             }
@@ -306,7 +307,7 @@ mod tests {
             .map(|m| (m.pointer.as_str(), m.detail.clone()))
             .collect();
         assert_eq!(told, expected);
-        // Without a method that there is, nothing can be said of the rest.
+        // With an unknown method, the rest cannot be checked.
         let told = mistakes(json!({"method": "best", "by": "logme"}));
         assert_eq!(told.len(), 1);
         assert_eq!(told[0].pointer, "/method");

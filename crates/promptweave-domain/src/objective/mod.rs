@@ -1,5 +1,5 @@
-//! The method's settings, and what they may be: one shape for the API, the command line, a job's
-//! specification and the metadata of `statistics.safetensors`.
+//! The method's settings and their ranges. They have one shape for the API, the command line, a
+//! job's specification and the metadata of `statistics.safetensors`.
 
 mod checks;
 mod document;
@@ -17,52 +17,56 @@ pub use self::options::{
 };
 use crate::method::{Criterion, Fallback, Method, Scale, Similarity, SpotChoice, UniformMix};
 
-/// Refinement steps after which nothing more is to be expected of them; each is a pass over all samples.
+/// The most refinement steps accepted; more are not expected to help. Each step is a pass over all
+/// samples.
 pub const MAX_REFINE: u32 = 100;
 
-/// What is asked of a composition: a method with its own options, and what all methods have. Everything has a default.
+/// The settings of a composition: a method with its own options, and the options that all methods
+/// have. Everything has a default.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Objective {
     #[serde(flatten)]
     pub options: MethodOptions,
-    /// How features are measured: what some methods go by, and all report.
+    /// How features are measured. Some methods decide by it, and all report it.
     pub h_score: HScoreOptions,
-    /// The head that defines the loss.
+    /// The closed-form head that defines the loss.
     pub head: HeadOptions,
     pub align_tokens: AlignTokens,
     #[serde(skip_serializing_if = "is_off")]
     pub experimental: Experimental,
 }
 
-/// Options that were found without effect, or worse, where they were measured; they may go in any version.
+/// Options without effect, or with harm, where they were measured. Any version may remove them.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Experimental {
-    /// τ ≥ 0: subtracts τ·S(α)/ln M from the minimised function, which is on a scale of order 1; S is the
-    /// entropy. Weights become dense, so that every source has a rank. 0 is off. With methods that take gradients.
+    /// τ ≥ 0: subtracts τ·S(α)/ln M from the minimised function, which is on a scale of order 1; S
+    /// is the entropy. Weights become dense, so that every source has a rank. 0 is off. It needs a
+    /// method that takes gradients.
     #[serde(skip_serializing_if = "is_off")]
     #[schema(minimum = 0)]
     pub entropy: f64,
-    /// Projected-gradient steps on the objective with the true H(f of Σ αᵢ Pᵢ), through the backbone,
-    /// after solving; each is accepted only if it improves that objective. 0 is off, at most 100; excludes
-    /// `entropy`, `uniform_mix`, `scale`, a `fallback` and methods that do not solve.
+    /// Number of projected-gradient steps after solving, at most 100; 0 is off. The steps are on
+    /// the objective with the true H(f of Σ αᵢ Pᵢ), through the backbone, and each is accepted only
+    /// if it improves that objective. Excludes `entropy`, `uniform_mix`, `scale`, a `fallback` and
+    /// methods that do not solve for α.
     #[serde(skip_serializing_if = "is_off")]
     #[schema(maximum = 100)]
     pub refine: u32,
-    /// γ in αᵢ = (1-γ) α*ᵢ + γ/M: how far the weights α* that the method finds are pulled towards equal ones, which are hard to
-    /// beat where α* is uncertain. Default 0; excludes `refine`.
+    /// γ in αᵢ = (1-γ) α*ᵢ + γ/M: how far the method's weights α* are pulled towards equal ones,
+    /// which are hard to beat if α* is uncertain. Default 0; excludes `refine`.
     #[serde(skip_serializing_if = "is_off")]
     pub uniform_mix: UniformMix,
-    /// β in P_T = P₀ + β Σ αᵢ (Pᵢ - P₀): how far the composed prompt goes from the shared initial prompt P₀ towards
-    /// Σ αᵢ Pᵢ. Default 1, the paper's sum; excludes `refine`.
+    /// β in P_T = P₀ + β Σ αᵢ (Pᵢ - P₀): how far the composed prompt goes from the shared initial
+    /// prompt P₀ towards Σ αᵢ Pᵢ. Default 1, the paper's sum; excludes `refine`.
     #[serde(skip_serializing_if = "is_off")]
     pub scale: Scale,
-    /// Init seed of P₀, for a `scale` other than 1 [default: the one that all sources say they have].
+    /// Init seed of P₀, for a `scale` other than 1 [default: the seed that all sources state].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub anchor_seed: Option<u64>,
 }
 
-/// Off, which is what leaving it out means.
+/// Whether the option is off, which is also its meaning when omitted.
 fn is_off<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
 }
@@ -82,12 +86,12 @@ pub enum Weighing {
     expecting = "expected a number, `knee`, `validation`, or `{\"alignment_weight\": …}` with a number"
 )]
 pub enum TradeOff {
-    /// t in [0, 1]: 0 weighs transferability alone, 1 gradient alignment alone. Scale-free: both
-    /// terms are normalised by their range between their own optima.
+    /// t in [0, 1]: 0 weighs transferability alone, 1 gradient alignment alone. The scale of the
+    /// terms does not matter: both are normalised by their range between their own optima.
     Value(f64),
-    /// What chooses t on the path.
+    /// The rule that chooses t on the Pareto path.
     Rule(TradeOffRule),
-    /// No t, but λ as it is.
+    /// The weight λ itself in place of t.
     Weight(AlignmentWeight),
 }
 
@@ -100,7 +104,7 @@ impl Default for TradeOff {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct AlignmentWeight {
-    /// λ ≥ 0 in L(α) = -H(α) + λ L_align(α), taken as it is.
+    /// λ ≥ 0 in L(α) = -H(α) + λ L_align(α), used as it is.
     #[schema(minimum = 0)]
     pub alignment_weight: f64,
 }
@@ -111,19 +115,21 @@ pub enum TradeOffRule {
     /// The point of the path farthest from the chord between its ends, both terms normalised.
     Knee,
     /// The point of the path whose composed prompt has the lowest cross-fitted loss on the target
-    /// samples with a closed-form head: one forward pass a distinct point.
+    /// samples with a closed-form head. It takes one forward pass for each distinct point.
     Validation,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct HScoreOptions {
-    /// `standard`: the definition, tr(cov(f)⁻¹ cov(E[f|y])); `cross_validated`: the same measure of samples that it was not fitted on;
-    /// `trace_ratio`: tr cov(E[f|y]) / tr cov(f). Default `cross_validated`; with the method `hgprompt` and in a ranking, `standard`.
+    /// How H is computed. `standard` is the definition, tr(cov(f)⁻¹ cov(E[f|y])). `cross_validated`
+    /// is the same measure on samples that it was not fitted on. `trace_ratio` is tr cov(E[f|y]) /
+    /// tr cov(f). Default `cross_validated`; with the method `hgprompt` and in a ranking,
+    /// `standard`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mode: Option<HScoreMode>,
     pub standardise: Standardise,
-    /// Default 0.3 with `cross_validated`, otherwise 0.01.
+    /// The shrinkage ρ of the covariance. Default 0.3 with `cross_validated`, otherwise 0.01.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub shrinkage: Option<Shrinkage>,
 }
@@ -133,7 +139,7 @@ impl HScoreOptions {
         self.mode.unwrap_or_default()
     }
 
-    /// ρ, or how it is estimated.
+    /// The given ρ or its estimator, or the default for the mode.
     pub fn shrinkage(&self) -> Shrinkage {
         self.shrinkage
             .unwrap_or(Shrinkage::Fixed(match self.mode() {
@@ -146,31 +152,32 @@ impl HScoreOptions {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum HScoreMode {
-    /// K-1 less the squared error with which ridge regression of the classes on the features, ρ and all, misses samples that it
-    /// was not fitted on, by generalised cross-validation (Golub, Heath & Wahba 1979). Not raised by chance where N is not far
-    /// above d; below 0 where the features are worse than none.
+    /// K-1 minus the squared error of a ridge regression (shrunken by ρ) of the classes on the
+    /// features, on samples that it was not fitted on, by generalised cross-validation (Golub,
+    /// Heath & Wahba 1979). Chance does not raise it even if N is not far above d. It is below 0 if
+    /// the features predict worse than none.
     #[default]
     CrossValidated,
-    /// tr(cov(f)⁻¹ cov(E[f|y])), the definition (Bao et al. 2019): what the same regression explains of the samples that it was
-    /// fitted on.
+    /// tr(cov(f)⁻¹ cov(E[f|y])), the definition (Bao et al. 2019): what the same regression
+    /// explains of the samples that it was fitted on.
     Standard,
-    /// tr cov(E[f|y]) / tr cov(f), as in H-ensemble's code (Wu et al. 2024); needs no shrinkage.
+    /// tr cov(E[f|y]) / tr cov(f), as in H-ensemble's code (Wu et al. 2024). It needs no shrinkage.
     TraceRatio,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Standardise {
-    /// Features enter as they are.
+    /// Features are used as they are.
     #[default]
     None,
     /// Every coordinate of every source's features is divided by its own standard deviation.
     PerSource,
 }
 
-/// ρ in Σ_ρ = (1-ρ)Σ + ρ(tr Σ/d)I: 0 (with more than d+1 samples) or a number in [1e-6, 1), or an
-/// estimate from the uniform mixture of the features, which then stays as it is while α moves. Too
-/// low and noise directions score near d ≥ N; too high and α collapses to one source.
+/// ρ in Σ_ρ = (1-ρ)Σ + ρ(tr Σ/d)I. It is 0 (with more than d+1 samples), a number in [1e-6, 1), or
+/// an estimate from the uniform mixture of the features, which stays fixed while α moves. If ρ is
+/// too low, noise directions score near d ≥ N; if it is too high, α collapses to one source.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(untagged, expecting = "expected a number, `oas` or `ledoit_wolf`")]
 pub enum Shrinkage {
@@ -183,7 +190,7 @@ pub enum Shrinkage {
 pub enum ShrinkageEstimate {
     /// Oracle approximating shrinkage (Chen et al. 2010).
     Oas,
-    /// Ledoit & Wolf 2004.
+    /// The estimator of Ledoit & Wolf (2004).
     LedoitWolf,
 }
 
@@ -194,8 +201,8 @@ pub struct AlignmentOptions {
     pub gradient_normalization: GradientNormalization,
 }
 
-/// Which variant of the gradient-alignment term; the paper leaves open about what gradients vary and
-/// which mean the variances are compared with.
+/// The variant of the gradient-alignment term. The paper leaves open what the gradients' variances
+/// are about, and which mean they are compared with.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum AlignmentVariant {
@@ -204,15 +211,15 @@ pub enum AlignmentVariant {
     MixtureWeighted,
     /// Variances about the mixed gradient, against their plain mean: a convex quadratic (R2).
     MixtureUniform,
-    /// Variances about each prompt's own mean, against their α-weighted mean, as in Fishr (Ramé et al.
-    /// 2022). Uniform weights always minimise it (R3).
+    /// Variances about each prompt's own mean, against their α-weighted mean, as in Fishr (Ramé et
+    /// al. 2022). Uniform weights always minimise it (R3).
     Fishr,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum GradientNormalization {
-    /// Gradients enter as they are, so that prompts with large gradients weigh more.
+    /// Gradients are used as they are, so that prompts with large gradients weigh more.
     #[default]
     None,
     /// Each prompt's gradients are divided by the root mean square of their norms over the samples.
@@ -223,8 +230,8 @@ pub enum GradientNormalization {
 #[serde(deny_unknown_fields, default)]
 pub struct HeadOptions {
     pub kind: HeadKind,
-    /// ρ_h in [1e-6, 1), the shrinkage of the closed-form head that defines the loss. Too low and the
-    /// head saturates, so that a few samples make up all of the gradient.
+    /// ρ_h in [1e-6, 1), the shrinkage of the closed-form head that defines the loss. If it is too
+    /// low, the head saturates and a few samples make up all of the gradient.
     #[schema(minimum = 1e-6, exclusive_maximum = 1)]
     pub shrinkage: f64,
 }
@@ -242,10 +249,10 @@ impl Default for HeadOptions {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum HeadKind {
-    /// Shrunken linear discriminant analysis, one head a source.
+    /// Shrunken linear discriminant analysis, one head for each source.
     #[default]
     Lda,
-    /// Ridge regression on one-hot labels, one head a source.
+    /// Ridge regression on one-hot labels, one head for each source.
     Ridge,
     /// One shrunken linear discriminant analysis on the features of all sources together.
     Shared,
@@ -257,14 +264,14 @@ pub enum AlignTokens {
     /// Token i of every prompt is summed with token i of the others.
     #[default]
     Off,
-    /// Every prompt's tokens are first put into the order that matches those of the most central prompt
+    /// The tokens of every prompt are first reordered to match those of the most central prompt
     /// best (assignment on cosine similarity). No feature depends on that order; Σ αᵢ Pᵢ does.
     Hungarian,
 }
 
 // ---- Text, for the command line --------------------------------------------------------------
 
-/// Reads a word as JSON would, so that the command line and the API know the same words.
+/// Reads a word as JSON would, so that the command line and the API accept the same words.
 fn from_word<T: for<'a> Deserialize<'a>>(text: &str) -> Result<T, String> {
     let word = match text.parse::<f64>() {
         Ok(number) => serde_json::json!(number),

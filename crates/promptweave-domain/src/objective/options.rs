@@ -1,4 +1,5 @@
-//! Each method with the options that it has, and no others: what has no meaning for a method cannot be asked of it.
+//! Each method with its own options and no others: an option without meaning for a method cannot be
+//! requested.
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -25,37 +26,42 @@ pub enum MethodOptions {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct BothTerms {
-    /// t in [0, 1]: 0 weighs transferability alone, 1 gradient alignment alone; `knee` and `validation` choose it on the
-    /// path. Or `{"alignment_weight": λ}`. Default 0.5.
+    /// t in [0, 1]: 0 weighs transferability alone, 1 gradient alignment alone. `knee` and
+    /// `validation` choose it on the Pareto path. `{"alignment_weight": λ}` gives λ instead.
+    /// Default 0.5.
     pub trade_off: TradeOff,
     pub alignment: AlignmentOptions,
-    /// `single_best`: where the source with the lowest cross-fitted loss on the target samples does better on them than the composed
-    /// prompt, it gets all weight. `none`: never. Excludes `refine`. Default
-    /// `single_best` with the method `hgprompt_cv` (without `refine`, `early_stopping`, and with a backbone), otherwise `none`.
+    /// What to do if the composed prompt does worse than a single source. With `single_best`, the
+    /// source with the lowest cross-fitted loss on the target samples gets all weight if its loss
+    /// is below the composed prompt's. With `none`, nothing. Excludes `refine`. Default
+    /// `single_best` with the method `hgprompt_cv` (without `refine` and `early_stopping`, and with
+    /// a backbone), otherwise `none`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fallback: Option<Fallback>,
 }
 
-/// The options of gradient alignment alone.
+/// The options of the method that minimises gradient alignment alone.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct AlignmentTerm {
     pub alignment: AlignmentOptions,
-    /// As with `hgprompt_cv`; `none` by default.
+    /// What to do if the composed prompt does worse than a single source, as with `hgprompt_cv`.
+    /// Default `none`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fallback: Option<Fallback>,
 }
 
-/// The option of methods that have no other.
+/// The options of methods that have a fallback and nothing else.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct Guarded {
-    /// As with `hgprompt_cv`; `none` by default.
+    /// What to do if the composed prompt does worse than a single source, as with `hgprompt_cv`.
+    /// Default `none`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fallback: Option<Fallback>,
 }
 
-/// The option of the best single source, which has nothing to fall back to.
+/// The options of the best single source, which has no fallback.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct SingleBest {
@@ -67,33 +73,36 @@ pub struct SingleBest {
 #[serde(default)]
 pub struct Spot {
     pub similarity: Similarity,
-    /// Only so many of the sources, the most similar [default: all].
+    /// The number of most similar sources to use [default: all].
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1)]
     pub top_k: Option<usize>,
     pub choice: SpotChoice,
-    /// Epochs of the short tuning, as with `panda`.
+    /// Epochs of the short tuning on the target, as with `panda`.
     #[schema(minimum = 1, maximum = 100)]
     pub target_epochs: u32,
-    /// As with `hgprompt_cv`; `none` by default.
+    /// What to do if the composed prompt does worse than a single source, as with `hgprompt_cv`.
+    /// Default `none`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fallback: Option<Fallback>,
 }
 
-/// The options of methods that tune on the target, and have no others.
+/// The options of methods that tune on the target and have no other options of their own.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct TargetTuned {
-    /// Epochs of the short tuning on the target samples that is compared with or learned by, otherwise as `promptweave tune` does
-    /// it, from the sources' common initial prompt where they say that they have one.
+    /// Epochs of the short tuning on the target samples, on which the weights are based. Otherwise
+    /// it runs like `promptweave tune`, and starts from the sources' common initial prompt if they
+    /// state one.
     #[schema(minimum = 1, maximum = 100)]
     pub target_epochs: u32,
-    /// As with `hgprompt_cv`; `none` by default.
+    /// What to do if the composed prompt does worse than a single source, as with `hgprompt_cv`.
+    /// Default `none`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fallback: Option<Fallback>,
 }
 
-/// Epochs of the short tuning on the target, where none are asked for.
+/// Default number of epochs of the short tuning on the target.
 pub const TARGET_EPOCHS: u32 = 5;
 
 impl Default for Spot {
@@ -138,7 +147,7 @@ impl MethodOptions {
         }
     }
 
-    /// The trade-off, where the method has one.
+    /// The trade-off, if the method has one.
     pub fn trade_off_mut(&mut self) -> Option<&mut TradeOff> {
         match self {
             Self::HgpromptCv(both) | Self::Hgprompt(both) => Some(&mut both.trade_off),
@@ -146,7 +155,7 @@ impl MethodOptions {
         }
     }
 
-    /// The fallback, where the method has one.
+    /// The fallback, if the method has one.
     pub fn fallback_mut(&mut self) -> Option<&mut Option<Fallback>> {
         match self {
             Self::HgpromptCv(both) | Self::Hgprompt(both) => Some(&mut both.fallback),
@@ -158,7 +167,7 @@ impl MethodOptions {
         }
     }
 
-    /// Epochs of the short tuning on the target, where the method has one.
+    /// The epochs of the short tuning, if the method tunes on the target.
     pub fn target_epochs_mut(&mut self) -> Option<&mut u32> {
         match self {
             Self::Spot(spot) => Some(&mut spot.target_epochs),
@@ -173,7 +182,8 @@ impl Objective {
         self.options.method()
     }
 
-    /// How gradients are aligned, where the method takes any; what the others report goes by the default.
+    /// The alignment options, if the method takes gradients. The defaults apply to what the other
+    /// methods report.
     pub fn alignment(&self) -> Option<AlignmentOptions> {
         match &self.options {
             MethodOptions::HgpromptCv(both) | MethodOptions::Hgprompt(both) => Some(both.alignment),
@@ -182,7 +192,7 @@ impl Objective {
         }
     }
 
-    /// Whether a `fallback` is asked for.
+    /// Whether a `fallback` is requested.
     pub fn falls_back(&self) -> bool {
         let asked = match &self.options {
             MethodOptions::HgpromptCv(both) | MethodOptions::Hgprompt(both) => both.fallback,
@@ -195,7 +205,7 @@ impl Objective {
         asked == Some(Fallback::SingleBest)
     }
 
-    /// Epochs of the short tuning on the target, where the method has one.
+    /// Epochs of the short tuning, if the method tunes on the target.
     pub fn target_epochs(&self) -> Option<u32> {
         match &self.options {
             MethodOptions::Spot(spot) => Some(spot.target_epochs),

@@ -1,4 +1,4 @@
-//! Why a file is not a prompt file: the tensor or key at fault, and the rule.
+//! Why a file is not a prompt file: the tensor or key at fault, and the rule that it breaks.
 
 use safetensors::SafeTensorError;
 
@@ -7,7 +7,8 @@ use crate::prompt_file::metadata::{MAX_METADATA_BYTES, METADATA_KEY};
 
 #[derive(Debug, thiserror::Error)]
 pub enum PromptFileError {
-    /// Refused before anything is parsed: such files can run code when loaded.
+    /// A file of another format. It is refused before anything is parsed, since such files can run
+    /// code when loaded.
     #[error("the file is {}, and only safetensors is accepted; {}", .0.name, .0.advice)]
     Foreign(ForeignFormat),
     #[error("not a safetensors file")]
@@ -69,7 +70,7 @@ impl PromptFileError {
     }
 }
 
-/// What to do with a tensor that other programs put beside a prompt.
+/// Advice about a tensor that other programs store beside a prompt.
 fn hint(tensor: &str) -> &'static str {
     let name = tensor.rsplit('.').next().unwrap_or(tensor);
     if tensor.contains("prompt_proj") {

@@ -9,8 +9,8 @@ use crate::prompt_file::error::PromptFileError;
 
 pub const METADATA_KEY: &str = "promptweave";
 pub const FORMAT: u32 = 1;
-/// Longest metadata accepted, in bytes (it is kept with every version and sent in every list;
-/// a thousand class names take some 20 KiB).
+/// The longest metadata accepted, in bytes. It is kept with every version and sent in every list; a
+/// thousand class names take some 20 KiB.
 pub const MAX_METADATA_BYTES: usize = 256 << 10;
 
 /// How a prompt came to be.
@@ -21,11 +21,12 @@ pub enum Origin {
     Uploaded,
     /// Trained by `promptweave tune`.
     Tuned,
-    /// Σ αᵢ Pᵢ, made by an ensemble.
+    /// The sum Σ αᵢ Pᵢ, made by an ensemble.
     Composed,
 }
 
-/// What the file says about itself. No time and no job id: the same content gives the same bytes.
+/// A prompt file's statements about itself. It has no time and no job id, so that the same content
+/// gives the same bytes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PromptMetadata {
@@ -33,7 +34,8 @@ pub struct PromptMetadata {
     /// Digest of the frozen backbone the prompt was trained for.
     #[serde(default)]
     pub backbone_digest: Option<Digest>,
-    /// e.g. `98-bicubic-imagenet`; prompts of different preprocessing do not mix.
+    /// The preprocessing, e.g. `98-bicubic-imagenet`. Prompts with different preprocessing cannot
+    /// be mixed.
     #[serde(default)]
     pub preprocessing_id: Option<String>,
     /// Seed of the initial prompt. Prompts from one init keep their tokens in a common order.
@@ -41,7 +43,7 @@ pub struct PromptMetadata {
     pub init_seed: Option<u64>,
     #[serde(default)]
     pub task: Option<String>,
-    /// Class names of that task, in label order.
+    /// Class names of the prompt's task, in label order.
     #[serde(default)]
     pub classes: Option<Vec<String>>,
     pub origin: Origin,
@@ -51,7 +53,7 @@ pub struct PromptMetadata {
 }
 
 impl PromptMetadata {
-    /// Of a file that says nothing about itself.
+    /// The metadata of a file that says nothing about itself.
     pub fn unknown() -> Self {
         Self {
             format: FORMAT,

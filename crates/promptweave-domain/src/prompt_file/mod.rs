@@ -30,27 +30,27 @@ pub use read::{MAX_EMBED_DIM, MAX_TOKENS};
 /// A linear head on the feature: logits = W f + b.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Head {
-    /// [K, d]
+    /// The weights W, [K, d].
     pub weight: Tensor<f32>,
-    /// [K]
+    /// The biases b, [K].
     pub bias: Tensor<f32>,
 }
 
 /// A few labelled features of the source task, for transferability scores that need them.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sketch {
-    /// [n, d]
+    /// The features, [n, d].
     pub features: Tensor<f32>,
-    /// [n]
+    /// The labels, [n].
     pub labels: Tensor<i64>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct PromptFile {
     pub metadata: Option<PromptMetadata>,
-    /// [m, d]
+    /// The prompt at the first block's input, [m, d].
     pub prompt_embeddings: Tensor<f32>,
-    /// [L-1, m, d]
+    /// The prompts of the blocks after the first, [L-1, m, d].
     pub deep_prompt_embeddings: Option<Tensor<f32>>,
     pub head: Option<Head>,
     pub sketch: Option<Sketch>,
@@ -59,7 +59,8 @@ pub struct PromptFile {
 }
 
 impl PromptFile {
-    /// The bytes of the file: f32, names sorted, one metadata key. Same content, same bytes.
+    /// The bytes of the file: f32, names sorted, one metadata key. The same content gives the same
+    /// bytes.
     pub fn to_bytes(&self) -> Vec<u8> {
         let mut tensors: Vec<(&str, Stored)> =
             vec![("prompt_embeddings", Stored::from(&self.prompt_embeddings))];
@@ -75,7 +76,7 @@ impl PromptFile {
             tensors.push(("sketch.labels", Stored::from(&sketch.labels)));
         }
         let metadata = self.metadata.as_ref().map(|metadata| {
-            // Through `Value`, whose maps are sorted by key.
+            // `Value` has maps sorted by key.
             let json = serde_json::to_value(metadata)
                 .expect("plain data")
                 .to_string();

@@ -9,9 +9,9 @@ use crate::prompt_file::{Head, PromptFile, Sketch};
 use crate::tensor::{Tensor, read_f32, read_i64};
 use crate::words::PromptDtype;
 
-/// Longest prompt accepted, in tokens (VPT's own grid ends at 200).
+/// The longest prompt accepted, in tokens (VPT's own grid ends at 200).
 pub const MAX_TOKENS: usize = 4096;
-/// Widest prompt accepted (the largest public ViT, 22 B parameters, has 6144).
+/// The widest prompt accepted (the largest public ViT, with 22 B parameters, has 6144).
 pub const MAX_EMBED_DIM: usize = 16_384;
 
 impl PromptFile {
@@ -93,7 +93,8 @@ fn shape(tensor: &str, shape: &[usize], expected: &str) -> PromptFileError {
     }
 }
 
-/// One K throughout: class names where the file has them, the head's rows, the sketch's labels.
+/// Checks that K is the same throughout: the number of class names, if the file has them, of the
+/// head's rows, and of the sketch's labels.
 fn check_classes(
     classes: Option<usize>,
     head: Option<&Head>,

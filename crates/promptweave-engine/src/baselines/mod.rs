@@ -1,4 +1,4 @@
-//! α by the methods that do not solve for it: from features, or from prompts, alone.
+//! Weights α by the methods that do not solve for them, from features or prompts alone.
 
 use tch::{Kind, Tensor};
 
@@ -12,12 +12,12 @@ use promptweave_domain::method::{Criterion, Similarity};
 use promptweave_domain::objective::Objective;
 use promptweave_domain::tensor::Tensor as PlainTensor;
 
-/// 1/M each.
+/// Equal weights, 1/M each.
 pub fn uniform(m: usize) -> Vec<f64> {
     vec![1.0 / m as f64; m]
 }
 
-/// (1-γ) αᵢ + γ/M
+/// Pulls weights towards equal ones: (1-γ) αᵢ + γ/M.
 pub fn towards_uniform(alpha: &[f64], gamma: f64) -> Vec<f64> {
     let equal = gamma / alpha.len() as f64;
     alpha
@@ -26,14 +26,14 @@ pub fn towards_uniform(alpha: &[f64], gamma: f64) -> Vec<f64> {
         .collect()
 }
 
-/// All weight on the source of the highest score; of equals on the first.
+/// All weight on the source with the highest score; of equals, on the first.
 pub fn single_best(scores: &[f64]) -> Vec<f64> {
     let best = (0..scores.len()).max_by(|a, b| scores[*a].total_cmp(&scores[*b]).then(b.cmp(a)));
     towards_vertex(best.unwrap_or(0), scores.len(), 1.0)
 }
 
-/// αᵢ ∝ max(sᵢ, 0) among the `top_k` most similar, 0 for the others; where none of those is above 0, they share
-/// equally: similarities then say nothing.
+/// αᵢ ∝ max(sᵢ, 0) among the `top_k` most similar sources, and 0 for the others. If none of those
+/// is above 0, similarity says nothing and they share equally.
 pub fn proportional(similarities: &[f64], top_k: Option<usize>) -> Vec<f64> {
     let top = most_similar(similarities, top_k);
     let clipped = |i: usize| similarities[i].max(0.0);
@@ -46,7 +46,7 @@ pub fn proportional(similarities: &[f64], top_k: Option<usize>) -> Vec<f64> {
     (0..similarities.len()).map(share).collect()
 }
 
-/// Numbers of the `top_k` sources of the highest similarity, the highest first.
+/// Indices of the `top_k` sources with the highest similarity, the highest first.
 pub fn most_similar(similarities: &[f64], top_k: Option<usize>) -> Vec<usize> {
     let mut order: Vec<usize> = (0..similarities.len()).collect();
     order.sort_by(|a, b| similarities[*b].total_cmp(&similarities[*a]));
@@ -54,7 +54,8 @@ pub fn most_similar(similarities: &[f64], top_k: Option<usize>) -> Vec<usize> {
     order
 }
 
-/// What `single_best` chooses by, one a source. `tick` is asked before each; its error ends it.
+/// The scores by which `single_best` chooses, one for each source. `tick` is called before each;
+/// its error ends the work.
 pub fn scores(
     by: Criterion,
     ground: SolveInputs<'_>,
@@ -98,8 +99,9 @@ pub fn similarity(kind: Similarity, a: &PlainTensor<f32>, b: &PlainTensor<f32>) 
     }
 }
 
-/// PANDA's similarity of every source to the target: cosines of what the prompts do to the mean feature of the
-/// target's samples. `features` [M, N, d] under the sources, [N, d] without a prompt and under the tuned one.
+/// PANDA's similarity of every source to the target: the cosine of the prompts' effects on the mean
+/// feature of the target's samples. `features` is [M, N, d] under the sources; `without` and
+/// `target` are [N, d], without a prompt and under the tuned one.
 pub fn effects(features: &Tensor, without: &Tensor, target: &Tensor) -> Vec<f64> {
     let effect = |with: &Tensor| {
         (with.to_kind(Kind::Double) - without.to_kind(Kind::Double)).mean_dim(
@@ -114,12 +116,12 @@ pub fn effects(features: &Tensor, without: &Tensor, target: &Tensor) -> Vec<f64>
         .collect()
 }
 
-/// 0 beside a vector of no length.
+/// The cosine of two vectors; 0 if one has length 0.
 fn cosine(a: &Tensor, b: &Tensor) -> f64 {
     unit(a).dot(&unit(b)).double_value(&[])
 }
 
-/// Rows of length 1, or 0 where they have none.
+/// Scales rows to length 1; rows of length 0 stay 0.
 fn unit(x: &Tensor) -> Tensor {
     let length = x.norm_scalaropt_dim(2.0, [-1i64].as_slice(), true);
     x / length.clamp_min(f64::MIN_POSITIVE)
@@ -141,7 +143,7 @@ mod tests {
             proportional(&[0.375, 0.1, 0.125], Some(2)),
             [0.75, 0.0, 0.25]
         );
-        // Nothing is similar: none of them is told apart.
+        // No source is similar, so that none is preferred.
         assert_eq!(proportional(&[-0.6, -0.1, 0.0], Some(2)), [0.0, 0.5, 0.5]);
         assert_eq!(proportional(&[0.3], Some(9)), [1.0]);
         assert_eq!(single_best(&[0.1, 0.7, 0.7]), [0.0, 1.0, 0.0]);
@@ -154,7 +156,7 @@ mod tests {
         let b = prompt(&[[2.0, 0.0], [2.0, 0.0]]);
         let half = 0.5f64.sqrt();
         assert!((similarity(Similarity::TokenMean, &a, &b) - half).abs() < 1e-15);
-        // Two of the four pairs are equal, and two at right angles.
+        // Two of the four pairs are equal, and two are at right angles.
         assert!((similarity(Similarity::AllPairs, &a, &b) - 0.5).abs() < 1e-15);
         for kind in [Similarity::TokenMean, Similarity::AllPairs] {
             let turned = prompt(&[[0.0, 1.0], [1.0, 0.0]]);
@@ -165,7 +167,7 @@ mod tests {
         }
     }
 
-    /// By plain loops.
+    /// Compares with plain loops.
     #[test]
     fn effects_are_cosines_of_mean_differences() {
         let (n, d) = (5, 3);

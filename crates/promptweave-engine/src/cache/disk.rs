@@ -1,7 +1,8 @@
-//! The cache of single prompts' results, in the blob store beside the blobs.
+//! The cache of single prompts' results, stored beside the blobs in the blob store.
 //!
-//! `cache/ab/<key>-<sha256 of the content>`: found by what the content depends on, and checked by what it is, so that
-//! a torn or damaged file counts as absent. Workers may share it; whoever puts something evicts the oldest.
+//! A file lies at `cache/ab/<key>-<sha256 of the content>`. It is found by the key of everything
+//! its content depends on and checked by the content's digest, so that a torn or damaged file
+//! counts as absent. Workers may share the cache. Each `put` evicts the files used longest ago.
 
 use std::fs::File;
 use std::io;
@@ -23,7 +24,7 @@ use promptweave_domain::cache::Cache;
 use promptweave_domain::digest::{Digest, DigestBuilder};
 use promptweave_domain::error_chain::chain;
 
-/// Files pass through memory in pieces of this size.
+/// Size of the pieces in which files pass through memory, in bytes.
 const CHUNK: usize = 8 << 20;
 const PREFIX: &str = "cache";
 
@@ -39,18 +40,20 @@ pub enum BlobCacheError {
     Directory { dir: PathBuf, source: io::Error },
 }
 
-/// To be used by one thread that runs no async task: its calls block, on a small runtime of their own.
+/// A cache in the blob store. Use it on one thread that runs no async task: its calls block, on a
+/// small runtime of their own.
 pub struct BlobCache {
     store: Arc<dyn ObjectStore>,
-    /// For files without a name, on the same disk.
+    /// Directory for unnamed files, on the same disk.
     scratch_dir: PathBuf,
-    /// Bytes.
+    /// The largest total size in bytes.
     limit: u64,
     runtime: Runtime,
 }
 
 impl BlobCache {
-    /// A cache of at most `limit` bytes in the blob store of a directory, which is made where it does not exist.
+    /// A cache of at most `limit` bytes in the blob store of a directory, which is created if it
+    /// does not exist.
     pub fn directory(dir: &Path, limit: u64) -> Result<Self, BlobCacheError> {
         let failed = |source| BlobCacheError::Directory {
             dir: dir.to_owned(),
@@ -59,7 +62,8 @@ impl BlobCache {
         let scratch_dir = dir.join(PREFIX);
         std::fs::create_dir_all(&scratch_dir).map_err(failed)?;
         Ok(Self {
-            // Without fsync, unlike the blobs: what a power cut tears is found out and computed again.
+            // Without fsync, unlike the blobs: a file torn by a power cut is detected and computed
+            // again.
             store: Arc::new(LocalFileSystem::new_with_prefix(dir)?),
             scratch_dir,
             limit,
@@ -71,7 +75,7 @@ impl BlobCache {
         for (place, content) in self.under(key).await? {
             match self.open(&place, &content).await {
                 Ok(file) => return Ok(Some(file)),
-                // Evicted since it was listed.
+                // The entry was evicted since it was listed.
                 Err(BlobCacheError::Store(object_store::Error::NotFound { .. })) => {}
                 Err(error) => {
                     let error = chain(&error);
@@ -83,7 +87,8 @@ impl BlobCache {
         Ok(None)
     }
 
-    /// Where the contents under a key are, and their digests; one, except after two workers put at once.
+    /// Places and digests of the contents under a key. There is one, except after two workers put
+    /// at once.
     async fn under(&self, key: &Digest) -> Result<Vec<(Key, Digest)>, BlobCacheError> {
         let mut found = Vec::new();
         let mut listed = self.store.list(Some(&folder(key)));
@@ -99,12 +104,13 @@ impl BlobCache {
         Ok(found)
     }
 
-    /// A file with this content, or none.
+    /// The file with this content, or an error.
     async fn open(&self, place: &Key, content: &Digest) -> Result<File, BlobCacheError> {
         let file = match self.store.get(place).await?.payload {
-            // It stays readable when somebody evicts it.
+            // The open file stays readable after an eviction.
             GetResultPayload::File(file, _) => {
-                // Used now, for the order of eviction; where that is not allowed, it is as old as it is.
+                // The file's time is set to now, for the order of eviction. If that is not allowed,
+                // it keeps its age.
                 let _ = file.set_modified(SystemTime::now());
                 file
             }
@@ -157,7 +163,7 @@ impl BlobCache {
         self.evict(&place).await
     }
 
-    /// Removes what was used longest ago until the rest is within the limit; `kept` stays.
+    /// Removes the entries used longest ago until the rest is within the limit; `kept` stays.
     async fn evict(&self, kept: &Key) -> Result<(), BlobCacheError> {
         let all = self.store.list(Some(&Key::from(PREFIX)));
         let mut all: Vec<ObjectMeta> = all.try_collect().await?;
@@ -173,7 +179,7 @@ impl BlobCache {
         Ok(())
     }
 
-    /// Removes an entry that another worker may have removed.
+    /// Removes an entry. Another worker may have removed it already.
     async fn remove(&self, place: &Key) -> Result<(), BlobCacheError> {
         match self.store.delete(place).await {
             Err(object_store::Error::NotFound { .. }) => Ok(()),
@@ -208,12 +214,12 @@ impl Cache for BlobCache {
     }
 }
 
-/// Two levels, so that no directory grows too large.
+/// The folder of a key. There are two levels, so that no directory grows too large.
 fn folder(key: &Digest) -> Key {
     Key::from_iter([PREFIX, &key.hex()[..2]])
 }
 
-/// The bytes from `at` on, up to a chunk of them; none at the end.
+/// The bytes from `at` on, at most one chunk; `None` at the end.
 fn read_chunk(file: &File, at: u64) -> io::Result<Option<Bytes>> {
     let mut buffer = vec![0; CHUNK];
     let read = file.read_at(&mut buffer, at)?;
@@ -263,7 +269,7 @@ mod tests {
             .collect()
     }
 
-    /// As if it had been used last so many seconds after 1970.
+    /// Sets a file's time of last use to so many seconds after 1970.
     fn used_at(dir: &Path, name: &str, seconds: u64) {
         let is_of_key = |path: &&PathBuf| path.to_string_lossy().contains(&key(name).hex());
         let path = entries(dir).iter().find(is_of_key).cloned().unwrap();
@@ -283,7 +289,7 @@ mod tests {
         assert!(get(&mut cache, "a").unwrap() == large);
         assert_eq!(get(&mut cache, "b").unwrap(), b"other");
         assert_eq!(entries(dir.path()).len(), 2);
-        // Others see it too, and scratch files leave nothing.
+        // Another cache on the same directory sees the entry too, and scratch files leave nothing.
         drop(cache.scratch());
         let mut another = BlobCache::directory(dir.path(), 100 << 20).unwrap();
         assert_eq!(get(&mut another, "b").unwrap(), b"other");
@@ -301,7 +307,7 @@ mod tests {
             assert_eq!(get(&mut cache, "a"), None);
             assert!(entries(dir.path()).is_empty());
         }
-        // What is no entry at all is in nobody's way.
+        // Files that are no entries do no harm.
         put(&mut cache, "a", b"data");
         let stray = entries(dir.path())[0].with_file_name("stray");
         std::fs::write(stray, "?").unwrap();
@@ -320,12 +326,12 @@ mod tests {
         put(&mut cache, "c", &[3; 10]);
         assert!(get(&mut cache, "a").is_some());
         assert!(get(&mut cache, "b").is_none());
-        // Even what claims to be of the future makes room for what is new.
+        // Even an entry dated in the future makes room for a new one.
         used_at(dir.path(), "a", u64::from(u32::MAX));
         put(&mut cache, "d", &[4; 25]);
         assert_eq!(entries(dir.path()).len(), 1);
         assert_eq!(get(&mut cache, "d").unwrap(), [4; 25]);
-        // And what could never fit throws nothing out.
+        // A file that could never fit evicts nothing.
         put(&mut cache, "e", &[5; 26]);
         assert!(get(&mut cache, "e").is_none() && get(&mut cache, "d").is_some());
     }
@@ -354,7 +360,7 @@ mod tests {
                     for i in 0..30u8 {
                         let name = format!("{}", (worker + i) % 10);
                         put(&mut cache, &name, &[(worker + i) % 10; 9]);
-                        // Whatever is found is right.
+                        // Whatever is found is correct.
                         if let Some(bytes) = get(&mut cache, &name) {
                             assert_eq!(bytes, [(worker + i) % 10; 9]);
                         }

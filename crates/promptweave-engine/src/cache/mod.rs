@@ -1,9 +1,9 @@
-//! Features and gradients of single sources, kept between compositions: who adds a source to an ensemble, or asks
-//! again with other options, pays for what is new.
+//! Features and gradients of single sources, kept between compositions. A composition with one more
+//! source, or with other options, computes only what is new.
 //!
-//! An entry's key is the digest of all that its numbers depend on, so a cached composition is the same as one without a
-//! cache, to the last bit on the CPU. (Only what cuts micro-batches otherwise, a limit on them or shards, is not in it: it
-//! moves features by their rounding.)
+//! An entry's key is the digest of everything its numbers depend on. So a composition with the
+//! cache gives the same as one without, to the last bit on the CPU. The cut into micro-batches (by
+//! a limit on them, or by shards) is not in the key: it changes features by rounding only.
 
 pub mod disk;
 pub(crate) mod row_file;
@@ -26,18 +26,19 @@ use promptweave_domain::precision::Precision;
 use promptweave_domain::tensor::{Element as _, Tensor as PlainTensor};
 use promptweave_formats::backbone::Backbone;
 
-/// To be raised whenever the engine computes other numbers from the same input within a version.
+/// Format of the entries. Raise it whenever the engine computes other numbers from the same input
+/// within a version.
 const FORMAT: u32 = 1;
 
-/// What an engine keeps.
+/// The results that an engine keeps.
 pub struct ResultCache {
     files: Box<dyn Cache>,
-    /// They are m times as large as features.
+    /// Whether gradients are kept. They are m times as large as features.
     gradients: bool,
 }
 
 impl ResultCache {
-    /// `gradients` false keeps features alone.
+    /// A cache over these files. With `gradients` false it keeps features alone.
     pub fn new(files: Box<dyn Cache>, gradients: bool) -> Self {
         Self { files, gradients }
     }
@@ -52,15 +53,17 @@ struct FeaturesKey<'a> {
     version: &'static str,
     libtorch: &'static str,
     backbone: Digest,
-    /// What the digest of the weights does not cover: heads, epsilons, preprocessing.
+    /// The configuration that the digest of the weights does not cover: heads, epsilons,
+    /// preprocessing.
     config: &'a BackboneConfig,
     preprocessing: String,
-    /// Over images and labels.
+    /// Digest of images and labels.
     samples: Digest,
     precision: Precision,
     plain: bool,
     device: &'static str,
-    /// Of the plain path, whose results are the same to the last bit only at the same number.
+    /// Number of threads, for the plain path: its results agree to the last bit only at the same
+    /// number.
     threads: Option<i32>,
     prompt: Digest,
 }
@@ -70,10 +73,10 @@ struct GradientsKey<'a> {
     kind: &'static str,
     features: Digest,
     head: &'a HeadOptions,
-    /// Of the heads' cross-fit.
+    /// Digest of the cross-fit folds of the heads.
     folds: Digest,
     num_classes: usize,
-    /// All sources, where one head is fitted on all.
+    /// Digests of all sources, if one head is fitted on all.
     fitted_on: &'a [Digest],
 }
 
@@ -81,7 +84,7 @@ fn digest_of(key: &impl Serialize) -> Digest {
     Digest::of(&serde_json::to_vec(key).expect("plain data"))
 }
 
-/// Of a prompt as it goes into the backbone, its tokens in the common order.
+/// Digest of a prompt as it enters the backbone, with its tokens in the common order.
 fn digest_of_prompt(prompt: &PlainTensor<f32>) -> Digest {
     let mut digest = DigestBuilder::default();
     for size in &prompt.shape {
@@ -106,7 +109,7 @@ pub struct CachedSources<'a> {
     cache: Option<&'a mut ResultCache>,
     vit: &'a Vit,
     num_samples: usize,
-    /// Of the sources' features.
+    /// Keys of the sources' features.
     keys: Vec<Digest>,
 }
 
@@ -144,7 +147,8 @@ impl<'a> CachedSources<'a> {
         }
     }
 
-    /// Features [M, N, d]; `extract` computes [M', N, d] for those of the prompts that are not known, if any.
+    /// Features [M, N, d]. `extract` computes [M', N, d] for the prompts that are not in the cache,
+    /// if any.
     pub fn features(
         &mut self,
         prompts: &[Tensor],
@@ -189,7 +193,7 @@ impl<'a> CachedSources<'a> {
         ))
     }
 
-    /// Where each source's gradients are to be read or written.
+    /// The files from which each source's gradients are read, or to which they are written.
     pub fn gradients(
         &mut self,
         num_tokens: usize,
@@ -232,7 +236,7 @@ impl<'a> CachedSources<'a> {
         CachedGradients { keys, sources }
     }
 
-    /// Keeps the gradients that were computed, now that they turned out to be finite.
+    /// Keeps the computed gradients, after they turned out to be finite.
     pub fn keep(&mut self, gradients: &CachedGradients) {
         let Some(cache) = self.cache.as_deref_mut() else {
             return;
@@ -264,7 +268,7 @@ impl ResultCache {
     }
 }
 
-/// The sources' gradients on disk while they are accumulated; streams may share it.
+/// The sources' gradients on disk while they are accumulated. Several streams may share it.
 pub struct CachedGradients {
     keys: Vec<Digest>,
     sources: Vec<SourceRows>,
@@ -274,14 +278,14 @@ enum SourceRows {
     Known(RowFile),
     New {
         rows: RowFile,
-        /// All of them, or the file is not whole.
+        /// Number of rows written. The file is whole only when it is that of all rows.
         written: AtomicUsize,
     },
     Nowhere,
 }
 
 impl CachedGradients {
-    /// Of this many sources none are known, and none will be.
+    /// A value for this many sources of which none are cached, and none will be.
     pub fn none(sources: usize) -> Self {
         Self {
             keys: Vec::new(),
@@ -289,17 +293,17 @@ impl CachedGradients {
         }
     }
 
-    /// The sources whose gradients have to be computed.
+    /// The sources whose gradients must be computed.
     pub fn unknown(&self) -> Vec<usize> {
         let is_known = |i: &usize| matches!(self.sources[*i], SourceRows::Known(_));
         (0..self.sources.len()).filter(|i| !is_known(i)).collect()
     }
 
-    /// All sources' gradients [M, B, m·d] of samples that follow one another: `computed`, [B, m·d] of each unknown
-    /// source, which are noted, and between them those that are read.
+    /// All sources' gradients [M, B, m·d] of consecutive samples. `computed` has [B, m·d] for each
+    /// unknown source, and is written to the cache; the others are read from it.
     ///
     /// # Errors
-    /// [`EngineError::Cache`] where a file that was readable is not any more.
+    /// [`EngineError::Cache`] if a file that was readable no longer is.
     pub fn complete(
         &self,
         samples: &[usize],
@@ -331,7 +335,7 @@ impl CachedGradients {
     }
 }
 
-/// A cache that fails costs time and nothing else.
+/// Logs a failure of the cache. It costs time and nothing else.
 fn logged<T>(result: std::io::Result<T>) -> Option<T> {
     result
         .inspect_err(|error| tracing::warn!(%error, "a file of the cache cannot be used"))

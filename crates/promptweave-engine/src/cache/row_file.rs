@@ -1,5 +1,5 @@
-//! A tensor on disk, row by row: one a sample. What is written and read at a time is a micro-batch, in any order and
-//! by several streams; nothing of the size of the whole is in memory.
+//! A tensor on disk, with one row for each sample. Micro-batches are written and read in any order
+//! and by several streams, so that the whole tensor is never in memory.
 
 use std::fs::File;
 use std::io;
@@ -9,19 +9,21 @@ use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 use tch::{Device, Kind, Tensor};
 
-/// A safetensors file of one tensor, as all of it but the numbers is known beforehand.
+/// The layout of a safetensors file with one tensor: everything but the numbers, which is known
+/// beforehand.
 #[derive(Clone, Debug)]
 pub struct Layout {
     /// The bytes before the numbers.
     header: Vec<u8>,
     num_rows: usize,
-    /// Numbers a row.
+    /// Number of values in a row.
     width: usize,
     kind: Kind,
 }
 
 impl Layout {
-    /// `row` is the shape of a row. Numbers are kept in f64 where `kind` is, else in f32.
+    /// The layout of `num_rows` rows of shape `row`. Values are stored in f64 if `kind` is,
+    /// otherwise in f32.
     pub fn new(name: &str, num_rows: usize, row: &[usize], kind: Kind) -> Self {
         let (dtype, kind) = match kind {
             Kind::Double => (Dtype::F64, Kind::Double),
@@ -36,7 +38,7 @@ impl Layout {
         let metadata = Metadata::new(None, vec![(name.to_owned(), info)])
             .expect("one tensor leaves no room for a mistake");
         let mut json = serde_json::to_vec(&metadata).expect("plain data");
-        // Numbers start at a multiple of 8, as safetensors' own writer has it.
+        // The values start at a multiple of 8, as safetensors' own writer does it.
         json.resize(json.len().next_multiple_of(8), b' ');
         let header = [&(json.len() as u64).to_le_bytes()[..], &json].concat();
         Self {
@@ -63,13 +65,13 @@ pub struct RowFile {
 }
 
 impl RowFile {
-    /// An empty file with this layout to be.
+    /// Makes an empty file that is to have this layout.
     pub fn create(file: File, layout: Layout) -> io::Result<Self> {
         file.write_all_at(&layout.header, 0)?;
         Ok(Self { file, layout })
     }
 
-    /// A file that has this layout to the byte; none where it has another.
+    /// Opens a file; `None` unless it has this layout to the byte.
     pub fn open(file: File, layout: Layout) -> io::Result<Option<Self>> {
         if file.metadata()?.len() != layout.position(layout.num_rows) {
             return Ok(None);
@@ -79,7 +81,7 @@ impl RowFile {
         Ok((header == layout.header).then_some(Self { file, layout }))
     }
 
-    /// Writes rows [B, …] at `start` and after it.
+    /// Writes rows [B, …] from row `start` on.
     pub fn write(&self, start: usize, rows: &Tensor) -> io::Result<()> {
         let count = rows.size()[0] as usize;
         let numbers = rows
@@ -94,7 +96,7 @@ impl RowFile {
         self.file.write_all_at(&bytes, self.layout.position(start))
     }
 
-    /// `count` rows from `start` on, [count, width] on the CPU.
+    /// Reads `count` rows from row `start` on: [count, width] on the CPU.
     pub fn read(&self, start: usize, count: usize) -> io::Result<Tensor> {
         let mut bytes = vec![0; count * self.layout.row_bytes()];
         self.file
@@ -143,7 +145,7 @@ mod tests {
             let numbers = Tensor::from_data_size(view.data(), &[7, 2, 3], kind);
             assert_eq!(numbers, tensor);
 
-            // Only as what it is: neither another shape, nor a number type, nor a part of it.
+            // The file opens only with its own shape, number type and size.
             let open = |file: &File, layout| RowFile::open(file.try_clone().unwrap(), layout);
             assert!(open(&file, layout.clone()).unwrap().is_some());
             let other = Layout::new("gradients", 7, &[3, 2], kind);

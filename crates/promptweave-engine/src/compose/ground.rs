@@ -1,4 +1,5 @@
-//! All that α is computed from: features, heads and gradients, here or by whoever shares the work.
+//! Everything that α is computed from: features, heads and gradients. They are computed here or by
+//! helpers that share the work.
 
 use std::ops::ControlFlow;
 
@@ -21,11 +22,13 @@ use promptweave_domain::early_stopping::EarlyStop;
 use promptweave_domain::phase::Phase;
 use promptweave_domain::sharding::{Shards, most_shards, num_shards};
 
-/// Of all shards' sums together; where one has many, there are fewer.
+/// The most bytes that all shards' gradient sums may take together. If each takes much, there are
+/// fewer shards.
 const MAX_GRADIENT_BYTES: usize = 4 << 30;
 
 impl Workspace<'_> {
-    /// Features, heads and gradients: all that α is computed from, and whether less than all was enough.
+    /// Computes features, heads and gradients. The second value tells that not all gradients were
+    /// taken, since fewer were enough.
     pub(super) fn statistics(
         &self,
         mut cached: CachedSources<'_>,
@@ -73,7 +76,7 @@ impl Workspace<'_> {
         Ok((statistics, early_stop))
     }
 
-    /// [M, N, d], and whether they came by shards.
+    /// Features [M, N, d], and whether they were computed by shards.
     pub(super) fn all_features(
         &self,
         cached: &mut CachedSources<'_>,
@@ -89,7 +92,8 @@ impl Workspace<'_> {
         Ok((features, by_shards))
     }
 
-    /// Those that are kept, and the others by whoever is free; `features` with whether they came by shards.
+    /// All gradients: the cached ones are read, the others are computed, in shards if helpers are
+    /// free. `features` come with whether they were computed by shards.
     fn all_gradients(
         &self,
         cached: &mut CachedSources<'_>,
@@ -124,8 +128,9 @@ impl Workspace<'_> {
         Ok((gradients, early_stop))
     }
 
-    /// Of these prompts, by whoever is free; where only some of the sources' are asked for, it is little, and done here.
-    /// The second answer says whether it was by shards.
+    /// Features of these prompts, computed in shards if helpers are free. If only some of the
+    /// sources' prompts are asked for, the work is small and done here. The second value tells
+    /// whether shards were used.
     fn features(
         &self,
         prompts: &[Tensor],
@@ -154,7 +159,7 @@ impl Workspace<'_> {
         Ok((merged.whole(), true))
     }
 
-    /// All of them here, less those that are known.
+    /// Computes all gradients here, except the known ones.
     fn gradients(
         &self,
         heads: &[SourceHead],
@@ -170,7 +175,7 @@ impl Workspace<'_> {
             accumulate(self.vit, &pairs, &sources, folds, &sample_folds, counter)
         };
         match accumulated(known) {
-            // The disk failed under an open file. It takes longer so, and that is all.
+            // The disk failed under an open file. Computing again takes longer, but gives the same.
             Err(EngineError::Cache(error)) => {
                 tracing::warn!(%error, "gradients that were kept are computed again");
                 accumulated(&CachedGradients::none(heads.len()))
@@ -179,7 +184,8 @@ impl Workspace<'_> {
         }
     }
 
-    /// The same by whoever is free, merged shard by shard until enough is known; `None` where it is not worth it.
+    /// Gradients computed in shards and merged until enough is known; `None` if shards are not
+    /// worth it.
     fn gradients_in_shards(
         &self,
         (features, by_shards_already): (&Tensor, bool),

@@ -1,4 +1,4 @@
-//! The whole method, step by step.
+//! A whole composition, step by step.
 
 pub(crate) mod refine;
 pub(crate) mod report;
@@ -117,22 +117,22 @@ pub fn compose(
     evidence.composition(steps)
 }
 
-/// What there is before the first forward pass.
+/// The inputs before the first forward pass.
 struct Inputs {
     dataset: LabelledImages,
     samples: Samples,
     eval: Option<Samples>,
-    /// The sources', with their rows in the common order.
+    /// The sources' prompts, with their rows in the common order.
     prompts: Vec<PlainTensor<f32>>,
     token_alignment: Option<TokenAlignment>,
-    /// Of the initial prompt that the sources share, where they say so.
+    /// Seed of the initial prompt that the sources share, if they state one.
     init_seed: Option<u64>,
-    /// P₀, where the scale is not 1.
+    /// P₀, if the scale is not 1.
     anchor: Option<PlainTensor<f32>>,
 }
 
 impl Inputs {
-    /// Reads and checks; images are decoded on from here.
+    /// Reads and checks the inputs. From here on, images are decoded in the background.
     fn read(
         backbone: &Backbone,
         vit: &Vit,
@@ -163,11 +163,11 @@ impl Inputs {
         let preprocessing = &backbone.config.preprocessing;
         let samples = Samples::load(&dataset, &selection, preprocessing)?;
         samples.check_classes(&dataset.classes)?;
-        // Enough for the shrinkage that was asked for.
+        // Checks that there are samples enough for the requested shrinkage.
         let (n, d) = (samples.len(), vit.config.embed_dim);
         objective.h_score.check_samples(n, d)?;
-        // Now and not when it is needed: what is wrong with these images should not show after hours, but
-        // when they are decoded, behind the features.
+        // The evaluation images are loaded now, not when they are needed: an error in them should
+        // show when they are decoded, behind the features, and not after hours.
         let load = |split| Samples::load(&dataset, &selection.whole(split), preprocessing);
         let eval = target.eval_split.map(load).transpose()?;
         Ok(Self {
@@ -206,7 +206,7 @@ impl Inputs {
     }
 }
 
-/// P₀, of the shape of this prompt.
+/// P₀ in the shape of this prompt.
 fn initial_prompt_of(
     prompt: &PlainTensor<f32>,
     backbone: &Backbone,
@@ -221,36 +221,37 @@ fn initial_prompt_of(
     Ok(PlainTensor::new([m, d], values))
 }
 
-/// What forward passes with the composed prompt itself showed.
+/// The results of forward passes with the composed prompt itself.
 pub struct Verified {
     pub score: PromptScore,
     pub baselines: Option<Baselines>,
 }
 
-/// Backbone, samples and prompts: what the steps with forward passes need.
+/// Backbone, samples and prompts, for the steps with forward passes.
 struct Workspace<'a> {
     backbone: &'a Backbone,
     vit: &'a Vit,
     samples: &'a Samples,
     eval: Option<&'a Samples>,
-    /// Of the dataset, whether present or not.
+    /// The dataset's class names, whether the samples show them or not.
     classes: &'a [String],
-    /// Of the choice of samples.
+    /// Seed of the choice of samples.
     seed: u64,
-    /// Of the initial prompt that the sources share, where they say so.
+    /// Seed of the initial prompt that the sources share, if they state one.
     init_seed: Option<u64>,
-    /// P₀, where the scale is not 1.
+    /// P₀, if the scale is not 1.
     anchor: Option<&'a PlainTensor<f32>>,
     objective: &'a Objective,
     early_stopping: Option<EarlyStopping>,
     sources: &'a [Source],
-    /// Theirs, with their rows in the common order, and the same on the device [m, d].
+    /// The sources' prompts with their rows in the common order; `tensors` has the same on the
+    /// device, [m, d] each.
     prompts: &'a [PlainTensor<f32>],
     tensors: Vec<Tensor>,
 }
 
 impl Workspace<'_> {
-    /// The sources as the statistics name them, with their isolated scores.
+    /// The sources as the statistics record them, with their isolated scores.
     fn recorded(
         &self,
         statistics: &Statistics,
@@ -274,7 +275,8 @@ impl Workspace<'_> {
             .collect()
     }
 
-    /// How the path's composed prompts do, cross-fitted: a forward pass for each that differs from the one before.
+    /// Cross-fitted results of the path's composed prompts, with a forward pass for each that
+    /// differs from the one before.
     fn validate(
         &self,
         path: &[PathPoint],
@@ -298,7 +300,7 @@ impl Workspace<'_> {
         Ok(of_points)
     }
 
-    /// The solver's α, improved on the true objective if that was asked for.
+    /// The solver's α, refined on the true objective if that was requested.
     fn refine(
         &self,
         solved: &Solved,
@@ -322,8 +324,8 @@ impl Workspace<'_> {
         Ok((alpha, Some(refinement)))
     }
 
-    /// Scores the composed prompt, giving it its head, and, where there are images to compare on, uniform
-    /// average and the source with the highest H of its own.
+    /// Scores the composed prompt and gives it its head. If there are images to compare on, it also
+    /// scores the uniform average and the source with the highest H of its own.
     fn verify(
         &self,
         composed: &mut PromptFile,
@@ -380,7 +382,7 @@ impl Workspace<'_> {
         }
     }
 
-    /// With the ρ that α was solved with.
+    /// The H-score's options with the ρ that α was solved with.
     fn h_score_as_used(&self, solved: &Solved) -> HScoreOptions {
         let asked = &self.objective.h_score;
         HScoreOptions {
@@ -391,7 +393,7 @@ impl Workspace<'_> {
         }
     }
 
-    /// P₀ + β Σ αᵢ (Pᵢ - P₀) [m, d], as the composed prompt's file has it.
+    /// P₀ + β Σ αᵢ (Pᵢ - P₀) [m, d], as in the composed prompt's file.
     fn composed(&self, alpha: &[f64], scale: f64) -> PlainTensor<f32> {
         anchored(self.prompts, alpha, self.anchor, scale)
     }

@@ -1,4 +1,4 @@
-//! Metrics of sources alone, with the composition's own features.
+//! Metrics of single sources, with the same features as a composition's.
 
 use crate::baselines::similarity;
 use crate::cache::{CachedSources, ResultCache};
@@ -17,7 +17,7 @@ use promptweave_domain::phase::Phase;
 use promptweave_domain::ranking::{RankedSource, Ranking};
 use promptweave_formats::backbone::Backbone;
 
-/// Scores every source for the target; of the objective, `h_score` and `target_epochs` count.
+/// Scores every source for the target. Of the objective only `h_score` and `target_epochs` matter.
 pub fn rank(
     backbone: &Backbone,
     vit: &Vit,

@@ -1,13 +1,13 @@
 //! Refinement of α on the true objective: H(f of Σ αᵢ Pᵢ) in place of H(Σ αᵢ f_{Pᵢ}).
 //!
-//! The solver's H sees mixed features, a surrogate: f is not linear in P. Here H is differentiated
-//! through the backbone, in two passes over the samples a step:
+//! The solver's H uses mixed features, a surrogate: f is not linear in P. Here H is differentiated
+//! through the backbone, with two passes over the samples in each step:
 //!
 //! ```text
 //! P_T ─► f [N, d] ─► H, ∂H/∂f ─► per micro-batch: backward of ⟨f, ∂H/∂f⟩ to P_T ─► ∂H/∂αᵢ = ⟨∂H/∂P_T, Pᵢ⟩
 //! ```
 //!
-//! A step is taken only if it improves the objective, so the result is never worse by it.
+//! A step is taken only if it improves the objective, so refinement never makes the result worse.
 
 use std::ops::ControlFlow;
 
@@ -26,33 +26,34 @@ use crate::vit::features::extract;
 use promptweave_domain::composition::Refinement;
 use promptweave_domain::objective::{HScoreMode, HScoreOptions, Shrinkage};
 
-/// The first try moves no weight by more than this before the projection.
+/// The largest change of a weight at the first try, before the projection.
 const FIRST_MOVE: f64 = 0.1;
-/// Tries a step, each half as long as the one before; each is a forward pass over all samples.
+/// The most tries for one step. Each tried step is half as long as the one before, and takes a
+/// forward pass over all samples.
 const TRIES: u32 = 6;
 
 pub struct Refiner<'a> {
     pub vit: &'a Vit,
     pub samples: &'a Samples,
-    /// [m, d] each
+    /// The sources' prompts, [m, d] each.
     pub prompts: &'a [Tensor],
     pub alignment: &'a GradientAlignment,
     pub scale: Scale,
-    /// With the shrinkage as it was used.
+    /// The H-score's options, with the shrinkage as it was used.
     pub h_score: HScoreOptions,
 }
 
 /// The true objective at one α.
 struct Point {
     alpha: Vec<f64>,
-    /// [N, d]
+    /// Features of the composed prompt, [N, d].
     features: Tensor,
     h: f64,
     value: f64,
 }
 
 impl Refiner<'_> {
-    /// At most `steps` accepted steps from `alpha`.
+    /// Refines `alpha` by at most `steps` accepted steps.
     pub fn refine(
         &self,
         alpha: &[f64],
@@ -103,7 +104,7 @@ impl Refiner<'_> {
         Ok((here.alpha, refinement))
     }
 
-    /// Σ αᵢ Pᵢ
+    /// The composed prompt Σ αᵢ Pᵢ.
     fn mixed(&self, alpha: &[f64]) -> Tensor {
         let prompts = Tensor::stack(self.prompts, 0);
         let weights = Tensor::from_slice(alpha)
@@ -130,7 +131,7 @@ impl Refiner<'_> {
         })
     }
 
-    /// Of the true objective by α, without its part across Σα = 1.
+    /// The gradient of the true objective by α, without its part across Σα = 1.
     fn gradient(&self, at: &Point, tick: Tick<'_>) -> Result<Vec<f64>, EngineError> {
         let by_features = self.by_features(&at.features)?;
         let prompt = self.mixed(&at.alpha);
@@ -140,7 +141,7 @@ impl Refiner<'_> {
             &self.vit.pairs(self.samples, &[prompt]),
             || by_features.shallow_clone(),
             |by_features, batch| {
-                // Micro-batches are of rows in order.
+                // A micro-batch has consecutive rows.
                 let (first, count) = (batch.rows[0] as i64, batch.rows.len() as i64);
                 let slopes = by_features.narrow(0, first, count);
                 let slope = |_, features: &Tensor| {
@@ -186,7 +187,7 @@ impl Refiner<'_> {
     }
 }
 
-/// A tick, its error kept where it breaks off.
+/// Calls `tick`, and stores its error if it breaks off.
 fn ticking(tick: Tick<'_>, ticked: &mut Result<(), EngineError>) -> ControlFlow<()> {
     *ticked = tick();
     match ticked {
@@ -195,8 +196,8 @@ fn ticking(tick: Tick<'_>, ticked: &mut Result<(), EngineError>) -> ControlFlow<
     }
 }
 
-/// H of one prompt's features [N, d] as libtorch differentiates it: the definition as it is written, where
-/// [`HScore`] has what makes many evaluations cheap.
+/// H of one prompt's features [N, d] in a form that libtorch can differentiate. It follows the
+/// definition, while [`HScore`] is made for many cheap evaluations.
 fn differentiable(
     features: &Tensor,
     labels: &[usize],
@@ -311,7 +312,7 @@ mod tests {
             let analytic: f64 = (0..3)
                 .map(|k| gradient[k] * (f64::from(u8::from(i == k)) - alpha[k]))
                 .sum();
-            // Features are kept in f64 by a model in f64.
+            // A model in f64 keeps its features in f64.
             assert!(
                 (numeric - analytic).abs() < 1e-6 * (1.0 + analytic.abs()),
                 "{numeric} {analytic}"
@@ -323,7 +324,8 @@ mod tests {
         assert_eq!(report.h_score_after, there.h);
         assert!((there.alpha.iter().sum::<f64>() - 1.0).abs() < 1e-12);
 
-        // Beside the minimum, here of `fishr` at uniform weights, the first move leads too far: it is cut short.
+        // Near the minimum, here that of `fishr` at uniform weights, the first move leads too far
+        // and is cut short.
         let identity = (0..9).map(|at| f64::from(u8::from(at % 4 == 0))).collect();
         let convex = GradientAlignment::new(
             AlignmentVariant::Fishr,

@@ -1,4 +1,4 @@
-//! The answer: result, composed prompt and statistics, assembled from what the steps found.
+//! The answer: result, composed prompt and statistics, assembled from the findings of the steps.
 
 use std::collections::BTreeMap;
 
@@ -23,28 +23,29 @@ use promptweave_domain::objective::HScoreMode;
 use promptweave_domain::prompt_file::PromptFile;
 use promptweave_domain::words::WarningCode;
 
-/// A share of saturated samples above which a head is warned of.
+/// The share of saturated samples above which a head gets a warning.
 const MANY_SATURATED: f64 = 0.2;
 
-/// Everything a composition found.
+/// All findings of a composition.
 pub struct Findings<'a> {
     pub metadata: Metadata,
-    /// Of the sources, in order; `None` offline.
+    /// The sources' versions, in order; `None` offline.
     pub versions: Vec<Option<i32>>,
     pub device: String,
-    /// Of the statistics that stood in for backbone and images.
+    /// Digest of the statistics that replaced backbone and images; `None` for a whole composition.
     pub solved_from: Option<Digest>,
     pub statistics: &'a Statistics,
     pub solved: Solved,
     pub method: MethodReport,
-    /// The solver's, or what refinement or a share of equal weights made of it.
+    /// The final weights: the solver's α, changed by refinement or a share of equal weights if
+    /// requested.
     pub alpha: Vec<f64>,
     pub composed: PromptFile,
-    /// What forward passes showed, where there was a backbone.
+    /// The results of forward passes; `None` without a backbone.
     pub verified: Option<Verified>,
     pub refinement: Option<Refinement>,
     pub early_stop: Option<EarlyStop>,
-    /// Whether the same method had a fallback where there was a backbone.
+    /// Whether a composition with a backbone would have had a fallback that this one lacks.
     pub fallback_dropped: bool,
 }
 
@@ -68,7 +69,7 @@ impl Findings<'_> {
             token_alignment: self.metadata.token_alignment.clone(),
             pareto_path: match self.statistics.gradients {
                 Some(_) => self.solved.solution.path,
-                // Every point of it would be the same.
+                // Every point of the path would be the same.
                 None => Vec::new(),
             },
             local_optima: self.solved.solution.optima,
@@ -112,7 +113,7 @@ impl Findings<'_> {
         })
     }
 
-    /// What stands in for α, if something does.
+    /// The fallback that took the place of the composed prompt, if one did.
     fn fell_back(&self) -> Option<&FallbackReport> {
         self.method
             .fallback
@@ -121,7 +122,7 @@ impl Findings<'_> {
     }
 
     fn source_weights(&self) -> Vec<SourceWeight> {
-        // They are of the weights that were solved for.
+        // The standard errors belong to the weights that were solved for.
         let errors = (self.solved.standard_errors.as_ref()).filter(|_| self.fell_back().is_none());
         let sources = self.metadata.sources.iter().enumerate();
         sources
@@ -176,7 +177,8 @@ impl Findings<'_> {
                 let rows = gradients.mean_cosine.chunks_exact(m);
                 rows.map(<[f64]>::to_vec).collect()
             }),
-            // At another scale it is another prompt that H is of.
+            // At another scale, the composed prompt is not the one that the mixed features stand
+            // for.
             surrogate_gap: (composed.as_ref().filter(|_| self.method.scale == 1.0))
                 .map(|score| (score.h_score - mixed) / self.size_of_h(mixed).0),
             composed_score: composed,
@@ -185,7 +187,8 @@ impl Findings<'_> {
         })
     }
 
-    /// What a difference of H is told relative to, and in words: H itself, or the most there is where it may be near 0.
+    /// The size that a difference of H is compared with, and its name in words: H itself, or the
+    /// maximum K-1 if H may be near 0.
     fn size_of_h(&self, mixed: f64) -> (f64, &'static str) {
         let most = present(&self.statistics.labels).len() as f64 - 1.0;
         match self.metadata.objective.h_score.mode() {
@@ -218,8 +221,7 @@ impl Findings<'_> {
         })
     }
 
-    /// What a careful reader of the result would want to be told.
-    /// `mixed` is H of the mixed features.
+    /// The warnings about a result. `mixed` is H of the mixed features.
     fn warnings(&self, diagnostics: &Diagnostics, mixed: f64) -> Vec<Warning> {
         let mut warnings = Warnings::default();
         self.warn_of_samples(diagnostics, &mut warnings);
@@ -238,7 +240,8 @@ impl Findings<'_> {
                 ),
             );
         }
-        // Where the composed prompt itself was compared with something, it no longer counts what its features promised.
+        // A fallback compared the composed prompt itself, so that the gap to the mixed features no
+        // longer matters.
         let gap = (diagnostics.surrogate_gap).filter(|_| self.method.fallback.is_none());
         if let Some(gap) = gap.filter(|gap| gap.abs() > 0.1) {
             let way_out = match self.method.name.solves() && self.method.uniform_mix == 0.0 {

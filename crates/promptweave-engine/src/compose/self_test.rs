@@ -1,5 +1,5 @@
-//! A known job with a known answer: does a device compute, and rightly? A driver that is there, or a thread that
-//! answers, says neither.
+//! A known job with a known answer, to test that a device computes, and correctly. A driver that
+//! loads or a thread that answers proves neither.
 
 use std::io;
 use std::path::Path;
@@ -14,14 +14,14 @@ use promptweave_domain::composition::CompositionInput;
 use promptweave_domain::objective::Shrinkage;
 use promptweave_domain::precision::Precision;
 
-/// α of [`job`], in f64 by the definition (`plain`) on a CPU; a test below computes it again.
+/// The α of [`job`], in f64 by the definition (`plain`) on a CPU. A test below computes it again.
 const ALPHA: [f64; 3] = [0.713604198748, 0.228684295789, 0.057711505463];
 
-/// Classes so near one another that heads err and gradients are not nothing: of those that are told apart with ease,
-/// only the features would matter.
+/// Signal of the classes, so small that heads err and gradients are not negligible. With well
+/// separated classes only the features would matter.
 const SIGNAL: f64 = 8.0;
 
-/// Passes where every one of the devices finds [`ALPHA`].
+/// Passes if every device finds [`ALPHA`].
 pub fn run(compute: &Compute) -> Result<(), CompositionError> {
     for device in &compute.devices {
         let one = Compute {
@@ -33,8 +33,9 @@ pub fn run(compute: &Compute) -> Result<(), CompositionError> {
     Ok(())
 }
 
-/// How far rounding may move a weight. On a CPU it is 7e-7 in f32 and 0.02 in bf16, which has three bits fewer than
-/// the TensorFloat-32 of CUDA; what is broken is off by more, or no number at all.
+/// The largest deviation of a weight that counts as rounding. On a CPU rounding is 7e-7 in f32 and
+/// 0.02 in bf16, which has three bits fewer than CUDA's TensorFloat-32. A broken device is off by
+/// more, or gives NaN.
 fn tolerance(compute: &Compute) -> f64 {
     match (compute.precision, compute.device()) {
         (Precision::Bf16, _) => 0.1,
@@ -43,7 +44,8 @@ fn tolerance(compute: &Compute) -> f64 {
     }
 }
 
-/// Three prompts that all have a share in the answer. The shrinkage keeps rounding small in it.
+/// A job of three prompts that all have a share in the answer. The shrinkage keeps the answer's
+/// rounding error small.
 pub fn job(dir: &Path) -> io::Result<CompositionInput> {
     let mut input = tiny::input(dir, 4, SIGNAL)?;
     input.sources.remove(2);
@@ -61,7 +63,8 @@ fn weights(compute: &Compute) -> Result<Vec<f64>, CompositionError> {
     };
     let dir = tempfile::tempdir().map_err(no_file)?;
     let job = job(dir.path()).map_err(no_file)?;
-    // Of its own, so that it takes no other backbone's place, and without a cache: everything is computed.
+    // A new engine, so that it displaces no other backbone, and without a cache, so that everything
+    // is computed.
     let composed = Engine::with(compute.clone()).compose(&job, &mut Unwatched);
     let composition = composed.map_err(|error| failed(&error.to_string()))?;
     let weights = composition.result.source_weights.iter();
@@ -100,9 +103,9 @@ mod tests {
         };
         let found = weights(&definition).unwrap();
         for (a, b) in found.iter().zip(ALPHA) {
-            // As many digits as the constant has.
+            // The tolerance matches the digits of the constant.
             assert!((a - b).abs() < 1e-9, "{found:?}");
-            // Rounding shows in a weight that is free to move, not in one that is held at a bound.
+            // Rounding shows only in a weight that is free to move, not in one at a bound.
             assert!((0.05..0.95).contains(a), "{found:?}");
         }
         assert_eq!(found.len(), ALPHA.len());

@@ -1,5 +1,5 @@
-//! Solving again from the statistics of an earlier composition: another weighing, another variant or mode,
-//! fewer sources; no backbone, no images.
+//! Solving again from the statistics of an earlier composition, with another trade-off, variant or
+//! mode, or with fewer sources. It needs no backbone and no images.
 
 use crate::baselines::towards_uniform;
 use crate::compose::report::Findings;
@@ -67,7 +67,7 @@ pub fn solve_again(
     evidence.composition(steps)
 }
 
-/// The place of every asked source among the recorded ones.
+/// The positions of the requested sources among the recorded ones.
 fn rows_of(sources: &[SourceRef], recorded: &Metadata) -> Result<Vec<usize>, EngineError> {
     if sources.is_empty() {
         return Err(EngineError::NoSources);

@@ -1,4 +1,4 @@
-//! Source prompts: which go together, and their weighted sum.
+//! Source prompts: checks that they can be combined, and their weighted sum.
 
 use std::collections::HashMap;
 
@@ -12,7 +12,7 @@ use promptweave_domain::prompt_file::{FORMAT, Origin, PromptFile, PromptMetadata
 use promptweave_domain::tensor::Tensor;
 use promptweave_formats::backbone::Backbone;
 
-/// Refuses sources that cannot be summed or are the same, by name.
+/// Refuses sources that cannot be summed, or that are the same, by name.
 pub fn check_sources(sources: &[Source], backbone: &Backbone) -> Result<(), EngineError> {
     let first = sources.first().ok_or(EngineError::NoSources)?;
     let mut seen: HashMap<Digest, &str> = HashMap::new();
@@ -71,13 +71,13 @@ pub fn check_sources(sources: &[Source], backbone: &Backbone) -> Result<(), Engi
     Ok(())
 }
 
-/// The init seed all of them say they have.
+/// The init seed that all sources state, if it is one and the same.
 pub fn common_init_seed(sources: &[Source]) -> Option<u64> {
     let of = |source: &Source| source.file.metadata.as_ref()?.init_seed;
     common_seed(sources.iter().map(of))
 }
 
-/// P₀ + β Σ αᵢ (Pᵢ - P₀) for α on the simplex; without P₀, or at β = 1, Σ αᵢ Pᵢ.
+/// P₀ + β Σ αᵢ (Pᵢ - P₀) for α on the simplex. Without P₀, or at β = 1, it is Σ αᵢ Pᵢ.
 pub fn anchored(
     prompts: &[Tensor<f32>],
     alpha: &[f64],
@@ -92,7 +92,7 @@ pub fn anchored(
     mix(&all, &scaled.chain([1.0 - scale]).collect::<Vec<_>>())
 }
 
-/// The composed prompt's file, as yet without a head.
+/// The composed prompt's file, still without a head.
 pub fn composed_prompt(metadata: &Metadata, prompt_embeddings: Tensor<f32>) -> PromptFile {
     PromptFile {
         metadata: Some(PromptMetadata {

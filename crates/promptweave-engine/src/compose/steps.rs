@@ -1,4 +1,4 @@
-//! Where a composition is: told to its observer, and timed.
+//! The progress of a composition: reported to its observer, and timed.
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
@@ -9,7 +9,7 @@ use promptweave_domain::composer::Observer;
 use promptweave_domain::phase::Phase;
 use promptweave_domain::sharding::Shards;
 
-/// `Break` from the observer as an error.
+/// Turns the observer's `Break` into an error.
 pub fn stop_on(flow: ControlFlow<()>) -> Result<(), EngineError> {
     if flow.is_break() {
         Err(EngineError::Stopped)
@@ -18,12 +18,12 @@ pub fn stop_on(flow: ControlFlow<()>) -> Result<(), EngineError> {
     }
 }
 
-/// Tells the observer where the work is, and times the phases.
+/// Reports progress to the observer, and times the phases.
 pub struct Steps<'a> {
     observer: &'a mut dyn Observer,
     started: Instant,
     current: Option<Phase>,
-    /// Where the last count began.
+    /// The units done and in total at which the last counter began.
     at: (u64, u64),
     timings: BTreeMap<String, f64>,
 }
@@ -55,29 +55,30 @@ impl<'a> Steps<'a> {
         self.started = Instant::now();
     }
 
-    /// A sign of life where nothing can be counted.
+    /// Reports a sign of life when nothing can be counted.
     pub fn tick(&mut self, phase: Phase) -> ControlFlow<()> {
         self.observer.progress(phase, 0, 1)
     }
 
-    /// Others that may share the work.
+    /// The other workers that may share the work.
     pub fn shards(&mut self) -> Option<&mut dyn Shards> {
         self.observer.shards()
     }
 
-    /// How far the current phase is.
+    /// Reports how far the current phase is.
     pub fn count(&mut self, done: u64, total: u64) -> ControlFlow<()> {
         let phase = self.current.expect("a phase has begun");
         self.observer.progress(phase, done, total)
     }
 
-    /// Counts finished units of the current phase up to `total`; where nothing is to be done, it is done.
+    /// Counts finished units of the current phase up to `total`. With nothing to do, the phase
+    /// counts as done.
     pub fn counter(&mut self, total: u64) -> impl FnMut(u64) -> ControlFlow<()> {
         let (done, total) = if total == 0 { (1, 1) } else { (0, total) };
         self.counter_from(done, total)
     }
 
-    /// The same where `done` are finished already.
+    /// Like [`Self::counter`], with `done` units finished already.
     pub fn counter_from(&mut self, done: u64, total: u64) -> impl FnMut(u64) -> ControlFlow<()> {
         let phase = self.current.expect("a phase has begun");
         self.at = (done, total);
@@ -89,7 +90,8 @@ impl<'a> Steps<'a> {
         }
     }
 
-    /// Work within the current phase that has steps of its own, of which the observer hears as signs of life.
+    /// Runs work inside the current phase that has steps of its own. The observer gets them as
+    /// signs of life.
     pub fn aside<T>(&mut self, work: impl FnOnce(&mut Steps<'_>) -> T) -> T {
         let mut aside = Aside {
             phase: self.current.expect("a phase has begun"),
@@ -105,7 +107,7 @@ impl<'a> Steps<'a> {
     }
 }
 
-/// Hears of other steps, and says what is true of the phase they are made in.
+/// Receives the steps of the work inside, and reports the outer phase instead.
 struct Aside<'a> {
     observer: &'a mut dyn Observer,
     phase: Phase,

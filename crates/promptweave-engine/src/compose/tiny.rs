@@ -1,4 +1,4 @@
-//! A tiny backbone, a tiny task and prompts for them, all made of numbers that depend on nothing: the self-test
+//! A tiny backbone, a tiny task and prompts for it, all made of fixed numbers. The self-test
 //! composes them, and the engine's tests run on them.
 
 use std::collections::BTreeMap;
@@ -33,7 +33,8 @@ pub fn noise(len: usize, seed: u64) -> Vec<f64> {
         .collect()
 }
 
-/// A ViT with d = 32, 3 blocks, LayerScale and a position grid that must be resampled (5 → 4).
+/// Writes a ViT with d = 32, 3 blocks, LayerScale and a position grid that must be resampled (5 →
+/// 4).
 pub fn write_backbone(dir: &Path) -> io::Result<()> {
     let config = BackboneConfig {
         architecture: "vit_tiny_for_tests".into(),
@@ -84,7 +85,8 @@ pub fn write_backbone(dir: &Path) -> io::Result<()> {
     fs::write(dir.join(CONFIG_FILE), serde_json::to_vec(&config)?)
 }
 
-/// `train` and `test` images of three classes that differ in colour, by `signal` levels of grey, with noise of 60.
+/// Writes `train` and `test` images of three classes that differ in colour by `signal` levels of
+/// grey, with noise of 60.
 pub fn write_dataset(dir: &Path, signal: f64, train: usize, test: usize) -> io::Result<()> {
     for (split, count) in [("train", train), ("test", test)] {
         for i in 0..count {
@@ -130,7 +132,7 @@ pub fn prompt(backbone: &Backbone, seed: u64) -> PromptFile {
     }
 }
 
-/// A whole composition of `m` sources in `dir`.
+/// The input of a whole composition of `m` sources in `dir`.
 pub fn input(dir: &Path, m: usize, signal: f64) -> io::Result<CompositionInput> {
     write_backbone(&dir.join("backbone"))?;
     let backbone = Backbone::open(&dir.join("backbone")).map_err(io::Error::other)?;
@@ -158,7 +160,8 @@ pub fn input(dir: &Path, m: usize, signal: f64) -> io::Result<CompositionInput> 
             skip_unreadable: false,
         },
         sources,
-        // As published: what all weights depend on, and nothing gives way to anything else.
+        // The objective as published: the answer depends on all weights, and no fallback replaces
+        // it.
         objective: Objective {
             options: MethodOptions::Hgprompt(BothTerms::default()),
             ..Objective::default()

@@ -1,9 +1,9 @@
 //! Putting the sources' tokens into one order before they are summed.
 //!
-//! A prompt's tokens have no positions, so f_P does not depend on the order of its rows and the rows of
-//! its gradient move along; but Σ αᵢ Pᵢ and L_align, which go by rows, do. Every prompt's rows are
-//! matched to those of the medoid, the source most like the others, by cosine similarity: so the order
-//! of the sources in the request does not matter either.
+//! A prompt's tokens have no positions. So f_P does not depend on the order of its rows, and the
+//! rows of its gradient move along. But Σ αᵢ Pᵢ and L_align are computed row by row and depend on
+//! it. Every prompt's rows are matched by cosine similarity to those of the medoid, the source most
+//! like the others. So the order of the sources in the request does not matter either.
 
 use tch::{Kind, Tensor};
 
@@ -13,7 +13,7 @@ use promptweave_domain::composition::{Source, TokenAlignment};
 use promptweave_domain::objective::AlignTokens;
 use promptweave_domain::tensor::Tensor as PlainTensor;
 
-/// The sources' prompts [m, d] with their rows in a common order, and what was done to them.
+/// The sources' prompts [m, d] with their rows in a common order, and the permutations.
 pub fn align(
     sources: &[Source],
     option: AlignTokens,
@@ -24,7 +24,7 @@ pub fn align(
     }
     let directions: Vec<Tensor> = prompts.clone().map(directions).collect();
     let m = sources.len();
-    // likeness[i][j]: the sum of cosines of the best matching of i's rows with j's.
+    // likeness[i][j] is the sum of cosines of the best matching of i's rows with j's.
     let mut likeness = vec![vec![0.0; m]; m];
     for i in 0..m {
         for j in i + 1..m {
@@ -34,7 +34,7 @@ pub fn align(
         }
     }
     let total = |i: &usize| likeness[*i].iter().sum::<f64>();
-    // Of equals the first.
+    // Of equals, the first is taken.
     let medoid = (0..m)
         .rev()
         .max_by(|a, b| total(a).total_cmp(&total(b)))
@@ -53,7 +53,7 @@ pub fn align(
     Ok((aligned, Some(alignment)))
 }
 
-/// Row k of the result is row `permutation[k]`.
+/// The prompt with its rows permuted: row k of the result is row `permutation[k]`.
 fn permuted(prompt: &PlainTensor<f32>, permutation: &[usize]) -> PlainTensor<f32> {
     let width = prompt.shape[1];
     let rows = permutation
@@ -62,7 +62,7 @@ fn permuted(prompt: &PlainTensor<f32>, permutation: &[usize]) -> PlainTensor<f32
     PlainTensor::new(prompt.shape.clone(), rows.copied().collect())
 }
 
-/// The rows [m, d] at length 1; a row of zeros is like no other.
+/// The rows [m, d] scaled to length 1. A row of zeros stays zero, and is like no other.
 fn directions(prompt: &PlainTensor<f32>) -> Tensor {
     let rows = Tensor::from_slice(&prompt.values)
         .view([prompt.shape[0] as i64, prompt.shape[1] as i64])
@@ -71,7 +71,7 @@ fn directions(prompt: &PlainTensor<f32>) -> Tensor {
     &rows / norms.clamp_min(f64::MIN_POSITIVE)
 }
 
-/// The row of `b` for every row of `a`, and the sum of their cosines.
+/// The matching row of `b` for every row of `a`, and the sum of their cosines.
 fn matching(a: &Tensor, b: &Tensor) -> Result<(Vec<usize>, f64), EngineError> {
     let cosines = a.matmul(&b.tr());
     let columns = cheapest(&(-&cosines))?;
@@ -93,7 +93,7 @@ mod tests {
     fn rows_are_brought_back_into_the_order_they_were_taken_from() {
         let dir = tempfile::tempdir().unwrap();
         let mut sources = input(dir.path(), 3).sources;
-        // All prompts near one, then shuffled.
+        // All prompts are near one, then shuffled.
         let base = sources[0].file.prompt_embeddings.values.clone();
         assert_eq!(base.len(), TOKENS * D);
         let shuffles = [[0, 1, 2], [2, 0, 1], [1, 0, 2]];
@@ -108,7 +108,7 @@ mod tests {
         }
         let (aligned, alignment) = align(&sources, AlignTokens::Hungarian).unwrap();
         let alignment = alignment.unwrap();
-        // In the order of whichever is the medoid, all are in one order again.
+        // In the medoid's order, all prompts are in one order again.
         let medoid = sources
             .iter()
             .position(|s| s.prompt == alignment.reference)
@@ -117,7 +117,7 @@ mod tests {
             assert_eq!(*aligned, permuted(ordered, &shuffles[medoid]));
         }
         assert_eq!(alignment.permutations[medoid], [0, 1, 2]);
-        // Which is what the sum of prompts depends on.
+        // The sum of prompts depends on the order.
         let uniform = [1.0 / 3.0; 3];
         let shuffled: Vec<_> = (sources.iter())
             .map(|source| source.file.prompt_embeddings.clone())

@@ -1,4 +1,5 @@
-//! α by the method that was asked for, its share of equal weights, and the scale of the composed prompt.
+//! The weights α by the requested method, their share of equal weights, and the scale of the
+//! composed prompt.
 
 use std::time::Instant;
 
@@ -24,16 +25,16 @@ use promptweave_domain::phase::Phase;
 use promptweave_domain::tensor::Tensor as PlainTensor;
 use promptweave_domain::tuning::{NoCheckpoints, TuningOptions};
 
-/// What was last tuned on a target, for another method that compares with the same.
+/// The prompt last tuned on a target, kept for another method that compares with the same one.
 pub struct TargetPrompt {
-    /// Of all that it depends on.
+    /// Digest of everything that the prompt depends on.
     key: Digest,
     pub(super) embeddings: PlainTensor<f32>,
     pub(super) seconds: f64,
 }
 
 impl Workspace<'_> {
-    /// α, and how it was found.
+    /// The weights α, and the report of how they were found.
     pub(super) fn weigh(
         &self,
         ground: SolveInputs<'_>,
@@ -71,7 +72,7 @@ impl Workspace<'_> {
         Ok((Solved::given(ground, objective, alpha)?, report))
     }
 
-    /// Of the short tuning on the target samples, from where the sources began.
+    /// Options of the short tuning on the target samples, which starts where the sources began.
     fn target_options(&self) -> TuningOptions {
         TuningOptions {
             num_tokens: self.prompts[0].shape[0],
@@ -98,8 +99,8 @@ impl Workspace<'_> {
         }
     }
 
-    /// A prompt that is tuned on the target samples for a few epochs, from where the sources began; or `last`, if it is
-    /// that.
+    /// A prompt tuned on the target samples for a few epochs, from where the sources began. If
+    /// `last` is that prompt, it is returned.
     pub(super) fn target_prompt(
         &self,
         last: Option<TargetPrompt>,
@@ -127,7 +128,7 @@ impl Workspace<'_> {
         })
     }
 
-    /// ATTEMPT: α, the mean attention to each source, and how long it took to learn.
+    /// ATTEMPT: weights by mean attention to each source, and the seconds that learning took.
     fn by_attention(
         &self,
         steps: &mut Steps<'_>,
@@ -141,7 +142,7 @@ impl Workspace<'_> {
         Ok((alpha, attention, begun.elapsed().as_secs_f64()))
     }
 
-    /// SPoT.
+    /// SPoT: weights by similarity of prompts.
     fn by_similarity(
         &self,
         ground: SolveInputs<'_>,
@@ -167,7 +168,7 @@ impl Workspace<'_> {
         Ok((alpha, similarities))
     }
 
-    /// PANDA.
+    /// PANDA: weights by similarity of the prompts' effects.
     pub(super) fn by_effects(
         &self,
         features: &Tensor,
@@ -186,7 +187,7 @@ impl Workspace<'_> {
         Ok((proportional(&similarities, None), similarities))
     }
 
-    /// γ as asked, or the candidate that does best on the target samples.
+    /// γ as requested, or the candidate that does best on the target samples.
     pub(super) fn uniform_mix(
         &self,
         alpha: &[f64],
@@ -207,7 +208,8 @@ impl Workspace<'_> {
         Ok((best, points.into_iter().map(point).collect()))
     }
 
-    /// α, or all weight on the single best source where that is asked for and does better on the target samples.
+    /// α; or all weight on the single best source, if a fallback is requested and that source does
+    /// better on the target samples.
     pub(super) fn fallback(
         &self,
         alpha: Vec<f64>,
@@ -229,7 +231,7 @@ impl Workspace<'_> {
             let tick = |_| steps.tick(Phase::Verify);
             Ok(evaluation.cross_fitted(&prompt, tick)?.loss)
         };
-        // As it is, the source's features are at hand.
+        // At scale 1 the source is used as it is, and its features are at hand.
         let validation_loss = match scale == 1.0 {
             true => -of_sources[at],
             false => loss_of(&single)?,
@@ -248,7 +250,7 @@ impl Workspace<'_> {
         Ok((alpha, Some(report)))
     }
 
-    /// β as asked, or the candidate that does best on the target samples.
+    /// β as requested, or the candidate that does best on the target samples.
     pub(super) fn scale(
         &self,
         alpha: &[f64],
@@ -268,8 +270,8 @@ impl Workspace<'_> {
         Ok((best, points.into_iter().map(point).collect()))
     }
 
-    /// The candidate whose prompt has the lowest cross-fitted loss on the target samples, of equals the last; and what was
-    /// found of each.
+    /// The candidate whose prompt has the lowest cross-fitted loss on the target samples (of equals
+    /// the last), and every candidate's result.
     fn best_of(
         &self,
         candidates: &[f64],
@@ -281,7 +283,7 @@ impl Workspace<'_> {
         let mut last: Option<(PlainTensor<f32>, OnUnseen)> = None;
         for candidate in candidates {
             let prompt = composed(*candidate);
-            // Of one source, or of equal weights, all are the same.
+            // With one source, or equal weights, all candidates are the same prompt.
             let found = match last.filter(|(before, _)| *before == prompt) {
                 Some((_, found)) => found,
                 None => {

@@ -1,4 +1,4 @@
-//! The machine's memory, as Linux tells it.
+//! The machine's memory, as Linux reports it.
 
 use std::fs;
 
@@ -8,7 +8,7 @@ use serde::Serialize;
 pub struct Memory {
     pub total_bytes: u64,
     pub available_bytes: u64,
-    /// Of this container, where it has one.
+    /// The memory limit of this container, if it has one.
     pub limit_bytes: Option<u64>,
 }
 
@@ -21,7 +21,7 @@ impl Memory {
         }
     }
 
-    /// What a process here may have at the most.
+    /// The most memory that a process here may have.
     pub fn usable_bytes(&self) -> u64 {
         self.total_bytes.min(self.limit_bytes.unwrap_or(u64::MAX))
     }

@@ -1,10 +1,10 @@
-//! Matrix products at the processor's own speed, on processors that are not Intel's.
+//! Full-speed matrix products on processors that are not Intel's.
 //!
-//! libtorch's products on a CPU come from Intel's MKL, which asks itself "is this a genuine Intel CPU?" and
-//! without one keeps to code for older processors, whatever instructions there are: on an AMD processor
-//! with AVX-512 less than half of what the same library does when it is told yes. It still looks for itself which
-//! instructions are there. The question is a function of the library, `mkl_serv_intel_cpu_true`; the one
-//! of the same name in the executable is found before it.
+//! libtorch's products on a CPU come from Intel's MKL. MKL asks itself whether the CPU is a genuine
+//! Intel one, and otherwise keeps to code for older processors, whatever instructions there are. On
+//! an AMD processor with AVX-512 that gives less than half the speed. With the answer "yes" MKL
+//! still checks itself which instructions there are. The question is a function of the library,
+//! `mkl_serv_intel_cpu_true`; a function of the same name in the executable is found before it.
 
 use std::ffi::c_int;
 

@@ -1,13 +1,13 @@
 //! The device to compute on, and CUDA without a rebuild.
 //!
-//! The binary is linked with libtorch for the CPU. `libtorch_cuda.so` is opened at run time, from the directory
-//! that is named or from where `libtorch_cpu.so` lies: its kernels register themselves, and the same binary
-//! computes on the GPU.
+//! The binary is linked with libtorch for the CPU. `libtorch_cuda.so` is opened at run time, from a
+//! named directory or from the one of `libtorch_cpu.so`. Its kernels register themselves, and the
+//! same binary computes on the GPU.
 //!
-//! From another directory (that of a Python's torch, say) it is held together by names: the loader gives it the
-//! `libtorch_cpu.so` and `libc10.so` that are in this process already, which must be of its own version, and it
-//! finds `libc10_cuda.so` beside itself and NVIDIA's libraries in `../../nvidia/*/lib`, as PyPI's wheels lay
-//! them out.
+//! A library from another directory (that of a Python's torch, say) is tied in by names. The loader
+//! gives it the `libtorch_cpu.so` and `libc10.so` that are in this process already, which must be
+//! of its own version. It finds `libc10_cuda.so` beside itself, and NVIDIA's libraries in
+//! `../../nvidia/*/lib`, as PyPI's wheels lay them out.
 
 pub mod memory;
 pub mod mkl;
@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 use tch::{Cuda, Device};
 
-/// The version the binary is built for.
+/// The libtorch version that the binary is built for.
 pub const LIBTORCH: &str = "2.11.0";
 
 #[derive(Debug, thiserror::Error)]
@@ -55,15 +55,15 @@ pub enum DeviceError {
     NoCuda { index: usize, found: i64 },
 }
 
-/// `auto` (CUDA where it works), `cpu` or `cuda:<n>`. To be called before the first tensor is made.
-/// `libtorch_cuda` is a directory to take `libtorch_cuda.so` from.
+/// The device of a name: `auto` (CUDA if it works), `cpu` or `cuda:<n>`. Call it before the first
+/// tensor is made. `libtorch_cuda` is a directory with `libtorch_cuda.so`.
 pub fn named(name: &str, libtorch_cuda: Option<&Path>) -> Result<Device, DeviceError> {
     if name == "cpu" {
         return Ok(Device::Cpu);
     }
     if name == "auto" {
         match open_cuda(libtorch_cuda) {
-            // A CUDA library that happens to be there and does not load is no reason not to work.
+            // A CUDA library that was not asked for and does not load is no reason to stop.
             Err(error) if libtorch_cuda.is_none() => {
                 let error: &dyn std::error::Error = &error;
                 tracing::warn!(error, "computing on the CPU");
@@ -84,7 +84,7 @@ pub fn named(name: &str, libtorch_cuda: Option<&Path>) -> Result<Device, DeviceE
     Ok(Device::Cuda(index))
 }
 
-/// Several of one kind, with commas between them; `auto` takes all CUDA devices there are, or the CPU.
+/// Several devices of one kind, separated by commas. `auto` takes all CUDA devices, or the CPU.
 pub fn all_named(names: &str, libtorch_cuda: Option<&Path>) -> Result<Vec<Device>, DeviceError> {
     let named: Vec<Device> = names
         .split(',')
@@ -102,7 +102,7 @@ pub fn all_named(names: &str, libtorch_cuda: Option<&Path>) -> Result<Vec<Device
     Ok(named)
 }
 
-/// As [`named`] reads it.
+/// The name of a device, as [`named`] reads it.
 pub fn name_of(device: Device) -> String {
     match device {
         Device::Cuda(index) => format!("cuda:{index}"),
@@ -110,14 +110,14 @@ pub fn name_of(device: Device) -> String {
     }
 }
 
-/// As [`all_named`] reads them.
+/// The names of devices, as [`all_named`] reads them.
 pub fn names_of(devices: &[Device]) -> String {
     let names: Vec<String> = devices.iter().map(|device| name_of(*device)).collect();
     names.join(",")
 }
 
-/// Opens `libtorch_cuda.so` in `dir`, or beside the `libtorch_cpu.so` of this process if it is there; says
-/// which it opened.
+/// Opens `libtorch_cuda.so` in `dir`, or beside the `libtorch_cpu.so` of this process if it is
+/// there. Returns the path that it opened.
 pub fn open_cuda(dir: Option<&Path>) -> Result<Option<PathBuf>, DeviceError> {
     let own = libtorch_cpu().and_then(|cpu| Some(cpu.parent()?.to_owned()));
     let Some(dir) = dir.or(own.as_deref()) else {
@@ -136,17 +136,18 @@ pub fn open_cuda(dir: Option<&Path>) -> Result<Option<PathBuf>, DeviceError> {
         path: path.clone(),
         source,
     })?;
-    // libtorch opens these when it first needs them, by name, and looks beside libtorch_cpu.so alone; opened
-    // here, the name is known. One that fails is missed by what needs it, and no sooner.
+    // libtorch opens these by name when it first needs them, and looks beside libtorch_cpu.so
+    // alone. Once they are opened here, their names are known. If one fails, only the operation
+    // that needs it will miss it.
     for name in ["libtorch_cuda_linalg.so", "libcaffe2_nvrtc.so"] {
         let _ = open_for_good(&dir.join(name));
     }
     Ok(Some(path))
 }
 
-/// The `libtorch_cpu.so` of this process.
+/// Path of the `libtorch_cpu.so` of this process.
 pub fn libtorch_cpu() -> Option<PathBuf> {
-    // Any call makes sure that it is mapped.
+    // Any call makes sure that the library is mapped.
     tch::get_num_threads();
     let maps = fs::read_to_string("/proc/self/maps").ok()?;
     maps.lines().find_map(|line| {
@@ -156,7 +157,7 @@ pub fn libtorch_cpu() -> Option<PathBuf> {
     })
 }
 
-/// What the libtorch of this process says of itself, e.g. 2.11.0.
+/// The version that the libtorch of this process reports, e.g. 2.11.0.
 #[expect(
     unsafe_code,
     reason = "tch does not tell; it is a function of libtorch's stable C interface"
@@ -171,14 +172,15 @@ pub fn loaded_version() -> Option<String> {
     Some(format!("{major}.{minor}.{patch}"))
 }
 
-/// Whether CUDA may round the inputs of matrix products in f32 to TF32, 10 bits of mantissa. libtorch's own
-/// start is that it may not.
+/// Sets whether CUDA may round the inputs of matrix products in f32 to TF32, with 10 bits of
+/// mantissa. libtorch's default is no.
 pub fn allow_tf32(allowed: bool) -> Result<(), libloading::Error> {
     set("_ZN2at7Context18setAllowTF32CuBLASEb", allowed)
 }
 
-/// Whether attention may be cuDNN's, which libtorch prefers on an H100. It makes a plan for every shape on every
-/// thread, which takes longer than the attention of a whole job here; the others need none.
+/// Sets whether attention may be cuDNN's, which libtorch prefers on an H100. cuDNN makes a plan for
+/// every shape on every thread. That takes longer than the attention of a whole job here; the other
+/// implementations need no plans.
 pub fn allow_cudnn_attention(allowed: bool) -> Result<(), libloading::Error> {
     set("_ZN2at7Context14setSDPUseCuDNNEb", allowed)
 }
@@ -192,8 +194,8 @@ fn set(setter: &str, value: bool) -> Result<(), libloading::Error> {
     type GlobalContext = unsafe extern "C" fn() -> *mut c_void;
     type Setter = unsafe extern "C" fn(*mut c_void, bool);
     let this = Library::this();
-    // SAFETY: `at::Context& at::globalContext()` and `void at::Context::<setter>(bool)`, whose names say their
-    // types; the context lives as long as the process.
+    // SAFETY: these are `at::Context& at::globalContext()` and `void at::Context::<setter>(bool)`.
+    // Their mangled names determine their types, and the context lives as long as the process.
     unsafe {
         let context = this.get::<GlobalContext>("_ZN2at13globalContextEv")?;
         let set = this.get::<Setter>(setter)?;
@@ -202,7 +204,7 @@ fn set(setter: &str, value: bool) -> Result<(), libloading::Error> {
     Ok(())
 }
 
-/// A wheel says its version beside its libraries; another layout is taken at its word.
+/// Checks a wheel's version, which lies beside its libraries. Another layout is not checked.
 fn check_version(library: &Path) -> Result<(), DeviceError> {
     let Some(torch) = library.parent().and_then(Path::parent) else {
         return Ok(());
@@ -224,7 +226,7 @@ fn check_version(library: &Path) -> Result<(), DeviceError> {
     }
 }
 
-/// Its kernels are registered for as long as the process lives.
+/// Opens a library and never closes it: its kernels stay registered for the life of the process.
 fn open_for_good(path: &Path) -> Result<(), libloading::Error> {
     #[expect(
         unsafe_code,
@@ -262,7 +264,7 @@ mod tests {
             assert!(text.contains("no libtorch_cuda.so in"), "{text}");
             assert!(text.contains(&lib.display().to_string()), "{text}");
         }
-        // Who wants the CPU is not asked for CUDA.
+        // A request for the CPU does not look for CUDA.
         assert_eq!(named("cpu", Some(&lib)).unwrap(), Device::Cpu);
 
         fs::write(lib.join("libtorch_cuda.so"), "no library").unwrap();

@@ -1,5 +1,5 @@
-//! NVIDIA's driver and its devices, asked through the driver's own library: it is there wherever CUDA works,
-//! whether libtorch's part for CUDA is or not.
+//! NVIDIA's driver and its devices, queried through the driver's own library. It is there wherever
+//! CUDA works, whether libtorch's CUDA part is or not.
 
 use std::ffi::{CStr, c_char, c_int, c_uint};
 use std::fs;
@@ -11,12 +11,13 @@ use promptweave_domain::error_chain::chain;
 
 #[derive(Debug, Default, Serialize)]
 pub struct Nvidia {
-    /// e.g. 580.159.03; null where the kernel module is not loaded, or does not tell.
+    /// The driver's version, e.g. 580.159.03; null if the kernel module is not loaded, or does not
+    /// report it.
     pub driver: Option<String>,
-    /// The newest CUDA the driver runs, e.g. (13, 0).
+    /// The newest CUDA version that the driver runs, e.g. (13, 0).
     pub cuda: Option<(i32, i32)>,
     pub devices: Vec<Card>,
-    /// Why the driver's library does not work.
+    /// Why the driver's library does not work; null if it does.
     pub error: Option<String>,
 }
 
@@ -49,8 +50,8 @@ impl Nvidia {
     }
 }
 
-/// Of "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.159.03  Thu …": the first word that looks like a
-/// version.
+/// The version in "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.159.03  Thu …": the first
+/// word that looks like one.
 fn kernel_module(text: &str) -> Option<&str> {
     let line = text
         .lines()
@@ -67,8 +68,8 @@ type DriverReport = ((i32, i32), Vec<Card>);
 )]
 fn ask_driver() -> Result<DriverReport, String> {
     let said = |error: libloading::Error| chain(&error);
-    // SAFETY: the initialisers of NVIDIA's library run; every function is called with the types that cuda.h
-    // gives it and with buffers of the length it is told.
+    // SAFETY: the initialisers of NVIDIA's library run. Every function is called with the types
+    // that cuda.h gives it, and with buffers of the length it is told.
     unsafe {
         let library = Library::new("libcuda.so.1").map_err(said)?;
         let init = library.get::<unsafe extern "C" fn(c_uint) -> c_int>("cuInit");
@@ -107,7 +108,7 @@ fn ask_driver() -> Result<DriverReport, String> {
                 memory_bytes: bytes as u64,
             });
         }
-        // Libtorch uses it too.
+        // libtorch uses the library too, so it stays open.
         std::mem::forget(library);
         Ok(((number / 1000, number % 1000 / 10), cards))
     }

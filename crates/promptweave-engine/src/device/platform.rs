@@ -1,4 +1,4 @@
-//! What the engine computes on, for those who look after workers.
+//! The platform that the engine runs on, for operators of workers.
 
 use tch::Device;
 
@@ -8,7 +8,7 @@ use crate::device::nvidia::Nvidia;
 use crate::vit::Compute;
 use promptweave_domain::composer::Platform;
 
-/// Asks the driver anew: it is called once a start.
+/// Queries the driver again on each call, which is once at every start.
 pub fn of(compute: &Compute) -> Platform {
     let devices = &compute.devices;
     let on_cpu = devices.contains(&Device::Cpu);

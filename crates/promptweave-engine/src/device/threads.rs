@@ -1,10 +1,11 @@
-//! How many cores libtorch's own operations take.
+//! The number of cores for libtorch's own operations.
 //!
-//! Solving, scoring and fitting heads are many small products: a second thread does not make one faster, and where another
-//! process has its core, waiting for it makes all of them a hundred times slower. They run on one.
+//! Solving, scoring and fitting heads are many small products, and a second thread makes none
+//! faster. If another process has that thread's core, waiting for it makes all of them a hundred
+//! times slower. So they run on one thread.
 
-/// While this lives, operations begun on this thread run on it alone; also those of threads made meanwhile,
-/// where they ask for nothing else.
+/// While this value lives, operations started on this thread run on one core. The same holds for
+/// threads made meanwhile, unless they set their own number.
 pub struct OneThread {
     before: i32,
 }

@@ -1,4 +1,4 @@
-//! Labels as places among the classes that are there.
+//! Numbering of the classes that are present among some labels.
 
 /// The distinct labels, in order.
 pub fn present<L: Ord + Copy>(labels: &[L]) -> Vec<L> {
@@ -8,7 +8,7 @@ pub fn present<L: Ord + Copy>(labels: &[L]) -> Vec<L> {
     classes
 }
 
-/// Each label's place among those present, and how many are.
+/// Each label's position among those present, and their number.
 pub fn numbered<L: Ord + Copy>(labels: &[L]) -> (Vec<usize>, usize) {
     let present = present(labels);
     let place = |label| present.binary_search(label).expect("it is present");

@@ -1,4 +1,4 @@
-//! The labelled samples a composition, a tuning or an evaluation runs on.
+//! The labelled samples of a composition, a tuning or an evaluation.
 
 pub(crate) mod classes;
 pub mod images;
@@ -20,27 +20,28 @@ use promptweave_domain::stratified::stratified_subset;
 use promptweave_formats::dataset::LabelledImages;
 use promptweave_formats::image::{decode, resize};
 
-/// Labelled images, at least one, that become pixels at the backbone's input size in the background. Every
-/// image is decoded once; its pixels take 29 KB on disk at 98 px and 150 KB at 224 px, and no memory.
+/// Labelled images, at least one, that are decoded in the background to pixels at the backbone's
+/// input size. Every image is decoded once. Its pixels take 29 KB on disk at 98 px and 150 KB at
+/// 224 px, and no memory.
 pub struct Samples {
     preprocessing: Preprocessing,
     pixels: Arc<PixelFile>,
-    /// Where in the pixel file a row's image lies.
+    /// Position of each row's image in the pixel file.
     images: Vec<usize>,
-    /// Index into the dataset's classes.
+    /// Each row's label, as an index into the dataset's classes.
     pub labels: Vec<usize>,
-    /// Positions in the list file, in row order.
+    /// Each row's position in the list file.
     pub indices: Vec<usize>,
-    /// Unreadable images that were left out.
+    /// Number of unreadable images that were left out.
     pub skipped: usize,
-    /// Over the images' file bytes and labels, in order.
+    /// Digest over the images' file bytes and labels, in order.
     pub digest: Digest,
 }
 
-/// Which images of a split.
+/// Which images of a split to take.
 pub struct Selection {
     pub split: Split,
-    /// `None` takes all.
+    /// The most images to take; `None` takes all.
     pub max_samples: Option<usize>,
     pub seed: u64,
     pub skip_unreadable: bool,
@@ -56,7 +57,7 @@ impl Selection {
         }
     }
 
-    /// All of a split, chosen otherwise alike.
+    /// All images of a split, otherwise with the same options.
     pub fn whole(&self, split: Split) -> Self {
         Self {
             split,
@@ -67,7 +68,7 @@ impl Selection {
 }
 
 impl Samples {
-    /// Whether there is anything to tell apart; `classes` are the dataset's names.
+    /// Refuses samples of a single class. `classes` are the dataset's names.
     pub fn check_classes(&self, classes: &[String]) -> Result<(), EngineError> {
         let first = self.labels[0];
         match self.labels.iter().all(|label| *label == first) {
@@ -76,8 +77,8 @@ impl Samples {
         }
     }
 
-    /// Starts to decode, and returns as soon as every file was read once for the digest. Only with `skip_unreadable` it
-    /// waits for the last image: which rows there are is known no sooner.
+    /// Starts to decode, and returns as soon as every file was read once for the digest. Only with
+    /// `skip_unreadable` it waits for the last image, since the rows are not known before.
     pub fn load(
         dataset: &LabelledImages,
         selection: &Selection,
@@ -109,7 +110,7 @@ impl Samples {
         for (index, label) in indices.iter().zip(&labels) {
             let path = path(index);
             let Ok(bytes) = fs::read(&path) else {
-                // A decoder has the same trouble, and counts how many have.
+                // A decoder has the same trouble, and its error counts how many images have it.
                 pixels.wait()?;
                 return Err(EngineError::UnreadableImages {
                     first: path,
@@ -130,8 +131,8 @@ impl Samples {
         })
     }
 
-    /// Waits until every image is decoded; the first that is unreadable is refused here, with the number of
-    /// them, unless it was skipped.
+    /// Waits until every image is decoded. The first unreadable one is refused here, with their
+    /// number, unless it was skipped.
     pub fn wait(&self) -> Result<(), EngineError> {
         self.pixels.wait().map(drop)
     }
@@ -141,7 +142,7 @@ impl Samples {
         self.labels.len()
     }
 
-    /// These rows alone, of the same pixel file.
+    /// These rows alone, with the same pixel file.
     pub fn only(&self, rows: &[usize]) -> Self {
         Self {
             preprocessing: self.preprocessing.clone(),
@@ -154,8 +155,8 @@ impl Samples {
         }
     }
 
-    /// The normalised images at these rows, [B, 3, s, s], once they are decoded. An unreadable image of any row
-    /// that has been found by now is refused.
+    /// The normalised images at these rows, [B, 3, s, s], once they are decoded. An unreadable
+    /// image that has been found by now is an error, whichever row it is in.
     pub fn images(
         &self,
         rows: &[usize],
@@ -189,7 +190,7 @@ fn decoding(
     PixelFile::start(paths, size, skip_unreadable, Box::new(decoded))
 }
 
-/// Of an image's pixels.
+/// Size of an image's pixels, in bytes.
 fn image_bytes(preprocessing: &Preprocessing) -> usize {
     preprocessing.size * preprocessing.size * 3
 }
@@ -238,7 +239,7 @@ mod tests {
         let all: Vec<usize> = (0..30).collect();
         expect(&samples, &all, &all);
         expect(&samples, &[29, 4, 4], &[29, 4, 4]);
-        // A part of them reads the same file, also when the whole is gone.
+        // A selection reads the same file, even after the whole is dropped.
         let few = samples.only(&[7, 2]);
         assert!(Arc::ptr_eq(&few.pixels, &samples.pixels));
         drop(samples);
@@ -252,7 +253,7 @@ mod tests {
         let preprocessing = &backbone.config.preprocessing;
         let target = dir.path().join("target");
         write_dataset(&target, 12, 3);
-        // Rows in the order of their paths: 4 of blue, 4 of green, 4 of red.
+        // Rows are in the order of their paths: 4 blue, 4 green, 4 red.
         let good = LabelledImages::read(&target).unwrap();
         let whole = Samples::load(&good, &selection(false), preprocessing).unwrap();
         let rows: Vec<usize> = (0..12).filter(|row| ![2, 5].contains(row)).collect();
@@ -286,7 +287,7 @@ mod tests {
             expected
         );
 
-        // One that is not there at all is named likewise, and nothing is left of a set of such.
+        // A missing image is named likewise, and a set of missing images is empty.
         for image in good.split(Split::Train).unwrap() {
             fs::remove_file(good.image_path(image)).unwrap();
         }

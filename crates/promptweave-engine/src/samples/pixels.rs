@@ -1,11 +1,12 @@
-//! Decoded images' pixels on disk, each decoded once, while others compute.
+//! The pixels of decoded images on disk. Each image is decoded once, while others compute.
 //!
 //! ```text
 //! image files ─► decoder threads, one a core, one image each at a time ─► unlinked temporary file ─► any rows, by position
 //! ```
 //!
-//! Memory does not grow with the images but by their paths. Whoever reads rows that are not decoded yet waits
-//! for them; images are decoded in the order they are listed in, which is the order they are used in first.
+//! Memory grows only with the images' paths. A reader of rows that are not decoded yet waits for
+//! them. Images are decoded in the order of the list, which is also the order in which they are
+//! first used.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -21,34 +22,35 @@ use rustix::io::{Errno, retry_on_intr};
 
 use crate::error::EngineError;
 
-/// An image file's pixels, always as many bytes; `None` where it cannot be read.
+/// Decodes an image file into its pixels, always the same number of bytes; `None` if it cannot be
+/// read.
 pub type Decode = dyn Fn(&Path) -> Option<Vec<u8>> + Send + Sync;
 
-/// The pixels of listed image files, there or in the making. Dropping it stops the making.
+/// The pixels of listed image files, decoded in the background. Dropping it stops the decoding.
 pub struct PixelFile {
     shared: Arc<Shared>,
     decoders: Vec<JoinHandle<()>>,
 }
 
-/// What decoders and readers see.
+/// The state that decoders and readers share.
 struct Shared {
     paths: Vec<PathBuf>,
-    /// An image's pixels.
+    /// Size of an image's pixels, in bytes.
     image_bytes: usize,
     decode: Box<Decode>,
-    /// Unreadable images are nobody's failure, only not there.
+    /// Whether unreadable images are left out instead of being an error.
     skip_unreadable: bool,
-    /// The image at position i of `paths` lies at i · `image_bytes`.
+    /// The pixels: the image at position i of `paths` lies at i · `image_bytes`.
     file: File,
     state: Mutex<State>,
-    /// `state` changed.
+    /// Signals that `state` changed.
     changed: Condvar,
 }
 
 struct State {
-    /// The next image nobody has taken on.
+    /// The next image that no decoder has taken.
     next: usize,
-    /// Whether an image is done with, one way or the other.
+    /// Whether each image was handled, successfully or not.
     done: Vec<bool>,
     num_done: usize,
     unreadable: BTreeSet<usize>,
@@ -108,7 +110,7 @@ impl PixelFile {
         Ok(started)
     }
 
-    /// The pixels of these images one after the other, once they are there.
+    /// The pixels of these images one after the other, once they are decoded.
     pub fn read(&self, images: &[usize]) -> Result<Vec<u8>, EngineError> {
         drop(self.until(|state| images.iter().all(|image| state.done[*image]))?);
         let Shared {
@@ -122,7 +124,7 @@ impl PixelFile {
         Ok(pixels)
     }
 
-    /// Waits until every image is done with; answers those that can be read.
+    /// Waits until every image was handled. Returns the positions of those that can be read.
     pub fn wait(&self) -> Result<Vec<usize>, EngineError> {
         let all = self.shared.paths.len();
         let state = self.until(|state| state.num_done == all)?;
@@ -130,8 +132,8 @@ impl PixelFile {
         Ok((0..all).filter(readable).collect())
     }
 
-    /// Waits until the state is as wanted. The first unreadable image that is found fails everyone who
-    /// waits, whatever for, once all are counted: what cannot end well should not go on.
+    /// Waits until the state is as wanted. If an image is found unreadable, every waiter gets that
+    /// error once all unreadable images are counted, since the job cannot succeed.
     fn until(&self, wanted: impl Fn(&State) -> bool) -> Result<MutexGuard<'_, State>, EngineError> {
         let shared = &*self.shared;
         let mut state = shared.state();
@@ -154,7 +156,7 @@ impl PixelFile {
         }
     }
 
-    /// Lets the decoders end with the images they have.
+    /// Lets the decoders end after the images they have.
     fn stop(&self) {
         self.shared.state().stopped = true;
     }
@@ -164,7 +166,7 @@ impl Drop for PixelFile {
     fn drop(&mut self) {
         self.stop();
         for decoder in self.decoders.drain(..) {
-            // What goes wrong in it, it has told.
+            // A decoder has already reported its own errors.
             let _ = decoder.join();
         }
     }
@@ -177,10 +179,11 @@ impl Shared {
         self.state.lock().expect(UNPOISONED)
     }
 
-    /// A decoder's life.
+    /// A decoder's loop over images.
     fn decode_all(&self) {
         while let Some(image) = self.take() {
-            // What panics over an image's bytes cannot read the image, and others wait for the answer.
+            // A decoder that panics counts its image as unreadable, so that nobody waits for it in
+            // vain.
             let decoded = catch_unwind(AssertUnwindSafe(|| {
                 let pixels = (self.decode)(&self.paths[image])?;
                 assert_eq!(pixels.len(), self.image_bytes, "an image's pixels");
@@ -219,18 +222,18 @@ impl Shared {
     }
 }
 
-/// As many as there are cores, at most the images.
+/// Number of decoders: one for each core, but no more than images.
 fn num_decoders(num_images: usize) -> usize {
     available_parallelism()
         .map_or(1, usize::from)
         .min(num_images)
 }
 
-/// A file without a name that has room for `bytes`: a full disk shows now, not after an hour.
+/// An unnamed file with room for `bytes`, so that a full disk shows now and not after an hour.
 fn reserve(bytes: u64) -> io::Result<File> {
     let file = tempfile::tempfile()?;
     match retry_on_intr(|| fallocate(&file, FallocateFlags::empty(), 0, bytes)) {
-        // Not every file system can; there a full disk shows when it is full.
+        // Some file systems cannot reserve room. There a full disk shows only when it is full.
         Err(Errno::OPNOTSUPP | Errno::NOSYS) => file.set_len(bytes)?,
         reserved => reserved?,
     }
@@ -251,12 +254,12 @@ mod tests {
 
     use super::*;
 
-    /// Numbers as names.
+    /// Paths whose names are numbers.
     fn paths(count: usize) -> Vec<PathBuf> {
         (0..count).map(|i| PathBuf::from(i.to_string())).collect()
     }
 
-    /// An image of four bytes that say its name.
+    /// The pixels of an image: four bytes that tell its name.
     fn pixels_of(path: &Path) -> Vec<u8> {
         let number: u32 = path.to_str().unwrap().parse().unwrap();
         number.to_le_bytes().to_vec()
@@ -331,7 +334,7 @@ mod tests {
             file.wait(),
             Err(EngineError::UnreadableImages { count: 4, .. })
         ));
-        // Neither does one write over its neighbours.
+        // An image of the wrong size does not overwrite its neighbours.
         let file = started(2, true, |path| Some(vec![7; if odd(path) { 5 } else { 4 }]));
         assert_eq!(file.wait().unwrap(), [0]);
     }
@@ -343,7 +346,7 @@ mod tests {
         let held = Mutex::new(held);
         let file = started(1000, false, move |path| {
             taken.send(()).unwrap();
-            // Ends when the other end is gone.
+            // Returns when the other end is dropped.
             let _ = held.lock().unwrap().recv();
             Some(pixels_of(path))
         });
@@ -363,7 +366,7 @@ mod tests {
     fn a_full_disk_is_a_reason_to_try_again() {
         use promptweave_domain::composer::CompositionError;
 
-        // More than any file may have.
+        // More bytes than any file may have.
         let refused = PixelFile::start(paths(2), 1 << 62, false, Box::new(|_| None)).err();
         let CompositionError::Retry { code, detail } = refused.unwrap().into() else {
             panic!("it was refused for good");
@@ -374,7 +377,7 @@ mod tests {
             "{detail}"
         );
 
-        // Shown only when it is written: a file that cannot be.
+        // A file that cannot be written shows it only when something is written.
         let read_only = File::open("/dev/null").unwrap();
         let decode = Box::new(|path: &Path| Some(pixels_of(path)));
         let file = PixelFile::start_in(read_only, paths(9), 4, true, decode).unwrap();

@@ -1,7 +1,7 @@
 //! Gradient alignment L_align(α) in its three variants, from compressed statistics alone.
 //!
-//! With g̃ᵢₙ the gradient of sample n's loss by prompt i, less its mean over the prompts, and
-//! S_ij[p] = 1/(N-1) Σ_n g̃ᵢₙ[p] g̃ⱼₙ[p], the variance of prompt i's gradients about the mixed gradient
+//! Let g̃ᵢₙ be the gradient of sample n's loss by prompt i, minus its mean over the prompts, and
+//! S_ij[p] = 1/(N-1) Σ_n g̃ᵢₙ[p] g̃ⱼₙ[p]. The variance of prompt i's gradients about the mixed gradient
 //! Σ_k α_k g_k is vᵢ = uᵢ + αᵀSα on Σα = 1, where uᵢ = S_ii - 2(Sα)ᵢ. So
 //!
 //! L_align(α) = (1/M) Σ_i ‖vᵢ - v̄‖² = (1/M) Σ_i Σ_p rᵢ[p]²
@@ -12,9 +12,10 @@
 //! | `mixture_uniform` | the mixed gradient | (1/M) Σ_k v_k | uᵢ - (1/M) Σ_k u_k: linear in α, so L_align is convex |
 //! | `fishr` | prompt i's own mean, as in Fishr (Ramé et al. 2022) | Σ_k α_k v_k | vᵢ - Vα: linear in α |
 //!
-//! In `mixture_weighted` and `mixture_uniform` every rᵢ is a linear combination, with coefficients that depend on α only, of the
-//! T = M(M+1)/2 packed rows of S, and the data enter through Γ = S Sᵀ [T, T]. In `fishr` it is one of the M
-//! columns of V, and they enter through VᵀV. L_align scales with the fourth power of the gradients.
+//! In `mixture_weighted` and `mixture_uniform` every rᵢ is a linear combination of the T = M(M+1)/2 packed
+//! rows of S, with coefficients that depend on α only. The data enter through Γ = S Sᵀ [T, T]. In `fishr`
+//! every rᵢ combines the M columns of V, and the data enter through VᵀV. L_align scales with the fourth
+//! power of the gradients.
 
 use crate::solve::optimizer::dot;
 use promptweave_domain::objective::AlignmentVariant;
@@ -30,20 +31,20 @@ pub fn num_pairs(m: usize) -> usize {
     m * (m + 1) / 2
 }
 
-/// What L_align needs of the gradients: plain numbers, so that they can be stored, and restricted to
-/// some of the sources.
+/// The numbers that L_align needs of the gradients. They are plain numbers, so that they can be
+/// stored, and restricted to some of the sources.
 #[derive(Clone, Debug, PartialEq)]
 pub struct AlignmentStatistics {
     pub num_sources: usize,
     /// Γ [T, T], row-major.
     pub gram: Vec<f64>,
-    /// VᵀV [M, M], row-major; column i of V holds each coordinate's sample variance (1/(N-1)) of prompt
-    /// i's gradients about their own mean.
+    /// VᵀV [M, M], row-major. Column i of V holds each coordinate's sample variance (1/(N-1)) of
+    /// prompt i's gradients about their own mean.
     pub variance_gram: Vec<f64>,
 }
 
 impl AlignmentStatistics {
-    /// Of gradients that nobody took: L_align is 0 everywhere.
+    /// The statistics without gradients: L_align is 0 everywhere.
     pub fn none(num_sources: usize) -> Self {
         let t = num_pairs(num_sources);
         Self {
@@ -53,11 +54,11 @@ impl AlignmentStatistics {
         }
     }
 
-    /// Those of the sources `keep`, in that order.
+    /// The statistics of the sources `keep`, in that order.
     ///
-    /// L_align is exactly that of these sources' gradients alone: Γ stays centred over all the sources
-    /// it was made of, but a vector common to all prompts of a sample moves no variance about the mixed
-    /// gradient.
+    /// L_align is exactly that of these sources' gradients alone. Γ stays centred over all the
+    /// sources it was made of, but a vector common to all prompts of a sample changes no variance
+    /// about the mixed gradient.
     pub fn of_sources(&self, keep: &[usize]) -> Self {
         let m = self.num_sources;
         let rows: Vec<usize> = keep
@@ -73,7 +74,7 @@ impl AlignmentStatistics {
     }
 }
 
-/// These rows and columns of a square matrix.
+/// The given rows and columns of a square matrix.
 fn submatrix(matrix: &[f64], size: usize, rows: &[usize]) -> Vec<f64> {
     rows.iter()
         .flat_map(|row| rows.iter().map(move |column| matrix[row * size + column]))
@@ -87,8 +88,10 @@ pub struct GradientAlignment {
 }
 
 impl GradientAlignment {
+    /// L_align of a variant.
+    ///
     /// # Panics
-    /// When Γ is not T × T or VᵀV not M × M.
+    /// If Γ is not T × T, or VᵀV not M × M.
     pub fn new(variant: AlignmentVariant, statistics: AlignmentStatistics) -> Self {
         let m = statistics.num_sources;
         assert_eq!(statistics.gram.len(), num_pairs(m).pow(2));
@@ -127,7 +130,7 @@ impl GradientAlignment {
             .collect();
 
         let mut value = 0.0;
-        // Σ_i Γ r_i, and for each l the sum over i that ∂r_i/∂α_l's term -2 S_il takes.
+        // Σ_i Γ r_i; and for each l the sum over i that the term -2 S_il of ∂r_i/∂α_l takes.
         let mut gamma_r_sum = vec![0.0; pairs];
         let mut gradient = vec![0.0; m];
         for (i, u_i) in u.iter().enumerate() {
@@ -146,7 +149,7 @@ impl GradientAlignment {
                 *sum += term;
             }
         }
-        // The rest of ∂r_i/∂α_l is the same for every i: 2 Σ_k w_k S_kl, and -u_l where w is α.
+        // The rest of ∂r_i/∂α_l is the same for every i: 2 Σ_k w_k S_kl, and -u_l if w is α.
         for (l, g) in gradient.iter_mut().enumerate() {
             let through_u: f64 = (0..m)
                 .map(|k| weights[k] * gamma_r_sum[packed(k, l, m)])
@@ -202,7 +205,7 @@ mod tests {
     const VARIANTS: [AlignmentVariant; 3] = [MixtureWeighted, MixtureUniform, Fishr];
     const ALPHA: [f64; 4] = [0.1, 0.2, 0.3, 0.4];
 
-    /// Gradients [M, N, P] of different scales, with means and with a part common to the prompts.
+    /// Gradients [M, N, P] of different scales, with means and a part common to the prompts.
     fn gradients(seed: u64) -> Tensor {
         let scales = Tensor::from_slice(&[0.5, 1.0, 2.0, 1.5]).view([4, 1, 1]);
         noise_tensor(&[4, 15, 6], seed) * scales
@@ -214,7 +217,7 @@ mod tests {
         GradientAlignment::new(variant, alignment_statistics(gradients)).value(alpha)
     }
 
-    /// L_align as its definition reads, from the gradients themselves.
+    /// L_align by its definition, from the gradients themselves.
     fn naive(variant: AlignmentVariant, gradients: &Tensor, alpha: &[f64]) -> f64 {
         let (m, n, _) = gradients.size3().unwrap();
         let weights = Tensor::from_slice(alpha);
@@ -262,7 +265,7 @@ mod tests {
             let alignment = GradientAlignment::new(variant, statistics.clone());
             let (_, gradient) = alignment.value_and_gradient(&ALPHA);
             for i in 0..4 {
-                // Along eᵢ - α, which keeps Σα = 1: the gradient is valid there only.
+                // The direction eᵢ - α keeps Σα = 1: the gradient is valid there only.
                 let direction: Vec<f64> = (0..4)
                     .map(|k| f64::from(u8::from(i == k)) - ALPHA[k])
                     .collect();
@@ -318,8 +321,8 @@ mod tests {
         let statistics = alignment_statistics(&gradients(14));
         for variant in [MixtureUniform, Fishr] {
             let alignment = GradientAlignment::new(variant, statistics.clone());
-            // Along any line of a quadratic, second differences are the same everywhere; of a convex
-            // one they are not negative.
+            // Along any line, the second differences of a quadratic are the same everywhere, and
+            // those of a convex one are not negative.
             for seed in 0..20 {
                 let drawn = crate::testing::noise(4, seed);
                 let mean = drawn.iter().sum::<f64>() / 4.0;

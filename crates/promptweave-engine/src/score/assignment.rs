@@ -1,17 +1,18 @@
-//! The cheapest one-to-one assignment of rows to columns: exact optimal transport between equally many
-//! points, and the alignment of one prompt's tokens with another's.
+//! The cheapest one-to-one assignment of rows to columns. It gives exact optimal transport between
+//! equally many points, and the alignment of one prompt's tokens with another's.
 
 use pathfinding::prelude::{Matrix, kuhn_munkres_min};
 use tch::{Kind, Tensor};
 
 use crate::error::EngineError;
 
-/// Costs are rounded to this share of their range, so that the method runs in whole numbers; the sum
-/// over a million rows still fits.
+/// Number of steps to which the range of costs is rounded, so that the method runs in whole
+/// numbers. The sum over a million rows still fits.
 const STEPS: f64 = (1u64 << 42) as f64;
 
-/// Of a square matrix of finite costs [n, n]: the column of every row, each column once, with the least
-/// sum of costs (to n·2⁻⁴² of the costs' range). O(n³): a tenth of a second at n = 400.
+/// The cheapest assignment of a square matrix of finite costs [n, n]: the column of every row, each
+/// column once. The sum of costs is least to n·2⁻⁴² of their range. It takes O(n³): a tenth of a
+/// second at n = 400.
 pub fn cheapest(cost: &Tensor) -> Result<Vec<usize>, EngineError> {
     let (n, columns) = cost.size2()?;
     assert_eq!(n, columns, "a cost for every pair");

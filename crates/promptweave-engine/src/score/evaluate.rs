@@ -1,4 +1,4 @@
-//! How well prompts do on a labelled set: a closed-form head on the frozen feature.
+//! Evaluation of prompts on a labelled set, with a closed-form head on the frozen feature.
 
 use std::ops::ControlFlow;
 
@@ -18,18 +18,18 @@ use promptweave_domain::composition::PromptScore;
 use promptweave_domain::objective::{HScoreOptions, HeadOptions};
 use promptweave_domain::prompt_file::PromptFile;
 
-/// A prompt's head on the target samples, and how well both do.
+/// A prompt's head on the target samples, and the scores of both.
 pub struct Evaluated {
     pub head: ClosedFormHead,
     pub score: PromptScore,
 }
 
-/// What prompts are evaluated on and with.
+/// The samples and options of an evaluation.
 pub struct Evaluation<'a> {
     pub vit: &'a Vit,
-    /// The head is fitted on these: all of them, no cross-fit.
+    /// The samples that the head is fitted on: all of them, without cross-fit.
     pub train: &'a Samples,
-    /// Never seen by the head.
+    /// Samples that the head never sees.
     pub eval: Option<&'a Samples>,
     pub num_classes: usize,
     pub h_score: &'a HScoreOptions,
@@ -37,14 +37,14 @@ pub struct Evaluation<'a> {
 }
 
 impl Evaluation<'_> {
-    /// Sample × prompt pairs that [`Self::run`] sends through the backbone for each prompt whose
-    /// training features are not at hand (`known` false) or are.
+    /// Number of sample × prompt pairs that [`Self::run`] sends through the backbone for each
+    /// prompt. `known` tells whether the prompt's training features are at hand.
     pub fn work(&self, known: bool) -> u64 {
         let train = if known { 0 } else { self.train.len() };
         (train + self.eval.map_or(0, Samples::len)) as u64
     }
 
-    /// Scores one prompt [m, d]. `train_features` [N, d] saves a pass where they are at hand.
+    /// Scores one prompt [m, d]. `train_features` [N, d] saves a pass if they are at hand.
     pub fn run(
         &self,
         prompt: &Tensor,
@@ -85,7 +85,7 @@ impl Evaluation<'_> {
         })
     }
 
-    /// [`cross_fitted`] of a prompt [m, d] whose features are not at hand.
+    /// [`cross_fitted`] for a prompt [m, d] whose features are not at hand.
     pub fn cross_fitted(
         &self,
         prompt: &Tensor,
@@ -97,17 +97,18 @@ impl Evaluation<'_> {
     }
 }
 
-/// How closed-form heads do on samples that they were not fitted on.
+/// The result of closed-form heads on samples that they were not fitted on.
 #[derive(Clone, Copy, Debug)]
 pub struct OnUnseen {
-    /// Share that they get right.
+    /// Share of the samples that are classified correctly.
     pub accuracy: f64,
-    /// Mean cross-entropy of softmax(logits/T) in nats, at the T of least loss, of samples whose class they know.
+    /// Mean cross-entropy of softmax(logits/T) in nats, at the T of least loss, over the samples
+    /// whose class the head knows.
     pub loss: f64,
 }
 
-/// Of the samples, features [N, d], over ten folds: no split but the target samples is needed, and none of them is scored
-/// by a head that saw it.
+/// Scores features [N, d] of the samples over ten folds. It needs no split but the target samples,
+/// and no sample is scored by a head that saw it.
 pub fn cross_fitted(
     features: &Tensor,
     labels: &[usize],
@@ -135,7 +136,7 @@ pub fn cross_fitted(
     Ok(OnUnseen::of(correct, labels.len(), &with_loss, num_classes))
 }
 
-/// The head that a prompt file carries, on samples that it was not fitted on.
+/// Scores the head in a prompt file on samples that it was not fitted on.
 pub fn carried_head(
     vit: &Vit,
     samples: &Samples,
@@ -167,7 +168,7 @@ impl OnUnseen {
         Self {
             accuracy: correct as f64 / num_samples.max(1) as f64,
             loss: match with_loss {
-                // No more than guessing.
+                // With no known class the loss is that of guessing.
                 [] => (num_classes as f64).ln(),
                 known => calibrated_loss(known),
             },

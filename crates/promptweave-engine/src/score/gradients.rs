@@ -1,13 +1,14 @@
 //! Per-sample gradients of the loss by each source prompt, streamed into their statistics.
 //!
 //! ```text
-//! micro-batch of samples ─┬─► P₁, a copy a sample [B, m, d] ─► f ─► ∂ℓ/∂f ─► g₁ [B, m·d] ─┐
-//!                         ├─► P₂ …                                                      ├─► centred over prompts ─► its fold's S += g̃ᵢ∘g̃ⱼ
-//!                         └─► P_M …                                                     ┘
+//! micro-batch ─┬─► P₁, a copy a sample [B, m, d] ─► f ─► ∂ℓ/∂f ─► g₁ [B, m·d] ─┐
+//!              ├─► P₂ …                                                        ├─► centred over prompts ─► fold's S += g̃ᵢ∘g̃ⱼ
+//!              └─► P_M …                                                       ┘
 //! ```
 //!
-//! Backpropagating the *sum* of the samples' losses to copies of the prompt, one a sample, gives each copy
-//! exactly its own sample's gradient. Nothing of size N × M × m × d is held.
+//! Each sample has its own copy of the prompt. Backpropagating the *sum* of the samples' losses to
+//! the copies gives each copy exactly its own sample's gradient. Nothing of size N × M × m × d is
+//! held.
 
 use std::ops::ControlFlow;
 
@@ -22,13 +23,13 @@ use crate::vit::Vit;
 use crate::vit::streams::Pairs;
 use promptweave_domain::objective::GradientNormalization;
 
-/// Sample folds of the delete-one-fold jackknife.
+/// The most sample folds of the delete-one-fold jackknife.
 const MAX_SAMPLE_FOLDS: usize = 10;
-/// Sums kept fold by fold may take this much; beyond it there is one sum over all samples.
+/// The most bytes of sums that are kept fold by fold. Beyond it there is one sum over all samples.
 const MAX_FOLD_BYTES: usize = 2 << 30;
 
-/// The fold of every sample for the jackknife, 0..J with J = min(10, N): stratified, so that leaving one
-/// out removes about the same share of every class.
+/// The fold of every sample for the jackknife, 0..J with J = min(10, N). The folds are stratified,
+/// so that leaving one out removes about the same share of every class.
 pub fn sample_folds(labels: &[usize]) -> Vec<usize> {
     let num_folds = num_folds(labels.len());
     let mut folds = vec![0; labels.len()];
@@ -38,33 +39,34 @@ pub fn sample_folds(labels: &[usize]) -> Vec<usize> {
     folds
 }
 
-/// J
+/// The number of folds J.
 pub fn num_folds(num_samples: usize) -> usize {
     num_samples.min(MAX_SAMPLE_FOLDS)
 }
 
-/// Rows in the order of their classes, within one as they are.
+/// Rows sorted by class; within a class they keep their order.
 pub fn by_label(labels: &[usize]) -> Vec<usize> {
     let mut rows: Vec<usize> = (0..labels.len()).collect();
     rows.sort_by_key(|row| labels[*row]);
     rows
 }
 
-/// What the gradients came to.
+/// Summary of the gradients.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GradientSummary {
-    /// Over all samples.
+    /// Statistics over all samples.
     pub whole: AlignmentStatistics,
-    /// The same without the samples of fold j, one a fold; empty where they would not fit into memory.
+    /// Statistics without the samples of fold j, one for each fold. Empty if they would not fit
+    /// into memory.
     pub leave_out: Vec<AlignmentStatistics>,
-    /// Cosines of the mean gradients ḡᵢ, [M, M] row-major, 0 beside a mean that is zero.
+    /// Cosines of the mean gradients ḡᵢ, [M, M] row-major; 0 for a mean that is zero.
     pub mean_cosine: Vec<f64>,
-    /// √(mean over samples of ‖∂ℓ/∂Pᵢ‖²), one a prompt, before any normalisation.
+    /// √(mean over samples of ‖∂ℓ/∂Pᵢ‖²) of each prompt, before any normalisation.
     pub rms: Vec<f64>,
 }
 
 impl GradientSummary {
-    /// Those of the sources `keep`, in that order.
+    /// The summary of the sources `keep`, in that order.
     pub fn of_sources(&self, keep: &[usize]) -> Self {
         let m = self.rms.len();
         let cosines = keep
@@ -78,7 +80,8 @@ impl GradientSummary {
         }
     }
 
-    /// Share of the pairs of prompts whose mean gradients have a negative cosine; none with one prompt.
+    /// Share of the pairs of prompts whose mean gradients have a negative cosine; `None` with one
+    /// prompt.
     pub fn conflict_rate(&self) -> Option<f64> {
         let m = self.rms.len();
         let pairs = (0..m).flat_map(|i| (i + 1..m).map(move |j| i * m + j));
@@ -87,20 +90,21 @@ impl GradientSummary {
     }
 }
 
-/// Sums over samples, fold by fold, in f64: those of two shards add up to those of both.
+/// Sums over samples, fold by fold, in f64. Those of two shards add up to those of both.
 ///
-/// With ḡₙ the mean of sample n's gradients over the prompts and g̃ᵢₙ = gᵢₙ - ḡₙ, the products are those of
-/// the M+1 vectors g̃₁ₙ … g̃_Mₙ, ḡₙ. Centred over the prompts, they do not cancel in variances about the
-/// mixed gradient, whatever the prompts share. But a prompt's own scale is known at the end only, and
-/// gᵢ/rᵢ less its mean over the prompts is no combination of g̃₁ … g̃_M alone; it is one with ḡ beside
-/// them. So the products of the normalised gradients are a linear map of these.
+/// Let ḡₙ be the mean of sample n's gradients over the prompts, and g̃ᵢₙ = gᵢₙ - ḡₙ. The products
+/// are those of the M+1 vectors g̃₁ₙ … g̃_Mₙ, ḡₙ. Being centred over the prompts, they do not
+/// cancel in variances about the mixed gradient, whatever the prompts share. But a prompt's own
+/// scale rᵢ is known only at the end, and gᵢ/rᵢ minus its mean over the prompts is no combination
+/// of g̃₁ … g̃_M alone. It is one if ḡ is added. So the products of the normalised gradients are a
+/// linear map of these.
 pub struct GradientStatistics {
     /// [J, T', P]: Σ_n a_n[p] b_n[p] over pairs of those vectors, packed; T' = (M+1)(M+2)/2, P = m·d.
     pub(crate) products: Tensor,
-    /// [J, M, P]: Σ_n gᵢₙ[p] and Σ_n gᵢₙ[p]², of the gradients as they are.
+    /// [J, M, P]: Σ_n gᵢₙ[p] and Σ_n gᵢₙ[p]², of the gradients without centring.
     pub(crate) sums: Tensor,
     pub(crate) squares: Tensor,
-    /// Samples a fold.
+    /// Number of samples in each fold.
     pub(crate) counts: Vec<usize>,
 }
 
@@ -143,7 +147,7 @@ impl GradientStatistics {
             let products = self.products.get(fold);
             let mut row = 0;
             for i in 0..own.size()[0] {
-                // Vector i with itself and all later ones at once.
+                // Vector i with itself and all later vectors at once.
                 let length = own.size()[0] - i;
                 let product = sum(own.narrow(0, i, length) * own.narrow(0, i, 1), 1);
                 let _ = products.narrow(0, row, length).g_add_(&product);
@@ -153,7 +157,7 @@ impl GradientStatistics {
         Ok(())
     }
 
-    /// How many samples were added.
+    /// Number of samples that were added.
     pub fn num_samples(&self) -> usize {
         self.counts.iter().sum()
     }
@@ -161,7 +165,7 @@ impl GradientStatistics {
     /// Adds another shard's sums, of the same prompts and number of folds.
     ///
     /// # Panics
-    /// When the shapes differ.
+    /// If the shapes differ.
     pub fn merge(&mut self, other: &Self) {
         assert_eq!(self.products.size(), other.products.size());
         let _ = self.products.g_add_(&other.products);
@@ -172,7 +176,7 @@ impl GradientStatistics {
         }
     }
 
-    /// Γ and the rest, with all that can only be known when every sample was seen.
+    /// Computes the summary, with everything that is known only when every sample was seen.
     pub fn finish(&self, norm: GradientNormalization) -> Result<GradientSummary, EngineError> {
         let over_folds = |x: &Tensor| x.sum_dim_intlist(0, false, Kind::Double);
         let (products, sums, squares) = (
@@ -226,13 +230,13 @@ impl GradientStatistics {
     }
 }
 
-/// `num_folds`, or 1 where sums fold by fold would take too much memory.
+/// `num_folds`, or 1 if sums fold by fold would take too much memory.
 fn kept_folds(num_sources: usize, num_params: usize, num_folds: usize) -> usize {
     let bytes = num_folds * bytes_a_fold(num_sources, num_params);
     if bytes > MAX_FOLD_BYTES { 1 } else { num_folds }
 }
 
-/// Of the sums of all kept folds.
+/// Size of the sums of all kept folds, in bytes.
 pub fn sums_bytes(num_sources: usize, num_params: usize, num_folds: usize) -> usize {
     kept_folds(num_sources, num_params, num_folds) * bytes_a_fold(num_sources, num_params)
 }
@@ -242,13 +246,13 @@ fn bytes_a_fold(num_sources: usize, num_params: usize) -> usize {
     rows * num_params * size_of::<f64>()
 }
 
-/// [T, T']: the packed products of aᵢ = gᵢcᵢ less its mean over the prompts, cᵢ being the `scales`, as
-/// combinations of the accumulated ones.
+/// The map [T, T'] from the accumulated packed products to those of aᵢ = gᵢcᵢ minus its mean over
+/// the prompts, where cᵢ are the `scales`.
 fn pair_map(norm: GradientNormalization, scales: &[f64]) -> Tensor {
     let m = scales.len();
     let mean = scales.iter().sum::<f64>() / m as f64;
-    // aᵢ = Σ_k A_ik g̃_k + A_iM ḡ. Without normalisation aᵢ = g̃ᵢ, which also Σ_k g̃_k = 0 makes of the
-    // other branch; but so no digit is lost.
+    // aᵢ = Σ_k A_ik g̃_k + A_iM ḡ. Without normalisation aᵢ = g̃ᵢ. The other branch gives the same,
+    // since Σ_k g̃_k = 0, but this one loses no digit.
     let coefficient = |i: usize, k: usize| match norm {
         GradientNormalization::None => f64::from(u8::from(i == k)),
         GradientNormalization::Rms if k == m => scales[i] - mean,
@@ -271,7 +275,7 @@ fn pair_map(norm: GradientNormalization, scales: &[f64]) -> Tensor {
     Tensor::from_slice(&map).view([rows as i64, columns as i64])
 }
 
-/// Cosines of M vectors from their inner products [M, M]; 0 beside a zero vector, 1 on the diagonal.
+/// Cosines of M vectors from their inner products [M, M]; 0 for a zero vector, 1 on the diagonal.
 fn cosines(inner: &[f64], m: usize) -> Vec<f64> {
     let norm = |i: usize| inner[i * m + i].sqrt();
     (0..m * m)
@@ -283,7 +287,7 @@ fn cosines(inner: &[f64], m: usize) -> Vec<f64> {
         .collect()
 }
 
-/// A tensor's values in row-major order; refused where one is not finite.
+/// A tensor's values in row-major order. Values that are not finite are refused.
 fn numbers(tensor: &Tensor) -> Result<Vec<f64>, EngineError> {
     if !bool::try_from(tensor.isfinite().all())? {
         return Err(EngineError::NotFinite("the prompts' gradients"));
@@ -291,15 +295,16 @@ fn numbers(tensor: &Tensor) -> Result<Vec<f64>, EngineError> {
     Ok(Vec::try_from(tensor.to_device(Device::Cpu).flatten(0, -1))?)
 }
 
-/// What gradients are taken by, source by source: the head that defines its loss, and whether they are known
-/// already.
+/// The sources whose gradients are taken: the heads that define their losses, and the gradients
+/// known already.
 pub struct Sources<'a> {
     pub heads: &'a [SourceHead],
     pub known: &'a CachedGradients,
 }
 
-/// Runs the samples of `pairs` forward and backward through every prompt whose gradients are not known. `folds` are
-/// the cross-fit folds of the heads, `sample_folds` those of the jackknife, both of all samples.
+/// Runs the samples of `pairs` forward and backward through every prompt whose gradients are not
+/// known. `folds` are the cross-fit folds of the heads and `sample_folds` those of the jackknife,
+/// both for all samples.
 pub fn accumulate(
     vit: &Vit,
     pairs: &Pairs<'_>,
@@ -358,7 +363,7 @@ pub fn accumulate(
     Ok(statistics)
 }
 
-/// Of all samples' values, those of these.
+/// The values at these rows, out of all samples' values.
 fn of_rows(all: &[usize], rows: &[usize]) -> Vec<usize> {
     rows.iter().map(|row| all[*row]).collect()
 }
@@ -380,7 +385,7 @@ mod tests {
         );
     }
 
-    /// f [B, d]
+    /// f [B, d].
     fn features(pass: &mut dyn Pass, images: &Tensor, prompt: &Tensor) -> Tensor {
         pass.take_prompts(&[prompt.shallow_clone()]);
         pass.take_images(images);
@@ -416,12 +421,12 @@ mod tests {
             let gradient = per_sample(&prompt, i..i + 1).get(0);
             close(&batch.get(i as i64), &gradient, 1e-12);
         }
-        // Another order of the prompt's tokens is the same order of the gradients' rows.
+        // Reordering the prompt's tokens reorders the gradients' rows in the same way.
         let order = Tensor::from_slice(&[2i64, 0, 1]);
         let gradients = per_sample(&prompt.index_select(0, &order), 0..12);
         close(&gradients, &batch.index_select(1, &order), 1e-12);
 
-        // And against central differences of a sample's loss, at five entries.
+        // Compares with central differences of a sample's loss, at five entries.
         let mut at = |prompt: &Tensor| {
             let features = self::features(pass.as_mut(), &images.narrow(0, 4, 1), prompt);
             f64::try_from(head.loss_sum(&features, &labels[4..5], &folds[4..5])).unwrap()
@@ -439,7 +444,7 @@ mod tests {
         }
     }
 
-    /// Those of gradients [M, N, P] added in micro-batches of these sizes.
+    /// Statistics of gradients [M, N, P] that are added in micro-batches of these sizes.
     fn streamed(gradients: &Tensor, folds: &[usize], sizes: &[usize]) -> GradientStatistics {
         let (m, _, p) = gradients.size3().unwrap();
         let num_folds = folds.iter().max().unwrap() + 1;
@@ -549,7 +554,7 @@ mod tests {
 
     #[test]
     fn mean_gradients_that_oppose_each_other_are_conflicts() {
-        // Means e₁, -e₁ + e₂, 0 and -e₂.
+        // The means are e₁, -e₁ + e₂, 0 and -e₂.
         let rows = [1.0, 0.0, -1.0, 1.0, 0.0, 0.0, 0.0, -1.0];
         let means = Tensor::from_slice(&rows).view([4, 1, 2]);
         let apart = Tensor::from_slice(&[0.5, -0.5]).view([1, 2, 1]);

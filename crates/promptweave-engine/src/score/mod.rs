@@ -1,4 +1,5 @@
-//! What is measured of sources on the target: transferability, gradient alignment, and how well heads do.
+//! Measures of the sources on the target: transferability, gradient alignment, and the results of
+//! heads.
 
 pub mod alignment;
 pub mod assignment;

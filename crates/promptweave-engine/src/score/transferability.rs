@@ -4,8 +4,8 @@
 //! | score | from | higher means |
 //! |---|---|---|
 //! | LogME (You et al. 2021) | features, labels | a linear map explains the labels with more evidence |
-//! | LEEP (Nguyen et al. 2020), NCE (Tran et al. 2019) | the source head's probabilities, labels | source classes foretell target classes |
-//! | OTCE (Tan et al. 2021) | a sketch of the source task's features, labels | the nearest source samples foretell target classes |
+//! | LEEP (Nguyen et al. 2020), NCE (Tran et al. 2019) | source head, labels | source classes predict target classes |
+//! | OTCE (Tan et al. 2021) | feature sketch, labels | the nearest source samples predict target classes |
 //!
 //! None depends on the order of the samples or on the names of the labels. All numbers are in nats.
 
@@ -22,23 +22,24 @@ use promptweave_domain::prompt_file::{Head, PromptFile, Sketch};
 use promptweave_domain::stratified::stratified_subset;
 use promptweave_domain::tensor::Tensor as PlainTensor;
 
-/// Samples of either side in an optimal transport at most: it takes time cubic in them.
+/// The most samples of either side in an optimal transport, which takes time cubic in them.
 const MAX_TRANSPORT: usize = 400;
 
-/// Scores of one source; `None` where its prompt file lacks what the score is made of.
+/// Scores of one source; `None` if its prompt file lacks what a score needs.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SourceScores {
     pub logme: f64,
-    /// ≤ 0; needs the source head.
+    /// LEEP ≤ 0; needs the source head.
     pub leep: Option<f64>,
-    /// ≤ 0; needs the source head.
+    /// NCE ≤ 0; needs the source head.
     pub nce: Option<f64>,
-    /// -H(Y_t|Y_s) ≤ 0; needs the sketch.
+    /// OTCE = -H(Y_t|Y_s) ≤ 0; needs the sketch.
     pub otce: Option<f64>,
 }
 
 impl SourceScores {
-    /// `features` [N, d]: the target's samples under this very prompt; `labels` has N entries.
+    /// Scores a source. `features` [N, d] are the target's samples under this source's prompt;
+    /// `labels` has N entries.
     pub fn of(
         features: &Tensor,
         labels: &[usize],
@@ -65,7 +66,7 @@ impl SourceScores {
     }
 }
 
-/// θ = softmax(W f + b), [N, d] → [N, C_s].
+/// Probabilities of the source classes: θ = softmax(W f + b), [N, d] → [N, C_s].
 fn probabilities(features: &Tensor, head: &Head) -> Tensor {
     features
         .linear(&matrix(&head.weight), Some(&matrix(&head.bias)))
@@ -80,20 +81,20 @@ pub fn matrix(plain: &PlainTensor<f32>) -> Tensor {
         .to_kind(Kind::Double)
 }
 
-/// LogME: the mean over the classes present of ln p(y | F)/N, the evidence of a Bayesian linear model
-/// of the class's indicator y, maximised over the precisions α of the weights and β of the noise.
-/// `features` [N, d], not centred.
+/// LogME: the mean over the classes present of ln p(y | F)/N, the evidence of a Bayesian linear
+/// model of the class's indicator y, maximised over the precisions α of the weights and β of the
+/// noise. `features` is [N, d], not centred.
 ///
-/// This is the fixed-point algorithm of arXiv 2110.10545 as its authors published it. For N < d their
-/// code leaves the term -(d-N)/2·ln α out of the evidence, and so does this: numbers of equal N and d
-/// compare, others do not.
+/// This is the fixed-point algorithm of arXiv 2110.10545 as its authors published it. For N < d
+/// their code leaves the term -(d-N)/2·ln α out of the evidence, and so does this one. Only numbers
+/// of equal N and d can be compared.
 pub fn logme(features: &Tensor, labels: &[usize]) -> Result<f64, EngineError> {
     let x = finite(features, "the features")?;
     let (n, d) = x.size2()?;
     let (classes, num_classes) = numbered(labels);
     let y = one_hot(&classes, num_classes);
-    // Only σ = s² and (s uᵀy)² of the singular value decomposition F = U S Vᵀ are needed: they come from
-    // the smaller of FᵀF and FFᵀ.
+    // Only σ = s² and (s uᵀy)² of the singular value decomposition F = U S Vᵀ are needed. They come
+    // from the smaller of FᵀF and FFᵀ.
     let (sigma, projected) = if n > d {
         let (sigma, v) = x.tr().matmul(&x).f_linalg_eigh("L")?;
         let projected = v.tr().matmul(&x.tr().matmul(&y)).square();
@@ -114,7 +115,7 @@ pub fn logme(features: &Tensor, labels: &[usize]) -> Result<f64, EngineError> {
 }
 
 /// ln p(y | F)/N at the α and β that a fixed-point iteration finds, for one class's indicator y of
-/// `y_squared` = ‖y‖², with `sigma` and `projected` = (s uᵀy)² a singular value.
+/// `y_squared` = ‖y‖². `sigma` and `projected` = (s uᵀy)² have one entry for each singular value.
 fn evidence(sigma: &[f64], projected: &[f64], y_squared: f64, n: f64, d: f64) -> f64 {
     let over = |term: &dyn Fn(f64, f64) -> f64| -> f64 {
         sigma.iter().zip(projected).map(|(s, p)| term(*s, *p)).sum()
@@ -143,13 +144,14 @@ fn evidence(sigma: &[f64], projected: &[f64], y_squared: f64, n: f64, d: f64) ->
         / n
 }
 
-/// LEEP: the mean log-likelihood of the labels when a source class z is drawn from θ_n and the label from
-/// P̂(y|z), θ's own joint table. `probabilities` θ [N, C_s], rows on the simplex; ≤ 0.
+/// LEEP: the mean log-likelihood of the labels if a source class z is drawn from θ_n, and the label
+/// from P̂(y|z), θ's own joint table. `probabilities` θ is [N, C_s], rows on the simplex. The
+/// result is ≤ 0.
 pub fn leep(probabilities: &Tensor, labels: &[usize]) -> Result<f64, EngineError> {
     let theta = finite(probabilities, "the source head's probabilities")?;
     let (classes, num_classes) = numbered(labels);
     let joint = one_hot(&classes, num_classes).tr().matmul(&theta);
-    // A source class of no probability at all takes part in nothing.
+    // A source class without any probability takes no part.
     let of_source = joint
         .sum_dim_intlist(0, true, Kind::Double)
         .clamp_min(f64::MIN_POSITIVE);
@@ -159,26 +161,27 @@ pub fn leep(probabilities: &Tensor, labels: &[usize]) -> Result<f64, EngineError
     scored(f64::try_from(likelihood.log().mean(Kind::Double))?)
 }
 
-/// NCE: -H(Y|Z) with z the most probable source class of each sample. `probabilities` [N, C_s]; ≤ 0.
+/// NCE: -H(Y|Z), where z is the most probable source class of each sample. `probabilities` is [N,
+/// C_s]. The result is ≤ 0.
 pub fn nce(probabilities: &Tensor, labels: &[usize]) -> Result<f64, EngineError> {
     let theta = finite(probabilities, "the source head's probabilities")?;
     let z: Vec<i64> = Vec::try_from(theta.argmax(1, false))?;
     Ok(negative_conditional_entropy(&z, labels))
 }
 
-/// OTCE of a source task and the target, see [`otce`].
+/// OTCE of a source task and the target; see [`otce`].
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Otce {
     /// -H(Y_t|Y_s) ≤ 0 of the labels that the transport brings together.
     pub score: f64,
-    /// Mean squared distance the samples are moved: the squared 2-Wasserstein distance.
+    /// Mean squared distance that the samples are moved: the squared 2-Wasserstein distance.
     pub transport_cost: f64,
 }
 
-/// Exact optimal transport, squared Euclidean, between the source task's features and the target's
-/// [N, d]. Equally many samples are taken from both, by class and in proportion, so that transport
-/// between uniform marginals is an assignment. `score` is OTCE's practical form: the full one weighs
-/// score and cost by a regression on auxiliary tasks, which are not at hand.
+/// OTCE, by exact optimal transport (squared Euclidean) between the source task's features and the
+/// target's [N, d]. Equally many samples are taken from both, by class and in proportion, so that
+/// transport between uniform marginals is an assignment. `score` is OTCE's practical form. The full
+/// one weighs score and cost by a regression on auxiliary tasks, which are not at hand.
 pub fn otce(sketch: &Sketch, features: &Tensor, labels: &[usize]) -> Result<Otce, EngineError> {
     let target = finite(features, "the features")?;
     let source = finite(&matrix(&sketch.features), "the sketch's features")?;
@@ -193,7 +196,7 @@ pub fn otce(sketch: &Sketch, features: &Tensor, labels: &[usize]) -> Result<Otce
         from.index_select(0, &Tensor::from_slice(&rows))
     };
     let (source, target) = (select(&source, &source_rows), select(&target, &target_rows));
-    // Mode 2: by differences, so that equal samples are at distance 0.
+    // Mode 2 computes by differences, so that equal samples are at distance 0.
     let cost = Tensor::cdist(&source, &target, 2.0, 2).square();
     let columns = assignment::cheapest(&cost)?;
     let brought: Vec<usize> = columns.iter().map(|c| labels[target_rows[*c]]).collect();
@@ -222,7 +225,7 @@ fn negative_conditional_entropy<Z: Ord + Copy, Y: Ord + Copy>(z: &[Z], y: &[Y]) 
     sum / z.len() as f64
 }
 
-/// [N, K]
+/// The one-hot matrix [N, K].
 fn one_hot(classes: &[usize], num_classes: usize) -> Tensor {
     let classes: Vec<i64> = classes.iter().map(|class| *class as i64).collect();
     Tensor::from_slice(&classes)
@@ -230,7 +233,7 @@ fn one_hot(classes: &[usize], num_classes: usize) -> Tensor {
         .to_kind(Kind::Double)
 }
 
-/// In f64 on the CPU.
+/// The tensor in f64 on the CPU. Values that are not finite are refused.
 fn finite(tensor: &Tensor, what: &'static str) -> Result<Tensor, EngineError> {
     let tensor = tensor.to_device(Device::Cpu).to_kind(Kind::Double);
     match bool::try_from(tensor.isfinite().all())? {
@@ -276,7 +279,7 @@ mod tests {
         transport_cost: f64,
     }
 
-    /// scripts/reference/scores.py wrote them, and says by which programs' formulas.
+    /// scripts/reference/scores.py wrote the values, and names the programs whose formulas it uses.
     fn reference() -> Vec<Case> {
         let json = include_str!("../../../../tests/fixtures/scores/scores.json");
         serde_json::from_str(json).unwrap()
@@ -313,7 +316,7 @@ mod tests {
         )
     }
 
-    /// θ that knows something of the labels.
+    /// Probabilities θ that tell something about the labels.
     fn theta(labels: &[usize]) -> Tensor {
         let known = one_hot(labels, 3).matmul(&noise_tensor(&[3, 4], 4));
         (known * 2.0 + noise_tensor(&[labels.len() as i64, 4], 3)).softmax(-1, None)
@@ -372,7 +375,7 @@ mod tests {
         let (features, labels) = task(40, 0.5);
         let theta = theta(&labels);
         let source = sketch(&noise_tensor(&[40, 6], 5), &[0, 1, 2, 3].repeat(10));
-        // Backwards, and with the names 9, 2, 5 for 0, 1, 2.
+        // The samples backwards, and with the names 9, 2, 5 for 0, 1, 2.
         let other: Vec<usize> = labels.iter().rev().map(|l| [9, 2, 5][*l]).collect();
         let (f, t) = (features.flip([0]), theta.flip([0]));
         close(
@@ -442,7 +445,8 @@ mod tests {
             worse.score < -0.5 && worse.transport_cost == 0.0,
             "{worse:?}"
         );
-        // Far away is dear, and moved as a whole it still brings the same labels together.
+        // A distant target has a high transport cost, but if it is moved as a whole, the same
+        // labels meet.
         let far = otce(&sketch(&(&features + 3.0), &own), &features, &labels).unwrap();
         assert_eq!(far.score, 0.0);
         close(far.transport_cost, 54.0, 1e-6);
@@ -454,7 +458,7 @@ mod tests {
         let features = features.to_kind(Kind::Float);
         let own: Vec<i64> = labels[..30].iter().map(|l| -(*l as i64)).collect();
         let few = sketch(&features.narrow(0, 0, 30), &own);
-        // Well separated classes stay together although the samples are others.
+        // Well separated classes stay together with other samples, too.
         let scored = otce(&few, &features, &labels).unwrap();
         assert!(scored.score > -0.3, "{scored:?}");
     }
@@ -478,7 +482,7 @@ mod tests {
         assert!(in_bounds(full.leep) && in_bounds(full.nce), "{full:?}");
         // Twelve of the samples have an entropy of their own.
         assert!((-3f64.ln()..=0.0).contains(&full.otce.unwrap()));
-        // A bias that says one class is a head that knows nothing.
+        // A head whose bias always gives one class knows nothing.
         file.head.as_mut().unwrap().bias.values = vec![1e4, -1e4];
         let blind = SourceScores::of(&features, &labels, &file).unwrap();
         close(blind.leep.unwrap(), -entropy(&labels), 1e-12);

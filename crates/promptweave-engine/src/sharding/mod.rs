@@ -1,5 +1,5 @@
-//! The engine's side of work that is [shared](promptweave_domain::sharding): which samples a shard has, how one is
-//! computed, and how all are put together.
+//! The engine's side of [shared](promptweave_domain::sharding) work: which samples a shard has, how
+//! it is computed, and how shards are merged.
 
 pub mod shard_file;
 pub(crate) mod shard_worker;
@@ -20,8 +20,9 @@ use crate::vit::features::extract;
 use promptweave_domain::phase::Phase;
 use promptweave_domain::sharding::{Next, Shard};
 
-/// Rows of a shard's samples, in order. Samples of one class are dealt out in turn, and so are those of one
-/// jackknife fold, so that the first shards alone say something of every class, and how sure that is.
+/// Rows of a shard's samples, in order. The samples of each class and of each jackknife fold are
+/// dealt out in turn. So the first shards alone tell something about every class, and how certain
+/// it is.
 pub fn rows_of(shard: Shard, labels: &[usize]) -> Vec<usize> {
     let folds = gradients::num_folds(labels.len());
     let mut rows: Vec<usize> = (by_label(labels).into_iter().enumerate())
@@ -32,29 +33,29 @@ pub fn rows_of(shard: Shard, labels: &[usize]) -> Vec<usize> {
     rows
 }
 
-/// What shards are computed from, by whoever computes them.
+/// The inputs of every shard, for the owner and helpers alike.
 #[derive(Clone, Copy)]
 pub struct Shared<'a> {
     pub vit: &'a Vit,
     pub samples: &'a Samples,
-    /// Of all sources, on the device [m, d].
+    /// Prompts of all sources, on the device, [m, d] each.
     pub prompts: &'a [Tensor],
 }
 
 impl Shared<'_> {
-    /// M, N, d
+    /// The sizes M, N, d.
     fn size(&self) -> [usize; 3] {
         let d = self.vit.config.embed_dim;
         [self.prompts.len(), self.samples.len(), d]
     }
 
-    /// Sample × source pairs of a whole phase.
+    /// Number of sample × source pairs of a whole phase.
     pub fn pairs(&self) -> u64 {
         let [m, n, _] = self.size();
         (m * n) as u64
     }
 
-    /// The file of a shard of features.
+    /// Computes the file of a shard of features.
     pub fn features_of(
         &self,
         shard: Shard,
@@ -65,7 +66,7 @@ impl Shared<'_> {
         shard_file::of_features(&extract(self.vit, &pairs, progress)?)
     }
 
-    /// The file of a shard's sums over gradients.
+    /// Computes the file of a shard's sums over gradients.
     pub fn gradients_of(
         &self,
         shard: Shard,
@@ -86,14 +87,14 @@ impl Shared<'_> {
         shard_file::of_gradients(&sums)
     }
 
-    /// Sums over no samples yet.
+    /// Sums over no samples, to which shards are added.
     pub fn no_gradients(&self) -> GradientStatistics {
         let [m, n, _] = self.size();
         let folds = gradients::num_folds(n);
         GradientStatistics::new(m, self.num_params() as i64, folds, Device::Cpu)
     }
 
-    /// Of a shard's sums.
+    /// Size of a shard's sums, in bytes.
     pub fn gradient_bytes(&self) -> usize {
         let [m, n, _] = self.size();
         gradients::sums_bytes(m, self.num_params(), gradients::num_folds(n))
@@ -103,7 +104,7 @@ impl Shared<'_> {
         self.prompts.first().map_or(0, |prompt| prompt.numel())
     }
 
-    /// Puts the features of shards, in order, where they belong in those of all samples [M, N, d].
+    /// Starts to merge shards of features, in order, into the features of all samples [M, N, d].
     pub fn merge_features(&self) -> MergedFeatures<'_> {
         let kind = match self.vit.kind {
             Kind::Double => Kind::Double,
@@ -118,7 +119,7 @@ impl Shared<'_> {
     }
 }
 
-/// Features of all samples, as far as they are there.
+/// Features of all samples, as far as they are merged.
 pub struct MergedFeatures<'a> {
     shared: &'a Shared<'a>,
     features: Tensor,
@@ -147,8 +148,10 @@ impl MergedFeatures<'_> {
         Ok(())
     }
 
+    /// The features of all samples, [M, N, d].
+    ///
     /// # Panics
-    /// Where a shard is missing.
+    /// If a shard is missing.
     pub fn whole(self) -> Tensor {
         assert!(
             self.next > 0 && self.next == self.count,
@@ -158,8 +161,8 @@ impl MergedFeatures<'_> {
     }
 }
 
-/// Runs a phase that was laid out: `compute` makes a shard's file, `merge` gets all of them in order, until one
-/// says that no more is needed.
+/// Runs a phase that was laid out. `compute` makes a shard's file. `merge` gets all files in order,
+/// until it breaks off because no more are needed.
 pub fn by_shards(
     steps: &mut Steps<'_>,
     phase: Phase,

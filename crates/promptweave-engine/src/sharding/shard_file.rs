@@ -1,12 +1,12 @@
-//! The file that a shard leaves: features of its samples, or sums over their gradients. Safetensors without
-//! metadata; who reads it knows what it is of, and by its digest that it is whole.
+//! The file of a shard: features of its samples, or sums over their gradients. It is safetensors
+//! without metadata. The reader knows which shard it belongs to, and its digest proves it whole.
 //!
 //! | tensor | shape | dtype | |
 //! |---|---|---|---|
 //! | `features` | [M, n, d] | f32 or f64 | of the shard's n samples, in order |
 //! | `products` | [J, T', P] | f64 | sums fold by fold, as [`GradientStatistics`] has them |
 //! | `sums`, `squares` | [J, M, P] | f64 | |
-//! | `counts` | [J] | i64 | samples a fold |
+//! | `counts` | [J] | i64 | samples in each fold |
 
 use safetensors::{Dtype, SafeTensors};
 use tch::{Device, Kind, Tensor};
@@ -16,7 +16,7 @@ use crate::score::gradients::GradientStatistics;
 use crate::statistics::{File, StatisticsError};
 use promptweave_domain::tensor::{Element, Stored, Tensor as PlainTensor};
 
-/// The file of features [M, n, d].
+/// Writes the file of features [M, n, d].
 pub fn of_features(features: &Tensor) -> Result<Vec<u8>, EngineError> {
     let stored = match features.kind() {
         Kind::Double => stored::<f64>(features)?,
@@ -25,7 +25,7 @@ pub fn of_features(features: &Tensor) -> Result<Vec<u8>, EngineError> {
     Ok(written(vec![("features", stored)]))
 }
 
-/// Features [M, n, d] out of their file.
+/// Reads features [M, n, d] from their file.
 pub fn features(bytes: &[u8], [m, n, d]: [usize; 3]) -> Result<Tensor, EngineError> {
     let file = read(bytes)?;
     let file = File(&file);
@@ -38,9 +38,10 @@ pub fn features(bytes: &[u8], [m, n, d]: [usize; 3]) -> Result<Tensor, EngineErr
     Ok(values.view(shape))
 }
 
-/// The file of a shard's sums.
+/// Writes the file of a shard's sums.
 pub fn of_gradients(statistics: &GradientStatistics) -> Result<Vec<u8>, EngineError> {
-    // Here, where another worker may do better than who would read it.
+    // Sums that are not finite are refused here, where another worker may do better, rather than at
+    // the reader.
     for sums in [&statistics.products, &statistics.squares] {
         if !bool::try_from(sums.isfinite().all())? {
             return Err(EngineError::NotFinite("the prompts' gradients"));
@@ -56,7 +57,7 @@ pub fn of_gradients(statistics: &GradientStatistics) -> Result<Vec<u8>, EngineEr
     ]))
 }
 
-/// Adds a shard's sums, out of their file, to those of the same prompts and folds.
+/// Adds a shard's sums from their file to those of the same prompts and folds.
 pub fn add_gradients(to: &mut GradientStatistics, bytes: &[u8]) -> Result<(), EngineError> {
     let file = read(bytes)?;
     let file = File(&file);

@@ -1,4 +1,4 @@
-//! A shard of somebody else's composition.
+//! Computing a shard of a composition that another worker owns.
 
 use uuid::Uuid;
 
@@ -19,13 +19,13 @@ use promptweave_domain::tensor::Tensor as PlainTensor;
 use promptweave_formats::backbone::Backbone;
 use promptweave_formats::dataset::LabelledImages;
 
-/// What the last shard was computed from, for the next one of the same job.
+/// The inputs of the last shard, prepared for the next one of the same job.
 pub struct Prepared {
     job: Uuid,
     samples: Samples,
     num_classes: usize,
     prompts: Vec<PlainTensor<f32>>,
-    /// Once gradients are asked for.
+    /// The sources' heads, once gradients were requested.
     heads: Option<Vec<SourceHead>>,
 }
 
@@ -49,7 +49,7 @@ impl Prepared {
     }
 }
 
-/// The file of a shard. `prepared` is what an earlier one left, if any.
+/// Computes the file of a shard. `prepared` is what an earlier shard left, if any.
 pub fn shard(
     backbone: &Backbone,
     vit: &Vit,
@@ -59,7 +59,7 @@ pub fn shard(
 ) -> Result<Vec<u8>, EngineError> {
     let file = compute(backbone, vit, prepared, input, observer);
     if !matches!(file, Ok(_) | Err(EngineError::Stopped)) {
-        // It may have been the fault of what was prepared.
+        // The prepared inputs may be the cause of the failure.
         *prepared = None;
     }
     file
@@ -99,7 +99,7 @@ fn compute(
     shared.gradients_of(input.shard, heads, steps.counter(pairs))
 }
 
-/// As who has the job fitted them: on the same features in the same way.
+/// Fits the heads as the job's owner did: on the same features, in the same way.
 fn heads_of(
     shared: &Shared<'_>,
     num_classes: usize,

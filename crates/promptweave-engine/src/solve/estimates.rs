@@ -1,4 +1,5 @@
-//! α while gradients are still being taken: by the shards that were merged so far, with the features of all samples.
+//! Estimates of α while gradients are still being taken, from the shards merged so far and the
+//! features of all samples.
 
 use std::time::{Duration, Instant};
 
@@ -15,7 +16,7 @@ use promptweave_domain::early_stopping::{EarlyStop, EarlyStopping};
 use promptweave_domain::objective::{Objective, TradeOffRule, Weighing};
 use promptweave_domain::sharding::Estimate;
 
-/// An estimate that nobody's end depends on is made where it takes at most this part of the time.
+/// An estimate on which early stopping does not depend may take at most 1/`SHARE` of the time.
 const SHARE: u32 = 10;
 
 /// Estimates of one composition, after each shard.
@@ -23,14 +24,14 @@ pub struct Estimates<'a> {
     sources: &'a [Source],
     objective: &'a Objective,
     early_stopping: Option<EarlyStopping>,
-    /// Of all samples, [M, N, d].
+    /// Features of all samples, [M, N, d].
     features: &'a Tensor,
     labels: &'a [usize],
     shards: usize,
     merged: usize,
-    /// α of the last.
+    /// The weights α of the last estimate.
     weights: Vec<f64>,
-    /// When the last was made, and how long it took.
+    /// When the last estimate was made, and how long it took.
     last: (Instant, Duration),
 }
 
@@ -56,14 +57,16 @@ impl<'a> Estimates<'a> {
         }
     }
 
-    /// Tells what one shard more has made of α; an answer says that this is enough.
+    /// Reports the estimate of α after one more shard. A value is returned if the estimate is
+    /// certain enough to stop.
     pub fn after(
         &mut self,
         merged: &GradientStatistics,
         steps: &mut Steps<'_>,
     ) -> Result<Option<EarlyStop>, EngineError> {
         self.merged += 1;
-        // The last one is the answer, which is on its way; and a choice by accuracy needs forward passes.
+        // After the last shard the answer itself follows. A choice by `validation` would need
+        // forward passes.
         let by_accuracy = self.objective.weighing() == Weighing::Rule(TradeOffRule::Validation);
         if self.merged == self.shards || by_accuracy {
             return Ok(None);
@@ -123,8 +126,8 @@ impl<'a> Estimates<'a> {
             .collect()
     }
 
-    /// Whether these weights are certain enough, and moved by no more than that since the last estimate: few samples
-    /// may all say the same, and be wrong.
+    /// Stops if the weights are certain enough, and moved by no more than that since the last
+    /// estimate. The second condition matters since few samples may agree and be wrong.
     fn stop(&self, weights: &[SourceWeight], samples: usize) -> Option<EarlyStop> {
         let asked = self
             .early_stopping

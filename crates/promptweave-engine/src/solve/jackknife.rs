@@ -1,9 +1,9 @@
-//! How certain α is: a delete-one-fold jackknife (Tukey 1958; Efron & Stein 1981) over stratified folds
-//! of the target samples.
+//! The certainty of α, by a delete-one-fold jackknife (Tukey 1958; Efron & Stein 1981) over
+//! stratified folds of the target samples.
 //!
-//! SEᵢ² = (J-1)/J Σⱼ (αᵢ₍ⱼ₎ - ᾱᵢ)², with α₍ⱼ₎ solved for without fold j, from the whole α.
+//! SEᵢ² = (J-1)/J Σⱼ (αᵢ₍ⱼ₎ - ᾱᵢ)², where α₍ⱼ₎ is solved for without fold j, from the whole α.
 //!
-//! What is held as it is: λ (or t's ranges), ρ, and the heads that define the loss. So it is the
+//! λ (or t's ranges), ρ, and the heads that define the loss are held fixed. So it is the
 //! uncertainty of α from the choice of samples, given those.
 
 use tch::Tensor;
@@ -16,10 +16,10 @@ use crate::solve::solver::{Descender, Terms, Tick};
 use crate::solve::term_weights::Scale;
 use promptweave_domain::objective::{AlignmentVariant, InvalidObjective};
 
-/// What was solved, on all samples.
+/// The problem that was solved, on all samples.
 pub struct Solved<'a> {
     pub h_score: &'a HScore,
-    /// What it is of: [M, N, d] and N.
+    /// Features [M, N, d].
     pub features: &'a Tensor,
     pub labels: &'a [usize],
     pub variant: AlignmentVariant,
@@ -28,8 +28,8 @@ pub struct Solved<'a> {
     pub alpha: &'a [f64],
 }
 
-/// One a source; `None` where a fold less leaves too few samples to solve, or where there are no
-/// `leave_out` statistics.
+/// One standard error for each source. `None` if one fold less leaves too few samples to solve, or
+/// if there are no `leave_out` statistics.
 pub fn standard_errors(
     solved: &Solved<'_>,
     leave_out: &[AlignmentStatistics],

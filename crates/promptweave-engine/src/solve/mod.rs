@@ -1,4 +1,4 @@
-//! From statistics to α: what a whole composition and solving again have in common.
+//! From statistics to α: the part that a whole composition and solving again share.
 
 pub mod estimates;
 pub(crate) mod jackknife;
@@ -25,24 +25,24 @@ use promptweave_domain::objective::{
 };
 use promptweave_domain::phase::Phase;
 
-/// α with all that is said about it without a forward pass.
+/// α with everything that is known about it without a forward pass.
 pub struct Solved {
     pub h_score: HScore,
     pub alignment: GradientAlignment,
     pub solution: Solution,
-    /// t, unless a raw λ was asked for, and the rule that chose it.
+    /// The trade-off t, unless a raw λ was requested, and the rule that chose it.
     pub trade_off: Option<f64>,
     pub trade_off_rule: Option<TradeOffRule>,
-    /// λ, or `None` where it is infinite.
+    /// λ, or `None` if it is infinite.
     pub alignment_weight: Option<f64>,
     pub standard_errors: Option<Vec<f64>>,
 }
 
-/// How the path's points do, for `trade_off: "validation"`.
+/// A callback that scores the path's points, for `trade_off: "validation"`.
 pub type Validate<'a> =
     &'a mut dyn FnMut(&[PathPoint], &mut Steps<'_>) -> Result<Vec<OnUnseen>, EngineError>;
 
-/// Solves as `objective` says. `validate` is called for the rule that needs it and no other.
+/// Solves as `objective` says. `validate` is called only for the rule that needs it.
 pub fn solve(
     ground: SolveInputs<'_>,
     objective: &Objective,
@@ -118,7 +118,8 @@ pub fn solve(
     })
 }
 
-/// α by whatever method needs no forward pass of its own; `num_classes` are those of the dataset.
+/// α by any method that needs no forward pass of its own. `num_classes` is the dataset's number of
+/// classes.
 pub fn weigh_features(
     ground: SolveInputs<'_>,
     objective: &Objective,
@@ -149,7 +150,7 @@ pub fn weigh_features(
 }
 
 impl Solved {
-    /// Where α is not solved for.
+    /// The result for an α that was not solved for.
     pub fn given(
         ground: SolveInputs<'_>,
         objective: &Objective,
@@ -174,7 +175,7 @@ impl Solved {
     }
 }
 
-/// L_align of what gradients there are.
+/// L_align from the gradients, or of none if there are none.
 fn alignment_of(ground: SolveInputs<'_>, objective: &Objective) -> GradientAlignment {
     let m = ground.features.size()[0] as usize;
     let statistics = match ground.gradients {
@@ -185,7 +186,8 @@ fn alignment_of(ground: SolveInputs<'_>, objective: &Objective) -> GradientAlign
     GradientAlignment::new(variant, statistics)
 }
 
-/// The point of least loss; of equals the one nearest the middle of the path, where neither term is given up.
+/// The point of least loss; of equals the one nearest the middle of the path, where neither term is
+/// given up.
 fn least_loss(points: &[OnUnseen]) -> usize {
     let middle = points.len() / 2;
     (0..points.len())

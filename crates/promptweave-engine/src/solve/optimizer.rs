@@ -1,22 +1,23 @@
-//! Minimising a smooth function over the simplex: projected gradient with Barzilai-Borwein steps and
-//! Armijo backtracking (Birgin, Martínez & Raydan 2000). It reaches exact zeros, which softmax
+//! Minimising a smooth function over the simplex by projected gradient, with Barzilai-Borwein steps
+//! and Armijo backtracking (Birgin, Martínez & Raydan 2000). It reaches exact zeros, which softmax
 //! parametrisations cannot, and it is deterministic.
 
 use promptweave_domain::composition::StopReason;
 
-/// Largest move of a unit projected-gradient step at which a point counts as stationary. The function
-/// is expected on a scale of order 1.
+/// Largest move of a unit projected-gradient step at which a point counts as stationary. The
+/// function should be on a scale of order 1.
 const TOLERANCE: f64 = 1e-9;
 const MAX_ITERATIONS: usize = 500;
-/// Rounding error of one evaluation, relative to its value; a rise below it is not a rise.
+/// Rounding error of one evaluation, relative to its value. A smaller rise does not count as one.
 const NOISE: f64 = 1e-14;
-/// A step never moves a weight by more than this before the projection, whose rounding error grows
-/// with it; the simplex is 1.5 across.
+/// The longest move of a weight in one step before the projection, whose rounding error grows with
+/// it. The simplex is 1.5 across.
 const LONGEST_MOVE: f64 = 1e3;
-/// Of ln α, so that no weight changes more than e⁵-fold before the function is looked at again.
+/// The longest move of ln α in one step, so that no weight changes more than e⁵-fold between
+/// evaluations.
 const LONGEST_SMOOTH_MOVE: f64 = 5.0;
 
-/// Where one start ended.
+/// The end of a descent from one start.
 #[derive(Clone, Debug)]
 pub struct Descent {
     pub alpha: Vec<f64>,
@@ -47,7 +48,8 @@ pub fn minimise<E>(
 ) -> Result<Descent, E> {
     let mut descent = descend(
         |alpha| {
-            // Only the gradient's part along Σα = 1 counts; without the rest the projection sees small numbers.
+            // Only the gradient's part along Σα = 1 matters. Without the rest the projection has
+            // small numbers.
             let (value, mut gradient) = function(alpha)?;
             let mean = gradient.iter().sum::<f64>() / gradient.len() as f64;
             gradient.iter_mut().for_each(|g| *g -= mean);
@@ -59,8 +61,8 @@ pub fn minimise<E>(
     Ok(descent)
 }
 
-/// Minimises `function` less τ·S(α)/ln M with the entropy S = -Σ α ln α, over M > 1 weights: the minimum
-/// has no zero. The variables are z in α = softmax(z), in which the entropy is smooth.
+/// Minimises `function` minus τ·S(α)/ln M, with the entropy S = -Σ α ln α, over M > 1 weights. The
+/// minimum has no zero. The variables are z in α = softmax(z), in which the entropy is smooth.
 pub fn minimise_dense<E>(
     mut function: impl FnMut(&[f64]) -> Result<(f64, Vec<f64>), E>,
     tau: f64,
@@ -68,8 +70,8 @@ pub fn minimise_dense<E>(
 ) -> Result<Descent, E> {
     let tau = tau / (start.len() as f64).ln();
     let start: Vec<f64> = start.iter().map(|a| a.max(1e-6).ln()).collect();
-    // The entropy's own second derivative, τ diag(α), to begin with: along it a step is the fixed-point iteration
-    // z = -∂function/τ, and weights of very different sizes move alike.
+    // The initial guess is the entropy's own second derivative, τ diag(α). Along it a step is the
+    // fixed-point iteration z = -∂function/τ, and weights of very different sizes move alike.
     let curvature: Vec<f64> = softmax(&start).iter().map(|a| tau * a).collect();
     let mut descent = descend_smooth(
         |z| {
@@ -91,8 +93,8 @@ pub fn minimise_dense<E>(
         start,
         &curvature,
     )?;
-    // At the minimum α = softmax(-∂function/τ). One such step leaves the large weights where they are and
-    // ranks the small ones, which the descent stops caring for when they stop mattering.
+    // At the minimum α = softmax(-∂function/τ). One such step leaves the large weights where they
+    // are. It ranks the small ones, which the descent ignores once they stop mattering.
     let alpha = softmax(&descent.alpha);
     let (_, slopes) = function(&alpha)?;
     let exponents: Vec<f64> = slopes.iter().map(|slope| -slope / tau).collect();
@@ -102,14 +104,15 @@ pub fn minimise_dense<E>(
     Ok(descent)
 }
 
-/// BFGS with Armijo backtracking, from a diagonal guess of the second derivatives (Nocedal & Wright 2006, 6.1).
+/// BFGS with Armijo backtracking, from a diagonal guess of the second derivatives (Nocedal & Wright
+/// 2006, 6.1).
 fn descend_smooth<E>(
     mut function: impl FnMut(&[f64]) -> Result<(f64, Vec<f64>), E>,
     mut z: Vec<f64>,
     curvature: &[f64],
 ) -> Result<Descent, E> {
     let m = z.len();
-    // Of the second derivatives, row-major.
+    // The inverse matrix of second derivatives, row-major.
     let mut inverse = vec![0.0; m * m];
     for (i, curvature) in curvature.iter().enumerate() {
         inverse[i * (m + 1)] = 1.0 / curvature;
@@ -159,8 +162,9 @@ fn descend_smooth<E>(
 /// A point, and the function's value and gradient there.
 type Found = (Vec<f64>, f64, Vec<f64>);
 
-/// Armijo backtracking: of a whole move, half of it, a quarter … the first that brings `value` down.
-/// `slope` is that along the move, `ahead` where a fraction of it leads.
+/// Armijo backtracking: tries the whole move, half of it, a quarter …, and takes the first that
+/// lowers `value`. `slope` is the derivative along the move; `ahead` gives the point at a fraction
+/// of it.
 fn backtrack<E>(
     function: &mut impl FnMut(&[f64]) -> Result<(f64, Vec<f64>), E>,
     value: f64,
@@ -180,7 +184,8 @@ fn backtrack<E>(
     Ok(None)
 }
 
-/// B⁻¹ ← (I - ρ s yᵀ) B⁻¹ (I - ρ y sᵀ) + ρ s sᵀ with ρ = 1/sᵀy; left as it is along negative curvature.
+/// B⁻¹ ← (I - ρ s yᵀ) B⁻¹ (I - ρ y sᵀ) + ρ s sᵀ with ρ = 1/sᵀy. Along negative curvature B⁻¹ stays
+/// as it is.
 fn update(inverse: &mut [f64], moved: &[f64], turned: &[f64]) {
     let m = moved.len();
     let curvature = dot(moved, turned);
@@ -267,7 +272,7 @@ fn descend<E>(
     })
 }
 
-/// Weights that are rounding errors become exact zeros; the sum becomes 1 again.
+/// Sets weights that are rounding errors to exact zeros, and the sum back to 1.
 fn without_dust(alpha: &[f64]) -> Vec<f64> {
     let kept = alpha.iter().map(|a| if *a < 1e-15 { 0.0 } else { *a });
     let sum: f64 = kept.clone().sum();
@@ -278,7 +283,7 @@ fn difference(a: &[f64], b: &[f64]) -> Vec<f64> {
     a.iter().zip(b).map(|(a, b)| a - b).collect()
 }
 
-/// Σ aᵢ bᵢ
+/// The inner product Σ aᵢ bᵢ.
 pub(crate) fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
@@ -303,7 +308,7 @@ mod tests {
 
     #[test]
     fn entropy_keeps_every_weight_and_ranks_the_small_ones() {
-        // A linear function: the minimum is softmax(-c ln M/τ) exactly.
+        // For a linear function the minimum is exactly softmax(-c ln M/τ).
         let costs = [0.0, 0.5, 1.0, 1.5];
         let tau = 0.05;
         let descent =
@@ -338,8 +343,8 @@ mod tests {
 
     #[test]
     fn a_step_that_would_rise_is_shortened() {
-        // f'(x) = (x - 0.2)(0.8 - x) in the first weight: a minimum at 0.2, and beyond the maximum at 0.8 a
-        // lower vertex, but not as low as the start. The first, longest step leads there.
+        // f'(x) = (x - 0.2)(0.8 - x) in the first weight: a minimum at 0.2, and beyond the maximum
+        // at 0.8 a lower vertex, but not as low as the start. The first, longest step leads there.
         let slope = |x: f64| (x - 0.2) * (0.8 - x);
         let value = |x: f64| -x.powi(3) / 3.0 + x.powi(2) / 2.0 - 0.16 * x;
         let start = [0.1, 0.9];
@@ -351,7 +356,7 @@ mod tests {
 
     #[test]
     fn a_quadratic_is_minimised_inside_and_on_the_boundary() {
-        // ‖α - c‖² with c outside the simplex: the projection of c.
+        // ‖α - c‖² with c outside the simplex has its minimum at the projection of c.
         let centre = [0.7, 0.6, -0.4];
         let descent = minimise::<Infallible>(
             |a| {

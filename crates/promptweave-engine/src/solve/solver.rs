@@ -1,12 +1,12 @@
-//! Solving for α: both terms' own optima, the Pareto path between them, and the chosen weighing.
+//! Solving for α: both terms' own optima, the Pareto path between them, and the chosen trade-off.
 //!
 //! ```text
 //! starts ─► α_H, α_L (anchors) ─► ranges ─► path, t = 0 … 1, warm-started from both ends ─┐
-//!    └────────────────────────────────────► chosen weighing, from every start ────────────┴─► pool
+//!    └────────────────────────────────────► chosen trade-off, from every start ───────────┴─► pool
 //! ```
 //!
-//! Whatever a descent ends in joins one pool, and every answer is the best of the whole pool for its
-//! own weighing: neither a bad start nor a bad local optimum can make the path go the wrong way.
+//! The end of every descent joins one pool, and every answer is the pool's best for its own
+//! trade-off. So neither a bad start nor a bad local optimum can make the path go the wrong way.
 
 use crate::error::EngineError;
 use crate::score::alignment::GradientAlignment;
@@ -17,7 +17,7 @@ use promptweave_domain::composition::{Optimum, PathPoint, SolverReport};
 
 /// Points of the Pareto path: t = 0, 0.05, …, 1.
 const PATH_POINTS: usize = 21;
-/// Two ends of a descent closer than this in every weight are one optimum.
+/// Two ends of descents closer than this in every weight are one optimum.
 const SAME_OPTIMUM: f64 = 1e-4;
 
 /// The two terms of L(α) as functions of α.
@@ -57,16 +57,16 @@ impl Terms<'_> {
     }
 }
 
-/// A minimisation over the simplex: of -h·H + l·L_align, less τ times the entropy over ln M.
+/// A minimisation over the simplex of -h·H + l·L_align, minus τ times the entropy over ln M.
 pub struct Descender<'a> {
     pub terms: Terms<'a>,
     pub scale: Scale,
-    /// τ; 0 for none.
+    /// The weight τ of the entropy; 0 for none.
     pub entropy: f64,
 }
 
 impl Descender<'_> {
-    /// `tick` is asked before every evaluation; its error ends the descent.
+    /// Descends from a start. `tick` is called before every evaluation; its error ends the descent.
     pub fn from(
         &self,
         start: &[f64],
@@ -89,19 +89,19 @@ pub struct Solution {
     pub alpha: Vec<f64>,
     pub h_score: f64,
     pub gradient_alignment: f64,
-    /// What was minimised in the end.
+    /// The scale of the function that was minimised last.
     pub scale: Scale,
     /// H of every source alone.
     pub own_h_scores: Vec<f64>,
     pub path: Vec<PathPoint>,
     /// The distinct local optima, best first.
     pub optima: Vec<Optimum>,
-    /// None where α was given.
+    /// The solver's report; `None` if α was given.
     pub report: Option<SolverReport>,
 }
 
 impl Solution {
-    /// Of an α that nothing was solved for.
+    /// The solution record of an α that was not solved for.
     pub fn given(terms: Terms<'_>, alpha: Vec<f64>) -> Result<Self, EngineError> {
         let own_h_scores = own_h_scores(terms.h_score)?;
         let Candidate { alpha, h, l } = terms.candidate(alpha)?;
@@ -125,18 +125,18 @@ pub fn own_h_scores(h_score: &HScore) -> Result<Vec<f64>, EngineError> {
     (0..m).map(alone).collect()
 }
 
-/// Both ends and the path between them; what the weighing is chosen on.
+/// Both anchors and the path between them, from which the trade-off is chosen.
 pub struct Explored {
     pub ranges: Ranges,
     starts: Vec<Vec<f64>>,
-    /// Where the descents of H alone ended, one a start.
+    /// Where the descents of H alone ended, one for each start.
     ends_of_h: Vec<(Descent, Candidate)>,
     own_h_scores: Vec<f64>,
     pool: Vec<Candidate>,
 }
 
 impl Explored {
-    /// Every point is the best of the pool, which makes both terms monotone along the path.
+    /// The path. Every point is the best of the pool, which makes both terms monotone along it.
     pub fn path(&self) -> Vec<PathPoint> {
         trade_offs()
             .map(|t| {
@@ -156,12 +156,12 @@ impl Explored {
     }
 }
 
-/// t = 0, 0.05, …, 1
+/// t = 0, 0.05, …, 1.
 fn trade_offs() -> impl DoubleEndedIterator<Item = f64> {
     (0..PATH_POINTS).map(|i| i as f64 / (PATH_POINTS - 1) as f64)
 }
 
-/// Asked before every evaluation; its error ends the solve.
+/// A callback before every evaluation; its error ends the solve.
 pub type Tick<'a> = &'a mut dyn FnMut() -> Result<(), EngineError>;
 
 /// Solves for α.
@@ -178,7 +178,7 @@ impl<'a> Solver<'a> {
         }
     }
 
-    /// The two anchors, then the path, warm-started from both sides.
+    /// Finds the two anchors, then the path, warm-started from both sides.
     pub fn explore(&mut self, tick: Tick<'_>) -> Result<Explored, EngineError> {
         let m = self.terms.h_score.num_sources();
         let own_h_scores = own_h_scores(self.terms.h_score)?;
@@ -209,7 +209,7 @@ impl<'a> Solver<'a> {
         })
     }
 
-    /// The chosen weighing, from every start and the best point so far.
+    /// Solves at the chosen trade-off, from every start and the best point so far.
     pub fn choose(
         mut self,
         mut explored: Explored,
@@ -217,7 +217,7 @@ impl<'a> Solver<'a> {
         entropy: f64,
         tick: Tick<'_>,
     ) -> Result<Solution, EngineError> {
-        // Of H alone it is known where the other starts lead.
+        // For H alone, the ends of the other starts are already known.
         let known = match scale.l == 0.0 && entropy == 0.0 {
             true => std::mem::take(&mut explored.ends_of_h),
             false => Vec::new(),
@@ -258,7 +258,7 @@ impl<'a> Solver<'a> {
         })
     }
 
-    /// Descends from each start; ends join the pool.
+    /// Descends from each start; the ends join the pool.
     fn descend_all(
         &mut self,
         scale: Scale,
@@ -286,7 +286,7 @@ impl<'a> Solver<'a> {
     }
 }
 
-/// `share` at source i, the rest spread evenly over all.
+/// Weights with `share` at source i, the rest spread evenly over all.
 pub fn towards_vertex(i: usize, m: usize, share: f64) -> Vec<f64> {
     let rest = (1.0 - share) / m as f64;
     (0..m)
@@ -294,7 +294,7 @@ pub fn towards_vertex(i: usize, m: usize, share: f64) -> Vec<f64> {
         .collect()
 }
 
-/// Uniform; near every vertex (0.9 eᵢ + 0.1/M); proportional to the sources' own H.
+/// The starts: uniform; near every vertex (0.9 eᵢ + 0.1/M); proportional to the sources' own H.
 fn starts(m: usize, own_h_scores: &[f64]) -> Vec<Vec<f64>> {
     let mut starts = vec![vec![1.0 / m as f64; m]];
     if m == 1 {
@@ -308,8 +308,8 @@ fn starts(m: usize, own_h_scores: &[f64]) -> Vec<Vec<f64>> {
     starts
 }
 
-/// The candidate of least value; among equals (to rounding) the one of largest entropy, so that where
-/// nothing tells sources apart the weights are uniform.
+/// The candidate of least value. Among equals (to rounding) it is the one of largest entropy, so
+/// that weights are uniform if nothing tells the sources apart.
 fn best(pool: &[Candidate], scale: Scale) -> &Candidate {
     let least = pool
         .iter()
@@ -322,7 +322,7 @@ fn best(pool: &[Candidate], scale: Scale) -> &Candidate {
         .expect("the pool is not empty")
 }
 
-/// S(α) = -Σ α ln α
+/// The entropy S(α) = -Σ α ln α.
 fn entropy(alpha: &[f64]) -> f64 {
     -alpha
         .iter()
@@ -331,7 +331,7 @@ fn entropy(alpha: &[f64]) -> f64 {
         .sum::<f64>()
 }
 
-/// S(α)/ln M, in [0, 1].
+/// The relative entropy S(α)/ln M, in [0, 1].
 fn relative_entropy(alpha: &[f64]) -> f64 {
     if alpha.len() == 1 {
         return 0.0;
@@ -339,7 +339,7 @@ fn relative_entropy(alpha: &[f64]) -> f64 {
     entropy(alpha) / (alpha.len() as f64).ln()
 }
 
-/// The distinct ends, best first; the chosen α leads even when a path point found it.
+/// The distinct ends, best first. The chosen α leads even if a path point found it.
 fn distinct(
     ends: &[(Descent, Candidate)],
     chosen: &Candidate,

@@ -1,4 +1,4 @@
-//! A cache changes what a composition costs and nothing of its answer.
+//! A cache changes the cost of a composition, and nothing in its answer.
 
 use std::fs;
 use std::ops::ControlFlow;
@@ -15,23 +15,24 @@ use promptweave_domain::composition::CompositionInput;
 use promptweave_domain::phase::Phase;
 use promptweave_domain::split::Split;
 
-/// Samples of [`input`].
+/// Number of samples of [`input`].
 const SAMPLES: u64 = 60;
 
-/// An engine that starts with what earlier ones kept in this directory.
+/// A new engine on the cache that earlier ones left in this directory.
 fn engine(dir: &Path, gradients: bool) -> Engine {
     let files = BlobCache::directory(dir, 1 << 30).unwrap();
     Engine::new(Device::Cpu).with_cache(ResultCache::new(Box::new(files), gradients))
 }
 
-/// All that must not depend on a cache.
+/// Everything in an answer that must not depend on a cache.
 fn answer(mut composition: Composition) -> (String, Vec<u8>, Vec<u8>) {
     composition.result.timings.clear();
     let result = serde_json::to_string(&composition.result).unwrap();
     (result, composition.composed, composition.statistics)
 }
 
-/// The answer, and how many sample × prompt pairs features and gradients went through the backbone for.
+/// The answer, and how many sample × prompt pairs features and gradients went through the backbone
+/// for.
 fn compose(
     engine: &mut Engine,
     input: &CompositionInput,
@@ -101,7 +102,7 @@ fn cold_warm_and_without_a_cache_the_answer_is_the_same_bit_by_bit() {
             compose(&mut engine(&cache, true), &input),
             (plain.clone(), [0, 0])
         );
-        // And with one of them known.
+        // The same with one source cached.
         let cache = dir.path().join(format!("{i}-one"));
         let mut one = input.clone();
         one.sources = vec![input.sources[1].clone()];
@@ -121,7 +122,7 @@ fn a_source_more_costs_what_it_alone_costs() {
     assert_eq!(compose(&mut engine, &fewer).1, [3 * SAMPLES; 2]);
     assert_eq!(compose(&mut engine, &input).1, [SAMPLES; 2]);
     assert_eq!(compose(&mut engine, &fewer).1, [0; 2]);
-    // Other samples, or their order, are other numbers.
+    // Other samples, or another order of them, give other numbers.
     let mut others = fewer.clone();
     others.target.max_samples = 40;
     assert_eq!(compose(&mut engine, &others).1, [3 * 40; 2]);
@@ -151,7 +152,7 @@ fn other_options_cost_what_depends_on_them() {
         assert_eq!(pairs(head), [0, all], "{head}");
         assert_eq!(pairs(head), [0, 0], "{head}");
     }
-    // A head of all sources is another one with fewer of them.
+    // A head fitted on all sources changes if there are fewer.
     let mut one = with(&input, r#"{"head": {"kind": "shared"}}"#);
     one.sources.truncate(1);
     assert_eq!(compose(&mut engine, &one).1, [0, SAMPLES]);
@@ -202,7 +203,7 @@ fn what_was_stopped_halfway_is_not_kept() {
     assert_eq!(compose(&mut engine, &input).1, [0, 2 * SAMPLES]);
 }
 
-/// Cuts every file off as soon as gradients are being read.
+/// Truncates every file as soon as gradients are being read.
 struct CutsOff<'a>(&'a Path);
 
 impl Observer for CutsOff<'_> {

@@ -269,7 +269,8 @@ fn solving_again_gives_the_same_and_with_fewer_sources_what_they_alone_give() {
         Some(Digest::of(&first.statistics))
     );
 
-    // Two of the four, in another order: as if the others had never been there.
+    // Two of the four sources, in another order: the answer is as if the others had never been
+    // there.
     input.objective.align_tokens = AlignTokens::Off;
     let first = compose(&input).unwrap();
     let some = resolve(&SolveInput {
@@ -429,7 +430,7 @@ fn the_validation_rule_takes_the_point_of_least_cross_fitted_loss() {
         result.objective.trade_off_rule,
         Some(TradeOffRule::Validation)
     );
-    // And it is what heads fitted on other samples get right, not what they were fitted to.
+    // It is the accuracy of heads on samples that they were not fitted on.
     let accuracy = chosen.validation_accuracy.unwrap();
     assert!((0.3..=1.0).contains(&accuracy), "{accuracy}");
     let composed = result.diagnostics.composed_score.unwrap();
@@ -473,7 +474,7 @@ fn refinement_of_h_alone_never_lowers_the_true_h() {
 fn the_order_of_aligned_tokens_changes_no_answer() {
     let dir = tempfile::tempdir().unwrap();
     let mut input = input(dir.path(), 3);
-    // Prompts near one another, as those of one init are.
+    // Prompts near one another, like those of one init.
     let base = input.sources[0].file.prompt_embeddings.values.clone();
     for source in &mut input.sources {
         let values = &mut source.file.prompt_embeddings.values;
@@ -518,14 +519,14 @@ fn the_order_of_aligned_tokens_changes_no_answer() {
         let pairs = a.concat().into_iter().zip(b.concat());
         pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
     };
-    // H and α at t = 0 do not know of the order.
+    // H, and α at t = 0, do not depend on the order.
     let (alpha, h, _) = outcome(&input, AlignTokens::Off, 0.0);
     let (alpha_turned, h_turned, _) = outcome(&turned, AlignTokens::Off, 0.0);
     assert_close(h_turned, h, 1e-5);
     for (a, b) in alpha.iter().zip(&alpha_turned) {
         assert!((a - b).abs() < 1e-2, "{alpha:?} {alpha_turned:?}");
     }
-    // Aligned, neither do L_align and the sum.
+    // With alignment, neither do L_align and the sum.
     let (alpha, _, rows) = outcome(&input, AlignTokens::Hungarian, 0.5);
     let (alpha_turned, _, rows_turned) = outcome(&turned, AlignTokens::Hungarian, 0.5);
     for (a, b) in alpha.iter().zip(&alpha_turned) {

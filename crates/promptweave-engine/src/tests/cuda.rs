@@ -1,4 +1,4 @@
-//! CUDA against the CPU, on a machine that has both: `scripts/check_gpu.sh` runs it.
+//! CUDA against the CPU, on a machine that has both; `scripts/check_gpu.sh` runs it.
 
 use std::path::PathBuf;
 
@@ -12,7 +12,7 @@ use crate::{Engine, device};
 use promptweave_domain::composer::Composer as _;
 use promptweave_domain::precision::Precision;
 
-/// Features, Γ and α of the self-test's task, whose gradients are not nothing.
+/// Features, Γ and α of the self-test's task, whose gradients are not negligible.
 struct Found {
     features: Tensor,
     gram: Tensor,
@@ -23,7 +23,7 @@ fn composed(on: Device, tf32: bool) -> Found {
     let dir = tempfile::tempdir().unwrap();
     let input = self_test::job(dir.path()).unwrap();
     let mut engine = Engine::new(on);
-    // Loading chooses what is usual on a device; this comes after it.
+    // Loading sets a device's defaults; this setting must come after it.
     engine.backbone(&input.backbone_dir).unwrap();
     device::allow_tf32(tf32).unwrap();
     let composition = engine.compose(&input, &mut Recorder::default()).unwrap();
@@ -60,13 +60,13 @@ fn cuda_gives_what_the_cpu_gives() {
             f64::try_from((&found.alpha - &cpu.alpha).abs().max()).unwrap(),
         );
     }
-    // Sums in another order, in f32.
+    // The sums are in another order, in f32.
     assert!(off(&same.features, &cpu.features) < 1e-4);
     assert!(off(&same.gram, &cpu.gram) < 1e-3);
     for (found, tolerance) in [(same, 1e-3), (fast, 5e-3)] {
         assert!(f64::try_from((found.alpha - &cpu.alpha).abs().max()).unwrap() <= tolerance);
     }
-    // A worker starts here.
+    // A worker that starts runs this self-test.
     for precision in [Precision::F32, Precision::Bf16] {
         let mut engine = Engine::with(Compute::on(cuda, precision));
         engine.self_test().unwrap();

@@ -1,4 +1,5 @@
-//! Every transfer method on the tiny task: what its definition says, from the same request, in the same answer.
+//! Every transfer method on the tiny task: the same request, the method's definition, and the same
+//! form of answer.
 
 use std::path::Path;
 
@@ -42,7 +43,7 @@ fn refused(error: CompositionError) -> String {
     }
 }
 
-/// The prompt of a composition, as its file has it.
+/// The composed prompt, as its file has it.
 fn composed(composition: &Composition) -> promptweave_domain::tensor::Tensor<f32> {
     PromptFile::parse(&composition.composed)
         .unwrap()
@@ -110,7 +111,7 @@ fn the_ablations_are_the_ends_of_the_path() {
         1e-9,
     );
     assert_eq!(weights(&alignment_only), weights(&at_1));
-    // Of all methods, none has a higher H, and none a lower L_align.
+    // Among all methods, none has a higher H, and none a lower L_align.
     let (hgprompt, _) = of(json!({"fallback": "none"}));
     assert!(h_only.result.objective.h_score >= hgprompt.result.objective.h_score - 1e-9);
     let l = |c: &Composition| c.result.objective.gradient_alignment.unwrap();
@@ -168,7 +169,7 @@ fn a_uniform_mix_goes_from_the_methods_weights_to_equal_ones() {
         assert_close(part, 0.75 * own + 0.25 / 3.0, 1e-12);
         assert_close(equal, 1.0 / 3.0, 1e-12);
     }
-    // What is said of α is said of these weights.
+    // What is reported about α refers to these weights.
     let of_source = |composition: &Composition| composition.result.source_weights[0].clone();
     let errors = [&own, &part].map(|composition| of_source(composition).standard_error.unwrap());
     assert_close(errors[1], 0.75 * errors[0], 1e-12);
@@ -193,7 +194,8 @@ fn a_uniform_mix_goes_from_the_methods_weights_to_equal_ones() {
     assert_eq!(composed(&auto), composed(&of(json!(method.uniform_mix))));
 }
 
-/// Whatever the method, the answer is the better of its prompt and the single best, and says which.
+/// Whatever the method, the answer is the better of its prompt and the single best, and tells
+/// which.
 #[test]
 fn a_fallback_is_the_single_best_where_the_composed_prompt_is_worse() {
     let dir = tempfile::tempdir().unwrap();
@@ -213,7 +215,7 @@ fn a_fallback_is_the_single_best_where_the_composed_prompt_is_worse() {
         json!({"method": "average"}),
         json!({"method": "h_only", "h_score": {"shrinkage": 0.5}}),
         json!({}),
-        // All weight on the worst.
+        // All weight is on the worst source.
         json!({"method": "spot", "top_k": 1, "target_epochs": 1}),
     ] {
         objective["fallback"] = json!("none");
@@ -241,11 +243,11 @@ fn a_fallback_is_the_single_best_where_the_composed_prompt_is_worse() {
         taken.push(report.taken);
     }
     assert!(taken.contains(&true), "{taken:?}");
-    // It is there by default.
+    // The fallback is there by default.
     let by_default = of(json!({}));
     assert_eq!(by_default.result.method.fallback.unwrap().taken, taken[2]);
 
-    // A source alone is no worse than itself.
+    // A single source is no worse than itself.
     let mut alone = job(dir.path(), json!({"fallback": "single_best"}));
     alone.sources.truncate(1);
     let (alone, _) = compose(&alone);
@@ -272,7 +274,7 @@ fn a_scale_goes_from_the_initial_prompt_to_the_sum() {
         ),
         (None, Some(7))
     );
-    // α is what it was; the initial prompt is nobody's source.
+    // α is unchanged, and the initial prompt is not among the sources.
     assert_eq!(weights(&half), weights(&at_1));
 
     let auto = of(json!("auto")).result.method;
@@ -289,7 +291,7 @@ fn a_scale_goes_from_the_initial_prompt_to_the_sum() {
         .unwrap();
     assert_eq!(auto.scale, last.scale);
 
-    // Without an anchor: the tiny prompts say no init seed.
+    // There is no anchor: the tiny prompts state no init seed.
     let objective = json!({"experimental": {"scale": 0.5}});
     let mut input = job(dir.path(), objective);
     for source in &mut input.sources {
@@ -335,13 +337,13 @@ fn statistics_serve_every_method_that_they_suffice_for() {
         let again = resolve(&whole, &input, objective).unwrap();
         assert_eq!(weights(&again), weights(&direct));
         assert_eq!(again.result.method.scores, direct.result.method.scores);
-        // The gradients are still there for who needs them.
+        // The gradients are still there for a method that needs them.
         let back = resolve(&again, &input, own.clone()).unwrap();
         assert_eq!(weights(&back), weights(&whole));
         assert!(!told(&back));
     }
 
-    // What was compared with the single best then cannot be compared now, which is told.
+    // The comparison with the single best cannot be repeated now, and a warning says so.
     let guarded = job(dir.path(), json!({}));
     let again = resolve(&compose(&guarded).0, &guarded, json!({})).unwrap();
     assert!(told(&again) && again.result.method.fallback.is_none());

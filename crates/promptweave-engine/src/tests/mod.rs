@@ -1,5 +1,5 @@
-//! The method's oracles: properties that every version of it must keep. Those of one part alone are with
-//! that part.
+//! The method's oracles: properties that every version of it must keep. Oracles of a single part
+//! are beside that part.
 
 mod cache;
 mod composition;

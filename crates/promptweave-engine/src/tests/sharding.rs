@@ -1,4 +1,5 @@
-//! A composition that is shared has the answer of one that is not, whoever computed what.
+//! A shared composition has the same answer as one that is not shared, whoever computed which
+//! shard.
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
@@ -23,7 +24,7 @@ fn engine() -> Engine {
     })
 }
 
-/// Who has the job, and one that helps with every shard that `helps` says.
+/// A job's owner, and a helper for every shard that `helps` selects.
 struct Team<'a> {
     helper: Engine,
     helps: fn(usize) -> bool,
@@ -92,7 +93,7 @@ impl Shards for Team<'_> {
             *merged += 1;
             return Ok((Next::There(file.clone()), done));
         }
-        // From the end, so that they are not there in order.
+        // Shards are computed from the end, so that they are not finished in order.
         let index = (0..count).rfind(|index| !self.files.contains_key(&(phase, *index)));
         let shard = Shard {
             phase,
@@ -176,7 +177,7 @@ fn whoever_computes_the_shards_the_answer_is_that_of_one_alone() {
     ] {
         let mut team = Team::new(&input, helps);
         let composition = team.compose();
-        // 60 samples are enough for three, and 3 · 60 pairs make four.
+        // 60 samples are enough for three shards, and 3 · 60 pairs make four.
         assert_eq!(
             team.laid_out,
             BTreeMap::from([(Phase::Features, 3), (Phase::Gradients, 3)])
@@ -190,7 +191,7 @@ fn whoever_computes_the_shards_the_answer_is_that_of_one_alone() {
                 .collect::<Vec<_>>()
         };
         assert!(difference(&errors(&composition), &errors(&whole)) < 1e-7);
-        // There is something to be merged.
+        // There is something to merge.
         assert!(
             errors(&whole).iter().all(|error| *error > 1e-3),
             "{:?}",
@@ -222,7 +223,7 @@ fn enough_is_enough_where_that_was_asked_for() {
     let mut input = job(dir.path()).unwrap();
     let whole = Team::new(&input, |_| false).compose();
     assert_eq!(whole.result.early_stop, None);
-    // Of a small job too, which has its features at once.
+    // A small job can stop early too, though its features are computed at once.
     input.early_stopping = Some(EarlyStopping {
         max_standard_error: 1.0,
     });

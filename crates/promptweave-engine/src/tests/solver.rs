@@ -105,7 +105,7 @@ fn two_prompts_align_at_the_middle() {
 
 #[test]
 fn alignment_weighs_large_gradients_up() {
-    // Uncorrelated gradients with sd (1, 1, 1, 3): α ≈ (.18, .18, .18, .46).
+    // Uncorrelated gradients with standard deviations (1, 1, 1, 3): α ≈ (.18, .18, .18, .46).
     let gradients =
         noise_tensor(&[4, 400, 60], 12) * Tensor::from_slice(&[1.0, 1.0, 1.0, 3.0]).view([4, 1, 1]);
     let labels = labels(40, 2);
@@ -378,7 +378,7 @@ fn standard_errors_are_those_of_solving_without_each_fold() {
         .unwrap()
         .unwrap();
 
-    // By hand: each fold's problem made anew, solved at the same λ from every start.
+    // By hand: each fold's problem is made anew, and solved at the same λ from every start.
     let lambda = solution.scale.lambda().unwrap();
     let without: Vec<Vec<f64>> = (0..10)
         .map(|fold| {

@@ -1,4 +1,4 @@
-//! A tuning as a job: what was done before a kill is not done again, and the result says what the file does.
+//! A tuning as a job: work done before a kill is not repeated, and the result agrees with the file.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -20,7 +20,7 @@ use promptweave_domain::tuning::{
     TuningOptions,
 };
 
-/// In memory, of the tuning and of each pair.
+/// Checkpoints in memory, of the tuning and of each pair.
 #[derive(Clone, Default)]
 struct Kept {
     name: String,
@@ -111,7 +111,7 @@ fn a_killed_tuning_repeats_no_epoch_of_grid_or_prompt_and_ends_with_the_same_fil
         let stopped = Engine::new(Device::Cpu).tune(&input, &mut kept, &mut killed);
         assert!(matches!(stopped, Err(CompositionError::Stopped)));
     }
-    // All pairs were done before the second kill, and are not done once more.
+    // All pairs were finished before the second kill, and are not tuned again.
     let before = kept.epochs.borrow().len();
     let again = tune(&input, &mut kept, &mut Recorder::default());
     let mut after = kept.epochs.borrow()[before..].to_vec();
@@ -122,7 +122,7 @@ fn a_killed_tuning_repeats_no_epoch_of_grid_or_prompt_and_ends_with_the_same_fil
     assert_eq!(again.result.candidates, whole.result.candidates);
 }
 
-/// Its store is away.
+/// A checkpoint store that is unavailable.
 struct Away;
 
 impl Checkpoints for Away {
@@ -170,7 +170,8 @@ fn the_result_says_what_the_file_does_and_what_it_was_chosen_by() {
     let evaluation = result.evaluation.unwrap();
     assert!(evaluation.accuracy > 0.5, "{evaluation:?}");
 
-    // From that prompt with its head, nothing moves: it does what it did.
+    // With learning rates of 0 nothing moves from that prompt and head, so that the result is the
+    // same.
     let mut standing = input.clone();
     standing.grid = Grid::default();
     standing.options.epochs = 1;

@@ -1,5 +1,6 @@
-//! The file of a method that makes no prompt: what was trained, as safetensors, by the names of [`crate::tune::network`] and of
-//! the head. One metadata key, `promptweave`, says of what and how.
+//! The file of a method that makes no prompt: the trained tensors as safetensors, with the names of
+//! [`crate::tune::network`] and of the head. Its one metadata key, `promptweave`, holds the
+//! backbone, the task and the training record.
 
 use std::collections::HashMap;
 
@@ -47,7 +48,7 @@ impl Trained<'_> {
             classes: self.tuning.classes,
             training: self.record()?,
         };
-        // Through `Value`, whose maps are sorted by key.
+        // `Value` has maps sorted by key.
         let json = serde_json::to_value(metadata)
             .expect("plain data")
             .to_string();

@@ -1,8 +1,10 @@
-//! ATTEMPT (Asai et al. 2022): every sample's own mixture of frozen source prompts and a new one, by attention.
+//! ATTEMPT (Asai et al. 2022): each sample has its own mixture of frozen source prompts and a new
+//! one, by attention.
 //!
-//! P(x) = P₀ + Σⱼ aⱼ(x) Pⱼ, a(x) = softmaxⱼ(⟨kⱼ, q(x)⟩/τ) over j = 0 … M with τ = d·e;
-//! kⱼ is the largest of every coordinate over the tokens of Pⱼ, x̂ the same over those of the image, and
-//! q(x) = LayerNorm(W_up SiLU(W_down x̂)). P₀, W_down, W_up, the normalisation and the head are trained.
+//! P(x) = P₀ + Σⱼ aⱼ(x) Pⱼ, a(x) = softmaxⱼ(⟨kⱼ, q(x)⟩/τ) over j = 0 … M with τ = d·e.
+//! kⱼ is the maximum of every coordinate over the tokens of Pⱼ, x̂ the same over the tokens of the
+//! image, and q(x) = LayerNorm(W_up SiLU(W_down x̂)). P₀, W_down, W_up, the normalisation and the
+//! head are trained.
 
 use std::ops::ControlFlow;
 
@@ -20,7 +22,7 @@ use promptweave_domain::tuning::{HeldOut, NoCheckpoints};
 /// Channels between W_down and W_up.
 const INNER: i64 = 100;
 const NORM_EPS: f64 = 1e-5;
-/// Places of the parameters; those of the head follow.
+/// Positions of the parameters. The head's parameters follow.
 const PROMPT: usize = 0;
 const DOWN: usize = 1;
 const UP: usize = 2;
@@ -31,7 +33,7 @@ pub struct Attention<'a> {
     tuning: Tuning<'a>,
     targets: Targets,
     weights: Weights,
-    /// [M, m, d]
+    /// The frozen sources, [M, m, d].
     sources: Tensor,
 }
 
@@ -47,8 +49,8 @@ impl<'a> Attention<'a> {
         })
     }
 
-    /// Trains, and gives the mean attention over the training samples, of each source [M]; what is missing to 1 is the
-    /// new prompt's.
+    /// Trains, and returns the mean attention over the training samples to each source, [M]. What
+    /// is missing to 1 goes to the new prompt.
     pub fn learn(
         &self,
         progress: &mut dyn FnMut(TuningProgress) -> ControlFlow<()>,
@@ -67,7 +69,7 @@ impl<'a> Attention<'a> {
         Ok(all[1..].to_vec())
     }
 
-    /// a [N, M+1], the new prompt's first.
+    /// The attention a of every sample, [N, M+1]; the new prompt comes first.
     pub fn of_samples(
         &self,
         samples: &Samples,
@@ -81,7 +83,7 @@ impl<'a> Attention<'a> {
         self.tuning.of_all(samples, alive, forward)
     }
 
-    /// Of images' tokens [B, t, d], CLS first: [B, M+1].
+    /// The attention [B, M+1] for images' tokens [B, t, d], CLS first.
     fn attention(&self, tokens: &Tensor, parameters: &[Tensor]) -> Tensor {
         let d = self.tuning.vit.embed_dim();
         let own = parameters[PROMPT].unsqueeze(0);

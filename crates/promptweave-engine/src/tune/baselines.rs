@@ -1,4 +1,4 @@
-//! Each method does what its definition says, and nothing else.
+//! Tests that each method follows its definition, and nothing else.
 
 use std::collections::BTreeMap;
 
@@ -34,7 +34,8 @@ fn tensors(bytes: &[u8]) -> BTreeMap<String, Vec<f32>> {
         .collect()
 }
 
-/// Names of the tensors that differ from the backbone's own, or that it does not have; the head's left out.
+/// Names of the tensors that differ from the backbone's own, and of those that it does not have.
+/// The head's are left out.
 fn changed(problem: &Problem, method: &str) -> (Vec<String>, Vec<String>) {
     let options = by(method);
     let stored = tensors(&train(&problem.tuning(&options)).adaptation().unwrap());
@@ -129,7 +130,7 @@ fn adapters_begin_as_the_identity_and_learn_in_both_their_weights() {
         - plain.features(&problem.test, &[], &mut alive).unwrap();
     assert!(f64::try_from(apart.abs().max()).unwrap() < 1e-4);
 
-    // From a head that tells the classes apart.
+    // The head tells the classes apart.
     let head = parameters.len() - 2;
     parameters[head] = Tensor::randn_like(&parameters[head]);
     let rows: Vec<usize> = (0..problem.train.len()).collect();
@@ -174,7 +175,7 @@ fn a_deep_prompt_is_a_file_that_begins_a_tuning_again() {
     let again = train(&again).prompt_file(&mut alive).unwrap();
     assert_eq!(again.deep_prompt_embeddings, file.deep_prompt_embeddings);
     assert_eq!(again.head, file.head);
-    // Without tokens of its own in later blocks a prompt is another one.
+    // Without its own tokens in later blocks, a prompt gives other features.
     let shallow = TuningOptions {
         method: TuningMethod::VptShallow,
         ..options.clone()
@@ -188,7 +189,8 @@ fn a_deep_prompt_is_a_file_that_begins_a_tuning_again() {
     assert!(matches!(refused, Err(EngineError::MakesNoPrompt(_))));
 }
 
-/// The definition, by automatic differentiation of the whole network with a prompt in it, beside the fast way.
+/// Compares the fast way with the definition, by automatic differentiation of the whole network
+/// with a prompt in it.
 #[test]
 fn shallow_gradients_are_those_of_the_whole_network() {
     let problem = problem();
@@ -245,7 +247,7 @@ fn a_student_comes_to_its_teachers_logits() {
         .unwrap();
     let teachers = [source(&teacher)];
     let all: Vec<usize> = (0..problem.train.len()).collect();
-    // Mean squared difference to the teacher's logits, by the loss that has nothing else in it.
+    // The mean squared difference from the teacher's logits, by a loss that contains nothing else.
     let apart = |weight: f64| {
         let taught = TuningOptions {
             distillation_weight: weight,
@@ -286,7 +288,7 @@ fn attention_sums_to_one_for_every_sample_and_all_of_it_learns() {
     let of = |seed: u64| {
         let d = problem.vit.config.embed_dim;
         let values = initial_prompt(3, d, problem.vit.config.patch_size, seed);
-        // As large as what makes attention choose.
+        // Values large enough that attention prefers some sources.
         PlainTensor::new(
             [3, d],
             values.iter().map(|v| 300.0 * v).collect::<Vec<f32>>(),

@@ -1,7 +1,7 @@
-//! A tuning in the middle: all that is needed to go on to the very same prompt.
+//! A checkpoint in the middle of a tuning, with everything needed to reach the very same prompt.
 //!
-//! The file is safetensors: the parameters, the optimizer's state one tensor each, and as its one metadata key JSON with
-//! the epochs that are done and what they are epochs of.
+//! The file is safetensors: the parameters, and one tensor for each part of the optimizer's state.
+//! Its one metadata key holds JSON with the finished epochs and the key of the tuning.
 
 use std::collections::HashMap;
 
@@ -17,10 +17,10 @@ use promptweave_domain::prompt_file::METADATA_KEY;
 use promptweave_domain::tensor::{Stored, Tensor as PlainTensor, read_f32};
 use promptweave_domain::tuning::Curves;
 
-/// What is written after an epoch.
+/// The JSON that is written after an epoch.
 #[derive(Debug, Serialize, Deserialize)]
 struct Header {
-    /// Of all that the tuning depends on: a checkpoint goes on with that and nothing else.
+    /// Digest of everything that the tuning depends on. The checkpoint fits only that tuning.
     of: Digest,
     curves: Curves,
     steps: i64,
@@ -31,12 +31,13 @@ pub struct Progress {
     pub parameters: Vec<Tensor>,
     pub optimizer: Optimizer,
     pub curves: Curves,
-    /// Parameters after the epoch of the lowest cross-entropy on held-out samples; as they were at first without such.
+    /// Parameters after the epoch with the lowest cross-entropy on held-out samples. Without
+    /// held-out samples they stay as at first.
     pub best: Vec<Tensor>,
 }
 
 impl Progress {
-    /// All tensors there are, by name.
+    /// All tensors of the state, by name.
     fn tensors(&mut self) -> Vec<(String, &mut Tensor)> {
         let mut all = Vec::new();
         let rows = [
@@ -54,7 +55,7 @@ impl Progress {
     }
 }
 
-/// The bytes of the file.
+/// The bytes of the checkpoint file.
 pub fn write(of: Digest, progress: &mut Progress) -> Result<Vec<u8>, EngineError> {
     let header = Header {
         of,
@@ -71,7 +72,8 @@ pub fn write(of: Digest, progress: &mut Progress) -> Result<Vec<u8>, EngineError
     Ok(safetensors::serialize(tensors, Some(metadata)).expect("shapes agree with their data"))
 }
 
-/// Puts `progress` where the file says; false, and nothing is changed, where the file is of another tuning or is not whole.
+/// Sets `progress` to the file's state. Returns false, and changes nothing, if the file belongs to
+/// another tuning or is not whole.
 pub fn read(of: Digest, bytes: &[u8], progress: &mut Progress) -> bool {
     let Some(header) = header(bytes).filter(|header| header.of == of) else {
         return false;

@@ -1,5 +1,5 @@
-//! Methods that reach inside the backbone: deep prompts, a part of its tensors, adapters, a network beside it. Gradients
-//! are libtorch's own, by automatic differentiation of the definition.
+//! Methods that reach inside the backbone: deep prompts, some of its tensors, adapters, or a
+//! network beside it. Gradients come from libtorch, by automatic differentiation of the definition.
 
 use tch::{Device, Kind, Tensor, no_grad};
 
@@ -13,15 +13,15 @@ use crate::vit::Weights;
 use promptweave_domain::tuning::HeldOut;
 use promptweave_domain::tuning_method::TuningMethod;
 
-/// Of the projections into adapters: the other ones begin at 0, so that nothing changes at first and, unlike with both at
-/// 0, there is a gradient.
+/// Standard deviation of the projections into adapters at the start. The projections out begin at
+/// 0. So nothing changes at first, but unlike with both at 0 there is a gradient.
 const ADAPTER_DEVIATION: f64 = 0.02;
 
 pub struct FullModel<'a> {
     tuning: Tuning<'a>,
     targets: Targets,
     network: Network,
-    /// Of what is trained, the head's last.
+    /// Names of the trained tensors, the head's last.
     names: Vec<String>,
 }
 
@@ -41,7 +41,7 @@ impl<'a> FullModel<'a> {
         Ok(model)
     }
 
-    /// Those of the backbone's own tensors that are trained.
+    /// The backbone's own tensors that are trained.
     fn own(&self) -> Vec<Parameter> {
         let depth = self.tuning.vit.config.depth;
         let is_trained = |name: &str| match self.tuning.options.method {
@@ -66,7 +66,7 @@ impl<'a> FullModel<'a> {
         own
     }
 
-    /// What the method puts in.
+    /// The tensors that the method adds.
     fn added(&self) -> Result<Vec<Parameter>, EngineError> {
         let Tuning { vit, options, .. } = self.tuning;
         let (d, depth) = (vit.embed_dim(), vit.config.depth);
@@ -114,7 +114,7 @@ impl<'a> FullModel<'a> {
                 let deviation = (1.0 / channels as f64).sqrt();
                 let project = random(&[d, channels], deviation, SIDE_LAYERS.len());
                 add("side.project.weight".into(), project);
-                // Half of either.
+                // σ(0) gives both halves equal shares.
                 add("side.mix".into(), zeros(&[]));
             }
             _ => {}
@@ -122,7 +122,7 @@ impl<'a> FullModel<'a> {
         Ok(added)
     }
 
-    /// With these parameters in it, and the head's [K, d], [K].
+    /// The network with these parameters in it, and the head's weight [K, d] and bias [K].
     fn network(&self, parameters: &[Tensor]) -> (Network, [Tensor; 2]) {
         let of_network = parameters.len() - 2;
         let named = self.names[..of_network].iter().zip(parameters);
@@ -165,7 +165,7 @@ impl Model for FullModel<'_> {
                 let logits = network.features(images).linear(&weight, Some(&bias));
                 let loss = self.targets.loss(rows, &logits);
                 sum += f64::try_from(&loss)?;
-                // The masks of dropout are shared by the batches.
+                // The batches share the masks of dropout.
                 totals.add(Tensor::f_run_backward(&[loss], &leaves, true, false)?);
                 Ok(())
             })?;

@@ -1,4 +1,5 @@
-//! Nothing but a head, linear or with hidden layers: the backbone's own features are computed once.
+//! Methods that train nothing but a head, linear or with hidden layers. The backbone's own features
+//! are computed once.
 
 use std::ops::ControlFlow;
 
@@ -14,17 +15,17 @@ use crate::vit::features::extract;
 use promptweave_domain::tuning::HeldOut;
 use promptweave_domain::tuning_method::TuningMethod;
 
-/// Of hidden units, in training.
+/// Dropout probability of hidden units in training.
 const DROPOUT: f64 = 0.1;
 const NORM_EPS: f64 = 1e-5;
-/// Weight and bias of the layer, and of its normalisation.
+/// Number of parameters of a layer: weight and bias, of the layer and of its normalisation.
 const OF_LAYER: usize = 4;
 
 pub struct Heads<'a> {
     tuning: Tuning<'a>,
     targets: Targets,
     num_layers: usize,
-    /// Of the training samples [N, d].
+    /// Features of the training samples, [N, d].
     features: Tensor,
 }
 
@@ -41,8 +42,8 @@ impl<'a> Heads<'a> {
         })
     }
 
-    /// Logits of `x` [B, d] with what the layers see of it normalised by `statistics`; without, by its own, which are
-    /// returned.
+    /// Logits of `x` [B, d]. Each layer normalises its input by `statistics`, or without them by
+    /// the input's own, which are returned.
     fn logits(
         &self,
         x: &Tensor,
@@ -135,7 +136,7 @@ impl Model for Heads<'_> {
         own_features(&self.tuning, samples, alive)
     }
 
-    /// What every layer sees of all training samples.
+    /// Mean and variance of every layer's input over all training samples.
     fn statistics(&self, parameters: &[Tensor]) -> Vec<(Tensor, Tensor)> {
         let as_it_is = |_: usize, x: &Tensor| x.shallow_clone();
         tch::no_grad(|| self.logits(&self.features, parameters, None, &as_it_is).1)
@@ -156,7 +157,7 @@ impl Model for Heads<'_> {
     }
 }
 
-/// Without any prompt, in f32 on the device.
+/// Features without any prompt, in f32 on the device.
 fn own_features(
     tuning: &Tuning<'_>,
     samples: &Samples,

@@ -1,4 +1,4 @@
-//! Which images a tuning is told by: VTAB-1k's val200, a split `val`, or every fifth.
+//! The choice of held-out images: VTAB-1k's val200, a split `val`, or every fifth image.
 
 use std::collections::HashSet;
 
@@ -9,13 +9,13 @@ use promptweave_domain::split::Split;
 use promptweave_domain::stratified::stratified_subset;
 use promptweave_formats::dataset::LabelledImages;
 
-/// The images of the split, and the same in two parts.
+/// The images of the split: all of them, and the same in two parts.
 pub struct Images {
     pub all: Samples,
-    /// Empty where there is but one image.
+    /// The images that are not held out. Empty if there is only one image.
     pub part: Samples,
     pub held_out: Samples,
-    /// What is held out.
+    /// Describes which images are held out.
     pub whose: &'static str,
 }
 
@@ -37,7 +37,7 @@ impl Images {
         let (mut held_out, mut part): (Vec<usize>, Vec<usize>) = (0..all.len()).partition(is_val);
         let mut whose = "of the split val";
         if held_out.is_empty() && !val.is_empty() && selection.split != Split::Val {
-            // A split of its own, as image folders have it.
+            // The dataset has a separate split `val`, as image folders do.
             let of_val = Selection {
                 split: Split::Val,
                 max_samples: None,

@@ -1,4 +1,5 @@
-//! A tuning as a job: from files to a prompt file, its curves and what it did on images that it never saw.
+//! A tuning as a job: from files to a prompt file, its curves, and its result on images that it
+//! never saw.
 
 use std::cell::RefCell;
 use std::ops::ControlFlow;
@@ -21,7 +22,7 @@ use promptweave_domain::tuning::{
 use promptweave_formats::backbone::Backbone;
 use promptweave_formats::dataset::LabelledImages;
 
-/// Images between two signs of life while the prompt is evaluated.
+/// Number of images between two signs of life while the prompt is evaluated.
 const EVALUATED_AT_ONCE: usize = 256;
 
 pub fn tune(
@@ -31,7 +32,7 @@ pub fn tune(
     checkpoints: &mut dyn Checkpoints,
     observer: &mut dyn Observer,
 ) -> Result<Tuned, EngineError> {
-    // Told of batches while it trains, and of the evaluation behind them.
+    // Both the training and the evaluation after it report to these steps.
     let steps = RefCell::new(Steps::new(observer));
     if let Some(start) = &input.start {
         check_sources(std::slice::from_ref(start), backbone)?;
@@ -41,7 +42,7 @@ pub fn tune(
     let preprocessing = &backbone.config.preprocessing;
     let images = Images::load(&dataset, &selection, preprocessing)?;
     images.all.check_classes(&dataset.classes)?;
-    // Now, so that what is wrong with these images does not show after hours.
+    // The images are loaded now, so that errors in them do not show only after hours.
     let load = |split| Samples::load(&dataset, &selection.whole(split), preprocessing);
     let eval = input.target.eval_split.map(load).transpose()?;
     let course = TuningRun {
@@ -72,7 +73,7 @@ pub fn tune(
                     return ControlFlow::Break(());
                 }
                 current = Some(phase);
-                // What an earlier attempt did of a tuning is done.
+                // Epochs that an earlier attempt finished count as done.
                 let epochs = input.options.epochs as u64;
                 done = match phase {
                     Phase::Tune => at.epoch as u64 * (total / epochs),
@@ -138,7 +139,7 @@ pub fn tune(
     })
 }
 
-/// Some images at a time.
+/// Scores all samples, some images at a time.
 fn evaluated(
     trained: &Trained<'_>,
     samples: &Samples,

@@ -1,11 +1,11 @@
-//! Tuning on a labelled target with a frozen backbone: a visual prompt and a linear head (VPT, Jia et al. 2022), and what
-//! prompts are compared with.
+//! Tuning on a labelled target with a frozen backbone: a visual prompt and a linear head (VPT, Jia
+//! et al. 2022), and the methods that prompts are compared with.
 //!
 //! | model | methods | gradients |
 //! |---|---|---|
 //! | [`shallow`] | `vpt-shallow` | by the fast way through the backbone |
 //! | [`heads`] | `linear`, `mlp-K` | of the head, on features that are computed once |
-//! | [`whole`] | `vpt-deep`, `partial-K`, `bias`, `adapter-R`, `sidetune`, `full` | automatic, through the whole [`network`] |
+//! | [`full_model`] | `vpt-deep`, `partial-K`, `bias`, `adapter-R`, `sidetune`, `full` | automatic, through the [`network`] |
 
 pub(crate) mod job;
 
@@ -53,22 +53,23 @@ pub use self::train::TuningProgress;
 use self::train::{Alive, Model, Parameter, Training};
 pub use self::tuning_run::{Outcome, TuningRun};
 
-/// The training record, without times: the same content gives the same bytes.
+/// The training record. It has no times, so that the same content gives the same bytes.
 #[derive(Serialize)]
 struct TrainingRecord<'a> {
     method: TuningMethod,
     num_samples: usize,
     #[serde(flatten)]
     options: &'a TuningOptions,
-    /// Of the prompt file that it began with, if it was one.
+    /// Digest of the prompt file that the tuning began with, if any.
     #[serde(skip_serializing_if = "Option::is_none")]
     start: Option<Digest>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     teachers: Vec<Digest>,
-    /// Epoch by epoch.
+    /// The losses of each epoch.
     #[serde(flatten)]
     curves: &'a Curves,
-    /// ‖θ - θ₀‖ / ‖θ₀‖ of all that is trained beside the head: how far the prompt moved from its initial values.
+    /// ‖θ - θ₀‖ / ‖θ₀‖ of everything that is trained beside the head: how far the prompt moved from
+    /// its initial values.
     #[serde(skip_serializing_if = "Option::is_none")]
     distance_from_init: Option<f64>,
 }
@@ -78,7 +79,7 @@ pub fn initial_prompt(num_tokens: usize, embed_dim: usize, patch: usize, seed: u
     initial_prompts(num_tokens, embed_dim, patch, seed, 0)
 }
 
-/// The same for the prompt of block `block`, from the first on.
+/// Initial values of the same distribution for the prompt of block `block`; 0 is the first block.
 fn initial_prompts(
     num_tokens: usize,
     embed_dim: usize,
@@ -97,10 +98,10 @@ fn initial_prompts(
         .collect()
 }
 
-/// Normal with mean 0, a function of seed and stream (Box & Muller 1958).
+/// Normal numbers with mean 0, a function of seed and stream (Box & Muller 1958).
 fn gaussian(shape: &[i64], deviation: f64, seed: u64, stream: u64) -> Tensor {
     let mut rng = ChaCha20Rng::seed_from_u64(seed);
-    // Apart from those of the initial prompts.
+    // These streams are apart from those of the initial prompts.
     rng.set_stream((1 << 32) + stream);
     let mut unit = || (f64::from(rng.next_u32()) + 0.5) / (f64::from(u32::MAX) + 1.0);
     let values: Vec<f32> = (0..shape.iter().product::<i64>())
@@ -112,21 +113,23 @@ fn gaussian(shape: &[i64], deviation: f64, seed: u64, stream: u64) -> Tensor {
     Tensor::from_slice(&values).view(shape)
 }
 
-/// What is to be trained, on what and how.
+/// What is to be trained, on what data, and how.
 #[derive(Clone, Copy)]
 pub struct Tuning<'a> {
     pub backbone: &'a Backbone,
     pub vit: &'a Vit,
     pub train: &'a Samples,
-    /// Scored after every epoch, and never trained on.
+    /// Samples that are scored after every epoch, and never trained on.
     pub held_out: Option<&'a Samples>,
-    /// Both go into the file.
+    /// Name of the task. It goes into the file, like `classes`.
     pub task: &'a str,
     pub classes: &'a [String],
-    /// Begin with this prompt, where the method has one, and with its head where it has one for these classes; otherwise
-    /// with the initial prompt of `init_seed` and no head.
+    /// The prompt file to begin with. Its prompt is used if the method has one, its head if it is
+    /// for these classes. Otherwise the tuning begins with the initial prompt of `init_seed` and no
+    /// head.
     pub start: Option<&'a Source>,
-    /// Whether the start's head is taken: not where it was fitted on images that are held out.
+    /// Whether the start's head is used. It must not be if it was fitted on images that are held
+    /// out.
     pub takes_head: bool,
     /// Source prompts whose logits the loss pulls towards, by `distillation_weight`.
     pub teachers: &'a [Source],
@@ -134,7 +137,7 @@ pub struct Tuning<'a> {
 }
 
 impl<'a> Tuning<'a> {
-    /// Trains a prompt, as [`Self::train`] does; only of methods that make one.
+    /// Trains a prompt as [`Self::train`] does. The method must be one that makes a prompt.
     pub fn run(
         &self,
         checkpoints: &mut dyn Checkpoints,
@@ -144,7 +147,8 @@ impl<'a> Tuning<'a> {
         trained.prompt_file(&mut || ControlFlow::Continue(()))
     }
 
-    /// Trains, from the last checkpoint of the same tuning if there is one, and keeps one after every epoch.
+    /// Trains, from the last checkpoint of the same tuning if there is one. Keeps a checkpoint
+    /// after every epoch.
     pub fn train(
         &self,
         checkpoints: &mut dyn Checkpoints,
@@ -176,7 +180,7 @@ impl<'a> Tuning<'a> {
         })
     }
 
-    /// All that the outcome depends on.
+    /// Digest of everything that the outcome depends on.
     fn key(&self) -> Digest {
         let of = (
             env!("CARGO_PKG_VERSION"),
@@ -199,7 +203,7 @@ impl<'a> Tuning<'a> {
             .to_device(self.vit.device)
     }
 
-    /// [m, d], in f32 whatever the backbone computes in.
+    /// The initial prompt [m, d], in f32 whatever the backbone's precision.
     fn initial_prompt(&self) -> Parameter {
         let (m, d) = (self.num_tokens(), self.vit.config.embed_dim);
         let values = match self.start {
@@ -217,7 +221,7 @@ impl<'a> Tuning<'a> {
         }
     }
 
-    /// [L-1, m, d], of the start where it is deep.
+    /// The initial prompts of later blocks [L-1, m, d], from the start if it is deep.
     fn initial_deep_prompts(&self) -> Tensor {
         let (m, d) = (self.num_tokens(), self.vit.config.embed_dim);
         let behind_first = self.vit.config.depth - 1;
@@ -235,10 +239,10 @@ impl<'a> Tuning<'a> {
         }
     }
 
-    /// Weight [K, d] and bias [K].
+    /// The initial head: weight [K, d] and bias [K].
     fn initial_head(&self) -> [Parameter; 2] {
         let (d, k) = (self.vit.config.embed_dim, self.classes.len());
-        // Of as many classes it may still be of others.
+        // A head of as many classes may still belong to other classes.
         let is_of_others = |file: &&PromptFile| {
             let theirs = file.metadata.as_ref().and_then(|m| m.classes.as_deref());
             theirs.is_some_and(|theirs| theirs != self.classes)
@@ -263,8 +267,9 @@ impl<'a> Tuning<'a> {
         ]
     }
 
-    /// Images of these rows, in f32 on the device, as many at once as a pass takes with a prompt of this length; a little
-    /// less than fits where more is trained than that, which is not much.
+    /// Calls `work` on the images of these rows, in f32 on the device. A batch has as many images
+    /// as a pass takes with a prompt of this length. Training more than a prompt needs a little
+    /// more memory, but not much.
     fn each_batch(
         &self,
         samples: &Samples,
@@ -279,7 +284,7 @@ impl<'a> Tuning<'a> {
         Ok(())
     }
 
-    /// What `forward` makes of all images [N, …], without gradients.
+    /// The outputs [N, …] of `forward` for all images, without gradients.
     fn of_all(
         &self,
         samples: &Samples,
@@ -309,7 +314,7 @@ fn digest(source: &Source) -> Digest {
     source.digest
 }
 
-/// What came of a tuning.
+/// A finished training.
 pub struct Trained<'a> {
     tuning: Tuning<'a>,
     model: Box<dyn Model + 'a>,
@@ -356,7 +361,7 @@ impl Trained<'_> {
         Ok(serde_json::to_value(record).expect("plain data"))
     }
 
-    /// Of a method that makes a prompt.
+    /// The prompt file of a method that makes a prompt.
     pub fn prompt_file(&self, alive: Alive<'_>) -> Result<PromptFile, EngineError> {
         let Tuning {
             backbone,
@@ -396,7 +401,7 @@ impl Trained<'_> {
         })
     }
 
-    /// Features of a stratified few of the training samples, with their labels.
+    /// Features of a small stratified choice of the training samples, with their labels.
     fn sketch(&self, alive: Alive<'_>) -> Result<Option<Sketch>, EngineError> {
         let Tuning { train, options, .. } = self.tuning;
         let rows = stratified_subset(&train.labels, options.sketch_samples, options.seed);
@@ -418,13 +423,13 @@ fn stored(tensor: &Tensor) -> Result<PlainTensor<f32>, EngineError> {
     Ok(PlainTensor::new(shape, plain(&values)?))
 }
 
-/// The parameters as what is differentiated by.
+/// The parameters as leaves to differentiate by.
 fn leaves(parameters: &[Tensor]) -> Vec<Tensor> {
     let leaf = |parameter: &Tensor| parameter.detach().set_requires_grad(true);
     parameters.iter().map(leaf).collect()
 }
 
-/// Gradients of the parts of a batch, added up.
+/// The sum of the gradients of a batch's parts.
 #[derive(Default)]
 struct Totals(Vec<Tensor>);
 
@@ -442,7 +447,7 @@ impl Totals {
     }
 }
 
-/// Of logits [N, K] on the CPU.
+/// Scores logits [N, K] on the CPU.
 fn score_of(logits: &Tensor, labels: &[usize]) -> Result<HeldOut, EngineError> {
     let logits = logits.to_kind(Kind::Double);
     let labels: Vec<i64> = labels.iter().map(|label| *label as i64).collect();

@@ -1,4 +1,5 @@
-//! The whole network with what tuning methods put into it, for automatic differentiation: any of its tensors can be trained.
+//! The whole network with everything that tuning methods add, for automatic differentiation: any of
+//! its tensors can be trained.
 
 use std::collections::HashMap;
 
@@ -6,11 +7,12 @@ use tch::{Kind, Tensor};
 
 use crate::vit::Weights;
 
-/// A small network beside the backbone, on the normalised images: convolutions with ReLU and stride 2, then the mean over
-/// all places. Channels, and the width of the (square) kernels.
+/// The layers of a small network beside the backbone, on the normalised images: convolutions with
+/// ReLU and stride 2, then the mean over all places. Each has its channels and the width of its
+/// (square) kernels.
 pub const SIDE_LAYERS: [(i64, i64); 3] = [(32, 5), (64, 3), (128, 3)];
 
-/// Tensors by name: those of the backbone as timm names them, and those that are put in.
+/// Tensors by name: those of the backbone as timm names them, and those that are added.
 pub struct Network {
     pub weights: Weights,
     /// | name | shape |
@@ -23,7 +25,7 @@ pub struct Network {
 }
 
 impl Network {
-    /// With these tensors in place of those of the same name; the others are shared.
+    /// The network with these tensors in place of those with the same names. The others are shared.
     pub fn with<'a>(&self, tensors: impl Iterator<Item = (&'a str, Tensor)>) -> Self {
         let mut network = Self {
             weights: self.weights.clone(),
@@ -42,7 +44,8 @@ impl Network {
         network
     }
 
-    /// f [B, d] of normalised images [B, 3, s, s]; `prompts` are the added ones as they are to enter, after dropout.
+    /// f [B, d] of normalised images [B, 3, s, s]. `prompts` are the added prompts as they enter,
+    /// after dropout.
     pub fn features(&self, images: &Tensor) -> Tensor {
         let tokens = self.weights.embedding.tokens(images);
         let (batch, num_tokens, _) = tokens.size3().expect("three axes");
@@ -59,7 +62,7 @@ impl Network {
         let deep = self.added.get("deep_prompt_embeddings");
         for (l, block) in self.weights.blocks.iter().enumerate() {
             if let Some(deep) = deep.filter(|_| l > 0) {
-                // What the block before made of the prompt's places is dropped.
+                // The previous block's output at the prompt's places is dropped.
                 x = insert(&x, behind_prompt, &deep.get(l as i64 - 1));
             }
             x = block.forward_through(&x, |hidden| self.adapted(l, hidden));
@@ -74,7 +77,7 @@ impl Network {
         }
     }
 
-    /// An adapter after block `l`'s MLP, where there is one.
+    /// Applies the adapter after block `l`'s MLP, if there is one.
     fn adapted(&self, l: usize, x: Tensor) -> Tensor {
         let part = |name: &str| self.added.get(&format!("adapters.{l}.{name}"));
         let (Some(down), Some(up)) = (part("down.weight"), part("up.weight")) else {
@@ -84,7 +87,7 @@ impl Network {
         x + inner.linear(up, part("up.bias"))
     }
 
-    /// W g(x) [B, d].
+    /// The side network's output W g(x), [B, d].
     fn beside(&self, images: &Tensor) -> Tensor {
         let part = |name: &str| &self.added[&format!("side.{name}")];
         let mut x = images.shallow_clone();

@@ -1,23 +1,25 @@
-//! AdamW and SGD with momentum on a few tensors, as PyTorch defines them. Their state is plain tensors: a tuning that was
-//! killed goes on from a checkpoint as if it had not been, which libtorch's own optimizers do not let one do.
+//! AdamW and SGD with momentum on a few tensors, as PyTorch defines them. Their state is plain
+//! tensors, so that a tuning goes on from a checkpoint as if it had never stopped. libtorch's own
+//! optimizers do not allow that.
 
 use tch::{Tensor, no_grad};
 
 use crate::error::EngineError;
 use promptweave_domain::tuning::OptimizerKind;
 
-/// β₁, β₂ and ε of AdamW (Loshchilov & Hutter 2019), PyTorch's defaults.
+/// β₁ and β₂ of AdamW (Loshchilov & Hutter 2019), with PyTorch's defaults; ε follows.
 const DECAY: [f64; 2] = [0.9, 0.999];
 const EPSILON: f64 = 1e-8;
-/// Of SGD, as VPT has it.
+/// Momentum of SGD, as in VPT.
 const MOMENTUM: f64 = 0.9;
 
 pub struct Optimizer {
     kind: OptimizerKind,
     weight_decay: f64,
-    /// Steps taken.
+    /// Number of steps taken.
     pub steps: i64,
-    /// AdamW's two moments or SGD's momentum, one of each a parameter, in the order of the parameters.
+    /// AdamW's two moments or SGD's momentum. Each has one tensor for each parameter, in the
+    /// parameters' order.
     pub state: Vec<Vec<Tensor>>,
 }
 
@@ -103,7 +105,7 @@ mod tests {
     use super::*;
     use crate::testing::noise_tensor;
 
-    /// Twenty steps on a bowl, beside libtorch's own optimizer.
+    /// Compares twenty steps on a bowl with libtorch's own optimizer.
     fn compare(kind: OptimizerKind, weight_decay: f64, rate: f64) {
         let start = noise_tensor(&[3, 4], 1).to_kind(Kind::Float);
         let slopes = noise_tensor(&[3, 4], 2).to_kind(Kind::Float);

@@ -1,4 +1,5 @@
-//! Learning rate and weight decay, chosen on samples that are held out, as VPT does it; the tuning itself then has all.
+//! The choice of learning rate and weight decay on held-out samples, as in VPT. The tuning itself
+//! then uses all samples.
 
 use std::ops::ControlFlow;
 
@@ -7,8 +8,8 @@ use crate::samples::Samples;
 use crate::tune::{Tuning, TuningProgress};
 use promptweave_domain::tuning::{Candidate, Checkpoints, Grid, HeldOut, TuningOptions};
 
-/// Tunes once for each pair on `train` and scores it on `held_out`: the options with the best pair, by accuracy and
-/// then by cross-entropy, and all of them.
+/// Tunes once for each pair on `train` and scores it on `held_out`. Returns the options with the
+/// best pair, by accuracy and then by cross-entropy, and all candidates.
 pub fn select(
     grid: &Grid,
     tuning: Tuning<'_>,
@@ -33,7 +34,7 @@ pub fn select(
         let mut checkpoints = checkpoints.of_pair(place);
         let score = match trial.score_on(held_out, checkpoints.as_mut(), &mut progress) {
             Ok(score) => Some(score),
-            // Too high a rate is what a grid is there to rule out.
+            // The grid is there to rule out rates that are too high.
             Err(EngineError::NotFinite(_)) => None,
             Err(error) => return Err(error),
         };

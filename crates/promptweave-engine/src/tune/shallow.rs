@@ -1,5 +1,5 @@
-//! VPT-shallow (Jia et al. 2022): a prompt and a linear head. Gradients come by the fast way through the backbone, which
-//! knows them for any prompt at its input and for nothing else.
+//! VPT-shallow (Jia et al. 2022): a prompt and a linear head. Gradients come by the fast way
+//! through the backbone, which gives them for a prompt at its input and nothing else.
 
 use std::ops::ControlFlow;
 
@@ -15,7 +15,7 @@ use crate::vit::features::extract;
 use crate::vit::streams::{MicroBatch, Pairs};
 use promptweave_domain::tuning::HeldOut;
 
-/// Places of the parameters.
+/// Positions of the parameters.
 const PROMPT: usize = 0;
 const WEIGHT: usize = 1;
 const BIAS: usize = 2;
@@ -40,7 +40,7 @@ impl Model for Shallow<'_> {
         Ok(vec![self.tuning.initial_prompt(), weight, bias])
     }
 
-    /// Made in micro-batches on all streams.
+    /// Gradients are computed in micro-batches on all streams.
     fn gradients(
         &self,
         rows: &[usize],
@@ -53,7 +53,7 @@ impl Model for Shallow<'_> {
         let prompts = [(prompt * &kept).to_kind(vit.kind)];
         let head = [WEIGHT, BIAS].map(|at| parameters[at].to_kind(vit.kind));
         let size = vit.batch(&prompts).images;
-        // As many as there are streams, where they would be larger than that.
+        // At least one micro-batch for each stream, even if they could be larger.
         let size = size.min(rows.len().div_ceil(vit.num_streams()));
         let pairs = Pairs {
             samples: self.tuning.train,
@@ -102,7 +102,7 @@ impl Model for Shallow<'_> {
     }
 }
 
-/// Of prompt, weight and bias on labelled samples.
+/// Scores prompt, weight and bias on labelled samples.
 pub fn score(
     vit: &Vit,
     samples: &Samples,
@@ -126,10 +126,11 @@ fn features(
     Ok(extract(vit, &vit.pairs(samples, &prompts), |_| alive())?.get(0))
 }
 
-/// What one stream adds up of a micro-batch: the loss, and its derivatives by prompt, weight and bias.
+/// The result of one stream for a micro-batch: the loss, and its derivatives by prompt, weight and
+/// bias.
 type Gradients = (f64, [Tensor; 3]);
 
-/// Of the sum of a micro-batch's losses.
+/// Derivatives of the sum of a micro-batch's losses by the head.
 fn head_gradients(
     head: &[Tensor; 2],
     targets: &Targets,

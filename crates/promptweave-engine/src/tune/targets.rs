@@ -1,4 +1,5 @@
-//! What the logits of training samples are compared with: labels, and the logits of teachers where there are any.
+//! The targets for the training samples' logits: labels, and the logits of teachers if there are
+//! any.
 
 use std::ops::ControlFlow;
 
@@ -14,16 +15,17 @@ use promptweave_domain::composition::Source;
 use promptweave_domain::objective::HeadOptions;
 
 pub struct Targets {
-    /// [N]
+    /// The labels, [N].
     labels: Tensor,
     teachers: Option<Teachers>,
 }
 
-/// Frozen prompts with closed-form heads on the training samples (PANDA's distillation: Zhong et al. 2022).
+/// Frozen prompts with closed-form heads on the training samples (PANDA's distillation: Zhong et
+/// al. 2022).
 struct Teachers {
-    /// Of the classes that the training samples show.
+    /// The classes that the training samples show.
     classes: Tensor,
-    /// Of every teacher, [T, N, K].
+    /// The logits of every teacher, [T, N, K].
     logits: Tensor,
     weight: f64,
 }
@@ -43,7 +45,8 @@ impl Targets {
         })
     }
 
-    /// The sum over these samples, whose logits are given [B, K]; libtorch can differentiate it.
+    /// The sum of the losses of these samples, whose logits [B, K] are given. libtorch can
+    /// differentiate it.
     pub fn loss(&self, rows: &[usize], logits: &Tensor) -> Tensor {
         let device = logits.device();
         let rows = row_tensor(rows);
@@ -60,7 +63,7 @@ impl Targets {
         loss + means.sum(None::<Kind>) * teachers.weight
     }
 
-    /// For another thread; nothing is copied.
+    /// A copy for another thread, sharing the tensors.
     pub fn share(&self) -> Self {
         Self {
             labels: self.labels.shallow_clone(),
@@ -88,7 +91,8 @@ impl Teachers {
             let (k, options) = (tuning.classes.len(), HeadOptions::default());
             let labels = &train.labels;
             let head = ClosedFormHead::fit(&features, labels, k, &options)?;
-            // No sharper than the head is, nor than what cross-fitting bears out.
+            // The logits are divided by the fitted temperature if it is above 1. So they are no
+            // sharper than the head's own, nor than cross-fitting supports.
             let folds = folds(labels, vit.config.embed_dim);
             let fitted = SourceHead::fit(&features, labels, &folds, k, &options)?;
             let logits = head.logits(&features) / fitted.temperature.max(1.0);

@@ -97,7 +97,7 @@ fn curves(file: &PromptFile) -> (Vec<f64>, usize) {
     (of("cross_entropy"), held_out)
 }
 
-/// In memory.
+/// A checkpoint in memory.
 #[derive(Default)]
 struct Kept(Option<Vec<u8>>);
 
@@ -141,7 +141,7 @@ fn tuning_lowers_the_loss_by_either_optimizer_and_writes_a_whole_file() {
     }
 }
 
-/// To the last bit, wherever it was killed.
+/// The prompts agree to the last bit, wherever the tuning was killed.
 #[test]
 fn a_tuning_goes_on_from_its_checkpoint_as_if_it_had_not_been_killed() {
     let problem = problem();
@@ -171,7 +171,7 @@ fn a_tuning_goes_on_from_its_checkpoint_as_if_it_had_not_been_killed() {
         epochs.dedup();
         assert_eq!(epochs, [2, 3], "what was done is not done again");
 
-        // Of another tuning, or half a file: begun anew.
+        // A checkpoint of another tuning, or half a file: the tuning begins anew.
         let other = TuningOptions {
             seed: 1,
             ..options.clone()
@@ -203,7 +203,7 @@ fn a_start_is_gone_on_from_with_its_head() {
         epochs: 1,
         ..options()
     };
-    // The digest is the one that it is known by, whatever its file would be written as.
+    // The digest is the one that the prompt is known by, whatever its file's bytes.
     let start = Source {
         digest: Digest::of(b"in f16"),
         ..source(&first)
@@ -225,7 +225,7 @@ fn a_start_is_gone_on_from_with_its_head() {
     });
     let none = vec![0.0; problem.classes.len() * first.embed_dim()];
     assert_eq!(headless.head.unwrap().weight.values, none);
-    // Of other classes, its head is not taken.
+    // The head belongs to other classes, and is not used.
     let two = &problem.classes[..2];
     let few: Vec<usize> = (0..problem.train.len())
         .filter(|n| problem.train.labels[*n] < 2)
@@ -245,7 +245,7 @@ fn a_start_is_gone_on_from_with_its_head() {
 #[test]
 fn patience_ends_a_tuning_and_takes_its_best_epoch() {
     let problem = problem();
-    // Far too fast: it gets worse at some time.
+    // The rate is far too high, so that the loss rises at some time.
     let options = TuningOptions {
         epochs: 40,
         prompt_learning_rate: 0.5,

@@ -1,4 +1,4 @@
-//! Training by batches, whatever it is that is trained: epochs, learning rates, checkpoints, and when to stop.
+//! Training by batches for any model: epochs, learning rates, checkpoints, and when to stop.
 //!
 //! ```text
 //! parameters ─► for each epoch: batches in a seeded order ─► gradients ─► optimizer ─┬─► parameters
@@ -22,21 +22,21 @@ use promptweave_domain::tuning::{Checkpoints, Curves, HeldOut, TuningOptions};
 
 /// A tensor that is trained, in f32 on the device.
 pub struct Parameter {
-    /// As it is stored by.
+    /// The name it is stored under.
     pub name: String,
     pub values: Tensor,
-    /// It learns at the head's rate.
+    /// Whether it belongs to the head, and learns at the head's rate.
     pub of_head: bool,
 }
 
-/// What can be trained. It is given its parameters and holds none, so that what goes on from a checkpoint is the same as
-/// what was never stopped.
+/// A model that can be trained. It is given its parameters and holds none, so that a training that
+/// goes on from a checkpoint equals one that never stopped.
 pub trait Model {
-    /// As they begin.
+    /// The initial parameters.
     fn initial(&self) -> Result<Vec<Parameter>, EngineError>;
 
-    /// The sum of these rows' losses, and the gradients of their mean, one a parameter. `step` counts from 0; what is
-    /// random is a function of it.
+    /// The sum of these rows' losses, and the gradients of their mean, one for each parameter.
+    /// `step` counts from 0; everything random is a function of it.
     fn gradients(
         &self,
         rows: &[usize],
@@ -44,7 +44,7 @@ pub trait Model {
         step: i64,
     ) -> Result<(f64, Vec<Tensor>), EngineError>;
 
-    /// f [N, d], or whatever the linear head is put on.
+    /// The features f [N, d], or whatever the linear head is put on.
     fn features(
         &self,
         samples: &Samples,
@@ -52,12 +52,12 @@ pub trait Model {
         alive: Alive<'_>,
     ) -> Result<Tensor, EngineError>;
 
-    /// Mean and variance that each normalised layer of the head normalises by.
+    /// Mean and variance by which each normalised layer of the head normalises.
     fn statistics(&self, _parameters: &[Tensor]) -> Vec<(Tensor, Tensor)> {
         Vec::new()
     }
 
-    /// On labelled samples that it may never have seen.
+    /// Scores labelled samples, which need not be training samples.
     fn score(
         &self,
         samples: &Samples,
@@ -66,30 +66,31 @@ pub trait Model {
     ) -> Result<HeldOut, EngineError>;
 }
 
-/// Asked between batches where nothing is trained, as a sign of life.
+/// A callback between batches when nothing is trained, as a sign of life.
 pub type Alive<'a> = &'a mut dyn FnMut() -> ControlFlow<()>;
 
 pub struct Training<'a> {
     pub model: &'a dyn Model,
     pub options: &'a TuningOptions,
     pub num_samples: usize,
-    /// Scored after every epoch, and never trained on.
+    /// Samples that are scored after every epoch, and never trained on.
     pub held_out: Option<&'a Samples>,
-    /// Of all that the outcome depends on.
+    /// Digest of everything that the outcome depends on.
     pub key: Digest,
 }
 
-/// What is reported after every batch.
+/// The report after every batch.
 pub struct TuningProgress {
     pub epoch: usize,
     pub samples: u64,
-    /// Mean over the epoch so far.
+    /// Mean cross-entropy over the epoch so far.
     pub cross_entropy: f64,
 }
 
 impl Training<'_> {
-    /// Trains, from the last checkpoint of the same training if there is one, and keeps one after every epoch: the
-    /// parameters of the last, or of the best where patience chose it.
+    /// Trains, from the last checkpoint of the same training if there is one. Keeps a checkpoint
+    /// after every epoch. Returns the parameters of the last epoch, or of the best if patience
+    /// chose it.
     pub fn run(
         &self,
         initial: &[Parameter],
@@ -218,7 +219,8 @@ fn schedule(step: usize, steps_per_epoch: usize, options: &TuningOptions) -> f64
     0.5 * (1.0 + (std::f64::consts::PI * done).cos())
 }
 
-/// 0..n in the random order of an epoch (Fisher-Yates), n - 1 numbers of two words after those of the epoch before.
+/// 0..n in the random order of an epoch (Fisher-Yates). It takes n - 1 numbers of two words, after
+/// those of the epoch before.
 fn shuffled(n: usize, seed: u64, epoch: usize) -> Vec<usize> {
     let mut rng = ChaCha20Rng::seed_from_u64(seed);
     rng.set_word_pos(2 * epoch as u128 * n.saturating_sub(1) as u128);
@@ -229,8 +231,9 @@ fn shuffled(n: usize, seed: u64, epoch: usize) -> Vec<usize> {
     order
 }
 
-/// Dropout's factors, of the shape of `values`: 0 for what is left out, 1/(1-p) for the rest. A function of seed, step and
-/// place, so that a training that was killed goes on with the same.
+/// Dropout's factors, in the shape of `values`: 0 for dropped values, 1/(1-p) for the rest. They
+/// are a function of seed, step and place, so that a training that was killed goes on with the
+/// same.
 pub fn kept(values: &Tensor, p: f64, seed: u64, step: i64, place: u64) -> Tensor {
     if p == 0.0 {
         return values.ones_like();

@@ -1,4 +1,5 @@
-//! A whole tuning, as command line and worker run it: held-out images choose first, where they are asked; then the prompt.
+//! A whole tuning, as command line and worker run it. With a grid, held-out images first choose the
+//! options; then the prompt is tuned.
 
 use std::ops::ControlFlow;
 
@@ -10,18 +11,18 @@ use promptweave_domain::prompt_file::PromptFile;
 use promptweave_domain::tuning::{Candidate, Checkpoints, Grid, TuningOptions};
 
 pub struct TuningRun<'a> {
-    /// On all images.
+    /// The tuning on all images.
     pub tuning: Tuning<'a>,
     pub grid: &'a Grid,
     pub images: &'a Images,
 }
 
 pub struct Outcome<T> {
-    /// What was made of what was tuned.
+    /// The result of `make` on the trained model.
     pub made: T,
-    /// As they were chosen.
+    /// The chosen options.
     pub options: TuningOptions,
-    /// What they were chosen of; empty without a grid.
+    /// The candidates they were chosen from; empty without a grid.
     pub candidates: Vec<Candidate>,
 }
 
@@ -30,12 +31,12 @@ impl TuningRun<'_> {
         self.grid.pairs(self.tuning.options).len()
     }
 
-    /// Whether anything is told by images that are held out.
+    /// Whether held-out images decide anything.
     pub fn holds_out(&self) -> bool {
         self.num_pairs() > 1 || self.tuning.options.patience.is_some()
     }
 
-    /// Images that a phase goes through at the most, as often as it does.
+    /// The most images that a phase goes through, counting repeats.
     pub fn total(&self, phase: Phase) -> u64 {
         let (part, all) = (self.images.part.len(), self.images.all.len());
         let images = match (phase, self.tuning.options.patience) {
@@ -46,7 +47,7 @@ impl TuningRun<'_> {
         (images * self.tuning.options.epochs) as u64
     }
 
-    /// As [`Self::make`], a prompt file.
+    /// Runs [`Self::make`], and returns a prompt file.
     pub fn run(
         &self,
         checkpoints: &mut dyn Checkpoints,
@@ -57,8 +58,8 @@ impl TuningRun<'_> {
         })
     }
 
-    /// Selects where there is a grid, on a part of the images; then tunes on all of them, or on that part where the rest
-    /// says when to stop.
+    /// Selects the options on a part of the images if there is a grid. Then tunes on all images,
+    /// or, if the rest decides when to stop, on that part.
     pub fn make<T>(
         &self,
         checkpoints: &mut dyn Checkpoints,
@@ -70,7 +71,7 @@ impl TuningRun<'_> {
             return Err(EngineError::NoneToHoldOut);
         }
         let tuning = Tuning {
-            // It was fitted on images that are to be held out, and would know them.
+            // The head was fitted on images that are now to be held out, and would know them.
             takes_head: self.tuning.takes_head && !self.holds_out(),
             ..self.tuning
         };
@@ -91,7 +92,7 @@ impl TuningRun<'_> {
             options: &options,
             ..tuning
         };
-        // Who stops early is told by images that are not trained on.
+        // Early stopping needs images that are not trained on.
         let tuning = match options.patience {
             Some(_) => Tuning {
                 train: part,

@@ -1,5 +1,6 @@
-//! Softmax attention over buffers, and the way back through it. Its two products a head are small, so they go
-//! to the matrix library image by image, all heads at once, on views: nothing is copied.
+//! Softmax attention over buffers, and the way back through it. Its two products for each head are
+//! small. They go to the matrix library image by image, all heads at once, on views, so that
+//! nothing is copied.
 
 use tch::Tensor;
 
@@ -7,28 +8,28 @@ use crate::vit::buffers::{Buffer, Kept, Shape};
 use crate::vit::kernels;
 use crate::vit::kernels::Element;
 
-/// Which heads' rows are where.
+/// The layout of the heads' rows.
 #[derive(Clone, Copy)]
 pub struct Heads {
     pub shape: Shape,
-    /// The first so many tokens of every image attend; all do, or CLS alone.
+    /// Number of first tokens of every image that attend: all tokens, or CLS alone.
     pub queries: usize,
     pub num_heads: usize,
     pub d: usize,
 }
 
 impl Heads {
-    /// Rows of attention weights.
+    /// Number of rows of attention weights.
     fn count(self) -> usize {
         self.shape.images * self.num_heads * self.queries
     }
 
-    /// Floating-point operations of every query with so many tokens, in one product.
+    /// Floating-point operations of one product of every query with this number of tokens.
     pub fn operations(self, tokens: usize) -> u64 {
         (2 * self.shape.images * self.queries * tokens * self.d) as u64
     }
 
-    /// Attention weights as [B, heads, queries, n].
+    /// Views attention weights as [B, heads, queries, n].
     fn of_weights(self, weights: &Tensor) -> Tensor {
         let (images, n) = (self.shape.images as i64, self.shape.n() as i64);
         weights.narrow(0, 0, self.count() as i64).view([
@@ -39,7 +40,7 @@ impl Heads {
         ])
     }
 
-    /// A matrix [B · queries, d] as [B, heads, queries, d/heads].
+    /// Views a matrix [B · queries, d] as [B, heads, queries, d/heads].
     fn of_rows(self, rows: &Tensor) -> Tensor {
         let heads = self.num_heads as i64;
         let shape = [
@@ -51,7 +52,8 @@ impl Heads {
         rows.view(shape).transpose(1, 2)
     }
 
-    /// Queries, keys and values of image b, [heads, n, d/heads] each, in a matrix [B · n, 3d].
+    /// Views queries, keys and values of image b, [heads, n, d/heads] each, in a matrix [B · n,
+    /// 3d].
     fn of_qkv(self, qkv: &Tensor, b: i64) -> [Tensor; 3] {
         let (heads, n) = (self.num_heads as i64, self.shape.n() as i64);
         let of_image = qkv
@@ -60,7 +62,8 @@ impl Heads {
         [0, 1, 2].map(|part| of_image.select(1, part).transpose(0, 1))
     }
 
-    /// `out` [B · queries, d] from `kept.qkv`, whose queries are scaled already; the weights are kept.
+    /// Computes `out` [B · queries, d] from `kept.qkv`, whose queries are scaled already. The
+    /// weights are kept.
     pub fn attend<E: Element>(self, kept: &mut Kept<E>, out: &Tensor) {
         let (n, queries) = (self.shape.n(), self.queries as i64);
         let weights = self.of_weights(&kept.weights.tensor);
@@ -80,8 +83,8 @@ impl Heads {
         }
     }
 
-    /// From ∂ℓ/∂out [B · queries, d] to `by_qkv` [B · n, 3d]: all rows of keys and values, and of queries
-    /// those that attend; with `prompt_only` the prompt's rows and no others.
+    /// From ∂ℓ/∂out [B · queries, d] to `by_qkv` [B · n, 3d]: all rows of keys and values, and the
+    /// attending rows of queries. With `prompt_only` it is the prompt's rows and no others.
     pub fn backward<E: Element>(
         self,
         by_out: &Tensor,
@@ -126,7 +129,7 @@ impl Heads {
     }
 }
 
-/// out[h] = a[h] · b[h]
+/// out[h] = a[h] · b[h].
 fn product(a: &Tensor, b: &Tensor, out: &Tensor) {
     let _ = a.bmm_out(out, b);
 }

@@ -9,14 +9,14 @@ use crate::error::EngineError;
 use crate::vit::{Compute, Vit};
 use promptweave_formats::backbone::{Backbone, BackboneError, CONFIG_FILE, MODEL_FILE};
 
-/// A ViT-B takes 0.3 GiB, a ViT-L 1.1.
+/// Default limit of loaded backbones. A ViT-B takes 0.3 GiB, a ViT-L 1.1 GiB.
 pub const DEFAULT_BYTES: u64 = 4 << 30;
 
 pub struct Backbones {
     pub compute: Compute,
-    /// Of all that stay loaded, but for the one in use.
+    /// The most bytes of all loaded backbones. The one in use stays loaded anyway.
     pub max_bytes: u64,
-    /// The one used last is the last.
+    /// The loaded backbones; the one used last is the last.
     loaded: Vec<Loaded>,
 }
 
@@ -26,8 +26,8 @@ struct Loaded {
     vit: Vit,
 }
 
-/// What changes when somebody changes or replaces the files of a folder: hashing a large model takes seconds, and
-/// is done when one of these differs.
+/// Stamps of a folder's files, which change if the files are changed or replaced. Hashing a large
+/// model takes seconds, and is done only if a stamp differs.
 #[derive(Clone, PartialEq)]
 struct Stamp([FileStamp; 2]);
 
@@ -36,7 +36,8 @@ struct FileStamp {
     device: u64,
     inode: u64,
     size: u64,
-    /// Seconds and nanoseconds; of the status change too, since a modification's time can be set back.
+    /// Time of the last modification, in seconds and nanoseconds. `changed` is that of the status
+    /// change, since a modification time can be set back.
     modified: (i64, i64),
     changed: (i64, i64),
 }
@@ -58,7 +59,7 @@ impl Stamp {
 }
 
 impl Loaded {
-    /// Of the weights, in f32; the streams share them.
+    /// Size of the weights in f32, in bytes. The streams share them.
     fn bytes(&self) -> u64 {
         4 * self.backbone.num_weights
     }
@@ -73,9 +74,11 @@ impl Backbones {
         }
     }
 
-    /// The backbone of a folder; read again only when the folder's content changed, or others took its place.
+    /// The backbone of a folder. It is read again only if the folder's content changed, or others
+    /// took its place in memory.
     pub fn open(&mut self, dir: &Path) -> Result<(&Backbone, &Vit), EngineError> {
-        // Before the files are read: what changes meanwhile is read again the next time.
+        // The stamp is taken before the files are read: a change meanwhile is noticed the next
+        // time.
         let stamp = Stamp::of(dir).map_err(|source| BackboneError::Read {
             path: dir.to_owned(),
             source,
@@ -90,7 +93,8 @@ impl Backbones {
         Ok((backbone, vit))
     }
 
-    /// Takes a folder's backbone out of those loaded, where the same lay in other files, or loads it.
+    /// Takes a folder's backbone from those loaded, if the same one lay in other files, or loads
+    /// it.
     fn load(&mut self, dir: &Path, stamp: Stamp) -> Result<Loaded, EngineError> {
         let backbone = Backbone::open(dir)?;
         let same = |loaded: &Loaded| {
@@ -104,7 +108,7 @@ impl Backbones {
                 vit,
             });
         }
-        // First make room, so that both are never in memory where only one fits.
+        // Room is made first, so that both are never in memory if only one fits.
         let bytes = 4 * backbone.num_weights;
         while !self.loaded.is_empty()
             && bytes + self.loaded.iter().map(Loaded::bytes).sum::<u64>() > self.max_bytes
@@ -128,7 +132,7 @@ mod tests {
     use crate::testing::write_backbone;
     use promptweave_domain::precision::Precision;
 
-    /// Loads or finds a backbone; `true` where it was found. Loading makes a limit of its own.
+    /// Loads or finds a backbone; `true` if it was found. Loading runs with a limit of its own.
     fn found(backbones: &mut Backbones, dir: &Path) -> bool {
         backbones.open(dir).unwrap();
         let vit = &mut backbones.loaded.last_mut().unwrap().vit;
@@ -159,7 +163,7 @@ mod tests {
         assert!(found(&mut backbones, &a));
         assert!(!found(&mut backbones, &b));
         assert_eq!(backbones.loaded.len(), 2);
-        // Even one that is larger than the limit.
+        // The backbone in use stays, even if it is larger than the limit.
         backbones.max_bytes = 1;
         assert!(!found(&mut backbones, &c));
         assert!(found(&mut backbones, &c));
@@ -172,7 +176,7 @@ mod tests {
         let [a, b, _] = folders(root.path());
         let mut backbones = Backbones::new(Compute::on(Device::Cpu, Precision::F32));
         let digest = backbones.open(&a).unwrap().0.digest;
-        // What is remembered is what is answered.
+        // The answer is the remembered one.
         let remembered = promptweave_domain::digest::Digest::of(b"remembered");
         backbones.loaded[0].backbone.digest = remembered;
         assert_eq!(backbones.open(&a).unwrap().0.digest, remembered);
@@ -184,7 +188,7 @@ mod tests {
         fs::copy(a.join(MODEL_FILE), &copy).unwrap();
         fs::rename(&copy, a.join(MODEL_FILE)).unwrap();
         assert!(found(&mut backbones, &a));
-        // Another content of the same size is another backbone, whatever its times say.
+        // Another content of the same size is another backbone, whatever its times.
         let model = a.join(MODEL_FILE);
         let modified = fs::metadata(&model).unwrap().modified().unwrap();
         let mut bytes = fs::read(&model).unwrap();

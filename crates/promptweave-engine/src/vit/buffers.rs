@@ -1,4 +1,5 @@
-//! Memory of the fast path on a CPU: made once a stream, and read by both libtorch and [`crate::vit::kernels`].
+//! Memory of the fast path on a CPU. It is allocated once for each stream, and read by both
+//! libtorch and [`crate::vit::kernels`].
 
 use std::marker::PhantomData;
 
@@ -6,7 +7,7 @@ use tch::{Device, Tensor};
 
 use crate::vit::kernels::Element;
 
-/// A matrix on the CPU whose entries are at hand.
+/// A matrix on the CPU with direct access to its entries.
 pub struct Buffer<E: Element> {
     pub tensor: Tensor,
     width: usize,
@@ -14,7 +15,7 @@ pub struct Buffer<E: Element> {
 }
 
 impl<E: Element> Buffer<E> {
-    /// Its entries are what was there before.
+    /// A buffer whose entries are not initialised.
     pub fn new(rows: usize, width: usize) -> Self {
         let shape = [rows as i64, width as i64];
         Self {
@@ -41,7 +42,7 @@ impl<E: Element> Buffer<E> {
         self.tensor.narrow(0, 0, count as i64)
     }
 
-    /// Of the first rows.
+    /// The entries of the first rows.
     #[expect(
         unsafe_code,
         reason = "contiguous, on the CPU and of this kind since `new`; so many rows are there"
@@ -61,7 +62,8 @@ impl<E: Element> Buffer<E> {
     }
 }
 
-/// How many rows there are, and whose: B images of t tokens, each followed by the m of a prompt.
+/// The number of rows and their layout: B images of t tokens, each followed by the m tokens of a
+/// prompt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shape {
     pub images: usize,
@@ -79,17 +81,17 @@ impl Shape {
     }
 }
 
-/// Widths of a model.
+/// The sizes of a model's layers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Widths {
     pub depth: usize,
     pub d: usize,
-    /// Of the MLP.
+    /// Width of the MLP's hidden layer.
     pub hidden: usize,
     pub num_heads: usize,
 }
 
-/// What a block's forward pass leaves for the way back.
+/// The values of a block's forward pass that the way back needs.
 pub struct Kept<E: Element> {
     pub normed1: Buffer<E>,
     pub inverse1: Vec<E::Real>,
@@ -98,20 +100,20 @@ pub struct Kept<E: Element> {
     pub weights: Buffer<E>,
     pub normed2: Buffer<E>,
     pub inverse2: Vec<E::Real>,
-    /// What GELU is taken of, then its derivative there.
+    /// The input of GELU, and later its derivative there.
     pub slope: Buffer<E>,
 }
 
 /// A stream's buffers for one shape.
 pub struct Workspace<E: Element> {
     pub shape: Shape,
-    /// One a block, or a single one for all where there is no way back.
+    /// One for each block, or a single one for all if there is no way back.
     pub kept: Vec<Kept<E>>,
-    /// The residual stream [B · n, d], then the derivative by it.
+    /// The residual stream [B · n, d], and later the derivative by it.
     pub x: Buffer<E::Real>,
-    /// The same for CLS alone, [B, d], in the last block.
+    /// The residual stream of CLS alone, [B, d], in the last block.
     pub x_cls: Buffer<E::Real>,
-    /// What products give and passes take.
+    /// Outputs of matrix products, and inputs of the passes between them.
     pub y: Buffer<E>,
     pub normed: Buffer<E>,
     pub inverse: Vec<E::Real>,
@@ -143,7 +145,7 @@ impl<E: Element> Kept<E> {
 }
 
 impl<E: Element> Workspace<E> {
-    /// For the way forth alone.
+    /// Buffers for the forward pass alone.
     pub fn new(widths: Widths, shape: Shape) -> Self {
         let (d, rows) = (widths.d, shape.rows());
         Self {
@@ -160,7 +162,7 @@ impl<E: Element> Workspace<E> {
         }
     }
 
-    /// The same, for the way back too.
+    /// Adds the buffers for the way back.
     pub fn and_back(mut self, widths: Widths) -> Self {
         let (rows, n) = (self.shape.rows(), self.shape.n());
         while self.kept.len() < widths.depth {
@@ -174,7 +176,7 @@ impl<E: Element> Workspace<E> {
     }
 }
 
-/// Bytes a token takes in a [`Workspace`] with the way back, about.
+/// Approximate bytes for each token in a [`Workspace`] with the way back.
 pub fn bytes_a_token(widths: Widths, n: usize, element: usize) -> usize {
     let Widths {
         d,

@@ -1,4 +1,4 @@
-//! A backbone's tensors by timm name, on the device and in the kind the engine computes in.
+//! A backbone's tensors by timm name, on the engine's device and in its kind.
 
 use std::collections::HashMap;
 
@@ -7,7 +7,7 @@ use tch::{Device, Kind, Tensor};
 use crate::error::EngineError;
 use promptweave_formats::backbone::Backbone;
 
-/// Tensors not yet taken into a model.
+/// Tensors that are not yet taken into a model.
 pub struct Checkpoint {
     tensors: HashMap<String, Tensor>,
     device: Device,
@@ -15,7 +15,7 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Names, shapes and dtypes were checked by [`Backbone::open`].
+    /// Loads the tensors. [`Backbone::open`] has checked their names, shapes and dtypes.
     pub fn load(backbone: &Backbone, device: Device, kind: Kind) -> Result<Self, EngineError> {
         let tensors = Tensor::read_safetensors(backbone.model_path())?
             .into_iter()

@@ -8,8 +8,9 @@ use crate::error::EngineError;
 use crate::vit::Vit;
 use crate::vit::streams::Pairs;
 
-/// Features [M, N, d] in f32 (in f64 where the model is) on the CPU, for M prompts [m, d] and the N samples of
-/// `pairs` in their order. `progress` hears how many sample × prompt pairs each step finished.
+/// Features [M, N, d] on the CPU, for M prompts [m, d] and the N samples of `pairs` in their order.
+/// They are in f32, or in f64 if the model is. `progress` gets the number of sample × prompt pairs
+/// that each step finished.
 pub fn extract(
     vit: &Vit,
     pairs: &Pairs<'_>,
@@ -21,8 +22,8 @@ pub fn extract(
         Kind::Double => Kind::Double,
         _ => Kind::Float,
     };
-    // There from the beginning: small tensors that outlive a micro-batch would lie between its large ones, and
-    // their room could not be used again.
+    // Allocated first: small tensors that outlive a micro-batch would lie between its large ones,
+    // and fragment their memory.
     let features = Tensor::empty([m, n, d], (kind, Device::Cpu));
     let mut done = 0;
     vit.each_micro_batch(

@@ -1,5 +1,6 @@
-//! Where the time of the fast path on a CPU goes, by part: what `make bench-engine` says limits it. A clock is read
-//! about two hundred times a micro-batch of some hundred milliseconds, so it is read always.
+//! Time of the parts of the fast path on a CPU, from which `make bench-engine` tells what limits
+//! it. The clock is read about two hundred times in a micro-batch of some hundred milliseconds, so
+//! it can always run.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Instant;
@@ -7,7 +8,7 @@ use std::time::Instant;
 /// A part of the work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Part {
-    /// Forward and backward passes as a whole, the other parts with them.
+    /// Forward and backward passes as a whole, including the other parts.
     Pass,
     /// Products with the model's weights.
     Linear,
@@ -15,11 +16,11 @@ pub enum Part {
     Attention,
 }
 
-/// What all streams of this process together spent in one part.
+/// The total of one part over all streams of this process.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct FlopCounter {
     pub seconds: f64,
-    /// Floating-point operations of its matrix products; a multiply-add is two.
+    /// Floating-point operations of the part's matrix products; a multiply-add is two.
     pub operations: f64,
 }
 

@@ -1,9 +1,10 @@
-//! A block's weights with all that can be folded into them.
+//! A block's weights, with everything that can be folded into them.
 //!
-//! With x̂ the normed tokens before LayerNorm's own γ and β: W (γ∘x̂ + β) + b = (W γ) x̂ + (W β + b). The
-//! attention's 1/√(d/h) goes into the queries' rows, LayerScale into proj's and fc2's. A softmax sums to one,
-//! so the values' bias comes out of attention as it went in, and joins proj's; and it does not change
-//! when all scores of a row do, so the keys' bias falls out. Folded in f64, then rounded once.
+//! Let x̂ be the normed tokens before LayerNorm's own γ and β. Then W (γ∘x̂ + β) + b = (W γ) x̂ +
+//! (W β + b). The attention's 1/√(d/h) goes into the queries' rows, and LayerScale into proj's and
+//! fc2's. A softmax sums to one, so the values' bias passes through attention unchanged and joins
+//! proj's. A softmax does not change if all scores of a row move together, so the keys' bias drops
+//! out. Weights are folded in f64, then rounded once.
 
 use tch::{Kind, Tensor};
 
@@ -12,16 +13,16 @@ use crate::vit::weights::{Block, LayerNorm, Linear};
 
 #[derive(Clone)]
 pub struct FoldedBlock<E: Element> {
-    /// [3d, d]
+    /// Queries, keys and values, [3d, d].
     pub qkv: Matrix,
     pub query_bias: Vec<E::Real>,
-    /// [d, d]
+    /// The projection after attention, [d, d].
     pub proj: Matrix,
     pub proj_bias: Vec<E::Real>,
-    /// [w, d]
+    /// The MLP's first layer, [w, d].
     pub fc1: Matrix,
     pub fc1_bias: Vec<E::Real>,
-    /// [d, w]
+    /// The MLP's second layer, [d, w].
     pub fc2: Matrix,
     pub fc2_bias: Vec<E::Real>,
 }
@@ -68,14 +69,14 @@ fn double(tensor: &Tensor) -> Tensor {
     tensor.to_kind(Kind::Double)
 }
 
-/// A map that takes what a LayerNorm gave, as one that takes what it gave before its affine part.
+/// Turns a map of a LayerNorm's output into one of its normed tokens before the affine part.
 fn after_norm(linear: &Linear, norm: &LayerNorm) -> (Tensor, Tensor) {
     let weight = double(&linear.weight);
     let bias = double(&linear.bias) + weight.mv(&double(&norm.bias));
     (weight * double(&norm.weight), bias)
 }
 
-/// A map whose outputs LayerScale scales.
+/// Scales a map's outputs by LayerScale.
 fn scaled(weight: &Tensor, bias: &Tensor, gamma: &Option<Tensor>) -> (Tensor, Tensor) {
     match gamma {
         None => (weight.shallow_clone(), bias.shallow_clone()),

@@ -6,10 +6,11 @@
 //! ∂ℓ/∂f ─► the same backwards, by products with the weights alone ─► ∂ℓ/∂P of every image  (first block: prompt rows)
 //! ```
 //!
-//! What it leaves out, no result depends on; what [`crate::vit::fold`] takes into the weights is not computed a
-//! token. There remain matrix products and the passes of [`crate::vit::kernels`] between them, over buffers that are made
-//! once. The derivative is written by hand: it is that of these few functions, and keeps about half of what
-//! automatic differentiation would. [`crate::vit::plain`] says what it must equal.
+//! It leaves out only what no result depends on. What [`crate::vit::fold_weights`] puts into the
+//! weights is not computed for each token. The rest is matrix products, and the passes of
+//! [`crate::vit::kernels`] between them, over buffers that are allocated once. The derivative of these
+//! few functions is written by hand. It keeps about half of the values that automatic differentiation
+//! would. The results must equal those of [`crate::vit::plain`].
 
 use std::ops::Range;
 
@@ -36,13 +37,13 @@ pub struct Fused<E: Element> {
     space: Option<Workspace<E>>,
 }
 
-/// Token rows as the first block takes them up.
+/// Token rows prepared for the first block.
 struct Start<E: Element> {
-    /// [r, d]
+    /// The tokens, [r, d].
     tokens: Buffer<E::Real>,
     normed: Buffer<E>,
     inverse: Vec<E::Real>,
-    /// [r, 3d]
+    /// Their queries, keys and values, [r, 3d].
     qkv: Buffer<E>,
 }
 
@@ -53,7 +54,7 @@ impl<E: Element> Start<E> {
 }
 
 impl<E: Element> Fused<E> {
-    /// Of a model with at least two blocks.
+    /// The pass of a model with at least two blocks.
     pub fn new(weights: &Weights) -> Self {
         let first = &weights.blocks[0];
         Self {
@@ -72,7 +73,7 @@ impl<E: Element> Fused<E> {
         }
     }
 
-    /// Another stream's: the same weights, buffers of its own.
+    /// The pass of another stream: the same weights, with its own buffers.
     pub fn another(&self) -> Self {
         Self {
             embedding: self.embedding.clone(),
@@ -85,7 +86,7 @@ impl<E: Element> Fused<E> {
         }
     }
 
-    /// norm1, queries, keys and values of the first block for token rows [r, d].
+    /// Computes norm1, queries, keys and values of the first block for token rows [r, d].
     fn start(&self, tokens: &Tensor) -> Start<E> {
         let (d, first) = (self.widths.d, &self.blocks[0]);
         let mut tokens = Buffer::copy_of(tokens);
@@ -117,7 +118,7 @@ impl<E: Element> Fused<E> {
         }
     }
 
-    /// Runs `work` on buffers that serve for the images at hand with this prompt.
+    /// Runs `work` on the buffers for the current images with this prompt.
     fn with_space<T>(
         &mut self,
         prompt: usize,
@@ -141,7 +142,7 @@ impl<E: Element> Fused<E> {
         done
     }
 
-    /// f [B, d]
+    /// The features f, [B, d].
     fn forward(&self, images: &Start<E>, prompt: &Start<E>, space: &mut Workspace<E>) -> Tensor {
         let (shape, widths, eps) = (space.shape, self.widths, self.norm.eps);
         let (rows, last) = (shape.rows(), widths.depth - 1);
@@ -179,7 +180,7 @@ impl<E: Element> Fused<E> {
                         &block.query_bias,
                     );
                 } else {
-                    // Keys and values of all tokens, queries of CLS: nothing else is read.
+                    // Only keys and values of all tokens and the query of CLS are read later.
                     let d = widths.d as i64;
                     let (query, rest) =
                         (block.qkv.0.narrow(0, 0, d), block.qkv.0.narrow(0, d, 2 * d));
@@ -244,7 +245,7 @@ impl<E: Element> Fused<E> {
         let by_normed = by_features.to_kind(E::Real::KIND) * &self.norm.weight;
         space.y.rows(count).copy_(&by_normed);
         space.x_cls.values_mut(count).fill(E::Real::default());
-        // `normed` and `inverse` still are the last norm's.
+        // `normed` and `inverse` still belong to the last norm.
         let normed = Buffer::<E>::copy_of(&space.normed.rows(count));
         kernels::add_normalise_backward(
             space.x_cls.values_mut(count),
@@ -280,8 +281,9 @@ impl<E: Element> Fused<E> {
         self.to_prompt(prompt, space)
     }
 
-    /// Past a block's MLP. The derivative by the block's output is in `x` (`x_cls` in the last block), and
-    /// rounded for products in `normed`; so is afterwards the one by what its attention gave.
+    /// Goes back through a block's MLP. Before, `x` (`x_cls` in the last block) has the derivative
+    /// by the block's output, and `normed` has it rounded for products. After, they have the
+    /// derivative by the output of its attention.
     fn mlp_backward(&self, i: usize, rows: usize, space: &mut Workspace<E>) {
         let block = &self.blocks[i];
         let Workspace {
@@ -306,7 +308,8 @@ impl<E: Element> Fused<E> {
         );
     }
 
-    /// Past a block's attention, to `by_qkv`; in the first block for the prompt's rows alone.
+    /// Goes back through a block's attention, to `by_qkv`; in the first block for the prompt's rows
+    /// alone.
     fn attention_backward(&self, i: usize, queries: usize, space: &mut Workspace<E>) {
         let shape = space.shape;
         let count = shape.images * queries;
@@ -320,14 +323,15 @@ impl<E: Element> Fused<E> {
         } = space;
         product(&normed.rows(count), &self.blocks[i].proj.0, &y.rows(count));
         let heads = self.heads(shape, queries);
-        // ∂ℓ/∂weights of all tokens; of queries, keys and values in the first block the prompt's alone.
+        // ∂ℓ/∂weights of all tokens. In the first block, of queries, keys and values only the
+        // prompt's.
         let tokens = shape.n() + 3 * if i == 0 { shape.m } else { shape.n() };
         flops::timed(Part::Attention, heads.operations(tokens), || {
             heads.backward(&y.rows(count), &kept[i], by_weights, &by_qkv.tensor, i == 0);
         });
     }
 
-    /// Past a block's norm1: `y` is the derivative by what it gave.
+    /// Goes back through a block's norm1. `y` has the derivative by its output.
     fn norm1_backward(&self, i: usize, space: &mut Workspace<E>) {
         let rows = space.shape.rows();
         let Workspace {
@@ -342,7 +346,8 @@ impl<E: Element> Fused<E> {
         );
     }
 
-    /// The first block's q, k, v and norm1 for the prompt's rows alone: [B, m, d].
+    /// Goes back through the first block's q, k, v and norm1, for the prompt's rows alone: [B, m,
+    /// d].
     fn to_prompt(&self, prompt: &Start<E>, space: &Workspace<E>) -> Tensor {
         let Shape { images, t, m } = space.shape;
         let n = space.shape.n() as i64;
@@ -421,7 +426,7 @@ impl<E: Element> Pass for Fused<E> {
     }
 }
 
-/// `x` and the first block's q, k, v: every image's rows, then the prompt's.
+/// Fills `x` and the first block's q, k, v with every image's rows, each followed by the prompt's.
 fn take_up<E: Element>(images: &Start<E>, prompt: &Start<E>, d: usize, space: &mut Workspace<E>) {
     let Shape { t, m, .. } = space.shape;
     let rows = space.shape.rows();
@@ -438,7 +443,7 @@ fn take_up<E: Element>(images: &Start<E>, prompt: &Start<E>, d: usize, space: &m
     );
 }
 
-/// Chunks of `a`, each followed by `b`.
+/// Writes the chunks of `a`, each followed by `b`.
 fn interleave<T: Copy>((a, of_a): (&[T], usize), (b, of_b): (&[T], usize), to: &mut [T]) {
     for (a, to) in a.chunks_exact(of_a).zip(to.chunks_exact_mut(of_a + of_b)) {
         to[..of_a].copy_from_slice(a);
@@ -454,7 +459,7 @@ fn cls(matrix: &Tensor, shape: Shape) -> Tensor {
         .select(1, 0)
 }
 
-/// out = a · b, one of them weights.
+/// out = a · b, where one of them is a weight.
 fn product(a: &Tensor, b: &Tensor, out: &Tensor) {
     let (rows, inner) = a.size2().expect("a matrix");
     let operations = 2 * rows * inner * b.size()[1];

@@ -1,21 +1,22 @@
-//! What lies between a transformer's matrix products on a CPU, each a single pass over its rows.
+//! The operations between a transformer's matrix products on a CPU, each as a single pass over its
+//! rows.
 //!
-//! Separate library calls for bias, residual, LayerNorm, GELU and their derivatives read and write the
-//! same activations several times over; at the speed of the matrix products on a modern core that takes
-//! as long as a fifth of them. Every pass here runs on one thread (a stream has one) and is compiled
-//! for the widest vectors of the machine at hand.
+//! Separate library calls for bias, residual, LayerNorm, GELU and their derivatives read and write
+//! the same activations several times. At the speed of matrix products on a modern core that takes
+//! as long as a fifth of them. Every pass here runs on one thread (a stream has one), and is
+//! compiled for the widest vectors of the machine.
 //!
-//! Activations are stored as f32, f64 or bfloat16; sums are made in f32, and for f64 in f64.
+//! Activations are stored as f32, f64 or bfloat16. Sums are in f32, and for f64 in f64.
 
 use multiversion::multiversion;
 
-/// How an activation is stored, and what it is computed in.
+/// A type in which activations are stored.
 pub trait Element: Copy + Send + Sync + 'static {
     const KIND: tch::Kind;
-    /// f32, or f64 for f64.
+    /// The type to compute in: f32, or f64 for f64.
     type Real: Real;
     fn load(self) -> Self::Real;
-    /// Rounded to nearest, ties to even.
+    /// Rounds to nearest, ties to even.
     fn store(value: Self::Real) -> Self;
 }
 
@@ -60,12 +61,12 @@ impl Element for Bf16 {
     #[inline(always)]
     fn store(value: f32) -> Self {
         let bits = value.to_bits();
-        // A NaN may become an infinity here; both are refused at the end.
+        // A NaN may become an infinity here. Both are refused at the end.
         Self((bits.wrapping_add(0x7FFF + ((bits >> 16) & 1)) >> 16) as u16)
     }
 }
 
-/// What is computed in.
+/// A type to compute in.
 pub trait Real:
     Element<Real = Self>
     + Default
@@ -84,15 +85,15 @@ pub trait Real:
     fn max(self, other: Self) -> Self;
     /// eˣ for x ≤ 0.
     fn exp_of_negative(self) -> Self;
-    /// Φ(x) and φ(x), the normal distribution's function and density.
+    /// Φ(x) and φ(x), distribution function and density of the normal distribution.
     fn normal(self) -> (Self, Self);
 }
 
-/// log₂ e, and ln 2 in two parts whose first has few bits.
+/// log₂ e, and ln 2 in two parts, the first of which has few bits.
 const LOG2_E: f32 = std::f32::consts::LOG2_E;
 const LN_2_HIGH: f32 = 0.693_359_4;
 const LN_2_LOW: f32 = -2.121_944_4e-4;
-/// Adding and taking it away rounds an f32 below 2²² to a whole number.
+/// Adding and subtracting it rounds an f32 below 2²² to a whole number.
 const ROUNDER: f32 = 12_582_912.0;
 
 impl Real for f32 {
@@ -113,8 +114,8 @@ impl Real for f32 {
         if self > other { self } else { other }
     }
 
-    /// x = k ln 2 + r with |r| ≤ ½ ln 2, eˣ = 2ᵏ eʳ (Cody and Waite), eʳ by Cephes' polynomial; relative
-    /// error below 2e-7. Below -87 it stays at e⁻⁸⁷ = 2e-38.
+    /// Uses x = k ln 2 + r with |r| ≤ ½ ln 2 and eˣ = 2ᵏ eʳ (Cody and Waite), with eʳ by Cephes'
+    /// polynomial. The relative error is below 2e-7. Below -87 the result stays at e⁻⁸⁷ = 2e-38.
     #[inline(always)]
     fn exp_of_negative(self) -> Self {
         let x = if self < -87.0 { -87.0 } else { self };
@@ -138,8 +139,8 @@ impl Real for f32 {
         f32::from_bits(e.to_bits().wrapping_add(exponent))
     }
 
-    /// Φ(-|x|) = t (a₁ + … + a₅ t⁴) φ(x) √(2π)/2 with t = 1/(1 + p |x|/√2) (Abramowitz and Stegun 7.1.26), absolute
-    /// error below 1e-7; Φ and φ share the exponential.
+    /// Uses Φ(-|x|) = t (a₁ + … + a₅ t⁴) φ(x) √(2π)/2 with t = 1/(1 + p |x|/√2) (Abramowitz and
+    /// Stegun 7.1.26). The absolute error is below 1e-7. Φ and φ share the exponential.
     #[inline(always)]
     fn normal(self) -> (Self, Self) {
         let x = self;
@@ -186,7 +187,7 @@ impl Real for f64 {
     }
 }
 
-/// Partial sums of a reduction: as many as keep the widest vector units busy.
+/// Number of partial sums of a reduction: enough to keep the widest vector units busy.
 const LANES: usize = 32;
 
 /// Σ f(k) over 0..length in LANES partial sums.
@@ -216,9 +217,9 @@ fn sum<R: Real>(length: usize, f: impl Fn(usize) -> R) -> R {
     total + lanes[0]
 }
 
-/// Residual and LayerNorm (without its affine part, which the next matrix has): every row of `x` [R, d]
-/// becomes x + y + bias where there is a `y`, then `normed` = (x - μ)/√(σ² + ε), and `inverse` [R] has
-/// 1/√(σ² + ε).
+/// Residual and LayerNorm, without its affine part, which the next matrix contains. If there is a
+/// `y`, every row of `x` [R, d] becomes x + y + bias. Then `normed` = (x - μ)/√(σ² + ε), and
+/// `inverse` [R] = 1/√(σ² + ε).
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+fma", "x86_64+avx2+fma"))]
 pub fn add_and_normalise<E: Element>(
     x: &mut [E::Real],
@@ -227,7 +228,7 @@ pub fn add_and_normalise<E: Element>(
     inverse: &mut [E::Real],
     epsilon: f64,
 ) {
-    // No rows, no width; nothing to do then.
+    // Without rows there is no width, and nothing to do.
     let d = x.len() / inverse.len().max(1);
     if d == 0 {
         return;
@@ -253,8 +254,9 @@ pub fn add_and_normalise<E: Element>(
     }
 }
 
-/// The way back through [`add_and_normalise`]: `by_x` [R, d] += the derivative by x of a loss whose
-/// derivative by the normed rows is `by_normed`; `rounded` gets the sum as the matrix products read it.
+/// The way back through [`add_and_normalise`]. `by_normed` is the derivative of a loss by the
+/// normed rows; the derivative by x is added to `by_x` [R, d]. `rounded` gets the sum as the matrix
+/// products read it.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+fma", "x86_64+avx2+fma"))]
 pub fn add_normalise_backward<E: Element>(
     by_x: &mut [E::Real],
@@ -282,8 +284,8 @@ pub fn add_normalise_backward<E: Element>(
     }
 }
 
-/// GELU with erf: `out` = h Φ(h), h being `hidden` [R, w] + bias [w], and `hidden` becomes its derivative
-/// Φ(h) + h φ(h).
+/// GELU with erf. Let h be `hidden` [R, w] + bias [w]. `out` = h Φ(h), and `hidden` becomes the
+/// derivative Φ(h) + h φ(h).
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+fma", "x86_64+avx2+fma"))]
 pub fn gelu_with_slope<E: Element>(hidden: &mut [E], bias: &[E::Real], out: &mut [E]) {
     let w = bias.len();
@@ -305,7 +307,7 @@ pub fn multiply<E: Element>(values: &mut [E], factors: &[E]) {
     }
 }
 
-/// `row` [w] added to the first w entries of every `stride` ones.
+/// Adds `row` [w] to the first w entries of every `stride` ones.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+fma", "x86_64+avx2+fma"))]
 pub fn add_to_rows<E: Element>(values: &mut [E], stride: usize, row: &[E::Real]) {
     let w = row.len();
@@ -336,8 +338,8 @@ pub fn softmax<E: Element>(scores: &mut [E], n: usize) {
     }
 }
 
-/// The way back through [`softmax`]: `by_weights` [R, n] becomes the derivative by the scores,
-/// p ∘ (g - ⟨g, p⟩).
+/// The way back through [`softmax`]: `by_weights` [R, n] becomes the derivative by the scores, p ∘
+/// (g - ⟨g, p⟩).
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+fma", "x86_64+avx2+fma"))]
 pub fn softmax_backward<E: Element>(by_weights: &mut [E], weights: &[E], n: usize) {
     for (by, p) in by_weights.chunks_exact_mut(n).zip(weights.chunks_exact(n)) {

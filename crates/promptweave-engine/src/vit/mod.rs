@@ -1,12 +1,13 @@
-//! A frozen Vision Transformer with prompt insertion, and the ways to pass images and prompts through it.
+//! A frozen Vision Transformer with prompt insertion, and the ways to pass images and prompts
+//! through it.
 //!
 //! | path | where | what |
 //! |---|---|---|
-//! | [`plain`] | on demand | the definition as it is written; what the others must equal |
+//! | [`plain`] | on demand | the definition as it is written; the others must equal it |
 //! | [`shared`] | GPU | nothing twice, prompts × images on one batch axis, automatic differentiation |
-//! | [`fused`] | CPU | nothing twice, passes between the products in one piece, derivative by hand; a thread a stream |
+//! | [`fused`] | CPU | nothing twice, single passes between products, derivative by hand; one thread a stream |
 //!
-//! Images go through in micro-batches, dealt to the streams by [`crate::vit::streams`].
+//! Images go through in micro-batches, which [`crate::vit::streams`] deals to the streams.
 
 pub mod backbones;
 pub mod checkpoint;
@@ -44,22 +45,23 @@ use promptweave_domain::backbone::BackboneConfig;
 use promptweave_domain::precision::Precision;
 use promptweave_formats::backbone::Backbone;
 
-/// ∂ℓ/∂f [B, d] from the prompt's number and its f [B, d]; every row by its own sample's loss.
+/// Computes ∂ℓ/∂f [B, d] from the prompt's number and its f [B, d]. Every row is by its own
+/// sample's loss.
 pub type FeatureGradient<'a> = dyn FnMut(usize, &Tensor) -> Result<Tensor, EngineError> + 'a;
 
-/// A way to pass images and prompts through the backbone. What is the same for all images is done when
-/// the prompts are taken up, what is the same for all prompts when the images are.
+/// A way to pass images and prompts through the backbone. What is the same for all images is
+/// computed when the prompts are taken; what is the same for all prompts, when the images are.
 pub trait Pass: Send {
-    /// Prompts [m, d], m ≥ 0.
+    /// Takes prompts [m, d], m ≥ 0.
     fn take_prompts(&mut self, prompts: &[Tensor]);
 
-    /// A micro-batch of normalised images [B, 3, s, s].
+    /// Takes a micro-batch of normalised images [B, 3, s, s].
     fn take_images(&mut self, images: &Tensor);
 
-    /// f [G, B, d] of some of the prompts.
+    /// The features f [G, B, d] of a range of G prompts.
     fn features(&mut self, prompts: Range<usize>) -> Tensor;
 
-    /// ∂ℓ/∂P of every image, [G, B, m, d]: the loss is known by its derivative by f.
+    /// ∂ℓ/∂P of every image, [G, B, m, d]. The loss is given by its derivative by f.
     fn gradients(
         &mut self,
         prompts: Range<usize>,
@@ -67,24 +69,25 @@ pub trait Pass: Send {
     ) -> Result<Tensor, EngineError>;
 }
 
-/// What to compute on and in.
+/// The devices, the precision and the paths to compute with.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Compute {
-    /// One or more, all CPU or all CUDA.
+    /// One or more devices, all CPU or all CUDA.
     pub devices: Vec<Device>,
     pub precision: Precision,
-    /// Of a CPU, all streams together.
+    /// Number of threads on a CPU, over all streams together.
     pub threads: usize,
-    /// One stream whose products take all threads, not one a thread; to compare the two by.
+    /// Use one stream whose products take all threads, instead of one stream for each thread. It is
+    /// there to compare the two.
     pub wide: bool,
-    /// By the definition, all threads on one stream.
+    /// Compute by the definition, with all threads on one stream.
     pub plain: bool,
-    /// No more images than this in a micro-batch.
+    /// The most images in a micro-batch.
     pub largest_micro_batch: usize,
 }
 
 impl Compute {
-    /// All there is of this machine's CPU, or this device.
+    /// All of this machine's CPU, or this device.
     pub fn on(device: Device, precision: Precision) -> Self {
         Self::over(vec![device], precision)
     }
@@ -104,7 +107,8 @@ impl Compute {
         self.devices[0]
     }
 
-    /// Streams of a CPU: one a thread, or fewer where the memory at hand is less than twice what they take.
+    /// Number of streams on a CPU: one for each thread, or fewer if the available memory is less
+    /// than twice what they take.
     fn num_streams(&self) -> usize {
         if self.wide || self.plain {
             return 1;
@@ -114,7 +118,7 @@ impl Compute {
     }
 }
 
-/// Bytes that can be had without swapping, where the system says so.
+/// Bytes that are available without swapping, if the system reports them.
 fn available_memory() -> Option<usize> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
@@ -122,22 +126,22 @@ fn available_memory() -> Option<usize> {
     Some(kib << 10)
 }
 
-/// How much goes through at once.
+/// The number of images and prompts that go through at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Batch {
     pub images: usize,
-    /// Of all prompts, so many.
+    /// The number of prompts, out of all.
     pub prompts: usize,
 }
 
 pub struct Vit {
     pub config: BackboneConfig,
     pub compute: Compute,
-    /// Where prompts and images are, and what in: f32, or f64.
+    /// The device and the kind (f32 or f64) of prompts and images.
     pub device: Device,
     pub kind: Kind,
     pub(crate) streams: RefCell<Vec<Stream>>,
-    /// As many as there are streams.
+    /// One thread for each stream.
     pub(crate) threads: ThreadPool,
 }
 
@@ -175,7 +179,7 @@ impl Vit {
         })
     }
 
-    /// d
+    /// d, the width of tokens and features.
     pub fn embed_dim(&self) -> i64 {
         self.config.embed_dim as i64
     }
@@ -184,9 +188,9 @@ impl Vit {
         self.streams.borrow().len()
     }
 
-    /// How much to pass forward and backward at once: about a second of work, so that a stop is noticed in
-    /// time, and no more activations than a modest machine holds. It depends on the model and the kind of
-    /// device alone, so that equal inputs are cut equally everywhere.
+    /// How much to pass forward and backward at once. It is about a second of work, so that a stop
+    /// is noticed in time, and no more activations than a modest machine holds. It depends only on
+    /// the model and the kind of device, so that equal inputs are cut equally everywhere.
     pub fn batch(&self, prompts: &[Tensor]) -> Batch {
         let BackboneConfig {
             embed_dim: d,
@@ -203,7 +207,8 @@ impl Vit {
         let flops = 2 * depth * (24 * n * d * d + 6 * n * n * d);
         let largest = self.compute.largest_micro_batch.max(1);
         if self.device == Device::Cpu {
-            // Products of about a thousand rows run at full speed, and their rows stay in the caches.
+            // Products of about a thousand rows run at full speed, and their rows stay in the
+            // caches.
             let widths = Widths {
                 depth,
                 d,
@@ -218,7 +223,7 @@ impl Vit {
                 prompts: 1,
             };
         }
-        // Automatic differentiation keeps about 34 bytes a token, channel and block.
+        // Automatic differentiation keeps about 34 bytes for each token, channel and block.
         let pairs = (CUDA_BYTES / (depth * 34 * n * d)).min(CUDA_FLOPS / flops);
         let images = pairs.clamp(1, 64).min(largest);
         Batch {
@@ -229,14 +234,14 @@ impl Vit {
 }
 
 const CPU_ROWS: usize = 1000;
-/// Of a micro-batch with one prompt, forward and backward.
+/// The most floating-point operations of a micro-batch with one prompt, forward and backward.
 const CPU_FLOPS: usize = 400_000_000_000;
-/// Of a stream's buffers.
+/// The most bytes of a stream's buffers.
 const CPU_BYTES: usize = 512 << 20;
 const CUDA_BYTES: usize = 16 << 30;
 const CUDA_FLOPS: usize = 100_000_000_000_000;
 
-/// What images, prompts and the residual stream are in.
+/// The kind of images, prompts and the residual stream.
 fn residual_kind(precision: Precision) -> Kind {
     match precision {
         Precision::F64 => Kind::Double,
@@ -244,7 +249,7 @@ fn residual_kind(precision: Precision) -> Kind {
     }
 }
 
-/// What the matrix products run in.
+/// The kind of the matrix products.
 fn product_kind(precision: Precision) -> Kind {
     match precision {
         Precision::Bf16 => Kind::BFloat16,
@@ -252,12 +257,13 @@ fn product_kind(precision: Precision) -> Kind {
     }
 }
 
-/// One a stream of this device.
+/// One pass for each stream of this device.
 fn passes(weights: Weights, device: Device, compute: &Compute) -> Vec<Box<dyn Pass>> {
     if compute.plain {
         return vec![Box::new(Plain::new(weights))];
     }
-    // A single block is first and last at once, which the fast path on a CPU leaves to the other.
+    // A single block is first and last at once. The fast path on a CPU does not support it, so the
+    // other takes it.
     if device != Device::Cpu || weights.blocks.len() == 1 {
         let kind = product_kind(compute.precision);
         return vec![Box::new(Shared::new(weights, kind))];
@@ -277,7 +283,7 @@ fn passes(weights: Weights, device: Device, compute: &Compute) -> Vec<Box<dyn Pa
     }
 }
 
-/// Every path there is through a backbone, by name.
+/// Every path through a backbone, by name.
 #[cfg(test)]
 pub fn all_paths(backbone: &Backbone, precision: Precision) -> Vec<(&'static str, Box<dyn Pass>)> {
     let compute = Compute::on(Device::Cpu, precision);

@@ -1,5 +1,6 @@
 //! The definition, as it is written: every prompt with every image, whole blocks, automatic
-//! differentiation. The faster paths are measured against it, and `--reference-path` composes with it.
+//! differentiation. The faster paths are measured against it, and `--reference-path` composes with
+//! it.
 
 use std::ops::Range;
 
@@ -10,11 +11,12 @@ use crate::vit::weights::{Block, Weights};
 use crate::vit::{FeatureGradient, Pass};
 
 impl Weights {
-    /// Tokens of images [B, t, d] and a prompt, a copy a sample [B, m, d], → f [B, d].
+    /// The features f [B, d] from the tokens of images [B, t, d] and a prompt, one copy for each
+    /// sample [B, m, d].
     ///
-    /// Token sequence (VPT-shallow): `[cls + pos₀ ; P ; patch₁ + pos₁ … patch_g² + pos_g²]`. Prompts come
-    /// after CLS and before the patches and get no position embedding. The feature f_P(x) is the CLS token
-    /// after the final LayerNorm.
+    /// Token sequence (VPT-shallow): `[cls + pos₀ ; P ; patch₁ + pos₁ … patch_g² + pos_g²]`.
+    /// Prompts come after CLS and before the patches, and get no position embedding. The feature
+    /// f_P(x) is the CLS token after the final LayerNorm.
     pub fn features(&self, images: &Tensor, prompt: &Tensor) -> Tensor {
         let patches = images.narrow(1, 1, images.size()[1] - 1);
         let mut tokens = Tensor::cat(&[&images.narrow(1, 0, 1), prompt, &patches], 1);
@@ -31,7 +33,7 @@ impl Block {
         self.forward_through(x, |hidden| hidden)
     }
 
-    /// The same with something between the MLP and its residual.
+    /// The same block, with `between` applied between the MLP and its residual.
     pub fn forward_through(&self, x: &Tensor, between: impl FnOnce(Tensor) -> Tensor) -> Tensor {
         let (batch, n, d) = x.size3().expect("three axes");
         let qkv = self.qkv.forward(&self.norm1.forward(x));
@@ -51,7 +53,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
     Tensor::scaled_dot_product_attention(q, k, v, None::<Tensor>, 0.0, false, None, false)
 }
 
-/// LayerScale, where the model has it.
+/// Applies LayerScale, if the model has it.
 pub fn scaled(x: Tensor, gamma: Option<&Tensor>) -> Tensor {
     match gamma {
         Some(gamma) => x * gamma,
@@ -63,7 +65,7 @@ pub fn scaled(x: Tensor, gamma: Option<&Tensor>) -> Tensor {
 pub struct Plain {
     weights: Weights,
     prompts: Vec<Tensor>,
-    /// [B, t, d]
+    /// The images' tokens, [B, t, d].
     images: Tensor,
 }
 

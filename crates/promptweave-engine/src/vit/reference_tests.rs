@@ -12,7 +12,7 @@ use promptweave_domain::precision::Precision;
 use promptweave_formats::backbone::Backbone;
 use promptweave_formats::image;
 
-/// What timm found for B samples: `features` [B, d] and `gradients` [B, m, d], flat.
+/// timm's results for B samples: `features` [B, d] and `gradients` [B, m, d], flat.
 #[derive(serde::Deserialize)]
 struct Reference {
     labels: Vec<usize>,
@@ -40,7 +40,8 @@ fn relative_error(a: &Tensor, b: &[f64]) -> f64 {
     f64::try_from((norm(&(a - &b)) / norm(&b)).max()).unwrap()
 }
 
-/// Both numbers of our own, for `pixels` (an image each), a prompt [m, d] and a head [K, d], [K].
+/// Compares our features and gradients for `pixels` (one image each), a prompt [m, d] and a head
+/// [K, d], [K].
 fn check(
     backbone: &Backbone,
     pixels: &[&[u8]],
@@ -102,7 +103,7 @@ fn a_random_vit_agrees_with_timm() {
     }
 }
 
-/// It reads the real weights, which `make setup` puts under .assets.
+/// Reads the real weights, which `make setup` puts under .assets.
 #[test]
 fn the_demo_backbone_agrees_with_timm() {
     let backbone = Backbone::open(&root().join(".assets/vit_s14_focus"))

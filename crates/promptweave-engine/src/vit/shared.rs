@@ -1,10 +1,11 @@
-//! The fast path on a GPU: what prompts have in common is computed once, and prompts × images go
+//! The fast path on a GPU. What prompts have in common is computed once, and prompts × images go
 //! through the blocks on one batch axis.
 //!
-//! norm1 and q, k, v of the first block are computed once an image for CLS and patches, and once a prompt for its
-//! tokens; the last block computes keys and values of all tokens and the rest for CLS alone; nothing below
-//! the prompt's own tokens is differentiated. Matrix products run in the kind the weights are given in
-//! (bfloat16 too), the residual stream, norms and sums in f32 (f64 with f64 weights).
+//! norm1 and q, k, v of the first block are computed once for each image (CLS and patches), and
+//! once for each prompt (its tokens). The last block computes keys and values of all tokens, and
+//! the rest for CLS alone. Nothing below the prompt's own tokens is differentiated. Matrix products
+//! run in the kind of the weights (bfloat16 too), the residual stream, norms and sums in f32 (f64
+//! with f64 weights).
 
 use std::ops::Range;
 
@@ -19,7 +20,7 @@ pub struct Shared {
     embedding: Embedding,
     blocks: Vec<Block>,
     norm: LayerNorm,
-    /// What the matrix products run in.
+    /// The kind of the matrix products.
     kind: Kind,
     prompts: Vec<Tensor>,
     /// Tokens [B, t, d], and their q, k, v in the first block [B, t, 3d].
@@ -28,7 +29,7 @@ pub struct Shared {
 }
 
 impl Shared {
-    /// `weights` in f32 or f64, products in `kind`.
+    /// A pass with `weights` in f32 or f64, and products in `kind`.
     pub fn new(weights: Weights, kind: Kind) -> Self {
         let Weights {
             embedding,
@@ -58,7 +59,7 @@ impl Shared {
         }
     }
 
-    /// f [G · B, d] of G prompts, a copy a sample: [G · B, m, d].
+    /// f [G · B, d] of G prompts, from one copy for each sample: [G · B, m, d].
     fn forward(&self, leaf: &Tensor) -> Tensor {
         let groups = leaf.size()[0] / self.images.size()[0].max(1);
         let again = |x: &Tensor| x.repeat([groups, 1, 1]);
@@ -71,7 +72,8 @@ impl Shared {
                 qkv = self.qkv(block, &x).chunk(3, -1);
             }
             if i > 0 && i == last {
-                // Keys and values of all tokens; nothing else of the others is read after it.
+                // Keys and values of all tokens. Nothing else of tokens other than CLS is read
+                // later.
                 let d = x.size()[2];
                 let normed = block.norm1.forward(&x).to_kind(self.kind);
                 let q = block.qkv.rows(0, d).forward(&normed.narrow(1, 0, 1));
@@ -93,7 +95,7 @@ impl Shared {
             .forward(&block.norm1.forward(x).to_kind(self.kind))
     }
 
-    /// A block after its q, k and v.
+    /// The rest of a block after its q, k and v.
     fn rest(&self, block: &Block, x: &Tensor, qkv: &[Tensor]) -> Tensor {
         let heads = |t: &Tensor| {
             let (batch, n, d) = t.size3().expect("three axes");
@@ -110,7 +112,7 @@ impl Shared {
         &x + added(block.fc2.forward(&hidden), &block.ls2)
     }
 
-    /// Copies of some prompts, one a sample: [G · B, m, d].
+    /// Copies of some prompts, one for each sample: [G · B, m, d].
     fn copies(&self, prompts: Range<usize>) -> Tensor {
         let batch = self.images.size()[0];
         let copies: Vec<Tensor> = self.prompts[prompts]

@@ -1,5 +1,5 @@
-//! Streams of work through the backbone: one a GPU, or one a CPU thread. Micro-batches of samples are dealt
-//! to them as they are free, and what they give is collected in order:
+//! Streams of work through the backbone: one for each GPU, or one for each CPU thread. Each free
+//! stream gets the next micro-batch of samples, and the results are collected in order:
 //!
 //! ```text
 //!             ┌─► stream 0: images, all prompts ─┐
@@ -7,9 +7,9 @@
 //!             └─► …                              ┘
 //! ```
 //!
-//! Every micro-batch is computed by one stream alone and collected in its turn, so the result does not depend on how
-//! many streams there are, nor on which was faster. On a CPU several narrow streams beat a wide one: products are
-//! as fast on one thread each, and the passes between them need no fork and join.
+//! Every micro-batch is computed by one stream alone and collected in its turn. So the result depends
+//! neither on the number of streams nor on which was faster. On a CPU several narrow streams beat a wide
+//! one: products are as fast on one thread each, and the passes between them need no fork and join.
 
 use std::any::Any;
 use std::collections::BTreeMap;
@@ -27,18 +27,18 @@ use crate::error::EngineError;
 use crate::samples::Samples;
 use crate::vit::{FeatureGradient, Pass, Vit};
 
-/// A way through the backbone of its own, for one thread at a time.
+/// A stream: its own pass through the backbone, used by one thread at a time.
 pub struct Stream {
     pub device: Device,
-    /// Of images.
+    /// The kind of the images.
     pub kind: Kind,
-    /// libtorch's own, within its operations.
+    /// Number of threads of libtorch within its operations.
     pub threads: usize,
     pub pass: Box<dyn Pass>,
 }
 
-/// Threads that live as long as the streams: CUDA's libraries keep handles and plans by thread, and to make them anew
-/// for every pass takes longer than a small one.
+/// A pool of threads that live as long as the streams. CUDA's libraries keep handles and plans for
+/// each thread, and making them anew for every pass takes longer than a small pass.
 pub fn threads_for(streams: usize) -> Result<ThreadPool, EngineError> {
     let threads = ThreadPoolBuilder::new().num_threads(streams);
     let named = threads.thread_name(|stream| format!("stream-{stream}"));
@@ -50,7 +50,7 @@ pub fn threads_for(streams: usize) -> Result<ThreadPool, EngineError> {
 pub struct Pairs<'a> {
     pub samples: &'a Samples,
     pub prompts: &'a [Tensor],
-    /// Rows of the samples.
+    /// The samples' rows, by micro-batch.
     pub batches: Vec<Vec<usize>>,
 }
 
@@ -75,7 +75,7 @@ pub struct MicroBatch<'a> {
 }
 
 impl MicroBatch<'_> {
-    /// f [M, B, d]
+    /// The features f, [M, B, d].
     pub fn features(&mut self) -> Result<Tensor, EngineError> {
         self.by_prompts(|pass, prompts| Ok(pass.features(prompts)))
     }
@@ -101,7 +101,8 @@ impl MicroBatch<'_> {
     }
 }
 
-/// Who does which micro-batch; nobody begins one far ahead of what was collected.
+/// The assignment of micro-batches to streams. No stream begins one far ahead of what was
+/// collected.
 struct Deal {
     state: Mutex<Dealt>,
     changed: Condvar,
@@ -146,7 +147,7 @@ impl Deal {
     }
 }
 
-/// Nobody waits for a collector that panicked.
+/// Stops the streams when the collector panics, so that none waits for it.
 struct StopOnDrop<'a>(&'a Deal);
 
 impl Drop for StopOnDrop<'_> {
@@ -163,13 +164,13 @@ enum StreamEvent<T> {
 }
 
 impl Vit {
-    /// Every sample with every prompt, samples in order.
+    /// All pairs of every sample with every prompt, samples in order.
     pub fn pairs<'a>(&self, samples: &'a Samples, prompts: &'a [Tensor]) -> Pairs<'a> {
         let all: Vec<usize> = (0..samples.len()).collect();
         self.pairs_of(&all, samples, prompts)
     }
 
-    /// The samples at these rows alone, in this order.
+    /// All pairs of the samples at these rows, in this order.
     pub fn pairs_of<'a>(
         &self,
         rows: &[usize],
@@ -184,8 +185,9 @@ impl Vit {
         }
     }
 
-    /// Sends every micro-batch of `pairs` through `work` on some stream, which has a `state` of its own there, and
-    /// what comes of it to `collect`, in order. `progress` hears of finished sample × prompt pairs.
+    /// Sends every micro-batch of `pairs` through `work` on some stream, which has a `state` of its
+    /// own there. The results go to `collect`, in order. `progress` gets the number of finished
+    /// sample × prompt pairs.
     pub fn each_micro_batch<S: Send, T: Send>(
         &self,
         pairs: &Pairs<'_>,
@@ -275,7 +277,7 @@ impl Vit {
                 };
                 if let Err(error) = so_far {
                     deal.change(|dealt| dealt.stopped = true);
-                    // The first is the cause; what follows stopped because of it.
+                    // The first error is the cause; later ones only tell that others stopped.
                     if outcome.is_ok() {
                         outcome = Err(error);
                     }
@@ -377,7 +379,8 @@ mod tests {
         }
     }
 
-    /// Whoever fails, whether a stream, the collector or the observer: the others stop, and the first says why.
+    /// If a stream, the collector or the observer fails, the others stop, and the first error is
+    /// reported.
     #[test]
     fn a_failure_ends_all_streams_and_is_reported() {
         let Problem {
@@ -421,7 +424,7 @@ mod tests {
         let panicked = catch_unwind(AssertUnwindSafe(|| run(never, 12, never, u64::MAX)));
         let payload = panicked.unwrap_err();
         assert_eq!(payload.downcast_ref::<String>().unwrap(), "at 12");
-        // And the streams are as good as before.
+        // The streams still work afterwards.
         assert!(run(never, never, never, u64::MAX).is_ok());
     }
 }

@@ -18,7 +18,7 @@ fn relative(found: &Tensor, expected: &Tensor) -> f64 {
     largest(&(found - &expected)) / largest(&expected)
 }
 
-/// Weights in f64, or f32.
+/// Weights in f64 or f32.
 fn weights(backbone: &Backbone, kind: Kind) -> Weights {
     Weights::load(backbone, Device::Cpu, kind).unwrap()
 }
@@ -34,7 +34,7 @@ fn slope(features: &Tensor) -> Tensor {
     Tensor::run_backward(&[loss], &[&leaf], false, false).swap_remove(0)
 }
 
-/// f [M, B, d] and ∂ℓ/∂P [M, B, m, d] of noise.
+/// f [M, B, d] and ∂ℓ/∂P [M, B, m, d] for random images and prompts.
 fn results(pass: &mut dyn Pass, kind: Kind, num_images: i64) -> (Tensor, Tensor) {
     let prompts: Vec<Tensor> = (0..3)
         .map(|i| noise_tensor(&[TOKENS as i64, D as i64], 20 + i).to_kind(kind))
@@ -42,7 +42,7 @@ fn results(pass: &mut dyn Pass, kind: Kind, num_images: i64) -> (Tensor, Tensor)
     pass.take_prompts(&prompts);
     pass.take_images(&noise_tensor(&[num_images, 3, 16, 16], 30).to_kind(kind));
     let features = pass.features(0..3);
-    // Some prompts at once, the others after them.
+    // Some prompts at once, then the others.
     let mut gradients = Vec::new();
     for prompts in [0..2, 2..3] {
         gradients.push(pass.gradients(prompts, &mut |_, f| Ok(slope(f))).unwrap());
@@ -61,7 +61,7 @@ fn fast_paths_equal_the_definition() {
     for (precision, kind, tolerance) in [
         (Precision::F64, Kind::Double, 1e-12),
         (Precision::F32, Kind::Float, 1e-5),
-        // Eight bits: a plausibility check; what it does to α is in docs/performance.md.
+        // Eight bits allow only a plausibility check. docs/performance.md tells the effect on α.
         (Precision::Bf16, Kind::Float, 0.05),
     ] {
         for (name, mut pass) in all_paths(&backbone, precision) {
@@ -75,7 +75,7 @@ fn fast_paths_equal_the_definition() {
     }
 }
 
-/// The block that is first and last at once.
+/// The block is first and last at once.
 #[test]
 fn a_single_block_takes_the_path_of_gpus() {
     let dir = tempfile::tempdir().unwrap();

@@ -7,19 +7,20 @@ use crate::vit::checkpoint::Checkpoint;
 use promptweave_domain::backbone::BackboneConfig;
 use promptweave_formats::backbone::Backbone;
 
-/// Clones share the tensors, which never change.
+/// A ViT's weights. Clones share the tensors, which never change.
 pub struct Weights {
     pub embedding: Embedding,
     pub blocks: Vec<Block>,
     pub norm: LayerNorm,
 }
 
-/// From images to tokens.
+/// The map from images to tokens.
 pub struct Embedding {
     patch_size: i64,
-    /// [1, 1, d], its position embedding added.
+    /// The CLS token with its position embedding added, [1, 1, d].
     cls_token: Tensor,
-    /// [1, g², d], resampled to the grid of the configured input size.
+    /// The patches' position embeddings [1, g², d], resampled to the grid of the configured input
+    /// size.
     pos_embed: Tensor,
     patch_embed: Linear,
 }
@@ -28,7 +29,7 @@ pub struct Block {
     pub norm1: LayerNorm,
     pub qkv: Linear,
     pub proj: Linear,
-    /// LayerScale, where the model has it.
+    /// LayerScale, if the model has it.
     pub ls1: Option<Tensor>,
     pub norm2: LayerNorm,
     pub fc1: Linear,
@@ -63,8 +64,8 @@ impl Weights {
 }
 
 impl Weights {
-    /// Every tensor by its name: timm's, but that `cls_token` has its position in it and `pos_embed` is of the patches
-    /// alone, on this grid.
+    /// Visits every tensor with its name. The names are timm's, but `cls_token` includes its
+    /// position, and `pos_embed` is of the patches alone, on this grid.
     pub fn each(&mut self, visit: &mut dyn FnMut(&str, &mut Tensor)) {
         let Embedding {
             cls_token,
@@ -131,8 +132,8 @@ impl Embedding {
         })
     }
 
-    /// CLS and patches with their positions: normalised images [B, 3, s, s] → [B, 1 + g², d]. They are the
-    /// same for every prompt.
+    /// Tokens of CLS and patches with their positions: normalised images [B, 3, s, s] → [B, 1 + g²,
+    /// d]. They are the same for every prompt.
     pub fn tokens(&self, images: &Tensor) -> Tensor {
         let patch = self.patch_size;
         let (batch, size) = (images.size()[0], images.size()[2]);
@@ -149,7 +150,7 @@ impl Embedding {
 }
 
 /// Resamples a square grid of position embeddings [1, G², d] to [1, g², d]: bicubic with a = -0.75,
-/// half-pixel centres, scale G/g, no antialias. timm antialiases here and does not agree.
+/// half-pixel centres, scale G/g, no antialias. timm antialiases here and gives other values.
 fn resample_grid(grid: &Tensor, to: usize) -> Tensor {
     let (cells, d) = (grid.size()[1], grid.size()[2]);
     let (from, to) = (cells.isqrt(), to as i64);
@@ -191,7 +192,7 @@ impl Linear {
         })
     }
 
-    /// The part of the map that makes outputs `start..start + length`; shares memory.
+    /// The part of the map that gives outputs `start..start + length`; it shares memory.
     pub fn rows(&self, start: i64, length: i64) -> Self {
         Self {
             weight: self.weight.narrow(0, start, length),

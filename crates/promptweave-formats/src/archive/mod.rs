@@ -1,14 +1,14 @@
-//! An uploaded archive as [`Files`]: an index of what lies where in it. It is never unpacked, and no
-//! name in it becomes a path.
+//! An uploaded archive as [`Files`], with an index of the places of its files. It is never unpacked, and
+//! no name in it becomes a path.
 //!
 //! ```text
 //! tar, zip ─────────────────────────► index of names ─► one file's bytes at a time
 //! tar.gz ─► its tar beside it, with ▲
 //!           a limit on what it grows to
 //! ```
-//! Whoever made the archive may be hostile: names that leave it, links, devices, entries that hold
-//! more than they declare and archives that grow without end are refused, with the entry's name and
-//! the rule, before any image is read.
+//! The archive's maker may be hostile. Names that leave the archive, links, devices, entries that hold
+//! more than they declare, and archives that grow without end are refused before any image is read. The
+//! error has the entry's name and the rule.
 
 mod names;
 mod tarball;
@@ -29,7 +29,7 @@ use crate::files::Files;
 
 pub const RATIO_SLACK: u64 = 64 << 20;
 
-/// What an upload is, by its first bytes.
+/// The format of an upload, recognised by its first bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
     Tar,
@@ -38,7 +38,7 @@ pub enum Format {
 }
 
 impl Format {
-    /// How many bytes [`recognise`](Self::recognise) looks at.
+    /// Number of bytes that [`recognise`](Self::recognise) looks at.
     pub const MAGIC_BYTES: usize = 512;
 
     pub fn recognise(start: &[u8]) -> Option<Self> {
@@ -54,10 +54,10 @@ impl Format {
     }
 }
 
-/// An archive whose every entry has been looked at.
+/// An archive whose every entry has been checked.
 pub struct Archive {
     names: Names,
-    /// All names are below this folder, which is left out of them: `""`, or it ends with `/`.
+    /// The folder that contains all names, and is left out of them: `""`, or it ends with `/`.
     top: String,
     store: Store,
 }
@@ -68,8 +68,8 @@ enum Store {
 }
 
 impl Archive {
-    /// Opens a tar, tar.gz or zip that unpacks to at most `max_bytes`. What a tar.gz grows to lies in
-    /// `scratch_dir`, in a file without a name.
+    /// Opens a tar, tar.gz or zip that unpacks to at most `max_bytes`. A tar.gz is unpacked into an
+    /// unnamed file in `scratch_dir`.
     pub fn open(file: File, max_bytes: u64, scratch_dir: &Path) -> Result<Self, ArchiveError> {
         let file = match format_of(&file)? {
             Format::Gzip => {
@@ -95,7 +95,7 @@ impl Archive {
         })
     }
 
-    /// Writes a file's bytes, at most `max` of them, a piece at a time.
+    /// Writes a file's bytes to `out`, at most `max` of them, piece by piece.
     pub fn copy(&self, path: &str, max: u64, out: &mut File) -> Result<(), FileError> {
         let (name, place) = self.place(path, max)?;
         match &self.store {
@@ -114,7 +114,7 @@ impl Archive {
         }
     }
 
-    /// Where a file lies that has at most `max` bytes, and its one name.
+    /// The place of a file with at most `max` bytes, and its normal name.
     fn place(&self, path: &str, max: u64) -> Result<(String, Place), FileError> {
         let name = names::normal(&self.full(path));
         let place = self.names.get(&name).ok_or_else(|| {
@@ -182,7 +182,7 @@ fn format_of(file: &File) -> Result<Format, ArchiveError> {
     Format::recognise(&start[..filled]).ok_or(ArchiveError::Unrecognised)
 }
 
-/// Counts what is taken from a reader.
+/// A reader that counts the bytes taken from it.
 struct Counted<R> {
     reader: R,
     count: u64,
@@ -196,7 +196,8 @@ impl<R: Read> Read for Counted<R> {
     }
 }
 
-/// What a gzip file unpacks to. The ratio is watched on the way: a bomb is known by its first part.
+/// Unpacks a gzip file. The ratio is checked on the way, so that a bomb is recognised by its first
+/// part.
 fn inflate(file: &File, max_bytes: u64, scratch_dir: &Path) -> Result<File, ArchiveError> {
     let packed = Counted {
         reader: file,

@@ -9,18 +9,18 @@ use crate::error::{MAX_ENTRIES, MAX_NAME};
 use crate::files::{is_image_name, stays_inside};
 use promptweave_domain::split::Split;
 
-/// Where a file's bytes are: an offset in a tar, a position in a zip's list.
+/// The place of a file's bytes: an offset in a tar, or a position in a zip's list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place {
     pub at: u64,
-    /// Bytes.
+    /// The size in bytes.
     pub size: u64,
 }
 
 #[derive(Debug, Default)]
 pub struct Names {
     files: BTreeMap<String, Place>,
-    /// Folders and what is passed over included.
+    /// Number of entries, including folders and those passed over.
     entries: usize,
 }
 
@@ -36,13 +36,13 @@ impl Names {
         }
     }
 
-    /// Adds a file under a name that [`checked`] let through.
+    /// Adds a file under a name that [`checked`] has accepted.
     pub fn add(&mut self, name: String, place: Place) -> Result<(), ArchiveError> {
         let extension = Path::new(&name).extension().and_then(|e| e.to_str());
         if extension.is_some_and(|e| ARCHIVES.iter().any(|known| e.eq_ignore_ascii_case(known))) {
             return Err(ArchiveError::Nested(name));
         }
-        // What file managers leave behind.
+        // File managers leave such files behind.
         if name
             .split('/')
             .any(|part| part.starts_with('.') || part == "__MACOSX")
@@ -76,7 +76,7 @@ impl Names {
         self.sorted(folder, false)
     }
 
-    /// By their names alone, as those of a directory are, without the `/` that comes after them here.
+    /// Sorts by names alone, as a directory does, without the `/` that follows them here.
     fn sorted(&self, folder: &str, folders: bool) -> Vec<String> {
         let parts = self.parts(folder).into_iter();
         let mut names: Vec<String> = parts
@@ -86,8 +86,8 @@ impl Names {
         names
     }
 
-    /// The folder that everything is in, with a `/` behind it: people pack the folder of a dataset
-    /// with it. Not one that holds images itself, nor one that is named as a split.
+    /// The folder that contains everything, with a `/` at the end; people pack a dataset together
+    /// with its folder. It is not a folder that holds images itself, nor one named like a split.
     pub fn top(&self) -> String {
         let mut top = String::new();
         loop {
@@ -104,7 +104,7 @@ impl Names {
         }
     }
 
-    /// What is directly in a folder, and whether it is a folder. A name may be both.
+    /// The entries directly in a folder, and whether each is a folder. A name may be both.
     fn parts(&self, folder: &str) -> Vec<(String, bool)> {
         let prefix = match folder.trim_end_matches('/') {
             "" => String::new(),
@@ -117,7 +117,7 @@ impl Names {
                 break;
             };
             from = match rest.split_once('/') {
-                // Past everything in it: `0` comes after `/`.
+                // Skips everything in the folder: `0` comes after `/`.
                 Some((part, _)) => {
                     parts.push((part.to_owned(), true));
                     Bound::Included(format!("{prefix}{part}0"))
@@ -141,7 +141,7 @@ pub fn shown(raw: &[u8]) -> String {
         .collect()
 }
 
-/// An entry's name in its one spelling; empty for the outermost folder.
+/// Checks an entry's name, and returns its normal form; empty for the outermost folder.
 pub fn checked(raw: &[u8]) -> Result<String, ArchiveError> {
     if raw.len() > MAX_NAME {
         return Err(ArchiveError::NameTooLong(shown(raw)));
@@ -162,7 +162,7 @@ pub fn checked(raw: &[u8]) -> Result<String, ArchiveError> {
     Ok(normal(rest))
 }
 
-/// One spelling a file: `a//b/./c/` is `a/b/c`.
+/// The normal form of a name: `a//b/./c/` is `a/b/c`.
 pub fn normal(name: &str) -> String {
     let parts: Vec<&str> = Path::new(name)
         .components()

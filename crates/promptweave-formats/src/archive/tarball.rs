@@ -1,5 +1,5 @@
-//! The entries of a tar, read header by header. Long names and attributes are taken from their own
-//! entries here, with limits, which the crate's own way of doing so has not.
+//! The entries of a tar, read header by header. Long names and attributes are read here from their
+//! own entries, with limits that the crate does not have.
 
 use std::fs::File;
 use std::io::{self, BufReader, Read, Seek, SeekFrom};
@@ -12,14 +12,14 @@ use crate::archive::names::{Names, Place};
 use crate::error::ArchiveError;
 use crate::error::MAX_NAME;
 
-/// Largest entry that says something of the next one.
+/// Largest entry, in bytes, that describes the next one.
 const MAX_ATTRIBUTES: u64 = 64 << 10;
 
-/// Of the entry to come.
+/// What earlier entries said about the entry to come.
 #[derive(Default)]
 struct Coming {
     name: Option<Vec<u8>>,
-    /// Entries that said something of it; each kind may once.
+    /// The kinds of entries that described it; each kind may occur once.
     seen: Vec<EntryType>,
 }
 
@@ -79,8 +79,8 @@ pub fn index(file: &File) -> Result<Names, ArchiveError> {
     Ok(found)
 }
 
-/// Reads ahead, and keeps what it read when little is skipped; `BufReader` reads it again, which for small
-/// files is most of the time.
+/// A reader that reads ahead, and keeps what it read if little is skipped. `BufReader` would read
+/// it again, which takes most of the time for small files.
 struct Skipping<'a> {
     buffer: BufReader<&'a File>,
     at: u64,

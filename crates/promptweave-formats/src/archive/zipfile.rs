@@ -28,7 +28,7 @@ impl ZipFile {
         }
         let length = file.metadata().map_err(ArchiveError::Read)?.len();
         let zip = ZipArchive::new(BufReader::new(file)).map_err(damaged)?;
-        // The crate's map has one entry a name.
+        // The crate's map has one entry for each name.
         if zip.metadata().has_duplicate_names() {
             let start = zip.offset() + zip.central_directory_start();
             return Err(ArchiveError::Twice(twice(zip.into_inner(), start)));
@@ -77,7 +77,7 @@ impl ZipFile {
     }
 
     pub fn read(&self, name: &str, place: Place) -> Result<Vec<u8>, FileError> {
-        // No room is made for what an entry merely says of itself.
+        // No memory is reserved for a size that an entry merely declares.
         let mut bytes = Vec::new();
         self.copy(name, place, &mut bytes)?;
         Ok(bytes)
@@ -86,7 +86,7 @@ impl ZipFile {
     pub fn copy(&self, name: &str, place: Place, out: &mut impl Write) -> Result<(), FileError> {
         let mut zip = self.0.lock().expect("nobody panics with the lock held");
         let entry = zip.by_index(place.at as usize).map_err(damaged)?;
-        // One byte more than it declares is one too many.
+        // One byte more than declared is one too many.
         let mut entry = entry.take(place.size + 1);
         let mut buffer = vec![0; 1 << 16];
         let mut copied = 0;
@@ -110,10 +110,10 @@ fn damaged(error: ZipError) -> ArchiveError {
     ArchiveError::Damaged(Box::new(error))
 }
 
-/// The number of entries that the end of a zip tells of, by its own record or that of zip64; the
-/// largest number where there are several, as the crate may take any.
+/// The number of entries that the end of a zip declares, in its own record or that of zip64. If
+/// there are several it is the largest, since the crate may take any.
 fn declared_entries(file: &File) -> io::Result<u64> {
-    /// The longest comment, and the records before it.
+    /// Length of the longest comment, and of the records before it.
     const TAIL: u64 = (64 << 10) + 256;
     let length = file.metadata()?.len();
     let start = length.saturating_sub(TAIL);
@@ -125,7 +125,7 @@ fn declared_entries(file: &File) -> io::Result<u64> {
         declared = declared.max(match record {
             [b'P', b'K', 5, 6, ..] => number(record, 10, 2),
             [b'P', b'K', 6, 6, ..] => number(record, 32, 8),
-            // Where the record of zip64 is, if it is not here.
+            // The place of the zip64 record, if it is not here.
             [b'P', b'K', 6, 7, ..] => {
                 let mut record = [0; 40];
                 let there = number(&tail[at..], 8, 8);
@@ -140,7 +140,7 @@ fn declared_entries(file: &File) -> io::Result<u64> {
     Ok(declared)
 }
 
-/// A little-endian number in a record; 0 where the record ends before.
+/// A little-endian number in a record; 0 if the record ends before.
 fn number(record: &[u8], at: usize, bytes: usize) -> u64 {
     let digits = record.get(at..at + bytes).unwrap_or_default();
     digits
@@ -149,7 +149,7 @@ fn number(record: &[u8], at: usize, bytes: usize) -> u64 {
         .fold(0, |n, byte| n << 8 | u64::from(*byte))
 }
 
-/// The first name that a central directory has twice.
+/// The first name that occurs twice in a central directory.
 fn twice(mut reader: BufReader<File>, start: u64) -> String {
     let mut seen = BTreeSet::new();
     if reader.seek(SeekFrom::Start(start)).is_err() {
@@ -171,7 +171,7 @@ fn twice(mut reader: BufReader<File>, start: u64) -> String {
     String::new()
 }
 
-/// What is neither file nor folder, by its mode under Unix.
+/// What an entry is by its Unix mode, if it is neither file nor folder.
 fn irregular(mode: Option<u32>) -> Option<&'static str> {
     match mode.unwrap_or(0) & 0o170_000 {
         0 | 0o100_000 | 0o040_000 => None,

@@ -1,10 +1,10 @@
-//! Import of a ViT checkpoint that another library wrote, into a backbone folder of ours.
+//! Import of a ViT checkpoint from another library into a backbone folder.
 //!
 //! ```text
-//! file ─► names: whose? ─► sizes ─► config.json ─► each tensor, checked and laid out ─► model.safetensors
+//! file ─► names: which library's? ─► sizes ─► config.json ─► each tensor, checked and laid out ─► model.safetensors
 //! ```
-//! The digest of a backbone is over timm's names and f32 values, so one model is one backbone,
-//! whichever library's checkpoint it came in.
+//! A backbone's digest is over timm's names and f32 values. So one model is one backbone, whichever
+//! library wrote its checkpoint.
 
 mod naming;
 mod settings;
@@ -84,7 +84,7 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// A file, and what lies beside it.
+    /// A checkpoint file, with the files that lie beside it.
     pub fn beside(file: PathBuf) -> Self {
         let beside = |name| Some(file.with_file_name(name)).filter(|path| path.is_file());
         Self {
@@ -94,7 +94,8 @@ impl Checkpoint {
         }
     }
 
-    /// `model.safetensors` in a folder, else the one `.safetensors` or `.npz` there is.
+    /// The checkpoint of a folder: `model.safetensors`, otherwise the only `.safetensors` or
+    /// `.npz`.
     pub fn in_folder(dir: &Path) -> Result<Self, ImportError> {
         let usual = dir.join(MODEL_FILE);
         if usual.is_file() {
@@ -125,25 +126,26 @@ impl Checkpoint {
     }
 }
 
-/// Whether a folder is a backbone folder already, and not another library's.
+/// Whether a folder is already a backbone folder, and not another library's.
 pub fn is_ours(dir: &Path) -> bool {
     let config = fs::read(dir.join(CONFIG_FILE)).unwrap_or_default();
-    // Both libraries' have other words in theirs; a broken one of ours is to be refused as ours.
+    // The `config.json` of other libraries has other fields. A broken one of ours is refused as
+    // ours.
     let json: Value = serde_json::from_slice(&config).unwrap_or_default();
     json.get("preprocessing").is_some()
 }
 
-/// What was made of a checkpoint.
+/// The result of an import.
 #[derive(Clone, Debug)]
 pub struct Imported {
     pub backbone: Backbone,
     pub naming: Naming,
-    /// Names of the tensors that have no part in the features: heads, poolers, mask tokens.
+    /// Names of the tensors that do not affect the features: heads, poolers, mask tokens.
     pub left_out: Vec<String>,
 }
 
-/// Writes the backbone folder of a checkpoint into `out`, an empty folder. The weights take at most
-/// `limit` bytes there, as f32.
+/// Writes the backbone folder of a checkpoint into `out`, an empty folder. The weights may take at
+/// most `limit` bytes there, as f32.
 pub fn import(
     checkpoint: &Checkpoint,
     given: Settings,

@@ -1,7 +1,7 @@
-//! What other libraries call a ViT's tensors, and how they lay them out.
+//! Other libraries' names for a ViT's tensors, and their layouts.
 //!
-//! Each tensor of ours (timm's name) is made of one or three of theirs. A row of the tables below is
-//! a tensor; the blocks' number stands where `{}` does.
+//! Each tensor under timm's name is made of one or three of theirs. A row of the tables below is a
+//! tensor; `{}` stands for the number of the block.
 
 use std::collections::BTreeMap;
 
@@ -12,40 +12,40 @@ use crate::backbone::BackboneError;
 use crate::checkpoint::ImportError;
 use crate::tensor_file::TensorFile;
 
-/// Whose names a checkpoint's tensors have.
+/// The library whose names a checkpoint's tensors have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Naming {
     /// `blocks.0.attn.qkv.weight`
     Timm,
-    /// The original DINOv2: timm's, and a mask token.
+    /// The original DINOv2: timm's names, and a mask token.
     Dinov2,
     /// Hugging Face ViT: `encoder.layer.0.attention.attention.query.weight`
     HfVit,
-    /// Hugging Face DINOv2: the same with `norm1`, `mlp.fc1` and `layer_scale1.lambda1`.
+    /// Hugging Face DINOv2: like `HfVit`, with `norm1`, `mlp.fc1` and `layer_scale1.lambda1`.
     HfDinov2,
     /// The original `.npz`: `Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query/kernel`
     Google,
 }
 
-/// A checkpoint's names: whose, and what stands before each (`vit.` where a classifier is on top).
+/// The naming of a checkpoint, and the prefix of each name (`vit.` if a classifier is on top).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Names {
     pub naming: Naming,
     pub prefix: &'static str,
 }
 
-/// A tensor of theirs that is (a part of) one of ours.
+/// A tensor of another library that is one of ours, or a part of one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Source {
     pub name: String,
-    /// The shape it must have.
+    /// The shape that it must have.
     pub shape: Vec<usize>,
     /// Its axes in our order.
     pub axes: Vec<usize>,
 }
 
-/// The sizes that tensors tell.
+/// The sizes that the tensors' shapes give.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sizes {
     pub embed_dim: usize,
@@ -54,11 +54,11 @@ pub struct Sizes {
     pub pos_grid: usize,
     pub mlp_dim: usize,
     pub layer_scale: bool,
-    /// Only the `.npz` files tell: their kernels have an axis for it.
+    /// Number of heads. Only `.npz` files give it: their kernels have an axis for it.
     pub num_heads: Option<usize>,
 }
 
-/// Hugging Face's names, the start of a block's (`encoder.layer.{}.`) left out.
+/// Hugging Face's names, without the start of a block's (`encoder.layer.{}.`).
 const HF: &[(&str, &str)] = &[
     ("cls_token", "embeddings.cls_token"),
     ("pos_embed", "embeddings.position_embeddings"),
@@ -76,7 +76,7 @@ const HF_DINOV2: &[(&str, &str)] = &[
     ("ls1.gamma", "layer_scale1.lambda1"),
     ("ls2.gamma", "layer_scale2.lambda1"),
 ];
-/// Google's, likewise without `Transformer/encoderblock_{}/`.
+/// Google's names, without the start of a block's (`Transformer/encoderblock_{}/`).
 const GOOGLE: &[(&str, &str)] = &[
     ("cls_token", "cls"),
     ("pos_embed", "Transformer/posembed_input/pos_embedding"),
@@ -125,7 +125,7 @@ impl Names {
         ))
     }
 
-    /// Their name of a tensor of ours that is one tensor for them too.
+    /// Their name for a tensor of ours that is one tensor for them too.
     fn name(&self, ours: &str) -> String {
         let prefix = self.prefix;
         let (block, rest) = match ours.strip_prefix("blocks.").and_then(|r| r.split_once('.')) {
@@ -166,7 +166,7 @@ impl Names {
         }
     }
 
-    /// What a tensor of ours of this shape is made of, one under the other.
+    /// The tensors from which a tensor of ours of this shape is made, stacked along the first axis.
     pub fn sources(&self, ours: &str, shape: &[usize], heads: usize) -> Vec<Source> {
         let qkv = ours.contains(".attn.qkv.");
         if matches!(self.naming, Naming::Timm | Naming::Dinov2) {
@@ -190,7 +190,7 @@ impl Names {
             .collect()
     }
 
-    /// Query, key and value, which timm has as one.
+    /// Names of query, key and value, which are one tensor in timm.
     fn thirds(&self, ours: &str, inside: &str) -> Vec<String> {
         let separator = if inside.contains('.') { '.' } else { '/' };
         ["query", "key", "value"]
@@ -203,7 +203,7 @@ impl Names {
             .collect()
     }
 
-    /// Whether a tensor has no part in the features: a classifier, a pooler, a mask token.
+    /// Whether a tensor does not affect the features: a classifier, a pooler, a mask token.
     pub fn is_left_out(&self, name: &str) -> bool {
         let starts: &[&str] = match self.naming {
             Naming::Timm => &["head.", "pre_logits."],
@@ -221,7 +221,7 @@ impl Names {
         starts.iter().any(|start| name.starts_with(start))
     }
 
-    /// The sizes, from the shapes that tell them. A wrong one elsewhere is found against these.
+    /// The sizes, from the shapes of some tensors. The others are checked against them.
     pub fn sizes(&self, file: &TensorFile) -> Result<Sizes, ImportError> {
         let shape = |ours: &str| {
             let name = self.name(ours);
@@ -275,7 +275,7 @@ impl Names {
         })
     }
 
-    /// One more than the largest number of a block; a hole is found as a missing tensor.
+    /// One more than the largest block number. A missing block shows as a missing tensor.
     fn depth(&self, file: &TensorFile) -> usize {
         let first = self.name("blocks.0.norm1.bias");
         let start = first.split('0').next().unwrap_or_default();
@@ -296,7 +296,7 @@ fn as_is(name: String, shape: &[usize]) -> Source {
     }
 }
 
-/// Flax has a kernel's inputs first, and attention's with an axis for the heads.
+/// Flax puts a kernel's inputs first, and attention's kernels have an axis for the heads.
 fn google(name: String, ours: &str, shape: &[usize], heads: usize) -> Source {
     let per_head = |d: usize| [heads, d / heads];
     let (shape, axes) = match (shape, ours) {
@@ -316,7 +316,7 @@ fn google(name: String, ours: &str, shape: &[usize], heads: usize) -> Source {
     Source { name, shape, axes }
 }
 
-/// Sizes by the names that published architectures have: their heads are not always 64 wide.
+/// Number of heads by the name of a published architecture: heads are not always 64 wide.
 pub fn known_heads(architecture: &str, embed_dim: usize) -> Option<usize> {
     let known = BTreeMap::from([
         ("vit_tiny_", (192, 3)),

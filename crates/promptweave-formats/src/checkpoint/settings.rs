@@ -1,6 +1,6 @@
-//! What a checkpoint's tensors do not say: heads, epsilon, preprocessing.
+//! The settings that a checkpoint's tensors do not contain: heads, epsilon, preprocessing.
 //!
-//! The request's word goes first, then what the files beside the checkpoint say: the `config.json`
+//! The request's settings take precedence over the files beside the checkpoint: the `config.json`
 //! of timm's or transformers' models, and the latter's `preprocessor_config.json`.
 
 use serde::Deserialize;
@@ -12,18 +12,19 @@ use crate::checkpoint::ImportError;
 use crate::checkpoint::naming::{Naming, Sizes, known_heads};
 use promptweave_domain::backbone::{BackboneConfig, Filter, Preprocessing};
 
-/// The part of `config.json` that tensors do not tell. What is left out is taken from the files
-/// beside the checkpoint, where they say it.
+/// The part of `config.json` that tensors do not contain. Omitted settings are taken from the files
+/// beside the checkpoint, if they have them.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
-    /// timm-style name. Default: the files', else made of the sizes.
+    /// timm-style name. Default: the files' name, otherwise one made from the sizes.
     #[schema(example = "vit_base_patch16_224")]
     pub architecture: Option<String>,
-    /// Heads of each attention.
+    /// Number of heads of each attention.
     #[schema(example = 12)]
     pub num_heads: Option<usize>,
-    /// LayerNorm's epsilon. Default: the files', else what the library has for its models.
+    /// LayerNorm's epsilon. Default: the files' value, otherwise the library's default for its
+    /// models.
     #[schema(example = 1e-6)]
     pub norm_eps: Option<f64>,
     pub preprocessing: Option<Preprocessing>,
@@ -39,8 +40,8 @@ impl Settings {
         }
     }
 
-    /// What `config.json` and `preprocessor_config.json` say. A fact that our service cannot honour
-    /// (another activation, say) is an error; one that it does not know is passed over.
+    /// The settings in `config.json` and `preprocessor_config.json`. A setting that promptweave
+    /// cannot honour (another activation, say) is an error; an unknown one is ignored.
     pub fn of_files(config: &Value, preprocessor: &Value) -> Result<Self, ImportError> {
         if let Some(activation) = config["hidden_act"].as_str()
             && activation != "gelu"
@@ -113,7 +114,7 @@ fn of_timm(config: &Value) -> Option<Preprocessing> {
 }
 
 fn of_hf(config: &Value) -> Option<Preprocessing> {
-    // Cropped to this size, else resized to it; an image is resized to it here either way.
+    // The library crops to this size, or resizes to it. Here an image is resized to it either way.
     let size = match config["do_center_crop"].as_bool() {
         Some(true) => &config["crop_size"],
         _ => &config["size"],
@@ -143,7 +144,7 @@ fn preprocessing(
         values.try_into().ok()
     };
     let filter = match (filter.as_str(), filter.as_u64()) {
-        // Pillow's numbers.
+        // These are Pillow's numbers.
         (Some("bicubic"), _) | (_, Some(3)) => Filter::Bicubic,
         (Some("bilinear"), _) | (_, Some(2)) => Filter::Bilinear,
         _ => return None,
@@ -152,7 +153,7 @@ fn preprocessing(
     Some(Preprocessing {
         size: size.as_u64()? as usize,
         filter,
-        // Both libraries shrink with Pillow, which always does.
+        // Both libraries shrink with Pillow, which always antialiases.
         antialias: true,
         mean: channels(mean)?,
         std: channels(std)?,

@@ -1,4 +1,4 @@
-//! Over checkpoints that the libraries themselves wrote (scripts/reference/checkpoints.py).
+//! Tests on checkpoints that the libraries themselves wrote (scripts/reference/checkpoints.py).
 
 use std::collections::BTreeMap;
 
@@ -16,7 +16,7 @@ fn fixture(name: &str) -> PathBuf {
     fixtures.join(name)
 }
 
-/// What none of the fixtures' tensors say.
+/// The settings that none of the fixtures' tensors contain.
 fn given() -> Settings {
     Settings {
         num_heads: Some(2),
@@ -114,12 +114,12 @@ fn timm_writes_the_very_tensors_that_an_import_of_it_has() {
 
 #[test]
 fn files_beside_a_checkpoint_say_what_its_tensors_do_not() {
-    // transformers': everything.
+    // transformers' files contain all settings.
     let (_dir, made) = imported("hf_vit", Settings::default());
     let config = made.backbone.config;
     assert_eq!(config.num_heads, 2);
     assert_eq!(config.preprocessing, given().preprocessing.unwrap());
-    // timm's: not the heads, unless the architecture is a published one.
+    // timm's files do not contain the heads, unless the architecture is a published one.
     let checkpoint = Checkpoint::in_folder(&fixture("timm")).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let error = import(&checkpoint, Settings::default(), LIMIT, dir.path()).unwrap_err();
@@ -160,7 +160,7 @@ fn files_beside_a_checkpoint_say_what_its_tensors_do_not() {
     ));
 }
 
-/// A checkpoint's tensors, changed and written again.
+/// Writes a checkpoint again with its tensors changed.
 fn changed(
     name: &str,
     change: impl FnOnce(&mut BTreeMap<String, Tensor<f32>>),

@@ -1,4 +1,4 @@
-//! Why images and labels make no dataset.
+//! Why images and labels do not form a dataset.
 
 use std::path::PathBuf;
 

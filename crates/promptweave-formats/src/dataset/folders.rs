@@ -1,4 +1,4 @@
-//! The image folder: `train/<class>/<image>`, or `<class>/<image>` alone.
+//! The image folder layout: `train/<class>/<image>`, or `<class>/<image>` alone.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -9,7 +9,7 @@ use crate::dataset::error::{DatasetError, read_error};
 use crate::dataset::listing::{LabelledImage, Listing};
 use crate::files::{Files, is_image_name};
 
-/// Lists an image folder; its classes are the folders' names, sorted.
+/// Lists an image folder. Its classes are the folders' names, sorted.
 pub fn read(files: &dyn Files) -> Result<Listing, DatasetError> {
     let mut folders: Vec<(Split, String)> = Split::ALL
         .into_iter()

@@ -1,4 +1,4 @@
-//! Labels as files have them, numbers or names, and the classes that they are of.
+//! Labels as files contain them, numbers or names, and their classes.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -13,27 +13,27 @@ pub enum Label {
     Name(String),
 }
 
-/// Why a label is of no class.
+/// Why a label belongs to no class.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NoClass {
-    /// Below 0; -1 is how datasets say that there is no label.
+    /// The label is below 0; datasets use -1 for a missing label.
     Negative(i64),
-    /// A number as large as the number of classes, or larger.
+    /// The label is at least the number of classes.
     Outside { label: i64, classes: usize },
-    /// A name among these many, or a number where labels are names.
+    /// The label is not among the class names, or is a number while labels are names.
     Unknown { label: String, classes: usize },
 }
 
-/// Names in label order, and the place of each.
+/// The class names in label order, and each name's position.
 pub struct Classes {
     pub names: Vec<String>,
     places: HashMap<String, usize>,
-    /// Whether a number is the index of a name, or a name as others are.
+    /// Whether a number is the index of a name, or itself a name like others.
     numbers_are_indices: bool,
 }
 
 impl Label {
-    /// As a text file has it; None where it is neither.
+    /// Parses a label from a text file; `None` if it is neither a number nor a name.
     pub fn of_text(text: &str) -> Option<Self> {
         let text = text.trim();
         match text.parse() {
@@ -52,14 +52,14 @@ impl Label {
 }
 
 impl Classes {
-    /// As they are `named`; where nothing names them, each number up to the largest, or the labels in order
-    /// where some are names.
+    /// The classes with the names in `named`. Without names, the classes are the numbers up to the
+    /// largest, or the sorted labels if some are names.
     pub fn of<'a>(named: Option<Vec<String>>, labels: impl Iterator<Item = &'a Label>) -> Self {
         let labels: BTreeSet<_> = labels.collect();
         let only_numbers = labels.iter().all(|it| matches!(it, Label::Number(_)));
         let numbers_are_indices = named.is_some() || only_numbers;
         let names = named.unwrap_or_else(|| match labels.last() {
-            // One beyond that has no name, and is refused.
+            // A label beyond the limit gets no name, and is refused.
             Some(Label::Number(largest)) => (0..=(*largest).min(MAX_CLASSES as i64 - 1))
                 .map(|number| number.to_string())
                 .collect(),

@@ -1,4 +1,4 @@
-//! Which images there are, and what they show.
+//! The images of a dataset with their labels.
 
 use std::collections::BTreeMap;
 use std::ops::Deref;
@@ -7,19 +7,20 @@ use std::path::PathBuf;
 use crate::dataset::error::DatasetError;
 use promptweave_domain::split::Split;
 
-/// Most classes a dataset may have; a label without class names sizes nothing beyond it.
+/// The most classes that a dataset may have. Without class names, a large label must not make the
+/// list of classes larger.
 pub const MAX_CLASSES: usize = 100_000;
 
-/// One image and what it shows.
+/// One image with its label.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LabelledImage {
-    /// Relative to the dataset's folder, with `/` between parts; never leaves the folder.
+    /// Path relative to the dataset's folder, with `/` between parts. It never leaves the folder.
     pub path: String,
     /// Index into [`LabelledImages::classes`].
     pub label: usize,
 }
 
-/// Which images there are and what they show. Every label is within `classes`; `train` is never
+/// The images of a dataset with their labels. Every label is within `classes`, and `train` is never
 /// empty.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Listing {
@@ -43,7 +44,7 @@ impl Deref for LabelledImages {
 }
 
 impl Listing {
-    /// The images of a split, in the order of the list file or sorted by path.
+    /// The images of a split, in the order of the list file, or sorted by path.
     pub fn split(&self, split: Split) -> Result<&[LabelledImage], DatasetError> {
         self.splits
             .get(&split)

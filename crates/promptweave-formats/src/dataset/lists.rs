@@ -1,4 +1,4 @@
-//! VTAB-1k's layout: a list file a split, with a path and a label a line.
+//! VTAB-1k's layout: a list file for each split, with a path and a label on each line.
 
 use std::collections::BTreeMap;
 
@@ -9,7 +9,7 @@ use crate::dataset::error::{DatasetError, read_error};
 use crate::dataset::listing::{LabelledImage, Listing, MAX_CLASSES};
 use crate::files::{Files, stays_inside};
 
-/// The list files that hold a split; the first that exists is read.
+/// The possible list files of a split; the first that exists is read.
 fn list_files(split: Split) -> [&'static str; 2] {
     match split {
         Split::Train => ["train800val200.txt", "train.txt"],
@@ -93,7 +93,7 @@ fn read_list(
     Ok(images)
 }
 
-/// None without a list of training images.
+/// Lists the files; `None` without a list of training images.
 pub fn read(files: &dyn Files) -> Result<Option<Listing>, DatasetError> {
     let list_of = |split: Split| {
         let is_there = |file: &&str| files.is_file(file);

@@ -1,8 +1,8 @@
-//! Samples as WebDataset has them: the files of a sample share the part of their names before the first dot.
+//! WebDataset's layout: the files of a sample share the part of their names before the first dot.
 //!
-//! `000012.jpg` is an image and `000012.cls` its label, a number or a class name; or `000012.json` has it as
-//! `label` or `cls`. They lie together, or in `train/`, `val/` and `test/`. Numbers are named by
-//! `classnames.txt`, a line each, or by themselves.
+//! `000012.jpg` is an image. Its label, a number or a class name, is in `000012.cls`, or in
+//! `000012.json` as `label` or `cls`. The files lie together, or in `train/`, `val/` and `test/`.
+//! `classnames.txt` names the numbers, one on each line; without it they name themselves.
 //! (<https://github.com/webdataset/webdataset>, "The WebDataset Format")
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -33,7 +33,7 @@ struct Fields {
     cls: Option<Label>,
 }
 
-/// None where no image has a label file beside it.
+/// Lists the files; `None` if no image has a label file beside it.
 pub(crate) fn read(files: &dyn Files) -> Result<Option<Listing>, DatasetError> {
     let mut folders: Vec<_> = Split::ALL
         .into_iter()
@@ -83,7 +83,7 @@ fn unknown(path: &str, label: &dyn std::fmt::Display, classes: usize) -> Dataset
     broken(path, &rule)
 }
 
-/// The images of a folder by path, with their labels. None where none has one.
+/// The images of a folder by path, with their labels; `None` if no image has a label.
 fn samples(files: &dyn Files, folder: &str) -> Result<Option<Vec<(String, Label)>>, DatasetError> {
     let inside = |name: &str| match folder {
         "" => name.to_owned(),
@@ -118,7 +118,7 @@ fn samples(files: &dyn Files, folder: &str) -> Result<Option<Vec<(String, Label)
         };
         let path = inside(name);
         let refuse = |rule: &str| Err(broken(&inside(&key), rule));
-        // `000012.seg.png` is something else of the sample than its image.
+        // `000012.seg.png` belongs to the sample, but is not its image.
         if is_image_name(&format!("x.{kind}")) && !kind.contains('.') {
             let before = samples.entry(key.clone()).or_default().image.replace(path);
             if before.is_some() {
@@ -148,7 +148,7 @@ fn samples(files: &dyn Files, folder: &str) -> Result<Option<Vec<(String, Label)
     Ok(Some(whole.collect::<Result<_, _>>()?))
 }
 
-/// None for JSON that has no label.
+/// Reads a label; `None` for JSON without a label.
 fn read_label(files: &dyn Files, path: &str, kind: &str) -> Result<Option<Label>, DatasetError> {
     let bytes = files
         .read(path, MAX_LABEL_BYTES)
@@ -169,7 +169,7 @@ fn read_label(files: &dyn Files, path: &str, kind: &str) -> Result<Option<Label>
     }
 }
 
-/// The names of numbers.
+/// The names of numeric labels.
 fn named(files: &dyn Files) -> Result<Option<Vec<String>>, DatasetError> {
     match files.read(CLASS_NAMES, MAX_NAMES_BYTES) {
         Ok(bytes) => {
@@ -291,7 +291,7 @@ mod tests {
     fn other_layouts_are_left_to_themselves() {
         let listing = read(&[("cat/1.jpg", ""), ("cat/1.cls", "7"), ("cat/2.jpg", "")]).unwrap();
         assert_eq!(listing.classes, ["cat"]);
-        // Notes beside images are no labels, and images alone no samples.
+        // JSON notes beside images are not labels, and images alone are not samples.
         let error = read(&[("1.jpg", ""), ("notes.json", "{}")]).unwrap_err();
         assert!(error.contains("holds no training images"), "{error}");
     }

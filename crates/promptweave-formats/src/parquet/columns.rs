@@ -1,4 +1,4 @@
-//! Which columns are images and labels.
+//! Finding the columns of images and labels.
 
 use std::collections::BTreeMap;
 
@@ -12,12 +12,12 @@ use crate::parquet::ParquetError;
 pub(super) struct Columns {
     pub images: TypePtr,
     pub labels: TypePtr,
-    /// Class names in label order, where the file notes them.
+    /// Class names in label order, if the file has them.
     pub classes: Option<Vec<String>>,
 }
 
 impl Columns {
-    /// `file` is its name, in errors.
+    /// Finds the columns. `file` is the name in errors.
     pub fn of(metadata: &FileMetaData, file: &str) -> Result<Self, ParquetError> {
         let noted = metadata.key_value_metadata().into_iter().flatten();
         let mut features = noted
@@ -53,7 +53,7 @@ impl Columns {
     }
 }
 
-/// What Hugging Face's library notes of the columns.
+/// The notes of Hugging Face's library about the columns.
 #[derive(Deserialize)]
 struct Noted {
     info: Info,
@@ -71,7 +71,7 @@ struct Feature {
     names: Option<Vec<String>>,
 }
 
-/// The column that has one of the names; otherwise the only one that is noted to be of that kind.
+/// The column with one of the names; otherwise the only one that is noted to be of that kind.
 fn pick(
     columns: &[TypePtr],
     features: &BTreeMap<String, Feature>,

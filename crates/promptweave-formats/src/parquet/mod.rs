@@ -1,8 +1,8 @@
 //! Labelled images in Parquet files, as Hugging Face keeps them.
 //!
-//! A row has an image (`image: {bytes, path}`, or the bytes themselves) and a label: a number that the
-//! file's metadata names, or a name. A file is a split or a shard of one, by its own name or its folder's:
-//! `train-00000-of-00002.parquet`, `data/validation-….parquet`, `test/0000.parquet`.
+//! A row has an image (`image: {bytes, path}`, or the bytes themselves) and a label: a name, or a
+//! number that the file's metadata names. A file is a split or a shard of one, by its own name or
+//! its folder's: `train-00000-of-00002.parquet`, `data/validation-….parquet`, `test/0000.parquet`.
 //! (<https://huggingface.co/docs/datasets/image_dataset>; metadata key `huggingface`)
 
 mod columns;
@@ -23,9 +23,9 @@ pub use pages::MAX_PAGE;
 use promptweave_domain::split::Split;
 pub use shards::{Shard, choose, shards};
 
-/// The first and the last bytes of such a file.
+/// The first and the last bytes of a Parquet file.
 pub const MAGIC: &[u8] = b"PAR1";
-/// Most rows of all files together.
+/// The most rows of all files together.
 pub const MAX_ROWS: usize = 250_000;
 
 #[derive(Debug, thiserror::Error)]
@@ -70,18 +70,18 @@ pub enum ParquetError {
     TooManyPages { file: String },
 }
 
-/// Files that have been looked through, all but their images.
+/// Files whose metadata and labels were read, but not their images.
 pub struct ParquetImages {
     /// Class names in label order.
     pub classes: Vec<String>,
-    /// In the order of splits, then of names.
+    /// The files in the order of splits, then of names.
     pub shards: Vec<LabelledShard>,
 }
 
 pub struct LabelledShard {
     pub split: Split,
     pub name: String,
-    /// Of each row, within [`ParquetImages::classes`].
+    /// The label of each row, as an index into [`ParquetImages::classes`].
     pub labels: Vec<usize>,
     file: File,
     images: TypePtr,
@@ -150,7 +150,7 @@ impl LabelledShard {
     }
 }
 
-/// What a file's description and its labels say.
+/// What a file's metadata and labels contain.
 struct Opened {
     classes: Option<Vec<String>>,
     images: TypePtr,
@@ -158,7 +158,7 @@ struct Opened {
 }
 
 impl Opened {
-    /// `rows` counts those of all files.
+    /// Opens a shard. `rows` counts the rows of all files.
     fn new(shard: &Shard, rows: &mut usize) -> Result<Self, ParquetError> {
         let Shard { name, file, .. } = shard;
         let reader = reading::open(file, name)?;

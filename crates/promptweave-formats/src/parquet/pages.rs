@@ -1,27 +1,27 @@
-//! The sizes of a column's pages, read before any page is: what a page declares is made room for, and a
-//! small file may declare much.
+//! The sizes of a column's pages, read before any page is. The library reserves the memory that a
+//! page declares, and a small file may declare much.
 
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt as _;
 
-/// Most that one page may unpack to, in bytes.
+/// The largest size that one page may unpack to, in bytes.
 pub const MAX_PAGE: u64 = 256 << 20;
-/// Most of a page's header that is read; minima and maxima of its values are in it.
+/// The most bytes of a page's header that are read. Minima and maxima of its values are in it.
 const MAX_HEADER: usize = 1 << 20;
 const FIRST_LOOK: usize = 4 << 10;
-/// Structures in structures of a header.
+/// The deepest nesting of structures in a header.
 const MAX_DEPTH: usize = 8;
 
 #[derive(Debug, PartialEq, Eq)]
 pub struct PageSizes {
     pub pages: usize,
-    /// In bytes, unpacked.
+    /// The largest unpacked size in bytes.
     pub largest: u64,
 }
 
-/// Walks over the headers of the pages that lie in `start..start + length`, at most `most` of them. None
-/// where that cannot be done.
+/// Walks over the headers of the pages in `start..start + length`, at most `most` of them. `None`
+/// if a header cannot be read.
 pub fn sizes(file: &File, start: u64, length: u64, most: usize) -> io::Result<Option<PageSizes>> {
     let end = start.saturating_add(length);
     let mut at = start;
@@ -59,8 +59,9 @@ fn header(file: &File, at: u64, end: u64) -> io::Result<Option<Header>> {
     Ok(None)
 }
 
-/// `PageHeader` in Thrift's compact protocol: its second field is the page's size unpacked, the third as it
-/// lies there. (<https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift>)
+/// Parses a `PageHeader` in Thrift's compact protocol. Its second field is the page's size
+/// unpacked, the third its size in the file.
+/// (<https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift>)
 fn parse(bytes: &[u8]) -> Option<Header> {
     let mut rest = bytes;
     let mut sizes = [None; 2];
@@ -79,7 +80,7 @@ fn parse(bytes: &[u8]) -> Option<Header> {
     })
 }
 
-/// Reads over a structure; `found` learns of the whole numbers that are directly in it.
+/// Reads over a structure. `found` gets the integers that are directly in it.
 fn structure(rest: &mut &[u8], depth: usize, found: &mut dyn FnMut(i64, i64)) -> Option<()> {
     let mut field = 0;
     loop {
@@ -99,7 +100,7 @@ fn structure(rest: &mut &[u8], depth: usize, found: &mut dyn FnMut(i64, i64)) ->
     }
 }
 
-/// Reads over a value that is in a structure's field.
+/// Reads over a value in a structure's field.
 fn skip(rest: &mut &[u8], kind: u8, depth: usize) -> Option<()> {
     if depth == MAX_DEPTH {
         return None;
@@ -128,7 +129,7 @@ fn skip(rest: &mut &[u8], kind: u8, depth: usize) -> Option<()> {
             }
         }
         12 => structure(rest, depth + 1, &mut |_, _| {})?,
-        // Maps and what is unknown are in no header of a page.
+        // Maps and unknown kinds do not occur in a page's header.
         _ => return None,
     }
     Some(())

@@ -1,4 +1,4 @@
-//! The library's reader, with what it does not check itself.
+//! The library's reader, with the checks that it does not make itself.
 
 use std::fs::File;
 use std::io;
@@ -15,12 +15,12 @@ use crate::parquet::pages;
 use crate::parquet::pages::MAX_PAGE;
 use crate::parquet::{MAGIC, ParquetError};
 
-/// Most pages of the columns that are read, of all row groups together.
+/// The most pages of the columns that are read, over all row groups.
 const MAX_PAGES: usize = 1_000_000;
-/// Largest description at a file's end, in bytes.
+/// The largest metadata at a file's end, in bytes.
 const MAX_FOOTER: u64 = 16 << 20;
 
-/// `name` is the file's, in errors.
+/// Opens a file. `name` is the file's name in errors.
 pub(super) fn open(file: &File, name: &str) -> Result<SerializedFileReader<File>, ParquetError> {
     check_footer(file, name)?;
     guarded(name, || reader(file))
@@ -38,11 +38,11 @@ pub(super) fn rows(
 ) -> Result<impl Iterator<Item = Result<Field, ParquetError>>, ParquetError> {
     let mut rows = guarded(name, || {
         let reader = reader(file)?;
-        // What is read must be named as the whole is.
+        // The projected schema must have the name of the whole one.
         let root = reader.metadata().file_metadata().schema().name().to_owned();
         let schema = Type::group_type_builder(&root).with_fields(vec![Arc::clone(column)]);
         let rows = RowIter::from_file_into(Box::new(reader));
-        // It reads that many images ahead.
+        // The batch size is the number of images that it reads ahead.
         Ok(rows.project(Some(schema.build()?))?.with_batch_size(1))
     })?;
     let name = name.to_owned();
@@ -56,7 +56,7 @@ pub(super) fn rows(
     }))
 }
 
-/// The library panics over some files that it should refuse.
+/// Turns a panic of the library into an error. It panics over some files that it should refuse.
 fn guarded<T>(
     file: &str,
     read: impl FnOnce() -> Result<T, LibraryError>,
@@ -72,7 +72,8 @@ fn guarded<T>(
     }
 }
 
-/// All of the footer is read into memory, and more than its size made of it.
+/// Checks the footer's size. The library reads all of it into memory, and builds more than its size
+/// from it.
 fn check_footer(file: &File, name: &str) -> Result<(), ParquetError> {
     use std::os::unix::fs::FileExt as _;
     let read = || -> io::Result<Option<u64>> {

@@ -1,4 +1,4 @@
-//! Which files are a dataset, and what the images of each are for.
+//! Which files belong to a dataset, and to which split.
 
 use std::fs::File;
 use std::io;
@@ -7,19 +7,19 @@ use std::path::Path;
 use crate::files::{Directory, Files as _};
 use promptweave_domain::split::Split;
 
-/// Where repositories keep their files.
+/// The folder in which repositories keep their files.
 const DATA: &str = "data";
 
-/// A file to be read, and what its images are for.
+/// A file to be read, with the split of its images.
 #[derive(Debug)]
 pub struct Shard {
     pub split: Split,
-    /// In errors.
+    /// The name in errors.
     pub name: String,
     pub file: File,
 }
 
-/// The files of a folder that are a dataset of this kind; none where there are none.
+/// The Parquet files of a folder that form a dataset; empty if there are none.
 pub fn shards(dir: &Path) -> io::Result<Vec<Shard>> {
     let files = Directory::new(dir);
     let mut names = files.files("")?;
@@ -41,9 +41,9 @@ pub fn shards(dir: &Path) -> io::Result<Vec<Shard>> {
     opened.collect()
 }
 
-/// Which of these files are the dataset: those of the outermost folder, or of its folder `data`, and in
-/// folders of splits there. Files of other splits than ours are left alone; where no file is of any, all are
-/// `train`.
+/// Chooses the files that belong to the dataset: those in the outermost folder or in its folder
+/// `data`, and in folders of splits there. Files of unknown splits are ignored. If no file names a
+/// split, all are `train`.
 pub fn choose(names: &[String]) -> Vec<(Split, String)> {
     let of = |base: &str| -> Vec<(Option<Split>, String)> {
         let parquet = names.iter().filter(|name| name.ends_with(".parquet"));
@@ -68,7 +68,7 @@ pub fn choose(names: &[String]) -> Vec<(Split, String)> {
     found.into_iter().filter_map(of_a_split).collect()
 }
 
-/// What a file's or folder's name says that it is for.
+/// The split that a file's or folder's name tells.
 fn split(name: &str) -> Option<Split> {
     let word = name.split(['-', '.', '_']).next()?;
     match word.to_ascii_lowercase().as_str() {

@@ -30,7 +30,7 @@ enum Column<'a> {
     Numbers(&'a [i64]),
 }
 
-/// A file with the library's own writer.
+/// A file made by the library's own writer.
 fn written(schema: &str, columns: &[Column<'_>]) -> Vec<u8> {
     let schema = Arc::new(parse_message_type(schema).unwrap());
     let mut bytes = Vec::new();
@@ -184,7 +184,7 @@ fn a_damaged_file_is_refused_and_nothing_else_happens() {
     let whole = fs::read(fixtures().join("test-00000-of-00001.parquet")).unwrap();
     assert!(refusal(&whole[..whole.len() - 1]).contains("cut off"));
     assert!(refusal(b"PAR1PAR1").contains("no sound Parquet file"));
-    // The library's panics are told apart from ours by this: nothing of it gets out.
+    // Whichever byte is changed, no panic of the library gets out.
     for at in 0..whole.len() {
         for flip in [1, 0x80] {
             let mut broken = whole.clone();
@@ -200,7 +200,7 @@ fn a_damaged_file_is_refused_and_nothing_else_happens() {
 
 #[test]
 fn a_page_that_declares_too_much_is_not_unpacked() {
-    // type 0, unpacked, packed 1 byte, end; then the byte.
+    // The header has type 0, the unpacked size, a packed size of 1 byte and an end; then the byte.
     let page = |unpacked: u64| {
         let mut header = vec![0x15, 0, 0x15];
         let mut rest = unpacked << 1;
@@ -217,7 +217,7 @@ fn a_page_that_declares_too_much_is_not_unpacked() {
         .unwrap()
         .unwrap();
     assert_eq!((found.pages, found.largest), (2, MAX_PAGE + 1));
-    // One that ends in the middle of a page, and what is no page.
+    // A page that is cut off, and bytes that are no page.
     assert_eq!(
         pages::sizes(&file, 0, bytes.len() as u64 - 3, 9).unwrap(),
         None

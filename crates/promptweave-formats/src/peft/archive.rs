@@ -1,5 +1,5 @@
-//! The tar that an adapter travels in. Nothing is unpacked: files are looked for by their names, the
-//! folders they lie in do not matter, and what is returned lies in the archive's own bytes.
+//! The tar that contains an adapter. Nothing is unpacked. Files are found by their names, the
+//! folders they lie in do not matter, and the result refers to the archive's own bytes.
 
 use std::io;
 use std::ops::Range;
@@ -10,7 +10,7 @@ use crate::peft::{Adapter, CONFIG_FILE, MODEL_FILE};
 use promptweave_domain::foreign_format;
 use promptweave_domain::foreign_format::ForeignFormat;
 
-/// Most entries looked at; an adapter's folder has three or four.
+/// The most entries looked at; an adapter's folder has three or four.
 const MAX_ENTRIES: usize = 64;
 const PICKLED: &str = "adapter_model.bin";
 
@@ -35,7 +35,7 @@ pub enum ArchiveError {
     Pickled,
 }
 
-/// Where an adapter's two files lie in the archive.
+/// The places of an adapter's two files in the archive.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Found {
     pub config: Range<usize>,
@@ -90,7 +90,7 @@ pub fn find(bytes: &[u8]) -> Result<Found, ArchiveError> {
     }
 }
 
-/// An adapter's folder as a tar; the same adapter gives the same bytes.
+/// Packs an adapter's folder as a tar. The same adapter gives the same bytes.
 pub fn pack(adapter: &Adapter) -> Vec<u8> {
     let mut tar = tar::Builder::new(Vec::new());
     for (name, bytes) in [(CONFIG_FILE, &adapter.config), (MODEL_FILE, &adapter.model)] {
@@ -114,7 +114,7 @@ mod tests {
             let mut header = tar::Header::new_gnu();
             header.set_entry_type(*kind);
             header.set_size(bytes.len() as u64);
-            // As a hostile archive has it, which the crate's own ways of setting it refuse.
+            // A hostile archive has such names; the crate's own setters refuse them.
             header.as_old_mut().name[..path.len()].copy_from_slice(path.as_bytes());
             header.set_cksum();
             tar.append(&header, *bytes).unwrap();

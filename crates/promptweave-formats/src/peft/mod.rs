@@ -1,9 +1,10 @@
-//! PEFT's prompt-tuning adapters, both ways: a folder of `adapter_config.json` and
-//! `adapter_model.safetensors`, whose one tensor has the prompt file's own name.
+//! PEFT's prompt-tuning adapters, imported and exported. An adapter is a folder with
+//! `adapter_config.json` and `adapter_model.safetensors`, whose one tensor has the prompt file's
+//! own name.
 //!
-//! An import keeps `adapter_model.safetensors` as it came: it is a prompt file already, and the same
+//! An import keeps `adapter_model.safetensors` unchanged. It is a prompt file already, and the same
 //! bytes have the same digest here and where they were trained. Its configuration goes into the
-//! training record, from where an export takes it back.
+//! training record, from which an export takes it back.
 
 pub mod archive;
 
@@ -14,10 +15,10 @@ use promptweave_domain::prompt_file::PromptFile;
 
 pub const CONFIG_FILE: &str = "adapter_config.json";
 pub const MODEL_FILE: &str = "adapter_model.safetensors";
-/// Longest `adapter_config.json`; PEFT's own have half a kilobyte.
+/// Longest `adapter_config.json` accepted, in bytes; PEFT's own have half a kilobyte.
 pub const MAX_CONFIG_BYTES: usize = 64 << 10;
 
-/// Where the training record of an import keeps the adapter's configuration.
+/// The field of an import's training record that holds the adapter's configuration.
 const RECORD: &str = "adapter_config";
 const PROMPT_TUNING: &str = "PROMPT_TUNING";
 
@@ -55,7 +56,7 @@ impl PeftError {
     }
 }
 
-/// `adapter_config.json` of a prompt-tuning adapter.
+/// The `adapter_config.json` of a prompt-tuning adapter.
 #[derive(Clone, Debug, PartialEq)]
 pub struct AdapterConfig(Map<String, Value>);
 
@@ -75,7 +76,7 @@ impl AdapterConfig {
         }
     }
 
-    /// Whether the configuration speaks of this prompt: its tokens and its width.
+    /// Checks that the configuration agrees with this prompt's number of tokens and width.
     pub fn check(&self, prompt: &PromptFile) -> Result<(), PeftError> {
         let agrees = |field: &'static str, found: usize| match self.get(field) {
             Value::Null => Ok(()),
@@ -86,7 +87,7 @@ impl AdapterConfig {
                 found,
             }),
         };
-        // Two of an encoder and a decoder, one after the other, are no one prompt.
+        // An encoder's and a decoder's prompt, one after the other, do not make one prompt.
         agrees("num_transformer_submodules", 1)?;
         agrees("num_virtual_tokens", prompt.num_tokens())?;
         agrees("token_dim", prompt.embed_dim())
@@ -102,7 +103,7 @@ impl AdapterConfig {
     }
 }
 
-/// What an export says of the backbone, where it is registered.
+/// The numbers of the backbone's layers that an export states, if the backbone is registered.
 #[derive(Clone, Copy, Debug)]
 pub struct Layers {
     pub num_layers: usize,
@@ -116,8 +117,8 @@ pub struct Adapter {
     pub model: Vec<u8>,
 }
 
-/// A prompt as an adapter. `bytes` is the file that was read as `prompt`; its numbers are copied
-/// bit by bit, in their own dtype, and head and sketch stay behind.
+/// Exports a prompt as an adapter. `bytes` is the file that was read as `prompt`. Its numbers are
+/// copied bit by bit, in their own dtype; head and sketch are left out.
 pub fn export(
     bytes: &[u8],
     prompt: &PromptFile,
@@ -150,7 +151,7 @@ pub fn export(
         });
         fields.as_object().cloned().unwrap_or_default()
     });
-    // A record is whatever its prompt came with; these the weights say.
+    // The record may contain anything, but these fields are known from the weights.
     for (field, value) in [
         ("peft_type", json!(PROMPT_TUNING)),
         ("num_transformer_submodules", json!(1)),
@@ -166,7 +167,7 @@ pub fn export(
     let shape = prompt.prompt_embeddings.shape.clone();
     let view = safetensors::tensor::TensorView::new(stored.dtype(), shape, stored.data())
         .expect("a leading axis of 1 changes no size");
-    // As PEFT writes it: the one metadata key says that PyTorch may read it.
+    // PEFT writes this one metadata key, by which PyTorch may read the file.
     let metadata = [("format".to_owned(), "pt".to_owned())].into();
     Ok(Adapter {
         config: serde_json::to_vec_pretty(&config).expect("plain data"),
@@ -234,7 +235,7 @@ mod tests {
         read.check(&model).unwrap();
         assert_eq!(read.get("task_type"), "CAUSAL_LM");
         assert_eq!(model.prompt_embeddings, prompt.prompt_embeddings);
-        // Any other training record is no configuration.
+        // Any other training record is not a configuration.
         let layers = Layers {
             num_layers: 12,
             num_attention_heads: 6,

@@ -1,7 +1,7 @@
 //! Tensors in a file, read one at a time: safetensors, or a numpy archive (`.npz`).
 //!
 //! A checkpoint of a gigabyte is checked, converted and digested in the memory of its largest
-//! tensor. Pickles are known by their first bytes and never parsed.
+//! tensor. Pickles are recognised by their first bytes and never parsed.
 
 mod npz;
 
@@ -22,7 +22,7 @@ use promptweave_domain::tensor::{Element, read_f32};
 pub enum TensorFileError {
     #[error("cannot read the file")]
     Io(#[from] io::Error),
-    /// Refused by its first bytes: such files can run code when they are loaded.
+    /// The format is refused by its first bytes: such files can run code when they are loaded.
     #[error("the file is {0}; only safetensors and plain .npz are accepted")]
     OtherFormat(&'static str),
     #[error("the file is not safetensors")]
@@ -37,14 +37,14 @@ pub enum TensorFileError {
     TooManyEntries(usize),
     #[error("`{entry}` in the archive is not a readable numpy array: {reason}")]
     Npy { entry: String, reason: &'static str },
-    /// Refused by its header: loading it would unpickle.
+    /// The array is refused by its header: loading it would unpickle.
     #[error("`{0}` in the archive is a numpy array of Python objects, which is a pickle")]
     ObjectArray(String),
     #[error("tensor `{tensor}` has dtype {dtype}, expected f32, f16 or bf16")]
     Dtype { tensor: String, dtype: String },
 }
 
-/// An open file; what it says of its tensors is known, the values are still in it.
+/// An open file. The names and shapes of its tensors are known; the values are still in the file.
 #[derive(Debug)]
 pub struct TensorFile {
     shapes: BTreeMap<String, Vec<usize>>,
@@ -56,7 +56,7 @@ enum Values {
     Safetensors {
         file: File,
         header: Metadata,
-        /// Where the first tensor starts.
+        /// Offset of the first tensor.
         start: u64,
     },
     Npz(Npz),
@@ -116,7 +116,7 @@ impl TensorFile {
         })
     }
 
-    /// Names with shapes, by name.
+    /// The tensors' shapes by name.
     pub fn shapes(&self) -> &BTreeMap<String, Vec<usize>> {
         &self.shapes
     }
@@ -128,7 +128,7 @@ impl TensorFile {
     /// The values of a tensor that [`shapes`](Self::shapes) names, row by row.
     ///
     /// # Panics
-    /// When there is none of that name.
+    /// If there is no tensor of that name.
     pub fn read(&mut self, name: &str) -> Result<Vec<f32>, TensorFileError> {
         let mut shape = self.shapes[name].clone();
         let mut by_columns = false;
@@ -151,7 +151,7 @@ impl TensorFile {
                 (array.dtype, array.bytes)
             }
         };
-        // Column by column is row by row with the axes the other way round.
+        // Column by column is the same as row by row with the axes reversed.
         if by_columns {
             shape.reverse();
         }
@@ -167,11 +167,11 @@ impl TensorFile {
     }
 }
 
-/// Writes f32 tensors as safetensors in the order of their names, asking for the values of one at a
-/// time. (safetensors' own writer takes views that cannot fail.)
+/// Writes f32 tensors as safetensors in the order of their names. `values` is called for one tensor
+/// at a time. (safetensors' own writer takes views that cannot fail.)
 ///
 /// # Panics
-/// When `values` does not answer as many numbers as the shape says.
+/// If `values` does not return as many numbers as the shape says.
 pub fn write_f32<E: From<TensorFileError>>(
     path: &Path,
     shapes: &BTreeMap<String, Vec<usize>>,
@@ -213,7 +213,7 @@ pub fn permute(values: Vec<f32>, shape: &[usize], axes: &[usize]) -> Vec<f32> {
         return values;
     }
     let stride = |axis: usize| shape[axis + 1..].iter().product::<usize>();
-    // Offsets of the outer axes so far; each axis multiplies them.
+    // The offsets of the outer axes so far. Each axis multiplies their number.
     let offsets = axes.iter().fold(vec![0], |offsets, &axis| {
         let step = stride(axis);
         offsets

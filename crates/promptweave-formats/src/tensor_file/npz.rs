@@ -1,7 +1,7 @@
 //! A numpy archive: a zip of `.npy` files, each an array behind a short header.
 //!
-//! The header is the `repr` of a Python dict (numpy.lib.format). What `np.savez` writes of it is
-//! read here, and nothing is evaluated.
+//! The header is the `repr` of a Python dict (numpy.lib.format). Only the forms that `np.savez`
+//! writes are read, and nothing is evaluated.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -14,7 +14,7 @@ use zip::unstable::read::ZipIterable;
 
 use crate::tensor_file::TensorFileError;
 
-/// Most files in an archive; a ViT-H has some 600.
+/// The most files in an archive; a ViT-H has some 600.
 pub const MAX_ENTRIES: usize = 10_000;
 /// Longest header, in bytes; numpy's own are 128.
 const MAX_HEADER: usize = 10_000;
@@ -27,11 +27,11 @@ pub struct Npz(ZipArchive<BufReader<File>>);
 struct Header {
     dtype: Dtype,
     shape: Vec<usize>,
-    /// Fortran's order, as numpy keeps what was transposed.
+    /// Whether the array is in Fortran's order, which numpy keeps for transposed arrays.
     by_columns: bool,
 }
 
-/// An array as it lies in its file, little-endian.
+/// An array in its file, little-endian.
 #[derive(Debug)]
 pub struct Array {
     pub dtype: Dtype,
@@ -40,7 +40,7 @@ pub struct Array {
 }
 
 impl Npz {
-    /// Whether a file that begins so is a zip with an array in the first place.
+    /// Whether a file with this beginning is a zip whose first file is an array.
     pub fn starts(bytes: &[u8]) -> bool {
         let length = |at: usize| {
             let bytes = bytes.get(at..at + 2)?;
@@ -53,7 +53,7 @@ impl Npz {
     pub fn open(
         file: BufReader<File>,
     ) -> Result<(Self, BTreeMap<String, Vec<usize>>), TensorFileError> {
-        // Counted before an index of them is built.
+        // The files are counted before an index of them is built.
         let again = BufReader::new(file.get_ref().try_clone()?);
         let count = ZipIterable::try_new(again, Config::default())?.len();
         if count > MAX_ENTRIES {
@@ -149,7 +149,7 @@ fn parse_header(header: &str, name: &str) -> Result<Header, TensorFileError> {
         Some(rest.trim_start())
     };
     let descr = value("descr").ok_or_else(unreadable)?;
-    // A structured array's descr is a list.
+    // The descr of a structured array is a list.
     let descr = descr
         .strip_prefix('\'')
         .and_then(|rest| rest.split('\'').next())

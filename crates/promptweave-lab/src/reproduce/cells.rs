@@ -1,4 +1,4 @@
-//! What there is to compute: one target, one method, some sources, one seed.
+//! The cells to compute. A cell is one target, one method, some sources and one seed.
 
 use std::fmt;
 
@@ -8,27 +8,28 @@ use crate::reproduce::Table;
 use crate::reproduce::suite::Suite;
 use promptweave_domain::stratified::stratified_subset;
 
-/// A way to a prompt for a target, by the key that rows and tables know it by.
+/// A way to a prompt for a target, with the key that rows and tables use.
 #[derive(Clone, Copy, Debug)]
 pub struct Method {
     pub key: &'static str,
     pub label: &'static str,
-    /// As a request's `objective`.
+    /// The method as a request's `objective`.
     pub objective: fn() -> Value,
 }
 
-/// The initial prompt, and nobody's: no transfer.
+/// The initial prompt without any source: no transfer.
 pub const NONE: &str = "none";
-/// The prompt tuned on the target itself, which no transfer method has: what there is to gain.
+/// The prompt tuned on the target itself, which no transfer method has. It shows how much there is
+/// to gain.
 pub const OWN: &str = "own";
-/// One source, as it is.
+/// A single source, unchanged.
 pub const ALONE: &str = "alone";
-/// As published.
+/// HGPrompt as published.
 pub const HGPROMPT: &str = "hgprompt";
-/// What an objective that says nothing means.
+/// The method of an empty objective.
 pub const DEFAULT: &str = "hgprompt_cv";
 
-/// In the order of the tables.
+/// The methods in the order of the tables.
 pub const METHODS: [Method; 17] = [
     Method {
         key: NONE,
@@ -117,7 +118,8 @@ pub const METHODS: [Method; 17] = [
     },
 ];
 
-/// How the sources rank, for the correlation with their own accuracies; not in the main table.
+/// HGPrompt with dense weights, which rank all sources. Its ranks are correlated with the sources'
+/// own accuracies; it is not in the main table.
 pub const DENSE: Method = Method {
     key: "hgprompt_dense",
     label: "HGPrompt, entropy 0.1",
@@ -129,8 +131,8 @@ const ALONE_METHOD: Method = Method {
     objective: || published(json!({"method": "average"})),
 };
 
-/// Settings of HGPrompt, and of what it is to beat, that a default could be chosen from: as they are, with a closed-form
-/// head, whatever the profile.
+/// Settings of HGPrompt and of its rivals from which a default could be chosen. Their prompts are
+/// used unchanged with a closed-form head, whatever the profile.
 pub const VARIANTS: [Method; 24] = [
     Method {
         key: "trade_off_0.9",
@@ -270,7 +272,8 @@ pub const VARIANTS: [Method; 24] = [
     },
 ];
 
-/// With H as HGPrompt is published, on one scale for all methods, and as it weighs by it.
+/// Sets H to HGPrompt's published mode. All methods then report H on one scale, and HGPrompt weighs
+/// by it.
 fn published(mut objective: Value) -> Value {
     let fields = objective.as_object_mut().expect("an object");
     fields.entry("method").or_insert(json!("hgprompt"));
@@ -283,7 +286,7 @@ fn published(mut objective: Value) -> Value {
 
 pub const ABLATION: [&str; 5] = [NONE, "average", "h_only", "alignment_only", HGPROMPT];
 pub const SCALABILITY: [&str; 6] = ["average", "single_best", "spot", "panda", HGPROMPT, DEFAULT];
-/// Orders in which sources are added.
+/// Number of orders in which sources are added.
 pub const ORDERS: u64 = 3;
 
 fn all() -> impl Iterator<Item = Method> {
@@ -300,19 +303,19 @@ pub struct Cell {
     pub seed: u64,
     pub target: String,
     pub method: &'static str,
-    /// Tasks, by name; none for [`NONE`].
+    /// The sources' tasks, by name; empty for [`NONE`].
     pub sources: Vec<String>,
 }
 
 impl Cell {
-    /// Whether the initial prompt is a source as well, behind the others.
+    /// Whether the initial prompt is also a source, after the others.
     pub fn has_initial(&self) -> bool {
         self.method == NONE || self.method.contains("initial_too")
     }
 
-    /// Whether prompt and head are tuned on the target, in a profile that does.
+    /// Whether prompt and head are tuned on the target, if the profile does that.
     pub fn is_tuned(&self) -> bool {
-        // A source alone is what rankings are compared with.
+        // A source alone serves to judge rankings only.
         self.method != ALONE && VARIANTS.iter().all(|variant| variant.key != self.method)
     }
 }
@@ -332,8 +335,8 @@ impl fmt::Display for Cell {
     }
 }
 
-/// All of what these tables are made of, one seed and one target after the other, so that a target's features are at
-/// hand for all its methods.
+/// All cells of these tables, one seed and one target after the other, so that a target's features
+/// are at hand for all its methods.
 pub fn cells(suite: &Suite, seeds: &[u64], tables: &[Table]) -> Vec<Cell> {
     let mut cells: Vec<Cell> = Vec::new();
     for seed in seeds {
@@ -399,14 +402,15 @@ fn of_target(suite: &Suite, seed: u64, target: &str, tables: &[Table]) -> Vec<Ce
     cells
 }
 
-/// 3, 5, 7, … and all.
+/// Numbers of sources: 3, 5, 7, … and all.
 pub fn sizes(sources: usize) -> Vec<usize> {
     (3..sources).step_by(2).chain([sources]).collect()
 }
 
-/// So many of the sources, by name, with all of those that fewer are of the same seed and order.
+/// A subset of the sources of this size, by name. It contains the smaller subsets of the same seed
+/// and order.
 pub fn subset(sources: &[String], size: usize, seed: u64, order: u64) -> Vec<String> {
-    // The smallest digests: a larger subset holds the smaller one.
+    // The subset takes the smallest digests, so that a larger one contains the smaller one.
     let labels = vec![0; sources.len()];
     let chosen = stratified_subset(&labels, size, seed * ORDERS + order);
     chosen.into_iter().map(|i| sources[i].clone()).collect()

@@ -1,5 +1,6 @@
-//! A picture of what a prompt does to the features of images: t-SNE of each target's test images under the initial prompt and
-//! under the one that HGPrompt composes of all sources. Of one seed; a layout is kept in its file and not computed again.
+//! A picture of the effect of prompts on the features of images: t-SNE of each target's test
+//! images, under the initial prompt and under the one that HGPrompt composes of all sources, for
+//! one seed. A layout is kept in its file and not computed again.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -22,17 +23,17 @@ use promptweave::offline::progress::bar;
 use promptweave::offline::write_whole;
 use promptweave::plot::{GREY, GRID, INK, padded, style};
 
-/// Test images of a target, at most: as many dots as can be told apart.
+/// The most test images of a target: as many dots as can be told apart.
 const MOST: usize = 200;
 
 #[derive(Serialize, Deserialize)]
 pub struct Layout {
     target: String,
-    /// Of the images, in the order of the points.
+    /// The images' labels, in the order of the points.
     labels: Vec<usize>,
-    /// Under the initial prompt.
+    /// The points under the initial prompt.
     initial: Vec<Point>,
-    /// Under the composed one.
+    /// The points under the composed prompt.
     composed: Vec<Point>,
 }
 
@@ -40,7 +41,7 @@ fn path(out: &Path, target: &str, seed: u64) -> PathBuf {
     out.join("tsne").join(format!("{target}-{seed}.json"))
 }
 
-/// Those that there are.
+/// Reads the layouts that exist.
 pub fn read(out: &Path, suite: &Suite, seed: u64) -> Result<Vec<Layout>> {
     let paths = suite.tasks.iter().map(|task| path(out, &task.name, seed));
     let there = paths.filter(|path| path.exists());
@@ -51,7 +52,7 @@ pub fn read(out: &Path, suite: &Suite, seed: u64) -> Result<Vec<Layout>> {
     there.map(read).collect()
 }
 
-/// Makes those that are missing.
+/// Makes the layouts that are missing.
 pub fn compute(args: &Args, suite: &Suite, settings: &Settings, seed: u64) -> Result<()> {
     let is_missing = |target: &&str| !path(&args.out, target, seed).exists();
     let targets = suite.targets.iter().map(String::as_str);
@@ -73,7 +74,7 @@ pub fn compute(args: &Args, suite: &Suite, settings: &Settings, seed: u64) -> Re
             .with_context(|| cell.to_string())?;
         let start = random(labels.len(), seed);
         let initial = embed(&rows(&features.get(0))?, &start);
-        // From where the images were, so that one sees what moved.
+        // It starts from the images' previous points, so that one sees what moved.
         let composed = embed(&rows(&features.get(1))?, &initial);
         let layout = Layout {
             target: target.to_owned(),
@@ -101,13 +102,13 @@ fn rows(features: &Tensor) -> Result<Vec<Vec<f64>>> {
     Ok(Vec::try_from(features.to_kind(Kind::Double))?)
 }
 
-/// A thousandth is far less than a dot.
+/// Rounds to a thousandth, far less than a dot.
 fn rounded(points: &[Point]) -> Vec<Point> {
     let rounded = |x: f64| (1e3 * x).round() / 1e3;
     points.iter().map(|point| point.map(rounded)).collect()
 }
 
-/// What the picture shows; nothing where there is none.
+/// The report's text about the picture; empty without a picture.
 pub fn section(layouts: &[Layout], num_tasks: usize, seed: u64) -> String {
     if layouts.is_empty() {
         return String::new();
@@ -129,7 +130,7 @@ const ROW: i32 = PANEL + 44;
 const TOP: i32 = 60;
 const LEFT: i32 = 16;
 
-/// Two panels a target, and two targets a row.
+/// Draws two panels for each target, and two targets in each row.
 pub fn picture(path: &Path, layouts: &[Layout]) -> Result<()> {
     if layouts.is_empty() {
         return Ok(());
@@ -180,7 +181,7 @@ fn panel(
     Ok(())
 }
 
-/// Share of the points whose nearest has their label.
+/// Share of the points whose nearest point has their label.
 fn among_their_own(points: &[Point], labels: &[usize]) -> f64 {
     let is_so = |i: &usize| {
         let distance = |j: &usize| squared_distance(&points[*i], &points[*j]);
@@ -199,7 +200,8 @@ mod tests {
     fn a_point_is_among_its_own_where_its_nearest_has_its_label() {
         let points = [[0.0, 0.0], [0.0, 1.0], [9.0, 0.0], [9.0, 2.0], [9.0, 3.0]];
         assert_eq!(among_their_own(&points, &[0, 0, 1, 1, 1]), 1.0);
-        // The third's nearest is the fourth, of another class; so is the fourth's, the fifth.
+        // The third point's nearest is the fourth, of another class; the fourth's is the fifth,
+        // also of another class.
         assert_eq!(among_their_own(&points, &[0, 0, 1, 0, 1]), 0.4);
     }
 }

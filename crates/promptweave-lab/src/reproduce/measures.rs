@@ -1,4 +1,5 @@
-//! What tables say about numbers: means with deviations, paired differences with intervals, rank correlations.
+//! The statistics of the tables: means with deviations, paired differences with intervals, rank
+//! correlations.
 
 use statrs::distribution::{ContinuousCDF as _, StudentsT};
 
@@ -17,7 +18,7 @@ pub fn mean_and_deviation(values: &[f64]) -> (f64, f64) {
     )
 }
 
-/// Half the width of Student's 95 % interval of the mean; None of fewer than two numbers.
+/// Half the width of Student's 95 % interval of the mean; `None` for fewer than two numbers.
 pub fn half_interval(values: &[f64]) -> Option<f64> {
     let n = values.len() as f64;
     let (_, deviation) = mean_and_deviation(values);
@@ -25,7 +26,7 @@ pub fn half_interval(values: &[f64]) -> Option<f64> {
     Some(student.inverse_cdf(0.975) * deviation / n.sqrt())
 }
 
-/// Spearman's rank correlation, ties at their average rank; None where one side is constant.
+/// Spearman's rank correlation, with ties at their average rank; `None` if one side is constant.
 pub fn spearman(x: &[f64], y: &[f64]) -> Option<f64> {
     let (x, y) = (ranks(x), ranks(y));
     let (mean_x, mean_y) = (mean_and_deviation(&x).0, mean_and_deviation(&y).0);
@@ -36,7 +37,7 @@ pub fn spearman(x: &[f64], y: &[f64]) -> Option<f64> {
     (size > 0.0).then(|| product(&x, mean_x, &y, mean_y) / size.sqrt())
 }
 
-/// From 1 up.
+/// The ranks of the values, from 1 up.
 fn ranks(values: &[f64]) -> Vec<f64> {
     let rank = |value: &f64| {
         let below = values.iter().filter(|other| *other < value).count();

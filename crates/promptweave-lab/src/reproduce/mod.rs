@@ -1,12 +1,12 @@
-//! `promptweave reproduce`: every method on every task of a suite, leave-one-out, and the paper's four tables.
+//! `reproduce`: every method on every task of a suite, leave-one-out, and the paper's four tables.
 //!
 //! ```text
 //! suite ─► for each seed: a source prompt a task ─► for each target: the other tasks' prompts, by every method
 //!                                                        └─► results.jsonl, a row a cell ─► report
 //! ```
 //!
-//! A cell that has its row is not computed again, so that a run can be stopped at any time, and the report can be made
-//! of what there is.
+//! A cell that has its row is not computed again. So a run can be stopped at any time, and the
+//! report can be made of the rows so far.
 
 mod cells;
 mod layouts;
@@ -41,16 +41,18 @@ use promptweave_formats::backbone::Backbone;
 pub struct Args {
     #[command(flatten)]
     pub engine: EngineOptions,
-    /// Folder of tasks, each a folder in the layout of VTAB-1k (train800val200.txt, test.txt) or an image folder with
-    /// train and test.
+    /// Folder of tasks. Each task is a folder in the layout of VTAB-1k (train800val200.txt,
+    /// test.txt), or an image folder with train and test.
     #[arg(long, value_name = "DIR")]
     pub suite: PathBuf,
-    /// Where results.jsonl, the source prompts and the report go; what is there is gone on with.
+    /// Folder for results.jsonl, the source prompts and the report. An earlier run in it is
+    /// continued.
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
-    /// `zero-shot`: every composed prompt as it is, with a closed-form head. `small`: prompt and head are tuned on the target
-    /// from there, for five epochs; meant for a backbone of six blocks at 70 pixels. `full`: the same with 50 tokens, ten epochs
-    /// and up to 2000 images, as far as the paper's protocol is known; hours on a GPU.
+    /// How composed prompts are used. `zero-shot`: every prompt unchanged, with a closed-form head.
+    /// `small`: prompt and head are tuned on the target from there, for five epochs; meant for a
+    /// backbone of six blocks at 70 pixels. `full`: the same with 50 tokens, ten epochs and up to
+    /// 2000 images, as far as the paper's protocol is known; it takes hours on a GPU.
     #[arg(long, value_enum, default_value_t = Profile::ZeroShot)]
     pub profile: Profile,
     #[arg(
@@ -63,23 +65,25 @@ pub struct Args {
     /// Only these tasks, as sources and as targets [default: all].
     #[arg(long, value_delimiter = ',')]
     pub tasks: Option<Vec<String>>,
-    /// Only these of the tasks as targets, so that several machines can have their part each; their results.jsonl come
-    /// together by --merge [default: all].
+    /// Only these of the tasks as targets, so that several machines can share the work. --merge
+    /// combines their results.jsonl [default: all].
     #[arg(long, value_delimiter = ',')]
     pub targets: Option<Vec<String>>,
-    /// Takes over the rows of these results.jsonl, made with the same settings, before anything is computed.
+    /// Take over the rows of these results.jsonl, made with the same settings, before anything is
+    /// computed.
     #[arg(long, value_name = "FILE", num_args = 1..)]
     pub merge: Vec<PathBuf>,
-    /// Each seed is a whole run of its own: initial prompt, choice of images, order of batches.
+    /// Seeds. Each is a whole run with its own initial prompt, choice of images and order of
+    /// batches.
     #[arg(long, value_delimiter = ',', default_value = "0,1,2")]
     pub seeds: Vec<u64>,
     /// GiB of features and gradients kept in OUT/cache while a target's methods are computed.
     #[arg(long, default_value_t = 8)]
     pub cache_gib: u32,
-    /// Only tune the prompts of the targets, which are the others' sources, and nothing else.
+    /// Only tune the prompts of the targets, which are the other targets' sources.
     #[arg(long)]
     pub prompts_only: bool,
-    /// Compute nothing: make the report of the rows that there are.
+    /// Compute nothing, and make the report of the rows that exist.
     #[arg(long)]
     pub report_only: bool,
 }
@@ -97,13 +101,13 @@ pub enum Table {
     Ablation,
     Spearman,
     Scalability,
-    /// HGPrompt with other settings: what its default is chosen by.
+    /// HGPrompt with other settings, from which its default is chosen.
     Settings,
-    /// No table: a picture of features before and after, of the first seed.
+    /// No table, but a picture of features before and after, for the first seed.
     Tsne,
 }
 
-/// What all numbers of a results file depend on, beside the seeds.
+/// The settings that all numbers of a results file depend on, beside the seeds.
 #[derive(Clone, Debug, Serialize)]
 pub struct Settings {
     pub profile: &'static str,
@@ -111,15 +115,16 @@ pub struct Settings {
     pub suite: String,
     pub backbone: String,
     pub precision: String,
-    /// Of every source prompt; `init_seed` and `seed` are the cell's seed.
+    /// Options for tuning every source prompt; `init_seed` and `seed` are the cell's seed.
     pub source_tuning: TuningOptions,
-    /// Images a source prompt is tuned on, at most.
+    /// The most images that a source prompt is tuned on.
     pub source_samples: usize,
-    /// N of the target, at most.
+    /// The most target samples, N.
     pub target_samples: usize,
-    /// Of `spot` and `panda`.
+    /// Epochs of the short tuning in `spot` and `panda`.
     pub target_epochs: u32,
-    /// Of prompt and head, from the composed prompt; on the same images. None with `zero-shot`.
+    /// Options for tuning prompt and head from the composed prompt, on the same images; `None` with
+    /// `zero-shot`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target_tuning: Option<TuningOptions>,
 }
@@ -130,7 +135,7 @@ impl Settings {
             epochs: 5,
             ..TuningOptions::default()
         };
-        // What is known of the paper's protocol; what is not is as elsewhere here.
+        // The known part of the paper's protocol. The rest is as in the other profiles.
         let as_the_paper = TuningOptions {
             num_tokens: 50,
             epochs: 10,
@@ -171,7 +176,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let reads = args.report_only && args.merge.is_empty();
     let mut results = Results::open(&path, &settings, reads)?;
     for file in &args.merge {
-        // Opened to be read, it would be made where it is not.
+        // Opening the results for reading would create the file if it is missing.
         ensure!(
             file.is_file(),
             "`{}` is no file of rows to merge",
@@ -202,7 +207,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     report.write(&args.out, &args.tables)
 }
 
-/// How many cells of each table have no row yet.
+/// Number of cells of each table that have no row yet.
 fn missing(args: &Args, suite: &Suite, results: &Results) -> Vec<(Table, usize)> {
     let of_table = |table: &Table| {
         let cells = cells(suite, &args.seeds, std::slice::from_ref(table));
@@ -279,7 +284,7 @@ mod tests {
         Args::from_arg_matches(&matches).unwrap()
     }
 
-    /// Tasks that differ in their number of images, and so in their images.
+    /// A suite of tasks that differ in their number of images, and so in their images.
     fn suite(dir: &Path, tasks: usize) {
         write_backbone(&dir.join("backbone"));
         for task in 0..tasks {
@@ -319,7 +324,7 @@ mod tests {
         }
         let table = read("cells.csv");
         assert_eq!(table.lines().count(), rows.lines().count());
-        // Of HGPrompt, tuned on the target.
+        // The row of HGPrompt, tuned on the target.
         let row: results::Row = rows
             .lines()
             .find(|line| line.contains("\"method\":\"hgprompt\""))
@@ -331,7 +336,7 @@ mod tests {
         );
         assert_eq!((row.sources.len(), row.weights.len()), (2, 2));
 
-        // Of a first row alone there is a report too.
+        // A report can be made of a single row.
         let out = dir.path().join("out/results.jsonl");
         let first: String = rows.split_inclusive('\n').take(2).collect();
         fs::write(&out, first).unwrap();
@@ -344,7 +349,7 @@ mod tests {
         );
         fs::write(&out, &rows).unwrap();
 
-        // Settings beside what there is; what was not computed has a dash.
+        // The settings table uses the rows that exist. What was not computed has a dash.
         let settings = [
             "--profile",
             "small",
@@ -359,7 +364,7 @@ mod tests {
             let found = compared.lines().find(|line| line.starts_with(&start));
             found.unwrap_or_else(|| panic!("{compared}")).to_owned()
         };
-        // Name, held out, cross-fitted, test: of 30 images none is held out.
+        // The cells are name, held out, cross-fitted, test. Of 30 images none is held out.
         let cells = |label: &str| -> Vec<bool> {
             let row = row(label);
             let cells = row.split('|').skip(2).take(6);
@@ -369,7 +374,7 @@ mod tests {
         assert_eq!(cells("scale 0.5"), [false; 6]);
         row("cross-fitted loss");
 
-        // Again: nothing is computed, and the report is the same.
+        // A second run computes nothing, and the report is the same.
         run(&small).unwrap();
         assert_eq!((read("results.jsonl"), read("report.md")), (rows, report));
     }

@@ -12,7 +12,7 @@ use promptweave::plot::{GREY, GRID, INK, PALETTE, color, padded, style, style_ca
 
 pub type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
-/// A method's label; numbers of sources, each with mean and deviation.
+/// A method's label, and its points: number of sources, mean and deviation.
 pub type Line<'a> = (&'a str, Vec<(usize, f64, f64)>);
 
 /// Draws on white, and writes the picture.
@@ -27,7 +27,7 @@ pub fn draw(path: &Path, size: (u32, u32), on: impl FnOnce(&Area<'_>) -> Result<
     write_whole(path, svg.as_bytes())
 }
 
-/// A bar a method: its mean accuracy in percent, from 0.
+/// Draws a bar for each method: its mean accuracy in percent, from 0.
 pub fn accuracies(path: &Path, means: &[(&str, Option<f64>)]) -> Result<()> {
     const ROW: i32 = 26;
     const TOP: i32 = 44;
@@ -68,7 +68,7 @@ pub fn accuracies(path: &Path, means: &[(&str, Option<f64>)]) -> Result<()> {
     })
 }
 
-/// α by target (row) and source (column).
+/// Draws α by target (row) and source (column).
 pub fn weights(path: &Path, (names, weights): &(Vec<&str>, Vec<Vec<Option<f64>>>)) -> Result<()> {
     const CELL: i32 = 58;
     const LEFT: i32 = 130;
@@ -90,7 +90,7 @@ pub fn weights(path: &Path, (names, weights): &(Vec<&str>, Vec<Vec<Option<f64>>>
                     &style(13, &INK, HPos::Right),
                     (LEFT - 8, y + CELL / 2),
                 )?;
-                // Names of columns in two rows: side by side they would touch.
+                // The columns' names are in two rows, since side by side they would touch.
                 let above = if row % 2 == 0 { TOP - 34 } else { TOP - 14 };
                 let x = LEFT + row as i32 * CELL + CELL / 2;
                 area.draw_text(target, &style(12, &INK, HPos::Center), (x, above))?;
@@ -113,7 +113,7 @@ pub fn weights(path: &Path, (names, weights): &(Vec<&str>, Vec<Vec<Option<f64>>>
     )
 }
 
-/// α against what its source is worth, a colour a target.
+/// Draws α against the worth of its source, with a colour for each target.
 pub fn correlation(path: &Path, points: &[(&str, Vec<(f64, f64)>)]) -> Result<()> {
     draw(path, (760, 460), |area| {
         let (chart, legend) = area.split_horizontally(560);
@@ -144,7 +144,7 @@ pub fn correlation(path: &Path, points: &[(&str, Vec<(f64, f64)>)]) -> Result<()
     })
 }
 
-/// Mean accuracy against the number of sources, a line a method.
+/// Draws mean accuracy against the number of sources, with a line for each method.
 pub fn scalability(path: &Path, series: &[Line<'_>]) -> Result<()> {
     draw(path, (800, 460), |area| {
         let (chart, legend) = area.split_horizontally(560);
@@ -203,7 +203,7 @@ impl Axes<'_> {
     }
 }
 
-/// The palette while it is enough for so many, and then hues.
+/// A colour from the palette, or a hue if there are too many rows for it.
 pub(super) fn color_of(row: usize, count: usize) -> RGBAColor {
     match count {
         count if count <= PALETTE.len() => color(row).to_rgba(),
@@ -211,7 +211,7 @@ pub(super) fn color_of(row: usize, count: usize) -> RGBAColor {
     }
 }
 
-/// What the colours stand for.
+/// Draws the legend of the colours.
 fn names<'a>(area: &Area<'_>, names: impl ExactSizeIterator<Item = &'a str>) -> Result<()> {
     let count = names.len();
     for (row, name) in names.enumerate() {

@@ -1,11 +1,12 @@
-//! Do scores foretell which source helps? Rankings of the sources beside what each is worth alone.
+//! Rankings of the sources compared with each source's worth alone: do scores predict which source
+//! helps?
 
 use crate::reproduce::cells::{ALONE, DEFAULT, DENSE, HGPROMPT};
 use crate::reproduce::measures::{mean_and_deviation, spearman};
 use crate::reproduce::report::{Report, mean_of, number, table};
 use crate::reproduce::results::Row;
 
-/// Rankings of the sources: by a method's weights, or by a score that some method's row has.
+/// Rankings of the sources, by a method's weights or by a score in some method's row.
 const RANKINGS: [(&str, &str, Ranking); 14] = [
     ("HGPrompt, α", HGPROMPT, Ranking::Weights),
     ("HGPrompt, α with entropy 0.1", DENSE.key, Ranking::Weights),
@@ -47,19 +48,20 @@ const RANKINGS: [(&str, &str, Ranking); 14] = [
 enum Ranking {
     Weights,
     Score(&'static str),
-    /// What the row of the source alone says.
+    /// A value in the row of the source alone.
     Alone(fn(&Row) -> Option<f64>),
 }
 
-/// What a source alone is worth: the more the better.
+/// The worth of a source alone. Higher is better.
 type Worth = fn(&Row) -> Option<f64>;
 
 const BY_ACCURACY: Worth = |row| Some(row.eval_accuracy);
-/// Finer than accuracy on some hundred test images, and of more images.
+/// The held-out loss is finer than accuracy on some hundred test images, and comes from more
+/// images.
 const BY_HELD_OUT_LOSS: Worth = |row| Some(-row.held_out_loss?);
 
 impl<'a> Report<'a> {
-    /// A ranking's numbers and the worths they are to foretell, by source, of one seed.
+    /// A ranking's numbers, and the worths that they are to predict, by source, for one seed.
     fn ranked(&self, row: &Row, ranking: Ranking, worth: Worth) -> Option<(Vec<f64>, Vec<f64>)> {
         let alone = self.of(&row.target, ALONE);
         let of_source = |source: &String| {
@@ -84,7 +86,7 @@ impl<'a> Report<'a> {
         Some((scores, worths.collect::<Option<_>>()?))
     }
 
-    /// Of each target, the mean over its seeds; last, the mean over targets.
+    /// The coefficient of each target, as the mean over its seeds; and last the mean over targets.
     fn coefficients(
         &self,
         (_, key, ranking): (&str, &str, Ranking),
@@ -124,7 +126,7 @@ impl<'a> Report<'a> {
         )
     }
 
-    /// α of HGPrompt with each source's accuracy less the mean of the target's, in points.
+    /// HGPrompt's α, with each source's accuracy minus the target's mean, in points.
     pub(super) fn points(&self) -> Vec<(&'a str, Vec<(f64, f64)>)> {
         let of_target = |target: &'a str| {
             let mut points = Vec::new();

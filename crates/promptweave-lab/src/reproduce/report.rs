@@ -1,4 +1,4 @@
-//! The four tables, their comma-separated values, and their pictures, from the rows alone.
+//! The four tables, their comma-separated values, and their pictures, made from the rows alone.
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -13,7 +13,7 @@ use crate::reproduce::{Settings, Table};
 use crate::reproduce::{layouts, plots};
 use promptweave::offline::write_whole;
 
-/// What HGPrompt is compared with.
+/// The methods that HGPrompt is compared with.
 const RIVALS: [&str; 11] = [
     NONE,
     OWN,
@@ -33,12 +33,12 @@ pub struct Report<'a> {
     pub seeds: &'a [u64],
     pub settings: &'a Settings,
     pub rows: &'a [Row],
-    /// Tables of which cells have no row yet, and how many.
+    /// Tables that have cells without a row, and the number of such cells.
     pub missing: &'a [(Table, usize)],
 }
 
 impl<'a> Report<'a> {
-    /// report.md, and beside it the cells as CSV and the pictures as SVG, of what there is.
+    /// Writes report.md, the cells as CSV and the pictures as SVG, from the rows that exist.
     pub fn write(&self, out: &Path, tables: &[Table]) -> anyhow::Result<()> {
         let all: Vec<&str> = METHODS.iter().map(|method| method.key).collect();
         let seed = self.seeds.first().copied().unwrap_or_default();
@@ -84,7 +84,7 @@ impl<'a> Report<'a> {
         } = self.settings;
         let seconds = (self.rows.iter()).fold(0.0, |sum, row| sum + row.seconds);
         let of_tuning = self.rows.iter().filter_map(|row| row.tuning_seconds);
-        // A sum of nothing would be -0.
+        // `sum` over nothing would give -0.
         let tuning = of_tuning.fold(0.0, |sum, seconds| sum + seconds);
         let heads = match &self.settings.target_tuning {
             None => "a closed-form head, no target tuning but for what SPoT and PANDA compare with"
@@ -121,7 +121,7 @@ impl<'a> Report<'a> {
         seeds.join(", ")
     }
 
-    /// The rows of a method with all the sources that it takes, one a seed.
+    /// The rows of a method with all the sources that it takes, one for each seed.
     pub(super) fn rows_of(&self, target: &str, key: &str) -> Vec<&Row> {
         let all = self.suite.others(target);
         let whole = |row: &&Row| matches!(key, NONE | OWN) || row.sources == all;
@@ -139,7 +139,7 @@ impl<'a> Report<'a> {
         self.suite.tasks.iter().map(|task| task.name.as_str())
     }
 
-    /// In percent, of each seed.
+    /// Accuracies in percent, one for each seed.
     fn percents(&self, target: &str, key: &str) -> Vec<f64> {
         let rows = self.rows_of(target, key);
         rows.iter().map(|row| 100.0 * row.accuracy()).collect()
@@ -151,7 +151,8 @@ impl<'a> Report<'a> {
         self.targets().filter(has_all).collect()
     }
 
-    /// Each method's mean over the targets that have rows of all of them, so that means compare; none without such.
+    /// Each method's mean over the targets that have rows of all of them, so that the means can be
+    /// compared. `None` without such targets.
     fn means(&self, keys: &[&str]) -> Vec<(&'static str, Option<f64>)> {
         let targets = self.common_targets(keys);
         let mean = |key: &&str| {
@@ -184,7 +185,7 @@ impl<'a> Report<'a> {
         )
     }
 
-    /// Of HGPrompt, as it is by default and as published, less its rivals.
+    /// Differences of HGPrompt, the default and as published, from its rivals.
     fn differences(&self) -> String {
         let all = RIVALS.into_iter();
         format!(
@@ -196,7 +197,7 @@ impl<'a> Report<'a> {
         )
     }
 
-    /// How often the default is one source.
+    /// Text about how often the default gives all weight to one source.
     fn gave_way(&self) -> String {
         let rows = self
             .targets()
@@ -209,7 +210,8 @@ impl<'a> Report<'a> {
         )
     }
 
-    /// One number a task, the mean over its seeds, so that a task counts once.
+    /// Differences with one number for each task, its mean over the seeds, so that a task counts
+    /// once.
     fn differences_of(
         &self,
         key: &str,
@@ -262,7 +264,7 @@ impl<'a> Report<'a> {
         table(&header.map(str::to_owned), rows)
     }
 
-    /// α of HGPrompt by target and source, the mean over seeds; None on the diagonal.
+    /// HGPrompt's α by target and source, the mean over seeds; `None` on the diagonal.
     fn weights(&self) -> (Vec<&'a str>, Vec<Vec<Option<f64>>>) {
         let names: Vec<&str> = self.targets().collect();
         let of_target = |target: &&str| {
@@ -320,7 +322,7 @@ pub(super) fn mean_of(values: &[f64]) -> Option<f64> {
     (!values.is_empty()).then(|| mean_and_deviation(values).0)
 }
 
-/// A dash where there is none.
+/// A formatted number; a dash for none.
 pub(super) fn number(value: Option<f64>, decimals: usize) -> String {
     value.map_or("–".into(), |value| format!("{value:.decimals$}"))
 }
@@ -334,7 +336,7 @@ fn spread(percents: &[f64]) -> String {
     }
 }
 
-/// In Markdown, readable as it is.
+/// A Markdown table, also readable as plain text.
 pub(super) fn table(header: &[String], rows: impl Iterator<Item = Vec<String>>) -> String {
     let rows: Vec<Vec<String>> = rows.collect();
     let width = |column: usize| {

@@ -1,4 +1,5 @@
-//! The results file: a row a cell, as JSON lines, the first of which says what all of them depend on.
+//! The results file: JSON lines with a row for each cell. The first line has the settings that all
+//! rows depend on.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Write as _;
@@ -17,53 +18,55 @@ pub struct Row {
     pub target: String,
     pub method: String,
     pub sources: Vec<String>,
-    /// α, in the order of `sources`.
+    /// The weights α, in the order of `sources`.
     pub weights: Vec<f64>,
-    /// Of each source on its own, by the name of the metric, in the order of `sources`.
+    /// Scores of each source on its own, by the name of the metric, in the order of `sources`.
     pub scores: Vec<(String, Vec<f64>)>,
-    /// γ; None in rows of before it could be chosen.
+    /// γ; `None` in rows from before it could be chosen.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub uniform_mix: Option<f64>,
-    /// β
+    /// The scale β.
     pub scale: f64,
     /// Share of the test images that the closed-form head on the composed prompt's features gets right.
     pub eval_accuracy: f64,
     pub train_accuracy: f64,
-    /// Cross-fitted, on the same samples.
+    /// Cross-fitted accuracy on the training samples.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub validation_accuracy: Option<f64>,
-    /// The same in nats.
+    /// Cross-fitted loss on the same samples, in nats.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub validation_loss: Option<f64>,
-    /// Of the same head on training images that are not among the samples, where there are such: what a default may be
-    /// chosen by, as no method has seen them and they are no test images.
+    /// Accuracy of the same head on training images that are not among the samples, if there are
+    /// any. A default may be chosen by it: no method has seen these images, and they are not test
+    /// images.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub held_out_accuracy: Option<f64>,
-    /// The same in nats, at the temperature that is best for these images.
+    /// Loss on the same images in nats, at the temperature that is best for them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub held_out_loss: Option<f64>,
-    /// Of prompt and head after the target tuning, where there is one, on the same test images.
+    /// Accuracy of prompt and head on the test images after the target tuning, if there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tuned_accuracy: Option<f64>,
-    /// Of that tuning and its test.
+    /// Duration of that tuning and its test, in seconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tuning_seconds: Option<f64>,
-    /// H(f of the composed prompt).
+    /// H of the composed prompt's features.
     pub h_score: f64,
-    /// (H(f of the composed prompt) - H of the mixed features) over the latter.
+    /// H of the composed prompt's features minus H of the mixed features, divided by the latter.
     pub surrogate_gap: Option<f64>,
-    /// Of the composition, with what it could take from the cache; of the target's tuning whoever paid for it.
+    /// Duration of the composition in seconds, with what the cache provided.
+    /// `target_tuning_seconds` is that of the target's tuning, even if another method ran it.
     pub seconds: f64,
     pub target_tuning_seconds: Option<f64>,
 }
 
 impl Row {
-    /// What the tables show.
+    /// The accuracy that the tables show.
     pub fn accuracy(&self) -> f64 {
         self.tuned_accuracy.unwrap_or(self.eval_accuracy)
     }
 
-    /// What it is the row of.
+    /// The cell that the row belongs to.
     fn cell(&self) -> (u64, &str, &str, &[String]) {
         (self.seed, &self.target, &self.method, &self.sources)
     }
@@ -76,8 +79,8 @@ pub struct Results {
 }
 
 impl Results {
-    /// Opens a file to go on with it, or begins one; until it is dropped no other process may. Who only `reads` takes what
-    /// is there, also while another computes.
+    /// Opens a file to continue it, or creates it. Until it is dropped, no other process may do so.
+    /// With `reads` it only reads the existing rows, even while another process computes.
     pub fn open(path: &Path, settings: &Settings, reads: bool) -> anyhow::Result<Self> {
         let settings = json!({ "settings": settings });
         if let Some(dir) = path.parent() {
@@ -97,7 +100,8 @@ impl Results {
             );
         }
         let mut bytes = fs::read(path).with_context(named)?;
-        // A run that was killed while it wrote leaves the beginning of a row, which is computed again.
+        // A run that was killed while writing leaves the beginning of a row. That cell is computed
+        // again.
         let whole = bytes
             .iter()
             .rposition(|byte| *byte == b'\n')
@@ -115,7 +119,7 @@ impl Results {
             }
             Some(first) => {
                 let found: Value = serde_json::from_str(first).with_context(named)?;
-                // Through text, as the file's numbers have been.
+                // The settings go through text, as the file's numbers have.
                 let asked: Value = serde_json::from_str(&settings.to_string())?;
                 if found != asked {
                     bail!(
@@ -152,7 +156,7 @@ impl Results {
         Ok(())
     }
 
-    /// Written, and on the disk, when this returns.
+    /// Adds a row. It is on the disk when this returns.
     pub fn add(&mut self, row: Row) -> anyhow::Result<()> {
         let line = format!("{}\n", serde_json::to_string(&row)?);
         let written = self
@@ -230,7 +234,7 @@ pub mod tests {
         results.add(first.clone()).unwrap();
         results.add(second.clone()).unwrap();
         drop(results);
-        // Killed within a row.
+        // The run was killed within a row.
         let text = fs::read_to_string(&path).unwrap();
         fs::write(&path, &text[..text.len() - 9]).unwrap();
 

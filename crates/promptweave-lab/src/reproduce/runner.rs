@@ -1,4 +1,5 @@
-//! Computes cells with the engine's own composition: what a user's request runs is what the tables are of.
+//! Computes cells with the engine's own composition, so that the tables describe what a user's
+//! request runs.
 
 use std::collections::HashMap;
 use std::ops::ControlFlow;
@@ -42,29 +43,30 @@ pub struct Runner<'a> {
     engine: Engine,
     /// Source prompts by seed and task, as their files have them.
     prompts: HashMap<(u64, String), Source>,
-    /// Of the target and seed that were last.
+    /// Unseen images of the last target and seed.
     unseen: Option<(String, u64, Unseen)>,
-    /// Of target, seed and composed prompt: several methods may come to the same.
+    /// Accuracies by target, seed and composed prompt. Several methods may give the same prompt.
     accuracies: HashMap<(String, u64, Digest), Accuracies>,
 }
 
-/// The target's images that no method looks at.
+/// The target's images that no method sees.
 pub struct Unseen {
     pub test: Samples,
-    /// Training images that are not among the samples; none where all of them are.
+    /// Training images that are not among the samples; `None` if all of them are.
     pub held_out: Option<Samples>,
 }
 
-/// Of a composed prompt with its closed-form head, and of what it becomes on the target.
+/// Accuracies of a composed prompt with its closed-form head, and after tuning on the target.
 #[derive(Clone, Copy)]
 struct Accuracies {
     test: f64,
     held_out: Option<OnUnseen>,
-    /// On the test images, after tuning prompt and head on the target; and the seconds that this and the test took.
+    /// Accuracy on the test images after tuning prompt and head on the target, and the seconds that
+    /// tuning and test took.
     tuned: Option<(f64, f64)>,
 }
 
-/// At most so many times the samples are held out: enough to compare settings by.
+/// The most held-out images, as a multiple of the samples: enough to compare settings by.
 const HELD_OUT: usize = 2;
 
 impl<'a> Runner<'a> {
@@ -124,7 +126,8 @@ impl<'a> Runner<'a> {
         })
     }
 
-    /// Features [2, N, d] of test images under the initial prompt and under the one that the cell composes, and their labels.
+    /// Features [2, N, d] of test images under the initial prompt and under the one that the cell
+    /// composes, with their labels.
     pub fn test_features(
         &mut self,
         cell: &Cell,
@@ -146,7 +149,7 @@ impl<'a> Runner<'a> {
     }
 
     fn accuracies(&mut self, cell: &Cell, composed: &Source) -> anyhow::Result<Accuracies> {
-        // Without the metadata, which says how it was found.
+        // The metadata is left out, since it tells how the prompt was found.
         let values = PromptFile {
             metadata: None,
             ..composed.file.clone()
@@ -184,7 +187,7 @@ impl<'a> Runner<'a> {
         Ok(found)
     }
 
-    /// What is found on the target's images that no method looks at.
+    /// Computes something on the target's images that no method sees.
     fn unseen<T>(
         &mut self,
         cell: &Cell,
@@ -206,7 +209,7 @@ impl<'a> Runner<'a> {
     pub fn load_unseen(&mut self, target: &str, seed: u64) -> anyhow::Result<Unseen> {
         let test = self.samples(target, Split::Test, None, seed)?;
         let samples = self.settings.target_samples;
-        // As the samples are chosen; their images are not decoded once more for that.
+        // Chosen in the same way as the samples, without decoding their images again.
         let dataset = LabelledImages::read(&self.suite.task(target).dir)?;
         let listed = dataset.split(Split::Train)?;
         let labels: Vec<usize> = listed.iter().map(|image| image.label).collect();
@@ -256,7 +259,7 @@ impl<'a> Runner<'a> {
         Ok(sources)
     }
 
-    /// The prompt of a task, tuned now where it has no file yet.
+    /// The prompt of a task. It is tuned now if it has no file yet.
     pub fn source(&mut self, seed: u64, task: &str) -> anyhow::Result<Source> {
         let key = (seed, task.to_owned());
         if !self.prompts.contains_key(&key) {
@@ -322,7 +325,7 @@ impl<'a> Runner<'a> {
         Ok(tuning.run(&mut NoCheckpoints, |_| ControlFlow::Continue(()))?)
     }
 
-    /// What the sources of a seed began with.
+    /// The initial prompt of the sources of a seed.
     fn initial(&mut self, seed: u64) -> anyhow::Result<Source> {
         let (backbone, _) = self.engine.backbone(&self.args.engine.backbone)?;
         let file = initial_file(
@@ -341,7 +344,7 @@ impl<'a> Runner<'a> {
     }
 }
 
-/// Whether there is a prompt that was tuned with these options.
+/// Whether the file holds a prompt that was tuned with these options.
 fn is_tuned_so(path: &Path, options: &TuningOptions) -> bool {
     let Ok((_, file)) = read_prompt(path) else {
         return false;
@@ -416,7 +419,7 @@ fn row(
     })
 }
 
-/// What is said of each source alone; a metric that some source lacks is left out.
+/// The scores of each source alone. A metric that some source lacks is left out.
 fn scores(result: &CompositionResult) -> anyhow::Result<Vec<(String, Vec<f64>)>> {
     let of =
         |source: &SourceDiagnostics| -> anyhow::Result<Value> { Ok(serde_json::to_value(source)?) };

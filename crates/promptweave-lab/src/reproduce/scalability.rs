@@ -6,7 +6,8 @@ use crate::reproduce::plots;
 use crate::reproduce::report::{Report, table};
 
 impl<'a> Report<'a> {
-    /// By method: number of sources, with mean and deviation over seeds and orders of the mean over the targets.
+    /// By method: the number of sources, with mean and deviation over seeds and orders of the mean
+    /// over the targets.
     pub(super) fn by_number(&self) -> Vec<plots::Line<'static>> {
         let sizes = sizes(self.suite.tasks.len() - 1);
         let seeds = self.seeds_of_all_sizes();
@@ -29,7 +30,7 @@ impl<'a> Report<'a> {
         SCALABILITY.into_iter().map(of_method).collect()
     }
 
-    /// Those that have every row, so that all numbers of sources are of the same seeds.
+    /// The seeds that have every row, so that all numbers of sources are from the same seeds.
     fn seeds_of_all_sizes(&self) -> Vec<u64> {
         let sizes = sizes(self.suite.tasks.len() - 1);
         let has = |seed: u64, key: &str| {
@@ -41,7 +42,7 @@ impl<'a> Report<'a> {
         self.seeds.iter().copied().filter(whole).collect()
     }
 
-    /// Over all targets, in percent; None before they are all there.
+    /// Mean accuracy over all targets in percent; `None` until all are there.
     fn mean_of_order(&self, key: &str, size: usize, seed: u64, order: u64) -> Option<f64> {
         let of_target = |target: &'a str| {
             let sources = subset(&self.suite.others(target), size, seed, order);

@@ -1,22 +1,23 @@
-//! What a default is to be chosen by, and what the choice is worth: settings of HGPrompt beside the other methods, by what
-//! can be known without a test label and by what test labels say. Closed-form heads, whatever the profile.
+//! The settings table: settings of HGPrompt beside the other methods, with the criteria that need
+//! no test label and the test accuracies. It shows by which criterion a default may be chosen, and
+//! what the choice is worth. Heads are in closed form, whatever the profile.
 
 use crate::reproduce::cells::{DEFAULT, HGPROMPT, METHODS, OWN, VARIANTS, method};
 use crate::reproduce::measures::{half_interval, spearman};
 use crate::reproduce::report::{Report, mean_of, number, table};
 use crate::reproduce::results::Row;
 
-/// Something that a row says.
+/// A value in a row.
 type RowValue = fn(&Row) -> Option<f64>;
 
-/// What could be chosen by, the better the higher.
+/// Criteria by which settings could be chosen. Higher is better.
 const CRITERIA: [(&str, RowValue); 6] = [
     ("held-out loss", |row| Some(-row.held_out_loss?)),
     ("held-out accuracy", |row| row.held_out_accuracy),
     ("cross-fitted loss", |row| Some(-row.validation_loss?)),
     ("cross-fitted accuracy", |row| row.validation_accuracy),
     ("H of the composed prompt", |row| {
-        // On one scale alone.
+        // H is compared only among methods that have it on one scale.
         let others = ["trace_ratio", "h_shrinkage", "cross_validated", DEFAULT];
         let is_other = others.iter().any(|other| row.method.starts_with(other));
         (!is_other).then_some(row.h_score)
@@ -39,7 +40,8 @@ fn all() -> impl Iterator<Item = &'static str> {
 }
 
 impl Report<'_> {
-    /// Of the seeds that have every row that some seed has of all targets, so that all rows of the table are of the same.
+    /// The table, for the seeds that have every row that some seed has for all targets. So all rows
+    /// of the table are from the same seeds.
     pub(super) fn settings(&self) -> String {
         let has = |seed: u64, key: &str| {
             let of_seed = Report {
@@ -91,7 +93,7 @@ impl Report<'_> {
             "less that as published, 95 %",
         ];
         let criteria = CRITERIA.iter().map(|(name, criterion)| {
-            // The target's own prompt was tuned on the samples that the others are validated on.
+            // The target's own prompt was tuned on the samples that validate the others.
             let methods = || all().filter(|key| *key != OWN);
             let of_target = |target: &&str| self.foretold(target, methods(), *criterion);
             let coefficients: Vec<f64> = targets.iter().filter_map(of_target).collect();
@@ -120,7 +122,7 @@ impl Report<'_> {
         )
     }
 
-    /// Student's interval of a method's numbers less those of HGPrompt as published.
+    /// Student's interval of a method's numbers minus those of HGPrompt as published.
     fn beside_published(
         &self,
         targets: &[&str],
@@ -145,7 +147,7 @@ impl Report<'_> {
         rows.len() == self.seeds.len() && rows.iter().all(|row| row.validation_loss.is_some())
     }
 
-    /// Means over seeds; None where some target lacks a row.
+    /// Means over seeds, by target; `None` if some target lacks a row.
     fn by_target(
         &self,
         targets: &[&str],
@@ -159,7 +161,7 @@ impl Report<'_> {
         targets.iter().map(mean).collect()
     }
 
-    /// How a criterion ranks the methods of a target, beside their test accuracies.
+    /// The rank correlation of a criterion with the methods' test accuracies on a target.
     fn foretold(
         &self,
         target: &str,

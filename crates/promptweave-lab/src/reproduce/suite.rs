@@ -9,15 +9,16 @@ use promptweave_domain::digest::Digest;
 use promptweave_domain::split::Split;
 use promptweave_formats::dataset::LabelledImages;
 
-/// Leave-one-out needs two sources to weigh.
+/// The fewest tasks: leave-one-out needs two sources to weigh.
 const FEWEST: usize = 3;
 
 pub struct Suite {
-    /// By name.
+    /// The tasks, sorted by name.
     pub tasks: Vec<Task>,
-    /// Those of them that prompts are composed for.
+    /// The tasks that prompts are composed for.
     pub targets: Vec<String>,
-    /// Of their names, classes and lists: whether it is the same suite, without reading all images.
+    /// Digest of the tasks' names, classes and lists. It tells whether a suite is the same without
+    /// reading all images.
     pub digest: Digest,
 }
 
@@ -28,7 +29,8 @@ pub struct Task {
 }
 
 impl Suite {
-    /// The folders in `dir` that hold labelled images with a training and a test part, of these names; `targets` among them.
+    /// Opens the tasks: the folders in `dir` with these names that hold labelled images with a
+    /// training and a test part. `targets` must be among them.
     pub fn open(
         dir: &Path,
         tasks: Option<&[String]>,
@@ -74,14 +76,14 @@ impl Suite {
         found.expect("cells are of the suite's tasks")
     }
 
-    /// Names of all tasks but one.
+    /// Names of all tasks but the target.
     pub fn others(&self, target: &str) -> Vec<String> {
         let others = self.tasks.iter().filter(|task| task.name != target);
         others.map(|task| task.name.clone()).collect()
     }
 }
 
-/// `only` these of the tasks.
+/// The tasks in `only`, or all tasks.
 fn chosen(tasks: &[String], only: Option<&[String]>, dir: &Path) -> anyhow::Result<Vec<String>> {
     let unknown = |name: &&String| !tasks.contains(name);
     if let Some(unknown) = only.into_iter().flatten().find(unknown) {

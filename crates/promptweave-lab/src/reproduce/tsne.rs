@@ -1,23 +1,26 @@
-//! t-SNE (van der Maaten & Hinton 2008), by its definition: every pair of points counts, so it is for hundreds of them.
+//! t-SNE (van der Maaten & Hinton 2008), by its definition. Every pair of points counts, so it
+//! suits hundreds of points.
 //!
-//! The crate for it (bhtsne) sums over threads in any order and begins at random; here the same points give the same picture.
+//! The crate for it (bhtsne) sums over threads in any order and begins at random. Here the same
+//! points give the same picture.
 
 use std::iter::zip;
 
-/// As scikit-learn has them.
+/// Perplexity of a point's neighbourhood. It, the steps and the exaggeration are scikit-learn's.
 const PERPLEXITY: f64 = 30.0;
 const STEPS: usize = 1000;
 const EXAGGERATION: f64 = 12.0;
-/// Steps in which similarities are exaggerated, and momentum is low.
+/// Number of steps in which similarities are exaggerated and momentum is low.
 const EARLY: usize = 250;
 const SMALLEST_GAIN: f64 = 0.01;
-/// Deviation of where points begin.
+/// Standard deviation of the points at the start.
 const SPREAD: f64 = 1e-4;
 
-/// In the plane.
+/// A point in the plane.
 pub type Point = [f64; 2];
 
-/// Where in the plane these points lie, one from each place of `start`, of which only the directions matter.
+/// The positions of these points in the plane. Each begins at its place in `start`, of which only
+/// the directions matter.
 pub fn embed(points: &[Vec<f64>], start: &[Point]) -> Vec<Point> {
     let n = points.len();
     let similarities = similarities(points);
@@ -52,7 +55,8 @@ pub fn embed(points: &[Vec<f64>], start: &[Point]) -> Vec<Point> {
     at
 }
 
-/// Of the divergence of the plane's similarities from `similarities`, by every point's place.
+/// Gradient of the divergence of the plane's similarities from `similarities`, by every point's
+/// position.
 fn slopes(at: &[Point], similarities: &[Vec<f64>], exaggeration: f64) -> Vec<Point> {
     // Student's t with one degree of freedom.
     let near = |a: &Point, b: &Point| 1.0 / (1.0 + squared_distance(a, b));
@@ -71,7 +75,7 @@ fn slopes(at: &[Point], similarities: &[Vec<f64>], exaggeration: f64) -> Vec<Poi
     zip(at, similarities).map(of).collect()
 }
 
-/// p of every pair, [N, N]: symmetric, and one in all.
+/// The similarities p of all pairs, [N, N]: symmetric, with sum 1.
 fn similarities(points: &[Vec<f64>]) -> Vec<Vec<f64>> {
     let n = points.len();
     let perplexity = PERPLEXITY.min((n.max(4) - 1) as f64 / 3.0);
@@ -88,15 +92,16 @@ fn similarities(points: &[Vec<f64>]) -> Vec<Vec<f64>> {
         .collect()
 }
 
-/// Of point i, a Gaussian over its distances that is so wide that its perplexity is the one asked for.
+/// The similarities of the others to point i: a Gaussian over distances, wide enough to have the
+/// requested perplexity.
 fn neighbourhood(i: usize, distances: &[f64], perplexity: f64) -> Vec<f64> {
     let others = || (0..distances.len()).filter(|j| *j != i);
     let nearest = others().map(|j| distances[j]).fold(f64::INFINITY, f64::min);
     let (mut precision, mut low, mut high) = (1.0, 0.0, f64::INFINITY);
     let mut weights = vec![0.0; distances.len()];
-    // Bisection, after doublings that find an end to it.
+    // Bisection, after doublings that find its upper end.
     for _ in 0..200 {
-        // Less the nearest distance, so that one weight is 1 however far all are.
+        // The nearest distance is subtracted, so that one weight is 1 however far all are.
         others().for_each(|j| weights[j] = (-precision * (distances[j] - nearest)).exp());
         let sum: f64 = weights.iter().sum();
         weights.iter_mut().for_each(|weight| *weight /= sum);
@@ -148,7 +153,7 @@ mod tests {
         values.chunks_exact(2).map(|p| [p[0], p[1]]).collect()
     }
 
-    /// Points whose nearest in the plane is of the other cluster.
+    /// Number of points whose nearest point in the plane is of the other cluster.
     fn strangers(at: &[Point]) -> usize {
         let nearest = |i: usize| {
             let others = (0..at.len()).filter(|j| *j != i);

@@ -1,13 +1,15 @@
 //! Transferability: the H-score of the mixed features F = Σ αᵢ f_{Pᵢ}, as a function of α.
 //!
-//! `standard` (Bao et al. 2019; Ibrahim et al. 2021 for ρ), with Σ = cov F and B = cov(E[F|y]), both with
+//! `standard` (Bao et al. 2019; Ibrahim et al. 2021 for ρ) uses Σ = cov F and B = cov(E[F|y]), both
+//! with
 //! 1/(N-1):
 //!
 //! H_ρ(α) = (1-ρ) tr(Σ_ρ⁻¹ B), Σ_ρ = (1-ρ)Σ + ρ(tr Σ/d)I, 0 ≤ H ≤ min(d, K-1)
 //!
-//! It is a ratio in α: neither convex nor concave, and H(cα) = H(α). It is also what a ridge regression of the classes
-//! explains on the samples that it was fitted on; `cross_validated` is that of samples that it was not. B has rank K-1 and is
-//! never formed, and below 0.7·d samples an N × N *dual* is cheaper: see `regression`.
+//! It is a ratio in α: neither convex nor concave, and H(cα) = H(α). It also is the variance of the
+//! classes that a ridge regression explains on the samples that it was fitted on. `cross_validated`
+//! is the same on samples that it was not fitted on. B has rank K-1 and is never formed. Below
+//! 0.7·d samples an N × N *dual* is cheaper: see `regression`.
 //!
 //! `trace_ratio` is tr B / tr Σ in [0, 1], a generalised Rayleigh quotient of two M × M matrices.
 
@@ -28,10 +30,11 @@ use crate::samples::classes::numbered;
 use crate::score::head::row_tensor;
 use promptweave_domain::objective::{HScoreMode, HScoreOptions, Shrinkage, Standardise};
 
-/// Where every Σ αᵢ f_{Pᵢ} is (numerically) constant, Σ is 0: this share of the largest source's
-/// variance keeps H finite there. Far below ρ, so it changes no digit that counts elsewhere.
+/// The share of the largest source's variance that is added to Σ. It keeps H finite if every Σ αᵢ
+/// f_{Pᵢ} is (numerically) constant and Σ is 0. It is far below ρ, so that it changes no
+/// significant digit elsewhere.
 const FLOOR: f64 = 1e-12;
-/// The dual form is used below this many samples a feature dimension.
+/// Number of samples for each feature dimension below which the dual form is used.
 const DUAL_BELOW: f64 = 0.7;
 
 pub struct HScore {
@@ -39,7 +42,8 @@ pub struct HScore {
     sums: Sums,
     /// Σ_n ⟨x_in, x_jn⟩ [M, M], so that tr Σ(α) = αᵀ τ α/(N-1).
     traces: Vec<f64>,
-    /// A share of the largest source's variance: keeps H finite where there is no other.
+    /// A share of the largest source's variance, which keeps H finite if there is no other
+    /// variance.
     floor: f64,
     form: Form,
 }
@@ -53,8 +57,8 @@ enum Form {
 }
 
 impl HScore {
-    /// `features` [M, N, d]; `labels` has N entries. An estimated shrinkage is taken from the uniform
-    /// mixture.
+    /// H of `features` [M, N, d]; `labels` has N entries. An estimated shrinkage is taken from the
+    /// uniform mixture.
     pub fn new(
         features: &Tensor,
         labels: &[usize],
@@ -122,7 +126,7 @@ impl HScore {
     }
 
     /// The same function on the samples that are not among `rows` (in order), with ρ and the
-    /// standardisation as they are. `features` and `labels` are those it was made of.
+    /// standardisation unchanged. `features` and `labels` are those it was made of.
     pub fn without(
         &self,
         features: &Tensor,
@@ -158,7 +162,7 @@ impl HScore {
         Self::regression(centring, sums, how, moments, &kept_classes)
     }
 
-    /// M
+    /// The number of sources M.
     pub fn num_sources(&self) -> usize {
         self.sums.by_class.size()[1] as usize
     }
@@ -179,16 +183,16 @@ impl HScore {
         self.evaluate(alpha, true)
     }
 
-    /// (H - H₀)/(H_max - H₀), H₀ the mean of H over permutations of the labels: (K-1)/(N-1)·df with the
-    /// degrees of freedom df = tr[(1-ρ)Σ Σ_ρ⁻¹]; H_max = K-1. With `trace_ratio` df and H_max are 1; with `cross_validated` H₀ is
-    /// below 0.
+    /// (H - H₀)/(H_max - H₀), where H₀ is the mean of H over permutations of the labels. It is
+    /// (K-1)/(N-1)·df with the degrees of freedom df = tr[(1-ρ)Σ Σ_ρ⁻¹], and H_max = K-1. With
+    /// `trace_ratio` df and H_max are 1; with `cross_validated` H₀ is below 0.
     pub fn adjusted(&self, alpha: &[f64]) -> Result<f64, EngineError> {
         let (h, null) = (self.value(alpha)?, self.chance(alpha)?);
         let most = match self.form {
             Form::Regression(_) => self.sums.num_classes() - 1.0,
             Form::TraceRatio { .. } => 1.0,
         };
-        // Where even shuffled labels score the most there is nothing to tell apart.
+        // If even shuffled labels score the maximum, there is nothing to tell apart.
         Ok(if most - null > 1e-9 {
             (h - null) / (most - null)
         } else {
@@ -196,7 +200,7 @@ impl HScore {
         })
     }
 
-    /// H₀: what H is on average when the labels are shuffled.
+    /// H₀: the mean of H if the labels are shuffled.
     pub fn chance(&self, alpha: &[f64]) -> Result<f64, EngineError> {
         match &self.form {
             Form::Regression(regression) => {
@@ -229,7 +233,7 @@ impl HScore {
         Ok((value, gradient))
     }
 
-    /// δ = ρ tr Σ/d, which stands on the diagonal beside the data, at α; and its gradient.
+    /// δ = ρ tr Σ/d at α, which is added to the diagonal beside the data, and its gradient.
     fn ridge(&self, alpha: &[f64], rho: f64) -> (f64, Vec<f64>) {
         let over = rho / (self.sums.degrees() * self.num_dimensions());
         let (value, gradient) = quadratic_form(&self.traces, alpha);
@@ -237,7 +241,7 @@ impl HScore {
         (value * over + self.floor, slopes)
     }
 
-    /// d
+    /// The number of dimensions d.
     fn num_dimensions(&self) -> f64 {
         self.sums.by_class.size()[2] as f64
     }
@@ -253,8 +257,9 @@ fn quadratic_form(matrix: &[f64], alpha: &[f64]) -> (f64, Vec<f64>) {
     (value, product.iter().map(|p| 2.0 * p).collect())
 }
 
-/// [M, N, d] in f64, each source's mean taken out and, if asked, each of its coordinates scaled to
-/// variance 1; a constant coordinate stays 0 (and libtorch can differentiate all of it).
+/// Centred features [M, N, d] in f64: each source's mean is subtracted and, if asked, each
+/// coordinate is scaled to variance 1. A constant coordinate stays 0. libtorch can differentiate
+/// all of it.
 pub fn centred(features: &Tensor, standardise: Standardise) -> Tensor {
     Centring::of(features, standardise).apply(features)
 }
@@ -270,7 +275,7 @@ fn floor(sums: &Sums, traces: &[f64]) -> f64 {
     }
 }
 
-/// Z [N, K]: 1/√n_c where the sample is of class c.
+/// Z [N, K]: 1/√n_c if the sample is of class c, otherwise 0.
 pub fn indicators(classes: &[usize], counts: &[usize]) -> Tensor {
     let mut values = vec![0.0; classes.len() * counts.len()];
     for (row, class) in classes.iter().enumerate() {

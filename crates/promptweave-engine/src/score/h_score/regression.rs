@@ -1,17 +1,17 @@
-//! H as what a ridge regression of the classes on the mixed features explains, and how much of that it would explain of
-//! samples that it was not fitted on.
+//! H as the variance of the classes that a ridge regression on the mixed features explains, on the samples
+//! that it was fitted on or on others.
 //!
-//! With X the centred mixed features [N, d], Z [N, K] the orthonormal class indicators (Z̃ less their column means) and
-//! c = (1-ρ)/(N-1), the hat matrix is A = c X S⁻¹ Xᵀ with S = Σ_ρ = c XᵀX + δI, and
+//! Let X be the centred mixed features [N, d], Z [N, K] the orthonormal class indicators, Z̃ these minus
+//! their column means, and c = (1-ρ)/(N-1). The hat matrix is A = c X S⁻¹ Xᵀ with S = Σ_ρ = c XᵀX + δI, and
 //!
 //! `standard`              H = tr(Z̃ᵀ A Z̃)
 //! `cross_validated`  H = K - 1 - E/g²,   E = ‖Z̃ - A Z̃‖²,   g = 1 - (1 + df)/N,   df = tr A
 //!
-//! The second is generalised cross-validation (Golub, Heath & Wahba 1979): the squared error of leaving one sample out in
-//! turn, with the mean leverage in place of each one's own. It is below 0 where left-out samples are told worse than by
-//! their mean, and no more of it is chance where N is near d.
+//! The second is generalised cross-validation (Golub, Heath & Wahba 1979): the squared error of leaving
+//! out each sample in turn, with the mean leverage in place of each sample's own. It is below 0 if the
+//! left-out samples are predicted worse than by the mean. Chance has no larger part in it if N is near d.
 //!
-//! Both are functions of G = XᵀZ [d, K], S and δ; with V = S⁻¹G and Y = S⁻¹V
+//! Both are functions of G = XᵀZ [d, K], S and δ. With V = S⁻¹G and Y = S⁻¹V:
 //!
 //! ```text
 //! primal, S [d, d]               H = c⟨G, V⟩       E = K - 1 - H - cδ‖V‖²    df = d - δ tr S⁻¹
@@ -19,7 +19,8 @@
 //!       V = S⁻¹Z̃, Y = S⁻¹V       H = K - 1 - δ⟨Z̃, V⟩   E = δ²‖V‖²            df = N - δ tr S⁻¹
 //! ```
 //!
-//! The dual's E is no difference of larger numbers, as the primal's is, where next to nothing is missed: with N ≤ d and little ρ.
+//! If the error is tiny (N ≤ d and a small ρ), the primal's E is a difference of larger numbers and loses
+//! digits. The dual's E does not.
 
 use std::cell::OnceCell;
 
@@ -30,7 +31,7 @@ use crate::score::h_score::second_moments::SecondMoments;
 use crate::score::h_score::sums::Sums;
 use crate::tensors::cholesky;
 
-/// The matrices of one dataset, and which H is asked for.
+/// The matrices of one dataset, and the kind of H.
 pub struct Regression {
     pub rho: f64,
     pub cross_validated: bool,
@@ -44,29 +45,29 @@ struct Fit {
     dual: bool,
     c: f64,
     delta: f64,
-    /// K - 1
+    /// The maximum K - 1 of H.
     most: f64,
-    /// L [s, s] of S = L Lᵀ.
+    /// The Cholesky factor L [s, s] of S = L Lᵀ.
     factor: Tensor,
     /// G, or Z̃ in the dual form.
     right: Tensor,
-    /// V
+    /// V = S⁻¹G, or S⁻¹Z̃ in the dual form.
     solved: Tensor,
-    /// S⁻¹, once something asks for it.
+    /// S⁻¹, once something needs it.
     inverse: OnceCell<Tensor>,
 }
 
-/// How a function of G, S and δ moves: ⟨`sums`, ∂G⟩ + ⟨`matrix`, ∂S⟩ + `ridge` ∂δ.
+/// The derivatives of a function of G, S and δ: ⟨`sums`, ∂G⟩ + ⟨`matrix`, ∂S⟩ + `ridge` ∂δ.
 struct Slopes {
-    /// None where G has no part in it.
+    /// The derivative by G; `None` if the function does not depend on it.
     sums: Option<Tensor>,
     matrix: Tensor,
     ridge: f64,
 }
 
 impl Regression {
-    /// H, and its gradient by α if that is asked for. `sums` are of the same samples as the matrices; `ridge` is δ at α and
-    /// its gradient.
+    /// H, and its gradient by α if that is requested. `sums` are of the same samples as the
+    /// matrices; `ridge` is δ at α and its gradient.
     pub fn evaluate(
         &self,
         sums: &Sums,
@@ -108,7 +109,7 @@ impl Regression {
         Ok((value, gradient.collect()))
     }
 
-    /// What H is on average when the labels are shuffled: E[Z̃Z̃ᵀ] is (K-1)/(N-1) (I - 11ᵀ/N) then.
+    /// The mean of H if the labels are shuffled; then E[Z̃Z̃ᵀ] is (K-1)/(N-1) (I - 11ᵀ/N).
     pub fn chance(&self, sums: &Sums, alpha: &[f64], delta: f64) -> Result<f64, EngineError> {
         let fit = self.fit(sums, alpha, delta)?;
         let inverse = fit.inverse();
@@ -118,7 +119,7 @@ impl Regression {
         if !self.cross_validated {
             return Ok(most * freedom / sums.degrees());
         }
-        // tr A², as A is I - δS⁻¹ on what S is of.
+        // tr A², since A is I - δS⁻¹ on the range of the data.
         let squared = freedom - shrunk + delta * delta * inner(inverse, inverse);
         let missed = (n - 1.0 - 2.0 * freedom + squared) / sums.degrees();
         Ok(most * (1.0 - missed / unspent(freedom, n).powi(2)))
@@ -176,7 +177,7 @@ impl Fit {
         }
     }
 
-    /// H as `cross_validated`, of N samples.
+    /// H as `cross_validated`, from N samples.
     fn predicted(&self, n: f64) -> f64 {
         self.most - self.missed() / unspent(self.degrees_of_freedom(), n).powi(2)
     }
@@ -194,7 +195,7 @@ impl Fit {
         }
     }
 
-    /// E
+    /// The squared error E.
     fn missed(&self) -> f64 {
         let norm = inner(&self.solved, &self.solved);
         match self.dual {
@@ -223,20 +224,20 @@ impl Fit {
         }
     }
 
-    /// df
+    /// The degrees of freedom df.
     fn degrees_of_freedom(&self) -> f64 {
         let inverse = self.inverse();
         inverse.size()[0] as f64 - self.delta * trace(inverse)
     }
 
-    /// S⁻¹
+    /// The inverse S⁻¹.
     fn inverse(&self) -> &Tensor {
         let make = || self.factor.cholesky_inverse(false);
         self.inverse.get_or_init(make)
     }
 }
 
-/// g: the share of N samples that a mean and `freedom` more leave.
+/// g: the share of N samples that remains after a mean and `freedom` more.
 fn unspent(freedom: f64, n: f64) -> f64 {
     1.0 - (1.0 + freedom) / n
 }
@@ -249,7 +250,8 @@ fn inner(a: &Tensor, b: &Tensor) -> f64 {
     (a * b).sum(Kind::Double).double_value(&[])
 }
 
-/// H of one prompt's centred features x [N, d] and Z [N, K] as libtorch differentiates it: by its definition.
+/// H of one prompt's centred features x [N, d] and Z [N, K] in a form that libtorch can
+/// differentiate, by its definition.
 pub fn differentiable(
     x: &Tensor,
     indicators: &Tensor,
@@ -262,7 +264,7 @@ pub fn differentiable(
     let ridge = x.square().sum(Kind::Double) * (rho / ((n - 1) * d) as f64);
     let identity = Tensor::eye(d, (Kind::Double, x.device()));
     let factor = cholesky(&(scatter + identity * ridge), "the features")?;
-    // A [N, N] itself is never made.
+    // A [N, N] itself is never formed.
     let solved = x.tr().cholesky_solve(&factor, false).tr() * c;
     let z = indicators - indicators.mean_dim(0, true, Kind::Double);
     let fitted = solved.matmul(&x.tr().matmul(&z));

@@ -1,9 +1,9 @@
-//! Σᵢⱼ αᵢ αⱼ Q_ij: the scatter matrix F̃ᵀF̃ [d, d] of the mixed features, or their Gram matrix F̃F̃ᵀ
-//! [N, N] (dual), and the derivative of its inner products by α.
+//! The sum Σᵢⱼ αᵢ αⱼ Q_ij and the derivative of its inner products by α. It is the scatter matrix
+//! F̃ᵀF̃ [d, d] of the mixed features, or their Gram matrix F̃F̃ᵀ [N, N] (dual).
 //!
-//! The T = M(M+1)/2 matrices Q_ij + Q_ji are symmetric, so only their lower triangles are kept, one a
-//! row: at M = 11 and d = 768 that is 156 MB, and an evaluation reads only the pairs whose weights are
-//! not zero. Where even that is too much the matrix is made from the features each time.
+//! The T = M(M+1)/2 matrices Q_ij + Q_ji are symmetric, so only their lower triangles are kept, one
+//! in each row. At M = 11 and d = 768 that is 156 MB, and an evaluation reads only the pairs whose
+//! weights are not zero. If even that is too much, the matrix is made from the features each time.
 
 use std::rc::Rc;
 
@@ -13,42 +13,42 @@ use crate::error::EngineError;
 use crate::score::alignment::num_pairs;
 use crate::score::h_score::sums::Centring;
 
-/// Above this many bytes of packed matrices they are not kept.
+/// The most bytes of packed matrices that are kept.
 const LARGEST: usize = 1 << 30;
 
 pub struct SecondMoments {
-    /// N × N rather than d × d.
+    /// Whether the matrices are N × N rather than d × d.
     dual: bool,
     kept: Kept,
 }
 
 enum Kept {
     Pairs(Packed),
-    /// x [M, N, d]
+    /// The centred features x [M, N, d].
     Features(Tensor),
 }
 
 struct Packed {
-    /// One tensor [s(s+1)/2] for each pair i ≤ j, row by row: the lower triangle of Q_ii, or of
+    /// One tensor [s(s+1)/2] for each pair i ≤ j: the lower triangle, row by row, of Q_ii or of
     /// Q_ij + Q_ji.
     pairs: Vec<Tensor>,
     triangle: Rc<Triangle>,
 }
 
-/// Between a lower triangle and the flat matrix.
+/// The map between a lower triangle and the flat matrix.
 struct Triangle {
     size: i64,
-    /// [s(s+1)/2]: where an entry is in the matrix.
+    /// [s(s+1)/2]: the position of each entry in the matrix.
     positions: Tensor,
-    /// [s²]: where an entry of the matrix, or its mirror image, is in the triangle. Gathering by it takes a
-    /// twentieth of the time of scattering by `positions`.
+    /// [s²]: the position in the triangle of each entry of the matrix, or of its mirror image.
+    /// Gathering by it takes a twentieth of the time of scattering by `positions`.
     origins: Tensor,
     /// 2 off the diagonal, 1 on it.
     multiplicity: Tensor,
 }
 
 impl SecondMoments {
-    /// Of `features` [M, N, d] as `centring` centres them.
+    /// The second moments of `features` [M, N, d], centred by `centring`.
     pub fn of(features: &Tensor, centring: &Centring, dual: bool) -> Self {
         let (m, n, d) = features.size3().expect("three axes");
         let size = if dual { n } else { d };
@@ -70,7 +70,7 @@ impl SecondMoments {
         }
     }
 
-    /// Of centred features x [M, N, d], which are kept in place of the matrices.
+    /// The second moments of centred features x [M, N, d], which are kept in place of the matrices.
     pub fn made_each_time(x: Tensor, dual: bool) -> Self {
         Self {
             dual,
@@ -82,8 +82,8 @@ impl SecondMoments {
         self.dual
     }
 
-    /// The same of the samples that are not those of `left_out` [M, N - `num_kept`, d], about their `mean`
-    /// [M, d]; none where that takes their features.
+    /// The second moments without the samples `left_out` [M, N - `num_kept`, d], about the others'
+    /// `mean` [M, d]. `None` if that needs the features.
     pub fn without(&self, left_out: &Tensor, mean: &Tensor, num_kept: usize) -> Option<Self> {
         match &self.kept {
             Kept::Pairs(packed) if !self.dual => Some(Self {
@@ -94,7 +94,7 @@ impl SecondMoments {
         }
     }
 
-    /// The matrix at α [s, s].
+    /// The matrix at α, [s, s].
     pub fn at(&self, alpha: &[f64]) -> Tensor {
         let packed = match &self.kept {
             Kept::Pairs(packed) => packed,
@@ -111,14 +111,14 @@ impl SecondMoments {
         for (i, j, pair) in packed.pairs(alpha.len()) {
             let weight = alpha[i] * alpha[j];
             if weight != 0.0 {
-                // In place: one pass over the pair, none over a temporary.
+                // In place, it takes one pass over the pair, and none over a temporary.
                 let _ = sum.addcmul_(pair, &Tensor::from(weight));
             }
         }
         packed.triangle.unpack(&sum)
     }
 
-    /// ∂/∂αᵢ of ⟨matrix at α, W⟩ for a symmetric W [s, s] that does not depend on α.
+    /// The derivative ∂/∂αᵢ of ⟨matrix at α, W⟩ for a symmetric W [s, s] that does not depend on α.
     pub fn contract(&self, alpha: &[f64], w: &Tensor) -> Result<Vec<f64>, EngineError> {
         let packed = match &self.kept {
             Kept::Pairs(packed) => packed,
@@ -140,7 +140,7 @@ impl SecondMoments {
                 continue;
             }
             let product = f64::try_from(pair.dot(&w))?;
-            // αᵢαⱼ(Q_ij + Q_ji) off the diagonal, αᵢ² Q_ii on it.
+            // The term is αᵢαⱼ(Q_ij + Q_ji) off the diagonal, and αᵢ² Q_ii on it.
             slopes[i] += alpha[j] * product;
             slopes[j] += alpha[i] * product;
         }
@@ -148,7 +148,7 @@ impl SecondMoments {
     }
 }
 
-/// Σ αᵢ x_i, [N, d]
+/// The mixed features Σ αᵢ x_i, [N, d].
 pub fn mixed(x: &Tensor, alpha: &[f64]) -> Tensor {
     let (_, n, d) = x.size3().expect("three axes");
     let weights = Tensor::from_slice(alpha);
@@ -185,7 +185,7 @@ impl Packed {
         self
     }
 
-    /// What is left is centred again: with `num_kept` samples whose mean is now μ, Σ x xᵀ falls by
+    /// The rest is centred again: with `num_kept` samples whose mean is now μ, Σ x xᵀ falls by
     /// num_kept·μμᵀ.
     fn without(&self, left_out: &Tensor, mean: &Tensor, num_kept: usize) -> Self {
         let theirs = Self::of(left_out, false, Rc::clone(&self.triangle));
@@ -199,7 +199,7 @@ impl Packed {
         }
     }
 
-    /// (i, j, matrix) for i ≤ j.
+    /// The tuples (i, j, matrix) for i ≤ j.
     fn pairs(&self, m: usize) -> impl Iterator<Item = (usize, usize, &Tensor)> {
         let indices = (0..m).flat_map(move |i| (i..m).map(move |j| (i, j)));
         indices.zip(&self.pairs).map(|((i, j), pair)| (i, j, pair))
@@ -228,7 +228,8 @@ impl Triangle {
         matrix.flatten(0, -1).index_select(0, &self.positions)
     }
 
-    /// So that the inner product with a packed symmetric matrix is that of the whole ones.
+    /// Packs a symmetric matrix with weights, so that its inner product with another packed matrix
+    /// is that of the whole matrices.
     fn pack_weights(&self, matrix: &Tensor) -> Tensor {
         self.pack(matrix) * &self.multiplicity
     }

@@ -1,16 +1,16 @@
-//! How much to shrink a covariance, estimated from the features: ρ in Σ_ρ = (1-ρ)Σ + ρ(tr Σ/d)I with
-//! the least expected squared error.
+//! Estimates of how much to shrink a covariance: the ρ in Σ_ρ = (1-ρ)Σ + ρ(tr Σ/d)I with the least
+//! expected squared error.
 
 use tch::{Kind, Tensor};
 
 use crate::error::EngineError;
 use promptweave_domain::objective::ShrinkageEstimate;
 
-/// ρ of centred features [N, d]; with S the covariance over N (not N-1).
+/// ρ for centred features [N, d]. S is the covariance over N (not N-1).
 pub fn estimate(centred: &Tensor, by: ShrinkageEstimate) -> Result<f64, EngineError> {
     let (n, d) = centred.size2()?;
     let (n, d) = (n as f64, d as f64);
-    // ‖S‖² is the same from the smaller of the two products.
+    // ‖S‖² is the same for the smaller of the two products.
     let product = if n < d {
         centred.matmul(&centred.tr())
     } else {
@@ -20,7 +20,7 @@ pub fn estimate(centred: &Tensor, by: ShrinkageEstimate) -> Result<f64, EngineEr
     let norms = centred.square().sum_dim_intlist(1, false, Kind::Double);
     let mean = f64::try_from(norms.sum(Kind::Double))? / n / d;
     let rho = match by {
-        // Chen, Wiesel, Eldar & Hero 2010, eq. 23, as scikit-learn has it.
+        // Chen, Wiesel, Eldar & Hero 2010, eq. 23, in scikit-learn's form.
         ShrinkageEstimate::Oas => {
             let a = squared_norm / (d * d);
             let denominator = (n + 1.0) * (a - mean * mean / d);
@@ -49,7 +49,8 @@ pub fn estimate(centred: &Tensor, by: ShrinkageEstimate) -> Result<f64, EngineEr
     }
 }
 
-/// An estimate within the range that leaves H something to tell apart, and a covariance invertible.
+/// Limits an estimate to the range in which H can tell sources apart and the covariance is
+/// invertible.
 pub fn usable(rho: f64) -> f64 {
     rho.clamp(1e-6, 0.999)
 }

@@ -1,26 +1,28 @@
-//! What H needs of the samples is sums over them: they are added up block by block, so that no copy of the features
-//! in f64 is ever whole, and the jackknife takes a fold's part away again.
+//! The sums over samples that H needs. They are added up block by block, so that no copy of the
+//! features in f64 is ever whole, and the jackknife can subtract a fold's part.
 
 use tch::{Device, Kind, Tensor};
 
 use crate::score::head::row_tensor;
 use promptweave_domain::objective::Standardise;
 
-/// Numbers of a block in f64: 16 MiB. Tests have several blocks, too.
+/// Number of values of a block in f64: 16 MiB. It is small in tests, so that they have several
+/// blocks.
 const BLOCK: i64 = if cfg!(test) { 64 } else { 2 << 20 };
-/// But not fewer rows than pay for packing a product.
+/// The fewest rows of a block, so that packing a product pays.
 const LEAST_ROWS: i64 = if cfg!(test) { 7 } else { 256 };
 
-/// How features become the centred (and standardised) x they count as, source by source.
+/// The transformation of features to the centred (and standardised) x, source by source.
 pub struct Centring {
-    /// [M, 1, d]
+    /// Mean of each coordinate, [M, 1, d].
     mean: Tensor,
-    /// [M, 1, d]; 1 where a coordinate is constant, so that it stays 0.
+    /// Standard deviation of each coordinate, [M, 1, d]; 1 if it is constant, so that it stays 0.
     deviation: Option<Tensor>,
 }
 
 impl Centring {
-    /// Of `features` [M, N, d]. libtorch can differentiate it and what [`Centring::apply`] makes.
+    /// The centring of `features` [M, N, d]. libtorch can differentiate it, and the result of
+    /// [`Centring::apply`].
     pub fn of(features: &Tensor, standardise: Standardise) -> Self {
         let n = features.size()[1];
         let over_samples = |of_block: &dyn Fn(Tensor) -> Tensor| {
@@ -47,12 +49,12 @@ impl Centring {
         }
     }
 
-    /// x of all samples' features, a block at a time.
+    /// x of all samples' features, one block at a time.
     pub fn blocks<'a>(&'a self, features: &'a Tensor) -> impl Iterator<Item = Tensor> + 'a {
         blocks(features).map(|block| self.apply(&block))
     }
 
-    /// With the origin at the x that is now `shift` [M, d].
+    /// The same with the origin moved to the x that is now `shift` [M, d].
     pub fn moved(&self, shift: &Tensor) -> Self {
         let shift = shift.unsqueeze(1);
         Self {
@@ -65,12 +67,12 @@ impl Centring {
     }
 }
 
-/// In f64 on the CPU.
+/// Features in f64 on the CPU.
 fn plain(features: &Tensor) -> Tensor {
     features.to_kind(Kind::Double).to_device(Device::Cpu)
 }
 
-/// [M, N, d] along its samples.
+/// Blocks of [M, N, d] along its samples.
 fn blocks(features: &Tensor) -> impl Iterator<Item = Tensor> + '_ {
     let (m, n, d) = features.size3().expect("three axes");
     let rows = (BLOCK / (m * d)).max(LEAST_ROWS);
@@ -79,18 +81,19 @@ fn blocks(features: &Tensor) -> impl Iterator<Item = Tensor> + '_ {
         .map(move |start| features.narrow(1, start, rows.min(n - start)))
 }
 
-/// Of centred x [M, N, d], by class and over all.
+/// Sums over centred x [M, N, d], by class and in all.
 pub struct Sums {
-    /// [K]: samples of each class present.
+    /// Number of samples of each class present, [K].
     pub counts: Vec<usize>,
-    /// [K, M, d]: Σ x over a class's samples.
+    /// Σ x over each class's samples, [K, M, d].
     pub by_class: Tensor,
-    /// [M, M]: Σ_n ⟨x_in, x_jn⟩.
+    /// Σ_n ⟨x_in, x_jn⟩, [M, M].
     pub products: Tensor,
 }
 
 impl Sums {
-    /// Of `blocks` of x, whose samples are in order of the classes 0..K of these `classes`.
+    /// The sums of `blocks` of x. `classes` gives the class of every sample in 0..K, in the blocks'
+    /// order.
     pub fn of(blocks: impl Iterator<Item = Tensor>, classes: &[usize], num_classes: usize) -> Self {
         let mut counts = vec![0; num_classes];
         classes.iter().for_each(|class| counts[*class] += 1);
@@ -114,22 +117,22 @@ impl Sums {
         }
     }
 
-    /// N-1
+    /// The degrees of freedom N-1.
     pub fn degrees(&self) -> f64 {
         self.num_samples().max(2.0) - 1.0
     }
 
-    /// N
+    /// The number of samples N.
     pub fn num_samples(&self) -> f64 {
         self.counts.iter().sum::<usize>() as f64
     }
 
-    /// K, of the classes present.
+    /// The number K of classes present.
     pub fn num_classes(&self) -> f64 {
         self.counts.len() as f64
     }
 
-    /// √n_c [K]
+    /// √n_c, [K].
     pub fn rooted_counts(&self) -> Tensor {
         let roots: Vec<f64> = (self.counts.iter())
             .map(|count| (*count as f64).sqrt())
@@ -137,14 +140,14 @@ impl Sums {
         Tensor::from_slice(&roots)
     }
 
-    /// w_c/n_c² = 1/(n_c (N-1)) [K], as `by_class` has n_c times the class means.
+    /// w_c/n_c² = 1/(n_c (N-1)), [K], since `by_class` has n_c times the class means.
     pub fn class_weights(&self) -> Tensor {
         let weights = (self.counts.iter()).map(|count| 1.0 / (*count as f64 * self.degrees()));
         Tensor::from_slice(&weights.collect::<Vec<_>>())
     }
 
-    /// Without the samples that `left` is of, whose classes have the same numbers; and their mean [M, d],
-    /// about which the new sums are.
+    /// The sums without the samples of `left`, whose classes have the same numbers; and the others'
+    /// mean [M, d], about which the new sums are.
     pub fn without(&self, left: &Self) -> (Self, Tensor) {
         let counts: Vec<usize> = (self.counts.iter().zip(&left.counts))
             .map(|(all, left)| all - left)

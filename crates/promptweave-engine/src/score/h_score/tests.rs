@@ -18,7 +18,7 @@ fn h(features: &Tensor, labels: &[usize], options: &HScoreOptions) -> HScore {
     HScore::new(features, labels, options).unwrap()
 }
 
-/// Mixed features [N, d], centred; and their class means, one row a sample.
+/// Mixed features [N, d], centred; and their class means, one row for each sample.
 fn mixed(features: &Tensor, labels: &[usize], alpha: &[f64]) -> (Tensor, Tensor) {
     let (m, n, _) = features.size3().unwrap();
     let weights = Tensor::from_slice(alpha).view([m, 1, 1]);
@@ -37,7 +37,7 @@ fn mixed(features: &Tensor, labels: &[usize], alpha: &[f64]) -> (Tensor, Tensor)
     (x, Tensor::stack(&rows, 0))
 }
 
-/// tr(Σ_ρ⁻¹ B)(1-ρ) as it is written, with d × d matrices.
+/// tr(Σ_ρ⁻¹ B)(1-ρ) by its definition, with d × d matrices.
 fn naive(features: &Tensor, labels: &[usize], alpha: &[f64], rho: f64) -> f64 {
     let (x, means) = mixed(features, labels, alpha);
     let (n, d) = x.size2().unwrap();
@@ -58,7 +58,7 @@ fn h_equals_its_definition_in_both_forms_and_stays_in_its_bounds() {
             let h = h(&features, &labels, &standard(rho));
             for alpha in [[1.0, 0.0, 0.0], [0.2, 0.3, 0.5]] {
                 let value = h.value(&alpha).unwrap();
-                // At ρ = 1e-6 the inverse itself loses digits where N < d.
+                // At ρ = 1e-6 the inverse itself loses digits if N < d.
                 let tolerance = if rho < 1e-3 { 1e-7 } else { 1e-10 };
                 assert_close(value, naive(&features, &labels, &alpha, rho), tolerance);
                 assert!((0.0..=3.0 + 1e-9).contains(&value));
@@ -181,7 +181,8 @@ fn the_trace_ratio_is_the_ratio_of_the_traces() {
     assert_close(h.chance(&alpha).unwrap(), 2.0 / 29.0, 1e-12);
 }
 
-/// The hat matrix of a ridge regression with a free intercept, by its normal equations.
+/// Compares with the hat matrix of a ridge regression with a free intercept, by its normal
+/// equations.
 #[test]
 fn cross_validated_h_is_the_error_of_a_ridge_regression_by_its_hat_matrix() {
     for (n, d, rho) in [(30, 5, 0.2), (12, 20, 0.2), (19, 20, 0.2), (19, 20, 1e-4)] {
@@ -214,7 +215,7 @@ fn cross_validated_h_is_the_error_of_a_ridge_regression_by_its_hat_matrix() {
         };
         let h = h(&features, &labels, &options);
         assert_eq!(is_dual(&h), n < d);
-        // Next to nothing is missed at a small ρ, of which the reference loses digits.
+        // At a small ρ the error is tiny, and the reference loses digits of it.
         let tolerance = if rho < 1e-3 { 1e-5 } else { 1e-9 };
         assert_close(h.value(&alpha).unwrap(), expected, tolerance);
         assert_eq!(h.shrinkage(), Some(rho));
@@ -254,8 +255,8 @@ fn standardised_features_do_not_depend_on_the_units_of_any_coordinate() {
 fn h_without_shrinkage_is_the_sum_of_squared_canonical_correlations() {
     let labels = labels(50, 4);
     let features = features(&[0.8], &labels, 6, 7);
-    // Orthonormal bases of the centred features and of the centred class indicators: the singular values
-    // of their product are the canonical correlations.
+    // Orthonormal bases of the centred features and of the centred class indicators. The singular
+    // values of their product are the canonical correlations.
     let x = centred(&features, Standardise::None).get(0);
     let mut indicators = vec![0.0; 50 * 3];
     for (row, label) in labels.iter().enumerate().filter(|(_, label)| **label < 3) {
@@ -302,7 +303,7 @@ fn h_ignores_scale_shift_rotation_order_and_names() {
     let (rotation, _) = Tensor::linalg_qr(&noise_tensor(&[6, 6], 4), "complete");
     let rotated = f.matmul(&rotation) * 3.0;
     assert_close(value(&rotated, &labels, &alpha, 0.1), shrunk, 1e-9);
-    // A map that is not orthogonal does change H when ρ > 0, and does not when ρ = 0.
+    // A map that is not orthogonal changes H if ρ > 0, and does not if ρ = 0.
     let skewed = f.matmul(&noise_tensor(&[6, 6], 5));
     assert!((value(&skewed, &labels, &alpha, 0.1) - shrunk).abs() > 1e-3);
     let plain = value(&f, &labels, &alpha, 0.0);
@@ -357,7 +358,7 @@ fn too_few_samples_without_shrinkage_are_refused_with_the_way_out() {
     let noise = noise_tensor(&[1, 9, 8], 8);
     let refused = HScore::new(&noise, &labels, &standard(0.0)).err().unwrap();
     assert!(refused.to_string().contains("set it to 0.01"), "{refused}");
-    // And that is why: up to N = d+1 everything scores K-1.
+    // Without shrinkage, everything up to N = d+1 scores K-1.
     let nearly = h(&noise, &labels, &standard(1e-6)).value(&[1.0]).unwrap();
     assert!(nearly > 1.99, "{nearly}");
 }
@@ -374,7 +375,7 @@ fn leaving_samples_out_is_not_having_had_them() {
         mode: Some(HScoreMode::CrossValidated),
         ..standard(0.05)
     };
-    // In the primal form and the dual one.
+    // In the primal form and in the dual one.
     for (d, options) in [
         (6, standard(0.05)),
         (90, standard(0.05)),
@@ -473,7 +474,7 @@ fn estimated_shrinkage_is_scikit_learns() {
         let rho = |by| shrinkage::estimate(&x, by).unwrap();
         assert_close(rho(ShrinkageEstimate::LedoitWolf), case.ledoit_wolf, 1e-12);
         assert_close(rho(ShrinkageEstimate::Oas), case.oas, 1e-12);
-        // The same from the transposed product, as where N < d.
+        // The same from the transposed product, which is used if N < d.
         let wide = noise_tensor(&[6, 11], 1);
         let padded = Tensor::cat(&[&wide, &Tensor::zeros([0, 11], tch::kind::DOUBLE_CPU)], 0);
         let estimate = shrinkage::estimate(&padded, ShrinkageEstimate::Oas).unwrap();
@@ -499,7 +500,7 @@ fn h_is_the_transfer_learning_librarys() {
         };
         let h_lw = h(&x, &case.labels, &by_ledoit_wolf);
         assert_close(h_lw.shrinkage().unwrap(), case.ledoit_wolf, 1e-10);
-        // Its covariance is over N where its class means' is over N-1.
+        // The reference's covariance is over N, but its class means' covariance over N-1.
         let n = case.labels.len() as f64;
         let ours = h_lw.value(&[1.0]).unwrap() * n / (n - 1.0);
         assert_close(ours, case.regularized_h_score, 1e-9);

@@ -1,8 +1,8 @@
 //! Linear heads W f + b fitted in closed form: shrunken linear discriminant analysis, and ridge
 //! regression on one-hot labels.
 //!
-//! Both solve S⁻¹ μ_c for every class, with S = (1-ρ_h) A + ρ_h (tr A/d) I shrunk and μ_c the class
-//! means less the overall mean; n_c of N samples are of class c, π_c = n_c/N, all covariances have
+//! Both solve S⁻¹ μ_c for every class. S = (1-ρ_h) A + ρ_h (tr A/d) I is shrunken, and μ_c are the class
+//! means minus the overall mean. n_c of N samples are of class c, π_c = n_c/N, and all covariances have
 //! 1/(N-1):
 //!
 //! | kind | A | W_c | b_c (features centred) |
@@ -10,7 +10,7 @@
 //! | LDA | within-class covariance S_w = C - B | S⁻¹ μ_c | log π_c - ½ μ_cᵀ S⁻¹ μ_c |
 //! | ridge | covariance C | (1-ρ_h) n_c/(N-1) S⁻¹ μ_c | π_c |
 //!
-//! so that ridge is argmin Σ_n ‖W f̃_n - (e_{y_n} - π)‖² + (N-1) κ ‖W‖² with κ = ρ_h/(1-ρ_h) tr C/d.
+//! So ridge is argmin Σ_n ‖W f̃_n - (e_{y_n} - π)‖² + (N-1) κ ‖W‖² with κ = ρ_h/(1-ρ_h) tr C/d.
 
 use tch::{Device, Kind, Tensor};
 
@@ -22,10 +22,11 @@ use promptweave_domain::objective::{HeadKind, HeadOptions};
 use promptweave_domain::prompt_file::Head;
 use promptweave_domain::tensor::Tensor as PlainTensor;
 
-/// Logit of a class that no sample of the fit shows; finite so that it can be stored and scaled.
+/// Logit of a class that no sample of the fit shows. It is finite, so that it can be stored and
+/// scaled.
 const ABSENT: f64 = -1e30;
 
-/// W [K, d] and b [K], in f64 on the CPU. K counts all classes of the dataset.
+/// A head with W [K, d] and b [K], in f64 on the CPU. K counts all classes of the dataset.
 pub struct ClosedFormHead {
     weight: Tensor,
     bias: Tensor,
@@ -44,8 +45,8 @@ impl Clone for ClosedFormHead {
 }
 
 impl ClosedFormHead {
-    /// `features` [n, d]; `labels` has n entries below `num_classes`. Of one source's features, shared
-    /// is LDA.
+    /// Fits a head. `features` is [n, d]; `labels` has n entries below `num_classes`. For one
+    /// source's features `shared` is the same as LDA.
     pub fn fit(
         features: &Tensor,
         labels: &[usize],
@@ -66,8 +67,8 @@ impl ClosedFormHead {
             return Ok(head);
         }
 
-        // Centred, which changes no discriminant direction and keeps the numbers small; the bias
-        // below puts the shift back.
+        // Centring changes no discriminant direction and keeps the numbers small. The bias below
+        // puts the shift back.
         let features = features.to_kind(Kind::Double);
         let centre = features.mean_dim(0, true, Kind::Double);
         let x = &features - &centre;
@@ -110,24 +111,24 @@ impl ClosedFormHead {
         Ok(head)
     }
 
-    /// A head of given weights [K, d] and bias [K]: one that was stored, or of other code.
+    /// A head of given weights [K, d] and bias [K], stored or from other code.
     pub fn given(weight: &Tensor, bias: &Tensor) -> Result<Self, EngineError> {
         let bias = bias.to_kind(Kind::Double);
         let logits = Vec::<f64>::try_from(&bias)?;
         Ok(Self {
             weight: weight.to_kind(Kind::Double),
-            // Half, as ABSENT is not the same number in f32.
+            // Half of ABSENT, since ABSENT is not the same number in f32.
             present: logits.iter().map(|bias| *bias > 0.5 * ABSENT).collect(),
             bias,
         })
     }
 
-    /// Whether a sample of this class was among those it was fitted on.
+    /// Whether the head was fitted on a sample of this class.
     pub fn knows(&self, class: usize) -> bool {
         self.present[class]
     }
 
-    /// [n, d] → [n, K], in f64.
+    /// Logits of features, [n, d] → [n, K], in f64.
     pub fn logits(&self, features: &Tensor) -> Tensor {
         let features = features.to_kind(Kind::Double);
         features.linear(
@@ -136,7 +137,7 @@ impl ClosedFormHead {
         )
     }
 
-    /// Samples whose largest logit is their label's.
+    /// Number of samples whose largest logit is their label's.
     pub fn count_correct(&self, features: &Tensor, labels: &[usize]) -> Result<usize, EngineError> {
         let predicted: Vec<i64> = Vec::try_from(self.logits(features).argmax(-1, false))?;
         Ok(predicted
@@ -146,7 +147,7 @@ impl ClosedFormHead {
             .count())
     }
 
-    /// As a prompt file stores it.
+    /// The head as a prompt file stores it.
     pub fn to_prompt_head(&self) -> Result<Head, EngineError> {
         let (k, d) = self.weight.size2()?;
         Ok(Head {
@@ -181,7 +182,7 @@ mod tests {
         }
     }
 
-    /// Three classes in turn, each with a mean of its own.
+    /// Three classes in turn, each with its own mean.
     fn task(n: usize, seed: u64) -> (Tensor, Vec<usize>) {
         let labels: Vec<usize> = (0..n).map(|i| i % 3).collect();
         let means = noise_tensor(&[3, 5], 100).index_select(0, &row_tensor(&labels));
@@ -201,7 +202,7 @@ mod tests {
 
             let there = ClosedFormHead::fit(&(&x + 10.0), &labels, 3, &options(kind)).unwrap();
             let difference = here.logits(&unseen) - there.logits(&(&unseen + 10.0));
-            // Logits may differ by a constant a sample, which softmax does not see.
+            // The logits of a sample may differ by a constant, which softmax does not see.
             let spread = difference.max_dim(1, false).0 - difference.min_dim(1, false).0;
             assert!(f64::try_from(spread.abs().max()).unwrap() < 1e-9);
         }

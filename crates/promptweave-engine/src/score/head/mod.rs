@@ -1,10 +1,10 @@
 //! The heads that define the loss: a target task has labels and no head.
 //!
-//! Fitted in closed form on the target samples, one a source or one for all (`shared`); with few
-//! samples cross-fitted, since the residuals of samples that a head was fitted on are too small, and so
-//! are their gradients. The loss is the cross-entropy of softmax(logits / T) with one temperature T.
-//! Shrinkage ρ_h = 0.3 and the temperature keep a head from saturating: a sharp head leaves a handful of
-//! samples with nearly all of the gradient.
+//! They are fitted in closed form on the target samples, one for each source or one for all
+//! (`shared`). With few samples they are cross-fitted, since the residuals of samples that a head
+//! was fitted on are too small, and so are their gradients. The loss is the cross-entropy of
+//! softmax(logits / T) with one temperature T. Shrinkage ρ_h = 0.3 and the temperature keep a head
+//! from saturating: a sharp head leaves a handful of samples with nearly all of the gradient.
 
 mod closed_form;
 
@@ -14,31 +14,31 @@ pub use self::closed_form::ClosedFormHead;
 use crate::error::EngineError;
 use promptweave_domain::objective::{HeadKind, HeadOptions};
 
-/// A sample is saturated where the largest probability of a class exceeds this.
+/// A sample is saturated if the largest probability of a class exceeds this.
 const SATURATED: f64 = 0.999;
 
 /// The head of one source prompt on the target samples, with the loss it defines.
 #[derive(Clone)]
 pub struct SourceHead {
-    /// One head on all samples, or two, each used on the fold that it was not fitted on.
+    /// One head fitted on all samples; or two, each used on the fold that it was not fitted on.
     heads: Vec<ClosedFormHead>,
     /// T > 0; the loss is the cross-entropy of softmax(logits / T).
     pub temperature: f64,
-    /// Mean loss in nats over the samples it was fitted on (one head) or not fitted on (two); a sample
-    /// whose class its head never saw has loss 0.
+    /// Mean loss in nats over the samples it was fitted on (one head) or not fitted on (two heads).
+    /// A sample whose class its head never saw has loss 0.
     pub loss: f64,
-    /// Share, of the samples with a loss, of those to whose largest class the head gives a probability
-    /// above 0.999.
+    /// Share of the samples with a loss to whose largest class the head gives a probability above
+    /// 0.999.
     pub saturation: f64,
 }
 
-/// Two with few samples (N < 3d), else one.
+/// Number of heads: two with few samples (N < 3d), otherwise one.
 pub fn num_heads(num_samples: usize, embed_dim: usize) -> usize {
     if num_samples < 3 * embed_dim { 2 } else { 1 }
 }
 
-/// The fold of every sample: all 0 with one head; with cross-fit (N < 3d) the number of earlier
-/// samples of the same class, mod 2.
+/// The fold of every sample. With one head all are 0. With cross-fit (N < 3d) it is the number of
+/// earlier samples of the same class, mod 2.
 pub fn folds(labels: &[usize], embed_dim: usize) -> Vec<usize> {
     if num_heads(labels.len(), embed_dim) == 1 {
         return vec![0; labels.len()];
@@ -55,8 +55,8 @@ pub fn folds(labels: &[usize], embed_dim: usize) -> Vec<usize> {
         .collect()
 }
 
-/// The head of every source. `features` [M, N, d]; `labels` and `folds` (as [`folds`] made them) have N
-/// entries; `tick` is called after every source.
+/// Fits the head of every source. `features` is [M, N, d]; `labels` and `folds` (as [`folds`] made
+/// them) have N entries. `tick` is called after every source.
 pub fn fit_heads(
     features: &Tensor,
     labels: &[usize],
@@ -69,8 +69,8 @@ pub fn fit_heads(
     let shared = match options.kind {
         HeadKind::Lda | HeadKind::Ridge => None,
         HeadKind::Shared => {
-            // Every sample once a source, always with its own fold: no row of a sample is in the fit of
-            // the head that is used on it.
+            // Every sample appears once for each source, always with its own fold. So no row of a
+            // sample is in the fit of the head that is used on it.
             let rows = features.reshape([m * n, d]);
             let (labels, folds) = (labels.repeat(m as usize), folds.repeat(m as usize));
             let count = num_heads(n as usize, d as usize);
@@ -91,7 +91,8 @@ pub fn fit_heads(
         .collect()
 }
 
-/// Head k is used on fold k, so with two folds it is fitted on the other one.
+/// Fits one head for each fold. Head k is used on fold k, so with two folds it is fitted on the
+/// other one.
 fn fit_by_fold(
     features: &Tensor,
     labels: &[usize],
@@ -113,7 +114,7 @@ fn fit_by_fold(
 }
 
 impl SourceHead {
-    /// One head as it is, at T = 1: for comparison with other code.
+    /// One given head at T = 1, for comparison with other code.
     pub fn given(head: ClosedFormHead) -> Self {
         Self {
             heads: vec![head],
@@ -123,7 +124,7 @@ impl SourceHead {
         }
     }
 
-    /// `features` [N, d] of this source; `folds` as [`folds`] made them.
+    /// Fits the head of one source. `features` is [N, d]; `folds` as [`folds`] made them.
     pub fn fit(
         features: &Tensor,
         labels: &[usize],
@@ -132,7 +133,8 @@ impl SourceHead {
         options: &HeadOptions,
     ) -> Result<Self, EngineError> {
         let (n, d) = features.size2()?;
-        // Not by the largest fold: with singleton classes only, all samples are in fold 0 of two.
+        // The count does not come from the largest fold: with singleton classes only, all samples
+        // are in fold 0 of two.
         let count = num_heads(n as usize, d as usize);
         let heads = fit_by_fold(features, labels, folds, num_classes, options, count)?;
         Self::with(heads, features, labels, folds)
@@ -155,7 +157,7 @@ impl SourceHead {
         head.on(features, labels, folds)
     }
 
-    /// This head with loss and saturation as they are on `features` [n, d].
+    /// This head, with its loss and saturation on `features` [n, d].
     fn on(
         &self,
         features: &Tensor,
@@ -215,8 +217,8 @@ impl SourceHead {
         Ok(Tensor::f_run_backward(&[loss], &[&leaf], false, false)?.swap_remove(0))
     }
 
-    /// Sum of the losses of a micro-batch: `features` [B, d] (its graph is kept), the labels and folds
-    /// of its samples. A sample whose class its head never saw has no loss.
+    /// Sum of the losses of a micro-batch: `features` [B, d] (its graph is kept), and the labels
+    /// and folds of its samples. A sample whose class its head never saw has no loss.
     pub fn loss_sum(&self, features: &Tensor, labels: &[usize], folds: &[usize]) -> Tensor {
         let device = features.device();
         let mut total = Tensor::zeros([], (Kind::Double, device));
@@ -351,7 +353,8 @@ mod tests {
             assert_eq!(same, kind == HeadKind::Shared);
             assert_ne!(first.loss, second.loss, "each on its own source's features");
         }
-        // It is the head of all rows together, and no sample's row is in the fit of its own head.
+        // It equals the head of all rows together, and no sample's row is in the fit of its own
+        // head.
         let heads = fitted(&features, &labels, HeadKind::Shared);
         let folds = folds(&labels, 6);
         let others: Vec<usize> = (0..15).filter(|row| folds[*row] == 1).collect();
@@ -386,7 +389,7 @@ mod tests {
     #[test]
     fn a_class_that_the_samples_head_never_saw_has_no_loss() {
         let (features, _) = features(5, 1.0, 5);
-        // Cross-fitted, and every class has one sample only: no head knows the class it is used on.
+        // Cross-fitted with one sample for every class: no head knows the class it is used on.
         let labels = [0, 1, 2, 3, 4];
         let folds = folds(&labels, 6);
         assert_eq!(folds, [0; 5]);
