@@ -59,8 +59,7 @@ pub enum Command {
     #[cfg(feature = "torch")]
     Evaluate(crate::offline::evaluate::Args),
     /// Report what the engine finds here (libtorch, CUDA, driver, devices, memory, matrix rates), and what to do if
-    /// something is
-    /// missing.
+    /// something is missing.
     #[cfg(feature = "torch")]
     Doctor(crate::offline::doctor::Args),
     /// Ask a running server whether it is ready. For health checks of containers.

@@ -38,8 +38,7 @@ pub struct ServerOptions {
     )]
     server: Url,
     /// File with the API key, as `promptweave up` writes one. Default: the key itself in the variable
-    /// PROMPTWEAVE_API_KEY;
-    /// without either, no key is sent.
+    /// PROMPTWEAVE_API_KEY; without either, no key is sent.
     #[arg(long, env = "PROMPTWEAVE_API_KEY_FILE", value_name = "FILE")]
     api_key_file: Option<PathBuf>,
 }
@@ -170,8 +169,7 @@ impl Server {
     }
 
     /// Sends a request and returns a success, whose body is still to be read. After a 429 the request is sent again
-    /// when the
-    /// registry says, for a minute at most; not so a request whose body is a file stream.
+    /// when the registry says, for a minute at most; not so a request whose body is a file stream.
     pub async fn send(&self, mut request: RequestBuilder) -> Result<Response, ServerError> {
         let mut patience = PATIENCE;
         let response = loop {

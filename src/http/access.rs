@@ -1,9 +1,8 @@
 //! Access control: keys, scopes, and the [`Caller`] that handlers see.
 //!
 //! A route names its scope once, in its documentation (`security(("api_key" = ["read"]))`), and the check reads it from
-//! there.
-//! Nothing below `/v1` is open: a route without a scope is a bug, found when the router is built. Health, `/docs` and
-//! `/openapi.json` need no key.
+//! there. Nothing below `/v1` is open: a route without a scope is a bug, found when the router is built. Health,
+//! `/docs` and `/openapi.json` need no key.
 
 use std::collections::HashMap;
 use std::sync::Arc;

@@ -50,16 +50,14 @@ struct SetAlias {
     #[schema(minimum = 1)]
     version: i32,
     /// A protected alias cannot be moved or deleted (409). To unprotect it, send `false` with the version that it has
-    /// now. If
-    /// left out, the protection stays as it is; a new alias is not protected.
+    /// now. If left out, the protection stays as it is; a new alias is not protected.
     protected: Option<bool>,
 }
 
 /// Point an alias to a version: create, move or protect it
 ///
 /// An existing alias needs `If-Match` with its ETag (or `*`), so that of two concurrent moves neither overwrites the
-/// other
-/// unseen. `If-None-Match: *` creates the alias only if there is none.
+/// other unseen. `If-None-Match: *` creates the alias only if there is none.
 #[utoipa::path(
     put,
     path = "/prompts/{name}/aliases/{alias}",

@@ -1,8 +1,7 @@
 //! `/v1/api-keys`: the keys of the caller's project, and what each may do.
 //!
 //! A key with the scope `admin` may create other keys of any scope, for its own project only. A project's first key is
-//! created
-//! with the project, or by `promptweave keys`.
+//! created with the project, or by `promptweave keys`.
 
 use axum::Json as JsonResponse;
 use axum::extract::State;

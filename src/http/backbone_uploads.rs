@@ -62,10 +62,8 @@ impl UploadOptions {
 /// Upload a backbone: its folder in an archive
 ///
 /// The archive is a tar, tar.gz or zip of what `POST /v1/backbones` reads from a directory: the weights
-/// (`model.safetensors`,
-/// or the only `.safetensors` or `.npz`), `config.json` and, from Hugging Face, `preprocessor_config.json`. Other files
-/// are
-/// ignored.
+/// (`model.safetensors`, or the only `.safetensors` or `.npz`), `config.json` and, from Hugging Face,
+/// `preprocessor_config.json`. Other files are ignored.
 #[utoipa::path(
     put,
     path = "/backbones/{name}",

@@ -42,16 +42,13 @@ struct RegisterBackbone {
     #[schema(value_type = String, pattern = "^[a-z0-9][a-z0-9._-]{0,127}$", example = "vit-s14")]
     name: ResourceName,
     /// A directory that the server lists under its `--backbone-root`. It holds `config.json` and `model.safetensors` as
-    /// promptweave
-    /// writes them, or a ViT checkpoint (safetensors, or the original `.npz`) with the tensor names of timm, Hugging
-    /// Face, DINOv2
-    /// or Google, and its `config.json` if there is one. Give either this or a `uri`.
+    /// promptweave writes them, or a ViT checkpoint (safetensors, or the original `.npz`) with the tensor names of
+    /// timm, Hugging Face, DINOv2 or Google, and its `config.json` if there is one. Give either this or a `uri`.
     #[schema(example = "vit_s14_focus")]
     directory: Option<String>,
     /// A URI below one that the operator allows (`--allow-uri`): `hf://org/name@revision` (`model.safetensors`,
-    /// `config.json`,
-    /// `preprocessor_config.json`; the revision may be left out), or `https://…` or `s3://bucket/key` of an archive as
-    /// `PUT /v1/backbones/{name}` takes it.
+    /// `config.json`, `preprocessor_config.json`; the revision may be left out), or `https://…` or `s3://bucket/key` of
+    /// an archive as `PUT /v1/backbones/{name}` takes it.
     uri: Option<String>,
     /// Settings that a foreign checkpoint and the files beside it lack or get wrong.
     config: Option<Settings>,
@@ -130,8 +127,7 @@ async fn register_backbone(
 }
 
 /// Reads a backbone off the runtime's threads, with a scratch folder for converted files, stores it, and answers with
-/// it: 201,
-/// or 200 if it was already registered.
+/// it: 201, or 200 if it was already registered.
 pub(super) async fn publish(
     state: &AppState,
     caller: &Caller,

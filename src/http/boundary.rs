@@ -1,6 +1,5 @@
 //! The outermost layer: every request gets an id, a span and one line in the log, and every error leaves as a problem
-//! document,
-//! whichever layer made it.
+//! document, whichever layer made it.
 
 use std::time::Instant;
 

@@ -1,6 +1,5 @@
 //! `/v1/prompts/compose`: Σ αᵢ Pᵢ with weights that the user gives, published immediately. An ensemble with the same
-//! weights
-//! composes the same numbers, bit by bit.
+//! weights composes the same numbers, bit by bit.
 
 use axum::extract::State;
 use axum::response::IntoResponse;
@@ -67,8 +66,8 @@ struct ComposedOutput {
 /// Compose prompts with given weights, and publish the sum as a version with its lineage
 ///
 /// The weights are at least 0 and sum to 1. The sources must have the same shape and must not be deep. Those that
-/// record a
-/// backbone and a preprocessing must record the same ones. Repeating a request answers 200 with the existing version.
+/// record a backbone and a preprocessing must record the same ones. Repeating a request answers 200 with the existing
+/// version.
 #[utoipa::path(
     post,
     path = "/prompts/compose",

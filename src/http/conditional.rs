@@ -1,6 +1,5 @@
 //! Conditional requests (RFC 9110, section 13): they spare a download that the client already has, and keep a change
-//! from
-//! overwriting somebody else's.
+//! from overwriting somebody else's.
 
 use axum::extract::FromRequestParts;
 use axum::http::{HeaderMap, HeaderName, StatusCode, header, request};
@@ -47,8 +46,7 @@ impl Preconditions {
     }
 
     /// Checks whether a resource may be created (`current` is None), changed or deleted. The answer is 412 if the
-    /// client knows
-    /// another state of it, and 428 if it would change one without naming the state that it knows.
+    /// client knows another state of it, and 428 if it would change one without naming the state that it knows.
     pub fn check_change(&self, current: Option<&str>) -> Result<(), Problem> {
         if let Some(tags) = &self.if_match {
             let Some(etag) = current else {

@@ -41,8 +41,7 @@ impl File {
     }
 
     /// The range that is asked for, if it can be served. Several ranges at once, other units, ranges that cannot be
-    /// parsed, and
-    /// ranges of outdated bytes get None: the whole file is the answer.
+    /// parsed, and ranges of outdated bytes get None: the whole file is the answer.
     ///
     /// # Errors
     /// 416 `range_not_satisfiable` if the file ends before the range begins.

@@ -58,17 +58,13 @@ pub(super) struct ArchiveBytes(Vec<u8>);
 /// Upload labelled images as the next version of a dataset
 ///
 /// The dataset is created if it does not exist. The body is a tar, tar.gz or zip in a layout that `POST /v1/datasets`
-/// reads:
-/// VTAB-1k list files, folders of images named by class, or WebDataset. A single folder around everything is allowed.
-/// Or the
-/// body is one Parquet file as Hugging Face writes them (columns `image` and `label`); then all images become `train`.
-/// Register
-/// several shards or splits from a directory instead.
+/// reads: VTAB-1k list files, folders of images named by class, or WebDataset. A single folder around everything is
+/// allowed. Or the body is one Parquet file as Hugging Face writes them (columns `image` and `label`); then all images
+/// become `train`. Register several shards or splits from a directory instead.
 ///
 /// The format is recognised by the content. The body is spooled to disk and never unpacked. Uploading the same images
-/// under the
-/// same name again answers 200 with the existing version.
-/// images under the same name once more answer 200 with the version that exists.
+/// under the same name again answers 200 with the existing version. images under the same name once more answer 200
+/// with the version that exists.
 #[utoipa::path(
     post,
     path = "/datasets/{name}/versions",

@@ -48,15 +48,12 @@ struct RegisterDataset {
     #[schema(value_type = String, pattern = "^[a-z0-9][a-z0-9._-]{0,127}$", example = "food")]
     name: ResourceName,
     /// A directory that the server lists under its `--dataset-root`. It holds VTAB-1k list files, folders of images
-    /// named by class,
-    /// WebDataset's layout, or Hugging Face's Parquet files. Give either this or a `uri`.
+    /// named by class, WebDataset's layout, or Hugging Face's Parquet files. Give either this or a `uri`.
     #[schema(example = "target")]
     directory: Option<String>,
     /// A URI below one that the operator allows (`--allow-uri`): `https://…` or `s3://bucket/key` of an archive or a
-    /// Parquet file,
-    /// or `hf://datasets/org/name@revision/folder` for the Parquet files of a repository. Revision and folder may be
-    /// left out;
-    /// `@~parquet` means the files that the Hub converted itself.
+    /// Parquet file, or `hf://datasets/org/name@revision/folder` for the Parquet files of a repository. Revision and
+    /// folder may be left out; `@~parquet` means the files that the Hub converted itself.
     uri: Option<String>,
     /// Leave out unreadable images and count them, instead of refusing the dataset.
     #[serde(default)]
@@ -74,10 +71,8 @@ pub(super) struct RegisteredDataset {
 /// Register labelled images from a directory or a URI as the next version of a dataset
 ///
 /// Every image is decoded once as a check, and the original files are stored. Registering the same images under the
-/// same name
-/// again answers 200 with the existing version. A URI is fetched within the request, so the download must finish within
-/// the
-/// server's `--request-timeout-s`.
+/// same name again answers 200 with the existing version. A URI is fetched within the request, so the download must
+/// finish within the server's `--request-timeout-s`.
 #[utoipa::path(
     post,
     path = "/datasets",
@@ -182,8 +177,7 @@ impl Fetched {
 }
 
 /// Packs images off the runtime's threads, stores the pack, and answers with its version: 201, or 200 if the version
-/// already
-/// existed.
+/// already existed.
 pub(super) async fn publish(
     state: &AppState,
     caller: &Caller,

@@ -87,10 +87,8 @@ pub(super) struct Output {
 /// Learn how much of each source prompt helps a target, and compose the prompt
 ///
 /// The request is resolved and checked here; a worker then does the work as a job. If an ensemble with the same
-/// `spec_digest`
-/// waits, runs or has succeeded (and is published under `output.name`, if given), the answer is that ensemble, unless
-/// `force`
-/// is set.
+/// `spec_digest` waits, runs or has succeeded (and is published under `output.name`, if given), the answer is that
+/// ensemble, unless `force` is set.
 #[utoipa::path(
     post,
     path = "/ensembles",
@@ -199,9 +197,8 @@ async fn get_ensemble(
 /// List an ensemble's events, in order
 ///
 /// With `Accept: text/event-stream`, the answer is a stream of server-sent events that ends with the ensemble. Each
-/// event has
-/// its number as `id` and its kind as `event`. `progress` events without an `id` come between them, with the ensemble's
-/// `progress` as data. A client that reconnects with `Last-Event-ID` misses no event.
+/// event has its number as `id` and its kind as `event`. `progress` events without an `id` come between them, with the
+/// ensemble's `progress` as data. A client that reconnects with `Last-Event-ID` misses no event.
 #[utoipa::path(
     get,
     path = "/ensembles/{id}/events",

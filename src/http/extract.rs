@@ -18,8 +18,7 @@ pub use crate::http::mistakes::{Draft, read_value};
 pub use promptweave_domain::json::escape;
 
 /// A JSON body. Unreadable JSON is 400; JSON of the wrong shape is 422 with a pointer to each mistake. A handler that
-/// reports
-/// further mistakes beside these takes a [`Draft`].
+/// reports further mistakes beside these takes a [`Draft`].
 pub struct Json<T>(pub T);
 
 /// Parameters of the path.

@@ -1,12 +1,10 @@
 //! `Idempotency-Key`: a POST that a client sends again has one effect and one answer.
 //!
 //! This is a layer around every POST of the scopes `write` and `run`. (`admin` has none, because an answer that shows
-//! an API
-//! key's secret must not be stored.) The first request with a key claims it, works and stores its answer; others are
-//! told to
-//! wait, then get that answer. Bodies are compared by a digest, taken while the handler reads, so that none is held in
-//! memory
-//! for this. The work runs in its own task: it finishes, and its answer is stored, even if the client has gone.
+//! an API key's secret must not be stored.) The first request with a key claims it, works and stores its answer; others
+//! are told to wait, then get that answer. Bodies are compared by a digest, taken while the handler reads, so that none
+//! is held in memory for this. The work runs in its own task: it finishes, and its answer is stored, even if the client
+//! has gone.
 //!
 //! It follows draft-ietf-httpapi-idempotency-key-header-07.
 
@@ -164,8 +162,7 @@ fn seen(watched: &Watched) -> std::sync::MutexGuard<'_, Seen> {
 struct BodyTooLate;
 
 /// Wraps a request so that its body is digested as it is read, until `deadline`. A body that the operation does not use
-/// is not
-/// part of the request.
+/// is not part of the request.
 fn watched(request: Request, takes_body: bool, deadline: Instant) -> (Request, Watched) {
     let (parts, body) = request.into_parts();
     let mut digest = DigestBuilder::default();
@@ -226,8 +223,7 @@ async fn renew(pool: &PgPool, claim: &Claim) -> Infallible {
 }
 
 /// Stores a success, and releases the key after anything else. The work is done by then: the client gets its answer
-/// even if
-/// storing fails.
+/// even if storing fails.
 async fn settle(
     pool: &PgPool,
     claim: &Claim,

@@ -43,8 +43,7 @@ fn default_depth() -> u32 {
 /// Get what a version was made of, and how much of each; or what was made with it
 ///
 /// The answer is a graph of versions with the weight α on every edge. A composed prompt may itself be a source of
-/// others.
-/// `effective_weight` multiplies the weights along a path and sums over paths.
+/// others. `effective_weight` multiplies the weights along a path and sums over paths.
 #[utoipa::path(
     get,
     path = "/prompts/{name}/versions/{ref}/lineage",

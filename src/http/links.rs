@@ -1,6 +1,5 @@
 //! OpenAPI links: which operations can follow an answer, and which parameters they take from it. Clients generated from
-//! the
-//! document, and stateful fuzzers, follow them.
+//! the document, and stateful fuzzers, follow them.
 
 use utoipa::openapi::link::LinkBuilder;
 use utoipa::openapi::{OpenApi, RefOr};

@@ -1,6 +1,5 @@
 //! A request with mistakes. As much of it as can be read is still checked, so that the client learns of all mistakes at
-//! once, each
-//! with its place in the body.
+//! once, each with its place in the body.
 
 use axum::body::Bytes;
 use axum::http::StatusCode;

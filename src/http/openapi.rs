@@ -135,8 +135,7 @@ fn document_names(document: &mut OpenApi) {
 }
 
 /// Documents on every operation the answers that follow from its inputs. There is no `default`: a status that is not
-/// listed is a
-/// mistake in the document, which `make fuzz-api` finds.
+/// listed is a mistake in the document, which `make fuzz-api` finds.
 fn document_implied(document: &mut OpenApi) {
     for (_, _, operation) in operations(document) {
         let mut implied = vec![

@@ -65,10 +65,8 @@ struct ImportQuery {
 /// Publish a version from a PEFT prompt-tuning adapter: the body is a tar of its folder
 ///
 /// Make the tar with `tar -c -C DIR .` in the folder that `save_pretrained` wrote. `adapter_model.safetensors` becomes
-/// the
-/// version unchanged, so its sha256 is the version's digest; `adapter_config.json` is kept in `training`. Folders in
-/// the
-/// archive do not matter, other files are ignored, and nothing is unpacked.
+/// the version unchanged, so its sha256 is the version's digest; `adapter_config.json` is kept in `training`. Folders
+/// in the archive do not matter, other files are ignored, and nothing is unpacked.
 #[utoipa::path(
     post,
     path = "/prompts/import-peft",

@@ -1,8 +1,8 @@
 //! `/v1/projects`: each project has its own prompts, backbones, datasets, jobs and keys.
 //!
 //! The project `default` always exists, and its keys are the operator's: with the scope `admin` they create and list
-//! projects.
-//! They do not see inside other projects; the key that comes with a new project is for the people who work there.
+//! projects. They do not see inside other projects; the key that comes with a new project is for the people who work
+//! there.
 
 use axum::Json as JsonResponse;
 use axum::extract::State;

@@ -95,8 +95,7 @@ fn patched(
 /// Delete a prompt that nothing refers to
 ///
 /// The prompt is hidden, and its name stays taken; `restore` brings it back. These refer to a prompt: a protected
-/// alias, a
-/// prompt that was composed or tuned from it, a job that has not ended.
+/// alias, a prompt that was composed or tuned from it, a job that has not ended.
 #[utoipa::path(
     delete,
     path = "/prompts/{name}",

@@ -24,8 +24,7 @@ pub fn router() -> OpenApiRouter<AppState> {
 /// Download the file of a version, whole or a range of its bytes
 ///
 /// `HEAD` answers with the headers alone. `Content-Digest` covers the bytes in the answer, `Repr-Digest` the whole
-/// file; the
-/// ETag is the file's digest.
+/// file; the ETag is the file's digest.
 #[utoipa::path(
     get,
     path = "/prompts/{name}/versions/{ref}/content",

@@ -103,8 +103,7 @@ fn refuse(error: PromptFileError) -> Problem {
 }
 
 /// The text of an error about a client's file, with the reader's own words (which byte, which key): the client may see
-/// them.
-/// Only the first cause is added, because safetensors repeats its own cause in its text.
+/// them. Only the first cause is added, because safetensors repeats its own cause in its text.
 pub(super) fn with_cause(error: &dyn Error) -> String {
     match error.source() {
         Some(source) => format!("{error}: {source}"),
@@ -138,8 +137,7 @@ pub(super) fn unsupported_format(detail: String) -> Problem {
 }
 
 /// Checks that a prompt fits its backbone, if that one is registered: its width, its blocks, and the preprocessing of
-/// one of the
-/// backbones with these weights.
+/// one of the backbones with these weights.
 pub(super) async fn check_backbone(
     conn: &mut PgConnection,
     project_id: Uuid,

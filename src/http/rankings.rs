@@ -87,12 +87,9 @@ impl From<Job<RankingSpec>> for RankingJob {
 /// Score prompts for a target by every transferability metric
 ///
 /// The result is one table, where higher is better. Its metrics are H-score (plain, adjusted and cross-validated),
-/// LogME, LEEP,
-/// NCE, OTCE, and the similarities of SPoT and PANDA to a prompt that is tuned on the target for a few epochs. Nothing
-/// is
-/// weighed, composed or published. If a ranking with the same `spec_digest` waits, runs or has succeeded, the answer is
-/// that
-/// ranking, unless `force` is set.
+/// LogME, LEEP, NCE, OTCE, and the similarities of SPoT and PANDA to a prompt that is tuned on the target for a few
+/// epochs. Nothing is weighed, composed or published. If a ranking with the same `spec_digest` waits, runs or has
+/// succeeded, the answer is that ranking, unless `force` is set.
 #[utoipa::path(
     post,
     path = "/rankings",

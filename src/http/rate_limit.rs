@@ -1,10 +1,8 @@
 //! Rate limits: how many requests per second, and how many at once, a client may make. Clients are told apart by API
-//! key, or by
-//! address if there is no valid key.
+//! key, or by address if there is no valid key.
 //!
 //! The counters belong to this process, and their number is bounded: one per existing key, and [`ADDRESSES`] for all
-//! addresses.
-//! The headers follow draft-ietf-httpapi-ratelimit-headers-10.
+//! addresses. The headers follow draft-ietf-httpapi-ratelimit-headers-10.
 
 use std::hash::{BuildHasher, RandomState};
 use std::net::{IpAddr, SocketAddr};
@@ -108,8 +106,7 @@ impl Limiter {
     }
 
     /// The client at the other end of the connection. `x-forwarded-for` is ignored, so behind a proxy all clients
-    /// without keys
-    /// share one counter. An IPv6 client is its /64.
+    /// without keys share one counter. An IPv6 client is its /64.
     pub fn address(&self, extensions: &Extensions) -> Client {
         let network: Option<u128> =
             extensions

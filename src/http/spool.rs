@@ -13,8 +13,7 @@ use crate::http::error::Problem;
 use crate::http::extract::body_interrupted;
 
 /// Writes the body to a temporary file, and checks it against its `Content-Digest`. The file is deleted with the
-/// request, however
-/// that ends. A body above `limit` is 413, immediately if it declares its length.
+/// request, however that ends. A body above `limit` is 413, immediately if it declares its length.
 pub(super) async fn spool(
     headers: &HeaderMap,
     body: Body,

@@ -45,9 +45,8 @@ pub fn router() -> OpenApiRouter<AppState> {
 struct CreateTuning {
     target: Target,
     /// The prompt to start from, for example a composed one; by default the initial prompt of `options.init_seed`. Its
-    /// head is used
-    /// too if it has the same classes, but not when something is chosen by held-out images, which the head may have
-    /// seen.
+    /// head is used too if it has the same classes, but not when something is chosen by held-out images, which the head
+    /// may have seen.
     start: Option<Source>,
     /// The backbone. It may be left out if only one registered backbone is the one of `start`.
     #[schema(value_type = Option<String>, example = "vit-s14")]
@@ -56,8 +55,7 @@ struct CreateTuning {
     #[serde(default)]
     options: TuningOptions,
     /// Learning rates and weight decays to try on held-out images (the split `val`, or every fifth image). The best
-    /// pair then tunes
-    /// on all images. At most 64 pairs.
+    /// pair then tunes on all images. At most 64 pairs.
     #[serde(default)]
     grid: Grid,
     #[serde(default)]
@@ -112,12 +110,9 @@ impl From<Job<TuningSpec>> for TuningJob {
 /// Train a prompt and a head for a target
 ///
 /// The method is VPT, shallow or deep, on the frozen backbone. The request is resolved and checked here; a worker then
-/// does the
-/// work as a job. It keeps a checkpoint after every epoch, so that another attempt continues from there. If a tuning
-/// with the
-/// same `spec_digest` waits, runs or has succeeded (and is published under `output.name`, if given), the answer is that
-/// tuning,
-/// unless `force` is set.
+/// does the work as a job. It keeps a checkpoint after every epoch, so that another attempt continues from there. If a
+/// tuning with the same `spec_digest` waits, runs or has succeeded (and is published under `output.name`, if given),
+/// the answer is that tuning, unless `force` is set.
 #[utoipa::path(
     post,
     path = "/tunings",
@@ -231,8 +226,7 @@ async fn get_tuning_result(
 /// List a tuning's events, in order
 ///
 /// The answer is a page or a stream of server-sent events, as for ensembles. `epoch` events have the losses of an
-/// epoch. Each
-/// epoch is reported once, unless its checkpoint could not be stored and another attempt repeats it.
+/// epoch. Each epoch is reported once, unless its checkpoint could not be stored and another attempt repeats it.
 #[utoipa::path(
     get,
     path = "/tunings/{id}/events",

@@ -44,8 +44,7 @@ async fn list_workers(State(state): State<AppState>) -> Result<JsonResponse<Work
 /// Drain a worker: it finishes its job, claims no more, and ends
 ///
 /// Its state is `draining` until then. Its process ends with status 0; under `promptweave up`, it stays down until `up`
-/// is
-/// started again.
+/// is started again.
 #[utoipa::path(
     post,
     path = "/workers/{id}/drain",

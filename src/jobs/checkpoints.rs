@@ -1,6 +1,5 @@
 //! Checkpoints: each tuning of a job keeps its state in a blob. A row under the job's lease names the blob, so that the
-//! next
-//! attempt finds it on any machine.
+//! next attempt finds it on any machine.
 
 use serde_json::json;
 use sqlx::{Connection, PgConnection};
@@ -36,8 +35,7 @@ pub async fn last(
 }
 
 /// Replaces the last checkpoint by `file`, if there is one, and records events for `epochs`, those not yet reported.
-/// Both are
-/// one transaction, so an epoch with a stored checkpoint has been reported exactly once.
+/// Both are one transaction, so an epoch with a stored checkpoint has been reported exactly once.
 pub async fn keep(
     conn: &mut PgConnection,
     blobs: &BlobStore,

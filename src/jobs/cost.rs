@@ -15,12 +15,10 @@ pub struct Cost {
     pub images: u64,
     pub sources: usize,
     /// N · M: how many times an image goes through the backbone forward for `features` and, if the method takes
-    /// gradients, forward
-    /// and backward for `gradients`.
+    /// gradients, forward and backward for `gradients`.
     pub image_passes: u64,
     /// Estimated seconds on one worker, at the speed of the last five ensembles with the same method on this backbone;
-    /// null if there
-    /// are none.
+    /// null if there are none.
     pub seconds: Option<f64>,
     /// Jobs that wait now, of all projects.
     pub queued: i64,

@@ -20,8 +20,7 @@ pub struct JobEvent {
     #[schema(value_type = EventKind)]
     pub kind: String,
     /// Data of this kind of event: the attempt, the phase or the error; for `estimate`, α from the shards so far; for
-    /// `epoch`, its
-    /// number and losses.
+    /// `epoch`, its number and losses.
     pub data: Value,
 }
 
@@ -29,8 +28,7 @@ pub struct JobEvent {
 pub const EVENT_CHANNEL: &str = "promptweave_event";
 
 /// Records an event in the transaction that makes it true. The caller has locked the job's row, and calls [`tell`]
-/// after the
-/// commit.
+/// after the commit.
 pub(super) async fn record(
     conn: &mut PgConnection,
     job_id: Uuid,
@@ -53,8 +51,7 @@ pub(super) async fn record(
 
 /// Wakes those who wait for this job, and workers too if there may be `work`. Call it after the commit, not within the
 /// transaction: a transaction that notifies holds a lock until its commit is on disk, and no other notifying
-/// transaction can
-/// commit meanwhile. A lost hint only delays those who wait until they next poll.
+/// transaction can commit meanwhile. A lost hint only delays those who wait until they next poll.
 pub(super) async fn tell(conn: &mut PgConnection, job_id: Uuid, work: bool) {
     let told = sqlx::query!(
         "SELECT pg_notify($1, $2), CASE WHEN $3 THEN pg_notify($4, '') END",

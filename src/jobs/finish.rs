@@ -1,6 +1,5 @@
 //! The one transaction that stores a result: published prompt, lineage, answer and state, under the lease's token. For
-//! a worker
-//! that lost its lease, all of it is rolled back.
+//! a worker that lost its lease, all of it is rolled back.
 
 use sqlx::{Connection, PgConnection, PgTransaction};
 

@@ -1,6 +1,5 @@
 //! From a request to solve an ensemble again to its specification. Everything that the request may name was resolved
-//! when the
-//! ensemble was posted. Only aliases are looked up, so a version that was published since cannot come in.
+//! when the ensemble was posted. Only aliases are looked up, so a version that was published since cannot come in.
 
 use sqlx::PgConnection;
 use time::OffsetDateTime;
@@ -136,8 +135,7 @@ pub fn plan(
 }
 
 /// The ensemble's own objective without what its statistics cannot answer: no refinement, no fallback, and in place of
-/// a choice by
-/// validation what was chosen then (the trade-off, the share of equal weights, or the single best source).
+/// a choice by validation what was chosen then (the trade-off, the share of equal weights, or the single best source).
 fn without_backbone(solved: &Solved) -> Objective {
     let mut objective = solved.spec.objective.without_forward_passes();
     let fallback = solved.result.method.fallback.as_ref();
@@ -165,8 +163,7 @@ fn without_backbone(solved: &Solved) -> Objective {
 }
 
 /// How the gradients in the statistics are normalised, if there are any. If the ensemble's own method takes none, they
-/// are an
-/// earlier ensemble's, and the engine checks in the file whether they are as requested.
+/// are an earlier ensemble's, and the engine checks in the file whether they are as requested.
 fn gradients(solved: &Solved, asked: &Objective) -> Option<GradientNormalization> {
     solved.result.objective.gradient_alignment?;
     let alignment = solved.spec.objective.alignment().or(asked.alignment());

@@ -1,12 +1,9 @@
 //! The state machine's statements for workers; [`requests`](crate::jobs::requests) has those for clients. Long work
-//! holds a
-//! lease, never a transaction. Everything that a worker writes names the token of its attempt, so a worker that lost
-//! the job
-//! changes nothing.
+//! holds a lease, never a transaction. Everything that a worker writes names the token of its attempt, so a worker that
+//! lost the job changes nothing.
 //!
 //! Time is always the database's `now()`. Each function that moves a job is one transaction, often of one statement,
-//! and locks
-//! the job's row before anything else.
+//! and locks the job's row before anything else.
 
 use std::time::Duration;
 
@@ -137,8 +134,7 @@ pub async fn claim(
         .await;
         match claimed {
             // Between the look at the queue and the lock on the row, another worker claimed the job and gave it back,
-            // so its new events
-            // were not counted. Nothing was written; try again.
+            // so its new events were not counted. Nothing was written; try again.
             Err(error) if violates(&error, "job_event_pkey") => {}
             other => break other?,
         }
@@ -259,8 +255,7 @@ pub(super) fn renewal(lease: Lease, cancel: Option<bool>) -> Result<RenewOutcome
 }
 
 /// Ends the attempt with an error. `backoff` means that another attempt may help after that time; after the last
-/// attempt the
-/// job fails anyway. Returns the job's new state.
+/// attempt the job fails anyway. Returns the job's new state.
 pub async fn fail(
     conn: &mut PgConnection,
     lease: Lease,
@@ -329,8 +324,7 @@ pub struct Reaped {
 }
 
 /// Puts jobs whose lease has run out back into the queue. Any process may do this at any time; a row that another
-/// process is
-/// reaping is skipped.
+/// process is reaping is skipped.
 pub async fn reap(conn: &mut PgConnection) -> Result<Vec<Reaped>, QueueError> {
     let mut tx = conn.begin().await?;
     let lost = sqlx::query_as!(
@@ -381,8 +375,7 @@ pub async fn reap(conn: &mut PgConnection) -> Result<Vec<Reaped>, QueueError> {
 }
 
 /// How long to wait before attempt `attempt` + 1: 2, 4, 8 … seconds up to five minutes, each varied by up to half, so
-/// that jobs
-/// that failed together do not return together.
+/// that jobs that failed together do not return together.
 pub fn backoff(attempt: i32) -> Duration {
     let exponent = attempt.clamp(1, 9) as u32;
     let seconds = f64::from(2u32.pow(exponent)).min(300.0);

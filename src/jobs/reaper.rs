@@ -1,6 +1,5 @@
 //! Reaping, every second, in every process: a lost lease does not depend on one particular process. It also deletes
-//! answers that
-//! were kept for clients that ask again, once their day is over.
+//! answers that were kept for clients that ask again, once their day is over.
 
 use std::time::Duration;
 

@@ -42,8 +42,7 @@ pub enum EnqueueOutcome {
 }
 
 /// Puts a job into the queue, unless an existing one may be reused or `most` are waiting. Of equal requests at the same
-/// time,
-/// one creates the job.
+/// time, one creates the job.
 pub async fn post<S: Specification>(
     conn: &mut PgConnection,
     new: NewJob<'_, S>,
@@ -227,8 +226,7 @@ pub async fn cancel(
 }
 
 /// Puts a failed or cancelled job back into the queue, with as many attempts as a new one. The error is the state that
-/// forbids
-/// it. None if there is no such job.
+/// forbids it. None if there is no such job.
 pub async fn retry(
     conn: &mut PgConnection,
     project_id: Uuid,

@@ -36,8 +36,7 @@ pub struct Args {
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
     /// Folder to keep features and gradients of the sources in, so that a later composition with some of them computes
-    /// only what is
-    /// new. Without it nothing is kept.
+    /// only what is new. Without it nothing is kept.
     #[arg(long, value_name = "DIR")]
     pub cache: Option<PathBuf>,
     #[command(flatten)]

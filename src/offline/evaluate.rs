@@ -41,8 +41,7 @@ pub struct Args {
     #[arg(long, default_value_t)]
     pub h_score_mode: HScoreMode,
     /// Shrinkage ρ of that H-score: 0, or from 1e-6 to below 1; or `oas`, or `ledoit_wolf` [default: 0.3 with
-    /// `cross_validated`,
-    /// otherwise 0.01].
+    /// `cross_validated`, otherwise 0.01].
     #[arg(long)]
     pub h_score_shrinkage: Option<Shrinkage>,
     /// Shrinkage ρ of the head.

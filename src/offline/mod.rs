@@ -45,13 +45,11 @@ pub struct EngineOptions {
     #[arg(long, value_name = "SAMPLES")]
     pub micro_batch: Option<usize>,
     /// Precision: `f32` (on CUDA with TensorFloat-32), `bf16` (about twice as fast if the processor has it;
-    /// docs/performance.md
-    /// shows how it changes the weights) or `f64`.
+    /// docs/performance.md shows how it changes the weights) or `f64`.
     #[arg(long, default_value_t)]
     pub precision: Precision,
     /// Compute exactly as the definition is written: every prompt with every image, and automatic differentiation.
-    /// Slow; for
-    /// checking the fast path.
+    /// Slow; for checking the fast path.
     #[arg(long)]
     pub reference_path: bool,
     /// Leave out unreadable images and count them, instead of failing.

@@ -20,8 +20,7 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     pub statistics: PathBuf,
     /// Use only these sources, by their names in the statistics [default: all]. Options that are not given are those of
-    /// the
-    /// composition.
+    /// the composition.
     #[arg(long, value_name = "NAME,…", value_delimiter = ',')]
     pub sources: Vec<String>,
     #[command(flatten)]

@@ -1,6 +1,5 @@
 //! `promptweave tune`: trains one visual prompt on a labelled image set with a frozen backbone, or a baseline that
-//! prompts are
-//! compared with.
+//! prompts are compared with.
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -35,8 +34,7 @@ pub struct Args {
     #[arg(long, value_name = "DIR")]
     pub target: PathBuf,
     /// What to train beside the head: `vpt-shallow` or `vpt-deep`; or, as a baseline without a prompt, `linear`,
-    /// `mlp-K`,
-    /// `partial-K`, `bias`, `adapter-R`, `sidetune` or `full`.
+    /// `mlp-K`, `partial-K`, `bias`, `adapter-R`, `sidetune` or `full`.
     #[arg(long, default_value_t = TuningMethod::default())]
     pub method: TuningMethod,
     /// File to write: the prompt, or the trained tensors of a method without one.
@@ -52,13 +50,11 @@ pub struct Args {
     #[arg(long)]
     pub max_samples: Option<usize>,
     /// Prompt file to start from, for example a composed one [default: the initial prompt of --init-seed, and no head].
-    /// Its head is
-    /// used too if it has the same classes, but not when images are held out, which the head may have seen.
+    /// Its head is used too if it has the same classes, but not when images are held out, which the head may have seen.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["num_tokens", "init_seed"])]
     pub start: Option<PathBuf>,
     /// A source prompt to learn from (PANDA's distillation): the loss pulls towards its logits, which come from a
-    /// closed-form head
-    /// on the training images. May be given several times.
+    /// closed-form head on the training images. May be given several times.
     #[arg(long, value_name = "FILE")]
     pub teacher: Vec<PathBuf>,
     /// Weight of the mean squared difference to the teachers' logits [default: 0.1 with a teacher].
@@ -80,10 +76,8 @@ pub struct Args {
     #[arg(long, value_enum, default_value_t = OptimizerName::AdamW)]
     pub optimizer: OptimizerName,
     /// Learning rate of everything that is trained beside the head. Too high: the prompt ends far from its initial
-    /// values, where
-    /// prompts mix badly. If several are given, with `,` between them, each is tried on held-out images and the best is
-    /// taken
-    /// [default: 0.002; 0.0001 with `partial` and `full`].
+    /// values, where prompts mix badly. If several are given, with `,` between them, each is tried on held-out images
+    /// and the best is taken [default: 0.002; 0.0001 with `partial` and `full`].
     #[arg(long, value_delimiter = ',')]
     pub prompt_learning_rate: Vec<f64>,
     #[arg(long, default_value_t = TuningOptions::default().head_learning_rate)]
@@ -97,8 +91,7 @@ pub struct Args {
     #[arg(long, default_value_t = 0.0)]
     pub prompt_dropout: f64,
     /// Stop after this many epochs without a lower loss on held-out images, and take the epoch with the lowest. The
-    /// held-out images
-    /// are then not trained on [default: all epochs, and all images].
+    /// held-out images are then not trained on [default: all epochs, and all images].
     #[arg(long, value_name = "EPOCHS")]
     pub patience: Option<usize>,
     /// Labelled features to keep in the file for transferability scores; 0 keeps none.

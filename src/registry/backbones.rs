@@ -42,8 +42,7 @@ pub struct RegisteredBackbone {
 }
 
 /// Registers a backbone whose model file is in the blob store. If the same backbone has this name already, it is
-/// returned, with
-/// `false` for "created".
+/// returned, with `false` for "created".
 pub async fn insert(
     conn: &mut PgConnection,
     project_id: Uuid,

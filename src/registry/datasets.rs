@@ -55,8 +55,7 @@ pub struct NewDatasetVersion<'a> {
 }
 
 /// Publishes a version under a name, which is created if it does not exist. If this name has a version with the same
-/// pack, that
-/// one is returned, with `false` for "created".
+/// pack, that one is returned, with `false` for "created".
 pub async fn insert_version(
     conn: &mut PgConnection,
     project_id: Uuid,

@@ -1,6 +1,5 @@
 //! Deleting a prompt, which only hides it: its versions stay for the lineage they are part of, its name stays taken,
-//! and it can be
-//! restored.
+//! and it can be restored.
 
 use sqlx::PgConnection;
 use uuid::Uuid;
@@ -14,8 +13,7 @@ use promptweave_domain::reference::ResourceName;
 ///
 /// # Errors
 /// [`RegistryError::PromptInUse`] if one of its aliases is protected, another prompt was composed or tuned from one of
-/// its
-/// versions, or a job that has not ended names it.
+/// its versions, or a job that has not ended names it.
 pub async fn delete(
     conn: &mut PgConnection,
     project_id: Uuid,

@@ -1,6 +1,5 @@
 //! Answers kept for clients that send a request again: which request is at work under an `Idempotency-Key`, and its
-//! answer. Only
-//! the database's clock decides what has expired.
+//! answer. Only the database's clock decides what has expired.
 
 use std::collections::BTreeMap;
 use std::time::Duration;

@@ -1,6 +1,5 @@
 //! Lineage: the versions that a composed prompt was made of, and how much of each. It is a graph that is walked up to
-//! the sources
-//! or down to what was made with them.
+//! the sources or down to what was made with them.
 
 use std::collections::HashMap;
 
@@ -57,8 +56,7 @@ pub struct Node {
     #[schema(minimum = 0)]
     pub distance: u32,
     /// The weights multiplied along a path, summed over all paths that are shown. It is the share of this version in
-    /// the one asked
-    /// for (`up`), or of that one in this (`down`).
+    /// the one asked for (`up`), or of that one in this (`down`).
     #[schema(minimum = 0)]
     pub effective_weight: f64,
     /// The job that made the version; null if it was uploaded.
@@ -164,8 +162,7 @@ pub async fn walk(
 /// Versions by distance, then newest first. If there are more than [`MAX_NODES`], one more than that is returned.
 ///
 /// The recursion has one row per distance, which holds everything seen so far. So a version is found once, however many
-/// paths
-/// lead to it, and the walk would end even if the edges formed a circle.
+/// paths lead to it, and the walk would end even if the edges formed a circle.
 async fn nodes(
     conn: &mut PgConnection,
     project_id: Uuid,
@@ -339,8 +336,7 @@ async fn goes_on(
 }
 
 /// Computes products along paths, summed over paths: what reaches each node after one edge, after two, and so on. Paths
-/// are not
-/// walked one by one, because there may be very many.
+/// are not walked one by one, because there may be very many.
 fn weigh(nodes: &mut [Node], links: &[Link], depth: u32) {
     let mut arriving = vec![0.0; nodes.len()];
     arriving[0] = 1.0;

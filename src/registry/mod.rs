@@ -1,8 +1,7 @@
 //! The registry in Postgres: prompts, backbones and datasets, immutable and versioned.
 //!
 //! Functions take a connection, so that handlers and the worker compose transactions from them, and return `Ok(None)`
-//! for what
-//! does not exist. Large files go to the [blob store](crate::blobs) before a row points to them.
+//! for what does not exist. Large files go to the [blob store](crate::blobs) before a row points to them.
 
 pub mod aliases;
 pub mod api_keys;

@@ -1,10 +1,8 @@
 //! A dataset as one file: a tar that [`Listing::read`] understands once it is unpacked.
 //!
 //! It holds the original bytes of the images under `images/`, then those of `train.txt`, `val.txt` and `test.txt` that
-//! exist, and
-//! `meta.json` with the class names. Order, times, owners and modes are fixed, so equal datasets have equal bytes: the
-//! pack's
-//! sha256 is the version's digest.
+//! exist, and `meta.json` with the class names. Order, times, owners and modes are fixed, so equal datasets have equal
+//! bytes: the pack's sha256 is the version's digest.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -91,8 +89,7 @@ pub fn pack(root: &Path, skip_unreadable: bool, out: &Path) -> Result<Packed, Pa
 }
 
 /// Lists files, decodes every image once and writes the pack to `out`. An image that cannot be read is an error that
-/// names it;
-/// with `skip_unreadable` it is left out instead.
+/// names it; with `skip_unreadable` it is left out instead.
 pub fn pack_files(
     files: &dyn Files,
     skip_unreadable: bool,

@@ -128,8 +128,7 @@ pub async fn publish(
 ) -> Result<Published, RegistryError> {
     let digest = Digest::of(new.bytes);
     // From here on the prompt's row is locked, so that versions are numbered one by one. By then the bytes are on their
-    // way to the
-    // disk.
+    // way to the disk.
     let row = sqlx::query!(
         r#"
         WITH known AS (
@@ -373,8 +372,7 @@ pub async fn set_deprecated(
 }
 
 /// Versions with these numbers, newest first. It takes a range so that one query plan serves both a version and a list:
-/// planning
-/// each time would cost more than running it.
+/// planning each time would cost more than running it.
 async fn select(
     conn: &mut PgConnection,
     project_id: Uuid,

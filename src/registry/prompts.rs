@@ -82,8 +82,7 @@ pub async fn find_or_create(
 }
 
 /// The id of the prompt of that name, created if it does not exist, and restored if it is deleted. A job uses it: its
-/// result is
-/// published long after the name was chosen, and must not be lost.
+/// result is published long after the name was chosen, and must not be lost.
 pub async fn find_restore_or_create(
     conn: &mut PgConnection,
     project_id: Uuid,
@@ -185,8 +184,7 @@ pub async fn find_id(
 }
 
 /// Like [`find`], and locks the prompt's row until the transaction ends. Changes of one prompt are made one after the
-/// other, and
-/// what was read stays true.
+/// other, and what was read stays true.
 pub async fn lock(
     conn: &mut PgConnection,
     project_id: Uuid,

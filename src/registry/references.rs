@@ -1,6 +1,5 @@
 //! References to blobs. `gc` may delete a blob without a reference, while a request may be about to refer to the same
-//! blob. An
-//! advisory lock on the digest settles which of the two comes first:
+//! blob. An advisory lock on the digest settles which of the two comes first:
 //!
 //! ```text
 //!   new reference                       gc
@@ -86,8 +85,7 @@ pub async fn unreferenced(
 }
 
 /// Deletes small blobs, which are rows, that no prompt version refers to; with `dry_run`, only counts them. Returns
-/// their number
-/// and bytes. Publishing locks the row that it refers to.
+/// their number and bytes. Publishing locks the row that it refers to.
 pub async fn collect_rows(
     conn: &mut PgConnection,
     created_before: OffsetDateTime,

@@ -1,8 +1,7 @@
 //! Directories that the operator opened for registration.
 //!
 //! A client's name is compared, part by part, with the server's own listing; it is never joined to a path. `..`, an
-//! absolute path
-//! or any encoding of them is in no listing, so nothing needs to be filtered.
+//! absolute path or any encoding of them is in no listing, so nothing needs to be filtered.
 
 use std::fs;
 use std::path::{Path, PathBuf};

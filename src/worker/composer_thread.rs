@@ -1,6 +1,5 @@
 //! The one OS thread that owns the composer. An engine's tensors may not be shared between threads, and its calls block
-//! for
-//! seconds, which an async task must not do.
+//! for seconds, which an async task must not do.
 
 use std::any::Any;
 use std::ops::ControlFlow;

@@ -11,8 +11,7 @@ use promptweave_engine::device::DeviceError;
 use promptweave_engine::vit::Compute;
 
 /// Returns what makes the engine on the configured device. Everything that can fail does so when it is called, where
-/// the worker
-/// can still write to the database why it does not start.
+/// the worker can still write to the database why it does not start.
 pub fn factory(options: &WorkerOptions, storage: &StorageOptions) -> NewComposer {
     let (options, blob_dir) = (options.clone(), storage.blob_dir());
     Box::new(move || {

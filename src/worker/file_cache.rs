@@ -1,8 +1,7 @@
 //! A cache of directories on this machine's disk, keyed by content: a worker's copies of backbones and datasets.
 //!
 //! Several workers may share one. A worker locks what its job uses, so that nobody evicts it. The system releases the
-//! locks of a
-//! killed worker, which shows that its unfinished entries are abandoned.
+//! locks of a killed worker, which shows that its unfinished entries are abandoned.
 
 use std::ffi::OsStr;
 use std::fs::{self, File, TryLockError};

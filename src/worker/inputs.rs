@@ -1,6 +1,5 @@
 //! Brings a job's files to this machine: prompts from the database, backbone and images from the blob store into a
-//! cache by
-//! digest, statistics to solve again from into memory. A worker needs only database and blob store.
+//! cache by digest, statistics to solve again from into memory. A worker needs only database and blob store.
 
 use sqlx::PgPool;
 

@@ -1,7 +1,6 @@
 //! Renews a lease on its own thread and connection, because neither a busy pool nor a busy runtime may cost a job. A
-//! missed
-//! renewal is only logged. After 80 % of the lease without any, the worker gives the job up, while no other worker can
-//! have it yet.
+//! missed renewal is only logged. After 80 % of the lease without any, the worker gives the job up, while no other
+//! worker can have it yet.
 
 use std::thread;
 use std::time::{Duration, Instant};

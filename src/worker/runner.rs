@@ -1,6 +1,5 @@
 //! Running one job: fetch its files, compose, write the result. Whatever happens, it is written to the job's row,
-//! unless the lease
-//! is lost: then this worker writes nothing more.
+//! unless the lease is lost: then this worker writes nothing more.
 
 use std::time::{Duration, Instant};
 
@@ -371,8 +370,7 @@ impl Runner {
     }
 
     /// Gives a shard back that was not computed. If even that cannot be written, its lease runs out. Returns whether
-    /// the shard
-    /// failed.
+    /// the shard failed.
     async fn give_back(&self, claimed: &ClaimedShard, stop: &Stop, error: &AttemptError) -> bool {
         let job_id = claimed.lease.job_id;
         let lost = matches!(error, AttemptError::Queue(QueueError::LeaseLost(_)));
@@ -401,8 +399,7 @@ impl Runner {
     }
 
     /// Writes an outcome. If the database is unreachable, it waits as long as the lease holds. If the acknowledgement
-    /// of a commit was
-    /// lost, the second try finds a lost lease, with the outcome in place.
+    /// of a commit was lost, the second try finds a lost lease, with the outcome in place.
     async fn write(&self, renewal: &Renewal, outcome: &Outcome<'_>) -> Result<(), QueueError> {
         loop {
             let written = self.write_once(outcome).await;

@@ -80,8 +80,7 @@ struct AttemptEnded {
 }
 
 /// One event of the stream that `Accept: text/event-stream` asks for. `event` and `id` are lines of their own, and
-/// `data` is
-/// JSON in one line.
+/// `data` is JSON in one line.
 #[derive(ToSchema)]
 #[serde(untagged)]
 #[expect(dead_code, reason = "it exists for the API document alone")]

@@ -25,8 +25,7 @@ pub(super) fn name_items(document: &mut OpenApi) {
 }
 
 /// Replaces the formats of integers by `int32` or `int64`, the ones of OpenAPI's registry that generators know.
-/// Unsigned
-/// integers keep their minimum of 0.
+/// Unsigned integers keep their minimum of 0.
 pub(super) fn register_formats(document: &mut OpenApi) {
     each(document, &mut |schema| {
         let RefOr::T(Schema::Object(schema)) = schema else {

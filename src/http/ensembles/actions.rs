@@ -71,8 +71,7 @@ pub(super) async fn retry_ensemble(
 }
 
 /// Keeps the statistics that the ensemble is solved from, if it was made by `solve`, until the job is queued in the
-/// same
-/// transaction.
+/// same transaction.
 async fn hold_statistics(
     conn: &mut PgConnection,
     state: &AppState,
@@ -91,8 +90,7 @@ async fn hold_statistics(
 /// Compute an ensemble again, and compare the answers
 ///
 /// This makes a new ensemble with the same specification, published under its own name. Its `replay` has the largest
-/// difference
-/// of a weight once both have succeeded.
+/// difference of a weight once both have succeeded.
 #[utoipa::path(
     post,
     path = "/ensembles/{id}/replay",

@@ -27,18 +27,14 @@ use promptweave_domain::reference::ResourceName;
 #[serde(deny_unknown_fields)]
 pub(super) struct SolveEnsemble {
     /// Some of the ensemble's sources, each named once; all by default. A name alone means the version that the
-    /// ensemble used; an
-    /// alias means the version that it points to now.
+    /// ensemble used; an alias means the version that it points to now.
     #[schema(min_items = 1, max_items = 64)]
     sources: Option<Vec<Source>>,
     /// Replaces the ensemble's whole objective, so repeat what should stay. `head`, `align_tokens` and
     /// `alignment.gradient_normalization` are fixed by the statistics and must not change; `refine`, `fallback`,
-    /// `scale` and choices
-    /// by validation need the backbone and are refused. If left out, the objective is the ensemble's own without
-    /// `refine`,
-    /// `fallback` and `scale`, at the trade-off and `uniform_mix` that it chose; if it fell back, it is `single_best`
-    /// by
-    /// `validation`.
+    /// `scale` and choices by validation need the backbone and are refused. If left out, the objective is the
+    /// ensemble's own without `refine`, `fallback` and `scale`, at the trade-off and `uniform_mix` that it chose; if it
+    /// fell back, it is `single_best` by `validation`.
     objective: Option<Objective>,
     #[serde(default)]
     output: Output,
@@ -66,8 +62,7 @@ impl Default for SolveEnsemble {
 /// Solve an ensemble again from its statistics, for some of its sources or another objective
 ///
 /// This makes a new ensemble with its own composed prompt. It needs neither backbone nor images and takes seconds. It
-/// is not
-/// evaluated: `diagnostics.composed_score` is null.
+/// is not evaluated: `diagnostics.composed_score` is null.
 #[utoipa::path(
     post,
     path = "/ensembles/{id}/solve",

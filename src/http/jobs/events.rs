@@ -46,8 +46,8 @@ pub struct Events {
     last_seq: i32,
 }
 
-/// Answers with a job's events, in order: as a page, or as server-sent events until the job is over, with
-/// `Accept: text/event-stream`.
+/// Answers with a job's events, in order: as a page, or as server-sent events until the job is over, with `Accept:
+/// text/event-stream`.
 pub async fn list<S: Specification>(
     state: AppState,
     caller: &Caller,

@@ -171,8 +171,7 @@ pub(super) fn not_found<S: Specification>(id: Uuid) -> Problem {
 #[into_params(parameter_in = Query)]
 pub(super) struct WaitQuery {
     /// Seconds to wait for the job's end. The answer comes when the job ends or the time is up, or earlier if the
-    /// operator
-    /// allows less (`--max-wait-s`). 0 by default.
+    /// operator allows less (`--max-wait-s`). 0 by default.
     #[serde(default)]
     #[param(minimum = 0, maximum = 60)]
     pub wait: u32,

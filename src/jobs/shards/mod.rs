@@ -8,8 +8,7 @@
 //! ```
 //!
 //! Shards that succeeded outlast the attempt that computed them, so a crash loses only the shards in progress. They are
-//! deleted
-//! when the job is over. Whoever changes shards of a job and records an event of it locks the job's row first.
+//! deleted when the job is over. Whoever changes shards of a job and records an event of it locks the job's row first.
 
 mod helper;
 mod owner;

@@ -27,8 +27,7 @@ pub struct Owner {
 }
 
 /// Divides a phase into `count` shards, unless it is divided already or `count` is 1. Returns the number of shards.
-/// Shards that
-/// an earlier attempt left in another arithmetic are deleted.
+/// Shards that an earlier attempt left in another arithmetic are deleted.
 pub async fn lay_out(
     conn: &mut PgConnection,
     owner: &Owner,
@@ -112,8 +111,7 @@ pub async fn there(
 }
 
 /// Takes a free shard, under the job's own lease. A shard that this lease holds already is free too: the owner asks
-/// only when it
-/// has none, so the earlier answer was lost, or the attempt that took it ended.
+/// only when it has none, so the earlier answer was lost, or the attempt that took it ended.
 pub async fn take(
     conn: &mut PgConnection,
     owner: &Owner,
