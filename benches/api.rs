@@ -1,8 +1,8 @@
-//! The load of `make bench-api` (benches/bench_api.py): clients that send the same requests over and over for a while,
-//! each its next one as soon as its last is answered.
+//! The load of `make bench-api` (benches/bench_api.py): clients that repeat the same requests for a while, each sending
+//! its next request as soon as its last one is answered.
 //!
-//! Reads a plan as JSON from standard input and prints one line of JSON. In a Rust process of its own, so that on two
-//! cores the load takes little from the service that it measures.
+//! It reads a plan as JSON from standard input and prints one line of JSON. It is a Rust process of its own, so that on
+//! two cores the load takes little from the service that it measures.
 
 use std::io::{self, Read};
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use reqwest::Method;
 use serde::Deserialize;
 use serde_json::json;
 
-/// What every client does again and again: the steps in order, timed together.
+/// The steps that every client repeats in order, timed together.
 #[derive(Deserialize)]
 struct Plan {
     clients: usize,
@@ -22,7 +22,7 @@ struct Plan {
     seconds: f64,
     authorization: Option<String>,
     steps: Vec<Step>,
-    /// Number of the first round; rounds of one service never share one.
+    /// Number of the first round; no two rounds against one service have the same number.
     first: u64,
 }
 
@@ -33,7 +33,8 @@ struct Step {
     url: String,
     content_type: Option<String>,
     text: Option<String>,
-    /// A file for a body, whose last four bytes become the number of the round: no two are the same.
+    /// A file to send as the body. Its last four bytes become the number of the round, so that no two bodies are the
+    /// same.
     file: Option<String>,
 }
 
@@ -61,7 +62,7 @@ async fn round(
         } else if !file.is_empty() {
             let mut body = file.clone();
             let end = body.len() - 4;
-            // As a float it is tiny and finite.
+            // Read as a float, this is tiny and finite.
             body[end..].copy_from_slice(&(n as u32 & 0x7f_ffff).to_le_bytes());
             request = request.body(body);
         }
@@ -109,7 +110,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut text = String::new();
     io::stdin().read_to_string(&mut text)?;
     if text.is_empty() {
-        // `cargo bench` starts it without a plan.
+        // `cargo bench` starts this program without a plan.
         return Ok(());
     }
     let plan: Arc<Plan> = Arc::new(serde_json::from_str(&text)?);

@@ -128,7 +128,7 @@ class Mlflow:
         command = [python, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
         command += ["--backend-store-uri", database, "--artifacts-destination", str(folder / "artifacts")]
         self.log = open(folder / "mlflow.log", "w+")
-        # A session of its own: it has workers, which end with it.
+        # The process has a session of its own, because its workers must end with it.
         self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log, cwd=folder, start_new_session=True)
         self.url = f"http://127.0.0.1:{port}"
         try:
@@ -140,7 +140,7 @@ class Mlflow:
     def prepare(self, file: pathlib.Path):
         self.wait()
         api = self.url + "/api/2.0/mlflow"
-        # A file belongs to a run, or its version is refused; one run serves them all.
+        # A file must belong to a run, or its version is refused; one run serves all files.
         run = request("POST", api + "/runs/create", {"experiment_id": "0"})["run"]["info"]
         source, run_id = run["artifact_uri"], run["run_id"]
         artifacts = self.url + "/api/2.0/mlflow-artifacts/artifacts" + urllib.parse.urlsplit(source).path

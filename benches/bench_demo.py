@@ -29,7 +29,7 @@ from harness import (
 
 SECTION = "bench-demo"
 BACKBONE = ROOT / ".assets" / "vit_s14_focus"
-# The first is what the others are compared with, and runs once.
+# The first point runs once; the others are compared with it.
 PATHS = {
     "reference, f64": ["--reference-path", "--precision", "f64"],
     "reference, f32": ["--reference-path"],
@@ -38,7 +38,7 @@ PATHS = {
     "fast, f32, one thread": ["--threads", "1"],
     "fast, bf16": ["--precision", "bf16"],
 }
-# Largest difference in α from the first, by precision. What bf16 does is told, not judged.
+# Largest allowed difference in α from the first point, by precision. That of bf16 is reported, not judged.
 ALPHA_TOLERANCES = {"f64": 1e-6, "f32": 1e-4}
 
 
@@ -46,7 +46,7 @@ def compose(promptweave, folder, sources, options):
     """The result of one composition, and the most memory it held."""
     out = folder / "out"
     command = [promptweave, "compose", "--backbone", BACKBONE, "--target", ROOT / "demo" / "target", "--device", "cpu"]
-    # Weights of a mixture: where one source had all of it, they would differ in nothing.
+    # The weights are those of a mixture: if one source had all the weight, the paths would not differ.
     command += ["--out", out, "--method", "hgprompt", *options]
     for source in sources:
         command += ["--source", f"{source.stem}={source}"]
@@ -77,7 +77,7 @@ def measure_paths(promptweave, folder, sources, rounds):
         alpha = weights(of_path[0])
         off = max(abs(alpha[name] - reference[name]) for name in reference)
         tolerance = next((most for name, most in ALPHA_TOLERANCES.items() if name in path), None)
-        # A comparison that also refuses NaN.
+        # This comparison also refuses NaN.
         if tolerance is not None and not off <= tolerance:
             raise BenchError(f"α of `{path}` differs by {off:.1e}, more than {tolerance:.0e}")
         rows.append(

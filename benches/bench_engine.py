@@ -46,14 +46,14 @@ SECTION = "bench-engine"
 PLAIN_PYTORCH = ROOT / "benches" / "plain_pytorch.py"
 PROMPTS, TOKENS = 4, 10
 MODELS = [
-    # Samples come in multiples of `unit`, `most` at the most, so that no side ends on a small batch.
+    # Samples come in multiples of `unit`, up to `most`, so that no side ends on a small batch.
     {"name": "ViT-S/14 at 98 × 98", "backbone": ROOT / ".assets/vit_s14_focus", "preset": None}
     | {"batches": [8, 16, 32], "gemm_batches": [16, 32], "unit": 32, "most": 128, "naive": 4},
     {"name": "ViT-B/16 at 224 × 224", "backbone": None, "preset": "vit-b16"}
     | {"batches": [4, 8], "gemm_batches": [4, 8], "unit": 8, "most": 16, "naive": 1},
 ]
-# Largest difference over largest value, between two implementations (docs/method.md): of features [M, N, d], of Γ, in
-# which every entry of every sample's gradient is, and of the gradients' root mean squares.
+# Largest allowed difference over largest value, between two implementations (docs/method.md): of features [M, N, d]; of
+# Γ, which contains every entry of every sample's gradient; and of the gradients' root mean squares.
 TOLERANCES = {"features": 1e-4, "gram": 1e-3, "rms": 1e-4}
 LABELS = {
     "b": "promptweave, f32",
@@ -64,7 +64,7 @@ LABELS = {
     "c16": "plain PyTorch, bf16",
     "d": "one sample and prompt at a time, f32",
 }
-# Whose time is told by part.
+# The contenders whose time is reported by part.
 PROFILED = ["b", "b16"]
 RATIOS = [("b", "c"), ("b", "c2"), ("b16", "c16"), ("b", "bw"), ("b", "d"), ("b16", "b")]
 
@@ -141,7 +141,7 @@ class Bench:
         for name, tolerance in TOLERANCES.items():
             off = differences["b"][name]
             say(f"  {name:9} of b and c differ by at most {off:.1e} of the largest (allowed: {tolerance:.0e})")
-            # A comparison that also refuses NaN.
+            # This comparison also refuses NaN.
             if not off <= tolerance:
                 raise BenchError(f"{self.model['name']}: promptweave's and PyTorch's {name} differ by {off:.2e}")
         return differences
@@ -189,7 +189,7 @@ def measure(bench, rounds, seconds):
     for round_ in range(rounds):
         say(f"  round {round_ + 1} of {rounds}")
         gemm.append(bench.gemm())
-        # There and back, so that no contender always follows the same one.
+        # The order alternates, so that no contender always follows the same one.
         for id in bench.contenders if round_ % 2 == 0 else reversed(bench.contenders):
             line = bench.job(id, samples[id])
             lines[id].append(line)
@@ -220,7 +220,7 @@ def profile(lines, gemm, operations):
             {"part": part, "share": of / whole, "gflops": gflop[part] / of if part in gflop else None}
             for part, of in seconds.items()
         ],
-        # Of the operations a plain implementation needs, those that were done.
+        # Of the operations that a plain implementation needs, these were done.
         "operations_done": sum(gflop.values()) / needed,
         "gflops": needed / line["seconds"],
     }
@@ -276,7 +276,7 @@ def percent(value):
 def told_profile(model):
     """What limits promptweave."""
     profiles = list(model["profiles"].items())
-    # Parts as rows, and two columns a contender.
+    # Parts are rows, and each contender has two columns.
     rows = []
     for of_part in zip(*(profile["parts"] for _, profile in profiles)):
         shares = [[percent(of["share"]), digits(of["gflops"]) if of["gflops"] else ""] for of in of_part]
@@ -353,7 +353,7 @@ def run_all():
     models = [measure(bench, args.rounds, args.seconds) for bench in benches]
     rows = [{row["id"]: row for row in model["rows"]} for model in models]
     result = {
-        # Of the two models, the one that does worse.
+        # This is the worse of the two models.
         "ratio_pytorch": min(model["ratios"]["b/c"]["median"] for model in models),
         "share_of_gemm": min(of["b"]["share_of_gemm"]["median"] for of in rows),
         "machine": machine(),

@@ -28,7 +28,7 @@ from service import Service  # noqa: E402
 SECTION = "bench-hostile"
 MAX_S, MAX_MIB = 1.0, 512
 EDGE = 60_000
-# A square of nearly as many pixels as are accepted, in whole blocks.
+# A square with nearly as many pixels as are accepted, in whole blocks.
 ALLOWED = 5_648
 PATIENCE_S = 300
 
@@ -89,12 +89,12 @@ def jpeg(edge: int, progressive: bool, colours: int = 3) -> bytes:
     frame = struct.pack(">HHBHHB", 0xFFC2 if progressive else 0xFFC0, 8 + 3 * colours, 8, edge, edge, colours)
     components = range(1, colours + 1)
     frame += b"".join(bytes([component, 0x11, 0]) for component in components)
-    # One code of one bit, for a difference of none (and, of the second table, for the end of a block).
+    # One code of one bit, for a difference of zero (and in the second table for the end of a block).
     codes = b"".join(b"\xff\xc4\0\x14" + kind + b"\1" + bytes(15) + b"\0" for kind in (b"\0", b"\x10"))
     last = 0 if progressive else 63
     scan = b"\xff\xda\0" + bytes([6 + 2 * colours, colours]) + b"".join(bytes([component, 0]) for component in components)
     scan += bytes([0, last, 0])
-    # Of the larger ones, only the beginning; nothing ought to read so far.
+    # Only the beginning of the larger ones is written; nothing should read further.
     blocks = min(edge // 8, 1024) ** 2
     bits = colours * blocks * (1 if progressive else 2)
     return b"\xff\xd8" + quantisation + frame + codes + scan + bytes(bits // 8) + b"\xff\xd9"

@@ -29,7 +29,7 @@ from service import Service  # noqa: E402
 
 SECTION = "bench-queue"
 OURS, GRAPHILE, PROCRASTINATE = "promptweave", "graphile-worker", "procrastinate"
-# 150 KB, as a ViT-B has them.
+# 150 KB, the size of a prompt of a ViT-B.
 TOKENS, EMBED_DIM = 50, 768
 RATES = {
     "enqueue, 1 client": {"mode": "enqueue", "clients": 1},
@@ -37,7 +37,7 @@ RATES = {
     "claim and complete, 1 worker": {"mode": "complete", "workers": 1},
     "claim and complete, 4 workers": {"mode": "complete", "workers": 4},
 }
-# What is left of an enqueue, so that every other measurement begins with an empty queue.
+# Statements that remove the jobs that enqueueing left, so that every other measurement starts with an empty queue.
 CLEAR = {
     OURS: "UPDATE job SET state = 'cancelled', finished_at = now() WHERE state = 'queued';",
     GRAPHILE: "DELETE FROM graphile_worker._private_jobs;",
@@ -92,7 +92,7 @@ class Promptweave:
             request("POST", f"{v1}/prompts/{name}/versions", file, PROMPT_FILE, key)
         request("POST", v1 + "/datasets", {"name": "clipart", "directory": "target"}, key=key)
         request("POST", v1 + "/backbones", {"name": "vit-b16", "directory": "backbone"}, key=key)
-        # Another seed each, as equal ones are one job.
+        # Each job has another seed, because equal ensembles are one job.
         text = json.dumps(payload("{n}")).replace('"{n}"', "{n}")
         self.step = {"method": "POST", "url": v1 + "/ensembles", "content_type": "application/json", "text": text}
         self.common = {"database": database, "url": self.step["url"], "authorization": f"Bearer {key}", "text": text}
@@ -116,7 +116,7 @@ class Peer:
         self.name, self.command, self.database = name, command, database
 
     def measure(self, plan: dict) -> dict:
-        # What our client sends, so that theirs sends as much.
+        # This is what our client sends, so that the others send as much.
         return answer(self.command, plan | {"database": self.database, "payload": payload(1)})
 
 
@@ -144,7 +144,7 @@ def measure(systems, arguments):
     for number in range(arguments.rounds):
         commits.append(commit_ms(os.environ["DATABASE_URL"]))
         say(f"round {number + 1}: a commit takes {commits[-1]:.2f} ms")
-        # Another is the first each time.
+        # Each round starts with another system.
         turn = systems[number % len(systems) :] + systems[: number % len(systems)]
         for name, plan in RATES.items():
             for system in turn:

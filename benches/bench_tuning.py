@@ -43,7 +43,8 @@ DATA = ROOT / "demo" / "target"
 WHOLE, SHRUNK = ROOT / ".assets" / "vit_s14_focus", ROOT / ".assets" / "vit_s14_focus_6x70"
 MODELS = {"ViT-S/14 at 98 × 98": WHOLE, "its first 6 blocks at 70 × 70": SHRUNK}
 OURS, THEIRS, FORCED = "promptweave tune", "plain PyTorch", "plain PyTorch, MKL's fast path forced"
-# Of an epoch's cross-entropy, in nats: sums in another order, carried on by a tuning's steps.
+# Largest allowed difference of an epoch's cross-entropy, in nats: sums are in another order, and the steps carry that
+# on.
 TOLERANCE = 1e-4
 
 
@@ -106,7 +107,7 @@ def measure(model, bench, rounds):
     ours, theirs = (lines[name][0]["cross_entropy"] for name in (OURS, THEIRS))
     off = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
     say(f"  cross-entropies of an epoch differ by at most {off:.1e} nats (allowed: {TOLERANCE:.0e})")
-    # A comparison that also refuses NaN.
+    # This comparison also refuses NaN.
     if not off <= TOLERANCE:
         raise BenchError(f"{model}: the two do not go the same way: {ours} and {theirs}")
     return {
@@ -168,14 +169,14 @@ def run_all():
         subprocess.run([*shrink, "--blocks", "6", "--size", "70"], check=True)
     python = os.environ.get("PYTORCH") or pytorch()
     here = machine()
-    # Elsewhere MKL takes a slow path by itself (docs/performance.md).
+    # On other processors MKL takes a slow path by itself (docs/performance.md).
     library = None if "Intel" in here["processor"] else fast_mkl(folder)
     models = [
         measure(model, Bench(backbone, promptweave, python, library, folder, args), args.rounds)
         for model, backbone in MODELS.items()
     ]
     result = {
-        # Of the two models, the one that does worse.
+        # This is the worse of the two models.
         "ratio_pytorch": min(model["ratios"][THEIRS]["median"] for model in models),
         "machine": here,
         "rounds": args.rounds,

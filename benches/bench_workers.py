@@ -30,7 +30,7 @@ from service import Service  # noqa: E402
 
 SECTION = "bench-workers"
 LEASE_S = 5
-# A shard of the demo's 200 images and 6 prompts: eight of each phase.
+# The size of a shard of the demo's 200 images and 6 prompts: eight shards in each phase.
 MIN_SHARD_PAIRS = 150
 TOLERANCE = 1e-6
 FINISHED = ("succeeded", "failed", "cancelled")
@@ -62,7 +62,7 @@ class Api:
 
     def post(self, images, **more):
         target = {"dataset": "clipart", "max_samples": images}
-        # Weights of a mixture: where one source had all of it, they would differ in nothing.
+        # The weights are those of a mixture: if one source had all the weight, the runs would not differ.
         asked = {"backbone": "vit-s14", "target": target, "sources": self.sources, "objective": {"method": "hgprompt"}, "force": True}
         return self.call("POST", "/v1/ensembles", asked | more)["id"]
 
@@ -92,7 +92,7 @@ class Workers:
     def start(self, count):
         for _ in range(count):
             own = pathlib.Path(tempfile.mkdtemp(prefix="worker-", dir=self.folder))
-            # Where the server has them; what is cached is the worker's own.
+            # The files are where the server has them; only the cache is the worker's own.
             (own / "blobs").symlink_to(self.folder / "blobs")
             command = [self.promptweave, "worker", "--device", "cpu", "--threads", "1", "--cache-gib", "0"]
             command += ["--data-dir", own, "--lease-s", str(LEASE_S), "--min-shard-pairs", str(MIN_SHARD_PAIRS)]
@@ -149,7 +149,7 @@ def measure(api, workers, images, count, kill, **more):
         "after_the_kill": killed and time.monotonic() - killed,
         "attempts": ensemble["attempt"],
         "shards": len(shards),
-        # Each is stored once, whatever happens.
+        # Each shard is stored once, whatever happens.
         "distinct_shards": len({(shard["phase"], shard["index"]) for shard in shards}),
         "workers": len({shard["worker"] for shard in shards}),
         "estimates": sum(event["kind"] == "estimate" for event in events),
@@ -193,7 +193,7 @@ def bench():
     alone = found["one worker"]
     for name, of in found.items():
         of["difference"] = difference(alone, of)
-        # A comparison that also refuses NaN. Who stops early has other weights, on purpose.
+        # This comparison also refuses NaN. A run that stops early has other weights, on purpose.
         if not of["early_stop"] and not of["difference"] <= TOLERANCE:
             raise BenchError(f"α of `{name}` differs by {of['difference']:.1e}, more than {TOLERANCE:.0e}")
         if of["shards"] != of["distinct_shards"]:
@@ -201,7 +201,7 @@ def bench():
     ratio = alone["seconds"] / found["two workers"]["seconds"]
     cores = len(os.sched_getaffinity(0))
     say(f"two workers are {ratio:.2f} times as fast as one; largest difference of a weight {max(of['difference'] for of in found.values() if not of['early_stop']):.1e}")
-    # Whether that holds on a machine that does other things besides is not for the short form to say.
+    # The short form does not judge this: it may fail on a machine that does other things too.
     if not arguments.short and cores > 1 and not ratio > 1:
         raise BenchError("two workers are no faster than one")
     if arguments.short:

@@ -1,10 +1,10 @@
-//! What the solve costs, on synthetic features and gradients: building statistics, one evaluation of the objective
-//! with its gradient, a solve, and a whole path.
+//! The cost of the solve on synthetic features and gradients: building statistics, one evaluation of the objective with
+//! its gradient, a solve, and a whole path.
 //!
 //!     cargo bench --bench engine [-- <filter>]
 //!
-//! Sizes (M sources, d dimensions, N samples): those of the demo's backbone, and of the paper's (ViT-B/16, eleven
-//! sources). What takes more than five seconds is timed once and printed, not sampled.
+//! The sizes (M sources, d dimensions, N samples) are those of the demo's backbone, and of the paper's (ViT-B/16,
+//! eleven sources). Anything that takes more than five seconds is timed once and printed, not sampled.
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -22,7 +22,7 @@ use tch::{Device, Kind, Tensor};
 /// (M, d, N)
 const SIZES: [(i64, i64, i64); 2] = [(4, 384, 500), (11, 768, 2000)];
 const CLASSES: i64 = 20;
-/// m, tokens a prompt: the gradients have m·d entries.
+/// m, the number of tokens per prompt: the gradients have m·d entries.
 const TOKENS: i64 = 10;
 const SAMPLED_BELOW: Duration = Duration::from_secs(5);
 
@@ -36,7 +36,7 @@ struct Problem {
 }
 
 impl Problem {
-    /// Sources that share most of what they know: class directions in common, their own noise.
+    /// Makes sources that share most of what they know: common class directions, and noise of their own.
     fn new((m, d, n): (i64, i64, i64)) -> Self {
         tch::manual_seed(1);
         let on_cpu = (Kind::Float, Device::Cpu);
@@ -65,7 +65,7 @@ impl Problem {
         HScore::new(&self.features, &self.labels, &options).expect("it is sound")
     }
 
-    /// Γ and the rest, from micro-batches of 32 samples.
+    /// Γ and the other statistics, from micro-batches of 32 samples.
     fn alignment(&self) -> GradientAlignment {
         let (m, n, p) = self.gradients.size3().expect("three axes");
         let folds = sample_folds(&self.labels);
@@ -93,7 +93,7 @@ fn solve(terms: Terms<'_>) -> Solution {
         .expect("it solves")
 }
 
-/// Samples what is quick; what is not was timed already.
+/// Samples a function if it is quick; a slow one was timed already.
 fn measure<T>(criterion: &mut Criterion, name: &str, run: impl Fn() -> T) -> T {
     let start = Instant::now();
     let result = run();

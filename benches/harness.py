@@ -45,7 +45,7 @@ def run(command, env=None):
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         files = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": err}
         process = subprocess.Popen([str(part) for part in command], cwd=ROOT, env=os.environ | (env or {}), **files)
-        # Popen's own wait would not tell what this one process used.
+        # Popen's own wait would not tell the memory of this one process.
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode != 0:

@@ -8,7 +8,7 @@ if [ ! -e "$kept/complete" ]; then
     echo "mlflow: making $kept" >&2
     rm -rf "$kept"
     mkdir -p "$(dirname "$kept")"
-    # In its place at once: the scripts of an environment name it.
+    # It is made in its final place, because an environment's scripts contain its path.
     python3 -m venv "$kept"
     "$kept/bin/python" -m pip install --quiet --disable-pip-version-check --no-cache-dir \
         mlflow==3.17.2 "psycopg[binary]" >&2

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # An environment with PyTorch 2.11 for benches/plain_pytorch.py and plain_tuning.py; prints its Python. Made once, under
 # ${XDG_CACHE_HOME:-~/.cache}/promptweave, with a download of about 2 GB from PyPI: its wheel is the CUDA build, which
-# does not load without NVIDIA's libraries even where there is no GPU. What it can be loaded without is left out.
+# does not load without NVIDIA's libraries even without a GPU. Libraries that it can do without are left out.
 set -euo pipefail
 
 kept=${XDG_CACHE_HOME:-$HOME/.cache}/promptweave/pytorch-2.11.0
@@ -9,7 +9,7 @@ if [ ! -x "$kept/bin/python" ]; then
     echo "pytorch: making $kept" >&2
     new=$kept.part
     rm -rf "$new"
-    # Not to be moved later: a virtual environment's scripts know where it is, its Python does not.
+    # It cannot be moved later: a virtual environment's scripts contain its path.
     python3 -m venv "$new"
     # pip builds and unpacks in TMPDIR; /tmp may be small.
     mkdir "$new/tmp"
@@ -22,7 +22,7 @@ if [ ! -x "$kept/bin/python" ]; then
     "$new/bin/python" -c 'import torch, safetensors' >&2
     mv "$new" "$kept"
 fi
-# An environment that was made for plain_pytorch.py alone lacks it.
+# An environment that was made only for plain_pytorch.py lacks this package.
 "$kept/bin/python" -c 'import PIL' 2>/dev/null ||
     "$kept/bin/python" -m pip install --quiet --disable-pip-version-check --no-cache-dir --no-deps pillow==13.0.0 >&2
 echo "$kept/bin/python"

@@ -1,7 +1,7 @@
-//! promptweave's side of `make bench-queue` (benches/bench_queue.py): workers without an engine, which take jobs from the
-//! queue by the library's own functions and store a composition that is made up, in the real transaction.
+//! promptweave's side of `make bench-queue` (benches/bench_queue.py): workers without an engine. They take jobs from
+//! the queue by the library's own functions, and store a made-up composition in the real transaction.
 //!
-//! Reads a plan as JSON from standard input and prints one line of JSON, as benches/queue_graphile.mjs and
+//! It reads a plan as JSON from standard input and prints one line of JSON, as benches/queue_graphile.mjs and
 //! benches/queue_procrastinate.py do.
 
 use std::io::{self, Read};
@@ -35,9 +35,9 @@ use uuid::Uuid;
 type Error = Box<dyn std::error::Error + Send + Sync>;
 
 const LEASE: Duration = Duration::from_secs(30);
-/// Who posts what is to be taken from the queue; they are not measured.
+/// The number of clients that fill the queue; they are not measured.
 const FILLERS: usize = 16;
-/// Between two jobs whose pickup is measured, so that the worker waits again.
+/// The time between two measured pickups, so that the worker waits again.
 const PAUSE: Duration = Duration::from_millis(20);
 
 #[derive(Deserialize)]
@@ -45,12 +45,12 @@ struct Plan {
     database: String,
     url: String,
     authorization: String,
-    /// Of a POST; `{n}` in it is the number of the job.
+    /// Body of a POST; `{n}` in it is replaced by the number of the job.
     text: String,
-    /// Number of the first job; no two of one service share one.
+    /// Number of the first job; no two jobs of one service have the same number.
     first: usize,
     blobs: PathBuf,
-    /// Of the sources' prompts, and so of the composed one.
+    /// Length of the sources' prompts, and so of the composed one.
     num_tokens: usize,
     #[serde(flatten)]
     measure: Measure,
@@ -59,9 +59,9 @@ struct Plan {
 #[derive(Deserialize)]
 #[serde(tag = "mode", rename_all = "snake_case")]
 enum Measure {
-    /// Claim and complete so many jobs, which are there before the clock starts.
+    /// Claim and complete so many jobs, which are queued before the clock starts.
     Complete { workers: usize, jobs: usize },
-    /// From the moment before a job is posted to the one when an idle worker has it, so often.
+    /// Measure so often the time from just before a job is posted until an idle worker has it.
     Pickup { samples: usize },
 }
 
@@ -98,7 +98,7 @@ impl Bench {
             .body(self.plan.text.replace("{n}", &number))
             .send()
             .await?;
-        // 200 where a worker was done with it before the answer was written.
+        // The status is 200 if a worker finished the job before the answer was written.
         if answer.status().is_success() {
             answer.bytes().await?;
             Ok(())
@@ -124,7 +124,7 @@ impl Bench {
         Ok(queue::claim(&mut *self.pool.acquire().await?, worker, LEASE).await?)
     }
 
-    /// As a worker stores what its engine made, less the statistics, which are there.
+    /// Stores a result as a worker does, but not the statistics, which exist already.
     async fn complete(&self, claimed: &Claimed) -> Result<(), Error> {
         let composed = composed(claimed, self.plan.num_tokens);
         let file = PromptFile::parse(&composed)?;
@@ -153,7 +153,7 @@ fn ensemble(claimed: &Claimed) -> &EnsembleSpec {
     }
 }
 
-/// A composed prompt of the claimed job alone: no two have the same bytes.
+/// A composed prompt for the claimed job; no two have the same bytes.
 fn composed(claimed: &Claimed, num_tokens: usize) -> Vec<u8> {
     let spec = ensemble(claimed);
     let embed_dim = spec.backbone.config.embed_dim;
@@ -179,7 +179,7 @@ fn composed(claimed: &Claimed, num_tokens: usize) -> Vec<u8> {
     file.to_bytes()
 }
 
-/// An answer of the usual size whose numbers mean nothing.
+/// A result of the usual size with meaningless numbers.
 fn result(spec: &EnsembleSpec, composed: &[u8]) -> Result<CompositionResult, serde_json::Error> {
     let sources = &spec.sources;
     let weights = vec![1.0 / sources.len() as f64; sources.len()];
@@ -221,7 +221,7 @@ fn result(spec: &EnsembleSpec, composed: &[u8]) -> Result<CompositionResult, ser
     }))
 }
 
-// ---- What is measured ----------------------------------------------------------------------
+// ---- Measurements --------------------------------------------------------------------------
 
 async fn complete(bench: &Bench, workers: usize, jobs: usize) -> Result<Value, Error> {
     let next = AtomicUsize::new(0);
@@ -264,7 +264,7 @@ async fn pickup(bench: Arc<Bench>, samples: usize) -> Result<Value, Error> {
         let Some(at) = at else {
             return Err(worker.await?.err().unwrap_or("the worker ended".into()));
         };
-        // The first finds a worker that does not listen yet.
+        // The first job may find a worker that does not listen yet.
         if n > 0 {
             took.push((at - sent).as_secs_f64() * 1e3);
         }
@@ -274,7 +274,7 @@ async fn pickup(bench: Arc<Bench>, samples: usize) -> Result<Value, Error> {
     Ok(json!({"took_ms": took}))
 }
 
-/// As a worker's loop does.
+/// Waits and works as a worker's loop does.
 async fn wait_and_work(
     bench: Arc<Bench>,
     has: mpsc::UnboundedSender<Instant>,
@@ -297,7 +297,7 @@ async fn main() -> Result<(), Error> {
     let mut text = String::new();
     io::stdin().read_to_string(&mut text)?;
     if text.is_empty() {
-        // `cargo bench` starts it without a plan.
+        // `cargo bench` starts this program without a plan.
         return Ok(());
     }
     let bench = Arc::new(Bench::new(serde_json::from_str(&text)?).await?);

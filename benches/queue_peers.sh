@@ -10,7 +10,7 @@ if [ ! -e "$kept/complete" ]; then
     mkdir -p "$kept"
     npm install --prefix "$kept" --no-audit --no-fund --loglevel=error --save-exact \
         graphile-worker@0.18.0 pg@8.23.1 node@22.23.3 >&2
-    # In its place at once: the scripts of an environment name it.
+    # It is made in its final place, because an environment's scripts contain its path.
     python3 -m venv "$kept/python"
     "$kept/python/bin/python" -m pip install --quiet --disable-pip-version-check --no-cache-dir \
         procrastinate==3.10.0 "psycopg[binary,pool]==3.3.9" >&2

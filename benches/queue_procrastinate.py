@@ -9,12 +9,12 @@ import time
 
 import procrastinate
 
-# It warns of an app in the main program, which matters where workers import it.
+# procrastinate warns of an app in the main program, which only matters if workers import it.
 logging.getLogger("procrastinate").setLevel(logging.ERROR)
 PAUSE_S = 0.02
 plan = json.load(sys.stdin)
 clients = plan.get("clients", plan.get("workers", 1))
-# One connection more than it works with, for listening.
+# One more connection than it works with, for listening.
 app = procrastinate.App(connector=procrastinate.PsycopgConnector(conninfo=plan["database"], min_size=clients + 1, max_size=max(10, clients + 2)))
 happened = []
 
@@ -60,7 +60,7 @@ async def pickup():
         plan["waiting"] = asyncio.get_running_loop().create_future()
         sent = time.perf_counter()
         _, at = await asyncio.gather(nothing.defer_async(**plan["payload"]), plan["waiting"])
-        # The first may find a worker that does not listen yet.
+        # The first job may find a worker that does not listen yet.
         if n > 0:
             took.append((at - sent) * 1e3)
     await asyncio.sleep(PAUSE_S)

@@ -52,7 +52,7 @@ class Service:
         self.log = open(log_path, "wb")
         command = [binary, "up", "--listen", "127.0.0.1:0", "--data-dir", data_dir]
         command += ["--backbone-root", backbone_root, "--dataset-root", dataset_root]
-        # A session of its own: Ctrl-C reaches us, and we stop it in order.
+        # The service has a session of its own: Ctrl-C reaches only this script, which stops the service in order.
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=self.log, stdin=subprocess.DEVNULL, start_new_session=True, text=True
         )
@@ -290,7 +290,7 @@ def main():
     if len(prompt_files) < 2:
         raise DemoError(f"{DEMO / 'prompts'} holds {len(prompt_files)} prompt files; two are the least")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    # As absolute paths: a service has a working directory of its own.
+    # The paths are absolute, because a service has its own working directory.
     binary, out = arguments.binary.resolve(), arguments.out.resolve()
 
     with contextlib.ExitStack() as stack:

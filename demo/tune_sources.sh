@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains the demo's source prompts: demo/prompts/<task>.safetensors.
 #
-#   demo/tune_sources.sh MINI_VTAB_DIR      (about a minute a task on two free cores)
+#   demo/tune_sources.sh MINI_VTAB_DIR      (about a minute per task on two free cores)
 #
 # MINI_VTAB_DIR holds the mini-VTAB's tasks in the VTAB-1k layout. All prompts start from one initial
 # prompt (--init-seed 0), so that their tokens are in one order.

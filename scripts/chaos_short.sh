@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The short form of `make chaos`. Our own code is not optimised, which builds several times faster; what is measured are
-# leases and database restarts.
+# The short form of `make chaos`. Our own code is built without optimisation, which is several times faster; what the
+# test measures are leases and database restarts.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

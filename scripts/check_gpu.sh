@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
-# The whole check of the GPU, on a machine that has one: what is found there, CUDA against the CPU on the self-test's
-# task and on the demo, and how fast both are. Everything lands in a folder (GPU_CHECK_OUT, or target/check-gpu).
+# The whole check of the GPU, on a machine that has one: what the engine finds there, CUDA against the CPU on the
+# self-test's task and on the demo, and the speed of both. All results go to one folder (GPU_CHECK_OUT, or
+# target/check-gpu).
 #
 #   scripts/check_gpu.sh [cuda:N]          (cuda:0)
 #
-# From a clone with Rust it builds what it needs. On a machine without, carry along what another one built (`cargo build
-# --release`, `cargo test --release --package promptweave-engine --lib --no-run`) and the backbone under .assets, and name them:
+# In a clone with Rust it builds what it needs. On a machine without Rust, bring what another machine built (`cargo
+# build --release`, `cargo test --release --package promptweave-engine --lib --no-run`) and the backbone under .assets,
+# and name them:
 #
 #   PROMPTWEAVE                  the binary
 #   PROMPTWEAVE_TESTS            the tests' binary, target/release/deps/promptweave_engine-…
 #   PROMPTWEAVE_LIBTORCH_CUDA    folder torch/lib of PyTorch 2.11.0 for CUDA; without it that of python3's torch
-#   PROMPTWEAVE_MAX_SAMPLES      of the demo (all); fewer make the CPU's part shorter
+#   PROMPTWEAVE_MAX_SAMPLES      samples of the demo (default: all); fewer make the CPU's part shorter
 set -euo pipefail
 cd "$(dirname "$0")/.."
 device=${1:-cuda:0}
@@ -41,7 +43,7 @@ if [ -z "${PROMPTWEAVE:-}" ] || [ -z "${PROMPTWEAVE_TESTS:-}" ]; then
         python3 -c 'import json, sys
 print([m["executable"] for m in map(json.loads, sys.stdin) if m.get("executable")][-1])')}
 fi
-# A binary that was built elsewhere looks for libtorch where it lay there; the same version lies here.
+# A binary that was built elsewhere looks for libtorch in that machine's folder; this folder has the same version.
 if ! ldd "$PROMPTWEAVE" | grep -q 'libtorch_cpu.so => /'; then
     export LD_LIBRARY_PATH=$PROMPTWEAVE_LIBTORCH_CUDA${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 fi
@@ -58,7 +60,8 @@ sources=()
 for file in demo/prompts/*.safetensors; do
     sources+=(--source "$(basename "$file" .safetensors)=$file")
 done
-# As published, whose weights are a mixture's: where one source had all of it, they would differ in nothing.
+# The published objective, whose weights are a mixture's: if one source had all the weight, the devices would not
+# differ.
 compose() { # NAME OPTION…
     local name=$1
     shift
@@ -69,7 +72,7 @@ compose() { # NAME OPTION…
     }
 }
 compose cpu --device cpu
-# The first one on a GPU also loads kernels.
+# The first run on a GPU also loads kernels.
 compose warm-up --device "$device"
 compose "$device" --device "$device"
 names=(cpu "$device")

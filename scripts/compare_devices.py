@@ -10,7 +10,7 @@ import pathlib
 import sys
 
 ALPHA_TOLERANCE = 1e-3
-# ViT-S/14 at 98 × 98 with ten prompt tokens.
+# The model is ViT-S/14 at 98 × 98 with ten prompt tokens.
 WIDTH, DEPTH, TOKENS = 384, 12, 1 + 10 + 49
 
 
@@ -41,7 +41,7 @@ def main():
         off = max(abs(a - b) for a, b in zip(weights, first, strict=True))
         pairs = result["diagnostics"]["num_samples"] * len(weights)
         row = {"name": name, "alpha_off": off}
-        # Forward once for the features; forward, and back through the same products, for the gradients.
+        # One forward pass for the features; for the gradients one forward pass, and one back through the same products.
         for phase, passes in (("features", 1), ("gradients", 2)):
             rate = pairs / result["timings"][phase]
             row[phase] = rate

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # Runs the cargo-fuzz targets one after another, SECONDS_EACH (default 600) each; `make fuzz` runs this.
 #
-#   scripts/fuzz.sh [TARGET …]        begins with the corpus that is kept, fuzz/corpus/TARGET.tar.gz
-#   scripts/fuzz.sh keep [TARGET …]   packs what of that and of the runs since then covers anything of its own
+#   scripts/fuzz.sh [TARGET …]        begins with the kept corpus, fuzz/corpus/TARGET.tar.gz
+#   scripts/fuzz.sh keep [TARGET …]   keeps those inputs of the corpus and of later runs that cover something of their
+#   own
 #
 # Needs cargo-fuzz (`cargo install cargo-fuzz`), not the nightly toolchain. Runs work in fuzz/found, which git ignores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# The sanitizers are options that the stable compiler has too, and hides.
+# The stable compiler has the sanitizers too, as hidden options.
 export RUSTC_BOOTSTRAP=1
 cargo fuzz --version >/dev/null 2>&1 || { echo "cargo-fuzz is not installed: cargo install cargo-fuzz" >&2 && exit 1; }
 
@@ -25,6 +26,6 @@ for target in "$@"; do
         tar --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner -C "$found" -cf - . | gzip -9n >"$kept"
         continue
     fi
-    # Nothing that is refused may take long or much memory either.
+    # An input that is refused must not take long or much memory either.
     cargo fuzz run "$target" "$found" -- -max_total_time="${SECONDS_EACH:-600}" -timeout=5 -rss_limit_mb=512
 done

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the mini-VTAB suite (docs/mini_vtab.md); run it again at any time, it does only what is missing.
+# Builds the mini-VTAB suite (docs/mini_vtab.md). It can be run again at any time, and does only what is missing.
 #
 #   scripts/mini_vtab.sh OUT_DIR                     all ten tasks
 #   scripts/mini_vtab.sh OUT_DIR --tasks fashion     only these, with commas between
@@ -30,6 +30,6 @@ if [ ! -x "$kept/bin/python" ]; then
     "$new/bin/python" -c 'import numpy, PIL.Image' >&2
     mv "$new" "$kept"
 fi
-# Matrices are small, and the tasks are built side by side already.
+# The matrices are small, and tasks are built in parallel already.
 export OPENBLAS_NUM_THREADS=1
 exec "$kept/bin/python" "$(dirname "$0")/mini_vtab/build.py" --out "$out" "$@"

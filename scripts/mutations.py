@@ -233,7 +233,7 @@ class DidNotCompile(Exception):
 def failures(tree: Path, target_dir: Path, tests: set[str], limit: int) -> list[str]:
     """Names of the tests that fail, of those whose name contains one of `tests`."""
     command = ["cargo", "nextest", "run", "--release", "--package", "promptweave-engine", "--lib", "--no-fail-fast", "--color", "never"]
-    # As little optimisation and debug information as possible: most of the time goes into building.
+    # Optimisation and debug information are as low as possible: most of the time goes into building.
     for setting in ("opt-level=0", "debug=false"):
         command += ["--config", f"profile.release.package.promptweave-engine.{setting}"]
     command += ["--status-level", "fail", "--final-status-level", "none", "--failure-output", "never", *sorted(tests)]
@@ -246,7 +246,7 @@ def failures(tree: Path, target_dir: Path, tests: set[str], limit: int) -> list[
     except subprocess.TimeoutExpired:
         return [f"not done within {limit} s"]
     finally:
-        # It has a process group of its own, so that its tests end with it, also when this script is interrupted.
+        # The process has its own group, so that its tests end with it, even if this script is interrupted.
         if run.poll() is None:
             os.killpg(run.pid, signal.SIGTERM)
             run.wait()

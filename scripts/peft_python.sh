@@ -13,7 +13,7 @@ if [ ! -x "$kept/bin/python" ]; then
     python3 -m venv "$new"
     purelib='import sysconfig; print(sysconfig.get_path("purelib"))'
     "$pytorch" -c "$purelib" >"$("$new/bin/python" -c "$purelib")/pytorch.pth"
-    # All that peft needs apart from PyTorch; without --no-deps pip would fetch another PyTorch.
+    # These are all packages that peft needs apart from PyTorch; without --no-deps pip would fetch another PyTorch.
     "$new/bin/python" -m pip install --quiet --disable-pip-version-check --no-cache-dir --no-deps \
         peft==0.21.2 transformers==5.23.0 accelerate==1.15.0 huggingface_hub==2.4.0 tokenizers==0.23.3 \
         hf-xet==1.8.0 regex==2026.11.15 tqdm==4.70.1 psutil==7.2.2 PyYAML==6.0.3 packaging==26.3 httpx2==2.16.2 \

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Writes .sqlx, what `query!` knows of the database when none is there; `make sqlx` runs this beside a fresh cluster.
-# Does what `cargo sqlx prepare` does, with the programs that are here anyway.
+# Writes .sqlx, which `query!` reads when there is no database; `make sqlx` runs this beside a fresh cluster. It does
+# what `cargo sqlx prepare` does, with the programs that are installed anyway.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

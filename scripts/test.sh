@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that has to hold before a change lands; `make test` and CI run this. Stops at the first failure and says
+# Everything that must pass before a change lands; `make test` and CI run this. It stops at the first failure and prints
 # how long each part took.
 #
 # One cargo profile (release) serves lints, tests and the demo, so that nothing is built twice.
@@ -39,7 +39,7 @@ workers_that_share() {
     scripts/with_postgres.sh python3 benches/bench_workers.py --short "${CARGO_TARGET_DIR:-target}/release/promptweave"
 }
 
-# The same few requests every time; `make fuzz-api` sends more.
+# These are the same few requests every time; `make fuzz-api` sends more.
 api_against_its_document() {
     local python
     python=$(scripts/schemathesis_python.sh)

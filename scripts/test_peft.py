@@ -89,7 +89,7 @@ def from_peft(server: Server, folder: Path, dtype: torch.dtype) -> None:
     name = f"from-peft-{str(dtype).split('.')[1]}"
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=TOKENS)
     model = get_peft_model(base(), config)
-    # One step of training, so that it is no initial value.
+    # One step of training, so that the prompt is not at its initial value.
     tokens = torch.arange(8)[None]
     loss = model(input_ids=tokens, labels=tokens).loss
     loss.backward()
@@ -124,7 +124,7 @@ def from_us(server: Server, folder: Path) -> None:
     prompt = torch.randn(TOKENS, WIDTH)
     head = {"head.weight": torch.randn(3, WIDTH), "head.bias": torch.zeros(3)}
     server.request("/v1/prompts", json.dumps({"name": "own"}).encode())
-    # The leading axis of VPT, and a head, which PEFT does not have.
+    # This has VPT's leading axis and a head, which PEFT does not have.
     file = save({"prompt_embeddings": prompt[None], **head})
     server.request("/v1/prompts/own/versions", file, "application/vnd.prompt+safetensors")
     model = exported(server, "own", prompt, folder)
@@ -134,7 +134,7 @@ def from_us(server: Server, folder: Path) -> None:
     content = load(server.request("/v1/prompts/back/versions/1/content"))
     same("own, exported, loaded, saved and imported", content["prompt_embeddings"], prompt)
 
-    # With a task the model runs with it: every position sees the prompt.
+    # With a task, the model runs with the prompt: every position sees it.
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"task_type": "CAUSAL_LM"}))
     torch.manual_seed(1)

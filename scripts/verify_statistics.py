@@ -198,7 +198,7 @@ def main():
         sys.exit(f"error: features {shape} are not of {len(alpha)} sources and {len(labels)} samples")
 
     options = metadata["objective"]["h_score"]
-    # What a method without gradients of its own reports is that of earlier ones.
+    # A method without gradients reports the gradient alignment of an earlier composition.
     variant = metadata["objective"].get("alignment", {}).get("variant", "mixture_weighted")
     columns = mixed_features(features, shape, alpha, options["standardise"])
     if options["mode"] == "trace_ratio":

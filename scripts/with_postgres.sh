@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Runs a command beside a PostgreSQL cluster of its own, which DATABASE_URL names and which is gone afterwards:
+# Runs a command beside its own PostgreSQL cluster, which DATABASE_URL names and which is deleted afterwards:
 #
 #   scripts/with_postgres.sh cargo nextest run --release
 #
-# The cluster forgets everything, so it never waits for the disk, unless POSTGRES_DURABLE=1 (benchmarks) has it wait as
-# a real one does. No other cluster is touched.
+# The cluster's data need not survive, so it never waits for the disk. With POSTGRES_DURABLE=1 (for benchmarks) it waits
+# as a real one does. No other cluster is touched.
 set -euo pipefail
 
 bin=${PROMPTWEAVE_POSTGRES_BIN:-}
-# The newest with a server; a newer client may be installed beside it.
+# The newest version with a server; a newer client may be installed beside it.
 for dir in $(dirname "$(command -v initdb || echo /)") $(printf '%s\n' /usr/lib/postgresql/*/bin /usr/pgsql-*/bin | sort -V); do
     if [ -z "${PROMPTWEAVE_POSTGRES_BIN:-}" ] && [ -x "$dir/initdb" ] && [ -x "$dir/pg_ctl" ]; then bin=$dir; fi
 done

@@ -61,11 +61,11 @@ def vpt() -> None:
     prompt, deep = torch.randn(1, TOKENS, WIDTH), torch.randn(BLOCKS - 1, TOKENS, WIDTH)
     save_file({"prompt_embeddings": prompt}, folder / "shallow.safetensors")
     save_file({"prompt_embeddings": prompt, "deep_prompt_embeddings": deep}, folder / "deep.safetensors")
-    # The names that a state dict of the whole model gives them.
+    # These are the names in a state dict of the whole model.
     names = {f"enc.transformer.{name}": value for name, value in
              {"prompt_embeddings": prompt, "deep_prompt_embeddings": deep}.items()}
     save_file(names, folder / "state_dict_names.safetensors")
-    # What its trainer saves after an epoch.
+    # This is what its trainer saves after an epoch.
     foreign = OUT / "foreign"
     foreign.mkdir(parents=True, exist_ok=True)
     torch.save({"shallow_prompt": prompt.numpy(), "deep_prompt": deep.numpy()}, foreign / "vpt_prompt_ep1.pth")

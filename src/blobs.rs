@@ -1,8 +1,8 @@
-//! The blob store: large immutable files by the sha256 of their bytes.
+//! The blob store: large immutable files, addressed by the sha256 of their bytes.
 //!
-//! Backbones, packed datasets and statistics live here (prompt files, which are small, live in
-//! Postgres). A key is made from a digest and from nothing else, so no name that a client sends
-//! ever becomes part of a path. A file appears under its key whole or not at all.
+//! Backbones, packed datasets and statistics live here (prompt files are small and live in Postgres). A key is made
+//! only from a digest, so no name that a client sends ever becomes part of a path. A file appears under its key
+//! completely or not at all.
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -26,11 +26,11 @@ pub struct BlobStore {
     store: Arc<dyn ObjectStore>,
 }
 
-/// What was stored.
+/// A blob after it was stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StoredBlob {
     pub digest: Digest,
-    /// Bytes.
+    /// Size in bytes.
     pub size: u64,
 }
 
@@ -51,21 +51,21 @@ pub enum BlobError {
 }
 
 impl BlobStore {
-    /// A store in a directory, which is made where it does not exist.
+    /// A store in a directory, which is created if it does not exist.
     pub fn directory(dir: &Path) -> Result<Self, BlobError> {
         let failed = |source| BlobError::File {
             path: dir.to_owned(),
             source,
         };
         std::fs::create_dir_all(dir).map_err(failed)?;
-        // With fsync: what a row in the database points to must survive a power cut.
+        // Uses fsync: what a row in the database points to must survive a power cut.
         let store = LocalFileSystem::new_with_prefix(dir)?.with_fsync(true);
         Ok(Self {
             store: Arc::new(store),
         })
     }
 
-    /// A store that others keep: of S3, say.
+    /// A store on an existing object store, for example S3.
     pub fn over(store: Arc<dyn ObjectStore>) -> Self {
         Self { store }
     }
@@ -83,7 +83,7 @@ impl BlobStore {
         Ok(stored)
     }
 
-    /// Stores a file that nobody may change meanwhile; it is read twice, first for its digest.
+    /// Stores a file, which must not change meanwhile: it is read twice, first for its digest.
     pub async fn put_file(&self, path: &Path) -> Result<StoredBlob, BlobError> {
         let stored = {
             let path = path.to_owned();
@@ -99,7 +99,7 @@ impl BlobStore {
         Ok(stored)
     }
 
-    /// Stores a file under the digest it should have, or not at all.
+    /// Stores a file, if it has this digest.
     async fn put_as(&self, digest: &Digest, path: &Path) -> Result<(), BlobError> {
         let upload = self.store.put_multipart(&key(digest)).await?;
         let mut upload = WriteMultipart::new_with_chunk_size(upload, CHUNK);
@@ -115,8 +115,8 @@ impl BlobStore {
         Err(refused)
     }
 
-    /// Writes a blob to `path`, checking its digest on the way. The file appears whole or not at
-    /// all, so several processes may fetch into one cache directory.
+    /// Writes a blob to `path`, and checks its digest. The file appears completely or not at all, so several processes
+    /// may fetch into one cache directory.
     pub async fn get_to_file(&self, digest: &Digest, path: &Path) -> Result<(), BlobError> {
         let failed = |source| BlobError::File {
             path: path.to_owned(),
@@ -136,8 +136,8 @@ impl BlobStore {
         Ok(())
     }
 
-    /// A blob in pieces, and its size in bytes. Its last piece comes only if its digest is right;
-    /// until then nobody may take what came for the blob.
+    /// A blob in pieces, and its size in bytes. The last piece comes only if the digest is right; until then the pieces
+    /// must not be trusted.
     pub async fn stream(
         &self,
         digest: &Digest,
@@ -159,7 +159,7 @@ impl BlobStore {
         Ok((size, pieces))
     }
 
-    /// A blob whole in memory, where it is to be worked with.
+    /// A whole blob in memory.
     pub async fn get_bytes(&self, digest: &Digest) -> Result<Bytes, BlobError> {
         let bytes = self.open(digest).await?.bytes().await?;
         let mut found = DigestBuilder::default();
@@ -176,7 +176,7 @@ impl BlobStore {
         }
     }
 
-    /// What was stored before, in no order.
+    /// The blobs stored before a time, in no particular order.
     pub fn stored_before(
         &self,
         moment: OffsetDateTime,
@@ -187,7 +187,7 @@ impl BlobStore {
             .err_into()
             .try_filter_map(move |meta| async move {
                 let old = meta.last_modified.timestamp() < moment;
-                // What is called otherwise is not ours.
+                // A file with another kind of name does not belong to the store.
                 let digest = meta
                     .location
                     .filename()
@@ -199,7 +199,7 @@ impl BlobStore {
             })
     }
 
-    /// Deletes a blob; one that is not there is no error.
+    /// Deletes a blob; it is no error if it does not exist.
     pub async fn delete(&self, digest: &Digest) -> Result<(), BlobError> {
         match self.store.delete(&key(digest)).await {
             Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
@@ -215,7 +215,7 @@ impl BlobStore {
     }
 }
 
-/// A blob on its way out, one piece of it held back.
+/// A blob that is being read, with one piece held back.
 struct Checked {
     chunks: BoxStream<'static, object_store::Result<Bytes>>,
     held: Bytes,
@@ -224,7 +224,7 @@ struct Checked {
 }
 
 impl Checked {
-    /// The piece held back, which the next one releases, or at the end the digest.
+    /// Reads the next piece and returns the one held back. The last one is returned only if the digest is right.
     async fn next(mut self) -> Result<Option<(Bytes, Option<Self>)>, BlobError> {
         while let Some(chunk) = self.chunks.next().await.transpose()? {
             self.found.update(&chunk);
@@ -258,7 +258,7 @@ fn check(expected: &Digest, found: DigestBuilder) -> Result<(), BlobError> {
     }
 }
 
-/// Sends a file's bytes, and answers the digest of those it sent.
+/// Uploads a file's bytes, and returns the digest of the bytes sent.
 async fn copy_in(path: &Path, upload: &mut WriteMultipart) -> Result<Digest, BlobError> {
     use tokio::io::AsyncReadExt;
     let failed = |source| BlobError::File {
@@ -310,7 +310,7 @@ mod tests {
             "abc".as_bytes()
         );
 
-        // Larger than a chunk, and stored twice: the second time it is already there.
+        // The file is larger than a chunk. It is stored twice: the second time it exists already.
         let source = dir.path().join("large");
         let bytes: Vec<u8> = (0..CHUNK + 5).map(|i| (i % 251) as u8).collect();
         std::fs::write(&source, &bytes).unwrap();
@@ -331,7 +331,7 @@ mod tests {
         let blobs = BlobStore::directory(&dir.path().join("blobs")).unwrap();
         let path = dir.path().join("file");
         std::fs::write(&path, "abd").unwrap();
-        // As if it had held `abc` when its digest was taken.
+        // This stands for a file that held `abc` when its digest was taken.
         let before = Digest::of(b"abc");
         let error = blobs.put_as(&before, &path).await.unwrap_err();
         assert!(matches!(error, BlobError::Changed(changed) if changed == path));

@@ -1,4 +1,4 @@
-//! The command line: one binary, its roles are subcommands.
+//! The command line: one binary whose roles are subcommands.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -33,13 +33,13 @@ pub enum Command {
     /// Run a worker against a database.
     #[cfg(feature = "torch")]
     Worker(WorkerArgs),
-    /// Bring a database's tables up to date.
+    /// Update a database's tables to this version.
     Migrate(DatabaseOptions),
-    /// Make, list and revoke API keys, directly in a database: the first one, say.
+    /// Create, list and revoke API keys directly in a database, for example the first key.
     Keys(KeysArgs),
     #[command(flatten)]
     Client(crate::client::Command),
-    /// Delete files that nothing refers to, and statistics after their time; a server does so once a day.
+    /// Delete files that nothing refers to, and statistics past their retention. A server does this once a day.
     Gc(GcArgs),
     /// Print the OpenAPI document.
     Openapi,
@@ -52,19 +52,19 @@ pub enum Command {
     /// Solve for source weights again from an earlier composition's statistics, without the backbone.
     #[cfg(feature = "torch")]
     Solve(crate::offline::solve::Args),
-    /// Every transferability metric of any set of prompts for a target task, in one table.
+    /// Print every transferability metric of some prompts for a target task, in one table.
     #[cfg(feature = "torch")]
     Rank(crate::offline::rank::Args),
-    /// Accuracy of a prompt on a labelled image set with its closed-form head.
+    /// Measure the accuracy of a prompt on a labelled image set with its closed-form head.
     #[cfg(feature = "torch")]
     Evaluate(crate::offline::evaluate::Args),
-    /// Say what the engine finds here (libtorch, CUDA, driver, devices, memory, matrix rates), and what to do
-    /// where something is missing.
+    /// Report what the engine finds here (libtorch, CUDA, driver, devices, memory, matrix rates), and what to do if
+    /// something is missing.
     #[cfg(feature = "torch")]
     Doctor(crate::offline::doctor::Args),
-    /// Ask a running server whether it is ready; for containers.
+    /// Ask a running server whether it is ready. For health checks of containers.
     Healthcheck(HealthcheckArgs),
-    /// Draw a result: its weights, and its path of trade-offs.
+    /// Draw a result's weights and its path of trade-offs.
     Plot(PlotArgs),
 }
 
@@ -110,10 +110,10 @@ pub struct WorkerArgs {
     pub storage: StorageOptions,
     #[command(flatten)]
     pub shutdown: ShutdownOptions,
-    /// Of its row in `/v1/workers`: how `up` knows which worker is the one that it started.
+    /// Id of the worker's row in `/v1/workers`, by which `up` recognises the worker that it started.
     #[arg(long, env = "PROMPTWEAVE_WORKER_ID", hide = true, value_name = "UUID")]
     pub id: Option<Uuid>,
-    /// Stop when stdin ends: how `up` makes sure that no worker outlives it.
+    /// Stop when stdin ends, so that no worker outlives the `up` that started it.
     #[arg(long, hide = true)]
     pub stop_with_stdin: bool,
 }
@@ -128,30 +128,30 @@ pub struct KeysArgs {
 
 #[derive(Clone, Debug, Subcommand)]
 pub enum KeysCommand {
-    /// Make a key and print it; it cannot be shown again.
+    /// Create a key and print it; it cannot be shown again.
     Create {
-        /// What it may be used for: `read`, `write`, `run`, `admin`, several with `,` between them.
-        /// None includes another.
+        /// The key's scopes: `read`, `write`, `run`, `admin`, or several with `,` between them. No scope includes
+        /// another.
         #[arg(long, required = true, value_delimiter = ',')]
         scope: Vec<Scope>,
-        /// Whose prompts, backbones, datasets and jobs it opens.
+        /// The project whose prompts, backbones, datasets and jobs the key opens.
         #[arg(long, default_value = "default")]
         project: ResourceName,
-        /// Make the project where there is none of that name.
+        /// Create the project if it does not exist.
         #[arg(long)]
         create_project: bool,
-        /// What it is for.
+        /// What the key is for.
         #[arg(long, default_value = "made by promptweave keys create")]
         name: KeyName,
     },
-    /// List a project's keys, the newest first: id, state, scopes, name.
+    /// List a project's keys, newest first: id, state, scopes, name.
     List {
         #[arg(long, default_value = "default")]
         project: ResourceName,
     },
-    /// Revoke a key, at once and for ever.
+    /// Revoke a key, immediately and permanently.
     Revoke {
-        /// As `keys list` shows it; also the part of the key between `pr_` and the next `_`.
+        /// The key's id, as `keys list` shows it. It is also the part of the key between `pr_` and the next `_`.
         id: Uuid,
         #[arg(long, default_value = "default")]
         project: ResourceName,
@@ -166,27 +166,27 @@ pub struct GcArgs {
     pub storage: StorageOptions,
     #[command(flatten)]
     pub retention: RetentionOptions,
-    /// Only say how much there is.
+    /// Only print how much would be deleted.
     #[arg(long, env = "PROMPTWEAVE_DRY_RUN")]
     pub dry_run: bool,
 }
 
 #[derive(Clone, Debug, Args)]
 pub struct HealthcheckArgs {
-    /// Where the server listens.
+    /// Address that the server listens on.
     #[arg(long, env = "PROMPTWEAVE_LISTEN", default_value = "127.0.0.1:8080")]
     pub address: SocketAddr,
-    /// What is asked.
+    /// Path to request.
     #[arg(long, env = "PROMPTWEAVE_HEALTHCHECK_PATH", default_value = "/readyz")]
     pub path: String,
 }
 
 #[derive(Clone, Debug, Args)]
 pub struct PlotArgs {
-    /// `result.json` of `promptweave compose`, or the API's result.
+    /// The `result.json` of `promptweave compose`, or the result from the API.
     #[arg(value_name = "RESULT.json")]
     pub result: PathBuf,
-    /// Where `weights.svg` and `pareto_path.svg` go.
+    /// Folder for `weights.svg` and `pareto_path.svg`.
     #[arg(long, value_name = "DIR", default_value = ".")]
     pub out: PathBuf,
 }
@@ -201,7 +201,7 @@ mod tests {
     fn the_command_line_is_consistent_and_every_option_has_a_variable() {
         let command = Cli::command();
         command.clone().debug_assert();
-        // What works on local files is typed by people; what serves is configured.
+        // People type the options of these commands; the options of the others are configured by variables.
         let typed = [
             "tune", "compose", "solve", "evaluate", "rank", "doctor", "plot", "push", "pull", "ls",
             "verify", "ensemble",

@@ -1,6 +1,6 @@
-//! The one place that asks for the time or a new id, so that tests can answer instead.
+//! The only source of the current time and of new ids, so that tests can replace it.
 //!
-//! The queue does not use it: leases and retries go by the database's clock alone.
+//! The queue does not use it: leases and retries follow the database's clock.
 
 use std::fmt::Debug;
 use std::sync::Mutex;
@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 pub trait Clock: Debug + Send + Sync {
     fn now(&self) -> OffsetDateTime;
-    /// A UUID version 7: sorts by the time it was made.
+    /// A UUID version 7, which sorts by creation time.
     fn new_id(&self) -> Uuid;
 }
 
@@ -28,7 +28,7 @@ impl Clock for SystemClock {
     }
 }
 
-/// Stands still until told otherwise; its ids count up.
+/// A clock that stands still until told otherwise; its ids count up.
 #[derive(Debug)]
 pub struct MockClock(Mutex<(OffsetDateTime, u64)>);
 

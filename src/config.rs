@@ -1,5 +1,5 @@
-//! Every option, grouped: a flag is an environment variable (`PROMPTWEAVE_…`) is a line of `--help`.
-//! Where a number can be too low or too high, its text says what happens then.
+//! Every option, grouped. Each flag is also an environment variable (`PROMPTWEAVE_…`) and a line of `--help`. If a
+//! number can be too low or too high, its text says what happens then.
 
 use std::net::SocketAddr;
 use std::num::NonZeroU32;
@@ -42,10 +42,10 @@ pub enum LogFormat {
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Logging")]
 pub struct LogOptions {
-    /// What is logged, by module and level: `debug`, `info,sqlx=warn`, …
+    /// What to log, by module and level: `debug`, `info,sqlx=warn`, …
     #[arg(long, global = true, env = "PROMPTWEAVE_LOG", default_value = "info")]
     pub log: String,
-    /// `pretty` for people, `json` for machines; always on stderr.
+    /// Log format: `pretty` for people, `json` for machines. The log always goes to stderr.
     #[arg(
         long,
         global = true,
@@ -58,7 +58,7 @@ pub struct LogOptions {
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Database")]
 pub struct DatabaseOptions {
-    /// `postgres://user:password@host/database`, PostgreSQL 15 or newer.
+    /// URL of the database, `postgres://user:password@host/database`; PostgreSQL 15 or newer.
     #[arg(long, env = "DATABASE_URL", hide_env_values = true)]
     pub database_url: SecretString,
     #[command(flatten)]
@@ -68,12 +68,12 @@ pub struct DatabaseOptions {
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Database")]
 pub struct PoolOptions {
-    /// Connections held open at most. Too low and requests wait for one another (503 after
-    /// `--database-wait-s`); too high and several servers together exceed `max_connections`.
+    /// The most database connections held open. Too low: requests wait for one another (503 after `--database-wait-s`).
+    /// Too high: several servers together exceed PostgreSQL's `max_connections`.
     #[arg(long, env = "PROMPTWEAVE_DATABASE_CONNECTIONS", default_value_t = 10)]
     pub database_connections: u32,
-    /// Seconds a request waits for a connection before it is answered 503. Too low and a short
-    /// peak fails requests; too high and clients hang while the database is gone.
+    /// Seconds that a request waits for a database connection before it is answered 503. Too low: a short peak fails
+    /// requests. Too high: clients hang while the database is gone.
     #[arg(long, env = "PROMPTWEAVE_DATABASE_WAIT_S", default_value_t = 3)]
     pub database_wait_s: u64,
 }
@@ -84,8 +84,8 @@ impl DatabaseOptions {
         self.pool_with(&self.pool.settings())
     }
 
-    /// That of a worker, whose transactions are short: one that freezes in the middle of one must not keep
-    /// its job from being reaped for much longer than its lease.
+    /// The pool of a worker. Its transactions are short and so is their time limit: a worker that freezes inside one
+    /// must not keep its job from being reaped for much longer than its lease.
     pub fn worker_pool(&self) -> anyhow::Result<PgPool> {
         self.pool_with(&PoolSettings {
             idle_in_transaction_timeout: Duration::from_secs(5),
@@ -116,19 +116,18 @@ impl PoolOptions {
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Storage")]
 pub struct StorageOptions {
-    /// Where files are kept: the blob store (`blobs/`, where there is no `--blob-store`), a worker's
-    /// cache (`cache/`) and, for `up`, the private database (`postgres/`) and a key to its API
-    /// (`api-key`). Server and workers share the blob store.
-    /// Default: `/var/lib/promptweave` as root, else `$XDG_DATA_HOME/promptweave`.
+    /// Directory for files: the blob store (`blobs/`, unless `--blob-store` is given), a worker's cache (`cache/`) and,
+    /// for `up`, the private database (`postgres/`) and a key to its API (`api-key`). Server and workers share the blob
+    /// store. Default: `/var/lib/promptweave` as root, else `$XDG_DATA_HOME/promptweave`.
     #[arg(long, env = "PROMPTWEAVE_DATA_DIR", value_name = "DIR")]
     pub data_dir: Option<PathBuf>,
-    /// `s3://bucket/prefix`: keep the blob store there, so that server and workers share no directory.
-    /// Endpoint, region and credentials are taken from the environment, as AWS names them
-    /// (`AWS_ENDPOINT_URL`, `AWS_REGION`, `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, …).
+    /// Keep the blob store in S3, as `s3://bucket/prefix`, so that server and workers need no shared directory.
+    /// Endpoint, region and credentials come from the environment, under AWS's names (`AWS_ENDPOINT_URL`, `AWS_REGION`,
+    /// `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, …).
     #[arg(long, env = "PROMPTWEAVE_BLOB_STORE", value_name = "URL")]
     pub blob_store: Option<S3Url>,
-    /// Addresses (`10.1.0.0/16`) or a host with its port (`minio.internal:9000`) that connections may go
-    /// to besides public addresses: an S3 of your own, say, or a receiver of webhooks. May be given several times (`,` between
+    /// Addresses (`10.1.0.0/16`), or a host with its port (`minio.internal:9000`), that connections may go to besides
+    /// public addresses: for example your own S3, or a receiver of webhooks. May be given several times (`,` between
     /// them in the environment).
     #[arg(
         long,
@@ -142,13 +141,13 @@ pub struct StorageOptions {
 /// How long files are kept.
 #[derive(Clone, Debug, Args)]
 pub struct RetentionOptions {
-    /// How old a file that nothing refers to must be before it is deleted, in hours. Too low and an
-    /// upload that takes longer is in vain; too high and uploads that broke off take space.
+    /// Hours for which a file that nothing refers to is kept. Too low: an upload that takes longer fails. Too high:
+    /// interrupted uploads take space.
     #[arg(long, env = "PROMPTWEAVE_GC_GRACE_HOURS", default_value_t = 24,
           value_parser = clap::value_parser!(u32).range(1..))]
     pub gc_grace_hours: u32,
-    /// Days for which an ensemble's statistics are kept after it ended: for so long it can be solved
-    /// again. For ever by default.
+    /// Days for which an ensemble's statistics are kept after it ended; so long it can be solved again. Default: for
+    /// ever.
     #[arg(long, env = "PROMPTWEAVE_STATISTICS_DAYS")]
     pub statistics_days: Option<u32>,
 }
@@ -166,7 +165,7 @@ impl RetentionOptions {
 }
 
 impl StorageOptions {
-    /// Where large files are.
+    /// The store of large files.
     pub fn blobs(&self) -> anyhow::Result<BlobStore> {
         let Some(url) = &self.blob_store else {
             return Ok(BlobStore::directory(&self.blob_dir())?);
@@ -181,7 +180,7 @@ impl StorageOptions {
         Client::new(self.network()).context("cannot set up HTTP")
     }
 
-    /// Where connections may go.
+    /// The addresses that connections may go to.
     pub fn network(&self) -> Network {
         self.allow_network.iter().cloned().collect()
     }
@@ -200,22 +199,22 @@ impl StorageOptions {
             .join("promptweave")
     }
 
-    /// The blob store's directory, where it is one, and that of results kept between compositions.
+    /// The blob store's directory (unless it is in S3), which also holds results kept between compositions.
     pub fn blob_dir(&self) -> PathBuf {
         self.data_dir().join("blobs")
     }
 
-    /// The API key that `up` keeps for its user.
+    /// The file with the API key that `up` keeps for its user.
     pub fn key_file(&self) -> PathBuf {
         self.data_dir().join("api-key")
     }
 
-    /// Packs in the making.
+    /// The directory for unfinished packs.
     pub fn scratch_dir(&self) -> PathBuf {
         self.data_dir().join("scratch")
     }
 
-    /// Files a worker fetched, by digest; safe to delete while no worker runs.
+    /// The directory of files that a worker fetched, by digest; it is safe to delete while no worker runs.
     pub fn cache_dir(&self) -> PathBuf {
         self.data_dir().join("cache")
     }
@@ -224,21 +223,21 @@ impl StorageOptions {
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "HTTP")]
 pub struct HttpOptions {
-    /// Address to listen on; port 0 takes a free one. There is no TLS here: what others reach
-    /// belongs behind a proxy that has it, or keys travel in the clear.
+    /// Address to listen on; port 0 takes a free one. The server has no TLS: put it behind a proxy that has, if others
+    /// can reach it, or keys travel in the clear.
     #[arg(long, env = "PROMPTWEAVE_LISTEN", default_value = "127.0.0.1:8080")]
     pub listen: SocketAddr,
-    /// Ask nobody for a key: who reaches the server may do everything in the default project. For
-    /// trying things out; refused on an address that others can reach.
+    /// Require no keys: everyone who reaches the server may do everything in the default project. Only for trying
+    /// things out; refused on an address that others can reach.
     #[arg(long, env = "PROMPTWEAVE_NO_AUTH")]
     pub no_auth: bool,
-    /// Requests a second that each API key may make in the long run (0.5 is one every other second),
-    /// and each address without a key; more are answered 429. 0, the default, sets no limit. Too low
-    /// and honest scripts wait; too high and one client slows down the others.
+    /// Requests per second that each API key, and each address without a key, may make in the long run (0.5 is one
+    /// every two seconds); more are answered 429. 0, the default, sets no limit. Too low: honest scripts wait. Too
+    /// high: one client slows down the others.
     #[arg(long, env = "PROMPTWEAVE_RATE_LIMIT", default_value_t = 0.0)]
     pub rate_limit: f64,
-    /// Requests at once after a pause, where there is a `--rate-limit`. Too low and clients that work
-    /// in parallel are refused; too high and the limit is felt late.
+    /// Requests that a client may make at once after a pause, if `--rate-limit` is set. Too low: clients that work in
+    /// parallel are refused. Too high: the limit takes effect late.
     #[arg(long, env = "PROMPTWEAVE_RATE_BURST", default_value = "100")]
     pub rate_burst: NonZeroU32,
     /// A directory whose sub-directories may be registered as datasets; may be given several times
@@ -250,7 +249,8 @@ pub struct HttpOptions {
         value_delimiter = ':'
     )]
     pub dataset_root: Vec<PathBuf>,
-    /// Likewise for backbones.
+    /// A directory whose sub-directories may be registered as backbones; may be given several times (`:` between them
+    /// in the environment). Without one, no backbone can be registered from a directory.
     #[arg(
         long,
         env = "PROMPTWEAVE_BACKBONE_ROOT",
@@ -258,9 +258,9 @@ pub struct HttpOptions {
         value_delimiter = ':'
     )]
     pub backbone_root: Vec<PathBuf>,
-    /// What datasets and backbones may be fetched from: `https://host/path`, `s3://bucket/prefix`,
-    /// `hf://datasets/org` or `hf://org/name`, and all below it. May be given several times (`,` between
-    /// them in the environment). Without one, nothing is fetched. S3 is reached as `--blob-store` says.
+    /// What datasets and backbones may be fetched from: `https://host/path`, `s3://bucket/prefix`, `hf://datasets/org`
+    /// or `hf://org/name`, and everything below it. May be given several times (`,` between them in the environment).
+    /// Without one, nothing is fetched. S3 is reached with the settings of `--blob-store`.
     #[arg(
         long,
         env = "PROMPTWEAVE_ALLOW_URI",
@@ -268,7 +268,7 @@ pub struct HttpOptions {
         value_delimiter = ','
     )]
     pub allow_uri: Vec<SourceUri>,
-    /// The Hub that `hf://` means.
+    /// URL of the Hugging Face Hub that `hf://` means.
     #[arg(
         long,
         env = "PROMPTWEAVE_HUB",
@@ -276,7 +276,7 @@ pub struct HttpOptions {
         default_value = "https://huggingface.co"
     )]
     pub hub: Url,
-    /// A token of that Hub, for repositories that are not public.
+    /// Token for that Hub, for repositories that are not public.
     #[arg(
         long,
         env = "PROMPTWEAVE_HUB_TOKEN",
@@ -284,26 +284,26 @@ pub struct HttpOptions {
         hide_env_values = true
     )]
     pub hub_token: Option<SecretString>,
-    /// Largest request body in MiB; a larger one is answered 413. Too low and prompts with many
-    /// tokens are refused; too high and a few uploads at once fill the memory.
+    /// Largest request body in MiB; a larger one is answered 413. Too low: prompts with many tokens are refused. Too
+    /// high: a few uploads at once fill the memory.
     #[arg(long, env = "PROMPTWEAVE_MAX_BODY_MIB", default_value_t = 64)]
     pub max_body_mib: usize,
-    /// Largest uploaded dataset in MiB, as it is sent and as it unpacks; a larger one is answered 413.
-    /// It goes to the disk, where it takes up to three times its size while it is read. Too low and
-    /// datasets are refused; too high and a few of them at once fill the disk.
+    /// Largest uploaded dataset in MiB, both as sent and as unpacked; a larger one is answered 413. While it is read,
+    /// it takes up to three times its size on disk. Too low: datasets are refused. Too high: a few of them at once fill
+    /// the disk.
     #[arg(long, env = "PROMPTWEAVE_MAX_DATASET_MIB", default_value_t = 8192)]
     pub max_dataset_mib: u64,
-    /// Most jobs that may wait for a worker; more are answered 429. Too low and bursts are refused;
-    /// too high and clients learn late that the workers cannot keep up.
+    /// The most jobs that may wait for a worker; more are answered 429. Too low: bursts are refused. Too high: clients
+    /// learn late that the workers cannot keep up.
     #[arg(long, env = "PROMPTWEAVE_MAX_QUEUED", default_value_t = 10_000,
           value_parser = clap::value_parser!(u32).range(1..))]
     pub max_queued: u32,
-    /// Longest that `?wait=` of a job waits, in seconds. Too low and clients ask more often; too high
-    /// and more requests are open at a time. Keep it below `--request-timeout-s`.
+    /// The longest that `?wait=` of a job waits, in seconds; keep it below `--request-timeout-s`. Too low: clients ask
+    /// more often. Too high: more requests are open at once.
     #[arg(long, env = "PROMPTWEAVE_MAX_WAIT_S", default_value_t = 60)]
     pub max_wait_s: u64,
-    /// Seconds until an unanswered request ends with 503. Too low and a large dataset cannot be
-    /// registered; too high and stuck requests pile up.
+    /// Seconds until an unanswered request ends with 503. Too low: a large dataset cannot be registered. Too high:
+    /// stuck requests pile up.
     #[arg(long, env = "PROMPTWEAVE_REQUEST_TIMEOUT_S", default_value_t = 300)]
     pub request_timeout_s: u64,
 }
@@ -355,7 +355,7 @@ impl HttpOptions {
         Ok(())
     }
 
-    /// None where nothing is allowed.
+    /// The allowed sources of fetches; None if nothing is allowed.
     pub fn sources(&self, storage: &StorageOptions) -> anyhow::Result<Option<Sources>> {
         if self.allow_uri.is_empty() {
             return Ok(None);
@@ -385,19 +385,19 @@ impl HttpOptions {
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Queue")]
 pub struct QueueOptions {
-    /// Seconds a worker owns a job without renewing. Too low and a busy machine loses jobs it is
-    /// working on; too high and a dead worker's job waits that long.
+    /// Seconds for which a worker owns a job without renewing its lease. Too low: a busy machine loses jobs that it is
+    /// working on. Too high: a dead worker's job waits that long.
     #[arg(long, env = "PROMPTWEAVE_LEASE_S", default_value_t = 30)]
     pub lease_s: u32,
-    /// Seconds without progress after which an attempt is given up. Too low and a slow step (a
-    /// large backbone on few cores) is mistaken for a stall; too high and a hung device goes
-    /// unnoticed. There is no limit on the whole: honest jobs take hours on a CPU.
+    /// Seconds without progress after which an attempt is given up. Too low: a slow step (a large backbone on few
+    /// cores) is mistaken for a stall. Too high: a hung device goes unnoticed. The whole job has no limit, because
+    /// honest jobs take hours on a CPU.
     #[arg(long, env = "PROMPTWEAVE_STALL_TIMEOUT_S", default_value_t = 600)]
     pub stall_timeout_s: u32,
-    /// Images times sources that make a part of a job worth sharing with idle workers: a job of twice as
-    /// many is cut in two, of sixteen times and more in sixteen. Too low and small jobs spend their time on
-    /// storing parts; too high and machines stay idle beside a long job, and a crash costs more of it. 0 shares
-    /// nothing, but for gradients of a job that is to stop early (`early_stopping`).
+    /// Size of a part of a job that is worth sharing with idle workers, in images times sources. A job of twice the
+    /// size is cut into two parts, one of sixteen times or more into sixteen. Too low: small jobs spend their time on
+    /// storing parts. Too high: machines stay idle beside a long job, and a crash loses more of it. 0 shares nothing,
+    /// except the gradients of a job that may stop early (`early_stopping`).
     #[arg(long, env = "PROMPTWEAVE_MIN_SHARD_PAIRS", default_value_t = 2000)]
     pub min_shard_pairs: u64,
 }
@@ -426,17 +426,17 @@ impl QueueOptions {
     }
 }
 
-/// What is kept of every source prompt between compositions.
+/// The cache of each source prompt's results between compositions.
 #[derive(Clone, Copy, Debug, Args)]
 #[command(next_help_heading = "Cache")]
 pub struct CacheOptions {
-    /// GiB of single prompts' features and gradients kept between compositions, those used longest ago evicted
-    /// first; 0 keeps none. Too low and an ensemble with one source more computes all of them again (the
-    /// gradients of a prompt of 50 tokens on 2,000 samples take 0.3 GiB); too high and the disk is full.
+    /// GiB of single prompts' features and gradients to keep between compositions; the least recently used go first,
+    /// and 0 keeps none. Too low: an ensemble with one more source computes all of them again (the gradients of a
+    /// prompt of 50 tokens on 2,000 samples take 0.3 GiB). Too high: the disk fills up.
     #[arg(long, env = "PROMPTWEAVE_CACHE_GIB", default_value_t = 20)]
     pub cache_gib: u32,
-    /// Whether gradients are kept beside features. They are as many times larger as a prompt has tokens;
-    /// without them, adding a source computes those of all the others again.
+    /// Whether to keep gradients beside features. Gradients are larger by the number of a prompt's tokens. Without
+    /// them, adding a source computes the gradients of all the others again.
     #[arg(
         long,
         env = "PROMPTWEAVE_CACHE_GRADIENTS",
@@ -448,7 +448,7 @@ pub struct CacheOptions {
 }
 
 impl CacheOptions {
-    /// A cache in the blob store of this directory, if there is to be one.
+    /// The cache in this directory's blob store, if one is wanted.
     #[cfg(feature = "torch")]
     pub fn cache(&self, dir: &Path) -> anyhow::Result<Option<ResultCache>> {
         if self.cache_gib == 0 {
@@ -465,29 +465,29 @@ impl CacheOptions {
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Worker")]
 pub struct WorkerOptions {
-    /// `auto`, `cpu`, `cuda:N` or several GPUs, `cuda:0,cuda:1`; `auto` takes all GPUs there are.
+    /// Device to compute on: `auto` (all GPUs there are, or the CPU), `cpu`, `cuda:N`, or several GPUs as
+    /// `cuda:0,cuda:1`.
     #[arg(long, env = "PROMPTWEAVE_DEVICE", default_value = "auto")]
     pub device: String,
-    /// Folder to take libtorch_cuda.so from: `torch/lib` of PyTorch 2.11.0 for CUDA. Default: where
-    /// libtorch_cpu.so lies, if it is there.
+    /// Folder with libtorch_cuda.so: `torch/lib` of PyTorch 2.11.0 for CUDA. Default: the folder of libtorch_cpu.so, if
+    /// it has one.
     #[arg(long, env = "PROMPTWEAVE_LIBTORCH_CUDA", value_name = "DIR")]
     pub libtorch_cuda: Option<PathBuf>,
-    /// CPU threads of the engine; 0 takes one per core. More than there are cores is slower, and
-    /// results are the same bit by bit only for the same number.
+    /// CPU threads of the engine; 0 takes one per core. More threads than cores are slower. Results are bit-identical
+    /// only for the same number.
     #[arg(long, env = "PROMPTWEAVE_THREADS", default_value_t = 0)]
     pub threads: usize,
-    /// Of the backbone's matrix products: `f32` (on CUDA with TensorFloat-32), `bf16` or `f64`. bf16 is about twice
-    /// as fast where the processor has it, and moves weights by what docs/performance.md shows.
+    /// Precision of the backbone's matrix products: `f32` (on CUDA with TensorFloat-32), `bf16` or `f64`. bf16 is about
+    /// twice as fast if the processor has it; docs/performance.md shows how much it changes the weights.
     #[arg(long, env = "PROMPTWEAVE_PRECISION", default_value_t)]
     pub precision: Precision,
-    /// GiB of backbones that stay loaded between jobs, on the device; the one in use always does. Too low and
-    /// jobs that take turns with backbones load them anew, in seconds; too high and the memory is missing
-    /// for samples.
+    /// GiB of backbones that stay loaded on the device between jobs; the one in use always stays. Too low: jobs that
+    /// alternate between backbones load them again, which takes seconds. Too high: the samples lack that memory.
     #[arg(long, env = "PROMPTWEAVE_BACKBONE_CACHE_GIB", default_value_t = 4)]
     pub backbone_cache_gib: u32,
-    /// GiB of backbones and datasets kept on the worker's own disk (`cache/` in the data directory), those used
-    /// longest ago evicted first; a running job's always stay. Too low and jobs fetch and unpack them again;
-    /// too high and the disk is full.
+    /// GiB of backbones and datasets kept on the worker's own disk (`cache/` in the data directory); the least recently
+    /// used go first, and a running job's always stay. Too low: jobs fetch and unpack them again. Too high: the disk
+    /// fills up.
     #[arg(long, env = "PROMPTWEAVE_INPUT_CACHE_GIB", default_value_t = 50)]
     pub input_cache_gib: u32,
     #[command(flatten)]
@@ -499,8 +499,8 @@ pub struct WorkerOptions {
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Stopping")]
 pub struct ShutdownOptions {
-    /// Seconds between the first signal and a hard stop. Too low and requests are cut off; too
-    /// high and a supervisor that waits less kills the process first.
+    /// Seconds between the first signal and a hard stop. Too low: requests are cut off. Too high: a supervisor that
+    /// waits less kills the process first.
     #[arg(long, env = "PROMPTWEAVE_GRACE_S", default_value_t = 20)]
     pub grace_s: u64,
 }
@@ -514,8 +514,8 @@ impl ShutdownOptions {
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Private database")]
 pub struct PrivatePostgresOptions {
-    /// Directory of `initdb` and `postgres`, version 15 or newer. Default: the newest of
-    /// `/usr/lib/postgresql/*/bin` and PATH.
+    /// Directory of `initdb` and `postgres`, version 15 or newer. Default: the newest of `/usr/lib/postgresql/*/bin`
+    /// and PATH.
     #[arg(long, env = "PROMPTWEAVE_POSTGRES_BIN", value_name = "DIR")]
     pub postgres_bin: Option<PathBuf>,
 }

@@ -1,4 +1,4 @@
-//! The way to Postgres: the pool, the migrations, and what can go wrong in words of this layer.
+//! Access to Postgres: the pool, the migrations, and errors in the terms of this layer.
 
 use std::time::Duration;
 
@@ -9,21 +9,21 @@ use sqlx::{Connection, PgPool};
 /// The schema, embedded: `MIGRATOR.run(&pool)` brings a database up to date.
 pub static MIGRATOR: Migrator = sqlx::migrate!();
 
-/// How the pool behaves. The defaults suit one API or worker process.
+/// Settings of the pool. The defaults suit one API or worker process.
 #[derive(Clone, Debug)]
 pub struct PoolSettings {
     pub max_connections: u32,
-    /// How long a request waits for a connection before it is told that the database is gone. Too
-    /// low and a short restart of the database shows as errors; too high and clients hang.
+    /// How long a request waits for a connection before it counts the database as unreachable. Too low: a short restart
+    /// of the database shows as errors. Too high: clients hang.
     pub acquire_timeout: Duration,
-    /// Longest single statement. Uploads write about 1 MB, so anything near this is a fault.
+    /// The longest time of one statement. Uploads write about 1 MB, so a statement that takes this long is a fault.
     pub statement_timeout: Duration,
-    /// How long a session may do nothing in the middle of a transaction: a process that froze there, or whose
-    /// machine is gone, holds its locks until the server ends the session.
+    /// How long a session may be idle inside a transaction. A process that froze there, or whose machine is gone, holds
+    /// its locks until the server ends the session.
     pub idle_in_transaction_timeout: Duration,
 }
 
-/// How long an idle connection is taken to be alive.
+/// How long an idle connection is assumed to be alive.
 const UNTESTED: Duration = Duration::from_secs(1);
 
 impl Default for PoolSettings {
@@ -55,8 +55,8 @@ pub fn pool(options: PgConnectOptions, settings: &PoolSettings) -> PgPool {
         .max_connections(settings.max_connections)
         .acquire_timeout(settings.acquire_timeout)
         .idle_timeout(Duration::from_secs(300))
-        // Asking before each use whether the server is still there costs as much as reading a row. Of a
-        // connection that was used a moment ago it is taken for granted.
+        // Testing a connection before each use costs as much as reading a row, so one that was used a moment ago is
+        // assumed to be alive.
         .test_before_acquire(false)
         .before_acquire(|connection, metadata| {
             Box::pin(async move {
@@ -71,15 +71,15 @@ pub fn pool(options: PgConnectOptions, settings: &PoolSettings) -> PgPool {
 
 #[derive(Debug, thiserror::Error)]
 pub enum DbError {
-    /// Nothing is wrong with the request: the same one may pass in a moment.
+    /// A transient error: the same request may succeed in a moment.
     #[error("the database is not available")]
     Unavailable(#[source] sqlx::Error),
-    /// Valid in JSON and in UTF-8, and yet Postgres stores it nowhere.
+    /// A NUL character: valid in JSON and in UTF-8, but Postgres cannot store it.
     #[error("a text holds the character U+0000")]
     NulCharacter(#[source] sqlx::Error),
     #[error("a statement failed")]
     Statement(#[source] sqlx::Error),
-    /// A value that only a bug or a hand in the database can have put there.
+    /// A stored value that only a bug or a manual change can have caused.
     #[error("column `{column}` of table `{table}` holds {value}, which cannot be read")]
     Unreadable {
         table: &'static str,
@@ -99,7 +99,7 @@ impl From<sqlx::Error> for DbError {
             _ => false,
         };
         let code = error.as_database_error().and_then(|e| e.code());
-        // 22021: in a text; 22P05: in a jsonb.
+        // SQLSTATE 22021 is for a text, 22P05 for a jsonb.
         let nul_character = matches!(code.as_deref(), Some("22021" | "22P05"));
         if unavailable {
             Self::Unavailable(error)
@@ -111,7 +111,7 @@ impl From<sqlx::Error> for DbError {
     }
 }
 
-/// Whether an SQLSTATE speaks of the server's state, and not of the statement.
+/// Whether an SQLSTATE describes the server's state rather than the statement.
 fn is_transient(code: &str) -> bool {
     const CLASSES: [&str; 3] = [
         "08", // connection exceptions
@@ -133,7 +133,7 @@ fn is_transient(code: &str) -> bool {
 }
 
 impl DbError {
-    /// A constraint (SQLSTATE class 23) refused the rows; it will refuse them again.
+    /// Whether a constraint (SQLSTATE class 23) refused the rows; it will refuse them again.
     pub fn is_refused_by_constraint(&self) -> bool {
         match self {
             Self::Statement(sqlx::Error::Database(database)) => {
@@ -156,7 +156,7 @@ impl DbError {
     }
 }
 
-/// Turns the violation of a named constraint into an error of the caller's own.
+/// Turns the violation of a named constraint into the caller's own error.
 pub trait OnConstraint<T> {
     fn on_constraint<E: From<DbError>>(
         self,
@@ -185,7 +185,7 @@ pub fn violates(error: &sqlx::Error, constraint: &str) -> bool {
         .is_some_and(|error| error.constraint() == Some(constraint))
 }
 
-/// Every guarded UPDATE checks its row count.
+/// Checks that one row changed. Every guarded UPDATE calls this.
 pub fn expect_one_row(result: PgQueryResult) -> Result<(), DbError> {
     match result.rows_affected() {
         1 => Ok(()),
@@ -206,7 +206,7 @@ mod tests {
         for code in transient {
             assert!(is_transient(code), "{code}");
         }
-        // A constraint, a text with U+0000, no such table, a database that was dropped.
+        // These are a constraint, a text with U+0000, a missing table, and a dropped database.
         for code in ["23505", "23514", "22021", "42P01", "57P04"] {
             assert!(!is_transient(code), "{code}");
         }

@@ -1,12 +1,12 @@
-//! Named points on a worker's way at which a test may kill, stop or delay the process; `tests/chaos` does. Without the
-//! feature `chaos` they are nothing at all.
+//! Named points in a worker's code at which a test (`tests/chaos`) may kill, stop or delay the process. Without the
+//! feature `chaos`, they compile to nothing.
 //!
-//! With it, a process that is given a socket says there which point it has reached, and goes on when it is answered. What
-//! happens meanwhile is up to whoever listens: a process that is killed never hears the answer.
+//! With the feature, a process that is given a socket reports there which point it has reached, and continues when it
+//! gets an answer. The listener decides what happens meanwhile: a process that is killed never gets the answer.
 
 use uuid::Uuid;
 
-/// This process is at `point`, with this job.
+/// Reports that this process is at `point`, with this job.
 #[cfg(not(feature = "chaos"))]
 #[inline(always)]
 pub fn reach(_point: &str, _job_id: Uuid) {}
@@ -16,7 +16,7 @@ pub fn reach(point: &str, job_id: Uuid) {
     ask(point, Some(job_id));
 }
 
-/// As [`reach`], for what there is to choose: the answer's text, empty where nobody listens.
+/// Like [`reach`], for points with a choice: returns the answer's text, which is empty if nobody listens.
 #[cfg(feature = "chaos")]
 pub fn ask(point: &str, job_id: Option<Uuid>) -> String {
     use std::io::{self, Read, Write};
@@ -37,6 +37,6 @@ pub fn ask(point: &str, job_id: Option<Uuid>) -> String {
         stream.read_to_string(&mut answer)?;
         Ok(answer)
     };
-    // Whoever listened is gone, and so is the test.
+    // If the listener is gone, the test is over.
     asked().unwrap_or_default()
 }

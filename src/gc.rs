@@ -1,8 +1,8 @@
-//! Garbage: files that nothing refers to. `promptweave gc` collects it at once, a server once a day.
+//! Garbage collection of files that nothing refers to. `promptweave gc` does it on demand, a server once a day.
 //!
-//! An upload that broke off, a registration that was refused in the end, statistics after their time: their
-//! files stay in the blob store. What is younger than the grace time is left alone, since its row may be on
-//! its way; what is older is settled by [`references`].
+//! An interrupted upload, a registration that was refused late and expired statistics leave files in the blob store. A
+//! file younger than the grace time is left alone, because its row may still be inserted; for older files,
+//! [`references`] prevents races.
 
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ use crate::jobs::retention;
 use crate::registry::{RegistryError, references};
 use promptweave_domain::error_chain::chain;
 
-/// Digests looked up at once.
+/// How many digests are looked up at once.
 const BATCH: usize = 500;
 const FIRST: Duration = Duration::from_secs(3600);
 const EVERY: Duration = Duration::from_secs(24 * 3600);
@@ -26,16 +26,16 @@ const EVERY: Duration = Duration::from_secs(24 * 3600);
 /// How long things are kept.
 #[derive(Clone, Copy, Debug)]
 pub struct Retention {
-    /// Of files without a reference.
+    /// How long a file without a reference is kept.
     pub grace: Duration,
-    /// Of the statistics of ensembles that have ended; None for ever.
+    /// How long the statistics of an ended ensemble are kept; None for ever.
     pub statistics: Option<Duration>,
 }
 
-/// What was deleted, or with `dry_run` would be.
+/// Counts of what was deleted; with `dry_run`, of what would be.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Collected {
-    /// Ensembles whose statistics were let go.
+    /// Ensembles whose statistics were deleted.
     pub ensembles: u64,
     pub files: u64,
     pub bytes: u64,
@@ -45,7 +45,7 @@ pub struct Collected {
 pub enum GcError {
     #[error(transparent)]
     Registry(#[from] RegistryError),
-    /// Most likely the database of another data directory, or an empty one.
+    /// The database most likely belongs to another data directory, or is empty.
     #[error(
         "the database refers to none of the files in the blob store; nothing was deleted, since the two do not \
          seem to belong together: look at DATABASE_URL and the data directory"
@@ -53,7 +53,7 @@ pub enum GcError {
     Strangers,
 }
 
-/// `promptweave gc`.
+/// Runs `promptweave gc`.
 pub async fn run(args: GcArgs) -> anyhow::Result<()> {
     let pool = args.database.pool()?;
     let blobs = args.storage.blobs()?;
@@ -100,7 +100,7 @@ pub async fn run_daily(
     }
 }
 
-/// Deletes what nothing refers to. With `dry_run` it is only counted, without the statistics that are due.
+/// Deletes what nothing refers to. With `dry_run` it only counts, and leaves out statistics that are due.
 pub async fn collect(
     pool: &PgPool,
     blobs: &BlobStore,
@@ -139,7 +139,7 @@ pub async fn collect(
     }
 }
 
-/// Whether a file of the blob store has a reference, or there is none.
+/// Whether the database refers to a file of the blob store, or the store is empty.
 async fn belong_together(
     conn: &mut PgConnection,
     blobs: &BlobStore,
@@ -157,7 +157,7 @@ async fn belong_together(
     Ok(empty)
 }
 
-/// Deletes one blob, unless it has a reference by now.
+/// Deletes one blob, unless something refers to it by now.
 async fn delete(
     conn: &mut PgConnection,
     blobs: &BlobStore,

@@ -1,4 +1,4 @@
-//! `promptweave healthcheck`: asks a server whether it is ready, for images that have no curl.
+//! `promptweave healthcheck`: asks a server whether it is ready, for container images without curl.
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -8,13 +8,13 @@ use anyhow::Context;
 
 const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Ok where `GET path` is answered with a 2xx status within five seconds.
+/// Ok if `GET path` is answered with a 2xx status within five seconds.
 pub fn check(address: SocketAddr, path: &str) -> anyhow::Result<()> {
     let mut stream = TcpStream::connect_timeout(&address, TIMEOUT)
         .with_context(|| format!("cannot reach {address}"))?;
     stream.set_read_timeout(Some(TIMEOUT))?;
     stream.set_write_timeout(Some(TIMEOUT))?;
-    // HTTP/1.0: the server closes after the answer, and the status line is all that is read.
+    // With HTTP/1.0 the server closes after the answer. Only the status line is read.
     let request = format!("GET {path} HTTP/1.0\r\nHost: {address}\r\n\r\n");
     stream.write_all(request.as_bytes())?;
     let mut status = String::new();

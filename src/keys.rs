@@ -1,5 +1,5 @@
-//! `promptweave keys`: makes, lists and revokes keys where the database is at hand, the first one
-//! too. And the key that `up` keeps for its user.
+//! `promptweave keys`: creates, lists and revokes keys directly in the database, including the first one. It also has
+//! the key that `up` keeps for its user.
 
 use std::fs;
 use std::io::{ErrorKind, Write};
@@ -20,10 +20,10 @@ use crate::registry::projects::Project;
 use promptweave_domain::api_key::{ApiKey, KeyName, Scope, Scopes};
 use promptweave_domain::reference::ResourceName;
 
-/// More than this are no list for people.
+/// The longest list that is still useful for people.
 const MAX_LISTED: i64 = 1000;
 
-/// `promptweave keys`. Answers go to stdout, so that `key=$(promptweave keys create …)` works.
+/// Runs `promptweave keys`. Answers go to stdout, so that `key=$(promptweave keys create …)` works.
 pub async fn run(args: KeysArgs) -> anyhow::Result<()> {
     let pool = args.database.pool()?;
     let conn = &mut *pool.acquire().await.context("cannot reach the database")?;
@@ -78,7 +78,7 @@ fn no_project(name: &ResourceName) -> String {
     format!("there is no project `{name}`; `promptweave keys create --create-project` makes one")
 }
 
-/// Makes and stores a key; the answer is the only copy of its secret.
+/// Creates and stores a key; the returned key is the only copy of its secret.
 async fn create(
     conn: &mut PgConnection,
     project_id: Uuid,
@@ -90,8 +90,8 @@ async fn create(
     Ok(key.text())
 }
 
-/// A working key with every scope in `file`, for the one who owns the file: the one that is there,
-/// or, where that opens nothing (any more), a new one, which is the answer.
+/// Makes sure that `file` has a working key with every scope, for the file's owner. A valid key stays; otherwise a new
+/// one is written and returned.
 pub async fn keep(conn: &mut PgConnection, file: &Path) -> anyhow::Result<Option<SecretString>> {
     let context = || format!("cannot keep an API key in `{}`", file.display());
     let text = match fs::read_to_string(file) {
@@ -103,7 +103,7 @@ pub async fn keep(conn: &mut PgConnection, file: &Path) -> anyhow::Result<Option
     {
         return Ok(None);
     }
-    // The file first, then the commit: a key that nobody has must not be valid.
+    // The file is written before the commit: a key that nobody has must not be valid.
     let mut transaction = conn.begin().await?;
     let name = "kept by promptweave up".parse()?;
     let key = create(&mut transaction, DEFAULT_PROJECT, &name, &Scope::ALL.into()).await?;
@@ -112,7 +112,7 @@ pub async fn keep(conn: &mut PgConnection, file: &Path) -> anyhow::Result<Option
     Ok(Some(key))
 }
 
-/// Whole or not at all, and readable by its owner alone.
+/// Writes the file completely or not at all, readable by its owner only.
 fn write(file: &Path, key: &SecretString) -> std::io::Result<()> {
     let dir = file.parent().unwrap_or(Path::new("."));
     let mut temporary = tempfile::Builder::new()

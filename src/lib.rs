@@ -1,5 +1,5 @@
-//! promptweave: a registry for visual prompts, with workers that learn which of them help a new
-//! task, and how much of each.
+//! promptweave: a registry for visual prompts, with workers that learn which of them help a new task, and how much each
+//! one helps.
 //!
 //! ```text
 //! HTTP request ─► http/ ─► registry/ or jobs/ ─► Postgres ◄─ jobs/ ◄─ worker/ ─► engine/ ─► α + composed prompt ─► registry/

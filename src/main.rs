@@ -17,7 +17,7 @@ fn main() -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // On a terminal the answer to a command, not a log record.
+            // On a terminal, this is the answer to a command, not a log record.
             eprintln!("error: {}", chain(error.as_ref()));
             match is_client {
                 true => client::exit_status(&error).into(),
@@ -73,7 +73,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
 fn block_on(role: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Runtime::new()?;
     let outcome = runtime.block_on(role);
-    // Dropping it would wait for blocking work (a pack half written, say) however long it takes.
+    // Dropping the runtime would wait for blocking work (an unfinished pack, for example) however long that takes.
     runtime.shutdown_timeout(Duration::from_secs(1));
     outcome
 }

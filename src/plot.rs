@@ -1,6 +1,6 @@
-//! `promptweave plot`: a result as two pictures, `weights.svg` and `pareto_path.svg`.
+//! `promptweave plot`: draws a result as two pictures, `weights.svg` and `pareto_path.svg`.
 //!
-//! Reads the JSON of `promptweave compose` and of `GET /v1/ensembles/{id}/result` alike.
+//! It reads the JSON of `promptweave compose` and of `GET /v1/ensembles/{id}/result`.
 
 use std::fs;
 use std::ops::Range;
@@ -15,7 +15,7 @@ use promptweave_domain::composition::{CompositionResult, PathPoint};
 
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
-/// Okabe and Ito's colours, which the colour-blind tell apart; sources beyond eight share them.
+/// Okabe and Ito's colours, which colour-blind people can tell apart; sources beyond eight share them.
 pub const PALETTE: [RGBColor; 8] = [
     RGBColor(0, 114, 178),
     RGBColor(230, 159, 0),
@@ -30,8 +30,8 @@ pub const INK: RGBColor = RGBColor(40, 40, 40);
 pub const GRID: RGBColor = RGBColor(225, 225, 225);
 pub const GREY: RGBColor = RGBColor(120, 120, 120);
 
-/// Reads `result`, writes its pictures into `out` and returns their paths: without a path of trade-offs there is none of
-/// that.
+/// Reads `result`, writes its pictures into `out` and returns their paths. A result without a path of trade-offs has no
+/// second picture.
 pub fn plot(result: &Path, out: &Path) -> Result<Vec<PathBuf>> {
     let json = fs::read(result).with_context(|| format!("cannot read `{}`", result.display()))?;
     let result: CompositionResult = serde_json::from_slice(&json)
@@ -49,7 +49,7 @@ pub fn plot(result: &Path, out: &Path) -> Result<Vec<PathBuf>> {
     Ok(written)
 }
 
-/// One bar a source: its weight αᵢ, and beside it the H-score of that source alone.
+/// Draws one bar per source: its weight αᵢ, and beside it the H-score of that source alone.
 fn weights_svg(result: &CompositionResult) -> Result<String> {
     const ROW: i32 = 30;
     const TOP: i32 = 56;
@@ -70,7 +70,7 @@ fn weights_svg(result: &CompositionResult) -> Result<String> {
         for (row, source) in result.source_weights.iter().enumerate() {
             let y = TOP + row as i32 * ROW + ROW / 2;
             let end = LEFT + (source.weight * f64::from(FULL)).round() as i32;
-            // A bar of weight 0 is still seen, as a line.
+            // A bar of weight 0 is drawn as a line, so that it is visible.
             let bar = [(LEFT, y - 9), (end.max(LEFT + 1), y + 9)];
             area.draw(&Rectangle::new(bar, color(row).filled()))?;
             let name = shortened(&source.prompt, 24);
@@ -87,7 +87,7 @@ fn weights_svg(result: &CompositionResult) -> Result<String> {
     Ok(svg)
 }
 
-/// Left, what the trade-off trades: H against L_align along the path. Right, the weights over t.
+/// Draws H against L_align along the path on the left, and the weights over t on the right.
 fn path_svg(result: &CompositionResult) -> Result<String> {
     let mut svg = String::new();
     {
@@ -138,9 +138,9 @@ fn draw_front(area: &Area<'_>, result: &CompositionResult) -> Result<()> {
             .map(|p| Circle::new(point(p), 3, PALETTE[0].filled())),
     )?;
     chart.draw_series([Circle::new(chosen, 7, PALETTE[3].stroke_width(3))])?;
-    // The ends say which way t runs; the ring is the answer.
+    // The labels at the ends show the direction of t; the ring marks the answer.
     let mut label = |text: String, at: (f64, f64), color: &RGBColor, up| {
-        // Towards the middle, so that no label leaves the picture.
+        // Labels point towards the middle, so that none leaves the picture.
         let middle = (x_range.start + x_range.end) / 2.0;
         let (side, shift) = if at.0 > middle {
             (HPos::Right, -12)
@@ -225,7 +225,7 @@ pub fn style_caption() -> TextStyle<'static> {
     TextStyle::from(("sans-serif", 17).into_font()).color(&INK)
 }
 
-/// The values' range with a margin on both sides, also where all are equal, or there is none.
+/// The values' range with a margin on both sides. It is never empty, even if all values are equal or there are none.
 pub fn padded(values: impl Iterator<Item = f64>) -> Range<f64> {
     let (low, high) = values.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), v| {
         (low.min(v), high.max(v))
@@ -241,7 +241,7 @@ pub fn padded(values: impl Iterator<Item = f64>) -> Range<f64> {
     low - margin..high + margin
 }
 
-/// A position on an axis, with the decimals that tell it from its neighbours.
+/// A position on an axis, with enough decimals to tell it from its neighbours.
 pub fn tick(value: f64, axis: &Range<f64>) -> String {
     let step = (axis.end - axis.start) / 10.0;
     let decimals = (-step.log10().floor()).max(0.0) as usize;
@@ -251,10 +251,10 @@ pub fn tick(value: f64, axis: &Range<f64>) -> String {
     format!("{value:.decimals$}")
 }
 
-/// Three significant digits, without trailing zeros.
+/// The number with three significant digits and no trailing zeros.
 fn number(value: f64) -> String {
     let size = value.abs();
-    // Tick positions come out of additions: this close to zero is zero.
+    // Tick positions come from additions: a value this close to zero is zero.
     if size < 1e-12 {
         return "0".to_owned();
     }
@@ -288,7 +288,7 @@ mod tests {
 
     use super::*;
 
-    /// Two sources, a path of three points; `trade_off` null as after a raw λ.
+    /// A result with two sources and a path of three points; `trade_off` is null after a raw λ.
     fn result(trade_off: Option<f64>) -> serde_json::Value {
         let digest = format!("sha256:{}", "0".repeat(64));
         let weights = [[0.9, 0.1], [0.7, 0.3], [0.5, 0.5]];

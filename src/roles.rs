@@ -1,5 +1,5 @@
-//! The roles against a given database: `serve`, `worker`, `migrate`. Each reads its options, builds
-//! what it needs and runs until it is told to stop.
+//! The roles that need a database: `serve`, `worker`, `migrate`. Each reads its options, builds what it needs and runs
+//! until it is told to stop.
 
 use std::io::Read;
 use std::net::SocketAddr;
@@ -28,7 +28,7 @@ use crate::worker;
 use crate::worker::composer_thread::NewComposer;
 use crate::worker::{SEEN_EVERY, WorkerSettings};
 
-/// `promptweave serve`.
+/// Runs `promptweave serve`.
 pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     args.http.validate()?;
     let shutdown = Shutdown::on_signals(args.shutdown.grace())?;
@@ -37,7 +37,7 @@ pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     serve_until(bind(&args.http).await?, state, args.retention, &shutdown).await
 }
 
-/// `promptweave worker`, with the engine it is to use.
+/// Runs `promptweave worker` with the given engine.
 pub async fn worker(args: WorkerArgs, new_composer: NewComposer) -> anyhow::Result<()> {
     args.worker.queue.validate()?;
     let shutdown = Shutdown::on_signals(args.shutdown.grace())?;
@@ -66,7 +66,7 @@ pub async fn worker(args: WorkerArgs, new_composer: NewComposer) -> anyhow::Resu
     Ok(())
 }
 
-/// `promptweave migrate`.
+/// Runs `promptweave migrate`.
 pub async fn migrate(options: DatabaseOptions) -> anyhow::Result<()> {
     let pool = options.pool()?;
     MIGRATOR
@@ -77,7 +77,7 @@ pub async fn migrate(options: DatabaseOptions) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What the API works with.
+/// The state that the API's handlers share.
 pub(crate) fn app_state(
     http: &HttpOptions,
     storage: &StorageOptions,
@@ -119,14 +119,14 @@ pub(crate) async fn bind(http: &HttpOptions) -> anyhow::Result<TcpListener> {
     })
 }
 
-/// Answers requests, reaps, delivers webhooks' messages and collects garbage until told to stop.
+/// Answers requests, reaps, delivers webhook messages and collects garbage until told to stop.
 pub(crate) async fn serve_until(
     listener: TcpListener,
     state: AppState,
     retention: RetentionOptions,
     shutdown: &Shutdown,
 ) -> anyhow::Result<()> {
-    // For people and for programs that asked for port 0: one line, the actual address.
+    // This one line tells people, and programs that asked for port 0, the actual address.
     println!(
         "promptweave is listening on http://{}",
         listener.local_addr()?
@@ -147,13 +147,12 @@ pub(crate) async fn serve_until(
     }
     reaper.await?;
     deliverer.await?;
-    // What it has begun is safe to break off.
+    // The collector may be interrupted at any point.
     collector.abort();
     Ok(())
 }
 
-/// Asks for the end when stdin ends, as it does when the process at its other end is gone, however
-/// it went.
+/// Shuts down when stdin ends, which happens when the process at the other end is gone, however it ended.
 fn stop_with_stdin(shutdown: Shutdown) {
     thread::spawn(move || {
         let mut byte = [0];

@@ -1,4 +1,5 @@
-//! Stop softly, then hard: the first SIGTERM, SIGINT or SIGHUP asks, a second or the grace period insists.
+//! Soft, then hard shutdown: the first SIGTERM, SIGINT or SIGHUP is soft; a second signal or the grace period's end is
+//! hard.
 
 use std::time::Duration;
 
@@ -7,18 +8,18 @@ use tokio_util::sync::CancellationToken;
 
 #[derive(Clone, Debug, Default)]
 pub struct Shutdown {
-    /// Take nothing new; finish or hand back what is at hand.
+    /// Soft: take nothing new, and finish or hand back current work.
     pub soft: CancellationToken,
-    /// Drop everything now.
+    /// Hard: drop everything now.
     pub hard: CancellationToken,
 }
 
 impl Shutdown {
-    /// Listens for signals from now on. Must be called within a tokio runtime.
+    /// Listens for signals from now on. It must be called within a tokio runtime.
     pub fn on_signals(grace: Duration) -> std::io::Result<Self> {
         let terminate = signal(SignalKind::terminate())?;
         let interrupt = signal(SignalKind::interrupt())?;
-        // Not under `nohup`, which is there for a process to outlive its terminal.
+        // SIGHUP stays ignored under `nohup`, which exists so that a process outlives its terminal.
         let hang_up = match hang_up_is_ignored() {
             true => None,
             false => Some(signal(SignalKind::hangup())?),
@@ -39,7 +40,7 @@ impl Shutdown {
         mut hang_up: Option<Signal>,
         grace: Duration,
     ) {
-        // Either a signal, or something in the process asked for the end itself.
+        // The soft stop is a signal, or something in the process asked for it.
         tokio::select! {
             _ = terminate.recv() => tracing::info!("stopping on SIGTERM"),
             _ = interrupt.recv() => tracing::info!("stopping on SIGINT; once more to stop at once"),
@@ -47,7 +48,7 @@ impl Shutdown {
             () = self.soft.cancelled() => {}
         }
         self.soft.cancel();
-        // SIGHUP does not insist: a terminal that closes may send it more than once.
+        // SIGHUP does not force a hard stop: a terminal that closes may send it more than once.
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
@@ -68,7 +69,7 @@ async fn received(signal: &mut Option<Signal>) {
     }
 }
 
-/// Whether whoever started this process has it ignore SIGHUP.
+/// Whether this process was started with SIGHUP ignored.
 fn hang_up_is_ignored() -> bool {
     const HANG_UP: u64 = 1; // bit 0, as the signal's number is 1
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();

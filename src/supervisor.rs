@@ -1,9 +1,9 @@
-//! Keeps one worker running, as `up` does: starts it again when it dies, with growing pauses, and says in the database
-//! what became of it, which a dead process cannot.
+//! Keeps one worker running for `up`: restarts it when it dies, with growing pauses, and records in the database what
+//! happened to it, which a dead process cannot do.
 //!
-//! A start has failed when the process ends within a minute without having claimed a job. After three in a row the
-//! worker is `defunct` in `/v1/workers`: from then on one start a minute is tried, and one that comes up ends the
-//! state. A worker that ends with the status 0 was asked to (drained, say) and is not started again.
+//! A start has failed if the process ends within a minute without having claimed a job. After three failures in a row
+//! the worker is `defunct` in `/v1/workers`: from then on it is started once a minute, and a successful start ends the
+//! state. A worker that ends with status 0 was asked to (drained, say) and is not started again.
 
 use std::io;
 use std::process::{ExitStatus, Stdio};
@@ -22,9 +22,9 @@ use promptweave_domain::error_chain::chain;
 /// The variable that tells a worker its id.
 pub const WORKER_ID: &str = "PROMPTWEAVE_WORKER_ID";
 
-/// A worker that lived this long has started well; its next failure is not a second one in a row.
+/// A worker that lived this long has started well, so its next failure is the first in a row.
 const STARTED_WELL: Duration = Duration::from_secs(60);
-/// So many starts in a row are not bad luck.
+/// The number of failed starts in a row after which a worker is defunct.
 const DEFUNCT_AFTER: u32 = 3;
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
@@ -33,7 +33,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 pub struct Supervisor {
     pub program: Command,
     pub pool: PgPool,
-    /// As it is asked for: a worker that does not start cannot say what it is.
+    /// The device that was asked for; a worker that does not start cannot report the actual one.
     pub device: String,
     pub shutdown: Shutdown,
 }
@@ -41,15 +41,15 @@ pub struct Supervisor {
 /// A process that ended by itself.
 struct Ended {
     pid: u32,
-    /// None: the system does not tell how.
+    /// None if the system does not tell the status.
     status: Option<ExitStatus>,
     reason: String,
 }
 
 impl Supervisor {
-    /// Until `shutdown`, or until the worker is drained; then the process has ended.
+    /// Runs until `shutdown`, or until the worker is drained; then the process has ended.
     pub async fn run(mut self) {
-        // A group of its own: Ctrl-C in a terminal is for `up`, which stops its worker itself.
+        // The worker has its own process group: Ctrl-C in a terminal is meant for `up`, which stops the worker itself.
         self.program
             .stdin(Stdio::piped())
             .process_group(0)
@@ -101,7 +101,7 @@ impl Supervisor {
         }
     }
 
-    /// Starts a worker and waits until it ends by itself; None: it was asked to stop, and has.
+    /// Starts a worker and waits until it ends by itself; None if it was asked to stop and has ended.
     async fn run_one(&mut self) -> Option<Ended> {
         let child = match self.program.spawn() {
             Ok(child) => child,
@@ -126,7 +126,7 @@ impl Supervisor {
     }
 
     async fn wait(&self, mut child: Child) -> Option<io::Result<ExitStatus>> {
-        // Not `child.wait()` alone: that would close stdin, which asks the worker to stop.
+        // `child.wait()` alone would close stdin, which asks the worker to stop.
         let stdin = child.stdin.take();
         tokio::select! {
             status = child.wait() => return Some(status),
@@ -137,20 +137,20 @@ impl Supervisor {
             _ = child.wait() => {}
             () = self.shutdown.hard.cancelled() => {
                 tracing::warn!("the worker did not stop in time, killing it");
-                // It may have ended just now.
+                // The worker may have ended just now.
                 let _ = child.kill().await;
             }
         }
         None
     }
 
-    /// Without a database nothing is known, and nothing can have been claimed lately.
+    /// Whether the worker ever claimed a job. False without a database, because then it cannot have claimed one lately.
     async fn has_worked(&self, id: Uuid) -> bool {
         let ask = async { workers::has_worked(&mut *self.pool.acquire().await?, id).await };
         ask.await.unwrap_or(false)
     }
 
-    /// Says goodbye for a worker that has not.
+    /// Records the end of a worker that has not recorded it itself.
     async fn tell(&self, id: Uuid, ended: &Ended, defunct: bool) {
         let worker = NewWorker {
             id,
@@ -162,7 +162,7 @@ impl Supervisor {
         let end = End {
             defunct,
             reason: &ended.reason,
-            // One that a signal ended had no time for words of its own.
+            // A worker that a signal ended had no time to store a reason.
             unless_said: ended.status.is_some_and(|status| status.code().is_some()),
         };
         let write = async { workers::ended(&mut *self.pool.acquire().await?, &worker, end).await };

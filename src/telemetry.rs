@@ -1,4 +1,4 @@
-//! Logs for people (`pretty`) or machines (`json`), on stderr; stdout is for a command's answer.
+//! Logs on stderr, for people (`pretty`) or machines (`json`); stdout is for a command's answer.
 
 use std::io::IsTerminal;
 
@@ -6,7 +6,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::config::{LogFormat, LogOptions};
 
-/// Installs the subscriber of the process. Call once, first.
+/// Installs the subscriber of the process. Call it once, before anything else.
 pub fn init(options: &LogOptions) -> anyhow::Result<()> {
     let filter = EnvFilter::try_new(&options.log)
         .map_err(|error| anyhow::anyhow!("--log `{}`: {error}", options.log))?;

@@ -1,10 +1,10 @@
-//! `promptweave up`: everything in one go, and all of it stopped in order.
+//! `promptweave up`: starts everything, and stops it in order.
 //!
 //! ```text
 //! private database ─► migrations ─► API (this process) + one worker (a child)
 //! ```
-//! The worker is a process of its own, since a CUDA fault or an out-of-memory kill must never take
-//! the API down. It holds the other end of a pipe: when `up` is gone, even by `kill -9`, it stops.
+//! The worker is a separate process, because a CUDA fault or an out-of-memory kill must never take the API down. It
+//! holds the other end of a pipe: when `up` is gone, even after `kill -9`, it stops.
 
 use std::path::Path;
 use std::time::Duration;
@@ -25,10 +25,10 @@ use crate::roles::{app_state, bind, serve_until};
 use crate::shutdown::Shutdown;
 use crate::supervisor::Supervisor;
 
-/// Connections that are still at work after this long end with the database.
+/// How long to wait for busy connections; after that they end with the database.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// `promptweave up` with `promptweave worker` as its worker.
+/// Runs `promptweave up` with `promptweave worker` as its worker.
 pub async fn run(args: UpArgs, log: &LogOptions) -> anyhow::Result<()> {
     let program = std::env::current_exe().context("cannot find this program's own file")?;
     let mut worker = Command::new(program);
@@ -38,7 +38,7 @@ pub async fn run(args: UpArgs, log: &LogOptions) -> anyhow::Result<()> {
     run_with(args, worker, shutdown).await
 }
 
-/// Hands the options of `up` on as variables, as a worker reads them.
+/// Passes the options of `up` on to the worker as environment variables.
 fn set_options(worker: &mut Command, args: &UpArgs, log: &LogOptions) {
     let WorkerOptions {
         device,
@@ -101,11 +101,11 @@ fn set_options(worker: &mut Command, args: &UpArgs, log: &LogOptions) {
         .env("PROMPTWEAVE_GRACE_S", args.shutdown.grace_s.to_string());
 }
 
-/// The same with any worker program; it finds the database in `DATABASE_URL`.
+/// Like [`run`], with any worker program; it finds the database in `DATABASE_URL`.
 pub async fn run_with(args: UpArgs, mut worker: Command, shutdown: Shutdown) -> anyhow::Result<()> {
     args.http.validate()?;
     args.worker.queue.validate()?;
-    // First of all, as it is what fails most often and costs nothing.
+    // This comes first, because it fails most often and costs nothing.
     let listener = bind(&args.http).await?;
     let data_dir = args.storage.data_dir();
     let start = PrivatePostgres::start(&data_dir, args.postgres.postgres_bin.as_deref());
@@ -159,7 +159,7 @@ pub async fn run_with(args: UpArgs, mut worker: Command, shutdown: Shutdown) -> 
     served
 }
 
-/// Where the user finds a key, on stdout with the address; the key itself when it is new.
+/// Prints where the user finds an API key, and the key itself if it is new.
 async fn tell_key(pool: &PgPool, file: &Path) -> anyhow::Result<()> {
     let new = keys::keep(&mut *pool.acquire().await?, file).await?;
     println!("an API key with every scope is in {}", file.display());

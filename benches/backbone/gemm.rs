@@ -1,4 +1,4 @@
-//! What the matrix library gives at the shapes of a backbone's four linear maps, promptweave's own yardstick.
+//! The rate of the matrix library at the shapes of a backbone's four linear maps, which is promptweave's yardstick.
 
 use std::path::PathBuf;
 use std::sync::Barrier;
@@ -9,7 +9,7 @@ use promptweave_formats::backbone::Backbone;
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
-/// How long one shape is repeated, and how often that is tried; the best counts.
+/// How long one shape is repeated, and how often that is tried; the best try counts.
 const SLICE: Duration = Duration::from_millis(25);
 const TRIES: usize = 3;
 
@@ -17,15 +17,16 @@ const TRIES: usize = 3;
 pub struct Args {
     #[arg(long)]
     backbone: PathBuf,
-    /// Prompt tokens.
+    /// Number of prompt tokens.
     #[arg(long, default_value_t = 10)]
     tokens: usize,
-    /// Samples in a micro-batch; of several the best is reported.
+    /// Samples in a micro-batch; if several are given, the best one is reported.
     #[arg(long, value_delimiter = ',', required = true)]
     batch: Vec<usize>,
 }
 
-/// GFLOP/s in f32 and bf16: on one thread, on all of them in one product, and on all of them with a product each.
+/// Measures GFLOP/s in f32 and bf16: on one thread, on all threads in one product, and on all threads with one product
+/// each.
 pub fn measure(args: &Args) -> anyhow::Result<Value> {
     let config = Backbone::open(&args.backbone)?.config;
     let all = tch::get_num_threads();
@@ -53,12 +54,12 @@ pub fn measure(args: &Args) -> anyhow::Result<Value> {
     Ok(Value::Object(line))
 }
 
-/// n: CLS, prompt and patches.
+/// n, the number of tokens: CLS, prompt and patches.
 fn config_tokens(config: &BackboneConfig, prompt_tokens: usize) -> usize {
     1 + prompt_tokens + (config.preprocessing.size / config.patch_size).pow(2)
 }
 
-/// The rate of a job, with its two forward passes for one backward pass, and of either pass alone.
+/// The rate of a job, which has two forward passes for one backward pass, and of each pass alone.
 fn rate(config: &BackboneConfig, rows: i64, kind: Kind, streams: usize) -> (f64, f64, f64) {
     let d = config.embed_dim as i64;
     let maps = [(d, 3 * d), (d, d), (d, 4 * d), (4 * d, d)];
@@ -71,7 +72,7 @@ fn rate(config: &BackboneConfig, rows: i64, kind: Kind, streams: usize) -> (f64,
                 let x = Tensor::randn([rows, if backward { outputs } else { inputs }], on);
                 (x, Tensor::randn([outputs, inputs], on))
             };
-            // Not a product of autograd's: what a layer's gradient is, dX = dY W.
+            // This is not a product of autograd's: it computes a layer's gradient, dX = dY W.
             best_time(streams, made, |(x, weight)| {
                 if backward {
                     x.matmul(weight)
@@ -91,7 +92,7 @@ fn rate(config: &BackboneConfig, rows: i64, kind: Kind, streams: usize) -> (f64,
     )
 }
 
-/// Seconds for one call, with `streams` threads calling at once: each on its own `made`, the time over all calls.
+/// Seconds per call, with `streams` threads calling at once, each on its own `made`: the total time over all calls.
 fn best_time<T>(
     streams: usize,
     made: impl Fn() -> T + Sync,
@@ -100,7 +101,7 @@ fn best_time<T>(
     let barrier = Barrier::new(streams);
     let threads = tch::get_num_threads();
     let calls_a_second = || {
-        // MKL asks the thread that calls, and a new one was not told yet.
+        // MKL asks the calling thread for its number of threads, and this one is new.
         tch::set_num_threads(threads);
         let own = made();
         let _no_grad = tch::no_grad_guard();
@@ -125,7 +126,7 @@ fn best_time<T>(
             .map(|rates| rates.expect("it does not panic"))
             .collect()
     });
-    // Threads that work side by side: their rates add up, try by try.
+    // The rates of threads that work side by side add up, try by try.
     let tries = (0..TRIES).map(|i| rates.iter().map(|rates| rates[i]).sum::<f64>());
     1.0 / tries.fold(0.0, f64::max)
 }

@@ -1,5 +1,5 @@
-//! The job: features of every sample under every prompt, then per-sample gradients into their statistics, by the very
-//! functions a composition calls. The head is given, so that nothing is fitted in between.
+//! The job: features of every sample under every prompt, then per-sample gradients into their statistics, by the same
+//! functions that a composition calls. The head is given, so that nothing is fitted in between.
 
 use std::collections::HashMap;
 use std::ops::{ControlFlow, Range};
@@ -25,20 +25,20 @@ use tch::{Device, Kind, Tensor};
 pub struct Args {
     #[arg(long)]
     backbone: PathBuf,
-    /// As `inputs` wrote them.
+    /// Folder that `inputs` wrote.
     #[arg(long)]
     inputs: PathBuf,
     #[arg(long)]
     samples: usize,
     #[arg(long, default_value_t)]
     precision: Precision,
-    /// Streams; the default is one a core.
+    /// Number of streams [default: one per core].
     #[arg(long)]
     threads: Option<usize>,
-    /// One stream whose products take all threads.
+    /// Use one stream whose products take all threads.
     #[arg(long)]
     wide: bool,
-    /// By the definition, all threads on one stream.
+    /// Compute by the definition, with all threads on one stream.
     #[arg(long)]
     plain: bool,
 }
@@ -83,9 +83,9 @@ impl Job {
             skip_unreadable: false,
         };
         let all = Samples::load(&dataset, &selection, &backbone.config.preprocessing)?;
-        // Decoding is not part of this: the other side has its pixels at hand.
+        // Decoding is not measured: the other side has its pixels in memory.
         all.wait()?;
-        // The first ones, as the other side takes them, and not a stratified choice.
+        // These are the first samples, as the other side takes them, not a stratified choice.
         let samples = all.only(&(0..args.samples).collect::<Vec<_>>());
         let inputs = Tensor::read_safetensors(args.inputs.join("inputs.safetensors"))?;
         let inputs: HashMap<String, Tensor> = inputs.into_iter().collect();
@@ -104,7 +104,7 @@ impl Job {
         })
     }
 
-    /// Both passes over some samples and prompts, with the seconds they took.
+    /// Runs both passes over some samples and prompts, and measures their seconds.
     fn run(&self, rows: Range<usize>, prompts: Range<usize>) -> anyhow::Result<Run> {
         let samples = self.samples.only(&rows.clone().collect::<Vec<_>>());
         let go_on = |_| ControlFlow::Continue(());
@@ -145,8 +145,8 @@ impl Job {
 pub fn whole(args: &Args) -> anyhow::Result<Value> {
     let job = Job::load(args)?;
     let (samples, prompts) = (job.samples.len(), job.prompts.len());
-    // The first products of a stream pay for choosing kernels and for fresh memory; half of the samples, so that
-    // every stream gets some.
+    // A stream's first products pay for choosing kernels and for fresh memory. Half of the samples are enough to give
+    // every stream some.
     job.run(0..samples.div_ceil(2), 0..prompts)?;
     let before = PARTS.map(|(_, part)| spent(part));
     let run = job.run(0..samples, 0..prompts)?;
@@ -164,14 +164,14 @@ pub fn whole(args: &Args) -> anyhow::Result<Value> {
     Ok(line)
 }
 
-/// Of the fast path; all streams together.
+/// The parts of the fast path, each summed over all streams.
 const PARTS: [(&str, Part); 3] = [
     ("pass", Part::Pass),
     ("linear", Part::Linear),
     ("attention", Part::Attention),
 ];
 
-/// Nothing shared and nothing batched: an image forward under a prompt, then again forward and backward.
+/// Runs without sharing or batching: one image forward under one prompt, then again forward and backward.
 pub fn naive(args: &Args) -> anyhow::Result<Value> {
     let job = Job::load(args)?;
     job.run(0..1, 0..1)?;
@@ -186,7 +186,7 @@ pub fn naive(args: &Args) -> anyhow::Result<Value> {
     Ok(job.line(features, gradients))
 }
 
-/// Features [M, N, d], Γ and the gradients' root mean squares [M], by the very path that is timed.
+/// Writes features [M, N, d], Γ and the gradients' root mean squares [M], computed by the code that is timed.
 pub fn dump(args: &DumpArgs) -> anyhow::Result<Value> {
     let job = Job::load(&args.job)?;
     let run = job.run(0..job.samples.len(), 0..job.prompts.len())?;

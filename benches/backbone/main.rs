@@ -1,7 +1,7 @@
-//! The backbone's part of a composition, and what this machine could do: promptweave's side of `make bench-engine`.
+//! The backbone's part of a composition, and the machine's limits: promptweave's side of `make bench-engine`.
 //!
-//! `benches/bench_engine.py` builds this, starts it once a figure and reads one line of JSON; it says what is compared
-//! and how. By hand: `cargo bench --bench backbone -- job --help`.
+//! `benches/bench_engine.py` builds this, starts it once per figure and reads one line of JSON; its docstring says what
+//! is compared, and how. To run it by hand: `cargo bench --bench backbone -- job --help`.
 
 mod gemm;
 mod job;
@@ -13,7 +13,7 @@ use clap::Parser;
 struct Cli {
     #[command(subcommand)]
     command: Option<Command>,
-    /// `cargo bench` says so.
+    /// The flag that `cargo bench` passes.
     #[arg(long, global = true, hide = true)]
     bench: bool,
 }
@@ -24,19 +24,19 @@ enum Command {
     Backbone(prepare::BackboneArgs),
     /// Write images, labels, prompts and a head for a backbone, for both sides.
     Inputs(prepare::InputsArgs),
-    /// The rate of matrix products at the shapes of a backbone's linear maps.
+    /// Measure matrix products at the shapes of a backbone's linear maps.
     Gemm(gemm::Args),
-    /// Features and gradients as a composition computes them.
+    /// Compute features and gradients as a composition does.
     Job(job::Args),
-    /// The same, one sample and one prompt at a time.
+    /// Compute the same, one sample and one prompt at a time.
     Naive(job::Args),
-    /// Write features and what gradients come to into a file, for comparison.
+    /// Write features and the gradients' statistics into a file, for comparison.
     Dump(job::DumpArgs),
 }
 
 fn main() -> anyhow::Result<()> {
     let Some(command) = Cli::parse().command else {
-        // A plain `cargo bench` comes along here too.
+        // A plain `cargo bench` runs this too.
         println!("backbone: `make bench-engine` and `make bench-growth` run this");
         return Ok(());
     };

@@ -1,4 +1,4 @@
-//! Random weights and random images: a matrix product takes as long whatever is in it.
+//! Random weights and random images: the time of a matrix product does not depend on its numbers.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -18,7 +18,7 @@ const ON_CPU: (Kind, Device) = (Kind::Float, Device::Cpu);
 enum Preset {
     /// ViT-B/16 at 224 × 224.
     VitB16,
-    /// d = 64 in two blocks on 32 × 32 pixels, so that ten thousand samples are soon done.
+    /// d = 64 in two blocks on 32 × 32 pixels, so that ten thousand samples take little time.
     Tiny,
 }
 
@@ -77,7 +77,8 @@ pub fn backbone(args: &BackboneArgs) -> anyhow::Result<Value> {
 pub struct InputsArgs {
     #[arg(long)]
     backbone: PathBuf,
-    /// A folder: dataset/ and prompts/ as promptweave reads them, inputs.safetensors with the same for others.
+    /// Output folder: dataset/ and prompts/ in promptweave's formats, and inputs.safetensors with the same data for
+    /// other programs.
     #[arg(long)]
     out: PathBuf,
     #[arg(long)]
@@ -96,7 +97,8 @@ pub fn inputs(args: &InputsArgs) -> anyhow::Result<Value> {
     let (m, k) = (args.tokens as i64, args.classes as i64);
     tch::manual_seed(2);
     let labels: Vec<i64> = (0..args.samples).map(|i| i as i64 % k).collect();
-    // A class is a coarse pattern under noise: with nothing to learn, a composition has nothing to solve.
+    // Each class is a coarse pattern under noise. If nothing could be learned, a composition would have nothing to
+    // solve.
     let patterns = (Tensor::randn([k, 3, 4, 4], ON_CPU) * 30.0)
         .upsample_nearest2d([size, size], None, None)
         .permute([0, 2, 3, 1]);

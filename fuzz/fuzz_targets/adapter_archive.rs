@@ -1,4 +1,4 @@
-//! An uploaded tar of a PEFT adapter: the archive, its configuration, its weights, and all of it out again.
+//! An uploaded tar of a PEFT adapter: its archive, configuration and weights are read, then written out again.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -1,5 +1,5 @@
-//! An uploaded dataset: tar, tar.gz or zip. Every name that an archive shows stays inside it, and every file that it
-//! lists is read or refused, never more of it than was asked for.
+//! An uploaded dataset as tar, tar.gz or zip. Every name in an archive must stay inside it. Every listed file must be
+//! read or refused, and no more of it than was asked for.
 #![no_main]
 
 use std::fs::File;
@@ -11,7 +11,7 @@ use promptweave_formats::dataset::Listing;
 use promptweave_formats::files::stays_inside;
 use promptweave_formats::files::Files;
 
-/// Small, so that inputs of the fuzzer's size come near it.
+/// The limit is small, so that inputs of the fuzzer's size come near it.
 const MAX_UNPACKED: u64 = 1 << 20;
 const MAX_FILE: u64 = 1 << 16;
 

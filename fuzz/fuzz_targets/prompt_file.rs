@@ -1,4 +1,4 @@
-//! An uploaded prompt file. What is accepted is written and read back as the same prompt.
+//! An uploaded prompt file. An accepted file must be written and read back as the same prompt.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -1,4 +1,5 @@
-//! The grammar of references, whole and alone in a path. What is accepted reads back from its own text.
+//! The grammar of references, in full and as a part of a path. An accepted reference must be read back from its own
+//! text.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -14,7 +14,7 @@ SCRIPTS = pathlib.Path(__file__).resolve().parent
 ROOT = SCRIPTS.parent.parent
 PACKAGE = "promptweave_client"
 JOB_TIMEOUT_S = 120
-# More is no better a test of the document.
+# More requests would not test the document better.
 IMAGES = 32
 
 
@@ -23,7 +23,7 @@ def generate(url: str, folder: pathlib.Path) -> None:
     tools = pathlib.Path(sys.executable).parent
     command = [sys.executable, "-m", "openapi_python_client", "generate", "--url", f"{url}/openapi.json", "--meta", "none"]
     command += ["--config", str(SCRIPTS / "client.yml"), "--output-path", str(folder / PACKAGE), "--fail-on-warning"]
-    # It formats what it made with ruff, which lies beside it.
+    # The generator formats its output with ruff, which is installed beside it.
     path = f"{tools}{os.pathsep}{os.environ['PATH']}"
     subprocess.run(command, check=True, env=os.environ | {"PATH": path}, stdout=sys.stderr)
     sys.path.insert(0, str(folder))

@@ -34,7 +34,7 @@ def tensor(draw, shape: list[int]):
     for size in shape:
         count *= size
     dtype = draw(st.sampled_from(["F32", "F32", "F16", "BF16"]))
-    # Two bytes, over and over: mostly finite numbers, at times infinities and NaN.
+    # Two bytes, repeated: mostly finite numbers, sometimes infinities and NaN.
     value = draw(st.binary(min_size=2, max_size=2))
     return dtype, shape, (value * SIZES[dtype])[: SIZES[dtype]] * count
 
@@ -109,7 +109,7 @@ schemathesis.openapi.media_type("application/zip", foreign_files())
 schemathesis.openapi.media_type("application/octet-stream", st.one_of(prompts, tars()))
 
 
-# ---- What is there ------------------------------------------------------------------------------------
+# ---- What exists --------------------------------------------------------------------------------------
 
 NAMES = ["dtd", "svhn", "food", "vit-s14"]
 ENSEMBLES = os.environ.get("FUZZ_ENSEMBLES", "").split()
@@ -137,7 +137,7 @@ def before_call(context, case, kwargs):
     Idempotency-Key: with the few that come up by chance, most requests would end as a reuse of another's."""
     if case.path_parameters and str(case.path_parameters.get("id", "")).replace("-", "") == KEY:
         case.path_parameters["id"] = str(uuid.UUID(int=0))
-    # What is wrong on purpose stays as it is.
+    # A request that is wrong on purpose stays as it is.
     if not case.headers or not case.meta or not case.meta.generation.mode.is_positive:
         return
     headers = case.headers

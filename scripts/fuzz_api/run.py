@@ -24,7 +24,7 @@ sys.path.insert(0, str(SCRIPTS))
 import client  # noqa: E402
 from service import Service  # noqa: E402
 
-# A request that waits ends after this, so that a route that waits for something cannot hold up the run.
+# A waiting request ends after this many seconds, so that a route that waits cannot hold up the run.
 OPTIONS = ["--request-timeout-s", "20", "--max-wait-s", "1", "--dataset-root", str(ROOT / "demo"), "--backbone-root", str(ROOT / ".assets")]
 
 
@@ -80,7 +80,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="promptweave-fuzz-") as folder:
         with Service(arguments.promptweave.resolve(), pathlib.Path(folder), *OPTIONS) as service:
             key = service.key("read", "write", "run", "admin")
-            # While nothing else is there: afterwards its worker would take the ensembles that are to wait.
+            # This runs while no ensemble exists: later, its worker would take those that must wait.
             client.main_job(service, arguments.promptweave.resolve(), key, pathlib.Path(folder))
             known = {"FUZZ_ENSEMBLES": " ".join(fill(service, key)), "FUZZ_KEY_ID": key.split("_")[1]}
             passed = [schemathesis(service, key, known, arguments), schemathesis(service, None, known, arguments)]

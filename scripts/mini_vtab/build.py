@@ -42,7 +42,7 @@ class Family:
     packages: tuple[str, ...] = ()
 
 
-# The longest first: two cores are done soonest so.
+# The longest come first, so that two cores finish soonest.
 FAMILIES = (
     Family(
         smallnorb,
@@ -106,7 +106,7 @@ def missing_tasks(out, wanted):
             continue
         if found is not None:
             if not (out / name / "meta.json").is_file():
-                # Something of the user's own is not ours to replace.
+                # A folder that the user made must not be replaced.
                 raise SuiteError(f"{out / name} is there and holds no task; remove it, or choose another folder")
             say(f"{name} is there with another digest, {found}; building it anew")
         missing.add(name)
@@ -116,7 +116,7 @@ def missing_tasks(out, wanted):
 def build(family, names, packages, out):
     """In a process of its own: builds the named tasks of a family; the exit status says whether all came out right."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        # Ends at once. A half-built task is no harm: the next run clears it away.
+        # This ends at once. A half-built task does no harm: the next run removes it.
         signal.signal(number, signal.SIG_DFL)
     status = 0
     for task in family.make(packages):
@@ -137,7 +137,7 @@ def build_all(work, out):
     while waiting or running:
         while waiting and len(running) < (os.cpu_count() or 1):
             family, names, packages = waiting.pop(0)
-            # Daemons: they are terminated when we end, however that comes about.
+            # They are daemons: they are terminated when this process ends, however it ends.
             process = fork.Process(target=build, args=(family, names, packages, out), daemon=True)
             process.start()
             running[process.sentinel] = process, names
@@ -195,7 +195,7 @@ def main():
 
 
 if __name__ == "__main__":
-    # Like Ctrl-C: the workers end, and downloads are cleared away.
+    # SIGTERM is handled like Ctrl-C: the workers end, and downloads are removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         main()

@@ -73,7 +73,7 @@ def draw_scene(rng):
 def clevr(_):
     rng = np.random.default_rng(8)
     scenes = [draw_scene(rng) for _ in range(TRAIN_ALL + TEST)]
-    # Of the training scenes as many in every class; the test scenes have no say in it.
+    # Every class gets equally many training scenes; the test scenes do not influence that.
     nearest = np.array([distance for _, _, distance in scenes[:TRAIN_ALL]])
     borders = np.quantile(nearest, np.arange(1, DISTANCES) / DISTANCES)
     counts = [(image, count - FEWEST) for image, count, _ in scenes]

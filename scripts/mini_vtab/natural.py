@@ -187,7 +187,7 @@ def emoji(packages):
     rng = np.random.default_rng(2)
     items = [], []
     for name, label in known_emoji(packages):
-        # By emoji, all vendors' together.
+        # Emoji are divided, so all vendors' pictures of one are in the same part.
         part = int(rng.random() < 0.45)
         items[part].extend((path, label) for path in emoji_pictures(packages, name))
 
@@ -256,7 +256,7 @@ def clipart_picture(path):
 
 
 def clipart(packages):
-    # Some are large enough to look like a bomb to Pillow; we know the package.
+    # Some pictures are so large that Pillow takes them for a decompression bomb; this package is trusted.
     Image.MAX_IMAGE_PIXELS = None
     photos = load_photos(packages)
     rng = np.random.default_rng(3)

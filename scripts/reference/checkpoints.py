@@ -91,7 +91,7 @@ def flax_model(weights, source, folder):
                     transformer=transformer, hidden_size=WIDTH)
     initial = model.init(jax.random.PRNGKey(0), np.zeros((1, SIZE, SIZE, 3), np.float32), train=False)["params"]
     flat = flax.traverse_util.flatten_dict(initial, sep="/")
-    # The published files have the names that flax gave before linen; the model's own loader converts them.
+    # The published files have flax's names from before linen; the model's own loader converts them.
     before_linen = {"LayerNorm_1": "LayerNorm_2", "MlpBlock_0": "MlpBlock_3",
                     "MultiHeadDotProductAttention_0": "MultiHeadDotProductAttention_1"}
     given = {}
@@ -181,7 +181,7 @@ def main(vision_transformer, dinov2):
             features["transformers"] = hf.vit(images).last_hidden_state[:, 0]
             ViTImageProcessor(size={"height": SIZE, "width": SIZE}, resample=3).save_pretrained(out)
             logits = flax_model(weights, vision_transformer, folder("google"))(images)
-            # flax's GELU is the approximation by tanh, all others' is exact.
+            # flax's GELU is the tanh approximation; all others' is exact.
             np.testing.assert_allclose(logits, model(images).detach().numpy(), atol=5e-4)
         for library, feature in features.items():
             difference = (feature - features["timm"]).abs().max().item()

@@ -104,7 +104,7 @@ def write(name, content):
 
 
 def shrinkage_case(rng, n, d):
-    # Correlated and off centre.
+    # The features are correlated and off centre.
     x = (rng.normal(size=(n, d)) @ rng.normal(size=(d, d)) + rng.normal(size=d)).round(4)
     return {"samples": x, "ledoit_wolf": ledoit_wolf(x)[1], "oas": oas(x)[1]}
 

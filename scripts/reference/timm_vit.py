@@ -73,7 +73,7 @@ def random_vit():
     draw = lambda *shape: torch.randn(*shape, generator=dice)
     weights = {}
     for name, value in sorted(vit.state_dict().items()):
-        # timm's own initialisation is so small that every gradient vanishes.
+        # timm's own initialisation is so small that every gradient would vanish.
         scale = 1.5 * value[0].numel() ** -0.5 if name.endswith("weight") and value.dim() > 1 else 0.3
         weights[name] = draw(*value.shape) * scale + float("norm" in name and name.endswith("weight"))
     vit.load_state_dict(weights)
@@ -87,7 +87,7 @@ def random_vit():
     labels = [0, 1, 2]
     pixels = (np.arange(3 * 32 * 32 * 3, dtype=np.uint64) * 2654435761 % 2**32 >> 24).astype(np.uint8)
     images = normalised(pixels.reshape(3, 32, 32, 3), preprocessing)
-    # Few digits, so that they are the same numbers as text.
+    # The numbers have few digits, so that their text is exact.
     prompt, weight, bias = ((draw(*shape) * 1000).round().double() / 1000 for shape in ((3, 32), (3, 32), (3,)))
     weight = weight / 4
     of_samples, gradients = reference(vit, images, prompt, weight, bias, labels)
@@ -100,7 +100,7 @@ def demo_vit(folder):
     weights = load_file(folder / "model.safetensors")
     pos, grid = weights["pos_embed"].double(), preprocessing["size"] // config["patch_size"]
     patches = pos[:, 1:].view(1, config["pos_grid"], config["pos_grid"], d).permute(0, 3, 1, 2)
-    # As the original graph does it; timm's resample_abs_pos_embed antialiases.
+    # This resamples as the original graph does; timm's resample_abs_pos_embed antialiases.
     patches = F.interpolate(patches, size=(grid, grid), mode="bicubic", align_corners=False, antialias=False)
     vit = VisionTransformer(
         img_size=preprocessing["size"], patch_size=config["patch_size"], embed_dim=d, depth=config["depth"],

@@ -14,12 +14,12 @@ import numpy as np
 
 RHO = 0.01
 LABELS = np.array([0, 0, 0, 0, 1, 1, 1, 1])
-# Class signal, and two patterns of noise that have mean zero in both classes and are orthogonal to each other.
+# The class signal, and two noise patterns. Both have mean zero in each class, and they are orthogonal to each other.
 signal = np.array([-1, -1, -1, -1, 1, 1, 1, 1])
 noise = np.array([1, -1, 1, -1, 1, -1, 1, -1])
 other = np.array([1, 1, -1, -1, 1, 1, -1, -1])
-# The second source has the signal with the other sign, and the first one's noise with the other sign and stronger. So
-# a little of it cancels noise and much of it cancels the signal.
+# The second source has the opposite signal, and the first one's noise, opposite and stronger. So a little of it cancels
+# noise, and much of it cancels the signal.
 FEATURES = np.array([4 * signal + 3 * noise + other, -6 * signal - 8 * noise], dtype=float)[:, :, None]
 
 
@@ -58,11 +58,11 @@ def local_maxima(points):
 
 
 best, worse = local_maxima(2001)
-# With d = 1 shrinkage is the factor 1-ρ alone, and what it multiplies is the share of variance between the classes:
-# (4-10s)² / ((4-10s)² + (3-11s)² + (1-s)²).
+# With d = 1, shrinkage only adds the factor 1-ρ, and the rest is the share of variance between the classes: (4-10s)² /
+# ((4-10s)² + (3-11s)² + (1-s)²).
 exact = [(Fraction(9, 37), Fraction(29, 37)), (Fraction(1), Fraction(9, 25))]
 for s, (where, share) in zip([best, worse], exact):
-    # A maximum is flat: its place shows to half the digits of its value.
+    # A maximum is flat, so its place is known only to half the digits of its value.
     assert abs(s - where) < 1e-6 and abs(along(s) - (1 - RHO) * share) < 1e-12
 
 print("    s      H")

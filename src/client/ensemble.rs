@@ -18,7 +18,7 @@ use promptweave_domain::objective::Objective;
 use promptweave_domain::reference::{Reference, ResourceName};
 use promptweave_domain::split::Split;
 
-/// For so long a server that is being restarted is asked again.
+/// How long to keep asking a server that is being restarted.
 const PATIENCE: Duration = Duration::from_secs(60);
 const AGAIN: Duration = Duration::from_secs(1);
 
@@ -26,11 +26,11 @@ const AGAIN: Duration = Duration::from_secs(1);
 pub enum Command {
     /// Learn how much of each source helps a target, and compose the prompt. Prints the ensemble's id.
     Create(Box<CreateArgs>),
-    /// Show how far an ensemble is, until it is over, then its weights.
+    /// Show an ensemble's progress until it is over, then its weights.
     Watch(IdArgs),
     /// Stop an ensemble.
     Cancel(IdArgs),
-    /// The weights of an ensemble that succeeded.
+    /// Print the weights of an ensemble that succeeded.
     Result(ResultArgs),
 }
 
@@ -39,40 +39,40 @@ pub struct CreateArgs {
     /// The dataset whose images the weights are learned on.
     #[arg(value_name = "DATASET[:VERSION]")]
     target: Reference,
-    /// A prompt to weigh: `name`, `name:2`, `name:production` or `name@sha256:…`; once for each.
+    /// A prompt to weigh: `name`, `name:2`, `name:production` or `name@sha256:…`. Repeat for each.
     #[arg(long = "source", value_name = "PROMPT", required = true)]
     sources: Vec<Reference>,
-    /// Where more than one fits the sources.
+    /// The backbone; needed only if more than one fits the sources.
     #[arg(long, value_name = "NAME")]
     backbone: Option<ResourceName>,
     /// The images of the target that the weights are learned on.
     #[arg(long, default_value = "train", value_parser = split)]
     split: Split,
-    /// Images that the result is tried on.
+    /// Images that the result is evaluated on.
     #[arg(long, value_parser = split)]
     eval_split: Option<Split>,
-    /// At most this many images; 2000 where it is left out.
+    /// The most images to use [default: 2000].
     #[arg(long, value_name = "N")]
     max_samples: Option<usize>,
-    /// Of the choice of images.
+    /// Seed of the choice of images.
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// As in the API's `objective`: `{"trade_off": "knee"}`, say.
+    /// Objective as JSON, as in the API's `objective`, e.g. `{"trade_off": "knee"}`.
     #[arg(long, value_name = "JSON", value_parser = objective)]
     objective: Option<Value>,
     /// The prompt that the result becomes a version of.
     #[arg(long, value_name = "NAME")]
     output: Option<ResourceName>,
-    /// Ensembles with a smaller number go first; 100 where it is left out.
+    /// Priority; ensembles with a smaller number go first [default: 100].
     #[arg(long)]
     priority: Option<i32>,
-    /// Compute it also where the same was computed before.
+    /// Compute it even if the same was computed before.
     #[arg(long)]
     force: bool,
-    /// Only say what it would cost.
+    /// Only print what it would cost.
     #[arg(long, conflicts_with = "watch")]
     dry_run: bool,
-    /// Then watch it.
+    /// Watch the ensemble after posting it.
     #[arg(long)]
     watch: bool,
     #[command(flatten)]
@@ -89,19 +89,19 @@ pub struct IdArgs {
 #[derive(Clone, Debug, clap::Args)]
 pub struct ResultArgs {
     id: Uuid,
-    /// All of it, as the API gives it.
+    /// Print the whole result as JSON, as the API gives it.
     #[arg(long)]
     json: bool,
     #[command(flatten)]
     server: ServerOptions,
 }
 
-/// It is over, and has no weights.
+/// The ensemble is over and has no weights.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct Unsuccessful(String);
 
-/// What the client reads of an ensemble.
+/// The fields of an ensemble that the client reads.
 #[derive(Deserialize)]
 struct Ensemble {
     id: Uuid,
@@ -162,7 +162,7 @@ fn split(text: &str) -> Result<Split, String> {
     known.ok_or_else(|| "expected `train`, `val` or `test`".to_owned())
 }
 
-/// Checked here, where the shell's quotes are at hand.
+/// The JSON is checked here, so that a mistake in the shell's quoting is reported early.
 fn objective(text: &str) -> Result<Value, String> {
     let document = serde_json::from_str(text).map_err(|error| error.to_string())?;
     let mistakes = json::read::<Objective>(&document).mistakes;
@@ -199,7 +199,7 @@ async fn create(args: CreateArgs) -> anyhow::Result<()> {
             .await?;
         return print(&format!("{}\n", serde_json::to_string_pretty(&plan)?));
     }
-    // Sent again by a hand that lost the answer, it finds the one there is, unless forced.
+    // Posting again after a lost answer finds the existing ensemble, unless forced.
     let ensemble: Ensemble = server
         .json(server.request_json(Method::POST, &["ensembles"], &body))
         .await?;
@@ -224,7 +224,7 @@ impl CreateArgs {
             "output": {"name": self.output.as_ref().map(ResourceName::as_str)},
             "force": self.force,
         });
-        // What is left out is the server's to choose.
+        // Options that are not given get the server's defaults.
         if let Some(most) = self.max_samples {
             body["target"]["max_samples"] = json!(most);
         }
@@ -257,7 +257,7 @@ async fn cancel(server: &Server, id: Uuid) -> anyhow::Result<()> {
     }
 }
 
-/// Asks for what is new until the ensemble is over; a server that is away for a moment is waited for.
+/// Polls for news until the ensemble is over, and waits for a server that is briefly unreachable.
 async fn watch(server: &Server, id: Uuid) -> anyhow::Result<()> {
     let mut phases = Phases::default();
     let mut after = 0;
@@ -297,8 +297,8 @@ fn said(state: JobState) -> &'static str {
     }
 }
 
-/// Waits for the ensemble's end a second long, shows what happened meanwhile, and answers with the number
-/// of the last event that was shown.
+/// Waits up to a second for the ensemble's end, shows what happened meanwhile, and returns the number of the last event
+/// shown.
 async fn look(
     server: &Server,
     id: Uuid,

@@ -1,4 +1,4 @@
-//! `promptweave ls`: what prompts there are, or what versions of one, for people or as JSON.
+//! `promptweave ls`: the prompts, or the versions of one, for people or as JSON.
 
 use std::collections::BTreeMap;
 
@@ -13,12 +13,12 @@ use promptweave_domain::reference::ResourceName;
 
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {
-    /// The prompt whose versions are listed; without one, the prompts are.
+    /// List the versions of this prompt; without it, list the prompts.
     name: Option<ResourceName>,
-    /// Only prompts with this tag; several times, with all of them.
+    /// List only prompts with this tag; if repeated, those with all of them.
     #[arg(long, value_name = "KEY[=VALUE]", conflicts_with = "name")]
     tag: Vec<String>,
-    /// The items as the API gives them, in one array.
+    /// Print the items as one JSON array, as the API gives them.
     #[arg(long)]
     json: bool,
     #[command(flatten)]
@@ -128,7 +128,7 @@ fn joined(words: impl Iterator<Item = String>) -> String {
     }
 }
 
-/// `2026-11-24 10:30` of `2026-11-24T10:30:12.5Z`.
+/// Shortens `2026-11-24T10:30:12.5Z` to `2026-11-24 10:30`.
 fn minute(rfc3339: &str) -> String {
     rfc3339
         .chars()

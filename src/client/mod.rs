@@ -40,7 +40,7 @@ pub enum Command {
     Ensemble(ensemble::Command),
 }
 
-/// The answer goes to stdout, progress to stderr.
+/// Runs a command. The answer goes to stdout, progress to stderr.
 pub async fn run(command: Command) -> anyhow::Result<()> {
     match command {
         Command::Push(args) => push::run(args).await,
@@ -51,7 +51,7 @@ pub async fn run(command: Command) -> anyhow::Result<()> {
     }
 }
 
-/// The status that a command ends with after this error.
+/// The exit status for this error.
 pub fn exit_status(error: &anyhow::Error) -> u8 {
     if error.is::<verify::Differs>() || error.is::<ensemble::Unsuccessful>() {
         return 1;
@@ -63,7 +63,7 @@ pub fn exit_status(error: &anyhow::Error) -> u8 {
     }
 }
 
-/// A local file by what it holds, and its size in bytes.
+/// The digest and size in bytes of a local file.
 async fn digest_of(path: &Path) -> anyhow::Result<(Digest, u64)> {
     let file = path.to_owned();
     let read = tokio::task::spawn_blocking(move || digest_of_file(&file)).await?;

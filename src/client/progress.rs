@@ -1,4 +1,4 @@
-//! How far a file or an ensemble is: a bar on a terminal, lines elsewhere.
+//! Progress of a file or an ensemble: a bar on a terminal, lines elsewhere.
 
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
@@ -9,10 +9,10 @@ use serde_json::Value;
 use crate::client::ensemble::Progress;
 use crate::client::table::plain;
 
-/// Between two lines of progress where there is no bar.
+/// The time between two lines of progress if there is no bar.
 const LINE_EVERY: Duration = Duration::from_secs(10);
 
-/// On stderr; gone when it is finished and cleared.
+/// A bar on stderr for a transfer; it disappears when it is finished and cleared.
 pub fn bytes(what: &str, size: u64) -> ProgressBar {
     if !std::io::stderr().is_terminal() {
         eprintln!("{what} ({})", HumanBytes(size));
@@ -30,10 +30,10 @@ pub fn bytes(what: &str, size: u64) -> ProgressBar {
 /// An ensemble's phases, one after the other, on stderr.
 #[derive(Default)]
 pub struct Phases {
-    /// Of the phase in work, on a terminal.
+    /// The bar of the current phase, on a terminal.
     bar: Option<ProgressBar>,
     phase: String,
-    /// When the last line of progress was written, elsewhere.
+    /// When the last line of progress was written, if there is no terminal.
     written: Option<Instant>,
 }
 

@@ -1,4 +1,4 @@
-//! `promptweave pull`: a version's file, whole and right, or none.
+//! `promptweave pull`: downloads a version's file, complete and checked, or leaves no file.
 
 use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt;
@@ -20,10 +20,10 @@ pub struct Args {
     /// `dtd`, `dtd:3`, `dtd:production` or `dtd@sha256:…`.
     #[arg(value_name = "REF")]
     reference: Reference,
-    /// Where it goes: a file, or a directory that is there. Default: `<name>-<version>.safetensors`, here.
+    /// File to write, or an existing directory to write into [default: `<name>-<version>.safetensors` here].
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
-    /// Replace a file that holds something else.
+    /// Replace an existing file that has other content.
     #[arg(long)]
     force: bool,
     #[command(flatten)]
@@ -41,7 +41,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         Some(file) => file,
     };
     let what = format!("version {} of `{name}`", version.version);
-    // Not `exists`: a link to nowhere is in the way too.
+    // `exists` would not do: a dangling link is in the way too.
     if path.symlink_metadata().is_ok() && !args.force {
         let (found, _) = digest_of(&path).await?;
         if found == version.digest {
@@ -64,7 +64,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A temporary file beside `path` with the version's bytes, which is gone unless they are right.
+/// Downloads the version's bytes to a temporary file beside `path`, which is deleted unless they are right.
 async fn download(
     server: &Server,
     name: &ResourceName,
@@ -78,11 +78,11 @@ async fn download(
     };
     let file = tempfile::Builder::new()
         .prefix(".promptweave-pull-")
-        // Less the user's mask: it is a file like others, not a secret.
+        // The user's umask applies: it is a file like others, not a secret.
         .permissions(Permissions::from_mode(0o666))
         .tempfile_in(dir)
         .with_context(failed)?;
-    // By number, which means the same bytes for ever, wherever an alias is moved meanwhile.
+    // The version is asked for by number, which always means the same bytes, even if an alias moves meanwhile.
     let number = version.version.to_string();
     let segments = ["prompts", name.as_str(), "versions", &number, "content"];
     let answer = server.send(server.request(Method::GET, &segments)).await?;

@@ -1,4 +1,4 @@
-//! `promptweave push`: a file becomes a version, and an alias points to it.
+//! `promptweave push`: publishes a file as a version, and points an alias to it.
 
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -25,7 +25,7 @@ use promptweave_domain::reference::{
 pub struct Args {
     /// The prompt file (safetensors).
     file: PathBuf,
-    /// The prompt, which is made where there is none, and the alias that is to point to the version.
+    /// The prompt, which is created if it does not exist, and the alias to point to the version.
     #[arg(value_name = "NAME[:ALIAS]")]
     target: Target,
     #[command(flatten)]
@@ -34,20 +34,20 @@ pub struct Args {
     server: ServerOptions,
 }
 
-/// As the registry asks for it where a file does not say it itself (VPT's and PEFT's do not).
+/// Metadata that the registry requires if the file lacks it (files of VPT and PEFT do).
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "What the file does not say")]
 struct Missing {
-    /// Digest of the backbone that it was trained for.
+    /// Digest of the backbone that the prompt was trained for.
     #[arg(long, value_name = "DIGEST")]
     backbone_digest: Option<Digest>,
-    /// E.g. `98-bicubic-imagenet`.
+    /// Id of the preprocessing, e.g. `98-bicubic-imagenet`.
     #[arg(long, value_name = "ID")]
     preprocessing_id: Option<String>,
     /// Seed of the initial prompt.
     #[arg(long, value_name = "SEED")]
     init_seed: Option<u64>,
-    /// The task it was trained on.
+    /// The task that the prompt was trained on.
     #[arg(long, value_name = "NAME")]
     task: Option<String>,
 }
@@ -88,7 +88,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     let server = args.server.server()?;
     let Target { name, alias } = &args.target;
     let upload = || upload(&server, &args.file, name, &args.missing);
-    // The upload first: it needs no right to read, and a file that is refused leaves no empty prompt.
+    // The upload is tried first: it needs no right to read, and a refused file leaves no empty prompt.
     let (version, created) = match upload().await {
         Err(error) if is(&error, "prompt_not_found") => {
             create(&server, name).await?;
@@ -112,14 +112,14 @@ fn is(error: &anyhow::Error, expected: &str) -> bool {
     matches!(error, Some(ServerError::Refused { code, .. }) if code == expected)
 }
 
-/// The version with the file's bytes, and whether it is new.
+/// Uploads the file; returns the version with its bytes, and whether that is new.
 async fn upload(
     server: &Server,
     path: &Path,
     name: &ResourceName,
     missing: &Missing,
 ) -> anyhow::Result<(Version, bool)> {
-    // Read twice, rather than held in memory: once for the digest that goes before it.
+    // The file is read twice rather than held in memory: first for the digest, which is sent before the bytes.
     let (digest, size) = digest_of(path).await?;
     let file = tokio::fs::File::open(path).await;
     let file = file.with_context(|| format!("cannot read `{}`", path.display()))?;
@@ -163,7 +163,7 @@ impl Missing {
 
 async fn create(server: &Server, name: &ResourceName) -> Result<(), ServerError> {
     let request = server.request_json(Method::POST, &["prompts"], &json!({ "name": name }));
-    // Where somebody made it meanwhile, it is there.
+    // If somebody else created the prompt meanwhile, that is as good.
     let made: Option<Value> = server.json_unless("name_taken", request).await?;
     if made.is_some() {
         println!("{name}: created the prompt");

@@ -1,4 +1,4 @@
-//! A registry as its clients see it: where it is, with which key, and what it answers.
+//! A client's view of a registry: its address, the key for it, and its answers.
 
 use std::fs;
 use std::path::PathBuf;
@@ -17,20 +17,19 @@ use promptweave_domain::digest::Digest;
 use promptweave_domain::reference::{Reference, ResourceName, VersionSelector};
 
 const CONNECT: Duration = Duration::from_secs(10);
-/// Between two pieces of an answer; a server gives up earlier by itself.
+/// How long to wait for the next piece of an answer; a server gives up earlier by itself.
 const SILENCE: Duration = Duration::from_secs(120);
-/// With a registry that answers 429.
+/// How long to keep asking a registry that answers 429.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// The most that the API gives at once.
+/// The largest page that the API gives.
 const PAGE_SIZE: &str = "200";
-/// Holds the key where no file is named. Not an option: those show in `ps`.
+/// The variable that holds the key if no file is named. It is not an option, because options show in `ps`.
 const KEY_VARIABLE: &str = "PROMPTWEAVE_API_KEY";
 
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Registry")]
 pub struct ServerOptions {
-    /// Where the registry is: `http://` or `https://`, host, port, and a path where a proxy has it
-    /// below one.
+    /// URL of the registry: `http://` or `https://`, host, port, and a path if a proxy serves it below one.
     #[arg(
         long,
         env = "PROMPTWEAVE_SERVER",
@@ -38,8 +37,8 @@ pub struct ServerOptions {
         default_value = "http://127.0.0.1:8080"
     )]
     server: Url,
-    /// A file that holds the API key, as `promptweave up` keeps one. Default: the key itself in the
-    /// variable PROMPTWEAVE_API_KEY; without either, none is sent.
+    /// File with the API key, as `promptweave up` writes one. Default: the key itself in the variable
+    /// PROMPTWEAVE_API_KEY; without either, no key is sent.
     #[arg(long, env = "PROMPTWEAVE_API_KEY_FILE", value_name = "FILE")]
     api_key_file: Option<PathBuf>,
 }
@@ -60,7 +59,7 @@ pub enum ServerError {
     NotARegistry { url: Url, status: u16 },
 }
 
-/// What the client reads of an error.
+/// The fields of an error that the client reads.
 #[derive(Deserialize)]
 struct Problem {
     code: String,
@@ -75,13 +74,13 @@ struct Mistake {
     detail: String,
 }
 
-/// What the client reads of a prompt.
+/// The fields of a prompt that the client reads.
 #[derive(Deserialize)]
 struct Prompt {
     newest_version: Option<i32>,
 }
 
-/// What the client reads of a version.
+/// The fields of a version that the client reads.
 #[derive(Debug, Deserialize)]
 pub struct Version {
     pub version: i32,
@@ -102,15 +101,15 @@ impl ServerOptions {
             "--server `{}` is not http:// or https:// and a host",
             self.server
         );
-        // What is installed already is as good.
+        // A provider that is already installed is as good.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let mut http = reqwest::Client::builder()
             .connect_timeout(CONNECT)
             .read_timeout(SILENCE)
-            // The API has none; a key and a body do not go to where another server points.
+            // The API never redirects, and a key and a body must not go where another server points.
             .redirect(Policy::none());
         if self.server.scheme() == "http" {
-            // So that a machine without certificates reaches what needs none.
+            // This lets a machine without certificates reach a server without TLS.
             http = http.tls_certs_only([]);
         }
         Ok(Server {
@@ -134,12 +133,12 @@ fn key(file: Option<PathBuf>) -> anyhow::Result<Option<SecretString>> {
 }
 
 impl Server {
-    /// Of what is below `/v1`.
+    /// A request for a path below `/v1`.
     pub fn request(&self, method: Method, path: &[&str]) -> RequestBuilder {
         self.request_with(method, path, &[])
     }
 
-    /// The same with a query.
+    /// A request for a path below `/v1`, with a query.
     pub fn request_with(
         &self,
         method: Method,
@@ -162,15 +161,15 @@ impl Server {
         }
     }
 
-    /// With a JSON body.
+    /// A request with a JSON body.
     pub fn request_json(&self, method: Method, path: &[&str], body: &Value) -> RequestBuilder {
         self.request(method, path)
             .header(header::CONTENT_TYPE, "application/json")
             .body(body.to_string())
     }
 
-    /// A success, whose body is still to be read. Where it is too early for the request, and that is no file on its way,
-    /// it is sent again when the registry says, for a minute at most.
+    /// Sends a request and returns a success, whose body is still to be read. After a 429 the request is sent again
+    /// when the registry says, for a minute at most; not so a request whose body is a file stream.
     pub async fn send(&self, mut request: RequestBuilder) -> Result<Response, ServerError> {
         let mut patience = PATIENCE;
         let response = loop {
@@ -211,7 +210,7 @@ impl Server {
         Err(ServerError::Refused { code, detail })
     }
 
-    /// A success's JSON.
+    /// Sends a request and reads a success's JSON.
     pub async fn json<T: DeserializeOwned>(
         &self,
         request: RequestBuilder,
@@ -219,7 +218,7 @@ impl Server {
         read(self, self.send(request).await?).await
     }
 
-    /// `json`, and None where it is refused for this reason.
+    /// Like `json`, but None if the registry refuses with this code.
     pub async fn json_unless<T: DeserializeOwned>(
         &self,
         code: &str,
@@ -232,7 +231,7 @@ impl Server {
         }
     }
 
-    /// All pages of a list.
+    /// Reads all pages of a list.
     pub async fn list<T: DeserializeOwned>(
         &self,
         path: &[&str],
@@ -273,7 +272,7 @@ impl Server {
         Ok(self.json(self.request(Method::GET, &path)).await?)
     }
 
-    /// The version of a prompt that has these bytes, if one has.
+    /// The prompt's version with these bytes, if there is one.
     pub async fn version_with(
         &self,
         name: &ResourceName,
@@ -287,7 +286,7 @@ impl Server {
     pub fn unreachable(&self, error: reqwest::Error) -> ServerError {
         ServerError::Unreachable {
             url: self.url.clone(),
-            // It names the path; the message has the server already.
+            // The error's text names the URL; the message has the server already.
             source: error.without_url(),
         }
     }
@@ -298,7 +297,7 @@ impl Server {
     }
 }
 
-/// For how long, of an answer 429.
+/// How long an answer 429 says to wait.
 fn too_early(response: &Response) -> Option<Duration> {
     if response.status() != StatusCode::TOO_MANY_REQUESTS {
         return None;
@@ -307,7 +306,7 @@ fn too_early(response: &Response) -> Option<Duration> {
     Some(Duration::from_secs(seconds.parse().ok()?))
 }
 
-/// The JSON of a success.
+/// Reads the JSON of a success.
 pub async fn read<T: DeserializeOwned>(
     server: &Server,
     response: Response,

@@ -1,16 +1,16 @@
-//! Answers for people, on stdout.
+//! Output for people, on stdout.
 
 use std::io::{ErrorKind, Write};
 
 pub fn print(text: &str) -> anyhow::Result<()> {
     match std::io::stdout().write_all(text.as_bytes()) {
-        // `ls | head` has read what it wants.
+        // A reader like `head` in `ls | head` may stop early.
         Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
         written => Ok(written?),
     }
 }
 
-/// Columns as wide as their widest cell.
+/// Formats a table whose columns are as wide as their widest cell.
 pub fn table<const N: usize>(head: [&str; N], rows: impl Iterator<Item = [String; N]>) -> String {
     let rows: Vec<[String; N]> = std::iter::once(head.map(str::to_owned))
         .chain(rows.map(|row| row.map(|cell| plain(&cell))))
@@ -29,7 +29,7 @@ pub fn table<const N: usize>(head: [&str; N], rows: impl Iterator<Item = [String
     text
 }
 
-/// What others wrote is anybody's: none of it is to move the cursor of a terminal, or to begin a line.
+/// Makes text from the registry safe to print: it must not move a terminal's cursor or begin a line.
 pub fn plain(text: &str) -> String {
     text.chars()
         .map(|c| if c.is_control() { '\u{fffd}' } else { c })

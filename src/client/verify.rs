@@ -1,4 +1,4 @@
-//! `promptweave verify`: whether a local file is what the registry has.
+//! `promptweave verify`: checks that a local file is what the registry has.
 
 use std::path::PathBuf;
 
@@ -18,7 +18,7 @@ pub struct Args {
     server: ServerOptions,
 }
 
-/// The one error that is an answer.
+/// The one error that is an answer rather than a failure.
 #[derive(Debug, thiserror::Error)]
 #[error(
     "`{}` is not `{reference}`: the file has {local}, version {version} has {registered}{elsewhere}",

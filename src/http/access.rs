@@ -1,8 +1,8 @@
-//! Who may do what: keys, scopes, and the [`Caller`] that handlers see.
+//! Access control: keys, scopes, and the [`Caller`] that handlers see.
 //!
-//! A route says its scope once, in its documentation (`security(("api_key" = ["read"]))`), and the
-//! check reads it from there. Below `/v1` nothing is open: a route that says nothing is a fault of
-//! the program, found when the router is made. Health, `/docs` and `/openapi.json` need no key.
+//! A route names its scope once, in its documentation (`security(("api_key" = ["read"]))`), and the check reads it from
+//! there. Nothing below `/v1` is open: a route without a scope is a bug, found when the router is built. Health,
+//! `/docs` and `/openapi.json` need no key.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -30,10 +30,10 @@ use promptweave_domain::api_key::{ApiKey, MalformedKey, Scope, Scopes};
 const SCHEME: &str = "api_key";
 const V1: &str = "/v1/";
 
-/// Who asks, after their key was accepted. Handlers take it as an argument.
+/// The client that sent a request, once its key was accepted. Handlers take it as an argument.
 #[derive(Clone, Debug)]
 pub struct Caller {
-    /// The only project whose resources they see.
+    /// The only project whose resources the client sees.
     pub project_id: Uuid,
     /// None with `--no-auth`.
     pub key_id: Option<Uuid>,
@@ -41,7 +41,7 @@ pub struct Caller {
 }
 
 impl Caller {
-    /// Everyone, where the operator wants no keys.
+    /// The caller when the server runs without keys.
     fn anyone() -> Self {
         Self {
             project_id: DEFAULT_PROJECT,
@@ -50,7 +50,7 @@ impl Caller {
         }
     }
 
-    /// Whose request this is, below the check.
+    /// The caller of this request, for layers below the check.
     pub(super) fn of<'a>(extensions: &'a Extensions, uri: &Uri) -> Result<&'a Self, Problem> {
         extensions
             .get()
@@ -98,12 +98,12 @@ impl<S: Send + Sync> FromRequestParts<S> for Caller {
 /// The scope that each operation below `/v1` asks for.
 pub type RequiredScopes = HashMap<(Method, String), Scope>;
 
-/// What the check works with.
+/// The state of the check.
 #[derive(Clone, Debug)]
 pub(super) struct Gate {
     pub state: AppState,
     pub scopes: Arc<RequiredScopes>,
-    /// Where the operator limits how often clients ask.
+    /// The rate limiter, if the operator set a limit.
     pub limiter: Option<Arc<Limiter>>,
 }
 
@@ -143,11 +143,11 @@ async fn pass(
     next: Next,
 ) -> Result<Response, Problem> {
     let method = match request.method() {
-        // Answered by the handler of GET.
+        // HEAD is answered by the handler of GET.
         &Method::HEAD => Method::GET,
         other => other.clone(),
     };
-    // No scope: there is no such operation, and the router answers 405.
+    // Without a scope there is no such operation, and the router answers 405.
     if let Some(scope) = gate.scopes.get(&(method, path.as_str().to_owned())) {
         caller.require(*scope)?;
     }
@@ -192,10 +192,10 @@ fn unauthenticated(challenge: &'static str, detail: &str) -> Problem {
 
 // ---- The document --------------------------------------------------------------------------
 
-/// Says of every operation below `/v1` what the check may answer, and collects what it asks for.
+/// Documents what the check may answer on every operation below `/v1`, and collects the scope that each one requires.
 ///
 /// # Panics
-/// Where one of them does not name exactly one scope.
+/// If an operation does not name exactly one scope.
 pub(super) fn document(document: &mut OpenApi) -> RequiredScopes {
     let scheme = HttpBuilder::new()
         .scheme(HttpAuthScheme::Bearer)

@@ -42,22 +42,22 @@ struct AliasPath {
     alias: AliasName,
 }
 
-/// What an alias is to be.
+/// The new state of an alias.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct SetAlias {
     /// The version it points to.
     #[schema(minimum = 1)]
     version: i32,
-    /// A protected alias is neither moved nor deleted: 409 until a request with the version it has
-    /// says `false`. Left out, it stays as it is; a new alias is not protected.
+    /// A protected alias cannot be moved or deleted (409). To unprotect it, send `false` with the version that it has
+    /// now. If left out, the protection stays as it is; a new alias is not protected.
     protected: Option<bool>,
 }
 
-/// Point an alias to a version: make it, move it, protect it
+/// Point an alias to a version: create, move or protect it
 ///
-/// One that is there needs `If-Match` with its ETag (or `*`), so that two moves at once are not lost
-/// in one another; `If-None-Match: *` makes it only where there is none.
+/// An existing alias needs `If-Match` with its ETag (or `*`), so that of two concurrent moves neither overwrites the
+/// other unseen. `If-None-Match: *` creates the alias only if there is none.
 #[utoipa::path(
     put,
     path = "/prompts/{name}/aliases/{alias}",
@@ -218,9 +218,9 @@ async fn list_aliases(
     ))
 }
 
-/// What happened to an alias, the newest first: who moved it from where to where
+/// List an alias's changes, newest first: who moved it, from where to where
 ///
-/// An alias that was deleted keeps its history.
+/// A deleted alias keeps its history.
 #[utoipa::path(
     get,
     path = "/prompts/{name}/aliases/{alias}/history",

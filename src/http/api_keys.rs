@@ -1,7 +1,7 @@
-//! `/v1/api-keys`: who may do what in the caller's project.
+//! `/v1/api-keys`: the keys of the caller's project, and what each may do.
 //!
-//! The scope `admin` is the right to decide that, so such a key may make others of any scope, for its
-//! own project alone. A project's first key comes with the project, or from `promptweave keys`.
+//! A key with the scope `admin` may create other keys of any scope, for its own project only. A project's first key is
+//! created with the project, or by `promptweave keys`.
 
 use axum::Json as JsonResponse;
 use axum::extract::State;
@@ -33,18 +33,18 @@ pub fn router() -> OpenApiRouter<AppState> {
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct CreateApiKey {
-    /// What it is for.
+    /// What the key is for.
     #[schema(value_type = String, min_length = 1, max_length = 128, example = "continuous integration")]
     name: KeyName,
-    /// At least one; none includes another.
+    /// At least one scope; no scope includes another.
     #[schema(value_type = Vec<Scope>, min_items = 1)]
     scopes: Scopes,
 }
 
-/// A key as it is shown once, to whoever made it.
+/// A key as it is shown once, to the client that created it.
 #[derive(Serialize, ToSchema)]
 pub(super) struct NewApiKey {
-    /// The whole key, which is stored nowhere: keep it.
+    /// The whole key. It is not stored anywhere, so keep it.
     #[schema(example = "pr_019305d6c1a07c3a8f5e2b7d94c60a11_…")]
     key: String,
     #[serde(flatten)]
@@ -57,7 +57,7 @@ impl NewApiKey {
     }
 }
 
-/// Makes and stores a key.
+/// Creates and stores a key.
 pub(super) async fn make(
     conn: &mut PgConnection,
     id: Uuid,
@@ -87,7 +87,7 @@ fn not_found(id: Uuid) -> Problem {
     Problem::not_found("api_key_not_found", detail)
 }
 
-/// Make a key of this project; the answer is the only one that shows it
+/// Create a key of this project; only this answer shows it
 #[utoipa::path(
     post,
     path = "/api-keys",
@@ -120,7 +120,7 @@ async fn create_api_key(
     Ok((StatusCode::CREATED, headers, JsonResponse(key)))
 }
 
-/// List this project's keys, the newest first, revoked ones included; never a secret
+/// List this project's keys, newest first, with revoked ones and without secrets
 #[utoipa::path(
     get,
     path = "/api-keys",
@@ -163,7 +163,7 @@ async fn get_api_key(
     ))
 }
 
-/// Revoke a key, at once and for ever; a key may revoke itself
+/// Revoke a key, immediately and permanently; a key may revoke itself
 #[utoipa::path(
     delete,
     path = "/api-keys/{id}",

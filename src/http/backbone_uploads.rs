@@ -29,10 +29,10 @@ use promptweave_formats::checkpoint::{PREPROCESSOR_FILE, Settings};
 use promptweave_formats::error::FileError;
 use promptweave_formats::files::Files as _;
 
-/// Weights may be f64 in a foreign checkpoint, and beside them are small files.
+/// The upload limit: a foreign checkpoint may hold f64 weights, and small files lie beside them.
 pub(super) const MAX_UPLOAD: u64 = 2 * MAX_WEIGHTS + (64 << 20);
 const MAX_SETTINGS: u64 = 1 << 20;
-/// Files that libraries keep weights in as pickles.
+/// Extensions of files in which libraries keep weights as pickles.
 const PICKLED: [&str; 4] = ["bin", "pt", "pth", "ckpt"];
 
 pub fn router() -> OpenApiRouter<AppState> {
@@ -43,7 +43,7 @@ pub fn router() -> OpenApiRouter<AppState> {
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 struct UploadOptions {
-    /// What the archive's files do not say, or say wrong: as JSON, like `config` of `POST /v1/backbones`.
+    /// Settings that the archive's files lack or get wrong, as JSON, like `config` of `POST /v1/backbones`.
     #[param(example = r#"{"num_heads": 6}"#)]
     config: Option<String>,
 }
@@ -61,9 +61,9 @@ impl UploadOptions {
 
 /// Upload a backbone: its folder in an archive
 ///
-/// A tar, tar.gz or zip of what `POST /v1/backbones` reads from a directory: weights (`model.safetensors`,
-/// or the only `.safetensors` or `.npz`), `config.json` and, of Hugging Face, `preprocessor_config.json`.
-/// Other files are left where they are.
+/// The archive is a tar, tar.gz or zip of what `POST /v1/backbones` reads from a directory: the weights
+/// (`model.safetensors`, or the only `.safetensors` or `.npz`), `config.json` and, from Hugging Face,
+/// `preprocessor_config.json`. Other files are ignored.
 #[utoipa::path(
     put,
     path = "/backbones/{name}",
@@ -109,7 +109,7 @@ async fn upload_backbone(
     publish(&state, &caller, &name, read).await
 }
 
-/// The backbone in an archive; `pointer` says where the request named it.
+/// Opens the backbone in an archive; `pointer` is where the request named it.
 pub(super) fn open_archive(
     file: File,
     config: Option<Settings>,
@@ -127,7 +127,7 @@ pub(super) fn open_archive(
     opened.map_err(|error| refuse(error, &folder, "the archive", pointer))
 }
 
-/// Copies the files of a backbone out of an archive, under names of our own.
+/// Copies the files of a backbone out of an archive, under file names that we choose.
 fn take_out(archive: &Archive, folder: &FilePath) -> Result<(), Problem> {
     let names = archive.files("").map_err(Problem::internal)?;
     let ends = |name: &&String, endings: &[&str]| {

@@ -1,5 +1,5 @@
 //! `/v1/backbones`: frozen vision transformers, registered from the operator's directories or URIs (or
-//! [uploaded](crate::http::backbone_uploads)), in the names of any library that publishes them.
+//! [uploaded](crate::http::backbone_uploads)). Tensor names of every library that publishes them are understood.
 
 use std::path::Path as FilePath;
 
@@ -41,23 +41,22 @@ pub(super) const MAX_WEIGHTS: u64 = 16 << 30;
 struct RegisterBackbone {
     #[schema(value_type = String, pattern = "^[a-z0-9][a-z0-9._-]{0,127}$", example = "vit-s14")]
     name: ResourceName,
-    /// A directory that the server lists under its `--backbone-root`: of ours, with `config.json` and
-    /// `model.safetensors`, or a ViT checkpoint (safetensors, or the original `.npz`) as timm, Hugging
-    /// Face, DINOv2 or Google name its tensors, with their `config.json` where there is one. Or give a `uri`.
+    /// A directory that the server lists under its `--backbone-root`. It holds `config.json` and `model.safetensors` as
+    /// promptweave writes them, or a ViT checkpoint (safetensors, or the original `.npz`) with the tensor names of
+    /// timm, Hugging Face, DINOv2 or Google, and its `config.json` if there is one. Give either this or a `uri`.
     #[schema(example = "vit_s14_focus")]
     directory: Option<String>,
-    /// Below one that the operator allows (`--allow-uri`): `hf://org/name@revision` (`model.safetensors`,
-    /// `config.json`, `preprocessor_config.json`; the revision may be left out), or `https://…` or
-    /// `s3://bucket/key` of an archive as `PUT /v1/backbones/{name}` takes it.
+    /// A URI below one that the operator allows (`--allow-uri`): `hf://org/name@revision` (`model.safetensors`,
+    /// `config.json`, `preprocessor_config.json`; the revision may be left out), or `https://…` or `s3://bucket/key` of
+    /// an archive as `PUT /v1/backbones/{name}` takes it.
     uri: Option<String>,
-    /// What such a checkpoint and the files beside it do not say, or say wrong.
+    /// Settings that a foreign checkpoint and the files beside it lack or get wrong.
     config: Option<Settings>,
 }
 
-/// Register a backbone from a directory of the operator's or a URI
+/// Register a backbone from one of the operator's directories or a URI
 ///
-/// What a URI leads to is fetched within the request: it must come within the server's
-/// `--request-timeout-s`.
+/// A URI is fetched within the request, so the download must finish within the server's `--request-timeout-s`.
 #[utoipa::path(
     post,
     path = "/backbones",
@@ -127,8 +126,8 @@ async fn register_backbone(
     publish(&state, &caller, &name, read).await
 }
 
-/// Reads a backbone off the runtime's threads, with a folder for what is made on the way, stores it, and
-/// answers with it: 201, or 200 where it was there already.
+/// Reads a backbone off the runtime's threads, with a scratch folder for converted files, stores it, and answers with
+/// it: 201, or 200 if it was already registered.
 pub(super) async fn publish(
     state: &AppState,
     caller: &Caller,
@@ -156,7 +155,7 @@ pub(super) async fn publish(
     Ok((status, location, JsonResponse(registered)).into_response())
 }
 
-/// What is wrong with a folder that the client knows as `shown`; `pointer` says where it named it.
+/// The problem of a folder that cannot be read. The client knows the folder as `shown`, and named it at `pointer`.
 pub(super) fn refuse(
     error: ImportError,
     dir: &FilePath,
@@ -183,7 +182,7 @@ pub(super) fn refuse(
     }
 }
 
-/// The backbone in a directory; another library's checkpoint is converted into `scratch`.
+/// Opens the backbone in a directory; another library's checkpoint is converted into `scratch`.
 pub(super) fn open(
     dir: &FilePath,
     config: Option<Settings>,
@@ -230,7 +229,7 @@ async fn list_backbones(
     ))
 }
 
-/// A backbone by name
+/// Get a backbone by name
 #[utoipa::path(
     get,
     path = "/backbones/{name}",

@@ -1,5 +1,5 @@
-//! The outermost layer: every request gets an id, a span and one line in the log, and every error
-//! leaves as a problem document, whoever made it.
+//! The outermost layer: every request gets an id, a span and one line in the log, and every error leaves as a problem
+//! document, whichever layer made it.
 
 use std::time::Instant;
 
@@ -57,7 +57,7 @@ pub(super) async fn boundary(
     .await
 }
 
-/// The client's own id, where it is short and plain enough to be logged and sent back.
+/// The client's own request id, if it is short and plain enough to be logged and sent back.
 fn client_id(request: &Request) -> Option<String> {
     let id = request.headers().get(REQUEST_ID)?.to_str().ok()?;
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
@@ -68,14 +68,14 @@ fn problem_of(response: &mut Response) -> Option<Problem> {
     if let Some(problem) = response.extensions_mut().remove::<Problem>() {
         return Some(problem);
     }
-    // An error of a library below (no such route, wrong method, time-out): status and headers stay.
+    // A library below made this error (no such route, wrong method, time-out): its status and headers stay.
     let status = response.status();
     (status.is_client_error() || status.is_server_error()).then(|| Problem::of_status(status))
 }
 
 fn write_problem(response: &mut Response, problem: &Problem, path: &str, id: &str) {
     if problem.status().is_server_error() {
-        // 503 passes by itself; everything else is a fault of this program.
+        // A 503 is transient; every other 5xx is a bug in this program.
         let causes = problem.causes().unwrap_or_default();
         match problem.status().as_u16() {
             503 => warn!(problem.code = problem.code(), causes, "request failed"),

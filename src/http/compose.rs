@@ -1,5 +1,5 @@
-//! `/v1/prompts/compose`: Σ αᵢ Pᵢ with weights that the user gives, published at once. What an ensemble
-//! with these weights composes has the same numbers, bit by bit.
+//! `/v1/prompts/compose`: Σ αᵢ Pᵢ with weights that the user gives, published immediately. An ensemble with the same
+//! weights composes the same numbers, bit by bit.
 
 use axum::extract::State;
 use axum::response::IntoResponse;
@@ -29,7 +29,7 @@ use promptweave_domain::tensor::Tensor;
 
 /// How far the sum of the weights may be from 1.
 const TOLERANCE: f64 = 1e-6;
-/// Of all sources as they are summed.
+/// The most memory that all sources may take together, as f32, in bytes.
 const MAX_BYTES: usize = 256 << 20;
 
 pub fn router() -> OpenApiRouter<AppState> {
@@ -50,7 +50,7 @@ struct WeighedSource {
     /// `name`, `name:3` or `name@sha256:…`.
     #[schema(value_type = String, example = "dtd:1")]
     prompt: Reference,
-    /// α, in 0..=1; all of them together are 1, to 1e-6.
+    /// α, from 0 to 1. All weights together sum to 1, to within 1e-6.
     #[schema(minimum = 0, maximum = 1, example = 1.0)]
     weight: f64,
 }
@@ -58,16 +58,16 @@ struct WeighedSource {
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct ComposedOutput {
-    /// The prompt it becomes a version of; made where there is none.
+    /// The prompt that the sum becomes a version of; it is created if it does not exist.
     #[schema(value_type = String, pattern = "^[a-z0-9][a-z0-9._-]{0,127}$", example = "dtd-and-svhn")]
     name: ResourceName,
 }
 
 /// Compose prompts with given weights, and publish the sum as a version with its lineage
 ///
-/// The weights are at least 0 and sum to 1. The sources have one shape and, as far as they say,
-/// one backbone and one preprocessing; none is deep. The same sum once more answers 200 with the
-/// version that exists.
+/// The weights are at least 0 and sum to 1. The sources must have the same shape and must not be deep. Those that
+/// record a backbone and a preprocessing must record the same ones. Repeating a request answers 200 with the existing
+/// version.
 #[utoipa::path(
     post,
     path = "/prompts/compose",
@@ -114,7 +114,7 @@ async fn compose_prompt(
     let bytes = tokio::task::spawn_blocking(composed)
         .await
         .map_err(Problem::internal)?;
-    // Checked as any other: a sum of finite numbers may not be.
+    // Checked like any other file: a sum of finite numbers may overflow.
     let (bytes, file) = prompt_files::read(bytes).await?;
     let metadata = file
         .metadata
@@ -165,8 +165,7 @@ fn check_weights(sources: &[WeighedSource]) -> Result<(), Problem> {
     Ok(())
 }
 
-/// What the sum says of itself: what all sources agree on. Those that say nothing are taken at the
-/// user's word, as in an ensemble.
+/// The sum's metadata: what all sources agree on. A source without metadata is trusted to fit, as in an ensemble.
 fn common_metadata(sources: &[PromptVersion]) -> Result<PromptMetadata, Problem> {
     let backbone_digest = agreed(sources, "backbone", |it| it.backbone_digest.as_ref())?;
     let preprocessing_id = agreed(sources, "preprocessing", |it| it.preprocessing_id.as_ref())?;
@@ -208,7 +207,7 @@ fn agreed<T: Clone + PartialEq + std::fmt::Display>(
     Ok(Some(common.clone()))
 }
 
-/// The sources' numbers, one file in memory at a time.
+/// Reads the sources' numbers, with one file in memory at a time.
 async fn read(
     conn: &mut PgConnection,
     sources: &[PromptVersion],

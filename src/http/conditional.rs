@@ -1,5 +1,5 @@
-//! Conditional requests (RFC 9110, section 13): copies that are still good, and changes that must not
-//! overwrite somebody else's.
+//! Conditional requests (RFC 9110, section 13): they spare a download that the client already has, and keep a change
+//! from overwriting somebody else's.
 
 use axum::extract::FromRequestParts;
 use axum::http::{HeaderMap, HeaderName, StatusCode, header, request};
@@ -13,11 +13,11 @@ pub struct Preconditions {
     if_none_match: Option<Tags>,
 }
 
-/// `*`, or the entity tags of a header; what cannot be read fits nothing.
+/// `*`, or the entity tags of a header. A tag that cannot be parsed matches nothing.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Tags {
     Any,
-    /// Each with its quotes, and whether it is weak.
+    /// Each tag with its quotes, and whether it is weak.
     List(Vec<(bool, String)>),
 }
 
@@ -37,7 +37,7 @@ impl Preconditions {
         }
     }
 
-    /// Whether the client's copy is `etag`, so that 304 is the answer.
+    /// Whether the client's copy is `etag`, so that the answer is 304.
     pub fn has_copy(&self, etag: &str) -> bool {
         match &self.if_none_match {
             None => false,
@@ -45,8 +45,8 @@ impl Preconditions {
         }
     }
 
-    /// Whether a resource may be changed, made (`current` is None) or deleted: 412 where the client
-    /// knows another state of it, 428 where it would change one without saying which it knows.
+    /// Checks whether a resource may be created (`current` is None), changed or deleted. The answer is 412 if the
+    /// client knows another state of it, and 428 if it would change one without naming the state that it knows.
     pub fn check_change(&self, current: Option<&str>) -> Result<(), Problem> {
         if let Some(tags) = &self.if_match {
             let Some(etag) = current else {
@@ -86,7 +86,7 @@ fn failed(detail: impl Into<String>) -> Problem {
 }
 
 impl Tags {
-    /// None where the header is absent.
+    /// Parses a header; None if it is absent.
     fn of(headers: &HeaderMap, name: &HeaderName) -> Option<Self> {
         if !headers.contains_key(name) {
             return None;
@@ -103,7 +103,7 @@ impl Tags {
         ))
     }
 
-    /// Weak tags say "about the same", which is not enough to change or to cut something.
+    /// Whether a strong tag matches. A weak tag says "about the same", which is not enough for a change or a range.
     fn fit_strongly(&self, etag: &str) -> bool {
         match self {
             Self::Any => true,
@@ -119,7 +119,7 @@ impl Tags {
     }
 }
 
-/// `"a", W/"b"` up to the first thing that is no tag; a comma may stand inside of the quotes.
+/// Parses `"a", W/"b"` up to the first thing that is not a tag; a comma may stand inside the quotes.
 fn entity_tags(mut text: &str) -> Vec<(bool, String)> {
     let mut tags = Vec::new();
     loop {

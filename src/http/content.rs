@@ -1,4 +1,4 @@
-//! Immutable files as HTTP has them: under an ETag, whole or in part (RFC 9110, sections 13 and 14).
+//! Immutable files over HTTP: with an ETag, whole or in part (RFC 9110, sections 13 and 14).
 
 use std::ops::Range;
 
@@ -13,19 +13,19 @@ use crate::http::content_digest::{CONTENT_DIGEST, REPR_DIGEST};
 use crate::http::error::Problem;
 use promptweave_domain::digest::Digest;
 
-/// A file that is known before it is read.
+/// A file's description, known before the file is read.
 #[derive(Clone, Debug)]
 pub(super) struct File {
     pub digest: Digest,
-    /// Bytes.
+    /// Size in bytes.
     pub size: u64,
     /// Media type.
     pub kind: &'static str,
-    /// For a client that saves it: of names and ids alone.
+    /// File name for a client that saves it, made only of names and ids.
     pub name: String,
-    /// Whether this path means these bytes for ever.
+    /// Whether this path always means these bytes.
     pub immutable: bool,
-    /// Whether parts of it are given.
+    /// Whether range requests are answered.
     pub ranges: bool,
 }
 
@@ -34,17 +34,17 @@ impl File {
         format!("\"{}\"", self.digest)
     }
 
-    /// 304, where the client has these bytes.
+    /// 304, if the client has these bytes.
     pub fn not_modified(&self, request: &HeaderMap) -> Option<Response> {
         let has_copy = Preconditions::of(request).has_copy(&self.etag());
         has_copy.then(|| (StatusCode::NOT_MODIFIED, self.caching()).into_response())
     }
 
-    /// The part that is asked for, if it is one: several ranges at once, other units and what cannot
-    /// be read are answered with the whole file, as is a range of bytes that are no longer these.
+    /// The range that is asked for, if it can be served. Several ranges at once, other units, ranges that cannot be
+    /// parsed, and ranges of outdated bytes get None: the whole file is the answer.
     ///
     /// # Errors
-    /// 416 `range_not_satisfiable` where the file ends before it.
+    /// 416 `range_not_satisfiable` if the file ends before the range begins.
     pub fn range(
         &self,
         method: &Method,
@@ -80,7 +80,7 @@ impl File {
         Ok(Some(range))
     }
 
-    /// 200. To HEAD, the same without the body and its digest.
+    /// The whole file with 200. HEAD gets the same without the body and its digest.
     pub fn whole(&self, method: &Method, body: impl Into<Body>) -> Response {
         let mut response = (self.caching(), self.description(), body.into()).into_response();
         let headers = response.headers_mut();
@@ -91,7 +91,7 @@ impl File {
         response
     }
 
-    /// 206, of the whole file's bytes.
+    /// A part of the file, with 206.
     pub fn part(&self, range: Range<u64>, bytes: &Bytes) -> Response {
         let part = bytes.slice(range.start as usize..range.end as usize);
         let place = format!("bytes {}-{}/{}", range.start, range.end - 1, self.size);
@@ -109,7 +109,7 @@ impl File {
     fn caching(&self) -> HeaderMap {
         let control = match self.immutable {
             true => "private, max-age=31536000, immutable",
-            // An alias may move: keep it, and ask each time.
+            // An alias may move: the client may keep the copy, but must ask each time.
             false => "private, no-cache",
         };
         let etag = HeaderValue::try_from(self.etag()).expect("plain characters");
@@ -134,13 +134,13 @@ impl File {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Asked {
-    /// `3-` or `3-5`; both ends are asked for.
+    /// `3-` or `3-5`; both ends are inclusive.
     FromTo(u64, Option<u64>),
     /// `-5`.
     Last(u64),
 }
 
-/// One range of bytes.
+/// Parses one range of bytes.
 fn parse(value: &str) -> Option<Asked> {
     let (unit, range) = value.split_once('=')?;
     if !unit.trim().eq_ignore_ascii_case("bytes") {
@@ -155,7 +155,7 @@ fn parse(value: &str) -> Option<Asked> {
     }
 }
 
-/// Digits alone; one with too many of them is beyond every file.
+/// Parses digits only; a number too large for u64 is beyond every file.
 fn number(text: &str) -> Option<u64> {
     let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
     digits.then(|| text.parse().unwrap_or(u64::MAX - 1))

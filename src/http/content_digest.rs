@@ -1,5 +1,4 @@
-//! `Content-Digest` and `Repr-Digest` (RFC 9530): sent with what is downloaded, and checked where a
-//! request brings one.
+//! `Content-Digest` and `Repr-Digest` (RFC 9530): sent with downloads, and checked on requests that have one.
 
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use base64::Engine;
@@ -13,18 +12,18 @@ use crate::http::error::Problem;
 use crate::http::openapi::{add_refusal, operations};
 use promptweave_domain::digest::Digest;
 
-/// Of the bytes that are in a message.
+/// The header with the digest of the bytes in this message.
 pub(super) const CONTENT_DIGEST: HeaderName = HeaderName::from_static("content-digest");
-/// Of the whole file, also where a message has a part of it or none.
+/// The header with the digest of the whole file, even if the message has only a part of it or none.
 pub(super) const REPR_DIGEST: HeaderName = HeaderName::from_static("repr-digest");
 
-/// A digest as the value of either header.
+/// A digest formatted as the value of either header.
 pub(super) fn value(digest: &Digest) -> HeaderValue {
     let text = format!("sha-256=:{}:", STANDARD.encode(digest.as_bytes()));
     HeaderValue::try_from(text).expect("plain characters")
 }
 
-/// The digests that a request says its body has, and those that it has as far as it was read.
+/// The digests that a request claims for its body, each with the hash of the bytes read so far.
 #[derive(Clone, Default)]
 pub struct Expected(Vec<(Hasher, Vec<u8>)>);
 
@@ -35,10 +34,10 @@ enum Hasher {
 }
 
 impl Expected {
-    /// Nothing is expected where the header is absent.
+    /// Parses the header. Nothing is expected if it is absent.
     ///
     /// # Errors
-    /// 400 `invalid_content_digest` where it cannot be read, or has no sha-256 and no sha-512.
+    /// 400 `invalid_content_digest` if it cannot be parsed, or has neither sha-256 nor sha-512.
     pub fn of(headers: &HeaderMap) -> Result<Self, Problem> {
         let mut values = headers.get_all(CONTENT_DIGEST).iter().peekable();
         if values.peek().is_none() {
@@ -85,7 +84,7 @@ impl Expected {
         }
     }
 
-    /// Once the whole body went through [`Self::update`].
+    /// Compares the digests, once the whole body went through [`Self::update`].
     ///
     /// # Errors
     /// 400 `content_digest_mismatch`.
@@ -119,7 +118,7 @@ fn invalid(what: &str) -> Problem {
     Problem::new(StatusCode::BAD_REQUEST, "invalid_content_digest", detail)
 }
 
-/// Says of every operation with a body that the header is checked.
+/// Documents on every operation with a body that the header is checked.
 pub(super) fn document(document: &mut OpenApi) {
     for (_, _, operation) in operations(document) {
         if operation.request_body.is_none() {
@@ -149,7 +148,7 @@ mod tests {
     fn outcome(header: &str, body: &[u8]) -> String {
         let headers = HeaderMap::from_iter([(CONTENT_DIGEST, header.parse().unwrap())]);
         let checked = Expected::of(&headers).and_then(|mut expected| {
-            // However the pieces are cut.
+            // The result must not depend on how the body is split.
             let (first, second) = body.split_at(body.len() / 2);
             expected.update(first);
             expected.update(second);
@@ -160,7 +159,7 @@ mod tests {
 
     #[test]
     fn digests_of_the_rfc_are_right_for_its_body() {
-        // RFC 9530, appendices A and B.
+        // The examples of RFC 9530, appendices A and B.
         let body = b"{\"hello\": \"world\"}\n";
         let sha256 = "sha-256=:RK/0qy18MlBSVnWgjwz6lZEWjP/lF5HF9bvEF8FabDg=:";
         let sha512 = "sha-512=:YMAam51Jz/jOATT6/zvHrLVgOYTGFy1d6GJiOHTohq4yP+pgk4vf2aCs\

@@ -44,7 +44,7 @@ pub fn router() -> OpenApiRouter<AppState> {
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 struct UploadOptions {
-    /// Leave unreadable images out, and count them, instead of refusing the dataset.
+    /// Leave out unreadable images and count them, instead of refusing the dataset.
     #[serde(default)]
     skip_unreadable: bool,
 }
@@ -55,14 +55,16 @@ struct UploadOptions {
 #[expect(dead_code, reason = "it exists for the API document alone")]
 pub(super) struct ArchiveBytes(Vec<u8>);
 
-/// Upload labelled images as the next version of a dataset, which is made where there is none
+/// Upload labelled images as the next version of a dataset
 ///
-/// The body is a tar, tar.gz or zip with VTAB-1k list files, with folders of images named by class, or in
-/// WebDataset's layout, as `POST /v1/datasets` reads them; a single folder around everything may be there or
-/// not. Or it is one Parquet file as Hugging Face writes them (columns `image` and `label`): all of it is
-/// `train`, and shards or further splits are registered from a directory.
-/// It is recognised by its content, goes to the disk as it comes in, and is never unpacked. The same
-/// images under the same name once more answer 200 with the version that exists.
+/// The dataset is created if it does not exist. The body is a tar, tar.gz or zip in a layout that `POST /v1/datasets`
+/// reads: VTAB-1k list files, folders of images named by class, or WebDataset. A single folder around everything is
+/// allowed. Or the body is one Parquet file as Hugging Face writes them (columns `image` and `label`); then all images
+/// become `train`. Register several shards or splits from a directory instead.
+///
+/// The format is recognised by the content. The body is spooled to disk and never unpacked. Uploading the same images
+/// under the same name again answers 200 with the existing version. images under the same name once more answer 200
+/// with the version that exists.
 #[utoipa::path(
     post,
     path = "/datasets/{name}/versions",
@@ -115,7 +117,7 @@ async fn upload_dataset(
     publish(&state, &caller, &name, pack).await
 }
 
-/// Packs the images in one file, which is an archive or Parquet by its content, whatever it is called.
+/// Packs the images of one file: an archive or Parquet, recognised by content, not by name.
 pub(super) fn pack_file(
     file: File,
     limit: u64,
@@ -146,7 +148,7 @@ fn starts_with(file: &File, magic: &[u8]) -> io::Result<bool> {
     }
 }
 
-/// An archive is known by its content; what says that it is something else is refused.
+/// Refuses a media type that is not an archive's; the archive itself is recognised by its content.
 pub(super) fn check_media_type(headers: &HeaderMap) -> Result<(), Problem> {
     match media_type(headers) {
         Some(other) if !MEDIA_TYPES.contains(&other.as_str()) => {
@@ -157,7 +159,7 @@ pub(super) fn check_media_type(headers: &HeaderMap) -> Result<(), Problem> {
     }
 }
 
-/// What is wrong with a file of images; `pointer` and `skip` as in [`refuse_pack`].
+/// The problem of a file of images that was refused; `pointer` and `skip` are as in [`refuse_pack`].
 pub(super) fn refuse_file(error: PackError, pointer: &str, skip: &str) -> Problem {
     if let PackError::Archive(error) = error {
         return refuse_archive(error);

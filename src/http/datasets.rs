@@ -32,7 +32,7 @@ use promptweave_formats::parquet;
 use promptweave_formats::parquet::{ParquetError, Shard};
 
 const SKIP: &str = "send `\"skip_unreadable\": true` to leave it out";
-/// Most names of left-out images in an answer; the count is always whole.
+/// The most names of left-out images in an answer; the count is always complete.
 const MAX_SKIPPED_NAMES: usize = 100;
 
 pub fn router() -> OpenApiRouter<AppState> {
@@ -47,15 +47,15 @@ pub fn router() -> OpenApiRouter<AppState> {
 struct RegisterDataset {
     #[schema(value_type = String, pattern = "^[a-z0-9][a-z0-9._-]{0,127}$", example = "food")]
     name: ResourceName,
-    /// A directory that the server lists under its `--dataset-root`: VTAB-1k list files, folders of
-    /// images named by class, WebDataset's layout, or Hugging Face's Parquet files. Or give a `uri`.
+    /// A directory that the server lists under its `--dataset-root`. It holds VTAB-1k list files, folders of images
+    /// named by class, WebDataset's layout, or Hugging Face's Parquet files. Give either this or a `uri`.
     #[schema(example = "target")]
     directory: Option<String>,
-    /// Below one that the operator allows (`--allow-uri`): `https://…` or `s3://bucket/key` of an archive or
-    /// a Parquet file, or `hf://datasets/org/name@revision/folder` for the Parquet files of a repository
-    /// (`@~parquet` for those that the Hub made itself; revision and folder may be left out).
+    /// A URI below one that the operator allows (`--allow-uri`): `https://…` or `s3://bucket/key` of an archive or a
+    /// Parquet file, or `hf://datasets/org/name@revision/folder` for the Parquet files of a repository. Revision and
+    /// folder may be left out; `@~parquet` means the files that the Hub converted itself.
     uri: Option<String>,
-    /// Leave unreadable images out, and count them, instead of refusing the dataset.
+    /// Leave out unreadable images and count them, instead of refusing the dataset.
     #[serde(default)]
     skip_unreadable: bool,
 }
@@ -70,9 +70,9 @@ pub(super) struct RegisteredDataset {
 
 /// Register labelled images from a directory or a URI as the next version of a dataset
 ///
-/// Every image is decoded once as a check, and the original files are stored. The same images
-/// under the same name once more answer 200 with the version that exists. What a URI leads to is fetched
-/// within the request: it must come within the server's `--request-timeout-s`.
+/// Every image is decoded once as a check, and the original files are stored. Registering the same images under the
+/// same name again answers 200 with the existing version. A URI is fetched within the request, so the download must
+/// finish within the server's `--request-timeout-s`.
 #[utoipa::path(
     post,
     path = "/datasets",
@@ -128,7 +128,7 @@ async fn register_dataset(
     }
 }
 
-/// What a URI led to, until it is packed.
+/// A fetched URI, until it is packed.
 enum Fetched {
     File(File),
     Shards(Vec<Shard>),
@@ -157,7 +157,7 @@ impl Fetched {
             let file = File::open(dir.path().join(number))?;
             Ok(Shard { split, name, file })
         });
-        // Open files stay readable without their names, which go with the folder.
+        // Open files stay readable after their names are deleted with the folder.
         let shards: Result<_, std::io::Error> = shards.collect();
         Ok(Self::Shards(shards.map_err(Problem::internal)?))
     }
@@ -176,8 +176,8 @@ impl Fetched {
     }
 }
 
-/// Packs images off the runtime's threads, stores the pack, and answers with its version: 201, or
-/// 200 where it was one already.
+/// Packs images off the runtime's threads, stores the pack, and answers with its version: 201, or 200 if the version
+/// already existed.
 pub(super) async fn publish(
     state: &AppState,
     caller: &Caller,
@@ -227,7 +227,7 @@ fn refuse(error: PackError, dir: &FilePath, directory: &str) -> Problem {
     refuse_pack(error, "/directory", detail, SKIP)
 }
 
-/// What is wrong with images that were to be packed. `pointer` says where the request named them.
+/// The problem of images that cannot be packed. `pointer` says where the request named them.
 pub(super) fn refuse_pack(error: PackError, pointer: &str, detail: String, skip: &str) -> Problem {
     match error {
         PackError::Io(_) | PackError::Foreign(_) => return Problem::internal(error),
@@ -272,7 +272,7 @@ async fn list_datasets(
     ))
 }
 
-/// The newest version of a dataset
+/// Get the newest version of a dataset
 #[utoipa::path(
     get,
     path = "/datasets/{name}",

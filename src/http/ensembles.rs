@@ -53,10 +53,10 @@ pub fn router() -> OpenApiRouter<AppState> {
 #[serde(deny_unknown_fields)]
 struct CreateEnsemble {
     target: Target,
-    /// The prompts to weigh, each once; all of one shape and made for one backbone.
+    /// The prompts to weigh, each named once. All must have the same shape and be made for the same backbone.
     #[schema(min_items = 1, max_items = 64)]
     sources: Vec<Source>,
-    /// May be left out where only one registered backbone fits the sources.
+    /// The backbone. It may be left out if only one registered backbone fits the sources.
     #[schema(value_type = Option<String>, example = "vit-s14")]
     backbone: Option<ResourceName>,
     #[serde(default)]
@@ -69,7 +69,7 @@ struct CreateEnsemble {
     #[serde(default = "default_priority")]
     #[schema(minimum = 0, maximum = 1000, default = 100)]
     priority: i32,
-    /// Compute it also where an ensemble of the same `spec_digest` is under way or has a result.
+    /// Compute it even if an ensemble with the same `spec_digest` waits, runs or has succeeded.
     #[serde(default)]
     force: bool,
 }
@@ -86,9 +86,9 @@ pub(super) struct Output {
 
 /// Learn how much of each source prompt helps a target, and compose the prompt
 ///
-/// Everything is resolved and checked here; the work is a job that a worker takes. Where an ensemble of the
-/// same `spec_digest` waits, runs or has succeeded (and is published under `output.name`, if one is asked
-/// for), the answer is that one, unless `force` is set.
+/// The request is resolved and checked here; a worker then does the work as a job. If an ensemble with the same
+/// `spec_digest` waits, runs or has succeeded (and is published under `output.name`, if given), the answer is that
+/// ensemble, unless `force` is set.
 #[utoipa::path(
     post,
     path = "/ensembles",
@@ -170,9 +170,10 @@ async fn list_ensembles(
     jobs::list::<EnsembleSpec>(&state, &caller, &query).await
 }
 
-/// An ensemble's state and progress
+/// Get an ensemble's state and progress
 ///
-/// `Retry-After` is there as long as another look makes sense; with `wait` that look takes no polling.
+/// `Retry-After` is sent until the ensemble is over: poll again after so many seconds, or use `wait` instead of
+/// polling.
 #[utoipa::path(
     get,
     path = "/ensembles/{id}",
@@ -193,11 +194,11 @@ async fn get_ensemble(
     jobs::get::<EnsembleSpec>(&state, &caller, id, wait).await
 }
 
-/// What happened to an ensemble, in order
+/// List an ensemble's events, in order
 ///
-/// With `Accept: text/event-stream` as server-sent events until it is over: each has its number as `id` and
-/// its kind as `event`; between them, without `id`, come `progress` events with what `progress` of the
-/// ensemble is. A client that comes back with `Last-Event-ID` misses nothing.
+/// With `Accept: text/event-stream`, the answer is a stream of server-sent events that ends with the ensemble. Each
+/// event has its number as `id` and its kind as `event`. `progress` events without an `id` come between them, with the
+/// ensemble's `progress` as data. A client that reconnects with `Last-Event-ID` misses no event.
 #[utoipa::path(
     get,
     path = "/ensembles/{id}/events",

@@ -21,37 +21,38 @@ use crate::registry::RegistryError;
 /// An error, as `application/problem+json`.
 #[derive(Clone, Debug, Serialize, ToSchema)]
 pub struct ProblemDocument {
-    /// A URN made of `code`.
+    /// A URN that ends with `code`.
     #[serde(rename = "type")]
     #[schema(example = "urn:promptweave:problem:prompt_not_found")]
     type_uri: String,
     /// The status in words.
     #[schema(example = "Not Found")]
     title: String,
-    /// The HTTP status once more.
+    /// The HTTP status code.
     #[schema(example = 404)]
     status: u16,
     #[schema(value_type = ProblemCode, example = "prompt_not_found")]
     code: Cow<'static, str>,
-    /// What happened to what, and the way out; for people.
+    /// What went wrong with what, and how to fix it; written for people.
     #[schema(example = "there is no prompt `dtd`")]
     detail: String,
-    /// The path that was asked for.
+    /// The path of the request.
     #[schema(example = "/v1/prompts/dtd")]
     instance: String,
-    /// Also in the `x-request-id` header, and in the server's log.
+    /// The request's id, which is also in the `x-request-id` header and the server's log.
     request_id: String,
-    /// The parts of the request at fault.
+    /// The parts of the request that are wrong.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     errors: Vec<FieldError>,
 }
 
 #[derive(Clone, Debug, Serialize, ToSchema)]
 pub struct FieldError {
-    /// JSON pointer into the body; for a file, `/` and the tensor; else `/` and the parameter.
+    /// Where the mistake is: a JSON pointer into the body; for a file, `/` and the tensor's name; else `/` and the
+    /// parameter's name.
     #[schema(example = "/prompt_embeddings")]
     pub(super) pointer: String,
-    /// What a program branches on: the code of a problem with this mistake alone.
+    /// The mistake's code; a problem with only this mistake has the same code.
     #[schema(example = "invalid_body")]
     code: Cow<'static, str>,
     detail: String,
@@ -71,10 +72,10 @@ impl FieldError {
     }
 }
 
-/// The code of a request with mistakes of several kinds.
+/// The code of a request that has several kinds of mistakes.
 const SEVERAL: &str = "invalid_request";
 
-/// What handlers fail with. Boxed, so that `Result<_, Problem>` stays small.
+/// The error type of handlers. It is boxed, so that `Result<_, Problem>` stays small.
 #[derive(Clone, Debug)]
 pub struct Problem(Box<Parts>);
 
@@ -84,9 +85,9 @@ struct Parts {
     code: Cow<'static, str>,
     detail: String,
     errors: Vec<FieldError>,
-    /// Sent with it, e.g. `retry-after`.
+    /// Headers to send with it, e.g. `retry-after`.
     headers: HeaderMap,
-    /// For the log, never for the client.
+    /// The cause for the log, never for the client.
     cause: Option<Arc<dyn Error + Send + Sync>>,
 }
 
@@ -106,7 +107,7 @@ impl Problem {
         }))
     }
 
-    /// 422: understood, and not acceptable.
+    /// 422: the request was understood but cannot be accepted.
     pub fn unprocessable(code: &'static str, detail: impl Into<String>) -> Self {
         Self::new(StatusCode::UNPROCESSABLE_ENTITY, code, detail)
     }
@@ -116,12 +117,12 @@ impl Problem {
         Self::new(StatusCode::NOT_FOUND, code, detail)
     }
 
-    /// 409: the state of things forbids it now.
+    /// 409: the current state forbids it.
     pub fn conflict(code: impl Into<Cow<'static, str>>, detail: impl Into<String>) -> Self {
         Self::new(StatusCode::CONFLICT, code, detail)
     }
 
-    /// 500: ours. The cause is logged and not told.
+    /// 500: a bug or failure of this server. The cause is logged and not sent.
     pub fn internal(cause: impl Error + Send + Sync + 'static) -> Self {
         Self::of_status(StatusCode::INTERNAL_SERVER_ERROR).caused_by(cause)
     }
@@ -142,7 +143,7 @@ impl Problem {
         self
     }
 
-    /// 422 for all mistakes of a request, of which there is one at least: by its code where it is one or all have the same.
+    /// 422 for all mistakes of a request, of which there is at least one. The code is theirs if all have the same one.
     pub(super) fn of_mistakes(errors: Vec<FieldError>) -> Self {
         let Some(first) = errors.first() else {
             return Self::unprocessable(SEVERAL, "the request has mistakes");
@@ -165,7 +166,7 @@ impl Problem {
         problem
     }
 
-    /// The mistakes of a request that it tells of, if that is what it does.
+    /// The mistakes that this problem reports, if it reports any.
     pub(super) fn into_mistakes(self) -> Result<Vec<FieldError>, Self> {
         match self.0.status {
             StatusCode::UNPROCESSABLE_ENTITY if !self.0.errors.is_empty() => Ok(self.0.errors),
@@ -173,7 +174,7 @@ impl Problem {
         }
     }
 
-    /// Seconds after which another try makes sense.
+    /// Tells the client to try again after so many seconds.
     pub fn retry_after(self, seconds: u32) -> Self {
         self.header(header::RETRY_AFTER, seconds.into())
     }
@@ -188,7 +189,7 @@ impl Problem {
         self
     }
 
-    /// For a status that a library answered without saying more.
+    /// A problem for a status that a library answered without an explanation.
     pub(super) fn of_status(status: StatusCode) -> Self {
         let (code, detail) = match status {
             StatusCode::NOT_FOUND => (
@@ -221,7 +222,7 @@ impl Problem {
         &self.0.code
     }
 
-    /// The causes, outermost first, in one line.
+    /// The causes, outermost first, on one line.
     pub(super) fn causes(&self) -> Option<String> {
         let cause: &(dyn Error + 'static) = self.0.cause.as_deref()?;
         Some(chain(cause))
@@ -246,7 +247,7 @@ impl Problem {
     }
 }
 
-/// Status, headers, and the problem itself for the boundary to write.
+/// Passes status, headers and the problem itself to the boundary, which writes the document.
 impl IntoResponse for Problem {
     fn into_response(self) -> Response {
         let mut response = self.0.status.into_response();
@@ -279,7 +280,7 @@ impl From<RegistryError> for Problem {
                 let detail = format!("{detail}, and names are not given again; {way_out}");
                 Self::conflict("prompt_deleted", detail)
             }
-            // It was there before, old and unused, when it was uploaded once more.
+            // The file existed, old and unused, when it was uploaded again.
             RegistryError::BlobGone(_) => Self::new(
                 StatusCode::SERVICE_UNAVAILABLE,
                 "blob_gone",

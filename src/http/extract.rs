@@ -17,8 +17,8 @@ use crate::http::mistakes;
 pub use crate::http::mistakes::{Draft, read_value};
 pub use promptweave_domain::json::escape;
 
-/// A JSON body. Unreadable JSON is 400, JSON of another shape is 422 with a pointer to each mistake. A handler that tells of what
-/// else is wrong beside these takes a [`Draft`].
+/// A JSON body. Unreadable JSON is 400; JSON of the wrong shape is 422 with a pointer to each mistake. A handler that
+/// reports further mistakes beside these takes a [`Draft`].
 pub struct Json<T>(pub T);
 
 /// Parameters of the path.
@@ -27,7 +27,7 @@ pub struct Path<T>(pub T);
 /// Parameters of the query.
 pub struct Query<T>(pub T);
 
-/// The whole body, within the route's limit, and as its `Content-Digest` says if there is one.
+/// The whole body, within the route's limit, and checked against its `Content-Digest` if there is one.
 pub struct Body(pub Bytes);
 
 /// The media type without its parameters, in lower case.
@@ -148,7 +148,7 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for Query<T> {
 
     async fn from_request_parts(parts: &mut request::Parts, _: &S) -> Result<Self, Problem> {
         let query = parts.uri.query().unwrap_or_default();
-        // Forms send fields that were not filled in so, and they would count as left out.
+        // Forms send empty fields like this, and they would count as left out.
         let mut pairs = form_urlencoded::parse(query.as_bytes());
         if let Some((name, _)) = pairs.find(|(_, value)| value.is_empty()) {
             let detail = "is empty; give it a value, or leave it out";
@@ -158,7 +158,7 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for Query<T> {
                 detail,
             ));
         }
-        // axum's own reads no parameter that is given several times.
+        // axum's own extractor does not read a parameter that is given several times.
         serde_html_form::from_str(query)
             .map(Self)
             .map_err(|error| Problem::unprocessable("invalid_query", error.to_string()))

@@ -1,5 +1,5 @@
-//! `/livez`: the process answers. `/readyz`: it can work, that is, the database is there and has
-//! this program's schema.
+//! `/livez`: the process answers. `/readyz`: it can work, because the database is reachable and has this program's
+//! schema.
 
 use axum::extract::State;
 use axum::http::StatusCode;
@@ -26,13 +26,13 @@ struct Health {
 
 const OK: axum::Json<Health> = axum::Json(Health { status: "ok" });
 
-/// Whether the process answers
+/// Check that the process answers
 #[utoipa::path(get, path = "/livez", tag = "health", responses((status = 200, body = Health)))]
 async fn livez() -> axum::Json<Health> {
     OK
 }
 
-/// Whether the server can work: its database is reachable and migrated
+/// Check that the server can work: its database is reachable and migrated
 #[utoipa::path(
     get,
     path = "/readyz",
@@ -44,7 +44,7 @@ async fn livez() -> axum::Json<Health> {
 )]
 async fn readyz(State(state): State<AppState>) -> Result<axum::Json<Health>, Problem> {
     let newest = MIGRATOR.iter().map(|m| m.version).max();
-    // Not a checked query: the table is sqlx's own and is missing before the first migration.
+    // This query is not checked at build time: the table is sqlx's own, and is missing before the first migration.
     let applied: Result<Option<i64>, sqlx::Error> =
         sqlx::query_scalar("SELECT max(version) FROM _sqlx_migrations WHERE success")
             .fetch_one(&state.pool)

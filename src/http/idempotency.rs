@@ -1,12 +1,12 @@
 //! `Idempotency-Key`: a POST that a client sends again has one effect and one answer.
 //!
-//! A layer around every POST of the scopes `write` and `run` (`admin` has none: the answer that shows
-//! an API key's secret is kept nowhere). The first request with a key claims it, works and leaves its
-//! answer; others are told to wait, then get that answer. Bodies are compared by digest, taken while
-//! the handler reads, so that none is held for this. The work is a task of its own: it runs to its
-//! end, and its answer is kept, also when the client has gone.
+//! This is a layer around every POST of the scopes `write` and `run`. (`admin` has none, because an answer that shows
+//! an API key's secret must not be stored.) The first request with a key claims it, works and stores its answer; others
+//! are told to wait, then get that answer. Bodies are compared by a digest, taken while the handler reads, so that none
+//! is held in memory for this. The work runs in its own task: it finishes, and its answer is stored, even if the client
+//! has gone.
 //!
-//! After draft-ietf-httpapi-idempotency-key-header-07.
+//! It follows draft-ietf-httpapi-idempotency-key-header-07.
 
 use std::collections::HashMap;
 use std::convert::Infallible;
@@ -40,9 +40,9 @@ use promptweave_domain::error_chain::chain;
 const KEY: HeaderName = HeaderName::from_static("idempotency-key");
 const REPLAYED: HeaderName = HeaderName::from_static("idempotency-replayed");
 const MAX_KEY: usize = 255;
-/// Seconds after which a request with a key in use may ask again.
+/// Seconds after which a client may ask again while its key is in use.
 const ASK_AGAIN_AFTER: u32 = 1;
-/// What a kept answer has beside status and body.
+/// The headers that are stored with an answer's status and body.
 const KEPT_HEADERS: [HeaderName; 4] = [
     header::CONTENT_TYPE,
     header::LOCATION,
@@ -50,17 +50,17 @@ const KEPT_HEADERS: [HeaderName; 4] = [
     header::RETRY_AFTER,
 ];
 
-/// The operations that look at the header, and whether they take a body.
+/// The operations that read the header, and whether they take a body.
 pub(super) type KeyedOperations = HashMap<(Method, String), bool>;
 
-/// What the layer works with.
+/// The state of the layer.
 #[derive(Clone, Debug)]
 pub(super) struct Keyed {
     pub state: AppState,
     pub operations: Arc<KeyedOperations>,
 }
 
-/// Lets requests without a key through as they are.
+/// Runs a request with a key once. A request without a key passes unchanged.
 pub(super) async fn once(
     State(keyed): State<Keyed>,
     path: MatchedPath,
@@ -115,7 +115,7 @@ async fn with_key(
     let caller: &Caller = Caller::of(request.extensions(), request.uri())?;
     let project_id = caller.project_id;
     let claimed = claim(&mut *state.pool.acquire().await?, project_id, &key).await?;
-    // Later than this, nobody waits for the answer any more.
+    // After this, nobody waits for the answer any more.
     let deadline = Instant::now() + state.settings.request_timeout;
     let (request, seen) = watched(request, takes_body, deadline);
     match claimed {
@@ -133,9 +133,9 @@ async fn with_key(
     }
 }
 
-// ---- What was asked ------------------------------------------------------------------------
+// ---- The request ---------------------------------------------------------------------------
 
-/// The digest of a request, as far as its body was read.
+/// The digest of a request, as far as its body has been read.
 struct Seen {
     digest: DigestBuilder,
     size: u64,
@@ -161,8 +161,8 @@ fn seen(watched: &Watched) -> std::sync::MutexGuard<'_, Seen> {
 #[error("the request's body did not come in the time the server gives a request")]
 struct BodyTooLate;
 
-/// The request with a body that is digested as it is read, until `deadline`. A body that the operation
-/// has no use for is no part of the request.
+/// Wraps a request so that its body is digested as it is read, until `deadline`. A body that the operation does not use
+/// is not part of the request.
 fn watched(request: Request, takes_body: bool, deadline: Instant) -> (Request, Watched) {
     let (parts, body) = request.into_parts();
     let mut digest = DigestBuilder::default();
@@ -194,9 +194,9 @@ fn watched(request: Request, takes_body: bool, deadline: Instant) -> (Request, W
     (request, watched)
 }
 
-// ---- What was answered ---------------------------------------------------------------------
+// ---- The answer ----------------------------------------------------------------------------
 
-/// The answer of `work`, with the claim renewed until it is there.
+/// Awaits the answer of `work`, and renews the claim until it is there.
 async fn renewed(pool: &PgPool, claim: &Claim, work: impl Future<Output = Response>) -> Response {
     tokio::select! {
         answer = work => answer,
@@ -222,8 +222,8 @@ async fn renew(pool: &PgPool, claim: &Claim) -> Infallible {
     }
 }
 
-/// Keeps a success, and gives the key back after anything else. The work is done by then: the client
-/// gets its answer whatever becomes of the copy.
+/// Stores a success, and releases the key after anything else. The work is done by then: the client gets its answer
+/// even if storing fails.
 async fn settle(
     pool: &PgPool,
     claim: &Claim,
@@ -241,7 +241,7 @@ async fn settle(
         }
         return Ok(Response::from_parts(parts, body));
     }
-    // JSON, all of it in memory already.
+    // The body is JSON, and already in memory.
     let body = body.collect().await.map_err(Problem::internal)?.to_bytes();
     let header = |name: &HeaderName| {
         let value = parts.headers.get(name)?.to_str().ok()?;
@@ -262,7 +262,7 @@ async fn settle(
     Ok(Response::from_parts(parts, Body::from(body)))
 }
 
-/// The kept answer, where this is the request that it was the answer to.
+/// Sends the stored answer again, if this is the same request as the first.
 async fn replay(kept: KeptAnswer, request: Request, watched: Watched) -> Result<Response, Problem> {
     if !seen(&watched).whole {
         let mut pieces = request.into_body().into_data_stream();
@@ -292,7 +292,7 @@ async fn replay(kept: KeptAnswer, request: Request, watched: Watched) -> Result<
 
 // ---- The document --------------------------------------------------------------------------
 
-/// Says of every POST that the layer looks at what it may answer, and collects them.
+/// Documents the layer's answers on every POST that it handles, and collects these operations.
 pub(super) fn document(document: &mut OpenApi, scopes: &RequiredScopes) -> KeyedOperations {
     let mut keyed = KeyedOperations::new();
     for (method, path, operation) in operations(document) {

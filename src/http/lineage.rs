@@ -1,4 +1,4 @@
-//! `/v1/prompts/{name}/versions/{ref}/lineage`: what a version was made of, or is part of.
+//! `/v1/prompts/{name}/versions/{ref}/lineage`: what a version was made of, or what was made with it.
 
 use axum::Json as JsonResponse;
 use axum::extract::State;
@@ -26,11 +26,11 @@ pub fn router() -> OpenApiRouter<AppState> {
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 struct LineageQuery {
-    /// `up` to what the version was made of, `down` to what was made with it; `up` by default.
+    /// `up` follows what the version was made of, `down` what was made with it; `up` by default.
     #[serde(default)]
     #[param(inline)]
     direction: Direction,
-    /// Follow at most this many edges one after another; 16 by default.
+    /// The most edges to follow one after another; 16 by default.
     #[serde(default = "default_depth")]
     #[param(minimum = 1, maximum = 64, default = 16)]
     depth: u32,
@@ -40,10 +40,10 @@ fn default_depth() -> u32 {
     DEFAULT_DEPTH
 }
 
-/// What a version was made of, and how much of each; or what was made with it
+/// Get what a version was made of, and how much of each; or what was made with it
 ///
-/// A graph of versions with the weight α on every edge: a composed prompt may be a source of others.
-/// `effective_weight` multiplies the weights along a path and sums over paths.
+/// The answer is a graph of versions with the weight α on every edge. A composed prompt may itself be a source of
+/// others. `effective_weight` multiplies the weights along a path and sums over paths.
 #[utoipa::path(
     get,
     path = "/prompts/{name}/versions/{ref}/lineage",

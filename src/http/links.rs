@@ -1,17 +1,17 @@
-//! OpenAPI links: which operations an answer leads to, and what of it they take. A client that was made
-//! from the document, and a fuzzer that keeps state, follow them.
+//! OpenAPI links: which operations can follow an answer, and which parameters they take from it. Clients generated from
+//! the document, and stateful fuzzers, follow them.
 
 use utoipa::openapi::link::LinkBuilder;
 use utoipa::openapi::{OpenApi, RefOr};
 
 use crate::http::openapi::operations;
 
-/// From the successes of some operations to others, by their ids. A new resource adds its own here;
-/// tests/it/links.rs checks that both ends exist and fit.
+/// Links from the successes of some operations to other operations, by id. A new resource adds its own here;
+/// `tests/it/links.rs` checks that both ends exist and fit.
 struct Links {
     from: &'static [&'static str],
     to: &'static [&'static str],
-    /// Parameters of the targets, and where they are in the answer.
+    /// Parameters of the target operations, and where their values are in the answer.
     with: &'static [(&'static str, &'static str)],
 }
 
@@ -78,7 +78,7 @@ const LINKS: &[Links] = &[
         to: &["get_version"],
         with: &[("name", "/prompt"), ("ref", "/alias")],
     },
-    // A source of the version asked for.
+    // Links a version to its sources.
     Links {
         from: &["get_lineage"],
         to: &["get_version"],
@@ -94,7 +94,7 @@ const LINKS: &[Links] = &[
         to: &["get_dataset", "upload_dataset"],
         with: &[("name", "/name")],
     },
-    // Not to revoke what is listed: the key that asks is among it.
+    // `revoke_api_key` is left out: one of the listed keys is the one that asks.
     Links {
         from: &["create_api_key"],
         to: &["get_api_key", "revoke_api_key"],
@@ -213,7 +213,7 @@ const LINKS: &[Links] = &[
     },
 ];
 
-/// Adds the links to the answers of status 2xx. A link is called as the operation it leads to.
+/// Adds the links to the answers of status 2xx. A link is named after the operation that it leads to.
 pub(super) fn document(document: &mut OpenApi) {
     for (_, _, operation) in operations(document) {
         let id = operation.operation_id.as_deref().unwrap_or_default();

@@ -1,5 +1,5 @@
-//! A request with mistakes: as much of it as can be read is looked at all the same, so that whoever asked is told of all
-//! mistakes at once, each with its place in the body.
+//! A request with mistakes. As much of it as can be read is still checked, so that the client learns of all mistakes at
+//! once, each with its place in the body.
 
 use axum::body::Bytes;
 use axum::http::StatusCode;
@@ -10,23 +10,23 @@ use crate::http::error::{FieldError, Problem};
 use promptweave_domain::json;
 use promptweave_domain::json::{LeftOut, Mistake, Reading};
 
-/// A body as far as it can be read, and its mistakes so far.
+/// A body as far as it can be read, and the mistakes found so far.
 #[derive(Default)]
 pub struct Draft<T> {
     pub body: T,
     pub mistakes: Mistakes,
 }
 
-/// The mistakes of one request.
+/// The mistakes found in one request.
 #[derive(Debug, Default)]
 pub struct Mistakes {
     bytes: Bytes,
     errors: Vec<FieldError>,
-    /// What was not read of the body, which is wrong already.
+    /// The parts of the body that were not read, because they are wrong.
     left_out: LeftOut,
 }
 
-/// Reads a body; one of which nothing can be made is refused.
+/// Reads a body, and refuses one that cannot be read at all.
 pub(super) fn read<T: DeserializeOwned>(bytes: Bytes) -> Result<Draft<T>, Problem> {
     let malformed = |error: &serde_json::Error| {
         let detail = format!("the body is not JSON: {error}");
@@ -54,7 +54,7 @@ pub(super) fn read<T: DeserializeOwned>(bytes: Bytes) -> Result<Draft<T>, Proble
         left_out,
     };
     match value {
-        // A field that is there twice can be read from a document, which has it once.
+        // A repeated field is an error of the body, but a parsed document has it only once and reads without one.
         Some(_) if mistakes.errors.is_empty() => {
             let detail = json::in_json_words(&wrong.to_string());
             Err(Problem::field("invalid_body", "", detail))
@@ -64,7 +64,7 @@ pub(super) fn read<T: DeserializeOwned>(bytes: Bytes) -> Result<Draft<T>, Proble
     }
 }
 
-/// The same of a document that was read before.
+/// Reads a document that was parsed before.
 pub fn read_value<T: DeserializeOwned>(document: &Value) -> Result<T, Problem> {
     let Reading {
         value, mistakes, ..
@@ -88,7 +88,7 @@ impl<T> Draft<T> {
 }
 
 impl Mistakes {
-    /// Notes what a check refuses of the request. Any other failure is none of the request's.
+    /// Records what a check refuses about the request. Any other failure is returned.
     pub fn note(&mut self, checked: Result<(), Problem>) -> Result<(), Problem> {
         let Err(problem) = checked else {
             return Ok(());
@@ -103,7 +103,7 @@ impl Mistakes {
         Ok(())
     }
 
-    /// What was made of the request, if there is no mistake in it.
+    /// Returns what was made of the request, if it has no mistake.
     pub fn finish<T>(mut self, made: Result<T, impl Into<Problem>>) -> Result<T, Problem> {
         let made = made.map_err(Into::into);
         let made = match made {
@@ -119,7 +119,8 @@ impl Mistakes {
         }
     }
 
-    /// Where in the body a part is that is named by its full form: of `"sources": ["dtd"]`, `/sources/0/prompt` is `/sources/0`.
+    /// Where in the body a part is, given its full form: in `"sources": ["dtd"]`, `/sources/0/prompt` is at
+    /// `/sources/0`.
     fn place(&self, document: &Value, pointer: &str) -> String {
         let pointer = self.left_out.original(pointer);
         let ends = pointer.match_indices('/').map(|(at, _)| at).skip(1);
@@ -163,7 +164,7 @@ mod tests {
             draft(r#"{"names": [1, "a", "b"], "priority": "high"}"#).unwrap();
         assert_eq!((body.names.len(), body.priority), (2, 0));
         let refused = |pointer: &str| Err(Problem::field("unknown_name", pointer, "is unknown"));
-        // What is wrong already is not wrong once more, and a short form is a place.
+        // A mistake inside a part that is wrong already is not reported again; a short form is a place too.
         for pointer in ["/names/1/name", "/names", "/priority"] {
             mistakes.note(refused(pointer)).unwrap();
         }

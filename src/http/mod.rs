@@ -1,5 +1,5 @@
-//! The API: one file per resource with its types, handlers and `router()`. Handlers extract, call
-//! and map; SQL is in [`crate::registry`], rules are in [`crate::domain`].
+//! The API: one file per resource with its types, handlers and `router()`. Handlers extract, call and map; SQL is in
+//! [`crate::registry`], rules are in [`promptweave_domain`].
 
 pub mod access;
 mod aliases;
@@ -69,10 +69,10 @@ use crate::remote::network::Network;
 use crate::remote::sources::Sources;
 use rate_limit::{Limiter, RateLimit};
 
-/// Bodies of JSON requests; uploads have [`HttpSettings::max_upload_bytes`].
+/// The limit of JSON bodies; uploads have [`HttpSettings::max_upload_bytes`].
 const MAX_JSON_BYTES: usize = 1 << 20;
 
-/// What handlers work with.
+/// The state that handlers share.
 #[derive(Clone, Debug)]
 pub struct AppState {
     pub pool: PgPool,
@@ -84,29 +84,29 @@ pub struct AppState {
 
 #[derive(Clone, Debug)]
 pub struct HttpSettings {
-    /// Largest uploaded file that is held in memory.
+    /// The largest uploaded file that is held in memory.
     pub max_upload_bytes: usize,
-    /// Largest uploaded dataset, packed or not.
+    /// The largest uploaded dataset, packed or not.
     pub max_dataset_bytes: u64,
-    /// A request that takes longer is answered 503. It bounds the registration of datasets too.
+    /// A request that takes longer is answered 503. This limits the registration of datasets too.
     pub request_timeout: Duration,
-    /// Most jobs that may wait in the queue; more are answered 429.
+    /// The most jobs that may wait in the queue; more are answered 429.
     pub max_queued: u32,
-    /// Longest that a request waits for a job's end; shorter than `request_timeout`.
+    /// The longest that a request waits for a job's end; shorter than `request_timeout`.
     pub max_wait: Duration,
-    /// Whether keys are asked for. Without, everyone may do everything in the default project.
+    /// Whether keys are required. Without them, everyone may do everything in the default project.
     pub authentication: bool,
-    /// How often each client may ask; None: as often as they like.
+    /// How often each client may ask; None sets no limit.
     pub rate_limit: Option<RateLimit>,
-    /// Where datasets may be registered from.
+    /// The directories that datasets may be registered from.
     pub dataset_roots: AllowedRoots,
-    /// Where backbones may be registered from.
+    /// The directories that backbones may be registered from.
     pub backbone_roots: AllowedRoots,
-    /// Where else they may be fetched from; None: nowhere.
+    /// The URIs that both may be fetched from; None allows none.
     pub sources: Option<Sources>,
-    /// Where webhooks may lead.
+    /// The addresses that webhooks may be sent to.
     pub network: Network,
-    /// Packs are made here before they go to the blob store; must have room for a dataset.
+    /// The directory in which packs are made before they go to the blob store; it must have room for a dataset.
     pub scratch_dir: PathBuf,
 }
 
@@ -180,15 +180,15 @@ fn panicked(payload: Box<dyn Any + Send>) -> Response {
     error::Problem::internal(Panicked(text.unwrap_or_default())).into_response()
 }
 
-/// The directory a client named, under one of the operator's roots.
+/// The directory that a client named, under one of the operator's roots.
 fn directory(roots: &AllowedRoots, name: &str) -> Result<PathBuf, error::Problem> {
     roots.find(name).map_err(|unknown| {
         error::Problem::field("unknown_directory", "/directory", unknown.to_string())
     })
 }
 
-/// An error and its causes about a registered directory, with the client's name for it in place of
-/// the server's path.
+/// An error about a registered directory with its causes, where the client's name for the directory replaces the
+/// server's path.
 fn chain_for_client(error: &(dyn Error + 'static), dir: &Path, name: &str) -> String {
     chain(error).replace(&dir.display().to_string(), name)
 }
@@ -212,7 +212,7 @@ mod tests {
     #[tokio::test]
     async fn a_panic_is_a_problem_that_tells_nothing() {
         let dir = tempfile::tempdir().unwrap();
-        // Never connected to.
+        // The tests never connect to it.
         let pool = db::pool(
             "postgres://127.0.0.1:1".parse().unwrap(),
             &Default::default(),

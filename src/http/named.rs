@@ -1,4 +1,4 @@
-//! How requests name what they work on: a string alone where the name is all there is to say, or an object.
+//! How requests name what they work on: a string if the name is all there is to say, or an object.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -14,7 +14,7 @@ use promptweave_domain::composition::TargetSamples;
 use promptweave_domain::reference::Reference;
 use promptweave_domain::split::Split;
 
-/// Whose images are learned from.
+/// The dataset whose images are learned from.
 #[derive(Debug)]
 pub struct Target(TargetObject);
 
@@ -33,15 +33,15 @@ struct TargetObject {
     #[serde(default = "default_split")]
     #[schema(default = "train")]
     split: Split,
-    /// Labelled images the result is tried on; nothing is learned from them.
+    /// Labelled images that the result is evaluated on; nothing is learned from them.
     eval_split: Option<Split>,
-    /// At most this many images, a seeded stratified choice; no fewer than classes.
+    /// The most images to use: a seeded, stratified choice. It must be at least the number of classes.
     #[serde(default = "default_max_samples")]
     #[schema(minimum = 2, maximum = 1_000_000, default = 2000)]
     max_samples: usize,
     #[serde(default)]
     seed: u64,
-    /// Leave unreadable images out, and count them, instead of failing.
+    /// Leave out unreadable images and count them, instead of failing.
     #[serde(default)]
     skip_unreadable: bool,
 }
@@ -97,7 +97,7 @@ impl From<Reference> for SourceObject {
 
 // ---- Both forms --------------------------------------------------------------------------------
 
-/// Reads either form. An object's fields are read where they are, so that their mistakes have their place.
+/// Reads either form. An object's fields are read in place, so that a mistake in one has its own pointer.
 struct Either<T>(PhantomData<T>);
 
 impl<'de, T: Deserialize<'de> + From<Reference>> Visitor<'de> for Either<T> {

@@ -1,4 +1,4 @@
-//! Routes and their document, from one list.
+//! Routes and their document, built from one list.
 
 use axum::http::Method;
 use utoipa::OpenApi as _;
@@ -45,14 +45,14 @@ use promptweave_domain::reference::{ResourceName, VersionSelector};
 )]
 struct Document;
 
-/// Every route with its documentation, and what the layers around them read from it.
+/// Every route with its documentation, and what the surrounding layers read from it.
 pub(super) struct Routes {
     pub routes: OpenApiRouter<AppState>,
     pub scopes: RequiredScopes,
     pub keyed: KeyedOperations,
 }
 
-/// A new resource is added here and as a tag above.
+/// Builds all routes. A new resource is added here, and as a tag above.
 pub(super) fn routes(settings: &HttpSettings) -> Routes {
     let v1 = OpenApiRouter::new()
         .merge(prompts::router())
@@ -115,7 +115,7 @@ pub(super) fn operations(
     })
 }
 
-/// Gives parameters that are called the same everywhere the same rule.
+/// Gives parameters that have the same name everywhere the same schema.
 fn document_names(document: &mut OpenApi) {
     for (_, _, operation) in operations(document) {
         for parameter in operation.parameters.iter_mut().flatten() {
@@ -134,8 +134,8 @@ fn document_names(document: &mut OpenApi) {
     }
 }
 
-/// Says of every operation what it may answer because of what it takes. There is no `default`: a
-/// status that nobody named is a fault of the document, which `make fuzz-api` finds.
+/// Documents on every operation the answers that follow from its inputs. There is no `default`: a status that is not
+/// listed is a mistake in the document, which `make fuzz-api` finds.
 fn document_implied(document: &mut OpenApi) {
     for (_, _, operation) in operations(document) {
         let mut implied = vec![
@@ -166,7 +166,7 @@ fn document_implied(document: &mut OpenApi) {
     }
 }
 
-/// Adds to what an operation refuses with a status.
+/// Adds a reason to the description of a refusal's status.
 pub(super) fn add_refusal(operation: &mut Operation, status: &str, refusal: &str) {
     let response = operation
         .responses
@@ -181,7 +181,7 @@ pub(super) fn add_refusal(operation: &mut Operation, status: &str, refusal: &str
     }
 }
 
-/// Says of every operation that its errors are problem documents.
+/// Documents on every operation that its errors are problem documents.
 fn document_problems(document: &mut OpenApi) {
     const PROBLEM: &str = "application/problem+json";
     let content = ContentBuilder::new()

@@ -1,4 +1,4 @@
-//! Lists, a page at a time (AIP-158).
+//! Lists, one page at a time (AIP-158).
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -14,23 +14,23 @@ const MAX_SIZE: u32 = 200;
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub struct PageQuery {
-    /// At most this many items; 50 by default.
+    /// The most items in the answer; 50 by default.
     #[param(minimum = 1, maximum = 200)]
     page_size: Option<u32>,
-    /// `next_page_token` of the page before.
+    /// `next_page_token` of the previous page.
     page_token: Option<String>,
 }
 
 #[derive(Clone, Debug, Serialize, ToSchema)]
 pub struct Page<T> {
     pub items: Vec<T>,
-    /// For the next request; absent on the last page.
+    /// Token of the next page; absent on the last one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub next_page_token: Option<String>,
 }
 
 impl PageQuery {
-    /// For lists whose query has more than these two.
+    /// A page request, for lists whose query has more than these two parameters.
     pub fn new(page_size: Option<u32>, page_token: Option<String>) -> Self {
         Self {
             page_size,
@@ -49,12 +49,12 @@ impl PageQuery {
         }
     }
 
-    /// How many rows to ask for: one more than fits, to know whether there is another page.
+    /// How many rows to select: one more than the page holds, which tells whether there is another page.
     pub fn limit(&self) -> Result<i64, Problem> {
         Ok(self.size()? as i64 + 1)
     }
 
-    /// The key of the last item of the page before.
+    /// The key of the last item of the previous page.
     pub fn after<K: std::str::FromStr>(&self) -> Result<Option<K>, Problem> {
         let Some(token) = &self.page_token else {
             return Ok(None);
@@ -73,7 +73,7 @@ impl PageQuery {
         })
     }
 
-    /// Makes the page of the rows that were found; `key` is what [`Self::after`] will read.
+    /// Makes the page from the selected rows; `key` gives what [`Self::after`] will read.
     pub fn page<T>(
         &self,
         mut rows: Vec<T>,

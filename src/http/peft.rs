@@ -1,4 +1,4 @@
-//! PEFT's prompt-tuning adapters in and out: `/v1/prompts/import-peft` and `…/{ref}/peft`.
+//! Import and export of PEFT prompt-tuning adapters: `/v1/prompts/import-peft` and `…/{ref}/peft`.
 
 use axum::extract::{DefaultBodyLimit, State};
 use axum::http::{HeaderMap, header};
@@ -43,18 +43,18 @@ pub fn router(settings: &HttpSettings) -> OpenApiRouter<AppState> {
 #[expect(dead_code, reason = "it exists for the API document alone")]
 struct TarBytes(Vec<u8>);
 
-/// What the adapter does not say: the prompt it becomes a version of, and what it was made for.
+/// What the adapter does not record: the prompt that it becomes a version of, and what it was trained for.
 #[derive(Debug, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 struct ImportQuery {
-    /// The prompt to publish under; made where there is none.
+    /// The prompt to publish under; it is created if it does not exist.
     #[param(value_type = String, pattern = "^[a-z0-9][a-z0-9._-]{0,127}$", example = "dtd")]
     name: ResourceName,
-    /// Digest of the backbone it was trained for, as `GET /v1/backbones` gives it.
+    /// Digest of the backbone that the adapter was trained for, as `GET /v1/backbones` gives it.
     #[param(value_type = Option<String>, example = "sha256:…")]
     backbone_digest: Option<Digest>,
-    /// Likewise, e.g. `98-bicubic-imagenet`.
+    /// Id of the preprocessing that it was trained with, e.g. `98-bicubic-imagenet`.
     preprocessing_id: Option<String>,
     /// Seed of the initial prompt.
     init_seed: Option<u64>,
@@ -64,9 +64,9 @@ struct ImportQuery {
 
 /// Publish a version from a PEFT prompt-tuning adapter: the body is a tar of its folder
 ///
-/// `tar -c -C DIR .` of what `save_pretrained` left. `adapter_model.safetensors` becomes the version
-/// as it is, so that its sha256 is the version's digest; `adapter_config.json` goes into `training`.
-/// Folders in the archive do not matter, other files are left aside, and nothing is unpacked.
+/// Make the tar with `tar -c -C DIR .` in the folder that `save_pretrained` wrote. `adapter_model.safetensors` becomes
+/// the version unchanged, so its sha256 is the version's digest; `adapter_config.json` is kept in `training`. Folders
+/// in the archive do not matter, other files are ignored, and nothing is unpacked.
 #[utoipa::path(
     post,
     path = "/prompts/import-peft",
@@ -155,11 +155,11 @@ fn refuse_adapter(error: PeftError) -> Problem {
     }
 }
 
-/// A version as a PEFT prompt-tuning adapter, in a tar that unpacks to its folder
+/// Download a version as a PEFT prompt-tuning adapter, in a tar that unpacks to its folder
 ///
-/// `adapter_model.safetensors` has the numbers of `prompt_embeddings` bit by bit. What was imported
-/// has its `adapter_config.json` again; of any other prompt it says the sizes, and of the base model
-/// nothing: set `base_model_name_or_path` and `task_type` where PEFT is to find them by itself.
+/// `adapter_model.safetensors` has the numbers of `prompt_embeddings`, bit by bit. An imported adapter gets its
+/// `adapter_config.json` back. For any other prompt, that file has the sizes but not the base model: set
+/// `base_model_name_or_path` and `task_type` if PEFT should find the model by itself.
 #[utoipa::path(
     get,
     path = "/prompts/{name}/versions/{ref}/peft",
@@ -193,7 +193,7 @@ async fn export_peft(
     });
     drop(conn);
     let name = format!("{}-{}-peft.tar", version.prompt, version.version);
-    // What is stored was checked when it came.
+    // Stored files were checked when they were uploaded.
     let (bytes, file) = prompt_files::read(bytes).await?;
     let packing = tokio::task::spawn_blocking(move || {
         let adapter = peft::export(&bytes, &file, version.training.as_ref(), layers)?;

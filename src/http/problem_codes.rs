@@ -1,9 +1,11 @@
-//! Every `code` that a problem document may have. `tests/it/codes.rs` finds those in use, and holds them against this list.
+//! Every `code` that a problem document may have. `tests/it/codes.rs` collects the codes in use and compares them with
+//! this list.
 
 use utoipa::openapi::{ObjectBuilder, RefOr, Schema, Type};
 use utoipa::{PartialSchema, ToSchema};
 
-/// Sorted. Those that begin with `ensemble_`, `tuning_` and `ranking_` are made by [`crate::http::jobs::code`].
+/// The codes, sorted. Those that begin with `ensemble_`, `tuning_` and `ranking_` are made by
+/// [`crate::http::jobs::code`].
 pub const PROBLEM_CODES: &[&str] = &[
     "address_not_public",
     "alias_not_found",
@@ -142,7 +144,7 @@ pub const PROBLEM_CODES: &[&str] = &[
     "wrong_shape",
 ];
 
-/// What a program branches on; stable.
+/// The stable code that programs branch on.
 pub(super) struct ProblemCode;
 
 impl PartialSchema for ProblemCode {

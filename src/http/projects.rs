@@ -1,8 +1,8 @@
-//! `/v1/projects`: each has its own prompts, backbones, datasets, jobs and keys.
+//! `/v1/projects`: each project has its own prompts, backbones, datasets, jobs and keys.
 //!
-//! Keys of the project `default`, which there always is, are the operator's: with the scope `admin`
-//! they make projects and see which there are. What is inside another project they do not see; the
-//! key that comes with a new one is for those who work there.
+//! The project `default` always exists, and its keys are the operator's: with the scope `admin` they create and list
+//! projects. They do not see inside other projects; the key that comes with a new project is for the people who work
+//! there.
 
 use axum::Json as JsonResponse;
 use axum::extract::State;
@@ -40,7 +40,7 @@ struct CreateProject {
     name: ResourceName,
 }
 
-/// A project and the key to it.
+/// A project and its first key.
 #[derive(Serialize, ToSchema)]
 struct NewProject {
     #[serde(flatten)]
@@ -49,12 +49,12 @@ struct NewProject {
     api_key: NewApiKey,
 }
 
-/// The only project that `caller` sees; None: all of them.
+/// The only project that `caller` sees; None means all.
 fn only(caller: &Caller) -> Option<Uuid> {
     Some(caller.project_id).filter(|id| *id != DEFAULT_PROJECT)
 }
 
-/// Make a project and its first key, which is shown this once
+/// Create a project and its first key, which is shown only this once
 #[utoipa::path(
     post,
     path = "/projects",
@@ -95,7 +95,7 @@ async fn create_project(
     Ok((StatusCode::CREATED, headers, JsonResponse(made)))
 }
 
-/// List projects by name: with a key of `default` all of them, else the key's own
+/// List projects by name: all of them for a key of `default`, else the key's own
 #[utoipa::path(
     get,
     path = "/projects",
@@ -117,7 +117,7 @@ async fn list_projects(
     ))
 }
 
-/// A project by name; another than the key's own is seen with a key of `default` alone
+/// Get a project by name; only a key of `default` sees other projects than its own
 #[utoipa::path(
     get,
     path = "/projects/{name}",

@@ -1,4 +1,4 @@
-//! Changing what is written about a prompt, deleting it, restoring it.
+//! Changing a prompt's description, tags, metadata and card; deleting and restoring a prompt.
 
 use std::collections::BTreeMap;
 
@@ -27,7 +27,7 @@ pub fn router() -> OpenApiRouter<AppState> {
         .routes(routes!(restore_prompt))
 }
 
-/// A merge patch (RFC 7396): what is left out stays, null removes, tags and metadata are merged.
+/// A merge patch (RFC 7396): a field that is left out stays, null removes it, tags and metadata are merged.
 #[derive(ToSchema)]
 #[expect(dead_code, reason = "it exists for the API document alone")]
 struct ChangePrompt {
@@ -41,7 +41,7 @@ struct ChangePrompt {
     card: Option<String>,
 }
 
-/// Change what is written about a prompt: its description, tags, metadata, model card
+/// Change a prompt's description, tags, metadata or model card
 #[utoipa::path(
     patch,
     path = "/prompts/{name}",
@@ -94,8 +94,8 @@ fn patched(
 
 /// Delete a prompt that nothing refers to
 ///
-/// It is hidden, and its name is not given again; `restore` brings it back. What refers to it: a protected
-/// alias, a prompt that was composed of it, an ensemble that has not ended.
+/// The prompt is hidden, and its name stays taken; `restore` brings it back. These refer to a prompt: a protected
+/// alias, a prompt that was composed or tuned from it, a job that has not ended.
 #[utoipa::path(
     delete,
     path = "/prompts/{name}",
@@ -127,7 +127,7 @@ async fn delete_prompt(
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// Bring a deleted prompt back, with its versions and aliases
+/// Restore a deleted prompt, with its versions and aliases
 #[utoipa::path(
     post,
     path = "/prompts/{name}/restore",

@@ -21,10 +21,10 @@ pub fn router() -> OpenApiRouter<AppState> {
     OpenApiRouter::new().routes(routes!(get_content))
 }
 
-/// The file of a version, whole or a range of its bytes
+/// Download the file of a version, whole or a range of its bytes
 ///
-/// `HEAD` answers the headers alone. `Content-Digest` is of the bytes in the answer, `Repr-Digest` of
-/// the whole file; the ETag is the file's digest.
+/// `HEAD` answers with the headers alone. `Content-Digest` covers the bytes in the answer, `Repr-Digest` the whole
+/// file; the ETag is the file's digest.
 #[utoipa::path(
     get,
     path = "/prompts/{name}/versions/{ref}/content",

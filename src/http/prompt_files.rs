@@ -1,4 +1,4 @@
-//! Prompt files as they come in: what the request adds to them, and what is refused.
+//! Uploaded prompt files: the metadata that the request adds, and the checks that refuse a file.
 
 use std::error::Error;
 
@@ -18,16 +18,16 @@ use crate::registry::prompt_versions::PromptVersion;
 use promptweave_domain::digest::Digest;
 use promptweave_domain::prompt_file::{PromptFile, PromptFileError, PromptMetadata};
 
-/// What a file without promptweave's own metadata (PEFT, VPT) does not say. A field that the file
-/// does have must agree.
+/// What a file without promptweave's own metadata (PEFT, VPT) does not record. A field that the file does record must
+/// agree.
 #[derive(Clone, Debug, Default, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(super) struct MissingMetadata {
-    /// Digest of the backbone it was trained for, as `GET /v1/backbones` gives it.
+    /// Digest of the backbone that the prompt was trained for, as `GET /v1/backbones` gives it.
     #[param(value_type = Option<String>, example = "sha256:…")]
     pub backbone_digest: Option<Digest>,
-    /// Likewise, e.g. `98-bicubic-imagenet`.
+    /// Id of the preprocessing that it was trained with, e.g. `98-bicubic-imagenet`.
     pub preprocessing_id: Option<String>,
     /// Seed of the initial prompt.
     pub init_seed: Option<u64>,
@@ -71,7 +71,7 @@ fn agree<T: PartialEq + std::fmt::Display>(
     }
 }
 
-/// Reads and checks a prompt file, off the runtime's threads; `bytes` come back with it.
+/// Reads and checks a prompt file, off the runtime's threads, and returns `bytes` with it.
 pub(super) async fn read<B: AsRef<[u8]> + Send + 'static>(
     bytes: B,
 ) -> Result<(B, PromptFile), Problem> {
@@ -102,8 +102,8 @@ fn refuse(error: PromptFileError) -> Problem {
     }
 }
 
-/// An error about a client's file with the reader's own words (which byte, which key), which are the
-/// client's to see. The first cause alone: safetensors says its own cause in its text already.
+/// The text of an error about a client's file, with the reader's own words (which byte, which key): the client may see
+/// them. Only the first cause is added, because safetensors repeats its own cause in its text.
 pub(super) fn with_cause(error: &dyn Error) -> String {
     match error.source() {
         Some(source) => format!("{error}: {source}"),
@@ -111,7 +111,7 @@ pub(super) fn with_cause(error: &dyn Error) -> String {
     }
 }
 
-/// The answer to a publication: 201, or 200 where these bytes were a version already.
+/// The answer to a publication: 201, or 200 if these bytes were already a version.
 pub(super) fn published(version: PromptVersion, created: bool) -> impl IntoResponse {
     let etag = format!("\"{}\"", version.digest);
     let version = PublishedVersion::from(version);
@@ -127,7 +127,7 @@ pub(super) fn published(version: PromptVersion, created: bool) -> impl IntoRespo
     (status, headers, JsonResponse(version))
 }
 
-/// 415: a file that is recognised by its first bytes and not parsed.
+/// 415: the file's first bytes show a format that is recognised but not parsed.
 pub(super) fn unsupported_format(detail: String) -> Problem {
     Problem::new(
         StatusCode::UNSUPPORTED_MEDIA_TYPE,
@@ -136,8 +136,8 @@ pub(super) fn unsupported_format(detail: String) -> Problem {
     )
 }
 
-/// A prompt must fit its backbone, where that one is registered: its width, its blocks, and the
-/// preprocessing of one of those that have these weights.
+/// Checks that a prompt fits its backbone, if that one is registered: its width, its blocks, and the preprocessing of
+/// one of the backbones with these weights.
 pub(super) async fn check_backbone(
     conn: &mut PgConnection,
     project_id: Uuid,

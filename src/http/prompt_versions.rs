@@ -38,7 +38,7 @@ pub fn router(settings: &HttpSettings) -> OpenApiRouter<AppState> {
         .merge(upload)
 }
 
-/// A version, and where to find what belongs to it.
+/// A version, and the URLs of what belongs to it.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct PublishedVersion {
     #[serde(flatten)]
@@ -50,11 +50,11 @@ pub(super) struct PublishedVersion {
 struct VersionUrls {
     #[serde(rename = "self")]
     this: String,
-    /// The file.
+    /// The URL of the file.
     content: String,
-    /// What it was made of, where it was composed, and with `?direction=down` what was made with it.
+    /// What the version was made of, if it was composed; with `?direction=down`, what was made with it.
     lineage: String,
-    /// As a PEFT adapter, where it is not deep.
+    /// The version as a PEFT adapter, unless it is deep.
     peft: String,
 }
 
@@ -90,10 +90,9 @@ pub(super) struct PromptFileBytes(Vec<u8>);
 
 /// Publish a version: the body is a prompt file
 ///
-/// The file is safetensors with `prompt_embeddings` [m, d] in f32, f16 or bf16, and optionally
-/// `deep_prompt_embeddings` [L-1, m, d], `head.weight` [K, d] with `head.bias` [K], and
-/// `sketch.features` [n, d] with `sketch.labels` [n]. The same bytes once more answer 200 with the
-/// version that exists.
+/// The file is safetensors with `prompt_embeddings` [m, d] in f32, f16 or bf16. It may also have
+/// `deep_prompt_embeddings` [L-1, m, d], `head.weight` [K, d] with `head.bias` [K], and `sketch.features` [n, d] with
+/// `sketch.labels` [n]. Uploading the same bytes again answers 200 with the existing version.
 #[utoipa::path(
     post,
     path = "/prompts/{name}/versions",
@@ -160,7 +159,7 @@ async fn publish_version(
     Ok(prompt_files::published(version, created))
 }
 
-/// List a prompt's versions, newest first, deprecated ones included
+/// List a prompt's versions, newest first, with deprecated ones
 #[utoipa::path(
     get,
     path = "/prompts/{name}/versions",
@@ -192,7 +191,7 @@ async fn list_versions(
 
 // ---- One version ---------------------------------------------------------------------------
 
-/// The two parameters of every path below.
+/// The parameters of every path below.
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Path)]
 pub(super) struct VersionPath {
@@ -205,7 +204,7 @@ pub(super) struct VersionPath {
 }
 
 impl VersionPath {
-    /// Whether it means the same bytes for ever.
+    /// Whether the selector always means the same bytes.
     pub(super) fn is_immutable(&self) -> bool {
         use VersionSelector::{Digest, Number};
         matches!(self.selector.parse(), Ok(Number(_) | Digest(_)))
@@ -236,7 +235,7 @@ impl VersionPath {
     }
 }
 
-/// A version by number, alias or digest
+/// Get a version by number, alias or digest
 #[utoipa::path(
     get,
     path = "/prompts/{name}/versions/{ref}",
@@ -258,7 +257,7 @@ async fn get_version(
     Ok(JsonResponse(version.into()))
 }
 
-/// Hide a version from its bare name; it stays readable by number, alias and digest
+/// Deprecate a version: a bare name no longer means it, but it stays readable by number, alias and digest
 #[utoipa::path(
     post,
     path = "/prompts/{name}/versions/{ref}/deprecate",
@@ -278,7 +277,7 @@ async fn deprecate_version(
     set_deprecated(&state, &caller, path, true).await
 }
 
-/// Let a bare name mean a deprecated version again, if it is the newest
+/// Undo a deprecation: a bare name means the version again if it is the newest
 #[utoipa::path(
     post,
     path = "/prompts/{name}/versions/{ref}/undeprecate",

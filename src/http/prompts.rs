@@ -1,4 +1,4 @@
-//! `/v1/prompts`: the names that prompt versions are published under, and finding them.
+//! `/v1/prompts`: the names that prompt versions are published under, and searching them.
 
 use std::collections::BTreeMap;
 
@@ -43,7 +43,7 @@ struct CreatePrompt {
     description: String,
     #[serde(default)]
     tags: BTreeMap<String, String>,
-    /// Free JSON, at most 16 KiB.
+    /// Any JSON object of at most 16 KiB.
     #[serde(default)]
     #[schema(value_type = Object)]
     metadata: Map<String, Value>,
@@ -53,12 +53,12 @@ struct CreatePrompt {
     card: String,
 }
 
-/// A prompt, with what lists leave out.
+/// A prompt with the fields that lists leave out.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct DescribedPrompt {
     #[serde(flatten)]
     prompt: Prompt,
-    /// Free JSON.
+    /// Any JSON object.
     #[schema(value_type = Object)]
     metadata: Map<String, Value>,
     /// The model card, in Markdown.
@@ -128,26 +128,26 @@ async fn create_prompt(
     Ok((location, created.into_response(StatusCode::CREATED)).into_response())
 }
 
-/// What prompts a list shows: those that all of it is true of.
+/// Filters of the list; a prompt is listed if it passes all of them.
 #[derive(Debug, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 struct ListPrompts {
-    /// `key`, or `key=value`; several times, all of them.
+    /// A tag as `key` or `key=value`. May be given several times; a prompt must have all of them.
     #[serde(default)]
     #[param(required = false, example = json!(["domain=texture"]))]
     tag: Vec<String>,
-    /// Name or digest of a backbone that a version is for.
+    /// Name or digest of a backbone that one of the versions is for.
     backbone: Option<String>,
-    /// A task that a version was tuned on; 512 characters count.
+    /// A task that one of the versions was tuned on; only the first 512 characters count.
     task: Option<String>,
-    /// An alias that points to a version.
+    /// An alias that points to one of the versions.
     #[param(value_type = Option<String>)]
     alias: Option<AliasName>,
-    /// At most this many items; 50 by default.
+    /// The most items in the answer; 50 by default.
     #[param(minimum = 1, maximum = 200)]
     page_size: Option<u32>,
-    /// `next_page_token` of the page before.
+    /// `next_page_token` of the previous page.
     page_token: Option<String>,
 }
 
@@ -169,7 +169,7 @@ impl ListPrompts {
     }
 }
 
-/// Of a backbone by name or digest; prompts may be for one that is not registered.
+/// The digest of a backbone, given its name or digest. Prompts may be for a backbone that is not registered.
 async fn digest_of(
     conn: &mut PgConnection,
     project_id: Uuid,
@@ -191,7 +191,7 @@ async fn digest_of(
     })
 }
 
-/// List prompts by name: all, or those with a tag, an alias, a backbone, a task
+/// List prompts by name: all, or those with a given tag, alias, backbone or task
 #[utoipa::path(
     get,
     path = "/prompts",
@@ -219,7 +219,7 @@ async fn list_prompts(
     ))
 }
 
-/// A prompt by name, with its metadata and its model card
+/// Get a prompt by name, with its metadata and model card
 #[utoipa::path(
     get,
     path = "/prompts/{name}",
@@ -251,7 +251,7 @@ async fn get_prompt(
     Ok(DescribedPrompt::new(prompt, description).into_response(StatusCode::OK))
 }
 
-/// [`existing`], held until the transaction ends.
+/// [`existing`], with the row locked until the transaction ends.
 pub(super) async fn locked(
     conn: &mut PgConnection,
     project_id: Uuid,

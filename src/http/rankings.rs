@@ -42,12 +42,12 @@ pub fn router() -> OpenApiRouter<AppState> {
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct CreateRanking {
-    /// Without an `eval_split`.
+    /// The target, which must have no `eval_split`.
     target: Target,
-    /// The prompts to score, each once; all of one shape and made for one backbone.
+    /// The prompts to score, each named once. All must have the same shape and be made for the same backbone.
     #[schema(min_items = 1, max_items = 64)]
     sources: Vec<Source>,
-    /// May be left out where only one registered backbone fits the sources.
+    /// The backbone. It may be left out if only one registered backbone fits the sources.
     #[schema(value_type = Option<String>, example = "vit-s14")]
     backbone: Option<ResourceName>,
     #[serde(default)]
@@ -56,7 +56,7 @@ struct CreateRanking {
     #[serde(default = "default_priority")]
     #[schema(minimum = 0, maximum = 1000, default = 100)]
     priority: i32,
-    /// Rank also where a ranking of the same `spec_digest` is under way or has a result.
+    /// Rank even if a ranking with the same `spec_digest` waits, runs or has succeeded.
     #[serde(default)]
     force: bool,
 }
@@ -65,7 +65,7 @@ struct CreateRanking {
 pub struct RankingJob {
     #[serde(flatten)]
     job: JobStatus,
-    /// What is ranked, with every reference resolved when it was posted.
+    /// The specification, with every reference resolved when it was posted.
     spec: RankingSpec,
     urls: JobUrls,
 }
@@ -86,9 +86,10 @@ impl From<Job<RankingSpec>> for RankingJob {
 
 /// Score prompts for a target by every transferability metric
 ///
-/// H-score (plain, adjusted and cross-validated), LogME, LEEP, NCE, OTCE, and the similarities of SPoT and PANDA to a prompt that is tuned on
-/// the target for a few epochs: one table, higher is better. Nothing is weighed, composed or published. Where a ranking of
-/// the same `spec_digest` waits, runs or has succeeded, the answer is that one, unless `force` is set.
+/// The result is one table, where higher is better. Its metrics are H-score (plain, adjusted and cross-validated),
+/// LogME, LEEP, NCE, OTCE, and the similarities of SPoT and PANDA to a prompt that is tuned on the target for a few
+/// epochs. Nothing is weighed, composed or published. If a ranking with the same `spec_digest` waits, runs or has
+/// succeeded, the answer is that ranking, unless `force` is set.
 #[utoipa::path(
     post,
     path = "/rankings",
@@ -152,9 +153,9 @@ async fn list_rankings(
     jobs::list::<RankingSpec>(&state, &caller, &query).await
 }
 
-/// A ranking's state and progress
+/// Get a ranking's state and progress
 ///
-/// `Retry-After` is there as long as another look makes sense; with `wait` that look takes no polling.
+/// `Retry-After` is sent until the ranking is over: poll again after so many seconds, or use `wait` instead of polling.
 #[utoipa::path(
     get,
     path = "/rankings/{id}",
@@ -175,7 +176,7 @@ async fn get_ranking(
     jobs::get::<RankingSpec>(&state, &caller, id, wait).await
 }
 
-/// The table: a row a source, in the order of the request
+/// Get the table: one row per source, in the order of the request
 #[utoipa::path(
     get,
     path = "/rankings/{id}/result",
@@ -196,9 +197,9 @@ async fn get_ranking_result(
     jobs::result::<RankingSpec>(&state, &caller, id).await
 }
 
-/// What happened to a ranking, in order
+/// List a ranking's events, in order
 ///
-/// As of ensembles, as a page or as server-sent events.
+/// The answer is a page or a stream of server-sent events, as for ensembles.
 #[utoipa::path(
     get,
     path = "/rankings/{id}/events",
@@ -229,7 +230,7 @@ async fn list_ranking_events(
 
 /// Cancel a ranking
 ///
-/// One that waits is cancelled at once; one that runs stops at its next step.
+/// A waiting ranking is cancelled immediately; a running one stops at its next step.
 #[utoipa::path(
     post,
     path = "/rankings/{id}/cancel",
@@ -251,9 +252,9 @@ async fn cancel_ranking(
     jobs::actions::cancel::<RankingSpec>(&state, &caller, id).await
 }
 
-/// Try a ranking again
+/// Retry a ranking
 ///
-/// One that failed or was cancelled goes back into the queue as it was posted.
+/// A failed or cancelled ranking is queued again as it was posted.
 #[utoipa::path(
     post,
     path = "/rankings/{id}/retry",

@@ -1,8 +1,8 @@
-//! How often a client may ask: so many requests a second and so many at once, by API key; by address
-//! where there is no key, or one that opens nothing.
+//! Rate limits: how many requests per second, and how many at once, a client may make. Clients are told apart by API
+//! key, or by address if there is no valid key.
 //!
-//! The counters are this process's own, and bounded: one for each key that exists, and [`ADDRESSES`]
-//! for all the addresses there are. Headers after draft-ietf-httpapi-ratelimit-headers-10.
+//! The counters belong to this process, and their number is bounded: one per existing key, and [`ADDRESSES`] for all
+//! addresses. The headers follow draft-ietf-httpapi-ratelimit-headers-10.
 
 use std::hash::{BuildHasher, RandomState};
 use std::net::{IpAddr, SocketAddr};
@@ -23,31 +23,32 @@ use crate::http::error::Problem;
 const LIMIT: HeaderName = HeaderName::from_static("ratelimit");
 const POLICY: HeaderName = HeaderName::from_static("ratelimit-policy");
 
-/// Addresses with the same hash share a counter, so that no number of them fills the memory.
+/// The number of counters for addresses. Addresses with the same hash share one, so that no number of them fills the
+/// memory.
 const ADDRESSES: u64 = 1 << 16;
 
 /// What the operator allows each client.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct RateLimit {
-    /// Requests a second in the long run, above 0.
+    /// Requests per second in the long run; above 0.
     pub per_second: f64,
-    /// Requests at once after a pause.
+    /// Requests that a client may make at once after a pause.
     pub burst: NonZeroU32,
 }
 
 impl RateLimit {
-    /// From one request to the next.
+    /// The time between two requests in the long run.
     fn period(self) -> Duration {
         Duration::from_secs_f64(self.per_second.recip()).max(Duration::from_nanos(1))
     }
 
-    /// Until so many requests are there again.
+    /// The time until so many requests are available again, in seconds.
     fn restored(self, requests: u32) -> u64 {
         (self.period() * requests).as_secs_f64().ceil() as u64
     }
 }
 
-/// Whose requests are counted together.
+/// The clients that share a counter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Client {
     Key(Uuid),
@@ -62,7 +63,7 @@ type Counters =
 pub(super) struct Limiter {
     limit: RateLimit,
     counters: Counters,
-    /// Keyed at random: nobody can choose whose counter to empty.
+    /// The hash has a random key, so that nobody can choose whose counter to exhaust.
     hasher: RandomState,
 }
 
@@ -104,8 +105,8 @@ impl Limiter {
         }
     }
 
-    /// The client at the other end of the connection. Who speaks for others (`x-forwarded-for`) is not
-    /// asked: behind a proxy, clients without keys are one. An IPv6 client is its /64.
+    /// The client at the other end of the connection. `x-forwarded-for` is ignored, so behind a proxy all clients
+    /// without keys share one counter. An IPv6 client is its /64.
     pub fn address(&self, extensions: &Extensions) -> Client {
         let network: Option<u128> =
             extensions
@@ -139,7 +140,8 @@ impl Left {
         response.headers_mut().insert(POLICY, policy);
     }
 
-    /// `ratelimit` and `ratelimit-policy`: q requests in w seconds; r left, and all of them in t.
+    /// `ratelimit` and `ratelimit-policy`: q requests in w seconds; r are left, and all are available again after t
+    /// seconds.
     fn headers(self) -> [HeaderValue; 2] {
         let burst = self.limit.burst.get();
         let (window, reset) = (
@@ -205,7 +207,7 @@ mod tests {
         );
         for n in 0..200_000u32 {
             let address = IpAddr::from(n.to_be_bytes());
-            // Refused or not, it is counted.
+            // The request is counted even if it is refused.
             let _ = limiter.count(limiter.address(&peer(&address.to_string())));
         }
         assert!(limiter.counters.len() as u64 <= ADDRESSES);

@@ -1,4 +1,4 @@
-//! What a client names to be registered: a directory of the operator's, or a URI that the operator allows.
+//! The source of a registration: one of the operator's directories, or a URI that the operator allows.
 
 use promptweave_domain::error_chain::chain;
 use std::fs::File;
@@ -19,7 +19,7 @@ pub(super) enum Named {
 }
 
 impl Named {
-    /// One of the two.
+    /// The source that the client named; exactly one of the two must be given.
     pub fn of(directory: Option<String>, uri: Option<String>) -> Result<Self, Problem> {
         match (directory, uri) {
             (Some(directory), None) => Ok(Self::Directory(directory)),
@@ -40,7 +40,7 @@ pub(super) fn is_repository(uri: &SourceUri) -> bool {
     uri.url().scheme() == "hf"
 }
 
-/// The one file that a URI leads to.
+/// Fetches the one file that a URI points to.
 pub(super) async fn fetch_file(
     state: &AppState,
     uri: &SourceUri,
@@ -50,11 +50,11 @@ pub(super) async fn fetch_file(
     let path = dir.path().join("file");
     let fetched = sources(state, uri)?.file(uri, limits(state, max_bytes), &path);
     fetched.await.map_err(refuse)?;
-    // It stays readable without its name, which goes with the folder.
+    // The open file stays readable after its name is deleted with the folder.
     File::open(&path).map_err(Problem::internal)
 }
 
-/// Of a repository's files those that `choose` picks; see [`Sources::repository`].
+/// Fetches those files of a repository that `choose` picks; see [`Sources::repository`].
 pub(super) async fn fetch_repository<T>(
     state: &AppState,
     uri: &SourceUri,

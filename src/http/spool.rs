@@ -1,4 +1,4 @@
-//! Bodies that are too large for memory: they go to a file as they come in.
+//! Bodies that are too large for memory: they are written to a file as they arrive.
 
 use std::path::Path;
 
@@ -12,8 +12,8 @@ use crate::http::content_digest;
 use crate::http::error::Problem;
 use crate::http::extract::body_interrupted;
 
-/// The body as a file that goes away with the request, however that ends, checked against its
-/// `Content-Digest`. A larger one than `limit` is 413, at once where it says its length.
+/// Writes the body to a temporary file, and checks it against its `Content-Digest`. The file is deleted with the
+/// request, however that ends. A body above `limit` is 413, immediately if it declares its length.
 pub(super) async fn spool(
     headers: &HeaderMap,
     body: Body,

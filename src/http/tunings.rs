@@ -44,18 +44,18 @@ pub fn router() -> OpenApiRouter<AppState> {
 #[serde(deny_unknown_fields)]
 struct CreateTuning {
     target: Target,
-    /// The prompt to begin with, a composed one say, and with its head where it is one of these classes; by default the
-    /// initial prompt of `options.init_seed`. Its head is left out where something is chosen by images that are held out,
-    /// which it may know.
+    /// The prompt to start from, for example a composed one; by default the initial prompt of `options.init_seed`. Its
+    /// head is used too if it has the same classes, but not when something is chosen by held-out images, which the head
+    /// may have seen.
     start: Option<Source>,
-    /// May be left out where only one registered backbone is that of `start`.
+    /// The backbone. It may be left out if only one registered backbone is the one of `start`.
     #[schema(value_type = Option<String>, example = "vit-s14")]
     backbone: Option<ResourceName>,
-    /// Of a tuning with a `start`, `num_tokens` and `init_seed` are those of the start.
+    /// Options of the tuning. With a `start`, `num_tokens` and `init_seed` are those of the start.
     #[serde(default)]
     options: TuningOptions,
-    /// Learning rates and weight decays that are tried on images held out (those of the split `val`, or every fifth); the
-    /// best pair then tunes on all images. At most 64 pairs.
+    /// Learning rates and weight decays to try on held-out images (the split `val`, or every fifth image). The best
+    /// pair then tunes on all images. At most 64 pairs.
     #[serde(default)]
     grid: Grid,
     #[serde(default)]
@@ -64,7 +64,7 @@ struct CreateTuning {
     #[serde(default = "default_priority")]
     #[schema(minimum = 0, maximum = 1000, default = 100)]
     priority: i32,
-    /// Tune also where a tuning of the same `spec_digest` is under way or has a result.
+    /// Tune even if a tuning with the same `spec_digest` waits, runs or has succeeded.
     #[serde(default)]
     force: bool,
 }
@@ -73,7 +73,7 @@ struct CreateTuning {
 pub struct TuningJob {
     #[serde(flatten)]
     job: JobStatus,
-    /// What is tuned, with every reference resolved when it was posted.
+    /// The specification, with every reference resolved when it was posted.
     spec: TuningSpec,
     urls: TuningUrls,
 }
@@ -109,10 +109,10 @@ impl From<Job<TuningSpec>> for TuningJob {
 
 /// Train a prompt and a head for a target
 ///
-/// VPT, shallow or deep, on the frozen backbone. Everything is resolved and checked here; the work is a job that a worker takes,
-/// which keeps a checkpoint after every epoch: another attempt goes on from there. Where a tuning of the same `spec_digest`
-/// waits, runs or has succeeded (and is published under `output.name`, if one is asked for), the answer is that one, unless
-/// `force` is set.
+/// The method is VPT, shallow or deep, on the frozen backbone. The request is resolved and checked here; a worker then
+/// does the work as a job. It keeps a checkpoint after every epoch, so that another attempt continues from there. If a
+/// tuning with the same `spec_digest` waits, runs or has succeeded (and is published under `output.name`, if given),
+/// the answer is that tuning, unless `force` is set.
 #[utoipa::path(
     post,
     path = "/tunings",
@@ -179,9 +179,9 @@ async fn list_tunings(
     jobs::list::<TuningSpec>(&state, &caller, &query).await
 }
 
-/// A tuning's state and progress
+/// Get a tuning's state and progress
 ///
-/// `Retry-After` is there as long as another look makes sense; with `wait` that look takes no polling.
+/// `Retry-After` is sent until the tuning is over: poll again after so many seconds, or use `wait` instead of polling.
 #[utoipa::path(
     get,
     path = "/tunings/{id}",
@@ -202,7 +202,7 @@ async fn get_tuning(
     jobs::get::<TuningSpec>(&state, &caller, id, wait).await
 }
 
-/// The loss of every epoch, what was chosen, and what the prompt does on `eval_split`
+/// Get the losses of every epoch, the choices made, and the scores on `eval_split`
 #[utoipa::path(
     get,
     path = "/tunings/{id}/result",
@@ -223,10 +223,10 @@ async fn get_tuning_result(
     jobs::result::<TuningSpec>(&state, &caller, id).await
 }
 
-/// What happened to a tuning, in order
+/// List a tuning's events, in order
 ///
-/// As of ensembles, as a page or as server-sent events; `epoch` events have the losses of an epoch, once each,
-/// unless its checkpoint could not be kept: another attempt then repeats it.
+/// The answer is a page or a stream of server-sent events, as for ensembles. `epoch` events have the losses of an
+/// epoch. Each epoch is reported once, unless its checkpoint could not be stored and another attempt repeats it.
 #[utoipa::path(
     get,
     path = "/tunings/{id}/events",
@@ -257,7 +257,7 @@ async fn list_tuning_events(
 
 /// Cancel a tuning
 ///
-/// One that waits is cancelled at once; one that runs stops at its next step.
+/// A waiting tuning is cancelled immediately; a running one stops at its next step.
 #[utoipa::path(
     post,
     path = "/tunings/{id}/cancel",
@@ -279,9 +279,9 @@ async fn cancel_tuning(
     jobs::actions::cancel::<TuningSpec>(&state, &caller, id).await
 }
 
-/// Try a tuning again
+/// Retry a tuning
 ///
-/// One that failed or was cancelled goes back into the queue as it was posted, and begins anew.
+/// A failed or cancelled tuning is queued again as it was posted, and starts from the beginning.
 #[utoipa::path(
     post,
     path = "/tunings/{id}/retry",

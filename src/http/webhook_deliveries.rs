@@ -1,4 +1,4 @@
-//! `/v1/webhooks/{id}/deliveries`: what a webhook was told, how that went, and once more.
+//! `/v1/webhooks/{id}/deliveries`: the messages sent to a webhook, their outcome, and sending them again.
 
 use axum::Json as JsonResponse;
 use axum::extract::State;
@@ -52,7 +52,7 @@ pub(super) async fn accepted(
     Ok((StatusCode::ACCEPTED, location, JsonResponse(delivery)).into_response())
 }
 
-/// List what a webhook was told, or will be, the newest first
+/// List a webhook's past and waiting deliveries, newest first
 #[utoipa::path(
     get,
     path = "/webhooks/{id}/deliveries",
@@ -79,7 +79,7 @@ async fn list_webhook_deliveries(
     ))
 }
 
-/// A delivery by id
+/// Get a delivery by id
 #[utoipa::path(
     get,
     path = "/webhooks/{id}/deliveries/{delivery_id}",
@@ -102,9 +102,9 @@ async fn get_webhook_delivery(
     Ok(JsonResponse(delivery))
 }
 
-/// Send a message once more, now and with all its tries before it, whether or not it arrived
+/// Send a message again now, with all its tries, whether or not it arrived
 ///
-/// It keeps its `webhook-id`. One that is on its way is left alone.
+/// It keeps its `webhook-id`. A delivery that is being sent is left alone.
 #[utoipa::path(
     post,
     path = "/webhooks/{id}/deliveries/{delivery_id}/redeliver",

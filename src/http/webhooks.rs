@@ -1,4 +1,4 @@
-//! `/v1/webhooks`: who is told when a job ends. What they were told is in
+//! `/v1/webhooks`: receivers that are notified when a job ends. Their messages are in
 //! [`webhook_deliveries`](crate::http::webhook_deliveries).
 
 use axum::Json as JsonResponse;
@@ -39,22 +39,23 @@ pub fn router() -> OpenApiRouter<AppState> {
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct CreateWebhook {
-    /// Where messages are sent, as POST. A public address, unless the operator opened it.
+    /// The URL that messages are POSTed to. It must be a public address, unless the operator allows another.
     #[schema(value_type = String, max_length = 2048, pattern = "^https?://", example = "https://receiver.example/promptweave")]
     url: WebhookUrl,
     #[serde(default)]
     #[schema(max_length = 512, example = "tells the nightly build")]
     description: String,
-    /// What it is told of; everything by default.
+    /// The events that the webhook is sent; all of them by default.
     #[serde(default)]
     #[schema(value_type = Option<Vec<EventType>>, min_items = 1)]
     event_types: EventTypes,
-    /// What messages are signed with: `whsec_` and 24 to 64 bytes in base64. One is made where none is given.
+    /// The secret that messages are signed with: `whsec_` and 24 to 64 bytes in base64. One is generated if none is
+    /// given.
     #[schema(value_type = Option<String>, pattern = "^whsec_[A-Za-z0-9+/]{32,86}={0,2}$", example = "whsec_C2FVsBQIhrscChlQIMV+b5sSYspob7oD")]
     secret: Option<WebhookSecret>,
 }
 
-/// A webhook with its secret, which is shown this once.
+/// A webhook with its secret, which is shown only this once.
 #[derive(Serialize, ToSchema)]
 struct NewWebhook {
     #[schema(example = "whsec_C2FVsBQIhrscChlQIMV+b5sSYspob7oD")]
@@ -63,7 +64,7 @@ struct NewWebhook {
     webhook: Webhook,
 }
 
-/// A merge patch (RFC 7396): what is left out stays.
+/// A merge patch (RFC 7396): a field that is left out stays.
 #[derive(ToSchema)]
 #[expect(dead_code, reason = "it exists for the API document alone")]
 struct ChangeWebhook {
@@ -77,11 +78,12 @@ struct ChangeWebhook {
     description: Option<String>,
     #[schema(min_items = 1)]
     event_types: Option<Vec<EventType>>,
-    /// While it is, nothing is sent and nothing new is kept for it; what waited goes on afterwards.
+    /// While a webhook is disabled, nothing is sent to it and no new messages are kept for it. Waiting messages are
+    /// sent afterwards.
     disabled: Option<bool>,
 }
 
-/// Refuses what would never be delivered. A name is looked up when a message is sent, and checked then.
+/// Refuses a URL that messages could never be delivered to. A host name is resolved and checked when a message is sent.
 fn check(settings: &Settings, network: &Network) -> Result<(), Problem> {
     let url = settings.url.url();
     if network.verdict(url) == Verdict::Refused {
@@ -108,7 +110,7 @@ pub(super) async fn existing(
     found.ok_or_else(|| not_found(id))
 }
 
-/// One that messages are sent to.
+/// The webhook, if it exists and is enabled.
 pub(super) async fn enabled(
     conn: &mut PgConnection,
     project_id: Uuid,
@@ -130,9 +132,9 @@ fn not_found(id: Uuid) -> Problem {
     Problem::not_found("webhook_not_found", detail)
 }
 
-/// Register a receiver of this project's events; the answer is the only one that shows the secret
+/// Register a receiver of this project's events; only this answer shows the secret
 ///
-/// Messages are signed as Standard Webhooks has it (standardwebhooks.com), and sent at least once.
+/// Messages are signed according to Standard Webhooks (standardwebhooks.com), and sent at least once.
 #[utoipa::path(
     post,
     path = "/webhooks",
@@ -179,7 +181,7 @@ async fn create_webhook(
     Ok((StatusCode::CREATED, headers, JsonResponse(made)))
 }
 
-/// List this project's webhooks, the newest first; never a secret
+/// List this project's webhooks, newest first, without secrets
 #[utoipa::path(
     get,
     path = "/webhooks",
@@ -201,7 +203,7 @@ async fn list_webhooks(
     ))
 }
 
-/// A webhook by id, without its secret
+/// Get a webhook by id, without its secret
 #[utoipa::path(
     get,
     path = "/webhooks/{id}",
@@ -224,7 +226,7 @@ async fn get_webhook(
     ))
 }
 
-/// Change where a webhook leads, what it is told of, or whether it is told anything
+/// Change a webhook's URL or events, or disable or enable it
 #[utoipa::path(
     patch,
     path = "/webhooks/{id}",
@@ -264,7 +266,7 @@ fn patched(current: &Settings, patch: Map<String, Value>) -> Result<Settings, Pr
     read_value(&Value::Object(json))
 }
 
-/// Delete a webhook with its deliveries; what is on its way may still arrive
+/// Delete a webhook with its deliveries; a message that is being sent may still arrive
 #[utoipa::path(
     delete,
     path = "/webhooks/{id}",
@@ -288,7 +290,7 @@ async fn delete_webhook(
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// Send a message of type `webhook.test`, whatever else the webhook is told of
+/// Send a message of type `webhook.test`, whatever events the webhook is sent
 #[utoipa::path(
     post,
     path = "/webhooks/{id}/test",

@@ -1,5 +1,5 @@
-//! `/v1/workers`, and `/readyz/workers`: uploads never go down with the workers, so their health is
-//! asked apart.
+//! `/v1/workers`, and `/readyz/workers`: the health of workers, apart from the server's, because uploads work without
+//! them.
 
 use axum::Json as JsonResponse;
 use axum::extract::State;
@@ -24,7 +24,7 @@ pub fn router() -> OpenApiRouter<AppState> {
         .routes(routes!(drain_worker))
 }
 
-/// Outside `/v1`.
+/// Routes outside `/v1`.
 pub fn health_router() -> OpenApiRouter<AppState> {
     OpenApiRouter::new().routes(routes!(readyz_workers))
 }
@@ -34,17 +34,17 @@ struct Workers {
     items: Vec<Worker>,
 }
 
-/// Workers that were seen within a day, the newest first
+/// List workers that were seen within a day, newest first
 #[utoipa::path(get, path = "/workers", tag = "workers", security(("api_key" = ["admin"])), responses((status = 200, body = Workers)))]
 async fn list_workers(State(state): State<AppState>) -> Result<JsonResponse<Workers>, Problem> {
     let items = workers::list(&mut *state.pool.acquire().await?).await?;
     Ok(JsonResponse(Workers { items }))
 }
 
-/// Let a worker finish the job it has, claim nothing more, and end
+/// Drain a worker: it finishes its job, claims no more, and ends
 ///
-/// It is `draining` until then. Its process ends with the status 0; under `promptweave up` it stays down until `up`
-/// is started anew.
+/// Its state is `draining` until then. Its process ends with status 0; under `promptweave up`, it stays down until `up`
+/// is started again.
 #[utoipa::path(
     post,
     path = "/workers/{id}/drain",
@@ -91,7 +91,7 @@ struct WorkersHealth {
     status: &'static str,
 }
 
-/// Whether some worker can work: it passed its self-test, or made progress, within the last minute
+/// Check that a worker can work: it passed its self-test, or made progress, within the last minute
 #[utoipa::path(
     get,
     path = "/readyz/workers",

@@ -1,5 +1,5 @@
-//! How far a tuning is: a file in the blob store for each tuning of the job, named in a row under the job's lease, so
-//! that the next attempt finds it on whatever machine.
+//! Checkpoints: each tuning of a job keeps its state in a blob. A row under the job's lease names the blob, so that the
+//! next attempt finds it on any machine.
 
 use serde_json::json;
 use sqlx::{Connection, PgConnection};
@@ -16,7 +16,7 @@ use promptweave_domain::digest::Digest;
 use promptweave_domain::tuning::Epoch;
 use promptweave_domain::words::EventKind;
 
-/// The file of the last one.
+/// The last checkpoint's file.
 pub async fn last(
     conn: &mut PgConnection,
     job_id: Uuid,
@@ -34,8 +34,8 @@ pub async fn last(
         .transpose()
 }
 
-/// Puts `file` in the place of the one before, if there is one, and tells of the `epochs` that were not told of: an epoch
-/// whose checkpoint is there was told of, and is told of once.
+/// Replaces the last checkpoint by `file`, if there is one, and records events for `epochs`, those not yet reported.
+/// Both are one transaction, so an epoch with a stored checkpoint has been reported exactly once.
 pub async fn keep(
     conn: &mut PgConnection,
     blobs: &BlobStore,
@@ -46,7 +46,7 @@ pub async fn keep(
 ) -> Result<(), QueueError> {
     let mut tx = conn.begin().await?;
     if let Some(file) = file {
-        // Before the job's row is held, which others wait for: a blob store may take its time.
+        // This comes before the job's row is locked, because a blob store may be slow and others wait for the row.
         references::hold(&mut tx, blobs, file).await?;
     }
     LockedJob::lock(&mut tx, lease).await?;

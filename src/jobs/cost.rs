@@ -1,4 +1,4 @@
-//! What an ensemble will cost, before anything is spent.
+//! The estimated cost of an ensemble, before it is posted.
 
 use serde::Serialize;
 use sqlx::PgConnection;
@@ -11,14 +11,14 @@ use promptweave_domain::specification::Specification as _;
 
 #[derive(Clone, Debug, PartialEq, Serialize, ToSchema)]
 pub struct Cost {
-    /// N and M.
+    /// The numbers of images (N) and sources (M).
     pub images: u64,
     pub sources: usize,
-    /// N · M: so many times an image goes through the backbone forward for `features`, and, where the method takes
+    /// N · M: how many times an image goes through the backbone forward for `features` and, if the method takes
     /// gradients, forward and backward for `gradients`.
     pub image_passes: u64,
-    /// On one worker, at the speed of the last five ensembles by the same method on this backbone; null where there is
-    /// none.
+    /// Estimated seconds on one worker, at the speed of the last five ensembles with the same method on this backbone;
+    /// null if there are none.
     pub seconds: Option<f64>,
     /// Jobs that wait now, of all projects.
     pub queued: i64,

@@ -1,4 +1,4 @@
-//! What happened to a job, in order: numbered from 1 without gaps.
+//! The events of a job, in order, numbered from 1 without gaps.
 
 use serde::Serialize;
 use serde_json::Value;
@@ -19,16 +19,16 @@ pub struct JobEvent {
     pub at: OffsetDateTime,
     #[schema(value_type = EventKind)]
     pub kind: String,
-    /// What belongs to that kind: the attempt, the phase, the error; of `estimate` what α is by the shards so far;
-    /// of `epoch` its number and losses.
+    /// Data of this kind of event: the attempt, the phase or the error; for `estimate`, α from the shards so far; for
+    /// `epoch`, its number and losses.
     pub data: Value,
 }
 
-/// Where jobs are named that something happened to; a hint, as [`crate::jobs::queue::WORK_CHANNEL`].
+/// The channel that names jobs with new events. A hint only, like [`crate::jobs::queue::WORK_CHANNEL`].
 pub const EVENT_CHANNEL: &str = "promptweave_event";
 
-/// Adds an event within the transaction that makes it true; the caller holds the job's row, and
-/// [tells](tell) of it after the commit.
+/// Records an event in the transaction that makes it true. The caller has locked the job's row, and calls [`tell`]
+/// after the commit.
 pub(super) async fn record(
     conn: &mut PgConnection,
     job_id: Uuid,
@@ -49,9 +49,9 @@ pub(super) async fn record(
     Ok(())
 }
 
-/// Wakes who waits for this job, and workers too where there may be `work`. After the commit, not within it: a
-/// transaction that notifies holds a lock while its commit waits for the disk, and no other that notifies can
-/// commit meanwhile. A hint that is lost here costs those who wait the time until they look again.
+/// Wakes those who wait for this job, and workers too if there may be `work`. Call it after the commit, not within the
+/// transaction: a transaction that notifies holds a lock until its commit is on disk, and no other notifying
+/// transaction can commit meanwhile. A lost hint only delays those who wait until they next poll.
 pub(super) async fn tell(conn: &mut PgConnection, job_id: Uuid, work: bool) {
     let told = sqlx::query!(
         "SELECT pg_notify($1, $2), CASE WHEN $3 THEN pg_notify($4, '') END",

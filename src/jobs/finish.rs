@@ -1,5 +1,5 @@
-//! The one transaction that makes a result: published prompt, lineage, answer and state, under the
-//! lease's token. A worker that lost its lease rolls all of it back.
+//! The one transaction that stores a result: published prompt, lineage, answer and state, under the lease's token. For
+//! a worker that lost its lease, all of it is rolled back.
 
 use sqlx::{Connection, PgConnection, PgTransaction};
 
@@ -22,14 +22,14 @@ use promptweave_domain::reference::ResourceName;
 use promptweave_domain::specification::TuningSpec;
 use promptweave_domain::tuning::TuningResult;
 
-/// What a job left to be stored.
+/// A finished job's outcome, to be stored.
 #[derive(Clone, Copy, Debug)]
 pub enum Finished<'a> {
     Ensemble {
         spec: &'a EnsembleSpec,
         result: &'a CompositionResult,
         composed: NewPrompt<'a>,
-        /// In the blob store already.
+        /// The digest of the statistics, which are in the blob store already.
         statistics: Digest,
     },
     Tuning {
@@ -40,7 +40,7 @@ pub enum Finished<'a> {
     Ranking(&'a Ranking),
 }
 
-/// A prompt that a job made: its file's bytes, the same read, and what it says about itself.
+/// A prompt that a job made: the bytes of its file, the parsed file, and its metadata.
 #[derive(Clone, Copy, Debug)]
 pub struct NewPrompt<'a> {
     pub bytes: &'a [u8],
@@ -58,11 +58,11 @@ pub async fn finish(
 ) -> Result<(), QueueError> {
     let mut tx = conn.begin().await?;
     if let Finished::Ensemble { statistics, .. } = &finished {
-        // Before the job's row is held, which others wait for: a blob store may take its time.
+        // This comes before the job's row is locked, because a blob store may be slow and others wait for the row.
         references::hold(&mut tx, blobs, statistics).await?;
     }
     let held = LockedJob::lock(&mut tx, claimed.lease).await?;
-    // A lease that has run out is nobody's, even before it is reaped.
+    // A lease that has run out belongs to nobody, even before it is reaped.
     if held.ran_out {
         return Err(QueueError::LeaseLost(claimed.lease.job_id));
     }
@@ -94,7 +94,7 @@ pub async fn finish(
     };
     held.leave(&mut tx, leaving).await?;
     failpoints::reach("finishing", claimed.lease.job_id);
-    // Also where the deferred constraint on the weights speaks up.
+    // The deferred constraint on the weights is checked here too.
     tx.commit().await.map_err(DbError::from)?;
     tell(conn, claimed.lease.job_id, false).await;
     Ok(())
@@ -165,6 +165,6 @@ async fn publish(
         produced_by_job: Some(claimed.lease.job_id),
         parents,
     };
-    // The same computation once more under the same name is the version that is there.
+    // Repeating the same computation under the same name yields the existing version.
     Ok(prompt_versions::publish(tx, project_id, new).await?)
 }

@@ -1,4 +1,4 @@
-//! The wake-up: a notification is a hint, the poll beside it makes sure.
+//! Waking idle workers: a notification is a hint, and polling covers lost ones.
 
 use std::time::Duration;
 
@@ -7,14 +7,14 @@ use sqlx::postgres::PgListener;
 
 use crate::jobs::queue::WORK_CHANNEL;
 
-/// Longest wait between two looks at the queue. Retries become due without a notification, so this
-/// is also how late one may start.
+/// The longest wait between two looks at the queue. Retries become due without a notification, so one may start this
+/// late.
 const POLL: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
 pub struct WorkListener {
     pool: PgPool,
-    /// None while there is no connection.
+    /// The connection that listens; None while there is none.
     listener: Option<PgListener>,
 }
 
@@ -28,21 +28,21 @@ impl WorkListener {
 
     /// Returns when there may be work, after a second at the latest.
     pub async fn wait(&mut self) {
-        // Without the database this too ends with the second.
+        // Without the database, this too ends with the second.
         let _ = tokio::time::timeout(POLL, self.hint()).await;
     }
 
     async fn hint(&mut self) {
         let Some(listener) = &mut self.listener else {
             match self.connect().await {
-                // Of what came since the last look at the queue nothing was heard: look again, now.
+                // Notifications since the last look at the queue were missed, so look again now.
                 Ok(listener) => self.listener = Some(listener),
                 Err(_) => std::future::pending().await,
             }
             return;
         };
         if !matches!(listener.try_recv().await, Ok(Some(_))) {
-            // The connection broke: look at the queue once by the poll, then listen anew.
+            // The connection broke: look at the queue once by polling, then listen again.
             self.listener = None;
             std::future::pending().await
         }

@@ -1,10 +1,15 @@
-//! The queue, directly on Postgres: a job's row is the public resource and the lock in one.
+//! The queue, directly on Postgres: a job's row is both the public resource and the lock.
 //!
-//! [`queue`] holds the statements of the state machine ([`promptweave_domain::job`] draws it) that workers make,
-//! [`requests`] those of clients, [`shards`] those by which several workers share one job, `leaving` the one by which a job leaves `running`, [`plan`], [`plan_tuning`],
-//! [`plan_ranking`] and [`plan_solve`] make a request a specification, [`checkpoints`] keep how far a tuning is, [`finish`] is the one transaction that makes a result,
-//! [`events`] what happened, [`watch`] who waits for that, [`workers`] who is there, and
-//! [`listener`] the wake-up.
+//! - [`queue`]: the state machine's statements for workers ([`promptweave_domain::job`] draws it)
+//! - [`requests`]: its statements for clients
+//! - [`shards`]: how several workers share one job
+//! - `transition`: the statement by which a job leaves `running`
+//! - [`plan`], [`plan_tuning`], [`plan_ranking`], [`plan_solve`]: from a request to a specification
+//! - [`checkpoints`]: the state of an unfinished tuning
+//! - [`finish`]: the one transaction that stores a result
+//! - [`events`] and [`watch`]: what happened to a job, and waiting for it
+//! - [`workers`]: the known workers
+//! - [`listener`]: waking idle workers
 
 pub mod checkpoints;
 pub mod cost;
@@ -38,7 +43,7 @@ use promptweave_domain::digest::Digest;
 use promptweave_domain::job::{EnsembleSpec, JobError, JobState, Progress};
 use promptweave_domain::specification::Specification;
 
-/// A job of one kind, as its row says.
+/// A job of one kind, as stored in its row.
 #[derive(Clone, Debug)]
 pub struct Job<S: Specification = EnsembleSpec> {
     pub id: Uuid,
@@ -49,21 +54,21 @@ pub struct Job<S: Specification = EnsembleSpec> {
     pub max_attempts: i32,
     pub cancel_requested: bool,
     pub progress: Option<Progress>,
-    /// Since the phase in work began, until its numbers last moved.
+    /// Seconds from the start of the current phase until its numbers last changed.
     pub phase_seconds: Option<f64>,
     pub spec: S,
     pub spec_digest: Digest,
-    /// The job that this one repeats, and the weights that one had.
+    /// The job that this one repeats, and that job's weights.
     pub replay_of: Option<Uuid>,
     pub original_weights: Option<Vec<SourceWeight>>,
-    /// Of a job that succeeded.
+    /// The result of a job that succeeded.
     pub result: Option<S::Result>,
     pub statistics_digest: Option<Digest>,
-    /// Since when they are no longer there.
+    /// When the statistics were deleted.
     pub statistics_deleted_at: Option<OffsetDateTime>,
-    /// Of a job that failed, or of the last attempt of one that waits for another.
+    /// The error of a failed job, or of the last attempt if the job waits for another attempt.
     pub error: Option<JobError>,
-    /// When a queued job may be claimed.
+    /// The earliest time at which a queued job may be claimed.
     pub run_at: OffsetDateTime,
     pub created_at: OffsetDateTime,
     pub started_at: Option<OffsetDateTime>,
@@ -81,7 +86,7 @@ pub async fn find<S: Specification>(
         .next())
 }
 
-/// Jobs of a kind, the newest first: those before `before`, in `state` if one is given.
+/// Jobs of a kind, newest first: those before `before`, in `state` if one is given.
 pub async fn list<S: Specification>(
     conn: &mut PgConnection,
     project_id: Uuid,
@@ -166,7 +171,7 @@ async fn select<S: Specification>(
         .collect()
 }
 
-/// What a column has as JSON.
+/// Parses the JSON of a column.
 fn read<T: DeserializeOwned>(column: &'static str, json: Value) -> Result<T, DbError> {
     serde_json::from_value(json).map_err(|error| DbError::unreadable("job", column, &error))
 }

@@ -133,7 +133,8 @@ pub(super) struct ResolvedInputs {
 }
 
 impl NamedInputs<'_> {
-    /// Found, and fit for each other and for the objective; `None` where something is not, which is noted.
+    /// Finds the inputs, and checks that they fit each other and the objective. `None` if something is wrong, which is
+    /// noted.
     pub(super) async fn resolve(
         &self,
         conn: &mut PgConnection,
@@ -143,7 +144,7 @@ impl NamedInputs<'_> {
     ) -> Result<Option<ResolvedInputs>, RegistryError> {
         let target = target(conn, project_id, self.dataset, self.samples, refusals).await?;
         let (sources, all) = find_sources(conn, project_id, self.sources, refusals).await?;
-        // Whether they share what is needed of all, all of them say.
+        // The backbone that all sources share is known only if all of them were found.
         let backbone = match all || self.backbone.is_some() {
             true => {
                 let of_sources: Vec<&PromptVersion> = sources.iter().map(|(_, it)| it).collect();
@@ -209,7 +210,7 @@ pub(super) fn backbone_spec(backbone: RegisteredBackbone) -> BackboneSpec {
     }
 }
 
-/// The name that was asked for, or one of its own.
+/// The name that was asked for, or the default.
 pub(super) fn output_name(
     asked: Option<&ResourceName>,
     target: &DatasetVersion,
@@ -221,7 +222,7 @@ pub(super) fn output_name(
     }
 }
 
-/// Refuses a name now that no prompt can be published under later.
+/// Refuses a name that no prompt could be published under later.
 pub(super) fn check_output(name: Option<&ResourceName>) -> Result<(), Refusal> {
     match name.map(prompts::check_name) {
         Some(Err(error)) => refuse("reserved_name", "/output/name", error.to_string()),
@@ -238,7 +239,7 @@ pub fn default_output(dataset: &str, job_id: Uuid) -> String {
 
 // ---- Numbers -------------------------------------------------------------------------------
 
-/// Refuses features of M sources and N samples in d dimensions that no memory is meant to hold.
+/// Refuses features of M sources and N samples in d dimensions that are too large for memory.
 fn check_size(m: usize, n: usize, d: usize) -> Result<(), Refusal> {
     let bytes_a_sample = m * d * size_of::<f32>();
     if n * bytes_a_sample <= MAX_FEATURE_BYTES {
@@ -256,7 +257,7 @@ fn check_size(m: usize, n: usize, d: usize) -> Result<(), Refusal> {
 
 // ---- The target ----------------------------------------------------------------------------
 
-/// A dataset that can be learned from, with these samples; `None` where it cannot.
+/// The dataset, if it can be learned from with these samples; `None` otherwise.
 pub(super) async fn target(
     conn: &mut PgConnection,
     project_id: Uuid,
@@ -280,7 +281,7 @@ pub(super) async fn target(
     Ok((sound == [true; 2]).then_some(dataset))
 }
 
-/// Two classes at least, and no fewer samples than classes.
+/// Checks that there are at least two classes, and no fewer samples than classes.
 fn check_split(dataset: &DatasetVersion, samples: &TargetSamples) -> Result<(), Refusal> {
     const POINTER: &str = "/target/split";
     let split = samples.split.name();
@@ -309,7 +310,7 @@ fn check_split(dataset: &DatasetVersion, samples: &TargetSamples) -> Result<(), 
     Ok(())
 }
 
-/// Where something is evaluated, it is on other images.
+/// Checks that evaluation, if any, is on other images.
 fn check_eval_split(dataset: &DatasetVersion, samples: &TargetSamples) -> Result<(), Refusal> {
     const POINTER: &str = "/target/eval_split";
     let Some(eval) = samples.eval_split else {
@@ -368,7 +369,7 @@ pub(super) fn no_sources<T>() -> Result<T, Refusal> {
     )
 }
 
-/// Prompts that can be summed, as they were named.
+/// Resolves prompts that can be summed, in the order they were named.
 pub async fn sources(
     conn: &mut PgConnection,
     project_id: Uuid,
@@ -379,7 +380,7 @@ pub async fn sources(
     refusals.finish(Some(found.into_iter().map(|(_, source)| source).collect()))
 }
 
-/// Those of the sources that are there, with their numbers in the request, and whether they are all of them and alike.
+/// The sources that exist, each with its place in the request, and whether all of them exist and are alike.
 async fn find_sources(
     conn: &mut PgConnection,
     project_id: Uuid,
@@ -396,7 +397,7 @@ async fn find_sources(
             format!("names {many} prompts; at most {MAX_SOURCES}"),
         ),
     };
-    // Too many are not looked for.
+    // If there are too many, none is looked up.
     if refusals.note(counted).is_none() {
         return Ok((found, false));
     }
@@ -415,7 +416,7 @@ async fn find_sources(
     Ok((found, sound))
 }
 
-/// The version of a source, if it is one beside those that were found; and whether it is like them.
+/// The version of a source, if it exists and is not among those found before; and whether it is like them.
 fn check_source(
     reference: &Reference,
     version: Option<PromptVersion>,
@@ -446,7 +447,7 @@ fn check_source(
     Ok((source, alike))
 }
 
-/// A scale other than 1 needs the initial prompt.
+/// Checks that the initial prompt is known, which a scale other than 1 needs.
 fn check_anchor(objective: &Objective, sources: &[(usize, PromptVersion)]) -> Result<(), Refusal> {
     let shared = common_seed(sources.iter().map(|(_, source)| source.init_seed));
     let experimental = &objective.experimental;
@@ -460,7 +461,7 @@ fn check_anchor(objective: &Objective, sources: &[(usize, PromptVersion)]) -> Re
     )
 }
 
-/// Prompts are summed number by number, so they must have one shape.
+/// Checks that prompts have one shape, because they are summed number by number.
 fn check_alike(
     first: &PromptVersion,
     source: &PromptVersion,
@@ -517,7 +518,7 @@ pub(super) async fn backbone(
     Ok(refusals.note(only(fitting, unknown)))
 }
 
-/// The digest of the backbone that all sources that name one were made for.
+/// The digest of the backbone that all sources which name one were made for.
 fn common_backbone(sources: &[&PromptVersion]) -> Result<Digest, Refusal> {
     let digests: BTreeSet<Digest> = sources.iter().filter_map(|s| s.backbone_digest).collect();
     let mut digests = digests.into_iter();

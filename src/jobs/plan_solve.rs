@@ -1,6 +1,5 @@
-//! From a request to solve an ensemble again to its specification. Everything it may name was
-//! resolved when that ensemble was posted, so nothing but aliases is looked up: not even a version
-//! that was published since can come in.
+//! From a request to solve an ensemble again to its specification. Everything that the request may name was resolved
+//! when the ensemble was posted. Only aliases are looked up, so a version that was published since cannot come in.
 
 use sqlx::PgConnection;
 use time::OffsetDateTime;
@@ -20,20 +19,20 @@ use promptweave_domain::objective::{
 };
 use promptweave_domain::reference::{Reference, ResourceName, VersionSelector};
 
-/// An ensemble that succeeded: what it computed, and what it computed that from.
+/// An ensemble that succeeded: its result, and what that was computed from.
 #[derive(Clone, Debug)]
 pub struct Solved {
     pub id: Uuid,
     pub spec: EnsembleSpec,
     pub result: CompositionResult,
-    /// Of `statistics.safetensors` in the blob store.
+    /// The digest of `statistics.safetensors` in the blob store.
     pub statistics: Digest,
-    /// Since when they are no longer there.
+    /// When the statistics were deleted.
     pub statistics_deleted_at: Option<OffsetDateTime>,
 }
 
 impl TryFrom<Job> for Solved {
-    /// The job, which has not succeeded.
+    /// The job, if it has not succeeded.
     type Error = Box<Job>;
 
     fn try_from(job: Job) -> Result<Self, Box<Job>> {
@@ -62,14 +61,13 @@ impl TryFrom<Job> for Solved {
 #[derive(Clone, Debug, Default)]
 pub struct SolveRequest {
     pub sources: Option<Vec<Reference>>,
-    /// Replaces the ensemble's own as a whole.
+    /// Replaces the ensemble's whole objective.
     pub objective: Option<Objective>,
     /// `<dataset>-<short id of the job>` by default.
     pub output: Option<ResourceName>,
 }
 
-/// Puts the versions that aliases point to now in their place; one that there is not stays, and will
-/// be no source.
+/// Replaces aliases by the versions that they point to now. An unknown alias stays, and will match no source.
 pub async fn pin_aliases(
     conn: &mut PgConnection,
     project_id: Uuid,
@@ -136,8 +134,8 @@ pub fn plan(
     })
 }
 
-/// The ensemble's own objective, less what its statistics cannot answer: no refinement, no fallback, and what was chosen then, the
-/// trade-off, the share of equal weights, or the single best source itself, in place of choosing anew.
+/// The ensemble's own objective without what its statistics cannot answer: no refinement, no fallback, and in place of
+/// a choice by validation what was chosen then (the trade-off, the share of equal weights, or the single best source).
 fn without_backbone(solved: &Solved) -> Objective {
     let mut objective = solved.spec.objective.without_forward_passes();
     let fallback = solved.result.method.fallback.as_ref();
@@ -164,15 +162,15 @@ fn without_backbone(solved: &Solved) -> Objective {
     objective
 }
 
-/// How the gradients in the statistics are normalised, if there are any. Where the ensemble's own method takes none, they are of an
-/// earlier one, and the engine finds in the file whether they are as they are asked for.
+/// How the gradients in the statistics are normalised, if there are any. If the ensemble's own method takes none, they
+/// are an earlier ensemble's, and the engine checks in the file whether they are as requested.
 fn gradients(solved: &Solved, asked: &Objective) -> Option<GradientNormalization> {
     solved.result.objective.gradient_alignment?;
     let alignment = solved.spec.objective.alignment().or(asked.alignment());
     Some(alignment.unwrap_or_default().gradient_normalization)
 }
 
-/// The ensemble's sources that are named, in the order they are named in.
+/// The ensemble's sources that the request names, in its order.
 fn sources(solved: &Solved, references: &[Reference], refusals: &mut Refusals) -> Vec<SourceSpec> {
     let mut sources: Vec<SourceSpec> = Vec::with_capacity(references.len());
     if references.is_empty() {
@@ -185,7 +183,7 @@ fn sources(solved: &Solved, references: &[Reference], refusals: &mut Refusals) -
     sources
 }
 
-/// The source that is meant, which is none of those before it.
+/// The source that a reference means, if it was not named before.
 fn source<'a>(
     solved: &'a Solved,
     reference: &Reference,
@@ -229,7 +227,7 @@ fn means(reference: &Reference, source: &SourceSpec) -> bool {
             VersionSelector::Newest => true,
             VersionSelector::Number(number) => *number == source.version,
             VersionSelector::Digest(digest) => *digest == source.digest,
-            // Pinned before, if there is such an alias.
+            // An alias that exists was replaced by its version before.
             VersionSelector::Alias(_) => false,
         }
 }

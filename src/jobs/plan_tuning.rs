@@ -20,7 +20,7 @@ use promptweave_domain::tuning::{Grid, InvalidTuning, TuningOptions};
 use promptweave_domain::tuning_method::TuningMethod;
 
 const START: &str = "/start/prompt";
-/// Of a tuned prompt: as much as a file that is uploaded may have by default.
+/// The largest prompt that a tuning may make: the default limit of an uploaded file.
 const MAX_PROMPT_BYTES: u64 = 64 << 20;
 
 /// What was asked for, in names.
@@ -71,7 +71,7 @@ pub async fn plan(
         None => None,
     };
     let name = request.backbone.as_ref();
-    // Which backbone the start was made for, only the start says.
+    // The backbone that the start was made for is known only if the start was found.
     let backbone = match name.is_some() || start.is_some() || request.start.is_none() {
         true => {
             let of: Vec<&PromptVersion> = start.iter().collect();
@@ -81,7 +81,7 @@ pub async fn plan(
     };
     let mut options = request.options.clone();
     if let Some(start) = &start {
-        // Those of the prompt that it begins with are what they are.
+        // The length and seed of the prompt that it starts from cannot change.
         options.num_tokens = start.num_tokens as usize;
         options.init_seed = start.init_seed.unwrap_or_default();
     }
@@ -102,7 +102,7 @@ pub async fn plan(
     })
 }
 
-/// A job publishes a prompt, and has no teachers.
+/// Checks that the method makes a prompt, and has no teachers.
 fn check_method(options: &TuningOptions) -> Result<(), Refusal> {
     if !options.method.makes_prompt() {
         let detail = format!(
@@ -118,7 +118,7 @@ fn check_method(options: &TuningOptions) -> Result<(), Refusal> {
     Ok(())
 }
 
-/// A deep prompt has some for later blocks, and no more of them than what may be uploaded.
+/// Checks that a deep prompt has tokens for later blocks, and is no larger than an upload may be.
 fn check_deep(options: &TuningOptions, config: &BackboneConfig) -> Result<(), Refusal> {
     if options.method != TuningMethod::VptDeep {
         return Ok(());
@@ -155,7 +155,7 @@ fn start(reference: &Reference, version: Option<PromptVersion>) -> Result<Prompt
     Ok(start)
 }
 
-/// Where something is chosen by images that are held out, there must be some: those of the split `val`, or every fifth.
+/// Checks that there are images to hold out (the split `val`, or every fifth image) if something is chosen by them.
 fn check_held_out(request: &TuningRequest, target: &DatasetVersion) -> Result<(), Refusal> {
     let TuningRequest {
         samples,

@@ -1,8 +1,9 @@
-//! The statements of the state machine that workers make; [`requests`](crate::jobs::requests) has those of clients. Long work holds a lease, never a transaction; everything a
-//! worker writes names the token of its attempt, so that one who lost the job changes nothing.
+//! The state machine's statements for workers; [`requests`](crate::jobs::requests) has those for clients. Long work
+//! holds a lease, never a transaction. Everything that a worker writes names the token of its attempt, so a worker that
+//! lost the job changes nothing.
 //!
-//! Time is the database's `now()` throughout. Each function that makes a move is one transaction, often of one
-//! statement, and locks the job's row before anything else.
+//! Time is always the database's `now()`. Each function that moves a job is one transaction, often of one statement,
+//! and locks the job's row before anything else.
 
 use std::time::Duration;
 
@@ -20,7 +21,7 @@ use promptweave_domain::job::{AttemptOutcome, JobError, JobState, Progress};
 use promptweave_domain::specification::JobSpec;
 use promptweave_domain::words::{EventKind, JobErrorCode};
 
-/// Where workers listen for "there may be work"; a hint, never the only way.
+/// The channel that tells workers there may be work. A hint, never the only way.
 pub const WORK_CHANNEL: &str = "promptweave_work";
 
 #[derive(Debug, thiserror::Error)]
@@ -29,13 +30,13 @@ pub enum QueueError {
     Db(#[from] DbError),
     #[error(transparent)]
     Registry(#[from] RegistryError),
-    /// Another attempt has the job, or it is over; nothing was written.
+    /// The job is over, or another attempt owns it; nothing was written.
     #[error("the lease of job {0} is lost")]
     LeaseLost(Uuid),
 }
 
 impl QueueError {
-    /// The database refused what was to be stored, and will do so again.
+    /// Whether the database refused what was to be stored, and will refuse it again.
     pub fn is_refused_by_constraint(&self) -> bool {
         match self {
             Self::Db(error) | Self::Registry(RegistryError::Db(error)) => {
@@ -43,7 +44,7 @@ impl QueueError {
             }
             Self::Registry(RegistryError::Blob(_) | RegistryError::BlobGone(_))
             | Self::LeaseLost(_) => false,
-            // Constraints too, by name.
+            // These include constraints, by name.
             Self::Registry(_) => true,
         }
     }
@@ -55,7 +56,7 @@ impl From<sqlx::Error> for QueueError {
     }
 }
 
-/// The right to work on a job, for one attempt.
+/// The right of one attempt to work on a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Lease {
     pub job_id: Uuid,
@@ -71,7 +72,7 @@ pub struct Claimed {
     pub spec: JobSpec,
 }
 
-/// Takes the next job: smallest priority number first, then the longest waiting.
+/// Claims the next job: the smallest priority number first, then the longest waiting.
 pub async fn claim(
     conn: &mut PgConnection,
     worker_id: Uuid,
@@ -79,7 +80,7 @@ pub async fn claim(
 ) -> Result<Option<Claimed>, QueueError> {
     let token = Uuid::new_v4();
     let row = loop {
-        // One statement and so one transaction, which no process can leave half way.
+        // This is one statement, and so one transaction that no process can leave half done.
         let claimed = sqlx::query!(
             r#"
             WITH next AS (
@@ -132,8 +133,8 @@ pub async fn claim(
         .fetch_optional(&mut *conn)
         .await;
         match claimed {
-            // Between the look at the queue and the lock on the row somebody had the job and gave it back: what
-            // happened meanwhile was not seen when the events were counted. Nothing is written; once more.
+            // Between the look at the queue and the lock on the row, another worker claimed the job and gave it back,
+            // so its new events were not counted. Nothing was written; try again.
             Err(error) if violates(&error, "job_event_pkey") => {}
             other => break other?,
         }
@@ -155,15 +156,15 @@ pub async fn claim(
     }))
 }
 
-/// What a worker learns whenever it writes.
+/// What a worker learns from each write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RenewOutcome {
     Renewed,
-    /// Somebody wants the job to stop; the lease still holds.
+    /// A client wants the job to stop; the lease still holds.
     CancelRequested,
 }
 
-/// Moves the end of the lease. One that has run out but was not reaped yet is taken back.
+/// Extends the lease. A lease that has run out but was not reaped yet is revived.
 pub async fn renew(
     conn: &mut PgConnection,
     lease: Lease,
@@ -185,7 +186,7 @@ pub async fn renew(
     renewal(lease, cancel)
 }
 
-/// Whether the lease holds and the job is to stop; changes nothing.
+/// Reads whether the lease holds and whether the job should stop; changes nothing.
 pub async fn look(conn: &mut PgConnection, lease: Lease) -> Result<RenewOutcome, QueueError> {
     let cancel = sqlx::query_scalar!(
         r#"
@@ -200,7 +201,7 @@ pub async fn look(conn: &mut PgConnection, lease: Lease) -> Result<RenewOutcome,
     renewal(lease, cancel)
 }
 
-/// Stores how far the work is; a new phase makes an event.
+/// Stores progress; a new phase records an event.
 pub async fn progress(
     conn: &mut PgConnection,
     lease: Lease,
@@ -253,8 +254,8 @@ pub(super) fn renewal(lease: Lease, cancel: Option<bool>) -> Result<RenewOutcome
     }
 }
 
-/// Ends the attempt with an error. `backoff` says that another attempt may help, and after how long;
-/// the last attempt fails the job all the same. Returns the job's new state.
+/// Ends the attempt with an error. `backoff` means that another attempt may help after that time; after the last
+/// attempt the job fails anyway. Returns the job's new state.
 pub async fn fail(
     conn: &mut PgConnection,
     lease: Lease,
@@ -315,15 +316,15 @@ pub async fn finish_cancelled(conn: &mut PgConnection, lease: Lease) -> Result<(
     Ok(())
 }
 
-/// A job whose worker was not heard of in time, and where it went.
+/// A job whose worker's lease ran out, and its new state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Reaped {
     pub job_id: Uuid,
     pub state: JobState,
 }
 
-/// Puts jobs whose lease has run out back into the queue, at once. Any process may do this at any
-/// time; a row that somebody else reaps at the same moment is left to them.
+/// Puts jobs whose lease has run out back into the queue. Any process may do this at any time; a row that another
+/// process is reaping is skipped.
 pub async fn reap(conn: &mut PgConnection) -> Result<Vec<Reaped>, QueueError> {
     let mut tx = conn.begin().await?;
     let lost = sqlx::query_as!(
@@ -373,8 +374,8 @@ pub async fn reap(conn: &mut PgConnection) -> Result<Vec<Reaped>, QueueError> {
     Ok(reaped)
 }
 
-/// How long to wait before attempt `attempt` + 1: 2, 4, 8 … seconds up to five minutes, give or take
-/// half, so that jobs that failed together do not come back together.
+/// How long to wait before attempt `attempt` + 1: 2, 4, 8 … seconds up to five minutes, each varied by up to half, so
+/// that jobs that failed together do not return together.
 pub fn backoff(attempt: i32) -> Duration {
     let exponent = attempt.clamp(1, 9) as u32;
     let seconds = f64::from(2u32.pow(exponent)).min(300.0);

@@ -1,5 +1,5 @@
-//! Reaping, every second, in whatever process runs: a lost lease needs no particular one to notice.
-//! Answers kept for clients that ask again go when their day is over.
+//! Reaping, every second, in every process: a lost lease does not depend on one particular process. It also deletes
+//! answers that were kept for clients that ask again, once their day is over.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use crate::registry::idempotency;
 
 const EVERY: Duration = Duration::from_secs(1);
 
-/// Reaps until `stop`. A database that is gone is not news here: whoever has work with it says so.
+/// Reaps until `stop`. Database failures are not logged here; whoever has work for the database logs them.
 pub async fn run(pool: PgPool, stop: CancellationToken) {
     while stop
         .run_until_cancelled(tokio::time::sleep(EVERY))

@@ -1,4 +1,4 @@
-//! Why a request cannot become a job: all reasons together, each with its place in the request.
+//! The reasons why a request cannot become a job, all of them together, each with its place in the request.
 
 use crate::registry::RegistryError;
 use promptweave_domain::objective::InvalidObjective;
@@ -7,21 +7,21 @@ use promptweave_domain::objective::InvalidObjective;
 pub enum PlanError {
     #[error(transparent)]
     Registry(#[from] RegistryError),
-    /// One at least.
+    /// At least one refusal.
     #[error("{}", .0.iter().map(|refusal| refusal.detail.as_str()).collect::<Vec<_>>().join("; "))]
     Refused(Vec<Refusal>),
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refusal {
-    /// Stable, snake_case.
+    /// A stable code in snake_case.
     pub code: &'static str,
     /// JSON pointer into the request.
     pub pointer: String,
     pub detail: String,
 }
 
-/// One mistake, of what is checked on its own.
+/// A refusal as the result of a check.
 pub(super) fn refuse<T>(
     code: &'static str,
     pointer: impl Into<String>,
@@ -35,12 +35,12 @@ pub(super) fn refuse<T>(
     })
 }
 
-/// The mistakes of one request so far; what does not depend on them is looked at all the same.
+/// The mistakes of one request so far. Checks that do not depend on them still run.
 #[derive(Debug, Default)]
 pub struct Refusals(Vec<Refusal>);
 
 impl Refusals {
-    /// What was checked, or `None` with its mistake noted.
+    /// The result of a check, or `None` with its mistake noted.
     pub fn note<T>(&mut self, checked: Result<T, Refusal>) -> Option<T> {
         match checked {
             Ok(value) => Some(value),
@@ -51,14 +51,14 @@ impl Refusals {
         }
     }
 
-    /// The first mistake of a place is told: others there may come of it.
+    /// Adds a refusal, unless its place has one already, which may have caused it.
     pub fn add(&mut self, refusal: Refusal) {
         if self.0.iter().all(|told| told.pointer != refusal.pointer) {
             self.0.push(refusal);
         }
     }
 
-    /// Notes what is wrong with the field `objective` of the request.
+    /// Adds the mistakes in the request's field `objective`.
     pub fn of_objective(&mut self, mistakes: impl IntoIterator<Item = InvalidObjective>) {
         for invalid in mistakes {
             self.add(Refusal {
@@ -69,7 +69,7 @@ impl Refusals {
         }
     }
 
-    /// What was made of the request, if there is no mistake in it. What could not be made has one.
+    /// Returns what was made of the request, if it has no mistake. If nothing was made, there is one.
     pub fn finish<T>(self, made: Option<T>) -> Result<T, PlanError> {
         match made {
             Some(made) if self.0.is_empty() => Ok(made),

@@ -1,4 +1,4 @@
-//! What clients ask of the queue: a new job, its end, another try. What workers do is in
+//! The queue's statements for clients: post a job, cancel it, retry it. Those for workers are in
 //! [`queue`](crate::jobs::queue).
 
 use serde_json::json;
@@ -20,29 +20,29 @@ pub struct NewJob<'a, S> {
     pub project_id: Uuid,
     pub priority: i32,
     pub spec: &'a S,
-    /// The job whose answer this one is to be compared with.
+    /// The job whose answer this one will be compared with.
     pub replay_of: Option<Uuid>,
 }
 
-/// What is computed already need not be computed again.
+/// Which existing jobs may answer a request, so that nothing is computed twice.
 #[derive(Clone, Copy, Debug)]
 pub struct Reuse<'a> {
-    /// The prompt that the result is to be published under, where that was asked for by name.
+    /// The name that the result must be published under, if the request gives one.
     pub output: Option<&'a str>,
 }
 
-/// What became of a request for a job.
+/// The outcome of a request for a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EnqueueOutcome {
     Queued,
-    /// This job computes, or computed, the same.
+    /// This existing job computes or computed the same.
     Same(Uuid),
-    /// As many wait as may.
+    /// The queue is full.
     Full,
 }
 
-/// Puts a job into the queue, unless there is one that may be reused, or `most`
-/// are waiting. Of equal requests at one time one makes the job.
+/// Puts a job into the queue, unless an existing one may be reused or `most` are waiting. Of equal requests at the same
+/// time, one creates the job.
 pub async fn post<S: Specification>(
     conn: &mut PgConnection,
     new: NewJob<'_, S>,
@@ -51,7 +51,8 @@ pub async fn post<S: Specification>(
 ) -> Result<EnqueueOutcome, QueueError> {
     let mut tx = conn.begin().await?;
     if let Some(reuse) = reuse {
-        // Until the transaction's end, so that nobody looks between our look and our job.
+        // The lock lasts until the transaction ends, so that no other request looks between this one's look and its
+        // insert.
         sqlx::query!(
             "SELECT pg_advisory_xact_lock(hashtextextended($1, 0))",
             format!("{}{}", new.project_id, new.spec.digest()),
@@ -71,8 +72,8 @@ pub async fn post<S: Specification>(
     Ok(EnqueueOutcome::Queued)
 }
 
-/// The oldest job that computes the same and may be reused: not one that is to stop, and not one whose
-/// prompt was deleted.
+/// The oldest job that computes the same and may be reused. One that is asked to stop, or whose prompt was deleted, may
+/// not.
 pub async fn same<S: Specification>(
     conn: &mut PgConnection,
     new: &NewJob<'_, S>,
@@ -119,7 +120,7 @@ pub async fn enqueue<S: Specification>(
     Ok(())
 }
 
-/// False: `most` wait already.
+/// Inserts the job; false if `most` wait already.
 async fn insert<S: Specification>(
     conn: &mut PgConnection,
     new: NewJob<'_, S>,
@@ -152,18 +153,18 @@ async fn insert<S: Specification>(
     Ok(inserted.rows_affected() == 1)
 }
 
-/// What asking for a cancellation did.
+/// The outcome of asking for a cancellation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cancellation {
-    /// It was waiting, and is cancelled now.
+    /// The job was waiting, and is cancelled now.
     Cancelled,
-    /// Its worker will notice.
+    /// The job is running, and its worker will notice.
     Requested,
-    /// It had ended before.
+    /// The job had ended before.
     AlreadyOver(JobState),
 }
 
-/// Cancels a waiting job at once, asks the worker of a running one. None: there is no such job.
+/// Cancels a waiting job, or asks the worker of a running one to stop. None if there is no such job.
 pub async fn cancel(
     conn: &mut PgConnection,
     project_id: Uuid,
@@ -207,7 +208,7 @@ pub async fn cancel(
     .await?;
     expect_one_row(changed)?;
     if done == Cancellation::Cancelled {
-        // Of an earlier attempt.
+        // These shards were left by an earlier attempt.
         sqlx::query!("DELETE FROM job_shard WHERE job_id = $1", id)
             .execute(&mut *tx)
             .await?;
@@ -224,8 +225,8 @@ pub async fn cancel(
     Ok(Some(done))
 }
 
-/// Puts a failed or cancelled job back into the queue, for as many attempts as a new one has. An error is
-/// the state in which that cannot be. None: there is no such job.
+/// Puts a failed or cancelled job back into the queue, with as many attempts as a new one. The error is the state that
+/// forbids it. None if there is no such job.
 pub async fn retry(
     conn: &mut PgConnection,
     project_id: Uuid,

@@ -1,11 +1,12 @@
-//! Statistics are for looking closer and for solving again; after some time an operator may want the space.
+//! Retention of statistics: they allow a closer look and solving again, but an operator may want their space after some
+//! time.
 
 use sqlx::PgConnection;
 use time::OffsetDateTime;
 
 use crate::db::DbError;
 
-/// Lets go of the statistics of jobs that ended before; says of how many. `gc` deletes the files then.
+/// Releases the statistics of jobs that ended before a time, and returns how many. `gc` then deletes the files.
 pub async fn let_statistics_go(
     conn: &mut PgConnection,
     finished_before: OffsetDateTime,

@@ -1,4 +1,4 @@
-//! How a job leaves `running`: one statement under the lease's token, with all that belongs to it.
+//! How a job leaves `running`: one statement under the lease's token, with everything that belongs to it.
 
 use std::time::Duration;
 
@@ -15,14 +15,14 @@ use promptweave_domain::digest::Digest;
 use promptweave_domain::job::{AttemptOutcome, JobError, JobState};
 use promptweave_domain::words::{EventKind, JobErrorCode};
 
-/// A running job whose row this transaction holds.
+/// A running job whose row this transaction has locked.
 pub(super) struct LockedJob {
     pub job_id: Uuid,
     pub token: Uuid,
     pub attempt: i32,
     pub max_attempts: i32,
     pub cancel_requested: bool,
-    /// Its lease had run out by the time that the row was held.
+    /// Whether its lease had run out when the row was locked.
     pub ran_out: bool,
 }
 
@@ -31,11 +31,11 @@ pub(super) struct Transition {
     pub state: JobState,
     outcome: AttemptOutcome,
     error: Option<JobError>,
-    /// Until a queued job may be claimed again.
+    /// The time until a queued job may be claimed again.
     delay: Duration,
-    /// The attempt does not count.
+    /// Whether the attempt does not count.
     uncount: bool,
-    /// Of a job that succeeded: the answer, and the digest of its statistics where it has some.
+    /// The answer of a job that succeeded, and the digest of its statistics if it has some.
     result: Option<(Value, Option<Digest>)>,
 }
 
@@ -59,12 +59,12 @@ impl Transition {
         }
     }
 
-    /// Claimable again only after `delay`.
+    /// Makes the job claimable again only after `delay`.
     pub(super) fn after(self, delay: Duration) -> Self {
         Self { delay, ..self }
     }
 
-    /// The attempt does not count.
+    /// Makes the attempt not count.
     pub(super) fn uncounted(self) -> Self {
         Self {
             uncount: true,
@@ -81,7 +81,7 @@ impl Transition {
 }
 
 impl LockedJob {
-    /// Locks the row if the lease's token is still the one it holds.
+    /// Locks the row, if it still has the lease's token.
     pub(super) async fn lock(tx: &mut PgTransaction<'_>, lease: Lease) -> Result<Self, QueueError> {
         sqlx::query_as!(
             Self,
@@ -116,7 +116,7 @@ impl LockedJob {
         JobError::new(JobErrorCode::AttemptsExhausted, detail)
     }
 
-    /// The one statement by which a job leaves `running`, with all that belongs to it.
+    /// Runs the one statement by which a job leaves `running`, with everything that belongs to it.
     pub(super) async fn leave(
         self,
         tx: &mut PgTransaction<'_>,
@@ -195,7 +195,7 @@ impl LockedJob {
     }
 }
 
-/// The event that a move makes: where it went, or why it waits again.
+/// The event of a transition: the new state, or why the job waits again.
 fn event(state: JobState, outcome: AttemptOutcome) -> EventKind {
     match (state, outcome) {
         (JobState::Succeeded, _) => EventKind::Succeeded,

@@ -1,6 +1,6 @@
-//! Requests that wait for something to happen to a job, on one connection to the database together.
+//! Requests that wait for events of a job, sharing one connection to the database.
 //!
-//! A notification is a hint: whoever waits looks again after a second all the same.
+//! A notification is a hint: every waiting request looks again after a second anyway.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -13,9 +13,9 @@ use uuid::Uuid;
 
 use crate::jobs::events::EVENT_CHANNEL;
 
-/// Longest wait between two looks. Progress is not told, so this is also how often that is seen.
+/// The longest wait between two looks. Progress is not notified, so this is also how often it is seen.
 const POLL: Duration = Duration::from_secs(1);
-/// Jobs named between two looks of one who waits; where there are more, they look.
+/// How many notifications a waiting request may fall behind; if it misses some, it looks.
 const CAPACITY: usize = 256;
 
 #[derive(Clone, Debug)]
@@ -25,12 +25,12 @@ pub struct JobWatch(Arc<Shared>);
 struct Shared {
     pool: PgPool,
     stop: CancellationToken,
-    /// There while somebody waits.
+    /// The channel to waiting requests; None if nobody waits.
     jobs: Mutex<Option<broadcast::Sender<Uuid>>>,
     left: Notify,
 }
 
-/// Somebody who waits for one job.
+/// A request that waits for one job.
 #[derive(Debug)]
 pub struct Waiting {
     job_id: Uuid,
@@ -40,7 +40,7 @@ pub struct Waiting {
 }
 
 impl JobWatch {
-    /// Nobody waits any longer after `stop`.
+    /// Makes a watch whose waits all end at `stop`.
     pub fn new(pool: PgPool, stop: CancellationToken) -> Self {
         Self(Arc::new(Shared {
             pool,
@@ -50,7 +50,7 @@ impl JobWatch {
         }))
     }
 
-    /// What happens from here on is noticed. The first who waits opens the connection.
+    /// Begins to watch a job: events from now on are noticed. The first waiting request opens the connection.
     pub fn wait_for(&self, job_id: Uuid) -> Waiting {
         let mut jobs = self.0.jobs.lock().unwrap_or_else(PoisonError::into_inner);
         let receiver = match &*jobs {
@@ -71,7 +71,7 @@ impl JobWatch {
 }
 
 impl Waiting {
-    /// Until there may be something new, a second at the longest. False: the server stops.
+    /// Waits until there may be something new, at most a second. False if the server stops.
     pub async fn look_again(&mut self) -> bool {
         let Some(jobs) = &mut self.jobs else {
             return false;
@@ -115,7 +115,7 @@ async fn listen(shared: Arc<Shared>, jobs: broadcast::Sender<Uuid>) {
             () = shared.left.notified() => {}
             () = shared.stop.cancelled() => {}
         }
-        // Under the lock, so that nobody joins a channel that has no listener.
+        // This is under the lock, so that no request joins a channel that nobody feeds.
         let mut there = shared.jobs.lock().unwrap_or_else(PoisonError::into_inner);
         if jobs.receiver_count() == 0 || shared.stop.is_cancelled() {
             *there = None;
@@ -124,13 +124,13 @@ async fn listen(shared: Arc<Shared>, jobs: broadcast::Sender<Uuid>) {
     }
 }
 
-/// Until the connection breaks.
+/// Passes on notifications until the connection breaks.
 async fn pass_on(pool: &PgPool, jobs: &broadcast::Sender<Uuid>) -> Result<(), sqlx::Error> {
     let mut listener = PgListener::connect_with(pool).await?;
     listener.listen(EVENT_CHANNEL).await?;
     while let Some(notification) = listener.try_recv().await? {
         if let Ok(job_id) = notification.payload().parse() {
-            // Nobody may wait just now.
+            // This fails harmlessly if nobody waits just now.
             let _ = jobs.send(job_id);
         }
     }

@@ -1,4 +1,4 @@
-//! Which workers there are, and whether any of them can work.
+//! The known workers, and whether any of them can work.
 
 use serde::Serialize;
 use sqlx::PgConnection;
@@ -28,36 +28,36 @@ pub struct Worker {
     pub pid: i32,
     #[schema(example = "cuda:0")]
     pub device: String,
-    /// NVIDIA's; null without one.
+    /// Version of NVIDIA's driver; null without one.
     #[schema(example = "580.65.06")]
     pub driver: Option<String>,
-    /// Of its devices together; the machine's for a CPU.
+    /// Memory of all its devices together; the machine's memory for a CPU.
     pub memory_bytes: Option<i64>,
-    /// Its version.
+    /// Version of libtorch.
     #[schema(example = "2.11.0")]
     pub libtorch: Option<String>,
-    /// promptweave's own.
+    /// Version of promptweave.
     pub version: String,
-    /// One that is `draining` claims nothing more, and ends with the job it has; of one that is `defunct`, several
-    /// starts in a row have failed.
+    /// `draining`: it claims nothing more, and ends after its current job. `defunct`: several starts in a row have
+    /// failed.
     #[schema(value_type = WorkerState)]
     pub state: String,
-    /// Why it ended; null where it was asked to.
+    /// Why the worker ended; null if it was asked to.
     pub reason: Option<String>,
-    /// The job that it has, or helps with.
+    /// The job that the worker runs, or helps with.
     pub job_id: Option<Uuid>,
     #[serde(with = "time::serde::rfc3339")]
     pub started_at: OffsetDateTime,
     #[serde(with = "time::serde::rfc3339")]
     pub last_seen: OffsetDateTime,
-    /// When its engine last passed its self-test, or ended an attempt.
+    /// When its engine last passed its self-test, or finished an attempt.
     #[serde(with = "time::serde::rfc3339")]
     pub selftest_at: OffsetDateTime,
-    /// Seen within the last minute, by the database's clock, and neither stopped nor defunct.
+    /// Whether the worker was seen within the last minute, by the database's clock, and is neither stopped nor defunct.
     pub live: bool,
 }
 
-/// A worker that is ready, or is so again under an id whose starts failed before.
+/// Registers a worker that is ready, or that is ready again after failed starts under the same id.
 pub async fn register(conn: &mut PgConnection, new: &NewWorker<'_>) -> Result<(), DbError> {
     sqlx::query!(
         r#"
@@ -84,7 +84,7 @@ pub async fn register(conn: &mut PgConnection, new: &NewWorker<'_>) -> Result<()
     Ok(())
 }
 
-/// A sign of life; `answered` says that the engine gave one too. One that drains stays so until it stops.
+/// Records a sign of life; `answered` means that the engine gave one too. A draining worker stays so until it stops.
 pub async fn seen(
     conn: &mut PgConnection,
     id: Uuid,
@@ -108,16 +108,16 @@ pub async fn seen(
     expect_one_row(changed)
 }
 
-/// What became of a wish to drain a worker.
+/// The outcome of asking a worker to drain.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Drain {
-    /// It claims nothing more.
+    /// The worker will claim nothing more.
     Requested,
-    /// It is in this state, and has ended.
+    /// The worker has ended in this state.
     Ended(String),
 }
 
-/// Lets a worker finish what it has and end; idle ones are woken for it. None: there is no such worker.
+/// Asks a worker to finish its job and end; an idle one is woken for it. None if there is no such worker.
 pub async fn drain(conn: &mut PgConnection, id: Uuid) -> Result<Option<Drain>, DbError> {
     let state = sqlx::query_scalar!(
         r#"
@@ -130,7 +130,7 @@ pub async fn drain(conn: &mut PgConnection, id: Uuid) -> Result<Option<Drain>, D
     )
     .fetch_optional(&mut *conn)
     .await?;
-    // It may wait for work, which it need not any more.
+    // The worker may be waiting for work.
     tell_workers(conn).await;
     Ok(state.map(|state| match state.as_str() {
         "draining" => Drain::Requested,
@@ -148,17 +148,17 @@ pub async fn is_draining(conn: &mut PgConnection, id: Uuid) -> Result<bool, DbEr
     Ok(draining)
 }
 
-/// An end that nobody asked for.
+/// How a worker ended without being asked to.
 #[derive(Clone, Copy, Debug)]
 pub struct End<'a> {
-    /// Several starts in a row have failed. Only a worker that registers ends this state.
+    /// Whether several starts in a row have failed. Only a worker that registers leaves this state.
     pub defunct: bool,
     pub reason: &'a str,
-    /// The worker's own words, where it left some, stay in place of these.
+    /// Whether a reason that the worker stored itself stays in place of this one.
     pub unless_said: bool,
 }
 
-/// Stores how a worker ended, whether it had registered or not.
+/// Stores how a worker ended, whether or not it had registered.
 pub async fn ended(
     conn: &mut PgConnection,
     worker: &NewWorker<'_>,
@@ -189,7 +189,7 @@ pub async fn ended(
     Ok(())
 }
 
-/// Whether it ever claimed a job.
+/// Whether the worker ever claimed a job.
 pub async fn has_worked(conn: &mut PgConnection, id: Uuid) -> Result<bool, DbError> {
     let worked = sqlx::query_scalar!(
         r#"
@@ -203,7 +203,7 @@ pub async fn has_worked(conn: &mut PgConnection, id: Uuid) -> Result<bool, DbErr
     Ok(worked)
 }
 
-/// Workers seen within a day, the newest first.
+/// Workers seen within a day, newest first.
 pub async fn list(conn: &mut PgConnection) -> Result<Vec<Worker>, DbError> {
     let workers = sqlx::query_as!(
         Worker,
@@ -227,7 +227,7 @@ pub async fn list(conn: &mut PgConnection) -> Result<Vec<Worker>, DbError> {
     Ok(workers)
 }
 
-/// Whether some worker that takes jobs passed its self-test, or made progress on a job, within the last minute.
+/// Whether a worker that takes jobs passed its self-test, or made progress on a job, within the last minute.
 pub async fn any_ready(conn: &mut PgConnection) -> Result<bool, DbError> {
     let ready = sqlx::query_scalar!(
         r#"

@@ -20,23 +20,23 @@ pub struct Args {
     /// A source prompt; repeat for each.
     #[arg(long = "source", value_name = "NAME=FILE", value_parser = parse_source, required = true)]
     pub sources: Vec<(String, PathBuf)>,
-    /// Where result.json, composed.safetensors and statistics.safetensors go.
+    /// Folder for result.json, composed.safetensors and statistics.safetensors.
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
-    /// Split whose images are the target samples.
+    /// Split to take the target samples from.
     #[arg(long, default_value = "train", value_parser = parse_split)]
     pub split: Split,
-    /// Split to report accuracies on, beside uniform average and best single source.
+    /// Split to report accuracies on, compared with the uniform average and the best single source.
     #[arg(long, value_parser = parse_split)]
     pub eval_split: Option<Split>,
-    /// At most this many target samples, a stratified choice.
+    /// The most target samples to use, a stratified choice.
     #[arg(long, default_value_t = 2000)]
     pub max_samples: usize,
     /// Seed of that choice.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
-    /// Folder where features and gradients of the sources are kept, so that another composition with some of
-    /// them computes only what is new. Without it nothing is kept.
+    /// Folder to keep features and gradients of the sources in, so that a later composition with some of them computes
+    /// only what is new. Without it nothing is kept.
     #[arg(long, value_name = "DIR")]
     pub cache: Option<PathBuf>,
     #[command(flatten)]
@@ -56,7 +56,7 @@ pub(super) fn parse_source(text: &str) -> Result<(String, PathBuf), String> {
     }
 }
 
-/// Prompt files by the names they were given.
+/// Reads prompt files, each with the name it was given.
 pub(super) fn read_sources(named: &[(String, PathBuf)]) -> anyhow::Result<Vec<Source>> {
     let source = |(name, path): &(String, PathBuf)| {
         let (digest, file) = read_prompt(path)?;

@@ -26,24 +26,25 @@ pub struct Args {
     /// Folder of labelled images: an image folder or VTAB-1k list files.
     #[arg(long, value_name = "DIR")]
     pub target: PathBuf,
-    /// Split the head is fitted on.
+    /// Split to fit the head on.
     #[arg(long, default_value = "train", value_parser = parse_split)]
     pub split: Split,
-    /// Split that accuracy is measured on.
+    /// Split to measure accuracy on.
     #[arg(long, default_value = "test", value_parser = parse_split)]
     pub eval_split: Split,
-    /// At most this many samples to fit the head on.
+    /// The most samples to fit the head on.
     #[arg(long, default_value_t = 2000)]
     pub max_samples: usize,
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
-    /// Of the reported H-score: `cross_validated`, `standard` or `trace_ratio`.
+    /// Mode of the reported H-score: `cross_validated`, `standard` or `trace_ratio`.
     #[arg(long, default_value_t)]
     pub h_score_mode: HScoreMode,
-    /// ρ of that H-score, 0 or from 1e-6 to below 1; or `oas`, or `ledoit_wolf` [default: 0.3 with `cross_validated`, otherwise 0.01].
+    /// Shrinkage ρ of that H-score: 0, or from 1e-6 to below 1; or `oas`, or `ledoit_wolf` [default: 0.3 with
+    /// `cross_validated`, otherwise 0.01].
     #[arg(long)]
     pub h_score_shrinkage: Option<Shrinkage>,
-    /// ρ of the head.
+    /// Shrinkage ρ of the head.
     #[arg(long, default_value_t = 0.3)]
     pub head_shrinkage: f64,
 }

@@ -1,5 +1,4 @@
-//! Commands that work on local files, with neither server nor database. They call the very engine
-//! functions the worker calls.
+//! Commands on local files, with neither server nor database. They call the same engine functions as the worker.
 
 pub mod compose;
 pub mod doctor;
@@ -26,35 +25,34 @@ use promptweave_domain::split::Split;
 use promptweave_engine::vit::Compute;
 use promptweave_engine::{Engine, device};
 
-/// Options every offline command has.
+/// Options of every offline command.
 #[derive(Clone, Debug, Args)]
 pub struct EngineOptions {
-    /// Folder of the frozen backbone: config.json and model.safetensors.
+    /// Folder of the frozen backbone, with config.json and model.safetensors.
     #[arg(long, value_name = "DIR")]
     pub backbone: PathBuf,
-    /// `auto` (all GPUs there are, or the CPU), `cpu`, `cuda:<n>` or several, `cuda:0,cuda:1`.
+    /// Device: `auto` (all GPUs there are, or the CPU), `cpu`, `cuda:<n>`, or several as `cuda:0,cuda:1`.
     #[arg(long, default_value = "auto")]
     pub device: String,
-    /// Folder to take libtorch_cuda.so from: `torch/lib` of PyTorch 2.11.0 for CUDA [default: where
-    /// libtorch_cpu.so lies, if it is there].
+    /// Folder with libtorch_cuda.so: `torch/lib` of PyTorch 2.11.0 for CUDA [default: the folder of libtorch_cpu.so, if
+    /// it has one].
     #[arg(long, env = "PROMPTWEAVE_LIBTORCH_CUDA", value_name = "DIR")]
     pub libtorch_cuda: Option<PathBuf>,
-    /// CPU threads; the default is one a core. Results are the same to the last bit only at the same
-    /// number of threads.
+    /// CPU threads [default: one per core]. Results are bit-identical only for the same number.
     #[arg(long)]
     pub threads: Option<u32>,
-    /// At most this many samples at once through the backbone [default: what the model's size allows].
+    /// The most samples to send through the backbone at once [default: chosen by the model's size].
     #[arg(long, value_name = "SAMPLES")]
     pub micro_batch: Option<usize>,
-    /// `f32` (on CUDA with TensorFloat-32), `bf16` (about twice as fast where the processor has it, see
-    /// docs/performance.md for what it does to the weights) or `f64`.
+    /// Precision: `f32` (on CUDA with TensorFloat-32), `bf16` (about twice as fast if the processor has it;
+    /// docs/performance.md shows how it changes the weights) or `f64`.
     #[arg(long, default_value_t)]
     pub precision: Precision,
-    /// By the definition as it is written: every prompt with every image, automatic differentiation. Slow; to check
-    /// the fast path by.
+    /// Compute exactly as the definition is written: every prompt with every image, and automatic differentiation.
+    /// Slow; for checking the fast path.
     #[arg(long)]
     pub reference_path: bool,
-    /// Leave unreadable images out (and count them) instead of failing.
+    /// Leave out unreadable images and count them, instead of failing.
     #[arg(long)]
     pub skip_unreadable: bool,
 }
@@ -82,7 +80,7 @@ pub fn read_prompt(path: &Path) -> anyhow::Result<(Digest, PromptFile)> {
     Ok((Digest::of(&bytes), file))
 }
 
-/// Writes a file whole or not at all: under another name first, then renamed.
+/// Writes a file completely or not at all: it is written under another name, then renamed.
 pub fn write_whole(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
     let dir = path
         .parent()
@@ -90,7 +88,7 @@ pub fn write_whole(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
         .unwrap_or(Path::new("."));
     let write = || -> std::io::Result<()> {
         fs::create_dir_all(dir)?;
-        // Temporary files are private by default; a result is as readable as any file its user makes.
+        // Temporary files are private by default; a result should be as readable as any file that its user makes.
         let mut file = tempfile::Builder::new()
             .permissions(fs::Permissions::from_mode(0o666))
             .tempfile_in(dir)?;
@@ -102,7 +100,7 @@ pub fn write_whole(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
     write().with_context(|| format!("cannot write `{}`", path.display()))
 }
 
-/// Writes the three files of a composition and says what is in them.
+/// Writes the three files of a composition and prints what is in them.
 fn write_composition(out: &Path, composition: &Composition) -> anyhow::Result<()> {
     let result = &composition.result;
     let json = serde_json::to_vec_pretty(result).context("result.json")?;
@@ -141,7 +139,7 @@ fn parse_split(name: &str) -> Result<Split, String> {
         .ok_or_else(|| format!("`{name}` is not a split; use train, val or test"))
 }
 
-/// A command's options, from its words as a shell would give them.
+/// Parses a command's options from words, as a shell would pass them.
 #[cfg(test)]
 fn parsed<A: clap::Args>(
     words: impl IntoIterator<Item = impl Into<std::ffi::OsString> + Clone>,

@@ -15,7 +15,7 @@ use promptweave_domain::objective::{
     Shrinkage, Standardise, TradeOff,
 };
 
-/// What statistics leave open. What is not given stays as it was.
+/// Options that the statistics do not fix. What is not given stays unchanged.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub struct SolveOptions {
     /// How α is found: `hgprompt_cv`, `hgprompt`, `h_only`, `alignment_only`, `average`, `single_best`,
@@ -32,13 +32,14 @@ pub struct SolveOptions {
     /// A raw λ instead of --trade-off.
     #[arg(long, value_name = "LAMBDA", conflicts_with = "trade_off")]
     pub alignment_weight: Option<f64>,
-    /// Of the gradient alignment: `mixture_weighted`, `mixture_uniform` or `fishr` [default: mixture_weighted].
+    /// Variant of the gradient alignment: `mixture_weighted`, `mixture_uniform` or `fishr` [default: mixture_weighted].
     #[arg(long)]
     pub alignment_variant: Option<AlignmentVariant>,
-    /// `cross_validated`, `standard` or `trace_ratio` [default: cross_validated; of `hgprompt`: standard].
+    /// Mode of the H-score: `cross_validated`, `standard` or `trace_ratio` [default: cross_validated; with `hgprompt`:
+    /// standard].
     #[arg(long)]
     pub h_score_mode: Option<HScoreMode>,
-    /// Features: `none` or `per_source` [default: none].
+    /// Standardisation of features: `none` or `per_source` [default: none].
     #[arg(long)]
     pub standardise: Option<Standardise>,
     /// ρ of the H-score's covariance, 0 or from 1e-6 to below 1; or `oas`, or `ledoit_wolf` [default: 0.3 with
@@ -54,10 +55,10 @@ pub struct SolveOptions {
     pub uniform_mix: Option<UniformMix>,
 }
 
-/// What the statistics themselves depend on, or what needs the backbone.
+/// Options that the statistics depend on, or that need the backbone.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub struct BackboneOptions {
-    /// Of every prompt's gradients: `none` or `rms` [default: none].
+    /// Normalisation of every prompt's gradients: `none` or `rms` [default: none].
     #[arg(long)]
     pub gradient_normalization: Option<GradientNormalization>,
     /// The closed-form head that defines the loss: `lda`, `ridge` or `shared` [default: lda].
@@ -69,16 +70,16 @@ pub struct BackboneOptions {
     /// `off`, or `hungarian`: match the prompts' tokens before they are summed [default: off].
     #[arg(long)]
     pub align_tokens: Option<AlignTokens>,
-    /// Of `spot`: `all_pairs` or `token_mean` [default: all_pairs].
+    /// For `spot`: similarity of two prompts, `all_pairs` or `token_mean` [default: all_pairs].
     #[arg(long, value_name = "SIMILARITY")]
     pub spot_similarity: Option<Similarity>,
-    /// Of `spot`: only so many of the sources, the most similar [default: all].
+    /// For `spot`: use only this many sources, the most similar ones [default: all].
     #[arg(long, value_name = "K")]
     pub spot_top_k: Option<usize>,
-    /// Of `spot`: `weighted_average` or `best_of` [default: weighted_average].
+    /// For `spot`: how sources are combined, `weighted_average` or `best_of` [default: weighted_average].
     #[arg(long, value_name = "CHOICE")]
     pub spot_choice: Option<SpotChoice>,
-    /// Of `spot`, `panda` and `attempt`: epochs of the short tuning on the target [default: 5].
+    /// For `spot`, `panda` and `attempt`: epochs of the short tuning on the target [default: 5].
     #[arg(long, value_name = "EPOCHS")]
     pub target_epochs: Option<u32>,
     /// `none`, or `single_best`: the source with the lowest cross-fitted loss on the target samples gets all weight where that is
@@ -147,7 +148,7 @@ impl SolveOptions {
             _ => base.clone(),
         };
         if self.h_score_mode.is_some() && self.h_score_mode != base.h_score.mode {
-            // ρ of another mode.
+            // The base's ρ belongs to another mode.
             base.h_score.shrinkage = None;
         }
         objective(json!(base), self.given())
@@ -197,7 +198,7 @@ fn value<T: Serialize>(given: &Option<T>) -> Option<Value> {
     given.as_ref().map(|given| json!(given))
 }
 
-/// `base` with what was given; what the method does not have is refused by the flag's name.
+/// `base` with the given options; an option that the method does not have is refused by its flag's name.
 fn objective(mut base: Value, given: impl IntoIterator<Item = Given>) -> anyhow::Result<Objective> {
     let given: Vec<Given> = (given.into_iter())
         .filter(|(_, _, value)| value.is_some())

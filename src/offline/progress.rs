@@ -1,4 +1,4 @@
-//! Progress on a terminal; a line a phase elsewhere.
+//! Progress: bars on a terminal, one line per phase elsewhere.
 
 use std::io::IsTerminal as _;
 use std::ops::ControlFlow;
@@ -25,7 +25,7 @@ pub fn bar(name: &str, total: u64) -> ProgressBar {
         .with_prefix(name.to_owned())
 }
 
-/// One bar after another, a phase each.
+/// Progress bars, one phase after another.
 #[derive(Default)]
 pub struct Bars(Option<(Phase, ProgressBar)>);
 

@@ -1,4 +1,4 @@
-//! `promptweave rank`: every transferability metric of any set of prompts for a target task, in one table.
+//! `promptweave rank`: every transferability metric of some prompts for a target task, in one table.
 
 use std::path::PathBuf;
 
@@ -20,25 +20,25 @@ pub struct Args {
     /// A source prompt; repeat for each.
     #[arg(long = "source", value_name = "NAME=FILE", value_parser = parse_source, required = true)]
     pub sources: Vec<(String, PathBuf)>,
-    /// Split whose images are the target samples.
+    /// Split to take the target samples from.
     #[arg(long, default_value = "train", value_parser = parse_split)]
     pub split: Split,
-    /// At most this many target samples, a stratified choice.
+    /// The most target samples to use, a stratified choice.
     #[arg(long, default_value_t = 2000)]
     pub max_samples: usize,
     /// Seed of that choice, and of the target's tuning.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
-    /// ρ of the covariance of `h_score` and `h_score_adjusted`.
+    /// Shrinkage ρ of the covariance of `h_score` and `h_score_adjusted`.
     #[arg(long, value_name = "RHO", default_value = "0.01")]
     pub h_score_shrinkage: Shrinkage,
-    /// Epochs of the short tuning on the target that SPoT's and PANDA's similarities are to.
+    /// Epochs of the short tuning on the target. SPoT and PANDA measure similarity to its prompt.
     #[arg(long, value_name = "EPOCHS", default_value_t = TARGET_EPOCHS)]
     pub target_epochs: u32,
-    /// The metric that the table is sorted by, the best first.
+    /// Metric to sort the table by, best first.
     #[arg(long, value_name = "METRIC", default_value = "h_score_cross_validated", value_parser = RankedSource::METRICS)]
     pub sort_by: String,
-    /// As JSON, in the order of the sources.
+    /// Print JSON, in the order of the sources.
     #[arg(long)]
     pub json: bool,
 }
@@ -76,10 +76,10 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A line a source, best first; a dash where its file lacks what a metric is made of.
+/// One line per source, best first; a dash if its file lacks what a metric needs.
 fn table(ranking: &Ranking, by: &str) -> String {
     let mut sources: Vec<&RankedSource> = ranking.sources.iter().collect();
-    // Without the metric there is no place but the last.
+    // A source without the metric comes last.
     let key = |source: &RankedSource| source.metric(by).unwrap_or(f64::NEG_INFINITY);
     sources.sort_by(|a, b| key(b).total_cmp(&key(a)));
     let widest = sources.iter().map(|source| source.prompt.chars().count());

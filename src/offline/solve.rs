@@ -19,16 +19,16 @@ pub struct Args {
     /// `statistics.safetensors` of `promptweave compose`, or of an ensemble.
     #[arg(long, value_name = "FILE")]
     pub statistics: PathBuf,
-    /// Only these sources, by the names the statistics have for them [default: all]. Options that are not
-    /// given are those of the composition.
+    /// Use only these sources, by their names in the statistics [default: all]. Options that are not given are those of
+    /// the composition.
     #[arg(long, value_name = "NAME,…", value_delimiter = ',')]
     pub sources: Vec<String>,
     #[command(flatten)]
     pub objective: SolveOptions,
-    /// Where result.json, composed.safetensors and statistics.safetensors go.
+    /// Folder for result.json, composed.safetensors and statistics.safetensors.
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
-    /// CPU threads; the default is one a core.
+    /// CPU threads [default: one per core].
     #[arg(long)]
     pub threads: Option<u32>,
 }
@@ -54,7 +54,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     write_composition(&args.out, &composition)
 }
 
-/// Sources of the file by name; all of them where none is named.
+/// The named sources of the file; all of them if none is named.
 fn named(names: &[String], recorded: &Metadata) -> Result<Vec<SourceRef>, EngineError> {
     let found = |name: &String| {
         let source = recorded.sources.iter().find(|s| s.prompt == *name);

@@ -1,5 +1,5 @@
-//! `promptweave tune`: train one visual prompt on a labelled image set with a frozen backbone, or what prompts are compared
-//! with.
+//! `promptweave tune`: trains one visual prompt on a labelled image set with a frozen backbone, or a baseline that
+//! prompts are compared with.
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -33,11 +33,11 @@ pub struct Args {
     /// Folder of labelled images: an image folder or VTAB-1k list files.
     #[arg(long, value_name = "DIR")]
     pub target: PathBuf,
-    /// What is trained beside the head: `vpt-shallow`, `vpt-deep`; or, to compare, `linear`, `mlp-K`, `partial-K`, `bias`,
-    /// `adapter-R`, `sidetune`, `full`, which make no prompt.
+    /// What to train beside the head: `vpt-shallow` or `vpt-deep`; or, as a baseline without a prompt, `linear`,
+    /// `mlp-K`, `partial-K`, `bias`, `adapter-R`, `sidetune` or `full`.
     #[arg(long, default_value_t = TuningMethod::default())]
     pub method: TuningMethod,
-    /// The prompt file to write; of a method that makes none, a file of the tensors that were trained.
+    /// File to write: the prompt, or the trained tensors of a method without one.
     #[arg(long, value_name = "FILE")]
     pub out: PathBuf,
     /// Name of the task, kept in the file [default: the folder's name].
@@ -46,21 +46,21 @@ pub struct Args {
     /// Split to train on.
     #[arg(long, default_value = "train", value_parser = parse_split)]
     pub split: Split,
-    /// At most this many images, a stratified choice [default: all].
+    /// The most images to use, a stratified choice [default: all].
     #[arg(long)]
     pub max_samples: Option<usize>,
-    /// Begin with this prompt file, a composed one say, and with its head where it is one of these classes [default: the
-    /// initial prompt of --init-seed, and no head]. Its head is left out where images are held out, which it may know.
+    /// Prompt file to start from, for example a composed one [default: the initial prompt of --init-seed, and no head].
+    /// Its head is used too if it has the same classes, but not when images are held out, which the head may have seen.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["num_tokens", "init_seed"])]
     pub start: Option<PathBuf>,
-    /// A source prompt whose logits, with a closed-form head on the images trained on, the loss pulls towards (PANDA's
-    /// distillation); may be given several times.
+    /// A source prompt to learn from (PANDA's distillation): the loss pulls towards its logits, which come from a
+    /// closed-form head on the training images. May be given several times.
     #[arg(long, value_name = "FILE")]
     pub teacher: Vec<PathBuf>,
-    /// Of the mean squared difference to the teachers' logits [default: 0.1 with a teacher].
+    /// Weight of the mean squared difference to the teachers' logits [default: 0.1 with a teacher].
     #[arg(long, requires = "teacher")]
     pub distillation_weight: Option<f64>,
-    /// m, the prompt's length in tokens.
+    /// Length of the prompt in tokens, m.
     #[arg(long, default_value_t = TuningOptions::default().num_tokens)]
     pub num_tokens: usize,
     /// Seed of the initial prompt; prompts that are to be composed should share it.
@@ -75,29 +75,30 @@ pub struct Args {
     pub batch_size: usize,
     #[arg(long, value_enum, default_value_t = OptimizerName::AdamW)]
     pub optimizer: OptimizerName,
-    /// Of everything that is trained beside the head. Too high and the prompt ends far from its initial values, where prompts
-    /// mix badly. Several, with `,` between them, are tried on held-out images, and the best is taken [default: 0.002; 0.0001
-    /// of `partial` and `full`].
+    /// Learning rate of everything that is trained beside the head. Too high: the prompt ends far from its initial
+    /// values, where prompts mix badly. If several are given, with `,` between them, each is tried on held-out images
+    /// and the best is taken [default: 0.002; 0.0001 with `partial` and `full`].
     #[arg(long, value_delimiter = ',')]
     pub prompt_learning_rate: Vec<f64>,
     #[arg(long, default_value_t = TuningOptions::default().head_learning_rate)]
     pub head_learning_rate: f64,
-    /// Several are tried, as above.
+    /// Weight decay; if several are given, they are tried too, as above.
     #[arg(long, value_delimiter = ',', default_values_t = [TuningOptions::default().weight_decay])]
     pub weight_decay: Vec<f64>,
     #[arg(long, default_value_t = TuningOptions::default().warmup_epochs)]
     pub warmup_epochs: usize,
-    /// Share of the prompt's values that a step leaves out, from 0 to below 1.
+    /// Share of the prompt's values that each step leaves out, from 0 to below 1.
     #[arg(long, default_value_t = 0.0)]
     pub prompt_dropout: f64,
-    /// Stop after so many epochs without a lower loss on held-out images, and take the epoch with the lowest; then the
-    /// held-out images are not trained on [default: all epochs, and all images].
+    /// Stop after this many epochs without a lower loss on held-out images, and take the epoch with the lowest. The
+    /// held-out images are then not trained on [default: all epochs, and all images].
     #[arg(long, value_name = "EPOCHS")]
     pub patience: Option<usize>,
-    /// Labelled features kept in the file for transferability scores; 0 for none.
+    /// Labelled features to keep in the file for transferability scores; 0 keeps none.
     #[arg(long, default_value_t = TuningOptions::default().sketch_samples)]
     pub sketch_samples: usize,
-    /// Where the state after every epoch is kept, to go on from after a kill; deleted at the end [default: beside --out].
+    /// File that keeps the state after every epoch, so that a killed run can continue; deleted at the end [default:
+    /// beside --out].
     #[arg(long, value_name = "FILE")]
     pub checkpoint: Option<PathBuf>,
 }
@@ -106,7 +107,7 @@ pub struct Args {
 pub enum OptimizerName {
     #[value(alias = "adamw")]
     AdamW,
-    /// With momentum 0.9.
+    /// SGD with momentum 0.9.
     Sgd,
 }
 
@@ -114,7 +115,7 @@ impl Args {
     fn check(&self) -> anyhow::Result<()> {
         let of_option = |invalid: InvalidTuning| {
             let option = invalid.field.replace('_', "-");
-            // A grid's lists are one option each, of the single value's name.
+            // Each list of a grid is one option, named like the single value.
             let option = option
                 .replace("-rates", "-rate")
                 .replace("-decays", "-decay");
@@ -185,7 +186,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let (backbone, vit) = engine.backbone(&args.engine.backbone)?;
     if let Some(start) = &start {
         let mut start = start.clone();
-        // Only what is deep itself goes on from deep prompts.
+        // Only a method that makes deep prompts can start from one.
         if args.method == TuningMethod::VptDeep {
             start.file.deep_prompt_embeddings = None;
         }
@@ -196,7 +197,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     }
     let mut options = args.options();
     if let Some(start) = &start {
-        // Those of the prompt that it begins with are what they are.
+        // The length and seed of the prompt that it starts from cannot change.
         let metadata = start.file.metadata.as_ref();
         options.num_tokens = start.file.num_tokens();
         options.init_seed = metadata.and_then(|m| m.init_seed).unwrap_or_default();
@@ -260,7 +261,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The split `test`, where it is not what is trained on.
+/// The images of the split `test`, unless that split is trained on.
 fn test_images(
     dataset: &LabelledImages,
     selection: &Selection,
@@ -273,7 +274,7 @@ fn test_images(
     Ok(Some(Samples::load(dataset, &all, preprocessing)?))
 }
 
-/// The pairs of the grid, the chosen one marked.
+/// The pairs of the grid, with the chosen one marked.
 fn table<T>(outcome: &Outcome<T>) -> String {
     let mut text = format!(
         "{:>20}  {:>12}  {:>17}\n",
@@ -295,7 +296,7 @@ fn table<T>(outcome: &Outcome<T>) -> String {
     text
 }
 
-/// Runs with a bar for each phase, that shows epoch and loss.
+/// Runs with a progress bar for each phase, which shows epoch and loss.
 fn watched<T>(
     course: &TuningRun<'_>,
     checkpoint: &mut CheckpointFile,
@@ -323,7 +324,7 @@ fn watched<T>(
     Ok(outcome?)
 }
 
-/// A file beside the result; of a grid's pairs one more each.
+/// A checkpoint file beside the result; each pair of a grid has its own.
 struct CheckpointFile(PathBuf);
 
 impl CheckpointFile {

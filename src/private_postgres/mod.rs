@@ -1,11 +1,10 @@
-//! The private cluster of `up`: made from the PostgreSQL programs installed on the machine, under
-//! the data directory, reachable through a unix socket that only its owner can open.
+//! The private cluster of `up`: made from the PostgreSQL programs installed on the machine, in the data directory, and
+//! reachable through a unix socket that only its owner can open.
 //!
-//! No port is opened, so none can clash and no password is needed: the socket's directory has mode
-//! 0700. As root the programs run as the user `postgres`, since PostgreSQL refuses root. A cluster
-//! whose `up` was killed keeps running; the next start, which holds the data directory's lock, knows
-//! it by its working directory, stops it and starts afresh. A process that is not a postmaster *of
-//! this very directory* is never signalled.
+//! No port is opened, so none can clash and no password is needed: the socket's directory has mode 0700. As root, the
+//! programs run as the user `postgres`, because PostgreSQL refuses root. A cluster whose `up` was killed keeps running.
+//! The next start locks the data directory, recognises the old postmaster by its working directory, stops it and starts
+//! again. A process that is not a postmaster *of this very directory* is never signalled.
 
 mod programs;
 
@@ -26,15 +25,15 @@ use promptweave_domain::digest::Digest;
 
 /// User and database of the cluster.
 const NAME: &str = "promptweave";
-/// How the names of folders begin that `initdb` works in.
+/// Prefix of the folders that `initdb` works in.
 const UNFINISHED: &str = "data.unfinished-";
-/// Names the socket's file; nothing listens on TCP.
+/// The port that names the socket's file; nothing listens on TCP.
 const PORT: u16 = 5432;
-/// sockaddr_un holds 108 bytes, the last of them 0.
+/// The longest socket path: sockaddr_un holds 108 bytes, and the last is 0.
 const MAX_SOCKET_PATH: usize = 107;
-/// Recovery after a crash may take this long.
+/// The longest start, which includes recovery after a crash.
 const START_TIMEOUT: Duration = Duration::from_secs(120);
-/// A fast shutdown gets this long, then an immediate one.
+/// The longest fast shutdown; then an immediate one follows.
 const STOP_TIMEOUT: Duration = Duration::from_secs(15);
 
 #[derive(Debug, thiserror::Error)]
@@ -89,13 +88,13 @@ fn at(path: &Path) -> impl FnOnce(io::Error) -> Error {
     move |source| Error::Io { path, source }
 }
 
-/// Where the parts of one cluster are.
+/// The paths of one cluster.
 #[derive(Clone, Debug)]
 struct Layout {
-    /// PGDATA.
+    /// The cluster's own files (PGDATA).
     data: PathBuf,
-    /// `initdb` works here, so that an interrupted one leaves no half-made `data`. A new name every
-    /// time: what an interrupted one started may write on for a moment.
+    /// The folder in which `initdb` works, so that an interrupted one leaves no incomplete `data`. The name is new each
+    /// time, because programs that an interrupted `initdb` started may keep writing for a moment.
     unfinished: PathBuf,
     /// The socket's directory.
     run: PathBuf,
@@ -108,15 +107,15 @@ pub struct PrivatePostgres {
     postmaster: Child,
     options: PgConnectOptions,
     layout: Layout,
-    /// Held as long as the cluster is ours; the kernel lets go of it however this process ends.
+    /// The lock that is held as long as the cluster is ours; the kernel releases it however this process ends.
     _lock: File,
 }
 
 impl PrivatePostgres {
-    /// Starts the cluster of `data_dir`, making it first where there is none.
+    /// Starts the cluster of `data_dir`, and first creates it if it does not exist.
     ///
     /// # Errors
-    /// When another `up` has the directory, the programs are missing, or PostgreSQL fails.
+    /// If another `up` uses the directory, the programs are missing, or PostgreSQL fails.
     pub async fn start(data_dir: &Path, bin: Option<&Path>) -> Result<Self, Error> {
         fs::create_dir_all(data_dir).map_err(at(data_dir))?;
         let data_dir = fs::canonicalize(data_dir).map_err(at(data_dir))?;
@@ -134,7 +133,7 @@ impl PrivatePostgres {
             .port(PORT)
             .username(NAME)
             .database(NAME);
-        // Whole before the first wait: dropped at any time from here on, the postmaster stops.
+        // This is complete before the first wait: from here on, dropping it stops the postmaster.
         let mut postgres = Self {
             postmaster: programs.postgres(&layout)?,
             options,
@@ -145,7 +144,7 @@ impl PrivatePostgres {
         Ok(postgres)
     }
 
-    /// Returns once the database [`NAME`] answers, having created it where it is missing.
+    /// Waits until the database [`NAME`] answers, and creates it if it does not exist.
     async fn wait_until_ready(&mut self) -> Result<(), Error> {
         let layout = self.layout.clone();
         let not_started = || Error::NotStarted {
@@ -167,7 +166,7 @@ impl PrivatePostgres {
                 return Err(not_started());
             }
         };
-        // CREATE DATABASE has no IF NOT EXISTS; a lost race is impossible, as the lock is ours.
+        // CREATE DATABASE has no IF NOT EXISTS; no other process can create it, because we hold the lock.
         let exists = sqlx::query_scalar!("SELECT true FROM pg_database WHERE datname = $1", NAME)
             .fetch_optional(&mut connection)
             .await?;
@@ -180,7 +179,7 @@ impl PrivatePostgres {
         Ok(())
     }
 
-    /// For `DATABASE_URL`; works for this user (and root) alone.
+    /// The `DATABASE_URL` of the cluster; it works only for this user and root.
     pub fn url(&self) -> String {
         self.options.to_url_lossy().to_string()
     }
@@ -195,12 +194,12 @@ impl PrivatePostgres {
         self.postmaster.id()
     }
 
-    /// Waits for the postmaster to end, which it should not do by itself.
+    /// Waits for the postmaster to end, which it should not do unasked.
     pub async fn exited(&mut self) -> io::Result<ExitStatus> {
         self.postmaster.wait().await
     }
 
-    /// A fast shutdown: sessions end, everything is on disk. An immediate one if that takes long.
+    /// Shuts down fast: sessions end, and everything is on disk. If that takes long, shuts down immediately.
     pub async fn stop(mut self) -> io::Result<()> {
         for signal in [Signal::INT, Signal::QUIT, Signal::KILL] {
             self.signal(signal);
@@ -213,9 +212,9 @@ impl PrivatePostgres {
     }
 
     fn signal(&self, signal: Signal) {
-        // `id` is None once the process is reaped, so a reused pid is never hit.
+        // `id` is None once the process is reaped, so a reused pid is never signalled.
         if let Some(pid) = self.postmaster.id().and_then(pid) {
-            // It may have ended a moment ago, which is what was wanted.
+            // The process may have ended a moment ago, which is fine.
             let _ = kill_process(pid, signal);
         }
     }
@@ -263,7 +262,7 @@ fn lock(data_dir: &Path) -> Result<File, Error> {
 }
 
 impl Layout {
-    /// Chooses the directories and makes those that are missing, with the right owner and mode.
+    /// Chooses the directories, and creates those that are missing with the right owner and mode.
     fn prepare(data_dir: &Path, owner: &Owner) -> Result<Self, Error> {
         let base = Self::base(data_dir, owner)?;
         private_dir(&base, owner)?;
@@ -282,9 +281,8 @@ impl Layout {
         })
     }
 
-    /// `postgres/` in the data directory. Where root's data directory lies out of reach of the
-    /// cluster's user (under a home of mode 0700, say), a directory of `/var/lib/promptweave` that
-    /// the data directory remembers by name.
+    /// The directory `postgres/` in the data directory. If the cluster's user cannot reach root's data directory (under
+    /// a home of mode 0700, say), it is a directory of `/var/lib/promptweave`, whose name the data directory stores.
     fn base(data_dir: &Path, owner: &Owner) -> Result<PathBuf, Error> {
         if owner.can_reach(data_dir) {
             return Ok(data_dir.join("postgres"));
@@ -305,14 +303,14 @@ impl Layout {
     }
 }
 
-/// Makes a directory that only the cluster's owner can enter, or checks that it is one.
+/// Creates a directory that only the cluster's owner can enter, or checks that an existing one is such.
 fn private_dir(dir: &Path, owner: &Owner) -> Result<(), Error> {
     match DirBuilder::new().mode(0o700).create(dir) {
         Ok(()) => return chown(dir, owner.uid, owner.gid).map_err(at(dir)),
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
         Err(error) => return Err(at(dir)(error)),
     }
-    // Not following links: in /tmp anybody could have put one there.
+    // Links are not followed: in /tmp anybody could have made one.
     let found = fs::symlink_metadata(dir).map_err(at(dir))?;
     let uid = owner
         .uid
@@ -323,13 +321,13 @@ fn private_dir(dir: &Path, owner: &Owner) -> Result<(), Error> {
     Ok(())
 }
 
-/// The socket's file in its directory `run`, as PostgreSQL names it.
+/// The path of the socket's file in the directory `run`, as PostgreSQL names it.
 fn socket(run: &Path) -> PathBuf {
     run.join(format!(".s.PGSQL.{PORT}"))
 }
 
-/// Ends the postmaster that an `up` which was killed has left, if there is one, and clears what
-/// would keep the next one from starting.
+/// Stops the postmaster that a killed `up` left, if there is one, and removes what would keep the next one from
+/// starting.
 async fn stop_orphan(layout: &Layout) -> Result<(), Error> {
     let data = &layout.data;
     let pid_file = data.join("postmaster.pid");
@@ -338,7 +336,7 @@ async fn stop_orphan(layout: &Layout) -> Result<(), Error> {
     {
         end_postmaster(id, data).await?;
     }
-    // The sessions of a killed postmaster end by themselves, a moment later.
+    // The sessions of a killed postmaster end by themselves a moment later.
     let asked = Instant::now();
     while asked.elapsed() < STOP_TIMEOUT && any_postgres_of(data) {
         tokio::time::sleep(Duration::from_millis(50)).await;
@@ -349,23 +347,22 @@ async fn stop_orphan(layout: &Layout) -> Result<(), Error> {
     release_from_stranger(Path::new(&socket_lock))
 }
 
-/// The process number a lock file of PostgreSQL's begins with; None: there is no such file, Err:
-/// nothing that can be read as one.
+/// The process id at the beginning of a PostgreSQL lock file. None if there is no such file, Err if the file has no
+/// such number.
 fn holder(lock_file: &Path) -> Option<Result<u32, ()>> {
     let text = fs::read_to_string(lock_file).ok()?;
     let id = text.lines().next().map(|line| line.trim().parse());
     Some(id.and_then(Result::ok).ok_or(()))
 }
 
-/// Removes a lock file that a crash has left and whose number some other process has got since:
-/// PostgreSQL would take that one for its own and refuse to start. Where no process has the number,
-/// PostgreSQL knows better than we do what to make of the file.
+/// Removes a lock file left by a crash whose process id now belongs to an unrelated process: PostgreSQL would take that
+/// process for its own and refuse to start. If no process has the id, PostgreSQL handles the file itself.
 fn release_from_stranger(lock_file: &Path) -> Result<(), Error> {
     match holder(lock_file) {
         None => Ok(()),
         Some(Ok(id)) if !Path::new(&format!("/proc/{id}")).exists() => Ok(()),
         Some(_) => match fs::remove_file(lock_file) {
-            // Its postmaster was ending, and has.
+            // The postmaster was about to end, and has ended.
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             removed => removed.map_err(at(lock_file)),
         },
@@ -395,7 +392,7 @@ async fn end_postmaster(id: u32, data: &Path) -> Result<(), Error> {
     })
 }
 
-/// A postmaster and its sessions work in the data directory, so their `cwd` tells whose they are.
+/// Whether a process is a postmaster of `data` or one of its sessions: these have the data directory as their `cwd`.
 fn is_postgres_of(pid: u32, data: &Path) -> bool {
     let link = |name| fs::read_link(format!("/proc/{pid}/{name}"));
     link("cwd").is_ok_and(|cwd| cwd == data)
@@ -409,7 +406,7 @@ fn any_postgres_of(data: &Path) -> bool {
         .any(|id| is_postgres_of(id, data))
 }
 
-/// Removes what interrupted runs of `initdb` have left next to `layout.data`.
+/// Removes what interrupted runs of `initdb` left next to `layout.data`.
 fn remove_unfinished(layout: &Layout) {
     let base = layout.data.parent().into_iter();
     for entry in base
@@ -420,7 +417,7 @@ fn remove_unfinished(layout: &Layout) {
         if entry.file_name().to_string_lossy().starts_with(UNFINISHED)
             && let Err(error) = fs::remove_dir_all(entry.path())
         {
-            // In nobody's way but the disk's; the next start tries again.
+            // The folder only takes disk space; the next start tries again.
             tracing::warn!(path = %entry.path().display(), %error, "cannot be removed");
         }
     }
@@ -450,20 +447,20 @@ impl Programs {
     }
 
     fn postgres(&self, layout: &Layout) -> Result<Child, Error> {
-        // The log is of this run; PostgreSQL writes to both streams.
+        // The log is only of this run; PostgreSQL writes to both streams.
         let log = File::create(&layout.log).map_err(at(&layout.log))?;
         let run = layout.run.display().to_string().replace('"', "\"\"");
         self.command("postgres")
             .arg("-D")
             .arg(&layout.data)
             .args(["-c", "listen_addresses=", "-c", &format!("port={PORT}")])
-            // A list: quotes keep a comma or a blank in the path.
+            // The value is a list, so quotes protect a comma or a blank in the path.
             .args(["-c", &format!("unix_socket_directories=\"{run}\"")])
             .args(["-c", &format!("cluster_name={NAME}")])
             .stdin(Stdio::null())
             .stderr(log.try_clone().map_err(at(&layout.log))?)
             .stdout(log)
-            // Ctrl-C in a terminal is for `up`, which stops the database last.
+            // Ctrl-C in a terminal is meant for `up`, which stops the database last.
             .process_group(0)
             .spawn()
             .map_err(at(&self.dir.join("postgres")))

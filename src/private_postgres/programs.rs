@@ -1,4 +1,4 @@
-//! Which PostgreSQL programs run the private cluster, and as whom.
+//! Finds the PostgreSQL programs of the private cluster, and the user that they run as.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -9,13 +9,13 @@ use tokio::process::Command;
 
 use crate::private_postgres::PrivatePostgresError as Error;
 
-/// Oldest major version the schema is written for.
+/// The oldest major version that the schema supports.
 pub const MIN_MAJOR: u32 = 15;
 
-/// The user the cluster runs as: this process's own, or `postgres` for root.
+/// The user that the cluster runs as: this process's own, or `postgres` for root.
 #[derive(Clone, Debug)]
 pub struct Owner {
-    /// None: this process's own.
+    /// None for this process's own user.
     pub uid: Option<u32>,
     pub gid: Option<u32>,
 }
@@ -28,7 +28,7 @@ impl Owner {
                 gid: None,
             });
         }
-        // `id` and not /etc/passwd: users may come from a directory service.
+        // This asks `id` instead of /etc/passwd, because users may come from a directory service.
         let id = |which| {
             let output = StdCommand::new("id")
                 .args([which, "postgres"])
@@ -45,7 +45,7 @@ impl Owner {
         }
     }
 
-    /// Whether that user may enter `dir`, with every rule of the system taken into account.
+    /// Whether that user may enter `dir`, according to all of the system's rules.
     pub fn can_reach(&self, dir: &Path) -> bool {
         let mut test = StdCommand::new("test");
         test.arg("-x").arg(dir).current_dir("/");
@@ -61,7 +61,7 @@ impl Owner {
     }
 }
 
-/// One installation.
+/// One installation of PostgreSQL.
 #[derive(Clone, Debug)]
 pub struct Programs {
     pub dir: PathBuf,
@@ -69,8 +69,8 @@ pub struct Programs {
 }
 
 impl Programs {
-    /// The programs in `bin`, or else the newest installed; those of the cluster's own major
-    /// version once `data` holds one.
+    /// The programs in `bin`, or else the newest installed ones. Once `data` holds a cluster, they must have its major
+    /// version.
     pub fn find(bin: Option<&Path>, owner: Owner, data: &Path) -> Result<Self, Error> {
         let candidates = match bin {
             Some(dir) => BTreeSet::from([dir.to_owned()]),
@@ -103,11 +103,11 @@ impl Programs {
         }
     }
 
-    /// The program, to run as the cluster's owner and untouched by this process's `PG…` variables.
+    /// A command that runs the program as the cluster's owner, without this process's `PG…` variables.
     pub fn command(&self, program: &str) -> Command {
         let mut command = StdCommand::new(self.dir.join(program));
         self.owner.become_owner(&mut command);
-        // The owner may not be allowed into the directory this process was started from.
+        // The owner may not be allowed into the current directory.
         command.current_dir("/").env("LC_ALL", "C");
         for (name, _) in std::env::vars_os() {
             if name.as_encoded_bytes().starts_with(b"PG") {
@@ -134,7 +134,7 @@ fn installed() -> BTreeSet<PathBuf> {
         .collect()
 }
 
-/// The major version of the programs in `dir`; None where they are not (both) there.
+/// The major version of the programs in `dir`; None unless both are there.
 fn major(dir: &Path) -> Option<u32> {
     if !dir.join("initdb").is_file() {
         return None;
@@ -143,7 +143,7 @@ fn major(dir: &Path) -> Option<u32> {
         .arg("--version")
         .output()
         .ok()?;
-    // e.g. `postgres (PostgreSQL) 15.14 (Debian 15.14-0+deb12u1)`, `postgres (PostgreSQL) 18beta1`
+    // Examples: `postgres (PostgreSQL) 15.14 (Debian 15.14-0+deb12u1)`, `postgres (PostgreSQL) 18beta1`.
     let text = String::from_utf8(output.stdout).ok()?;
     let version = text.split(' ').nth(2)?;
     let digits = version

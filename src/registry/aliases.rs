@@ -1,7 +1,7 @@
-//! Aliases: movable names of a prompt's versions, and who moved them from where to where.
+//! Aliases: movable names of a prompt's versions, and the history of who moved them.
 //!
-//! Whoever changes an alias holds its prompt's row ([`prompts::lock`](crate::registry::prompts::lock)), so what
-//! was read before the change is still true when it is made.
+//! Whoever changes an alias locks its prompt's row ([`prompts::lock`](crate::registry::prompts::lock)), so what was
+//! read before the change is still true when it is made.
 
 use serde::Serialize;
 use sqlx::PgConnection;
@@ -23,57 +23,56 @@ pub struct Alias {
     pub prompt: ResourceName,
     #[schema(value_type = String, example = "production")]
     pub alias: AliasName,
-    /// What it points to.
+    /// The version that the alias points to.
     pub version: i32,
     #[schema(value_type = String, example = "sha256:…")]
     pub digest: Digest,
-    /// While true, it is neither moved nor deleted.
+    /// While this is true, the alias is neither moved nor deleted.
     pub protected: bool,
     #[serde(with = "time::serde::rfc3339")]
     pub created_at: OffsetDateTime,
     #[serde(with = "time::serde::rfc3339")]
     pub updated_at: OffsetDateTime,
-    /// Of its last event.
+    /// Number of the alias's last event.
     #[serde(skip)]
     pub seq: i32,
 }
 
-/// What happened to an alias, and on whose request.
+/// A change of an alias, and the request that made it.
 #[derive(Clone, Debug, PartialEq, Serialize, ToSchema)]
 pub struct AliasEvent {
-    /// Counted from 1, also across a deletion.
+    /// Counted from 1, and on across a deletion.
     pub seq: i32,
     #[serde(with = "time::serde::rfc3339")]
     pub at: OffsetDateTime,
     #[schema(value_type = AliasEventKind)]
     pub kind: String,
-    /// Null when it was created.
+    /// The version before; null when the alias was created.
     pub from_version: Option<i32>,
-    /// Null when it was deleted.
+    /// The version after; null when the alias was deleted.
     pub to_version: Option<i32>,
-    /// `x-request-id` of the request that did it; also in the server's log.
+    /// `x-request-id` of the request that made the change; it is also in the server's log.
     pub request_id: String,
-    /// The API key that it came with; null where the server asks for none.
+    /// The API key of that request; null if the server requires none.
     pub key_id: Option<Uuid>,
 }
 
-/// Who asks for a change.
+/// The client that asks for a change.
 #[derive(Clone, Debug)]
 pub struct ChangedBy {
     pub request_id: String,
     pub key_id: Option<Uuid>,
 }
 
-/// What an alias is to be.
+/// The new state of an alias.
 #[derive(Clone, Copy, Debug)]
 pub struct NewAlias {
     pub version: i32,
-    /// None leaves it as it is; a new alias is not protected.
+    /// None leaves the protection as it is; a new alias is not protected.
     pub protected: Option<bool>,
 }
 
-/// Makes an alias, or changes `current`, and records what that was. What is as asked for already is
-/// left alone.
+/// Creates an alias, or changes `current`, and records the change. If nothing would change, nothing is written.
 pub async fn set(
     conn: &mut PgConnection,
     project_id: Uuid,
@@ -108,7 +107,7 @@ pub async fn set(
     }
     let mut seq = match current {
         Some(current) => current.seq,
-        // It may have had a former life.
+        // A deleted alias of this name may have had events.
         None => last_seq(conn, project_id, prompt, alias).await?,
     };
     for kind in kinds {
@@ -239,7 +238,7 @@ pub async fn find(
     Ok(found.into_iter().next())
 }
 
-/// A prompt's aliases by name, those after `after`.
+/// A prompt's aliases by name: those after `after`.
 pub async fn list(
     conn: &mut PgConnection,
     project_id: Uuid,
@@ -294,7 +293,7 @@ async fn select(
     .collect()
 }
 
-/// What happened to an alias, the newest first: those before `before`.
+/// An alias's events, newest first: those before `before`.
 pub async fn history(
     conn: &mut PgConnection,
     project_id: Uuid,

@@ -1,4 +1,4 @@
-//! Keys of clients: who may do what, in which project.
+//! Clients' API keys: the project and the scopes of each.
 
 use serde::Serialize;
 use sqlx::PgConnection;
@@ -11,14 +11,14 @@ use crate::registry::{RegistryError, read_name};
 use promptweave_domain::api_key::{ApiKey, KeyName, Scope, Scopes};
 use promptweave_domain::reference::ResourceName;
 
-/// A key without its secret, which nobody has but its owner.
+/// A key without its secret, which only its owner has.
 #[derive(Clone, Debug, Serialize, ToSchema)]
 pub struct StoredKey {
     pub id: Uuid,
-    /// The beginning of the key, by which its owner can tell it from others.
+    /// The beginning of the key, by which its owner recognises it.
     #[schema(example = "pr_019305d6c1a07c3a8f5e2b7d94c60a11")]
     pub prefix: String,
-    /// What it is for.
+    /// What the key is for.
     #[schema(example = "continuous integration")]
     pub name: String,
     #[schema(value_type = String, example = "default")]
@@ -27,15 +27,15 @@ pub struct StoredKey {
     pub scopes: Scopes,
     #[serde(with = "time::serde::rfc3339")]
     pub created_at: OffsetDateTime,
-    /// To the minute; null if it never was.
+    /// When the key was last used, to the minute; null if never.
     #[serde(with = "time::serde::rfc3339::option")]
     pub last_used_at: Option<OffsetDateTime>,
-    /// Since when it opens nothing.
+    /// When the key was revoked.
     #[serde(with = "time::serde::rfc3339::option")]
     pub revoked_at: Option<OffsetDateTime>,
 }
 
-/// What a key that was accepted stands for.
+/// The rights of an accepted key.
 #[derive(Clone, Debug)]
 pub struct Grant {
     pub key_id: Uuid,
@@ -69,7 +69,7 @@ pub async fn insert(
     Ok(())
 }
 
-/// What `key` stands for, unless it is unknown or revoked. Notes the use, at most once a minute.
+/// The rights of `key`, unless it is unknown or revoked. Records the use, at most once a minute.
 pub async fn authenticate(
     conn: &mut PgConnection,
     key: &ApiKey,
@@ -92,7 +92,7 @@ pub async fn authenticate(
         return Ok(None);
     };
     if row.note_use {
-        // Of many requests at once, one writes.
+        // Of many requests at once, only one writes this.
         sqlx::query!(
             r#"
             UPDATE api_key
@@ -121,7 +121,7 @@ pub async fn find(
     Ok(found.into_iter().next())
 }
 
-/// A project's keys, the newest first, those before `before`; revoked ones too.
+/// A project's keys, newest first: those before `before`, with revoked ones.
 pub async fn list(
     conn: &mut PgConnection,
     project_id: Uuid,
@@ -131,7 +131,7 @@ pub async fn list(
     select_keys(conn, project_id, None, before, limit).await
 }
 
-/// From now on the key opens nothing. Once revoked it stays so; false: there is no such key.
+/// Revokes a key permanently; false if there is no such key.
 pub async fn revoke(
     conn: &mut PgConnection,
     project_id: Uuid,

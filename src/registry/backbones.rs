@@ -1,4 +1,4 @@
-//! Backbones: registered from a folder of the operator's, kept in the blob store.
+//! Backbones: registered from one of the operator's folders, kept in the blob store.
 
 use std::path::Path;
 
@@ -24,25 +24,25 @@ pub struct RegisteredBackbone {
     pub id: Uuid,
     #[schema(value_type = String, example = "vit-s14")]
     pub name: ResourceName,
-    /// Over names, shapes and f32 values of the weights, the head left out.
+    /// Digest over names, shapes and f32 values of the weights, without the head.
     #[schema(value_type = String, example = "sha256:…")]
     pub digest: Digest,
     #[schema(example = "98-bicubic-imagenet")]
     pub preprocessing_id: String,
-    /// d, the width of its tokens and features.
+    /// d, the width of the backbone's tokens and features.
     pub embed_dim: i32,
     pub config: BackboneConfig,
-    /// sha256 of `model.safetensors` as it was registered.
+    /// sha256 of the registered `model.safetensors`.
     #[schema(value_type = String, example = "sha256:…")]
     pub model_digest: Digest,
-    /// Of that file, in bytes.
+    /// Size of that file in bytes.
     pub model_size: i64,
     #[serde(with = "time::serde::rfc3339")]
     pub created_at: OffsetDateTime,
 }
 
-/// Registers a backbone whose model file is in the blob store. The same backbone under the same
-/// name once more returns what is there, with `false` for "created".
+/// Registers a backbone whose model file is in the blob store. If the same backbone has this name already, it is
+/// returned, with `false` for "created".
 pub async fn insert(
     conn: &mut PgConnection,
     project_id: Uuid,
@@ -110,7 +110,7 @@ pub async fn find_by_digest(
     select(conn, project_id, None, Some(digest), None, i64::MAX).await
 }
 
-/// Backbones by name, those after `after`.
+/// Backbones by name: those after `after`.
 pub async fn list(
     conn: &mut PgConnection,
     project_id: Uuid,

@@ -29,7 +29,7 @@ pub struct DatasetVersion {
     /// sha256 of the packed images.
     #[schema(value_type = String, example = "sha256:…")]
     pub digest: Digest,
-    /// Of the pack, in bytes.
+    /// Size of the pack in bytes.
     pub size: i64,
     /// Class names in label order.
     pub classes: Vec<String>,
@@ -45,7 +45,7 @@ pub struct DatasetVersion {
     pub created_at: OffsetDateTime,
 }
 
-/// A version to be published, its pack in the blob store.
+/// A version to publish, whose pack is in the blob store.
 #[derive(Clone, Debug)]
 pub struct NewDatasetVersion<'a> {
     pub pack: StoredBlob,
@@ -54,8 +54,8 @@ pub struct NewDatasetVersion<'a> {
     pub skipped: usize,
 }
 
-/// Publishes a version under a name, which is made where there is none. The same pack under the
-/// same name is the same version: then the existing one is returned, with `false` for "created".
+/// Publishes a version under a name, which is created if it does not exist. If this name has a version with the same
+/// pack, that one is returned, with `false` for "created".
 pub async fn insert_version(
     conn: &mut PgConnection,
     project_id: Uuid,
@@ -113,7 +113,7 @@ pub async fn insert_version(
     Ok((version.ok_or(DbError::RowCount(0))?, true))
 }
 
-/// The version a reference (`name`, `name:2`, `name@sha256:…`) means.
+/// The version that a reference (`name`, `name:2`, `name@sha256:…`) means.
 pub async fn resolve(
     conn: &mut PgConnection,
     project_id: Uuid,
@@ -123,7 +123,7 @@ pub async fn resolve(
     Ok(found.into_iter().next())
 }
 
-/// The newest version of each dataset by name, those after `after`.
+/// The newest version of each dataset, by name: those after `after`.
 pub async fn list(
     conn: &mut PgConnection,
     project_id: Uuid,
@@ -133,7 +133,7 @@ pub async fn list(
     select(conn, project_id, None, after, limit).await
 }
 
-/// One version of each dataset: the newest that `reference` admits.
+/// One version of each dataset: the newest one that `reference` matches.
 async fn select(
     conn: &mut PgConnection,
     project_id: Uuid,
@@ -144,7 +144,7 @@ async fn select(
     let (number, digest) = match reference.map(|r| &r.version) {
         Some(VersionSelector::Number(number)) => (Some(*number), None),
         Some(VersionSelector::Digest(digest)) => (None, Some(digest)),
-        // Datasets have none.
+        // Datasets have no aliases.
         Some(VersionSelector::Alias(_)) => return Ok(Vec::new()),
         Some(VersionSelector::Newest) | None => (None, None),
     };

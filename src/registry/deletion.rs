@@ -1,5 +1,5 @@
-//! Deleting a prompt, which is hiding it: its versions stay for the lineage that they are in, its name is
-//! not given again, and it can be restored.
+//! Deleting a prompt, which only hides it: its versions stay for the lineage they are part of, its name stays taken,
+//! and it can be restored.
 
 use sqlx::PgConnection;
 use uuid::Uuid;
@@ -9,10 +9,10 @@ use crate::registry::RegistryError;
 use crate::registry::prompts::Prompt;
 use promptweave_domain::reference::ResourceName;
 
-/// Deletes a prompt that nothing refers to. The caller holds it ([`lock`](crate::registry::prompts::lock)).
+/// Deletes a prompt that nothing refers to. The caller has locked it ([`lock`](crate::registry::prompts::lock)).
 ///
 /// # Errors
-/// [`RegistryError::PromptInUse`] while an alias of it is protected, another prompt was composed of one of
+/// [`RegistryError::PromptInUse`] if one of its aliases is protected, another prompt was composed or tuned from one of
 /// its versions, or a job that has not ended names it.
 pub async fn delete(
     conn: &mut PgConnection,
@@ -39,7 +39,7 @@ pub async fn delete(
     Ok(expect_one_row(deleted)?)
 }
 
-/// Who refers to a prompt, as an error says it.
+/// Something that refers to a prompt, in the words of an error message.
 async fn user(
     conn: &mut PgConnection,
     project_id: Uuid,
@@ -81,7 +81,7 @@ async fn user(
     Ok(users.into_iter().next())
 }
 
-/// Brings a deleted prompt back with all it had; one that is not deleted, or not there, stays so.
+/// Restores a deleted prompt with everything it had; does nothing if it is not deleted or does not exist.
 pub async fn restore(
     conn: &mut PgConnection,
     project_id: Uuid,

@@ -1,5 +1,5 @@
-//! Answers kept for clients that send a request again: who is at work under an `Idempotency-Key`, and
-//! what was answered. Only the database's clock decides what has run out.
+//! Answers kept for clients that send a request again: which request is at work under an `Idempotency-Key`, and its
+//! answer. Only the database's clock decides what has expired.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -14,12 +14,12 @@ use promptweave_domain::digest::Digest;
 
 /// How long a claim holds without being renewed.
 pub const LEASE: Duration = Duration::from_secs(30);
-/// How long answers are kept.
+/// How long an answer is kept.
 pub const KEEP: Duration = Duration::from_secs(24 * 60 * 60);
-/// Most rows deleted by one [`reap`].
+/// The most rows that one [`reap`] deletes.
 const REAP: i64 = 1000;
 
-/// A request's right to work under a key.
+/// A request's right to work under its key.
 #[derive(Clone, Debug)]
 pub struct Claim {
     project_id: Uuid,
@@ -27,35 +27,35 @@ pub struct Claim {
     token: Uuid,
 }
 
-/// What became of asking for a key.
+/// The outcome of claiming a key.
 #[derive(Clone, Debug)]
 pub enum Claimed {
-    /// Nobody has it: do the work, then [`Claim::answer`] or [`Claim::release`].
+    /// The key is free: do the work, then call [`Claim::answer`] or [`Claim::release`].
     First(Claim),
-    /// Another request is at work.
+    /// Another request with the key is at work.
     InFlight,
     Answered(KeptAnswer),
 }
 
 #[derive(Clone, Debug)]
 pub struct KeptAnswer {
-    /// The request it was the answer to.
+    /// The request that got this answer.
     pub request: RequestDigest,
-    /// 200 to 299.
+    /// HTTP status, 200 to 299.
     pub status: u16,
     pub headers: BTreeMap<String, String>,
     pub body: Vec<u8>,
 }
 
-/// What a request was, as far as it is compared.
+/// The parts of a request that are compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RequestDigest {
     pub digest: Digest,
-    /// Bytes of the body: a longer one need not be read to its end.
+    /// Size of the body in bytes: a longer one need not be read to its end.
     pub size: u64,
 }
 
-/// Asks for a key. A claim whose lease ran out and an answer that expired count as none.
+/// Claims a key. A claim whose lease ran out, or an answer that expired, does not count.
 pub async fn claim(
     conn: &mut PgConnection,
     project_id: Uuid,
@@ -95,7 +95,7 @@ pub async fn claim(
                 token,
             }));
         }
-        // None: it was released in between.
+        // Nothing is found if the key was released in between.
         if let Some(found) = find(conn, project_id, key).await? {
             return Ok(found);
         }
@@ -148,7 +148,7 @@ async fn find(
 }
 
 impl Claim {
-    /// Holds the key for another [`LEASE`]; false where somebody else has it.
+    /// Extends the claim by another [`LEASE`]; false if another request has the key.
     pub async fn renew(&self, conn: &mut PgConnection) -> Result<bool, RegistryError> {
         let renewed = sqlx::query!(
             r#"
@@ -166,7 +166,7 @@ impl Claim {
         Ok(renewed.rows_affected() == 1)
     }
 
-    /// Keeps the answer for [`KEEP`]; false where somebody else has the key.
+    /// Keeps the answer for [`KEEP`]; false if another request has the key.
     pub async fn answer(
         &self,
         conn: &mut PgConnection,
@@ -200,7 +200,7 @@ impl Claim {
         Ok(kept.rows_affected() == 1)
     }
 
-    /// Gives the key back, as if the request had never come.
+    /// Releases the key, as if the request had never come.
     pub async fn release(&self, conn: &mut PgConnection) -> Result<(), RegistryError> {
         sqlx::query!(
             "DELETE FROM idempotency WHERE project_id = $1 AND key = $2 AND lease_token = $3",
@@ -214,7 +214,7 @@ impl Claim {
     }
 }
 
-/// Forgets what expired, a thousand rows at a time; answers how many.
+/// Deletes what expired, a thousand rows at a time; returns how many.
 pub async fn reap(conn: &mut PgConnection) -> Result<u64, DbError> {
     let reaped = sqlx::query!(
         r#"

@@ -1,5 +1,5 @@
-//! Lineage: which versions a composed prompt was made of, and how much of each, as a graph that is
-//! walked up to its sources or down to what was made with it.
+//! Lineage: the versions that a composed prompt was made of, and how much of each. It is a graph that is walked up to
+//! the sources or down to what was made with them.
 
 use std::collections::HashMap;
 
@@ -15,35 +15,35 @@ use promptweave_domain::digest::Digest;
 use promptweave_domain::reference::{Reference, VersionSelector};
 use promptweave_domain::specification::{Specification as _, TuningSpec};
 
-/// Most versions in a graph.
+/// The most versions in a graph.
 pub const MAX_NODES: usize = 500;
 
 /// Which way a walk goes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Direction {
-    /// To what a version was made of.
+    /// Up to what a version was made of.
     #[default]
     Up,
-    /// To what was made with it.
+    /// Down to what was made with a version.
     Down,
 }
 
-/// What was found on a walk from one version.
+/// The result of a walk from one version.
 #[derive(Clone, Debug, PartialEq, Serialize, ToSchema)]
 pub struct Graph {
-    /// The version asked for, then what is one edge away, two, …; of those the newest first.
+    /// The version that was asked for, then those one edge away, two, …; at the same distance the newest first.
     pub nodes: Vec<Node>,
-    /// In the order of the nodes that they were followed from, the largest weight first.
+    /// Edges in the order of the nodes that they were followed from, the largest weight first.
     pub edges: Vec<Edge>,
-    /// Why there is more than this; null where this is all.
+    /// Why the graph is incomplete; null if it is complete.
     pub truncated: Option<Truncation>,
 }
 
 /// A version in the graph.
 #[derive(Clone, Debug, PartialEq, Serialize, ToSchema)]
 pub struct Node {
-    /// Names the version in `edges`, and wherever a prompt is named.
+    /// A reference that names the version in `edges`, and wherever a prompt is named.
     #[serde(rename = "ref")]
     #[schema(value_type = String, example = "dtd:1")]
     pub reference: Reference,
@@ -52,14 +52,14 @@ pub struct Node {
     pub version: i32,
     #[schema(value_type = String, example = "sha256:…")]
     pub digest: Digest,
-    /// Fewest edges between it and the version asked for.
+    /// The smallest number of edges between this version and the one asked for.
     #[schema(minimum = 0)]
     pub distance: u32,
-    /// The weights multiplied along a path, summed over all paths that are shown: how much of this
-    /// version is in the one asked for (`up`), or of that one in this (`down`).
+    /// The weights multiplied along a path, summed over all paths that are shown. It is the share of this version in
+    /// the one asked for (`up`), or of that one in this (`down`).
     #[schema(minimum = 0)]
     pub effective_weight: f64,
-    /// Null where it was uploaded.
+    /// The job that made the version; null if it was uploaded.
     pub produced_by: Option<ProducedBy>,
     #[serde(with = "time::serde::rfc3339")]
     pub created_at: OffsetDateTime,
@@ -72,7 +72,7 @@ pub struct Edge {
     pub child: Reference,
     #[schema(value_type = String, example = "dtd:1")]
     pub parent: Reference,
-    /// α of the parent in the child.
+    /// The weight α of the parent in the child.
     #[schema(minimum = 0, maximum = 1)]
     pub weight: f64,
     pub role: Role,
@@ -81,9 +81,9 @@ pub struct Edge {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Role {
-    /// One of the prompts that a composed one is the weighted sum of.
+    /// The parent is one of the prompts that a composed prompt sums.
     Source,
-    /// The prompt that a tuning began with; its weight is 1.
+    /// The parent is the prompt that a tuning started from; its weight is 1.
     Start,
 }
 
@@ -99,7 +99,7 @@ impl Role {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Truncation {
-    /// There are edges beyond `depth`: ask for a greater one, or walk on from a node at that distance.
+    /// There are edges beyond `depth`: ask for a greater depth, or walk on from a node at that distance.
     Depth,
     /// There are more than 500 versions: walk on from one of these.
     Nodes,
@@ -112,12 +112,11 @@ pub struct ProducedBy {
     pub ensemble: Option<Uuid>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tuning: Option<Uuid>,
-    /// The ensemble from whose statistics the weights were solved for again; null where they come
-    /// from backbone and images.
+    /// The ensemble whose statistics the weights were solved from; null if they come from backbone and images.
     pub solved_from: Option<Uuid>,
 }
 
-/// The graph around a version: all that at most `depth` edges lead to.
+/// The graph around a version: everything that at most `depth` edges lead to.
 pub async fn walk(
     conn: &mut PgConnection,
     project_id: Uuid,
@@ -130,7 +129,7 @@ pub async fn walk(
     found.truncate(MAX_NODES);
     let ids: Vec<Uuid> = found.iter().map(|(id, _)| *id).collect();
     let mut nodes: Vec<Node> = found.into_iter().map(|(_, node)| node).collect();
-    // Nodes come by distance: edges are followed from the first of them.
+    // Nodes are sorted by distance, and edges are followed from the first of them.
     let inner = nodes.partition_point(|node| node.distance < depth);
     let too_deep = goes_on(conn, project_id, &ids[inner..], direction).await?;
     let links = links(conn, project_id, &ids, inner, direction).await?;
@@ -160,10 +159,10 @@ pub async fn walk(
     })
 }
 
-/// Versions by distance, then the newest first; one more than [`MAX_NODES`] where there are more.
+/// Versions by distance, then newest first. If there are more than [`MAX_NODES`], one more than that is returned.
 ///
-/// The recursion has one row a distance, with all that was seen so far in it: a version is found once,
-/// however many paths lead to it, and the walk ends even if edges went in a circle.
+/// The recursion has one row per distance, which holds everything seen so far. So a version is found once, however many
+/// paths lead to it, and the walk would end even if the edges formed a circle.
 async fn nodes(
     conn: &mut PgConnection,
     project_id: Uuid,
@@ -256,7 +255,7 @@ async fn nodes(
         .collect()
 }
 
-/// An edge between two nodes, by their places: it was followed from `near` to `far`.
+/// An edge as the positions of its two nodes; it was followed from `near` to `far`.
 struct Link {
     near: usize,
     far: usize,
@@ -313,7 +312,7 @@ async fn links(
     Ok(links)
 }
 
-/// Whether edges lead on from one of these.
+/// Whether edges lead on from one of these versions.
 async fn goes_on(
     conn: &mut PgConnection,
     project_id: Uuid,
@@ -336,8 +335,8 @@ async fn goes_on(
     .await?)
 }
 
-/// Products along paths, summed over paths: what arrives at each node after one edge, after two, … A
-/// path is never walked by itself, of which there may be very many.
+/// Computes products along paths, summed over paths: what reaches each node after one edge, after two, and so on. Paths
+/// are not walked one by one, because there may be very many.
 fn weigh(nodes: &mut [Node], links: &[Link], depth: u32) {
     let mut arriving = vec![0.0; nodes.len()];
     arriving[0] = 1.0;

@@ -1,8 +1,7 @@
 //! The registry in Postgres: prompts, backbones and datasets, immutable and versioned.
 //!
-//! Functions take a connection, so that handlers and the worker compose transactions of them; they
-//! answer `Ok(None)` for what is not there. Large files go to the [blob store](crate::blobs) before
-//! a row points to them.
+//! Functions take a connection, so that handlers and the worker compose transactions from them, and return `Ok(None)`
+//! for what does not exist. Large files go to the [blob store](crate::blobs) before a row points to them.
 
 pub mod aliases;
 pub mod api_keys;
@@ -25,7 +24,7 @@ use crate::db::DbError;
 use promptweave_domain::digest::Digest;
 use promptweave_domain::reference::{AliasName, ResourceName};
 
-/// The project there always is; the first migration makes it.
+/// The project that always exists; the first migration creates it.
 pub const DEFAULT_PROJECT: Uuid = Uuid::from_u128(0x0000_0000_0000_7000_8000_0000_0000_0001);
 
 #[derive(Debug, thiserror::Error)]
@@ -41,20 +40,20 @@ pub enum RegistryError {
     },
     #[error("`{0}` is a path of the API and no prompt's name; choose another")]
     ReservedName(ResourceName),
-    /// Same weights and preprocessing under another name.
+    /// The same weights and preprocessing are registered under another name.
     #[error("these weights with this preprocessing are registered as `{0}` already")]
     BackboneExists(ResourceName),
-    /// A second publication of one job's result: the caller's attempt has been overtaken.
+    /// A job's result is published a second time: another attempt was faster than the caller's.
     #[error("job {0} has published its prompt already")]
     AlreadyProduced(Uuid),
     #[error("alias `{prompt}:{alias}` is protected")]
     AliasProtected {
         prompt: ResourceName,
         alias: AliasName,
-        /// What it points to.
+        /// The version that the alias points to.
         version: i32,
     },
-    /// Deleted by `gc` before a row referred to it.
+    /// `gc` deleted the file before a row referred to it.
     #[error("the blob store no longer has {0}")]
     BlobGone(Digest),
     #[error("prompt `{0}` was deleted")]

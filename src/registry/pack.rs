@@ -1,8 +1,8 @@
-//! A dataset as one file: a tar whose files [`Listing::read`] understands once it is unpacked.
+//! A dataset as one file: a tar that [`Listing::read`] understands once it is unpacked.
 //!
-//! It holds the original bytes of the images under `images/`, then `train.txt`, `val.txt`,
-//! `test.txt` (those that there are) and `meta.json` with the class names. Order, times, owners and
-//! modes are fixed, so equal datasets are equal bytes: the pack's sha256 is the version's digest.
+//! It holds the original bytes of the images under `images/`, then those of `train.txt`, `val.txt` and `test.txt` that
+//! exist, and `meta.json` with the class names. Order, times, owners and modes are fixed, so equal datasets have equal
+//! bytes: the pack's sha256 is the version's digest.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -22,10 +22,10 @@ use promptweave_formats::image::{UnreadableImage, decode};
 use promptweave_formats::parquet;
 use promptweave_formats::parquet::{ParquetError, ParquetImages, Shard};
 
-/// Largest image file accepted, in bytes; the images are read one at a time.
+/// The largest image file accepted, in bytes; images are read one at a time.
 const MAX_IMAGE_BYTES: u64 = 64 << 20;
 
-/// What a pack holds.
+/// The contents of a pack.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Packed {
     /// Class names in label order.
@@ -51,7 +51,7 @@ pub enum PackError {
         path: String,
         source: UnreadableImage,
     },
-    /// A list file could not name it.
+    /// A list file could not name this path.
     #[error("image path {0:?} holds a control character")]
     ControlCharacter(String),
     #[error(transparent)]
@@ -67,7 +67,7 @@ pub enum PackError {
 }
 
 impl PackError {
-    /// The image at fault, where it is one that `skip_unreadable` may leave out.
+    /// The image that could not be read, if it is one that `skip_unreadable` may leave out.
     pub fn bad_image(&self) -> Option<&str> {
         match self {
             Self::TooLarge { path, .. }
@@ -88,8 +88,8 @@ pub fn pack(root: &Path, skip_unreadable: bool, out: &Path) -> Result<Packed, Pa
     }
 }
 
-/// Lists files, decodes every image once and writes the pack to `out`. An image that cannot be read
-/// is an error that names it, or with `skip_unreadable` is left out.
+/// Lists files, decodes every image once and writes the pack to `out`. An image that cannot be read is an error that
+/// names it; with `skip_unreadable` it is left out instead.
 pub fn pack_files(
     files: &dyn Files,
     skip_unreadable: bool,
@@ -119,7 +119,7 @@ pub fn pack_files(
     packer.finish()
 }
 
-/// Packs the images of Parquet files, numbered within their split, into at most `max_bytes`.
+/// Packs the images of Parquet files, numbered within their split. The pack may have at most `max_bytes`.
 pub fn pack_parquet(
     shards: Vec<Shard>,
     skip_unreadable: bool,
@@ -150,7 +150,7 @@ struct Packer {
     classes: Vec<String>,
     skip_unreadable: bool,
     skipped: BTreeSet<String>,
-    /// List file and images by class of each split that was begun.
+    /// For each split so far, its list file, and the number of its images by class.
     splits: BTreeMap<Split, (String, Vec<u64>)>,
     max_bytes: u64,
     written: u64,
@@ -180,7 +180,7 @@ impl Packer {
         begun.or_insert_with(|| (String::new(), vec![0; classes]));
     }
 
-    /// Stores an image, or leaves it out: then the answer is `false`.
+    /// Stores an image and returns `true`, or leaves it out and returns `false`.
     fn store(&mut self, path: &str, image: Result<Vec<u8>, PackError>) -> Result<bool, PackError> {
         let bytes = match image {
             Ok(bytes) => bytes,
@@ -248,7 +248,7 @@ pub fn unpack(pack: &Path, dir: &Path) -> Result<(), PackError> {
 
 const IMAGES: &str = "images/";
 
-/// The path in the pack: one spelling per file, apart from the list files' names.
+/// The normal form of a path in the pack: each file has one spelling, which differs from the list files' names.
 fn normal(path: &str) -> Result<String, PackError> {
     if path.contains(char::is_control) {
         return Err(PackError::ControlCharacter(path.to_owned()));
@@ -275,7 +275,7 @@ fn read_image(files: &dyn Files, path: &str) -> Result<Vec<u8>, PackError> {
     checked(bytes, path)
 }
 
-/// An image file that can be decoded; `path` is what it is called.
+/// An image file, checked that it can be decoded; `path` is its name in errors.
 fn checked(bytes: Vec<u8>, path: &str) -> Result<Vec<u8>, PackError> {
     let (path, size) = (path.to_owned(), bytes.len() as u64);
     if size > MAX_IMAGE_BYTES {
@@ -321,7 +321,7 @@ mod tests {
         dir
     }
 
-    /// Packs and unpacks; the listing and each image's bytes, in order.
+    /// Packs and unpacks; returns the listing and each image's bytes, in order.
     fn round_trip(root: &Path, skip_unreadable: bool) -> (Packed, Vec<(Split, usize, Vec<u8>)>) {
         let dir = tempfile::tempdir().unwrap();
         let tar = dir.path().join("pack.tar");
@@ -377,7 +377,7 @@ mod tests {
             ("train800val200.txt", b"p/./1.png 2\ntrain.txt 0\n"),
             ("val200.txt", b"p//1.png 2\n"),
             ("p/1.png", &png(1)),
-            // An image that has a list file's name stays apart from the list.
+            // An image named like a list file stays apart from the list.
             ("train.txt", &png(2)),
         ]);
         let (packed, unpacked) = round_trip(dir.path(), false);

@@ -51,7 +51,7 @@ pub async fn find(
     Ok(found.into_iter().next())
 }
 
-/// Projects by name, those after `after`; with `only`, that one alone.
+/// Projects by name: those after `after`, or only the project `only`.
 pub async fn list(
     conn: &mut PgConnection,
     only: Option<Uuid>,

@@ -30,7 +30,7 @@ pub struct PromptVersion {
     /// sha256 of the file.
     #[schema(value_type = String, example = "sha256:…")]
     pub digest: Digest,
-    /// Of the file, in bytes.
+    /// Size of the file in bytes.
     pub size: i64,
     pub origin: Origin,
     /// m, the prompt's length.
@@ -38,25 +38,25 @@ pub struct PromptVersion {
     /// d, the prompt's width.
     pub embed_dim: i32,
     pub depth: Depth,
-    /// Of the stored tensor.
+    /// Data type of the stored tensor.
     #[schema(value_type = PromptDtype)]
     pub dtype: String,
     #[schema(value_type = Option<String>, example = "sha256:…")]
     pub backbone_digest: Option<Digest>,
     #[schema(example = "98-bicubic-imagenet")]
     pub preprocessing_id: Option<String>,
-    /// Seed of the initial prompt; prompts from one seed keep their tokens in a common order.
+    /// Seed of the initial prompt. Prompts from the same seed keep their tokens in a common order.
     pub init_seed: Option<u64>,
     pub task: Option<String>,
-    /// Class names of that task, in label order.
+    /// Class names of the task, in label order.
     pub classes: Option<Vec<String>>,
-    /// The training record; free-form.
+    /// The training record, any JSON.
     pub training: Option<Value>,
-    /// The ensemble or tuning that made it.
+    /// The ensemble or tuning that made the version.
     pub produced_by_job: Option<Uuid>,
     #[serde(with = "time::serde::rfc3339")]
     pub created_at: OffsetDateTime,
-    /// Set on versions that a bare name no longer refers to.
+    /// When the version was deprecated: a bare name no longer means it.
     #[serde(with = "time::serde::rfc3339::option")]
     pub deprecated_at: Option<OffsetDateTime>,
 }
@@ -64,23 +64,23 @@ pub struct PromptVersion {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Depth {
-    /// Tokens at the input alone.
+    /// The prompt has tokens at the input only.
     Shallow,
-    /// Tokens at every block.
+    /// The prompt has tokens at every block.
     Deep,
 }
 
-/// A version to be published. What the file says and what `metadata` says agree by then.
+/// A version to publish. The file and `metadata` were checked to agree.
 #[derive(Clone, Copy, Debug)]
 pub struct NewVersion<'a> {
     pub prompt_id: Uuid,
     pub bytes: &'a [u8],
-    /// `bytes`, read and checked.
+    /// The parsed `bytes`.
     pub file: &'a PromptFile,
-    /// The file's own, or the request's where the file has none.
+    /// The file's own metadata, or the request's if the file has none.
     pub metadata: &'a PromptMetadata,
     pub produced_by_job: Option<Uuid>,
-    /// What it was made of.
+    /// The versions that this one was made of.
     pub parents: &'a [Parent],
 }
 
@@ -88,21 +88,21 @@ pub struct NewVersion<'a> {
 pub struct Parent {
     /// [`PromptVersion::id`].
     pub version_id: Uuid,
-    /// α, in 0..=1; of a `start` 1.
+    /// α, from 0 to 1; 1 for a `start`.
     pub weight: f64,
     pub role: Role,
 }
 
-/// What publishing came to.
+/// The outcome of a publication.
 #[derive(Clone, Debug)]
 pub struct Published {
     pub prompt: ResourceName,
     pub version: i32,
-    /// False: the same bytes were there already.
+    /// False if the same bytes were already a version.
     pub created: bool,
 }
 
-/// [`publish`], answered with the whole version, and whether it was created.
+/// Like [`publish`], but returns the whole version, and whether it was created.
 pub async fn insert(
     conn: &mut PgConnection,
     project_id: Uuid,
@@ -120,16 +120,15 @@ pub async fn insert(
     }
 }
 
-/// Publishes a version. The same bytes in the same prompt are the same version: then that is what is answered, and
-/// nothing is written.
+/// Publishes a version. If the prompt has a version with the same bytes, that one is returned and nothing is written.
 pub async fn publish(
     conn: &mut PgConnection,
     project_id: Uuid,
     new: NewVersion<'_>,
 ) -> Result<Published, RegistryError> {
     let digest = Digest::of(new.bytes);
-    // From here on the prompt's row is held, so that versions are numbered one by one; the bytes are on their
-    // way to the disk by then.
+    // From here on the prompt's row is locked, so that versions are numbered one by one. By then the bytes are on their
+    // way to the disk.
     let row = sqlx::query!(
         r#"
         WITH known AS (
@@ -163,7 +162,7 @@ pub async fn publish(
     .await?
     .ok_or(DbError::RowCount(0))?;
     let prompt = read_name("prompt", row.name)?;
-    // Before the statement, or while it waited for the row.
+    // The prompt was deleted before the statement, or while it waited for the row.
     if row.deleted || row.known.is_none() && !row.held {
         return Err(RegistryError::PromptDeleted(prompt));
     }
@@ -240,7 +239,7 @@ pub async fn publish(
             created: true,
         });
     }
-    // Somebody else published the same bytes meanwhile.
+    // Another request published the same bytes meanwhile.
     let version = with_digest(conn, project_id, &prompt, &digest).await?;
     Ok(Published {
         prompt,
@@ -249,7 +248,7 @@ pub async fn publish(
     })
 }
 
-/// The version a reference means.
+/// The version that a reference means.
 pub async fn resolve(
     conn: &mut PgConnection,
     project_id: Uuid,
@@ -321,7 +320,7 @@ async fn with_digest(
     .await?)
 }
 
-/// Versions of a prompt, newest first, those before `before`.
+/// Versions of a prompt, newest first: those before `before`.
 pub async fn list(
     conn: &mut PgConnection,
     project_id: Uuid,
@@ -346,7 +345,7 @@ pub async fn content(
     .await?)
 }
 
-/// Hides a version from its bare name, or shows it again; what is so already stays as it was.
+/// Deprecates a version or undoes that; does nothing if the version is in that state already.
 pub async fn set_deprecated(
     conn: &mut PgConnection,
     project_id: Uuid,
@@ -372,8 +371,8 @@ pub async fn set_deprecated(
     }
 }
 
-/// Versions of these numbers, newest first. A range, so that one plan serves a version and a list: planning
-/// it each time would cost more than running it.
+/// Versions with these numbers, newest first. It takes a range so that one query plan serves both a version and a list:
+/// planning each time would cost more than running it.
 async fn select(
     conn: &mut PgConnection,
     project_id: Uuid,

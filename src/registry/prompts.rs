@@ -25,19 +25,19 @@ pub struct Prompt {
     pub name: ResourceName,
     pub description: String,
     pub tags: BTreeMap<String, String>,
-    /// What the bare name refers to; null while there is no version that is not deprecated.
+    /// The version that the bare name means; null if every version is deprecated or there is none.
     pub newest_version: Option<i32>,
-    /// The versions its aliases point to.
+    /// The prompt's aliases and the versions that they point to.
     #[schema(value_type = BTreeMap<String, i32>, example = json!({"production": 3}))]
     pub aliases: BTreeMap<AliasName, i32>,
     #[serde(with = "time::serde::rfc3339")]
     pub created_at: OffsetDateTime,
-    /// Counts the changes of what it shows.
+    /// Counts the changes of anything that the prompt shows.
     #[serde(skip)]
     pub revision: i64,
 }
 
-/// Names that are paths of the API, so that no prompt hides behind them.
+/// Names that are paths of the API. A prompt with such a name could not be reached.
 const RESERVED: [&str; 2] = ["compose", "import-peft"];
 
 /// Whether a prompt may have this name.
@@ -57,7 +57,7 @@ pub async fn create(
     if insert(conn, project_id, name, description).await? {
         return existing(conn, project_id, name).await;
     }
-    // One that is deleted is another refusal.
+    // A deleted prompt of that name is a different error.
     existing(conn, project_id, name).await?;
     Err(RegistryError::NameTaken {
         kind: "prompt",
@@ -65,7 +65,7 @@ pub async fn create(
     })
 }
 
-/// The prompt of that name, made where there is none.
+/// The prompt of that name, created if it does not exist.
 pub async fn find_or_create(
     conn: &mut PgConnection,
     project_id: Uuid,
@@ -76,13 +76,13 @@ pub async fn find_or_create(
         description: description.to_owned(),
         ..PromptDescription::default()
     };
-    // Inserting first settles the race: whoever comes second waits for the first one's commit.
+    // Inserting first settles the race: the later request waits for the earlier one's commit.
     insert(conn, project_id, name, &description).await?;
     existing(conn, project_id, name).await
 }
 
-/// The id of the prompt of that name, made where there is none, and brought back with all it had where it is deleted:
-/// for what is published long after its name was chosen, and is not lost for that.
+/// The id of the prompt of that name, created if it does not exist, and restored if it is deleted. A job uses it: its
+/// result is published long after the name was chosen, and must not be lost.
 pub async fn find_restore_or_create(
     conn: &mut PgConnection,
     project_id: Uuid,
@@ -114,12 +114,12 @@ pub async fn find_restore_or_create(
     .await?;
     match found {
         Some(id) => Ok(id),
-        // Somebody else made it after this statement had looked.
+        // Another request created it after this statement had looked.
         None => Ok(existing(conn, project_id, name).await?.id),
     }
 }
 
-/// False where the name is taken.
+/// Inserts a prompt; false if the name is taken.
 async fn insert(
     conn: &mut PgConnection,
     project_id: Uuid,
@@ -146,7 +146,7 @@ async fn insert(
     Ok(inserted.rows_affected() == 1)
 }
 
-/// A prompt whose name was found to be taken.
+/// The prompt whose name is taken, or an error if it is deleted.
 async fn existing(
     conn: &mut PgConnection,
     project_id: Uuid,
@@ -157,7 +157,7 @@ async fn existing(
         .ok_or_else(|| RegistryError::PromptDeleted(name.clone()))
 }
 
-/// None where there is none, and where it is deleted.
+/// None if the prompt does not exist or is deleted.
 pub async fn find(
     conn: &mut PgConnection,
     project_id: Uuid,
@@ -168,7 +168,7 @@ pub async fn find(
     Ok(found.into_iter().next())
 }
 
-/// [`find`], where nothing but the id is needed.
+/// Like [`find`], if only the id is needed.
 pub async fn find_id(
     conn: &mut PgConnection,
     project_id: Uuid,
@@ -183,8 +183,8 @@ pub async fn find_id(
     .await?)
 }
 
-/// Like [`find`], and holds the prompt's row until the transaction ends: changes of one prompt are made
-/// one after the other, and what was read stays true.
+/// Like [`find`], and locks the prompt's row until the transaction ends. Changes of one prompt are made one after the
+/// other, and what was read stays true.
 pub async fn lock(
     conn: &mut PgConnection,
     project_id: Uuid,
@@ -197,11 +197,11 @@ pub async fn lock(
     )
     .fetch_optional(&mut *conn)
     .await?;
-    // Read when the row is held, not before.
+    // The prompt is read only after its row is locked.
     find(conn, project_id, name).await
 }
 
-/// Counts a change of what the prompt shows: its versions and aliases belong to that.
+/// Counts a change of what the prompt shows, which includes its versions and aliases.
 pub(super) async fn touch(
     conn: &mut PgConnection,
     project_id: Uuid,
@@ -217,7 +217,7 @@ pub(super) async fn touch(
     Ok(expect_one_row(touched)?)
 }
 
-/// What is written about a prompt.
+/// A prompt's description, tags, metadata and model card.
 pub async fn description(
     conn: &mut PgConnection,
     project_id: Uuid,
@@ -242,7 +242,7 @@ pub async fn description(
     })
 }
 
-/// Replaces what is written about a prompt.
+/// Replaces a prompt's description, tags, metadata and model card.
 pub async fn describe(
     conn: &mut PgConnection,
     project_id: Uuid,
@@ -269,20 +269,20 @@ pub async fn describe(
 
 // ---- Lists ---------------------------------------------------------------------------------
 
-/// What a list of prompts may ask for.
+/// A filter of a list of prompts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Facet {
     /// `key` or `key=value`.
     Tag(String),
     Alias(AliasName),
-    /// Has a version for it that is not deprecated.
+    /// Prompts with a version for this backbone that is not deprecated.
     Backbone(Digest),
-    /// Has a version tuned on it that is not deprecated.
+    /// Prompts with a version tuned on this task that is not deprecated.
     Task(String),
 }
 
 impl Facet {
-    /// As the triggers write it.
+    /// The facet's text, as the triggers write it.
     fn text(&self) -> String {
         match self {
             Self::Tag(tag) => format!("tag:{tag}"),
@@ -293,7 +293,7 @@ impl Facet {
     }
 }
 
-/// Prompts with all of these facets by name, those after `after`.
+/// Prompts with all of these facets, by name: those after `after`.
 pub async fn list(
     conn: &mut PgConnection,
     project_id: Uuid,
@@ -303,13 +303,13 @@ pub async fn list(
 ) -> Result<Vec<Prompt>, RegistryError> {
     let mut texts: BTreeSet<_> = facets.iter().map(Facet::text).collect();
     if texts.is_empty() {
-        // Every prompt has it.
+        // Every prompt has the empty facet.
         texts.insert(String::new());
     }
     let walked = rarest(conn, project_id, &texts).await?;
     texts.remove(&walked);
     let others: Vec<_> = texts.into_iter().collect();
-    // One facet is walked in the order of names, and the others looked up for each.
+    // One facet is walked in the order of names, and the others are looked up for each prompt.
     let names = sqlx::query_scalar!(
         r#"
         SELECT f.name

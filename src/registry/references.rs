@@ -1,11 +1,11 @@
-//! What refers to a blob. A blob without a reference is `gc`'s to delete, and a new reference may be on its
-//! way to one that is there already; an advisory lock on the digest settles who comes first:
+//! References to blobs. `gc` may delete a blob without a reference, while a request may be about to refer to the same
+//! blob. An advisory lock on the digest settles which of the two comes first:
 //!
 //! ```text
-//!   who refers                          gc
+//!   new reference                       gc
 //!   put the blob, or find it there      find it old and without a reference
-//!   begin, lock shared                  begin, lock alone
-//!   is it (still) there?                has it (still) no reference?
+//!   begin, lock shared                  begin, lock exclusively
+//!   does it (still) exist?              has it (still) no reference?
 //!   insert the row, commit              delete it, commit
 //! ```
 
@@ -16,10 +16,10 @@ use crate::blobs::BlobStore;
 use crate::registry::RegistryError;
 use promptweave_domain::digest::Digest;
 
-/// Keeps a blob in the store until the transaction ends, by when a row refers to it.
+/// Keeps a blob in the store until the transaction ends; by then a row must refer to it.
 ///
 /// # Errors
-/// [`RegistryError::BlobGone`] where `gc` was faster; putting it again helps.
+/// [`RegistryError::BlobGone`] if `gc` was faster; putting the blob again helps.
 pub async fn hold(
     conn: &mut PgConnection,
     blobs: &BlobStore,
@@ -35,7 +35,7 @@ pub async fn hold(
     }
 }
 
-/// Keeps new references away from a blob until the transaction ends.
+/// Locks a blob exclusively, which keeps new references away until the transaction ends.
 pub async fn lock_alone(conn: &mut PgConnection, digest: &Digest) -> Result<(), RegistryError> {
     sqlx::query!("SELECT pg_advisory_xact_lock($1)", lock_key(digest))
         .execute(conn)
@@ -84,8 +84,8 @@ pub async fn unreferenced(
     Ok(free.map(|(digest, _)| *digest).collect())
 }
 
-/// Small blobs, which are rows, that no prompt version refers to: how many, and their bytes. `dry_run`
-/// counts them, otherwise they are deleted. Publishing takes hold of the row it refers to.
+/// Deletes small blobs, which are rows, that no prompt version refers to; with `dry_run`, only counts them. Returns
+/// their number and bytes. Publishing locks the row that it refers to.
 pub async fn collect_rows(
     conn: &mut PgConnection,
     created_before: OffsetDateTime,

@@ -1,8 +1,7 @@
 //! Directories that the operator opened for registration.
 //!
-//! A client's name is matched, part by part, against what the server itself lists; it is never
-//! joined to a path. `..`, an absolute path or any encoding of them is in no listing, so there is
-//! nothing to filter.
+//! A client's name is compared, part by part, with the server's own listing; it is never joined to a path. `..`, an
+//! absolute path or any encoding of them is in no listing, so nothing needs to be filtered.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -64,7 +63,7 @@ impl AllowedRoots {
     }
 }
 
-/// The directories in `dir`; a link of the operator's to a directory counts as one.
+/// The directories in `dir`; an operator's link to a directory counts as one.
 fn directories(dir: &Path) -> Vec<(String, PathBuf)> {
     fs::read_dir(dir)
         .into_iter()

@@ -1,4 +1,4 @@
-//! HTTP to what a client of this service named: addresses checked, no proxy, few redirects, limits.
+//! HTTP to hosts that a client of this service named: checked addresses, no proxy, few redirects, limits.
 
 use std::error::Error;
 use std::sync::Arc;
@@ -13,10 +13,10 @@ use url::Url;
 
 use crate::remote::network::{Guarded, Network, NotPublic, SystemNames, Verdict};
 
-/// On one host; further ones are refused.
+/// The most redirects, all on one host; further ones are refused.
 pub const MAX_REDIRECTS: usize = 5;
 const CONNECT: Duration = Duration::from_secs(10);
-/// Between two pieces of an answer.
+/// How long to wait for the next piece of an answer.
 const SILENCE: Duration = Duration::from_secs(60);
 
 #[derive(Debug, thiserror::Error)]
@@ -42,21 +42,21 @@ pub enum RemoteError {
     Write(#[source] std::io::Error),
 }
 
-/// The most that one download may take.
+/// The limits of one download.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     pub bytes: u64,
-    /// From the first request to the last byte.
+    /// Time from the first request to the last byte.
     pub time: Duration,
 }
 
-/// Clones share their connections.
+/// An HTTP client; clones share their connections.
 #[derive(Clone, Debug)]
 pub struct Client {
     network: Arc<Network>,
-    /// Connects to what [`Network`] admits.
+    /// Connects only to what [`Network`] admits.
     guarded: reqwest::Client,
-    /// Connects to anything: for what the operator opened.
+    /// Connects to anything; used for what the operator opened.
     open: reqwest::Client,
 }
 
@@ -65,9 +65,9 @@ impl Client {
         Self::with_names(network, Arc::new(SystemNames))
     }
 
-    /// With another resolver than the machine's.
+    /// A client with another resolver than the machine's.
     pub fn with_names(network: Network, names: Arc<dyn Resolve>) -> Result<Self, reqwest::Error> {
-        // Once a process; that there is one already is no failure.
+        // A process has one provider; it is fine if it was installed before.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let network = Arc::new(network);
         let checked = Guarded {
@@ -81,7 +81,7 @@ impl Client {
         })
     }
 
-    /// One request and its answer, whatever its status; a redirect is an answer too.
+    /// Sends one request and returns its answer, whatever the status; a redirect is an answer too.
     pub async fn execute(&self, request: Request) -> Result<Response, RemoteError> {
         let host = host(request.url());
         let client = match self.network.verdict(request.url()) {
@@ -95,7 +95,7 @@ impl Client {
             .map_err(|error| failed(host, error))
     }
 
-    /// An answer of success, from where redirects of the same host lead.
+    /// Follows redirects on the same host, and returns a successful answer.
     pub async fn get(
         &self,
         url: &Url,
@@ -125,7 +125,7 @@ impl Client {
         Err(RemoteError::Redirects(host(&url)))
     }
 
-    /// Writes what lies at a URL, and answers how many bytes it was.
+    /// Downloads a URL, and returns the number of bytes.
     pub async fn download(
         &self,
         url: &Url,
@@ -137,7 +137,7 @@ impl Client {
             let response = self.get(url, headers, limits.time).await?;
             save(response, limits.bytes, out).await
         };
-        // Over all redirects together; a request's own limit is for itself.
+        // This limit covers all redirects; a request's own limit covers only that request.
         let in_time = tokio::time::timeout(limits.time, get).await;
         in_time.unwrap_or_else(|_| Err(RemoteError::Timeout { host: host(url) }))
     }
@@ -155,7 +155,7 @@ fn build(names: Arc<dyn Resolve>) -> Result<reqwest::Client, reqwest::Error> {
         .build()
 }
 
-/// Writes the body of an answer, piece by piece, as far as `limit`.
+/// Writes the body of an answer, piece by piece, up to `limit`.
 pub async fn save(
     mut response: Response,
     limit: u64,
@@ -185,7 +185,7 @@ pub async fn save(
     Ok(size)
 }
 
-/// Where an answer redirects to.
+/// The URL that an answer redirects to.
 pub fn target(response: &Response) -> Option<Url> {
     if !response.status().is_redirection() {
         return None;
@@ -194,7 +194,7 @@ pub fn target(response: &Response) -> Option<Url> {
     response.url().join(location).ok()
 }
 
-/// Whether a redirect stays with the same server. From `http` to `https` it does; never back.
+/// Whether a redirect stays on the same server. It may change from `http` to `https`, but not back.
 fn stays(from: &Url, to: &Url) -> bool {
     let ports = (from.port_or_known_default(), to.port_or_known_default());
     from.host() == to.host()
@@ -205,7 +205,7 @@ fn stays(from: &Url, to: &Url) -> bool {
         }
 }
 
-/// For messages: a URL's path or query may be a secret.
+/// The host of a URL, for messages: a URL's path or query may be a secret.
 pub(super) fn host(url: &Url) -> String {
     url.host_str().unwrap_or_default().to_owned()
 }

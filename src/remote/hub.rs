@@ -1,7 +1,6 @@
-//! Repositories of a Hugging Face Hub, or of what speaks its protocol.
+//! Repositories of a Hugging Face Hub, or of a server with its protocol (<https://huggingface.co/docs/hub/api>).
 //!
-//! Its own crate makes its own connections, which nothing checks; here all go through [`Client`].
-//! (<https://huggingface.co/docs/hub/api>)
+//! The Hub's own crate makes connections that are not checked; here all of them go through [`Client`].
 
 use std::path::Path;
 use std::time::Duration;
@@ -15,9 +14,9 @@ use crate::remote::client::{Client, Limits, RemoteError, host, save, target};
 use crate::remote::uri::SourceUri;
 use promptweave_domain::digest::{Digest, digest_of_file};
 
-/// Largest list of a repository's files, in bytes.
+/// The largest list of a repository's files, in bytes.
 const MAX_LIST: u64 = 64 << 20;
-/// The branch on which the Hub keeps a dataset that it converted itself, and a short word for it.
+/// A short word for the branch with the Hub's own conversion of a dataset, and the branch's name.
 const CONVERTED: (&str, &str) = ("~parquet", "refs/convert/parquet");
 
 #[derive(Debug, thiserror::Error)]
@@ -46,7 +45,7 @@ pub struct Repository {
     pub is_dataset: bool,
     id: [String; 2],
     revision: String,
-    /// Ends with `/`, or is empty.
+    /// A folder that ends with `/`, or empty.
     folder: String,
 }
 
@@ -95,7 +94,7 @@ fn is_word(part: &str) -> bool {
 pub struct Listed<'a> {
     repository: &'a Repository,
     commit: String,
-    /// Below the repository's folder, without it.
+    /// Paths below the repository's folder, without that folder.
     pub files: Vec<String>,
 }
 
@@ -114,12 +113,12 @@ struct Sibling {
 pub struct Hub {
     client: Client,
     endpoint: Url,
-    /// Sent to the endpoint's host alone.
+    /// The token's header, sent only to the endpoint's host.
     authorization: Option<HeaderValue>,
 }
 
 impl Hub {
-    /// `token` is one that the Hub gives out, for what is not public.
+    /// A Hub; `token` is one of its access tokens, for repositories that are not public.
     pub fn new(client: Client, endpoint: Url, token: Option<&str>) -> Self {
         let authorization = token.and_then(|token| {
             let mut value = HeaderValue::from_str(&format!("Bearer {token}")).ok()?;
@@ -133,7 +132,7 @@ impl Hub {
         }
     }
 
-    /// The files of a repository now.
+    /// The current files of a repository.
     pub async fn list<'a>(
         &self,
         repository: &'a Repository,
@@ -161,7 +160,7 @@ impl Hub {
         })
     }
 
-    /// Writes one of the files to `out`, checked against the digest that the Hub names, where it does.
+    /// Writes one of the files to `out`, and checks it against the digest if the Hub gives one.
     pub async fn download(
         &self,
         listed: &Listed<'_>,
@@ -196,8 +195,8 @@ impl Hub {
         Ok(size)
     }
 
-    /// The Hub keeps large files elsewhere: it answers with their sha256 and leads there. That one redirect is
-    /// followed to another host, without the token.
+    /// Opens a file. The Hub keeps large files elsewhere: it answers with their sha256 and redirects there. That one
+    /// redirect may lead to another host, and is followed without the token.
     async fn open(
         &self,
         url: &Url,

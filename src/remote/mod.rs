@@ -1,11 +1,11 @@
-//! Connections that this service opens to others: the one way out.
+//! The connections that this service opens to others; all of them are made here.
 //!
 //! ```text
 //! URL ─► host:port opened by the operator? ─► connect
 //!          └─ no ─► every address of the name, looked up once ─► those that are public ─► connect
 //! ```
-//! What a client names must not reach what only this machine reaches: metadata services, databases,
-//! the neighbours. The address that is checked is the one that is connected to.
+//! A URL from a client must not reach what only this machine can reach: metadata services, databases, neighbours. The
+//! address that is checked is also the one that is connected to.
 
 pub mod client;
 pub mod hub;

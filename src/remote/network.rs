@@ -1,4 +1,4 @@
-//! Which addresses may be connected to: public ones, and what the operator opened.
+//! The addresses that may be connected to: public ones, and those that the operator opened.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -18,7 +18,7 @@ const fn v6(a: u16, b: u16, prefix: u8) -> Ipv6Net {
     Ipv6Net::new_assert(Ipv6Addr::new(a, b, 0, 0, 0, 0, 0, 0), prefix)
 }
 
-/// IANA's special-purpose registry (RFC 6890 and its successors), as far as it is not public.
+/// IANA's special-purpose registry (RFC 6890 and its successors), without its public blocks.
 const NOT_PUBLIC_V4: [Ipv4Net; 15] = [
     v4(0, 0, 0, 0, 8),       // this network
     v4(10, 0, 0, 0, 8),      // private
@@ -37,8 +37,8 @@ const NOT_PUBLIC_V4: [Ipv4Net; 15] = [
     v4(240, 0, 0, 0, 4),     // reserved, broadcast
 ];
 
-/// The one block of IPv6 that public addresses come from. Outside it are loopback, unique local,
-/// link-local and multicast addresses, and those that embed one of IPv4 (mapped, NAT64).
+/// The one block of IPv6 with public addresses. Loopback, unique local, link-local and multicast addresses lie outside
+/// it, and so do those that embed an IPv4 address (mapped, NAT64).
 const GLOBAL_UNICAST_V6: Ipv6Net = v6(0x2000, 0, 3);
 const NOT_PUBLIC_V6: [Ipv6Net; 4] = [
     v6(0x2001, 0, 23),     // protocol assignments, with Teredo
@@ -47,7 +47,7 @@ const NOT_PUBLIC_V6: [Ipv6Net; 4] = [
     v6(0x3fff, 0, 20),     // documentation
 ];
 
-/// Whether everybody's network leads to this address.
+/// Whether an address is reachable on the public internet.
 pub fn is_public(address: IpAddr) -> bool {
     match address {
         IpAddr::V4(address) => !NOT_PUBLIC_V4.iter().any(|net| net.contains(&address)),
@@ -58,12 +58,12 @@ pub fn is_public(address: IpAddr) -> bool {
     }
 }
 
-/// What an operator opens: `10.1.0.0/16`, `minio.internal:9000`, `[fd00::1]:9000`.
+/// A destination that the operator opens: `10.1.0.0/16`, `minio.internal:9000`, `[fd00::1]:9000`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Opening {
-    /// Every port of these addresses, under whatever name.
+    /// Every port of these addresses, whatever the host's name.
     Addresses(IpNet),
-    /// One port of a host as it is written in a URL, wherever its name leads.
+    /// One port of a host as it is written in a URL, whatever it resolves to.
     Host(Host, u16),
 }
 
@@ -97,7 +97,7 @@ impl FromStr for Opening {
     }
 }
 
-/// Where connections may go.
+/// The destinations that connections may have.
 #[derive(Clone, Debug, Default)]
 pub struct Network {
     addresses: Vec<IpNet>,
@@ -119,12 +119,12 @@ impl FromIterator<Opening> for Network {
     }
 }
 
-/// What to do about a URL before it is connected to.
+/// The decision about a URL before it is connected to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// The operator opened this host and port, or the address it is.
+    /// The operator opened this host and port, or this address.
     Open,
-    /// A name: its addresses are to be checked, or a public address.
+    /// It is a name, whose addresses must be checked, or a public address.
     Check,
     Refused,
 }
@@ -158,12 +158,12 @@ impl Network {
     }
 }
 
-/// No address is told: a client could map the network behind this service by it.
+/// The error shows no address: a client could use it to map the network behind this service.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("`{0}` has no public address")]
 pub struct NotPublic(pub String);
 
-/// Names to addresses, those alone that may be connected to.
+/// A resolver that returns only addresses that may be connected to.
 pub(super) struct Guarded {
     pub network: Arc<Network>,
     pub names: Arc<dyn Resolve>,

@@ -35,7 +35,7 @@ impl FromStr for S3Url {
         let invalid = || InvalidS3Url(text.to_owned());
         let rest = text.strip_prefix("s3://").ok_or_else(invalid)?;
         let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
-        // AWS's rule, underscores and case apart, which others allow; a bucket is part of a URL.
+        // This is AWS's rule, but with underscores and upper case, which other stores allow; a bucket is part of a URL.
         let allowed = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
         if !(3..=63).contains(&bucket.len())
             || !bucket.chars().all(allowed)
@@ -57,13 +57,13 @@ impl fmt::Display for S3Url {
 }
 
 impl S3Url {
-    /// The store below this URL. Endpoint, region and credentials are those of the environment, as
-    /// AWS names them: `AWS_ENDPOINT_URL`, `AWS_REGION`, `AWS_ACCESS_KEY_ID`, …
+    /// Opens the store below this URL. Endpoint, region and credentials come from the environment, under AWS's names:
+    /// `AWS_ENDPOINT_URL`, `AWS_REGION`, `AWS_ACCESS_KEY_ID`, …
     pub fn open(&self, client: Client) -> object_store::Result<Arc<dyn ObjectStore>> {
         self.open_with(AmazonS3Builder::from_env(), client)
     }
 
-    /// With an endpoint and credentials of its own.
+    /// Opens the store with a given endpoint and credentials.
     pub fn open_with(
         &self,
         builder: AmazonS3Builder,
@@ -77,7 +77,7 @@ impl S3Url {
     }
 }
 
-/// The one way out for all of `object_store`: it is built without a client of its own.
+/// Gives `object_store`, which is built without a client of its own, the guarded one.
 #[derive(Debug)]
 struct Connector(Client);
 
@@ -111,7 +111,7 @@ impl HttpService for Service {
     }
 }
 
-/// With what decides whether another try makes sense.
+/// Classifies an error, which decides whether another try makes sense.
 fn failed(error: RemoteError) -> HttpError {
     let kind = match &error {
         RemoteError::Timeout { .. } => HttpErrorKind::Timeout,

@@ -1,4 +1,4 @@
-//! Fetching what a client named: one file from a web server or an object store, or a repository's.
+//! Fetching what a client named: one file from a web server or an object store, or a repository's files.
 
 use std::fmt;
 use std::path::Path;
@@ -35,7 +35,7 @@ pub enum FetchError {
     Io(#[from] std::io::Error),
 }
 
-/// Where from, and how.
+/// The allowed sources, and the clients for them.
 #[derive(Clone)]
 pub struct Sources {
     allowed: AllowedUris,
@@ -44,7 +44,7 @@ pub struct Sources {
     s3: AmazonS3Builder,
 }
 
-/// Not the credentials.
+/// Leaves the credentials out.
 impl fmt::Debug for Sources {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let allowed = &self.allowed;
@@ -55,7 +55,7 @@ impl fmt::Debug for Sources {
 }
 
 impl Sources {
-    /// `s3` has endpoint, region and credentials.
+    /// The allowed sources; `s3` has endpoint, region and credentials.
     pub fn new(
         allowed: AllowedUris,
         client: Client,
@@ -78,7 +78,7 @@ impl Sources {
         }
     }
 
-    /// One file, to `out`.
+    /// Fetches one file to `out`.
     pub async fn file(
         &self,
         uri: &SourceUri,
@@ -125,8 +125,8 @@ impl Sources {
         in_time.unwrap_or(Err(RemoteError::Timeout { host }.into()))
     }
 
-    /// Of a repository's files those that `choose` picks, each with what it is to be called in `dir`. All of
-    /// them together keep to `limits`.
+    /// Fetches those files of a repository that `choose` picks, each with its name in `dir`. `limits` apply to all of
+    /// them together.
     pub async fn repository<T>(
         &self,
         uri: &SourceUri,

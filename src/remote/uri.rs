@@ -1,4 +1,4 @@
-//! Where a client may ask for something to be fetched from: what the operator allows, and nothing else.
+//! The URIs that a client may ask to be fetched: only what the operator allows.
 
 use std::fmt;
 use std::str::FromStr;
@@ -23,7 +23,7 @@ impl FromStr for SourceUri {
         let invalid = || InvalidSource(text.chars().take(256).collect());
         let url = Url::parse(text).map_err(|_| invalid())?;
         let path = url.path().to_ascii_lowercase();
-        // A server may decode these, and then mean another path than was allowed.
+        // A server may decode these, and then mean another path than the allowed one.
         let hides = ["%2e", "%2f", "%5c", "\\", "//"]
             .iter()
             .any(|it| path.contains(it));
@@ -48,8 +48,8 @@ impl SourceUri {
         &self.0
     }
 
-    /// Whether it is `allowed` or below it. A prefix ends with a part of the path: `https://a.org/data` does
-    /// not allow `https://a.org/database`.
+    /// Whether the URI is `allowed` or below it. A prefix ends at a `/` of the path: `https://a.org/data` does not
+    /// allow `https://a.org/database`.
     fn is_below(&self, allowed: &Self) -> bool {
         let (uri, allowed) = (self.0.as_str(), allowed.0.as_str());
         let rest = uri.strip_prefix(allowed);

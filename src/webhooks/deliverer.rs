@@ -1,6 +1,6 @@
-//! Sends what the outbox has, beside everything else. Any number of processes may do so at once: a message is
-//! whose lease it is. One that dies on the way is sent again by another, so that receivers may see it twice, and
-//! know it by its `webhook-id`.
+//! Sends the messages of the outbox. Any number of processes may do so at once, because each message is claimed by a
+//! lease. If a process dies while sending, another sends the message again, so a receiver may get it twice and
+//! recognises it by its `webhook-id`.
 
 use std::time::Duration;
 
@@ -17,19 +17,19 @@ use crate::webhooks::outbox::{Claimed, Outcome, Receivers, claim, forget, settle
 use promptweave_domain::error_chain::chain;
 use promptweave_domain::webhook::{InvalidSecret, InvalidWebhookUrl, WebhookSecret, WebhookUrl};
 
-/// Longest wait between two looks at the outbox.
+/// The longest wait between two looks at the outbox.
 const POLL: Duration = Duration::from_secs(1);
 const FORGET_EVERY: Duration = Duration::from_secs(3600);
-/// Messages on their way at a time, of either kind of receivers.
+/// The most messages being sent at a time, for either kind of receivers.
 const AT_ONCE: usize = 64;
-/// From the first look-up of a name to the answer's head; the answer's body is not read.
+/// The time from the first look-up of a name to the answer's head; the answer's body is not read.
 const TIME: Duration = Duration::from_secs(15);
 
 const ID: HeaderName = HeaderName::from_static("webhook-id");
 const TIMESTAMP: HeaderName = HeaderName::from_static("webhook-timestamp");
 const SIGNATURE: HeaderName = HeaderName::from_static("webhook-signature");
 
-/// Why a message did not get through.
+/// Why a message was not delivered.
 #[derive(Debug, thiserror::Error)]
 enum DeliveryError {
     #[error(transparent)]
@@ -40,7 +40,7 @@ enum DeliveryError {
     Redirect(StatusCode),
     #[error("the receiver answered {0}")]
     Refused(StatusCode),
-    /// What only a hand in the database can have put there.
+    /// A stored URL that only a manual change of the database can have caused.
     #[error("the webhook's URL cannot be read")]
     Url(#[from] InvalidWebhookUrl),
     #[error("the webhook's secret cannot be read")]
@@ -56,7 +56,7 @@ impl DeliveryError {
     }
 }
 
-/// Delivers until `stop`; what is on its way then is broken off, and is anybody's again.
+/// Delivers until `stop`; messages that are being sent then are interrupted and released.
 pub async fn run(pool: PgPool, client: Client, stop: CancellationToken) {
     let deliver = |receivers| deliver(receivers, pool.clone(), client.clone(), stop.clone());
     join3(
@@ -82,7 +82,7 @@ async fn deliver(receivers: Receivers, pool: PgPool, client: Client, stop: Cance
                     ));
                 }
             }
-            // A database that is gone is not news here: whoever has work with it says so.
+            // Database failures are not logged as errors here; whoever has work for the database does that.
             Err(error) => tracing::debug!(error = chain(&error), "cannot look at the outbox"),
         }
         tokio::select! {
@@ -102,7 +102,7 @@ async fn take(pool: &PgPool, receivers: Receivers, free: usize) -> Result<Vec<Cl
     claim(&mut *pool.acquire().await?, receivers, free).await
 }
 
-/// One try, and what comes of it.
+/// Makes one try to deliver a message, and records its outcome.
 async fn attempt(message: Claimed, pool: PgPool, client: Client, stop: CancellationToken) {
     let outcome = match stop.run_until_cancelled(send(&message, &client)).await {
         None => Outcome::BrokenOff,
@@ -125,14 +125,14 @@ async fn attempt(message: Claimed, pool: PgPool, client: Client, stop: Cancellat
         (Ok(_), outcome) => {
             tracing::debug!(webhook.id = %webhook, delivery.id = %delivery, attempt, ?outcome, "tried to deliver");
         }
-        // Its lease runs out, and it is sent once more.
+        // The lease will run out, and the message is sent again.
         (Err(error), _) => {
             tracing::warn!(webhook.id = %webhook, delivery.id = %delivery, error = chain(&error), "cannot write down how a delivery went");
         }
     }
 }
 
-/// The status of success.
+/// Sends a message; returns the status if that is a success.
 async fn send(message: &Claimed, client: &Client) -> Result<StatusCode, DeliveryError> {
     let url: WebhookUrl = message.url.parse()?;
     let secret: WebhookSecret = message.secret.parse()?;

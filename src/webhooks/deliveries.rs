@@ -1,4 +1,4 @@
-//! Messages as their webhook's owner sees them, and sending one once more.
+//! Messages as their webhook's owner sees them, and sending one again.
 
 use serde::Serialize;
 use serde_json::Value;
@@ -13,7 +13,7 @@ use promptweave_domain::words::DeliveryState;
 /// A message to one webhook.
 #[derive(Clone, Debug, Serialize, ToSchema)]
 pub struct Delivery {
-    /// The receiver sees it as `webhook-id`, the same in every try.
+    /// The message's id, which the receiver sees as `webhook-id`, the same in every try.
     pub id: Uuid,
     pub webhook_id: Uuid,
     /// The ensemble, tuning or ranking that ended; null for a test.
@@ -23,14 +23,14 @@ pub struct Delivery {
     pub event_type: String,
     #[schema(value_type = DeliveryState)]
     pub state: String,
-    /// Tries begun since it was written, or since somebody asked for it once more.
+    /// Tries begun since the message was written, or since it was last asked to be sent again.
     pub attempt: i32,
-    /// When the next try is due; of no meaning once it is over.
+    /// When the next try is due; it has no meaning once the delivery is over.
     #[serde(with = "time::serde::rfc3339")]
     pub next_at: OffsetDateTime,
     #[serde(with = "time::serde::rfc3339::option")]
     pub last_attempt_at: Option<OffsetDateTime>,
-    /// What the receiver answered to the last try; null where it did not.
+    /// HTTP status of the receiver's answer to the last try; null if there was no answer.
     pub last_status: Option<i32>,
     pub last_error: Option<String>,
     #[serde(with = "time::serde::rfc3339")]
@@ -51,7 +51,7 @@ pub async fn find(
     Ok(found.into_iter().next())
 }
 
-/// A webhook's messages, the newest first: those before `before`.
+/// A webhook's messages, newest first: those before `before`.
 pub async fn list(
     conn: &mut PgConnection,
     project_id: Uuid,
@@ -62,7 +62,7 @@ pub async fn list(
     select(conn, project_id, webhook_id, None, before, limit).await
 }
 
-/// Makes a message due now, with all its tries before it. One that is being sent stays as it is.
+/// Makes a message due now, with all its tries. One that is being sent stays as it is.
 pub async fn redeliver(
     conn: &mut PgConnection,
     project_id: Uuid,

@@ -1,12 +1,12 @@
-//! Webhooks: whoever asked for it is told when a job ends, at least once, and nobody waits for that.
+//! Webhooks: receivers that asked for it are notified when a job ends, at least once, and no job waits for that.
 //!
 //! ```text
 //! a job ends ─► [`outbox::ended`], in its transaction ─► webhook_delivery ◄─ [`deliverer`] ─► receiver
 //!                                                             │  claims by a lease, tries, settles
 //!                                                             └─ tried again for days, then `failed`
 //! ```
-//! [`registered`] has who is told, [`outbox`] writes, claims and settles messages, [`deliveries`] shows them to
-//! their owner and sends them once more, [`deliverer`] is the only one that talks to receivers.
+//! [`registered`] has the receivers, [`outbox`] writes, claims and settles messages, [`deliveries`] shows them to their
+//! owner and sends them again, [`deliverer`] is the only one that connects to receivers.
 
 pub mod deliverer;
 pub mod deliveries;

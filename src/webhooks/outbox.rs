@@ -1,5 +1,5 @@
-//! The outbox: messages written in the transaction that makes them true, claimed by a lease, settled under its
-//! token. Time is the database's `now()` throughout.
+//! The outbox: messages are written in the transaction that makes them true, claimed by a lease, and settled under its
+//! token. Time is always the database's `now()`.
 
 use std::time::Duration;
 
@@ -17,18 +17,18 @@ use promptweave_domain::specification::{Specification as _, TuningSpec};
 use promptweave_domain::webhook::{TEST_EVENT, pause};
 use promptweave_domain::words::DeliveryState;
 
-/// How long a message is one deliverer's; longer than a try takes. One that dies meanwhile loses it to another.
+/// How long a deliverer owns a message; longer than a try takes. If the deliverer dies, another gets the message.
 const LEASE: Duration = Duration::from_secs(60);
-/// Of a receiver that answers: messages on their way at a time.
+/// The most messages being sent at a time to a receiver that answers.
 const IN_FLIGHT: i64 = 4;
-/// Of one that failed last time. The rest waits until it answers.
+/// The most messages being sent at a time to a receiver that failed last time; the others wait until it answers.
 const IN_FLIGHT_FAILING: i64 = 1;
-/// How long what was delivered or given up can be looked at, and sent once more.
+/// How long a delivered or failed message can be read and sent again.
 const KEPT: Duration = Duration::from_secs(30 * 24 * 3600);
 
 // ---- Writing -------------------------------------------------------------------------------
 
-/// A message's body: what happened to what; the API has the rest.
+/// A message's body: what happened to which job. The API has the rest.
 #[derive(Serialize)]
 struct Payload<'a, T> {
     r#type: &'a str,
@@ -48,9 +48,9 @@ struct JobEnded {
     id: Uuid,
     state: String,
     error: Option<JobError>,
-    /// The composed prompt, of an ensemble that succeeded.
+    /// The composed prompt of an ensemble that succeeded.
     composed_prompt: Option<Published>,
-    /// The tuned prompt, of a tuning that succeeded.
+    /// The tuned prompt of a tuning that succeeded.
     #[serde(skip_serializing_if = "Option::is_none")]
     tuned: Option<Published>,
     #[serde(with = "time::serde::rfc3339")]
@@ -68,7 +68,7 @@ struct Published {
     version: i32,
 }
 
-/// Below the API's address, which only its clients know.
+/// Paths below the API's address, which only its clients know.
 #[derive(Serialize)]
 struct Urls {
     #[serde(rename = "self")]
@@ -76,8 +76,8 @@ struct Urls {
     result: Option<String>,
 }
 
-/// Writes a message to each webhook that is told of this end. Called in the transaction in which the job ends,
-/// so that there is never the one without the other.
+/// Writes a message to each webhook that is sent this event. It is called in the transaction in which the job ends, so
+/// that both happen or neither.
 pub async fn ended(conn: &mut PgConnection, job_id: Uuid) -> Result<(), DbError> {
     let mut told = sqlx::query!(
         r#"
@@ -157,7 +157,7 @@ pub async fn ended(conn: &mut PgConnection, job_id: Uuid) -> Result<(), DbError>
     Ok(())
 }
 
-/// Writes a message that tells of nothing; false: there is no such webhook.
+/// Writes a test message; false if there is no such webhook.
 pub async fn test(
     conn: &mut PgConnection,
     project_id: Uuid,
@@ -192,29 +192,29 @@ pub async fn test(
 
 // ---- Sending -------------------------------------------------------------------------------
 
-/// Receivers that failed last time are served apart, so that they wait for one another and nobody else for them.
+/// Kinds of receivers. Those that failed last time are served apart, so that they delay only one another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Receivers {
     Answering,
     Failing,
 }
 
-/// A message to be sent now, by whoever has the token.
+/// A message to send now, claimed under a token.
 #[derive(Clone, Debug)]
 pub struct Claimed {
     pub id: Uuid,
     pub token: Uuid,
-    /// This one's number.
+    /// The number of this try.
     pub attempt: i32,
     pub webhook_id: Uuid,
     pub url: String,
     pub secret: String,
     pub payload: String,
-    /// Now, in seconds since 1970.
+    /// The current time, in seconds since 1970.
     pub timestamp: i64,
 }
 
-/// Takes messages that are due, at most `limit`, and of one webhook no more than may be on their way.
+/// Claims messages that are due: at most `limit`, and from each webhook no more than may be sent at a time.
 pub async fn claim(
     conn: &mut PgConnection,
     receivers: Receivers,
@@ -288,15 +288,15 @@ pub enum Outcome {
     Failed {
         status: Option<u16>,
         error: String,
-        /// The receiver wants no more, ever.
+        /// Whether the receiver wants no more messages, ever.
         gone: bool,
     },
-    /// Not by the receiver's fault; it does not count.
+    /// The try was interrupted, which is not the receiver's fault and does not count.
     BrokenOff,
 }
 
-/// Writes down how a try ended; None: somebody else has the message by now, or it was deleted. Otherwise whether
-/// there is another try.
+/// Records how a try ended, and returns whether there will be another. None if another process owns the message by now,
+/// or it was deleted.
 pub async fn settle(
     conn: &mut PgConnection,
     claimed: &Claimed,
@@ -346,7 +346,7 @@ pub async fn settle(
         return Ok(None);
     }
     if !broken_off {
-        // A statement of its own: who deletes a webhook takes these locks in the other order.
+        // This is a separate statement, because deleting a webhook takes these locks in the other order.
         let delivered = matches!(outcome, Outcome::Delivered { .. });
         let gone = matches!(outcome, Outcome::Failed { gone: true, .. });
         sqlx::query!(
@@ -366,7 +366,7 @@ pub async fn settle(
     Ok(Some(state == DeliveryState::Pending))
 }
 
-/// Deletes what was delivered or given up long ago; says how much.
+/// Deletes messages that were delivered or failed long ago; returns how many.
 pub async fn forget(conn: &mut PgConnection) -> Result<u64, DbError> {
     let forgotten = sqlx::query!(
         r#"

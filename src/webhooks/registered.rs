@@ -1,4 +1,4 @@
-//! Who is told: a project's webhooks.
+//! The receivers: a project's webhooks.
 
 use std::collections::BTreeSet;
 
@@ -12,10 +12,10 @@ use uuid::Uuid;
 use crate::db::{DbError, expect_one_row};
 use promptweave_domain::webhook::{EventType, EventTypes, WebhookSecret, WebhookUrl};
 
-/// The end of a job writes a row for each.
+/// The most webhooks of a project. Each job's end writes a row for every one.
 pub const MOST: i64 = 100;
 
-/// What its owner decides, and may change.
+/// The settings that a webhook's owner decides, and may change.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
@@ -24,12 +24,12 @@ pub struct Settings {
     pub description: String,
     #[serde(default)]
     pub event_types: EventTypes,
-    /// Nothing is written for it or sent to it.
+    /// Whether the webhook is disabled: no message is written for it or sent to it.
     #[serde(default)]
     pub disabled: bool,
 }
 
-/// A webhook without its secret, which is shown once.
+/// A webhook without its secret, which is shown only once.
 #[derive(Clone, Debug, Serialize, ToSchema)]
 pub struct Webhook {
     pub id: Uuid,
@@ -40,10 +40,10 @@ pub struct Webhook {
     pub event_types: EventTypes,
     #[serde(with = "time::serde::rfc3339")]
     pub created_at: OffsetDateTime,
-    /// Since when no message got through; null where the last one did, or none was sent.
+    /// Since when every message has failed; null if the last one arrived, or none was sent.
     #[serde(with = "time::serde::rfc3339::option")]
     pub failing_since: Option<OffsetDateTime>,
-    /// Since when nothing is sent: somebody disabled it, or its receiver answered 410.
+    /// Since when nothing is sent, because somebody disabled the webhook or its receiver answered 410.
     #[serde(with = "time::serde::rfc3339::option")]
     pub disabled_at: Option<OffsetDateTime>,
 }
@@ -59,7 +59,7 @@ impl From<Webhook> for Settings {
     }
 }
 
-/// Registers a webhook; false: the project has as many as it may.
+/// Registers a webhook; false if the project has as many as it may.
 pub async fn insert(
     conn: &mut PgConnection,
     project_id: Uuid,
@@ -96,7 +96,7 @@ pub async fn find(
     Ok(found.into_iter().next())
 }
 
-/// A project's webhooks, the newest first: those before `before`.
+/// A project's webhooks, newest first: those before `before`.
 pub async fn list(
     conn: &mut PgConnection,
     project_id: Uuid,
@@ -106,7 +106,7 @@ pub async fn list(
     select(conn, project_id, None, before, limit).await
 }
 
-/// Keeps others from changing a webhook, and nobody from writing to its outbox, until the transaction's end.
+/// Locks a webhook against changes until the transaction ends; writing to its outbox is still possible.
 pub async fn lock(conn: &mut PgConnection, project_id: Uuid, id: Uuid) -> Result<(), DbError> {
     sqlx::query!(
         r#"SELECT id FROM webhook WHERE project_id = $1 AND id = $2 FOR NO KEY UPDATE"#,
@@ -118,7 +118,7 @@ pub async fn lock(conn: &mut PgConnection, project_id: Uuid, id: Uuid) -> Result
     Ok(())
 }
 
-/// The caller holds it ([`lock`]). Who enables it means that its receiver is there again.
+/// Changes a webhook, which the caller has locked ([`lock`]). Enabling it means that its receiver works again.
 pub async fn change(
     conn: &mut PgConnection,
     project_id: Uuid,
@@ -147,7 +147,7 @@ pub async fn change(
     expect_one_row(changed)
 }
 
-/// Deletes a webhook with its deliveries; false: there is none.
+/// Deletes a webhook with its deliveries; false if there is none.
 pub async fn delete(conn: &mut PgConnection, project_id: Uuid, id: Uuid) -> Result<bool, DbError> {
     let deleted = sqlx::query!(
         "DELETE FROM webhook WHERE project_id = $1 AND id = $2",
@@ -188,7 +188,7 @@ async fn select(
             let url = row.url.parse();
             Ok(Webhook {
                 id: row.id,
-                // By its id: a URL may be a secret.
+                // The webhook is named by its id, because a URL may be a secret.
                 url: url.map_err(|_| DbError::unreadable("webhook", "url", row.id))?,
                 description: row.description,
                 event_types: read_events(&row.event_types)?,

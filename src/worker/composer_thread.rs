@@ -1,5 +1,5 @@
-//! The one OS thread that owns the composer. An engine's tensors may not be shared between threads,
-//! and its calls block for seconds, which no async task may do.
+//! The one OS thread that owns the composer. An engine's tensors may not be shared between threads, and its calls block
+//! for seconds, which an async task must not do.
 
 use std::any::Any;
 use std::ops::ControlFlow;
@@ -24,14 +24,14 @@ use promptweave_domain::sharding::{ShardInput, Shards};
 use promptweave_domain::tuning::{Checkpoints, NoCheckpoints, Tuned, TuningInput};
 use promptweave_domain::words::JobErrorCode;
 
-/// CUDA's libraries may come from a slow disk; a device that hangs takes for ever.
+/// The longest start: CUDA's libraries may come from a slow disk, but a device that hangs never starts.
 const STARTS_WITHIN: Duration = Duration::from_secs(300);
 
 /// Makes a composer on the thread that will own it; called again after a panic.
 pub type NewComposer =
     Box<dyn Fn() -> Result<Box<dyn Composer>, CompositionError> + Send + Sync + 'static>;
 
-/// Why a composition is to stop.
+/// Why a composition should stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StopReason {
     Cancelled,
@@ -40,7 +40,7 @@ pub enum StopReason {
     Stalled,
 }
 
-/// Asks a composition to stop; the first reason given stays.
+/// A request to stop a composition; the first reason given stays.
 #[derive(Clone, Debug, Default)]
 pub struct Stop {
     reason: Arc<OnceLock<StopReason>>,
@@ -63,17 +63,17 @@ impl Stop {
     }
 }
 
-/// The latest progress and when it was made.
+/// The latest progress, and the time it was reported.
 pub type Watched = (Option<Progress>, Instant);
 
-/// The observer on the composer's thread: tells how far it is, and when to stop.
+/// The observer on the composer's thread: reports progress, and says when to stop.
 struct Watcher {
     stop: Stop,
     progress: watch::Sender<Watched>,
     attempt_state: AttemptState,
 }
 
-/// What of a job outlasts an attempt, each kind of work its own.
+/// The state of a job that outlasts an attempt; each kind of work has its own.
 #[derive(Default)]
 pub struct AttemptState {
     pub shards: Option<Box<dyn Shards + Send>>,
@@ -98,7 +98,7 @@ impl Observer for Watcher {
     }
 }
 
-/// What a composer is given to do, with all its files at hand.
+/// Work for a composer, with all its files at hand.
 #[derive(Debug)]
 pub enum Task {
     Compose(CompositionInput),
@@ -108,7 +108,7 @@ pub enum Task {
     Rank(CompositionInput),
 }
 
-/// What came of it.
+/// The result of work.
 #[derive(Debug)]
 pub enum Output {
     Composition(Box<Composition>),
@@ -190,7 +190,7 @@ impl ComposerThread {
         &self.platform
     }
 
-    /// Hands work over, with what others left of it or may share in. Progress and answer come through the channels that are returned.
+    /// Hands work over, with the state that outlasts attempts. Progress and answer come through the returned channels.
     pub fn begin(
         &self,
         work: Task,
@@ -207,7 +207,7 @@ impl ComposerThread {
             progress,
             attempt_state,
         };
-        // A thread that is gone drops the request, which the receiver of the answer notices.
+        // If the thread is gone, the request is dropped, and the receiver of the answer notices.
         let _ = self.requests.send(Request::Task {
             work: Box::new(work),
             watcher,
@@ -216,11 +216,11 @@ impl ComposerThread {
         (watched, answered)
     }
 
-    /// Tests the device anew. False: the thread was at something else all the while, and nothing is known.
+    /// Tests the device again. False if the thread was busy all the while, so that nothing is known.
     pub async fn self_test(&self, patience: Duration) -> Result<bool, CompositionError> {
         let (begun, beginning) = oneshot::channel();
         let (answer, answered) = oneshot::channel();
-        // A thread that is gone drops the request, which the receivers notice.
+        // If the thread is gone, the request is dropped, and the receivers notice.
         let _ = self.requests.send(Request::SelfTest { begun, answer });
         let gone = || CompositionError::device_failed("the engine's thread has ended".to_owned());
         match tokio::time::timeout(patience, beginning).await {
@@ -237,7 +237,7 @@ impl ComposerThread {
     }
 }
 
-/// The thread's life.
+/// The main loop of the thread.
 fn own(
     new: &NewComposer,
     made: oneshot::Sender<Result<Platform, CompositionError>>,
@@ -254,7 +254,7 @@ fn own(
     while let Ok(request) = queue.recv() {
         match request {
             Request::SelfTest { begun, answer } => {
-                // Nobody waits any more for one that had to wait too long itself.
+                // If the request waited too long in the queue, nobody waits for its answer any more.
                 if begun.send(()).is_ok() {
                     let _ = answer.send(self_test(composer.as_mut()));
                 }
@@ -269,10 +269,10 @@ fn own(
                 }));
                 let panic = composed.is_err();
                 let outcome = composed.unwrap_or_else(|payload| Err(panicked(payload.as_ref())));
-                // The receiver may have given up waiting; then nobody wants the answer.
+                // If the receiver has given up, nobody wants the answer.
                 let _ = answer.send(outcome);
                 if panic {
-                    // What it left behind is not to be trusted.
+                    // A composer cannot be trusted after a panic.
                     match tested(new) {
                         Ok(fresh) => composer = fresh,
                         Err(error) => {
@@ -287,7 +287,7 @@ fn own(
     }
 }
 
-/// A composer that is fit for work.
+/// Makes a composer and tests it.
 fn tested(new: &NewComposer) -> Result<Box<dyn Composer>, CompositionError> {
     let mut composer = new()?;
     self_test(composer.as_mut())?;

@@ -10,8 +10,8 @@ use promptweave_engine::device;
 use promptweave_engine::device::DeviceError;
 use promptweave_engine::vit::Compute;
 
-/// What makes the engine on the device of the options. All that can fail fails when it is called, where the worker
-/// can still say in the database why it does not start.
+/// Returns what makes the engine on the configured device. Everything that can fail does so when it is called, where
+/// the worker can still write to the database why it does not start.
 pub fn factory(options: &WorkerOptions, storage: &StorageOptions) -> NewComposer {
     let (options, blob_dir) = (options.clone(), storage.blob_dir());
     Box::new(move || {
@@ -22,7 +22,7 @@ pub fn factory(options: &WorkerOptions, storage: &StorageOptions) -> NewComposer
         if options.threads > 0 {
             compute.threads = options.threads;
         }
-        // libtorch keeps the number of threads by thread.
+        // libtorch keeps the number of threads per thread.
         tch::set_num_threads(compute.threads as i32);
         let backbone_bytes = u64::from(options.backbone_cache_gib) << 30;
         let engine = Engine::with(compute).with_backbone_bytes(backbone_bytes);

@@ -1,7 +1,7 @@
-//! Directories on this machine's disk by what is in them: a worker's copies of backbones and datasets.
+//! A cache of directories on this machine's disk, keyed by content: a worker's copies of backbones and datasets.
 //!
-//! Several workers may share one. What a job uses is locked by its worker, so that nobody evicts it; the system
-//! releases the locks of a worker that was killed, by which what it left unfinished is known.
+//! Several workers may share one. A worker locks what its job uses, so that nobody evicts it. The system releases the
+//! locks of a killed worker, which shows that its unfinished entries are abandoned.
 
 use std::ffi::OsStr;
 use std::fs::{self, File, TryLockError};
@@ -22,7 +22,7 @@ pub struct FileCache {
     max_bytes: u64,
 }
 
-/// A directory that stays for as long as this is held.
+/// A directory that is not evicted while this is held.
 #[derive(Debug)]
 pub struct InUse {
     pub dir: PathBuf,
@@ -34,21 +34,21 @@ pub enum Entry {
     Missing(NewEntry),
 }
 
-/// An entry in the making; it appears whole, or not at all.
+/// An unfinished entry; it appears complete, or not at all.
 pub struct NewEntry {
     cache: FileCache,
-    /// Where it will be.
+    /// The entry's final place.
     dir: PathBuf,
-    /// What becomes `dir`, already locked as in use.
+    /// The directory that becomes `dir`; it is locked already.
     pub unfinished: PathBuf,
     content: File,
-    /// Goes away with whatever is left in it; files that are needed in the making may go here.
+    /// A temporary directory for files that are needed only while the entry is made.
     pub aside: TempDir,
     _lock: File,
 }
 
 impl FileCache {
-    /// Removes what workers left that were killed. What cannot be removed now stays for the next start.
+    /// Opens a cache, and removes what killed workers left. What cannot be removed now stays until the next start.
     pub fn new(dir: PathBuf, max_bytes: u64) -> Self {
         let cache = Self { dir, max_bytes };
         if let Err(error) = cache.clean() {
@@ -57,7 +57,7 @@ impl FileCache {
         cache
     }
 
-    /// `<dir>/<kind>/<key>`, or a place to make it.
+    /// The entry `<dir>/<kind>/<key>`, or a place to make it.
     pub fn entry(&self, kind: &str, key: &str) -> io::Result<Entry> {
         let parent = self.dir.join(kind);
         let dir = parent.join(key);
@@ -84,7 +84,7 @@ impl FileCache {
 
     fn clean(&self) -> io::Result<()> {
         for path in self.paths()? {
-            // Where it is locked, somebody is at work on it.
+            // If it is locked, a worker is making it.
             if is_unfinished(&path) && File::open(&path)?.try_lock().is_ok() {
                 fs::remove_dir_all(&path)?;
             }
@@ -92,7 +92,7 @@ impl FileCache {
         Ok(())
     }
 
-    /// Removes what was used longest ago and is not in use, until the rest is within the limit.
+    /// Removes entries that are not in use, the least recently used first, until the rest is within the limit.
     fn evict(&self) -> io::Result<()> {
         let mut entries = Vec::new();
         for path in self.paths()? {
@@ -113,7 +113,7 @@ impl FileCache {
         Ok(())
     }
 
-    /// Of all kinds, finished or not.
+    /// The entries of all kinds, finished or not.
     fn paths(&self) -> io::Result<Vec<PathBuf>> {
         let mut paths = Vec::new();
         for kind in list(&self.dir)?.into_iter().filter(|kind| kind.is_dir()) {
@@ -124,18 +124,18 @@ impl FileCache {
 }
 
 impl NewEntry {
-    /// Puts the entry in its place, and makes room where there is too much.
+    /// Moves the entry to its final place, and evicts others if the cache is too large.
     pub fn keep(self) -> io::Result<InUse> {
         let in_use = match fs::rename(&self.unfinished, &self.dir) {
             Ok(()) => InUse {
                 dir: self.dir,
                 _lock: self.content,
             },
-            // Another worker was quicker, with the same bytes.
+            // Another worker was faster, with the same bytes.
             Err(error) => take(&self.dir)?.ok_or(error)?,
         };
         if let Err(error) = self.cache.evict() {
-            // The job has what it needs.
+            // Eviction failed, but the job has what it needs.
             tracing::warn!(
                 error = chain(&error),
                 "nothing was evicted from the cache directory"
@@ -145,7 +145,7 @@ impl NewEntry {
     }
 }
 
-/// A directory, if it is there and nobody is about to remove it; now it is in use.
+/// Takes a directory into use, if it exists and is not being removed.
 fn take(dir: &Path) -> io::Result<Option<InUse>> {
     let lock = match File::open(dir) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -156,12 +156,12 @@ fn take(dir: &Path) -> io::Result<Option<InUse>> {
         Err(TryLockError::Error(error)) => return Err(error),
         Ok(()) => {}
     }
-    // It may have been removed, and even made anew, between opening and locking.
+    // It may have been removed, and even made again, between opening and locking.
     let (locked, there) = (lock.metadata()?, fs::metadata(dir));
     if !there.is_ok_and(|there| (there.dev(), there.ino()) == (locked.dev(), locked.ino())) {
         return Ok(None);
     }
-    // Used now, for the order of eviction; where that is not allowed, it is as old as it is.
+    // The time records the use, for eviction; if it cannot be set, the entry counts as old.
     let _ = lock.set_modified(SystemTime::now());
     Ok(Some(InUse {
         dir: dir.to_owned(),
@@ -169,7 +169,7 @@ fn take(dir: &Path) -> io::Result<Option<InUse>> {
     }))
 }
 
-/// Removes an entry unless it is in use. It disappears at once, however long its files take.
+/// Removes an entry unless it is in use. It disappears at once, even if deleting its files takes long.
 fn remove(dir: &Path) -> io::Result<bool> {
     let lock = match File::open(dir) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(true),
@@ -196,7 +196,7 @@ fn is_unfinished(path: &Path) -> bool {
     name.starts_with(UNFINISHED)
 }
 
-/// Nothing where there is no such directory.
+/// The entries of a directory; none if it does not exist.
 fn list(dir: &Path) -> io::Result<Vec<PathBuf>> {
     match fs::read_dir(dir) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
@@ -224,7 +224,7 @@ mod tests {
 
     use super::*;
 
-    /// An entry of so many bytes, made or found.
+    /// Makes or finds an entry of so many bytes.
     fn entry(cache: &FileCache, kind: &str, key: &str, bytes: usize) -> (InUse, bool) {
         match cache.entry(kind, key).unwrap() {
             Entry::There(in_use) => (in_use, true),
@@ -251,17 +251,17 @@ mod tests {
         drop(entry(&cache, "datasets", "b", 10));
         used_at(&cache, "backbones", "a", 1);
         used_at(&cache, "datasets", "b", 2);
-        // `a` is the oldest, but its job still runs.
+        // `a` is the oldest, but it is in use.
         drop(entry(&cache, "datasets", "c", 10));
         drop(in_use);
         assert!(entry(&cache, "backbones", "a", 10).1);
         assert!(!cache.dir.join("datasets/b").exists());
-        // Being found was a use: now `c` is the oldest.
+        // Finding an entry counts as a use, so now `c` is the oldest.
         used_at(&cache, "datasets", "c", 3);
         assert!(!entry(&cache, "datasets", "b", 10).1);
         assert!(!cache.dir.join("datasets/c").exists());
         assert!(entry(&cache, "backbones", "a", 10).1);
-        // One larger than all of the cache is there for its job alone.
+        // An entry larger than the whole cache stays for its job only.
         let (large, _) = entry(&cache, "datasets", "d", 100);
         assert!(large.dir.exists());
         assert_eq!(cache.paths().unwrap(), std::slice::from_ref(&large.dir));
@@ -279,7 +279,7 @@ mod tests {
         };
         let another = FileCache::new(dir.path().to_owned(), 100);
         assert!(!left.exists() && new.unfinished.exists() && kept.dir.exists());
-        // Two make the same at once: one place, both may use it.
+        // Two workers make the same entry at once: there is one place, and both may use it.
         let (first, found) = entry(&another, "datasets", "b", 10);
         assert!(!found);
         let second = new.keep().unwrap();

@@ -1,6 +1,5 @@
-//! Brings a job's files to this machine: prompts from the database, backbone and images from the
-//! blob store into a cache by digest, statistics to solve again from into memory. A worker needs
-//! those two and nothing else.
+//! Brings a job's files to this machine: prompts from the database, backbone and images from the blob store into a
+//! cache by digest, statistics to solve again from into memory. A worker needs only database and blob store.
 
 use sqlx::PgPool;
 
@@ -43,7 +42,7 @@ pub enum InputError {
 }
 
 impl InputError {
-    /// Whether another try may help: a full disk or a lost database may, missing bytes will not.
+    /// Whether another attempt may help: after a full disk or a lost database it may, without the bytes it will not.
     pub fn is_transient(&self) -> bool {
         match self {
             Self::Cache(_) | Self::Unpack { .. } => true,
@@ -58,7 +57,7 @@ impl InputError {
     }
 }
 
-/// What features of sources are computed from, in ensembles and rankings.
+/// The inputs of sources' features, in ensembles and rankings.
 struct Needed<'a> {
     sources: &'a [SourceSpec],
     backbone: &'a BackboneSpec,
@@ -79,17 +78,17 @@ impl<'a> From<&'a EnsembleSpec> for Needed<'a> {
     }
 }
 
-/// Where inputs come from and go to.
+/// Fetches inputs.
 #[derive(Clone, Debug)]
 pub struct Inputs {
     pub pool: PgPool,
     pub blobs: BlobStore,
-    /// Backbones and images by digest.
+    /// The cache of backbones and images, by digest.
     pub files: FileCache,
 }
 
 impl Inputs {
-    /// What `spec` says to do, with everything that it names at hand for as long as the directories are in use.
+    /// The work that `spec` asks for, with all its files. They stay while the returned directories are held.
     pub async fn fetch(&self, spec: &JobSpec) -> Result<(Task, Vec<InUse>), InputError> {
         match spec {
             JobSpec::Ensemble(spec) => self.ensemble(spec).await,
@@ -141,7 +140,7 @@ impl Inputs {
         Ok((Task::Tune(Box::new(input)), vec![backbone, images]))
     }
 
-    /// The same for a shard of somebody's job.
+    /// The work of a shard of another worker's job, with all its files.
     pub async fn fetch_shard(
         &self,
         claimed: &ClaimedShard,
@@ -203,7 +202,7 @@ impl Inputs {
 
     async fn backbone(&self, backbone: &BackboneSpec) -> Result<InUse, InputError> {
         let config = serde_json::to_vec_pretty(&backbone.config).expect("plain data");
-        // The same weights may be registered with another preprocessing.
+        // The same weights may be registered with another preprocessing, so both are in the key.
         let key = format!(
             "{}-{}",
             backbone.model_digest.hex(),
@@ -247,7 +246,7 @@ impl Inputs {
     }
 }
 
-/// Evicting, which this may do, takes a while.
+/// Keeps an entry off the runtime's threads, because it may evict others, which takes a while.
 async fn keep(entry: NewEntry) -> Result<InUse, InputError> {
     tokio::task::spawn_blocking(move || entry.keep())
         .await
@@ -255,7 +254,7 @@ async fn keep(entry: NewEntry) -> Result<InUse, InputError> {
         .map_err(InputError::Cache)
 }
 
-/// The statistics have the prompts.
+/// The source's name only: its prompt is in the statistics.
 fn named(source: &SourceSpec) -> SourceRef {
     SourceRef {
         prompt: source.prompt.clone(),

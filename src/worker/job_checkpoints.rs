@@ -1,4 +1,4 @@
-//! The checkpoints of the job that this worker has, as its engine sees them. Lives on the engine's thread, which may wait.
+//! The checkpoints of this worker's job, as its engine sees them. This lives on the engine's thread, which may block.
 
 use bytes::Bytes;
 use sqlx::PgPool;
@@ -20,9 +20,9 @@ pub struct JobCheckpoints {
     pub blobs: BlobStore,
     pub lease: Lease,
     pub stop: Stop,
-    /// Of the tuning, among those of the job.
+    /// Name of the tuning within the job.
     pub name: String,
-    /// Epochs that nobody was told of yet.
+    /// Epochs that are not yet reported as events.
     pub untold: Vec<Epoch>,
 }
 
@@ -42,7 +42,7 @@ impl Checkpoints for JobCheckpoints {
             if error.is_transient() {
                 return Err(CheckpointUnavailable(chain(&error)));
             }
-            // It is lost for good, and the tuning begins anew.
+            // The checkpoint is lost for good, and the tuning starts again.
             let error = chain(&error);
             tracing::warn!(job.id = %self.lease.job_id, error, "a checkpoint was not read");
             Ok(None)
@@ -50,7 +50,7 @@ impl Checkpoints for JobCheckpoints {
     }
 
     fn keep(&mut self, epoch: &Epoch, bytes: &[u8]) {
-        // The pairs of a grid are told of at the end, as the candidates that they were.
+        // The pairs of a grid are reported at the end, as candidates.
         if !self.name.starts_with(PAIR) {
             self.untold.push(*epoch);
         }
@@ -77,7 +77,7 @@ impl Checkpoints for JobCheckpoints {
         match self.runtime.block_on(write) {
             Ok(()) => self.untold.clear(),
             Err(QueueError::LeaseLost(_)) => self.stop.because(StopReason::LeaseLost),
-            // They are told of with the next, and a checkpoint is for an attempt that may never be.
+            // The epochs are reported with the next checkpoint; this one would only serve another attempt.
             Err(error) => {
                 let error = chain(&error);
                 tracing::warn!(job.id = %self.lease.job_id, error, "an epoch was not stored");

@@ -1,4 +1,4 @@
-//! The shards of the job that this worker has, as its engine sees them. Lives on the engine's thread, which may wait.
+//! The shards of this worker's job, as its engine sees them. This lives on the engine's thread, which may block.
 
 use std::ops::ControlFlow;
 use std::time::Duration;
@@ -20,7 +20,8 @@ use promptweave_domain::error_chain::chain;
 use promptweave_domain::phase::Phase;
 use promptweave_domain::sharding::{Estimate, Next, Shard, ShardingError, Shards};
 
-/// Between two looks for a shard that somebody else computes, and between two tries while the database is gone.
+/// The time between two looks for a shard that a helper computes, and between two tries while the database is
+/// unreachable.
 const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(200);
 
 pub struct JobShards {
@@ -30,9 +31,9 @@ pub struct JobShards {
     pub owner: Owner,
     pub stop: Stop,
     pub min_shard_pairs: u64,
-    /// The phase in work, and how many of its shards were handed to the engine.
+    /// The current phase, and how many of its shards the engine has got.
     pub merged: (Phase, usize),
-    /// As it was last seen.
+    /// The progress as last seen.
     pub done: f64,
 }
 
@@ -46,7 +47,7 @@ impl Shards for JobShards {
         let laid_out = self.until_done(async || {
             shards::lay_out(&mut *self.pool.acquire().await?, &self.owner, phase, count).await
         });
-        // Where it has to stop, the engine is told at the next sign of life.
+        // If the work must stop, the engine learns that at its next sign of life.
         Ok(laid_out?.unwrap_or(1))
     }
 
@@ -58,7 +59,7 @@ impl Shards for JobShards {
         match next {
             Next::There(_) => self.merged.1 += 1,
             Next::Compute(_) => {}
-            // The engine asks whether to stop by itself.
+            // The engine itself asks whether to stop.
             Next::Wait => _ = self.runtime.block_on(self.pause()),
         }
         Ok((next, done))
@@ -93,7 +94,7 @@ impl Shards for JobShards {
         let write = async {
             shards::estimate(&mut *self.pool.acquire().await?, self.owner.lease, estimate).await
         };
-        // It is for people; the renewal decides whether the job is still ours.
+        // The estimate is for people; the renewal decides whether the job is still this worker's.
         if let Err(error) = self.runtime.block_on(write) {
             let error = chain(&error);
             tracing::warn!(job.id = %self.owner.lease.job_id, error, "an estimate was not stored");
@@ -128,7 +129,7 @@ impl JobShards {
         Ok((next, there.done))
     }
 
-    /// A file in the blob store, and a connection to say so.
+    /// Stores a file in the blob store, and returns a connection to record it.
     async fn stored(
         &self,
         bytes: &Bytes,
@@ -138,7 +139,7 @@ impl JobShards {
         Ok((file.digest, self.pool.acquire().await?))
     }
 
-    /// `Break`: it was asked to stop.
+    /// Waits for a moment; `Break` if the work was asked to stop.
     async fn pause(&self) -> ControlFlow<()> {
         let asked = tokio::time::timeout(LOOK_AGAIN_AFTER, self.stop.asked());
         match asked.await {
@@ -147,7 +148,7 @@ impl JobShards {
         }
     }
 
-    /// Waits for a database that is gone. None: the work is to stop.
+    /// Runs `work`, and again while the database is unreachable. None if the work must stop.
     fn until_done<T>(
         &self,
         work: impl AsyncFn() -> Result<T, QueueError>,

@@ -36,28 +36,28 @@ use promptweave_domain::composer::CompositionError;
 use promptweave_domain::error_chain::chain;
 use runner::{EngineStuck, Runner};
 
-/// Between two signs of life, of those who know no better; a worker counts as live for a minute after one.
+/// The default time between two signs of life; a worker counts as live for a minute after one.
 pub const SEEN_EVERY: Duration = Duration::from_secs(20);
-/// How long one that cannot start tries to say so in the database.
+/// How long a worker that cannot start tries to say so in the database.
 const LAST_WORDS: Duration = Duration::from_secs(5);
-/// Between two tries while the database is gone.
+/// The time between two tries while the database is unreachable.
 const DATABASE_AGAIN_AFTER: Duration = Duration::from_secs(1);
 
 #[derive(Clone, Debug)]
 pub struct WorkerSettings {
-    /// Whoever supervises the process may choose it, to know which row tells of it.
+    /// The worker's id. A supervisor may choose it, to know which row belongs to the worker.
     pub id: Uuid,
-    /// The device as it was asked for; what it turns out to be is told by the composer.
+    /// The device that was asked for; the composer reports the actual one.
     pub device: String,
-    /// Between two signs of life; while the worker is idle, each is a self-test.
+    /// The time between two signs of life; while the worker is idle, each includes a self-test.
     pub seen_every: Duration,
     pub lease: Duration,
-    /// An attempt without progress for this long is given up, and the process with it.
+    /// An attempt without progress for this long is given up, and the process ends with it.
     pub stall: Duration,
-    /// Sample × source pairs that make a shard of a job worth sharing; 0: none do.
+    /// Samples times sources that make a shard worth sharing; 0 shares nothing.
     pub min_shard_pairs: u64,
     pub cache_dir: PathBuf,
-    /// Of backbones and datasets there; those of a running job do not count as evictable.
+    /// The most bytes of backbones and datasets in the cache; those of a running job are never evicted.
     pub cache_bytes: u64,
 }
 
@@ -67,7 +67,7 @@ pub enum WorkerError {
     Engine(#[source] CompositionError),
     #[error("cannot register with the database; is it migrated?")]
     Register(#[source] DbError),
-    /// While the worker was idle.
+    /// A self-test failed while the worker was idle.
     #[error("the engine cannot work any more")]
     SelfTest(#[source] CompositionError),
     #[error(transparent)]
@@ -75,7 +75,7 @@ pub enum WorkerError {
 }
 
 impl WorkerError {
-    /// How the process is to end: with 70 (EX_SOFTWARE) where it worked and a fresh one may work again.
+    /// The exit status: 70 (EX_SOFTWARE) if the engine had worked, so a fresh process may work again.
     pub fn exit_status(&self) -> u8 {
         match self {
             Self::SelfTest(_) | Self::Stuck(_) => 70,
@@ -84,11 +84,11 @@ impl WorkerError {
     }
 }
 
-/// Works until `shutdown`, which hands a running job back, or until it is drained, which does not.
+/// Works until `shutdown`, which hands a running job back, or until the worker is drained, which does not.
 ///
 /// # Errors
-/// When the engine cannot be made, fails its self-test, is stuck, or its device failed: the process should end
-/// and be started again.
+/// If the engine cannot be made, fails its self-test, is stuck, or its device failed: the process should end and be
+/// started again.
 pub async fn run(
     settings: WorkerSettings,
     pool: PgPool,
@@ -154,7 +154,7 @@ pub async fn run(
     life.abort();
     let ended = match (ended, life.await) {
         (Err(stuck), _) => Err(WorkerError::Stuck(stuck)),
-        // Not aborted: it ended first, and had the worker stop.
+        // The sign-of-life task was not aborted: it ended first, and made the worker stop.
         (Ok(()), Ok(failed)) => Err(WorkerError::SelfTest(failed)),
         (Ok(()), Err(_)) => Ok(()),
     };
@@ -167,13 +167,13 @@ pub async fn run(
     ended
 }
 
-/// The machine's name, as its kernel has it.
+/// The machine's name, according to its kernel.
 pub fn hostname() -> String {
     let name = rustix::system::uname();
     name.nodename().to_string_lossy().into_owned()
 }
 
-/// Makes the worker known, as soon as the database is there. False: told to stop before that.
+/// Registers the worker, as soon as the database can be reached. False if it was told to stop before that.
 async fn register(
     pool: &PgPool,
     new: &NewWorker<'_>,
@@ -195,7 +195,7 @@ async fn register(
     }
 }
 
-/// Leaves the reason of an end where those look who wonder where the worker is.
+/// Writes the reason of an end to the worker's row, where people will look for it.
 async fn say_why(pool: &PgPool, new: &NewWorker<'_>, error: &WorkerError) {
     let why = chain(error);
     let write = async {
@@ -212,7 +212,7 @@ async fn say_why(pool: &PgPool, new: &NewWorker<'_>, error: &WorkerError) {
     }
 }
 
-/// What a worker may do next.
+/// A worker's next task.
 enum Task {
     Job(Box<Claimed>),
     Shard(Box<ClaimedShard>),
@@ -241,7 +241,7 @@ impl Worker {
                     let ran = self.run(task, claimed_at).await;
                     self.busy.store(false, Ordering::Relaxed);
                     ran?;
-                    // No self-test, which would be in the way of the next job.
+                    // A self-test here would delay the next job.
                     self.seen(WorkerState::Idle, true).await;
                     continue;
                 }
@@ -251,7 +251,7 @@ impl Worker {
                 }
                 Ok(None) => database_gone = false,
                 Err(error) => {
-                    // Once an outage, not once a second.
+                    // This is logged once per outage, not once per second.
                     if !std::mem::replace(&mut database_gone, true) {
                         tracing::warn!(error = chain(&error), "cannot ask for work");
                     }
@@ -265,7 +265,7 @@ impl Worker {
         Ok(())
     }
 
-    /// A job that waits; where none does, a part of one that somebody else has.
+    /// Claims a waiting job; if there is none, a shard of another worker's job.
     async fn claim(&self) -> Result<Option<Task>, QueueError> {
         let mut conn = self.pool.acquire().await?;
         let length = self.runner.lease;
@@ -297,13 +297,13 @@ impl Worker {
         }
     }
 
-    /// Whether it is to end; asked where there is no work, as a worker that drains is given none.
+    /// Whether the worker should end. This is asked when there is no work, because a draining worker gets none.
     async fn is_draining(&self) -> bool {
         let ask = async { workers::is_draining(&mut *self.pool.acquire().await?, self.id).await };
         ask.await.unwrap_or(false)
     }
 
-    /// Gives signs of life until a self-test fails; then the worker hands back what it has, and ends.
+    /// Gives signs of life until a self-test fails; then the worker hands back its job, and ends.
     async fn show_life(self: Arc<Self>) -> CompositionError {
         loop {
             tokio::time::sleep(self.seen_every).await;
@@ -314,11 +314,11 @@ impl Worker {
         }
     }
 
-    /// Says that this worker lives, and while it is idle that its device computes.
+    /// Records that this worker lives and, if it is idle, that its device computes.
     async fn sign_of_life(&self) -> Result<(), CompositionError> {
         let busy = || self.busy.load(Ordering::Relaxed);
         let passed = !busy() && self.runner.composer.self_test(SEEN_EVERY).await?;
-        // A job may have come in the meantime.
+        // A job may have started meanwhile.
         let state = if busy() {
             WorkerState::Busy
         } else {

@@ -1,6 +1,6 @@
-//! Keeps a lease, on a thread and a connection of its own: neither a busy pool nor a busy runtime
-//! may cost a job. One beat that is missed is a line in the log; without any for 80 % of the lease
-//! the worker gives the job up, while nobody else can have it yet.
+//! Renews a lease on its own thread and connection, because neither a busy pool nor a busy runtime may cost a job. A
+//! missed renewal is only logged. After 80 % of the lease without any, the worker gives the job up, while no other
+//! worker can have it yet.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -16,10 +16,10 @@ use crate::jobs::shards;
 use crate::worker::composer_thread::{Stop, StopReason};
 use promptweave_domain::error_chain::chain;
 
-/// Part of the lease after which a worker that could not renew stops.
+/// The part of the lease after which a worker that could not renew gives up.
 const GIVE_UP_AT: f64 = 0.8;
 
-/// What a lease is of.
+/// What the lease is for.
 #[derive(Clone, Copy, Debug)]
 pub enum LeaseKind {
     Job,
@@ -34,7 +34,7 @@ pub struct Renewal {
 }
 
 impl Renewal {
-    /// `claimed_at` is from before the claim was sent, so that the lease ends later than believed.
+    /// Starts renewing. `claimed_at` is the time before the claim was sent, so that the lease ends later than assumed.
     pub fn start(
         options: PgConnectOptions,
         lease: Lease,
@@ -76,7 +76,7 @@ impl Renewal {
         renewal
     }
 
-    /// Waits until the lease is lost, or so close to its end that it must be taken for lost.
+    /// Waits until the lease is lost, or so near its end that it counts as lost.
     pub async fn lost(&self) {
         self.lost.cancelled().await;
     }
@@ -102,7 +102,7 @@ impl Keeper {
     /// Returns when the lease is lost.
     async fn keep(mut self) {
         loop {
-            // Every third while all is well; after a failure sooner, as there is less time left.
+            // The lease is renewed at every third of its length; after a failure sooner, as there is less time left.
             let pause = if self.connection.is_some() || self.renewed_at.elapsed() < self.length / 3
             {
                 (self.length / 3).saturating_sub(self.renewed_at.elapsed())

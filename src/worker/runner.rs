@@ -1,5 +1,5 @@
-//! One job: fetch its files, compose, write the result. Whatever happens in between, the job's row
-//! says so, unless the lease is lost: then this worker writes nothing more.
+//! Running one job: fetch its files, compose, write the result. Whatever happens, it is written to the job's row,
+//! unless the lease is lost: then this worker writes nothing more.
 
 use std::time::{Duration, Instant};
 
@@ -35,24 +35,24 @@ use promptweave_domain::reference::ResourceName;
 use promptweave_domain::specification::JobSpec;
 use promptweave_domain::words::JobErrorCode;
 
-/// How often progress is stored, and a wish to cancel read.
+/// How often progress is stored, and a request to cancel is read.
 const PROGRESS_EVERY: Duration = Duration::from_millis(500);
-/// Between two tries to write an outcome while the database is gone.
+/// The time between two tries to write an outcome while the database is unreachable.
 const WRITE_AGAIN_AFTER: Duration = Duration::from_millis(500);
 
-/// Before a worker that failed at a shard helps again.
+/// How long a worker that failed at a shard waits before it helps again.
 const AFTER_A_FAILED_SHARD: Duration = Duration::from_secs(5);
 
-/// How an attempt went wrong.
+/// Why an attempt failed.
 #[derive(Debug, thiserror::Error)]
 enum AttemptError {
-    /// On request; [`Stop::reason`] has whose.
+    /// The attempt was asked to stop; [`Stop::reason`] says why.
     #[error("stopped")]
     Stopped,
-    /// The engine does not move; only the end of this process stops it.
+    /// The engine makes no progress; only the end of this process stops it.
     #[error("no progress for {} s", .0.as_secs())]
     Stalled(Duration),
-    /// As [`Self::Stalled`], because its thread is gone.
+    /// The engine's thread is gone; this is handled like [`Self::Stalled`].
     #[error("the engine's thread has ended")]
     EngineGone,
     #[error(transparent)]
@@ -68,7 +68,7 @@ enum AttemptError {
 }
 
 impl AttemptError {
-    /// What the job's row says, and whether another attempt may help.
+    /// The error for the job's row, and whether another attempt may help.
     fn verdict(&self) -> (JobError, bool) {
         let (code, transient) = match self {
             Self::Stalled(_) => (JobErrorCode::Stalled, true),
@@ -87,7 +87,7 @@ impl AttemptError {
     }
 }
 
-/// The engine is not to be used again; the process ends and its supervisor starts another.
+/// The engine must not be used again; the process ends, and its supervisor starts another.
 #[derive(Debug, thiserror::Error)]
 #[error("the engine is stuck, or its device has failed")]
 pub struct EngineStuck;
@@ -99,7 +99,7 @@ pub struct Runner {
     pub composer: ComposerThread,
     pub lease: Duration,
     pub stall: Duration,
-    /// Sample × source pairs that make a shard; 0 shares nothing.
+    /// Samples times sources that make a shard; 0 shares nothing.
     pub min_shard_pairs: u64,
 }
 
@@ -121,7 +121,7 @@ impl Runner {
         stuck(&outcome)
     }
 
-    /// Works on a shard of somebody's job until it is stored or given back, or the lease is lost.
+    /// Works on a shard of another worker's job until it is stored or given back, or the lease is lost.
     pub async fn help(
         &self,
         claimed: &ClaimedShard,
@@ -136,7 +136,7 @@ impl Runner {
         if let Err(error) = &outcome
             && self.give_back(claimed, &stop, error).await
         {
-            // What is wrong with this machine may be wrong for the next shard too, and others are quicker to help.
+            // A fault of this machine may hit the next shard too, so let other machines help first.
             let pause = tokio::time::sleep(AFTER_A_FAILED_SHARD);
             shutdown.soft.run_until_cancelled(pause).await;
         }
@@ -205,7 +205,7 @@ impl Runner {
         let (work, _in_use) = tokio::select! {
             fetched = self.inputs.fetch_shard(claimed) => fetched?,
             () = stop.asked() => return Err(AttemptError::Stopped),
-            // Whoever has the job waits for this.
+            // The job's owner waits for this shard.
             () = tokio::time::sleep(self.stall) => return Err(AttemptError::Stalled(self.stall)),
         };
         let lease = (LeaseKind::Shard, claimed.lease);
@@ -223,7 +223,7 @@ impl Runner {
         }
     }
 
-    /// Lets the composer work, storing its progress and passing on wishes to stop.
+    /// Lets the composer work, stores its progress, and passes on requests to stop.
     async fn drive(
         &self,
         work: Task,
@@ -256,7 +256,7 @@ impl Runner {
         }
     }
 
-    /// Stores progress, where there is some, and asks whether the work is to go on.
+    /// Stores progress, if there is any, and reads whether the work should continue.
     async fn report(&self, (of, lease): (LeaseKind, Lease), moved: Option<Progress>, stop: &Stop) {
         let write = async {
             let mut conn = self.pool().acquire().await?;
@@ -276,7 +276,7 @@ impl Runner {
             Ok(RenewOutcome::Renewed) => {}
             Ok(RenewOutcome::CancelRequested) => stop.because(StopReason::Cancelled),
             Err(QueueError::LeaseLost(_)) => stop.because(StopReason::LeaseLost),
-            // Progress is for people; the renewal decides whether the job is still ours.
+            // Progress is for people; the renewal decides whether the job is still this worker's.
             Err(error) => {
                 tracing::warn!(job.id = %lease.job_id, error = chain(&error),
                     "progress was not stored");
@@ -295,7 +295,7 @@ impl Runner {
             (JobSpec::Ensemble(spec), Output::Composition(composition)) => {
                 let composed = MadePrompt::read(&composition.composed, &spec.output)?;
                 failpoints::reach("storing", job_id);
-                // Statistics first: they are addressed by content, so without the row they are only litter.
+                // Statistics come first: they are addressed by content, so without the row they are only garbage.
                 let statistics = composition.statistics.clone();
                 let statistics = self.inputs.blobs.put_bytes(statistics).await;
                 let statistics = statistics.map_err(AttemptError::Statistics)?;
@@ -331,7 +331,7 @@ impl Runner {
         Ok(())
     }
 
-    /// Tells the row how the attempt ended, unless it is no longer ours to tell.
+    /// Writes to the row how the attempt ended, unless the lease is lost.
     async fn write_failure(
         &self,
         claimed: &Claimed,
@@ -369,8 +369,8 @@ impl Runner {
         }
     }
 
-    /// A shard that was not computed is somebody else's to compute. Where not even this can be written, its lease runs out.
-    /// Answers whether it was by a failure.
+    /// Gives a shard back that was not computed. If even that cannot be written, its lease runs out. Returns whether
+    /// the shard failed.
     async fn give_back(&self, claimed: &ClaimedShard, stop: &Stop, error: &AttemptError) -> bool {
         let job_id = claimed.lease.job_id;
         let lost = matches!(error, AttemptError::Queue(QueueError::LeaseLost(_)));
@@ -398,9 +398,8 @@ impl Runner {
         why != GivenBack::Released
     }
 
-    /// Writes an outcome, waiting for a database that is gone for as long as the lease holds. A
-    /// commit whose acknowledgement got lost shows as a lost lease the second time, with the
-    /// outcome in place.
+    /// Writes an outcome. If the database is unreachable, it waits as long as the lease holds. If the acknowledgement
+    /// of a commit was lost, the second try finds a lost lease, with the outcome in place.
     async fn write(&self, renewal: &Renewal, outcome: &Outcome<'_>) -> Result<(), QueueError> {
         loop {
             let written = self.write_once(outcome).await;
@@ -441,7 +440,7 @@ impl Runner {
     }
 }
 
-/// A prompt as the engine left it, read as whoever gets it will.
+/// A prompt that the engine made, parsed as its users will parse it.
 struct MadePrompt<'a> {
     bytes: &'a [u8],
     file: PromptFile,
@@ -472,7 +471,7 @@ impl<'a> MadePrompt<'a> {
     }
 }
 
-/// The outcome of an attempt, which is asked to stop with the process.
+/// Awaits an attempt, and asks it to stop when the process should.
 async fn until_shutdown(
     attempt: impl Future<Output = Result<(), AttemptError>>,
     stop: &Stop,
@@ -499,7 +498,7 @@ fn stuck(outcome: &Result<(), AttemptError>) -> Result<(), EngineStuck> {
     }
 }
 
-/// What is written at the end of an attempt, or of a shard.
+/// The outcome of an attempt, or of a shard, to be written.
 enum Outcome<'a> {
     Finished(&'a Claimed, Finished<'a>),
     Cancelled(Lease),

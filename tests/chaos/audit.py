@@ -69,7 +69,7 @@ class Audit:
                     continue
                 later = self.attempts[number + 1 : number + 2]
                 again = later[0]["started"] if later and later[0]["job_id"] == attempt["job_id"] else None
-                # One that was to be cancelled is not claimed again.
+                # A job that was asked to be cancelled is not claimed again.
                 over = attempt["ended"] if self.jobs[attempt["job_id"]]["state"] == "cancelled" else None
                 if (until := again or over) is None:
                     raise Broken(f"job {attempt['job_id']} was not claimed again after {kill}")

@@ -7,7 +7,7 @@ import time
 from audit import Audit, percentile, write
 from stage import Broken, Stage
 
-# Of an ensemble that waits, and of one that runs.
+# The longest delays before a cancellation: of a waiting ensemble, and of a running one.
 LIMITS_S = (0.1, 2.0)
 CLIENTS = 6
 
@@ -18,7 +18,7 @@ class Cancels:
         self.stage, self.count, self.random = stage, count, random.Random(seed)
         self.queued: list[float] = []
         self.running: list[float] = []
-        # Those that had ended before, or ended before their worker noticed.
+        # These had ended before, or ended before their worker noticed.
         self.too_late = 0
         self.expected: dict[str, tuple[str, ...]] = {}
         self.failures: list[str] = []
@@ -34,7 +34,7 @@ class Cancels:
 
     def one(self):
         with self.lock:
-            # Until it waits, runs or is done.
+            # This waits until the ensemble is queued, running or done.
             after = self.random.uniform(0, 2 * self.stage.compose_ms / 1000)
             seed = next(self.seeds)
         job = self.stage.new_job(seed)

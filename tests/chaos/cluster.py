@@ -45,7 +45,7 @@ class Cluster:
 
     def run(self, program: str, *arguments: str, check=True) -> bool:
         command = [*self.as_owner, str(self.bin / program), "-D", str(self.folder / "data"), *arguments]
-        # Not a pipe: the server would hold it open.
+        # This is not a pipe, because the server would hold it open.
         with open(self.folder / "commands.log", "a") as log:
             done = subprocess.run(command, cwd="/", stdout=log, stderr=log, check=False)
         if check and done.returncode != 0:
@@ -56,7 +56,7 @@ class Cluster:
         settings = f"-c listen_addresses=127.0.0.1 -p {self.port} -c unix_socket_directories={self.folder} -c max_connections=300"
         arguments = ["start", "--wait", "-l", str(self.folder / "data" / "server.log"), "-o", settings]
         deadline = time.monotonic() + START_TIMEOUT_S
-        # After a kill the shared memory is in use until the last backend has noticed.
+        # After a kill the shared memory stays in use until the last backend has noticed.
         while not self.run("pg_ctl", *arguments, check=False):
             if time.monotonic() > deadline:
                 raise SystemExit(f"PostgreSQL does not start: {self.folder / 'data' / 'server.log'}")

@@ -1,5 +1,5 @@
-//! An engine that computes nothing, in a given time: it reports progress, stops when it is told to, and answers with
-//! weights drawn at random, so that two attempts at a job never have the same result.
+//! An engine that computes nothing, and takes a given time for it. It reports progress, stops when told to, and answers
+//! with random weights, so that two attempts at a job never have the same result.
 
 use std::thread;
 use std::time::Duration;
@@ -17,14 +17,14 @@ use promptweave_domain::words::JobErrorCode;
 
 use crate::composition::{composition, ranking, tuned};
 
-/// Of each phase.
+/// Steps of each phase.
 const STEPS: u64 = 10;
-/// Of features and of gradients, where they are shared.
+/// Shards of features and of gradients, if they are shared.
 const SHARDS: usize = 4;
-/// Answered at a failpoint to have the attempt fail.
+/// The answer at a failpoint that makes the attempt fail.
 const FAIL: &str = "fail";
 
-/// What makes an engine whose compositions take `time`, and are shared or not.
+/// Returns what makes an engine whose compositions take `time`, and are shared or not.
 pub fn factory(time: Duration, shares: bool) -> NewComposer {
     let step = time / (Phase::OF_COMPOSITION.len() as u32 * STEPS as u32);
     Box::new(move || Ok(Box::new(Pretending { step, shares })))
@@ -36,7 +36,7 @@ struct Pretending {
 }
 
 impl Pretending {
-    /// Works, as far as anyone can tell; in the middle is a failpoint with the phase's name.
+    /// Pretends to work; in the middle is a failpoint with the phase's name.
     fn work(
         &self,
         phase: Phase,
@@ -58,7 +58,7 @@ impl Pretending {
         Ok(())
     }
 
-    /// A phase by shards, with whoever helps; what comes together must be what was dealt out, in order.
+    /// Runs a phase in shards, with helpers. The merged shards must be those that were laid out, in order.
     fn share(&self, phase: Phase, observer: &mut dyn Observer) -> Result<(), CompositionError> {
         let failed = |error: ShardingError| CompositionError::Retry {
             code: JobErrorCode::SharingFailed,
@@ -116,14 +116,14 @@ fn answer(sources: &[Source]) -> Composition {
     let total: f64 = drawn.iter().sum();
     let weights: Vec<f64> = drawn.iter().map(|weight| weight / total).collect();
     Composition {
-        // Of this attempt alone, as the composed prompt is.
+        // The bytes differ in every attempt, as the composed prompt's do.
         statistics: format!("{weights:?}").into_bytes(),
         ..composition(sources, &weights)
     }
 }
 
 fn source(prompt: &str, version: Option<i32>, digest: Digest) -> Source {
-    // Offline there is none; no worker is.
+    // Only an offline source has no version, and no worker is offline.
     (prompt.to_owned(), version.unwrap_or_default(), digest)
 }
 

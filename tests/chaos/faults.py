@@ -5,12 +5,12 @@ import socketserver
 import threading
 from collections.abc import Callable
 
-# On a worker's way, in its order; the phases are the engine's.
+# The points in a worker's code, in order; the phases are the engine's.
 PHASES = ["features", "heads", "gradients", "solve", "verify"]
 POINTS = ["claimed", "fetching", "fetched", *PHASES, "progressing", "renewing", "renewed", "storing", "stored"]
 POINTS += ["finishing", "finished", "failing", "releasing", "cancelling", "reaping"]
 
-# Called with the point and the job; what it returns is the answer.
+# The type of the function that is called with the point and the job; its result is the answer.
 Decision = Callable[[str, str | None], str]
 
 
@@ -19,7 +19,7 @@ class Faults:
 
     def __init__(self, path: pathlib.Path):
         self.decisions: dict[int, Decision] = {}
-        # Held while a process is started, so that it is known before it says anything.
+        # This is held while a process is started, so that the process is known before it reports a point.
         self.starting = threading.Lock()
         faults = self
 

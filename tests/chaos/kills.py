@@ -11,9 +11,9 @@ from audit import Audit, percentile, write
 from faults import PHASES, POINTS
 from stage import MARGIN_S, Broken, Stage, Unreachable, Worker, wait_until
 
-# Fewer than the attempts that a job has: none is to end because of this harness.
+# The most kills of a job; fewer than its attempts, so that no job fails because of this harness.
 MOST_OF_ONE_JOB = 3
-# What a lease of 30 s does not come to in a job of a second, and what is no part of a worker's way, left out.
+# Points that a job of a second does not reach within a lease of 30 s, and points outside a worker's code, are left out.
 WITH_LONG_LEASE = ["claimed", "fetched", *PHASES, "progressing", "storing", "stored", "finishing", "finished"]
 BOTH_ENDS = ("succeeded", "cancelled")
 
@@ -24,7 +24,7 @@ class Kills:
 
     def __init__(self, stage: Stage, count: int, seed: int, points: list[str]):
         self.stage, self.random, self.points = stage, random.Random(seed), [it for it in points if it != "reaping"]
-        # Whoever reaps may die of it, the server too; that is not on the way of any one job.
+        # Any process that reaps may die of this one, even the server; it does not belong to one job's path.
         self.reapings = count // len(points) if "reaping" in points else 0
         rest = count - self.reapings
         self.deck = [self.points[number % len(self.points)] for number in range(rest)]
@@ -38,7 +38,7 @@ class Kills:
         self.results: dict[str, dict] = {}
         self.failures: list[str] = []
         self.seeds = iter(range(1, 1_000_000))
-        # Twice of what it takes where every attempt costs a whole lease.
+        # Twice the time needed if every attempt costs a whole lease.
         self.patience_s = 120 + 2 * count * (stage.lease_s + MARGIN_S) / len(stage.workers)
         self.lock = threading.Lock()
         stage.decide = self.decide
@@ -75,7 +75,7 @@ class Kills:
         if self.deck:
             self.cards[worker] = self.deck.pop()
         elif self.reapings:
-            # Something has to be lost for somebody to reap it.
+            # A job must be lost before it can be reaped.
             self.cards[worker] = self.random.choice(self.points)
 
     def reap(self, worker: Worker | None, process):
@@ -134,7 +134,7 @@ class Kills:
         left = "SELECT count(*) FROM job WHERE state IN ('queued', 'running')"
         all_over = lambda: self.stage.cluster.sql(self.stage.database, left) == "0"  # noqa: E731
         if not self.failures:
-            # Also those that were posted to a server that died before it answered.
+            # This includes jobs that were posted to a server that died before it answered.
             wait_until(all_over, 60 + 4 * self.stage.lease_s, "an end of every ensemble")
         return self.judge()
 

@@ -42,7 +42,7 @@ class Restarts:
         for client in clients:
             client.start()
         for number in range(1, self.count + 1):
-            # Load, not a wait for anything.
+            # This pause paces the load; it does not wait for anything.
             time.sleep(EVERY_S)
             self.stage.cluster.restart()
         last = time.monotonic()
@@ -72,7 +72,7 @@ class Uploads:
 
     def __init__(self, stage: Stage, kills: int, seed: int):
         self.stage, self.kills, self.random = stage, kills, random.Random(seed)
-        # Version by the sha256 of what was sent.
+        # Maps the sha256 of what was sent to the version.
         self.acknowledged: dict[str, int] = {}
         self.kill_at = 0
         self.due, self.up_again = threading.Event(), threading.Event()

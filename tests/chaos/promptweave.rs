@@ -1,5 +1,5 @@
-//! promptweave as `make chaos` runs it: the roles that need a database, with failpoints in their code, and a worker whose
-//! engine computes nothing. A program of its own, so that it never takes the place of the real one.
+//! promptweave as `make chaos` runs it: the roles that need a database, with failpoints in their code, and a worker
+//! whose engine computes nothing. It is a program of its own, so that it cannot be mistaken for the real one.
 
 #[path = "../it/composition.rs"]
 mod composition;
@@ -37,7 +37,7 @@ struct PretendingArgs {
     /// Milliseconds that a composition takes.
     #[arg(long, default_value_t = 1000)]
     compose_ms: u64,
-    /// Other workers may share in it.
+    /// Share compositions with other workers.
     #[arg(long)]
     shared: bool,
 }

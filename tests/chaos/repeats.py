@@ -14,7 +14,7 @@ def at_once(stage: Stage, clients: int, seed: int, force: bool, **headers: str) 
 
     def done():
         status, answer = stage.post(seed, force, **headers)
-        # The first one under this key is at work; `Retry-After` says to ask again.
+        # The first request with this key is at work; `Retry-After` says to ask again.
         return None if status == 409 else (status, answer)
 
     def client():
@@ -39,7 +39,8 @@ def at_once(stage: Stage, clients: int, seed: int, force: bool, **headers: str) 
 
 def run(stage: Stage, clients: int, seed: int) -> dict:
     broken, jobs = [], []
-    # By what they ask for; and by their key alone, as `force` would have them all computed.
+    # Once the requests are recognised by their content; once only by their key, because `force` would have them all
+    # computed.
     by_key = {"idempotency_key": str(uuid.UUID(int=seed))}
     for number, (force, headers) in enumerate([(False, {}), (True, by_key)]):
         before = int(stage.cluster.sql(stage.database, "SELECT count(*) FROM job"))

@@ -56,7 +56,7 @@ class Size:
 
 
 LONG = Size(620, 100, 20, stops.POINTS * 3, 200, cancels.LIMITS_S, 50, 24, 20, 600)
-# The machine that it runs on may be building something else.
+# The machine may be building something else at the same time.
 SHORT = Size(25, 8, 0, stops.SHORT, 20, tuple(5 * it for it in cancels.LIMITS_S), 50, 3, 3, 0)
 
 
@@ -186,7 +186,7 @@ def main():
     shutil.rmtree(arguments.out, ignore_errors=True)
     arguments.out.mkdir(parents=True)
     arguments.out = arguments.out.resolve()
-    # The owner of a cluster may not enter every folder, and the path of a socket is short.
+    # The cluster's owner may not enter every folder, and a socket's path must be short.
     with tempfile.TemporaryDirectory(prefix="promptweave-chaos-") as folder:
         os.chmod(folder, 0o755)
         folder = pathlib.Path(folder)

@@ -11,12 +11,12 @@ import time
 from audit import Audit, write
 from stage import Broken, Stage, Unreachable
 
-# Where a worker dies that has a job, and one that helps.
+# The points at which an owner dies, and those at which a helper does.
 OF_THE_JOB = ["features", "gradients", "shard_putting", "finishing"]
 OF_A_SHARD = ["features", "gradients", "shard_claimed", "shard_giving"]
-# Of workers that have one job; fewer than the attempts that it has.
+# The most kills of one job's owners; fewer than its attempts.
 MOST_OF_ONE_JOB = 3
-# Four of each of two phases, as engine.rs has them.
+# Four shards in each of two phases, as in engine.rs.
 SHARDS = 8
 
 STORED = """
@@ -29,7 +29,7 @@ STORED = """
 class Shared:
     def __init__(self, stage: Stage, count: int, seed: int):
         self.stage, self.count, self.random = stage, count, random.Random(seed)
-        # Whether a process has the job, and which.
+        # Whether a process owns the job, and which.
         self.at_work: dict[int, tuple[bool, str]] = {}
         self.hits: collections.Counter[str] = collections.Counter()
         self.kills: list[dict] = []
@@ -68,7 +68,7 @@ class Shared:
             self.failures.append(str(error))
 
     def run(self) -> dict:
-        # Fewer than workers, so that there are some who help.
+        # Fewer jobs than workers, so that some workers help.
         clients = [threading.Thread(target=self.client) for _ in self.stage.workers[::3]]
         for client in clients:
             client.start()

@@ -22,10 +22,10 @@ from bench_api import PROMPT_FILE, safetensors  # noqa: E402
 from service import Service  # noqa: E402
 
 FIXTURES = ROOT / "tests" / "fixtures"
-# Of tests/fixtures/timm_vit.
+# The width of the backbone of tests/fixtures/timm_vit.
 WIDTH = 32
 SOURCES = ["digits", "flowers"]
-# Of the seconds in which a lost job is to be claimed again, those beyond the lease.
+# The time allowed for claiming a lost job again, in seconds beyond the lease.
 MARGIN_S = 5
 BETWEEN_LOOKS_S = 0.02
 ANSWER_TIMEOUT_S = 75
@@ -111,12 +111,12 @@ class Worker:
 
     def __init__(self, stage: "Stage", number: int):
         self.stage, self.number = stage, number
-        # The job it claimed last.
+        # The job that it claimed last.
         self.job: str | None = None
         self.stopping = False
         self.folder = stage.folder / f"worker-{number}"
         self.folder.mkdir()
-        # The blob store is everybody's, the cache of inputs its own.
+        # The blob store is shared, but each worker has its own cache of inputs.
         (self.folder / "blobs").symlink_to(stage.folder / "blobs")
         self.log = open(self.folder / "worker.log", "a")
         self.start()
@@ -124,7 +124,7 @@ class Worker:
 
     def start(self):
         stage = self.stage
-        # Its stdin ends with this harness, however that goes.
+        # Its stdin ends with this harness, however that ends.
         command = [str(stage.program), "worker", "--stop-with-stdin", "--data-dir", str(self.folder)]
         command += ["--lease-s", str(stage.lease_s), "--compose-ms", str(stage.compose_ms)]
         command += ["--shared"] if stage.shares else []

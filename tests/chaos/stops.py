@@ -9,7 +9,7 @@ import time
 from audit import Audit, write
 from stage import MARGIN_S, Broken, Stage, wait_until
 
-# At `finishing` the job's row is locked, until the database ends the session (`worker_pool` in src/config.rs).
+# At `finishing`, the job's row is locked until the database ends the session (`worker_pool` in src/config.rs).
 POINTS = ["claimed", "fetched", "features", "gradients", "verify", "renewing", "storing", "stored", "finishing"]
 SHORT = ["gradients", "stored", "finishing"]
 
@@ -63,7 +63,7 @@ def one(stage: Stage, point: str, seed: int) -> tuple[str, dict, bool, float]:
     finally:
         if stop.stopped:
             at = stop.go_on()
-    # It has noticed, and waits for other work; or it has ended, and another waits in its place.
+    # It has noticed, and waits for other work; or it has ended, and another worker waits in its place.
     query = LATER.format(at=at, pid=stop.stopped.pid)
     idle = lambda: stop.stopped.poll() is not None or any(row["later"] for row in stage.rows(query))  # noqa: E731
     wait_until(idle, 60, f"an idle worker after a stop while {point}")
@@ -87,7 +87,7 @@ def run(stage: Stage, points: list[str], seed: int) -> dict:
     judged = audit.judge(expected, results)
     limit, seconds = stage.lease_s + MARGIN_S, []
     for job, (point, at) in stopped_at.items():
-        # Somebody else has to have done it, or nothing was shown.
+        # Another worker must have done the job, or nothing was shown.
         again = [it["started"] - at for it in audit.attempts if it["job_id"] == job and it["started"] > at]
         if len(again) != 1:
             broken.append(f"ensemble {job} was claimed {len(again)} times after its worker was stopped while {point}")

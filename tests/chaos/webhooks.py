@@ -11,7 +11,7 @@ from audit import write
 from cluster import free_port
 from stage import Broken, Stage, wait_until
 
-# For the server: webhooks go to public addresses otherwise.
+# Options of the server: by default webhooks only go to public addresses.
 OPTIONS = ("--allow-network", "127.0.0.1/32")
 DELIVERED_WITHIN_S = 1200
 BETWEEN_JOBS_S = 5
@@ -59,7 +59,7 @@ class Silence:
     def __init__(self, stage: Stage, down_s: float):
         self.stage, self.down_s, self.receiver, self.jobs = stage, down_s, Receiver(), []
         status, answer = stage.api.patiently("POST", "/webhooks", {"url": self.receiver.url})
-        # A service without webhooks has nothing to show here.
+        # A service without webhooks cannot show anything here.
         self.skipped = status in (404, 405)
         self.since = time.monotonic()
         if self.skipped:
@@ -76,7 +76,7 @@ class Silence:
             if self.stage.api.ended(job)["state"] != "succeeded":
                 raise Broken(f"ensemble {job} did not succeed")
             self.jobs.append(job)
-            # A trickle beside the other runs.
+            # These are a few ensembles beside the other runs.
             time.sleep(BETWEEN_JOBS_S)
         ended = [row["id"] for row in self.stage.rows("SELECT id FROM job WHERE state IN ('succeeded', 'cancelled', 'failed')")]
         self.receiver.listen()

@@ -1,4 +1,4 @@
-//! Every operation × every scope × keys that are no good, from the API's own document: a new route cannot be forgotten.
+//! Every operation × every scope × invalid keys, from the API's own document, so that a new route cannot be forgotten.
 
 use axum::body::Body;
 use axum::http::{Method, Request, header};
@@ -14,12 +14,12 @@ use crate::app::{TestApp, TestResponse, prompt_file};
 
 struct Operation {
     method: Method,
-    /// With something in place of every parameter.
+    /// The path with a value for every parameter.
     path: String,
     scope: String,
 }
 
-/// All below `/v1`.
+/// All operations below `/v1`.
 fn operations() -> Vec<Operation> {
     let document = serde_json::to_value(promptweave::http::openapi::openapi()).unwrap();
     let mut found = Vec::new();
@@ -110,7 +110,7 @@ async fn what_is_not_a_key_of_ours_opens_nothing(pool: PgPool) {
             .await
             .unwrap()
     );
-    // The id of a good key with another's secret: the prefix alone is not enough.
+    // The id of a valid key with another key's secret: the prefix alone must not suffice.
     let (mine, theirs) = (
         good.rsplit_once('_').unwrap(),
         revoked.rsplit_once('_').unwrap(),
@@ -187,7 +187,7 @@ async fn the_table_of_keys_opens_nothing(pool: PgPool) {
         .get("dump");
     let secret = key.rsplit_once('_').unwrap().1;
     assert!(!dump.contains(secret) && !dump.contains(&secret[..secret.len() - 8]));
-    // Whatever is in the dump, sent as a key, is refused.
+    // Every word of the database dump, sent as a key, must be refused.
     for word in dump.split(|c: char| !c.is_ascii_alphanumeric()) {
         let request =
             Request::get("/v1/prompts").header(header::AUTHORIZATION, format!("Bearer {word}"));

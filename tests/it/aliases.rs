@@ -1,4 +1,4 @@
-//! `/v1/prompts/{name}/aliases`: made, moved, protected, and used wherever a prompt is named.
+//! `/v1/prompts/{name}/aliases`: aliases are created, moved, protected, and used wherever a prompt is named.
 
 use axum::body::Body;
 use axum::http::{Method, Request, header};
@@ -68,7 +68,7 @@ async fn an_alias_moves_under_its_etag_and_keeps_its_history(pool: PgPool) {
     let unknown = put(&app, &[("if-match", "*")], json!({"version": 9})).await;
     unknown.problem(422, "unknown_version");
 
-    // Wherever a version is named.
+    // An alias works wherever a version is named.
     let by_alias = app.get("/v1/prompts/dtd/versions/production").await.ok(200);
     assert_eq!(by_alias["version"], 2);
     let content = app.get("/v1/prompts/dtd/versions/production/content").await;
@@ -90,7 +90,7 @@ async fn an_alias_moves_under_its_etag_and_keeps_its_history(pool: PgPool) {
     app.get(PRODUCTION).await.problem(404, "alias_not_found");
     let gone = app.get("/v1/prompts/dtd/versions/production").await;
     gone.problem(404, "version_not_found");
-    // Made again, it never has an ETag of its former life.
+    // Created again, an alias never has an ETag that it had before it was deleted.
     let again = put(&app, &[], json!({"version": 1})).await;
     again.ok(201);
     assert_ne!(again.header("etag"), first);
@@ -128,7 +128,7 @@ async fn a_protected_alias_stays_where_it_is(pool: PgPool) {
     let any = [("if-match", "*")];
     for body in [
         json!({"version": 2}),
-        // Not in one step with the move either.
+        // Unprotecting and moving in one step is refused too.
         json!({"version": 2, "protected": false}),
     ] {
         put(&app, &any, body).await.problem(409, "alias_protected");

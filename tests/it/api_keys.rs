@@ -1,4 +1,4 @@
-//! Keys and projects over HTTP: what is shown once, what is never, and who sees whose.
+//! Keys and projects over HTTP: what is shown once, what is never shown, and whose keys a client sees.
 
 use axum::body::Body;
 use axum::http::{Method, Request, header};
@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use crate::app::{TestApp, TestResponse};
 
-/// Sends with a key, a body where there is one.
+/// Sends a request with a key, and with a body if there is one.
 async fn ask(
     app: &TestApp,
     key: &str,
@@ -51,14 +51,14 @@ async fn a_key_is_shown_once_works_and_is_revoked(pool: PgPool) {
     assert_eq!(shown["project"], "default");
     assert_eq!(shown["last_used_at"], Value::Null);
 
-    // It does what it is for, and nothing else.
+    // The key allows what its scopes say, and nothing else.
     let prompt = || Some(json!({"name": "dtd"}));
     let path = "/v1/prompts";
     ask(&app, key, Method::POST, path, prompt()).await.ok(201);
     let keys = ask(&app, key, Method::GET, "/v1/api-keys", None).await;
     keys.problem(403, "scope_missing");
 
-    // Nobody is shown the secret again.
+    // The secret is never shown again.
     let secret = key.rsplit_once('_').unwrap().1;
     for path in ["/v1/api-keys".to_owned(), format!("/v1/api-keys/{id}")] {
         let answer = app.get(&path).await;
@@ -126,7 +126,7 @@ async fn keys_come_in_pages_the_newest_first(pool: PgPool) {
             None => break,
         }
     }
-    // And the key that asks.
+    // The key that asks is listed too.
     assert_eq!(names.len(), 6);
     let made: Vec<_> = names.iter().filter(|n| n.starts_with("key ")).collect();
     assert_eq!(made, ["key 4", "key 3", "key 2", "key 1", "key 0"]);
@@ -144,14 +144,14 @@ async fn a_project_comes_with_its_first_key_and_keeps_to_itself(pool: PgPool) {
     let again = app.post("/v1/projects", &json!({"name": "vision"})).await;
     again.problem(409, "name_taken");
 
-    // It opens its project: the same name means another prompt there.
+    // The key opens its project, where the same name means another prompt.
     let prompt = json!({"name": "dtd"});
     app.post("/v1/prompts", &prompt).await.ok(201);
     let path = "/v1/prompts";
     let theirs = ask(&app, first, Method::POST, path, Some(prompt)).await;
     theirs.ok(201);
 
-    // Its keys are its own, and so are those of `default`.
+    // A project has its own keys, and `default` does too.
     let body = json!({"name": "theirs", "scopes": ["admin"]});
     let second = ask(&app, first, Method::POST, "/v1/api-keys", Some(body)).await;
     let second = second.ok(201);
@@ -168,7 +168,7 @@ async fn a_project_comes_with_its_first_key_and_keeps_to_itself(pool: PgPool) {
         answer.problem(404, "api_key_not_found");
     }
 
-    // The operator sees which projects there are; a project sees itself.
+    // The operator sees all projects; a project sees itself.
     let names = |answer: &TestResponse| -> Vec<String> {
         let json = answer.ok(200);
         let items = json["items"].as_array().unwrap().iter();

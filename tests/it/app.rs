@@ -1,4 +1,4 @@
-//! The API over a database of its own, called in process, and the files its tests register.
+//! The API over its own database, called in process, and the files that tests register.
 
 use std::fs;
 use std::io::Cursor;
@@ -39,9 +39,9 @@ pub const WIDTH: usize = 8;
 pub struct TestApp {
     pub state: AppState,
     pub router: Router,
-    /// Sent with every request that names no other; made for the first.
+    /// The key sent with every request that names no other; it is made for the first request.
     key: OnceCell<String>,
-    /// Holds `blobs/`, and `roots/`, whose directories may be registered.
+    /// The directory with `blobs/`, and `roots/`, whose directories may be registered.
     pub dir: TempDir,
 }
 
@@ -81,7 +81,7 @@ impl TestApp {
         }
     }
 
-    /// Changes settings of an app that has things in it already.
+    /// Changes the settings of an app that already holds data.
     pub fn set(&mut self, change: impl FnOnce(&mut HttpSettings)) {
         change(Arc::make_mut(&mut self.state.settings));
         self.router = router(self.state.clone());
@@ -94,12 +94,12 @@ impl TestApp {
         dir
     }
 
-    /// With a key of the default project that has every scope, unless the request names its own.
+    /// Sends a request, with a key of the default project that has every scope unless the request names its own.
     pub async fn send(&self, request: Request<Body>) -> TestResponse {
         self.send_as_is(self.keyed(request).await).await
     }
 
-    /// As [`Self::send`] sends it.
+    /// Adds the key that [`Self::send`] sends.
     pub async fn keyed(&self, mut request: Request<Body>) -> Request<Body> {
         let headers = request.headers();
         if request.uri().path().starts_with("/v1/") && !headers.contains_key(header::AUTHORIZATION)
@@ -112,7 +112,7 @@ impl TestApp {
         request
     }
 
-    /// Stores a key; its text is the answer.
+    /// Stores a key and returns its text.
     pub async fn make_key(&self, project_id: Uuid, scopes: &[Scope]) -> String {
         let key = ApiKey::generate(Uuid::now_v7()).unwrap();
         let scopes = scopes.iter().copied().collect();
@@ -157,7 +157,7 @@ impl TestApp {
             .await
     }
 
-    /// Uploads to `/v1/prompts/…/versions`.
+    /// Uploads a file to `/v1/prompts/…/versions`.
     pub async fn upload(&self, path: &str, file: impl Into<Body>) -> TestResponse {
         let request = Request::builder()
             .method(Method::POST)
@@ -185,7 +185,7 @@ impl TestResponse {
         self.json()
     }
 
-    /// The body of an error, after a look at what all problem documents have.
+    /// The body of an error, after a check of what all problem documents have.
     #[track_caller]
     pub fn problem(&self, status: u16, code: &str) -> Value {
         assert_eq!(self.status.as_u16(), status, "{self:?}");
@@ -207,16 +207,16 @@ impl std::fmt::Debug for TestResponse {
     }
 }
 
-/// A client of what listens on a socket.
+/// A client of a server on a socket.
 pub fn http_client() -> reqwest::Client {
-    // Once a process; every other time it is there.
+    // A process has one provider; it may be installed already.
     let _ = rustls::crypto::ring::default_provider().install_default();
     reqwest::Client::new()
 }
 
 // ---- Files ---------------------------------------------------------------------------------
 
-/// A prompt of 2 tokens of [`WIDTH`]; its numbers differ by `seed`.
+/// A prompt of 2 tokens, [`WIDTH`] wide; its numbers depend on `seed`.
 pub fn prompt_file(seed: u64) -> PromptFile {
     let values = (0..2 * WIDTH as u64).map(|i| ((i * 37 + seed * 101) % 97) as f32 / 97.0 - 0.5);
     PromptFile {
@@ -238,8 +238,8 @@ pub fn prompt_file(seed: u64) -> PromptFile {
     }
 }
 
-/// Writes a backbone folder: one block, [`WIDTH`] wide, 4 × 4 pixels in patches of 2. Folders of
-/// one `seed` have the same weights.
+/// Writes a backbone folder: one block, [`WIDTH`] wide, 4 × 4 pixels in patches of 2. Folders with the same `seed` have
+/// the same weights.
 pub fn tiny_backbone(dir: &Path, seed: u64, size: usize) {
     let config = BackboneConfig {
         architecture: "vit_tiny_test".into(),

@@ -1,4 +1,4 @@
-//! Archives to upload, good and hostile, made in memory: nothing of them is kept as a file.
+//! Archives to upload, valid and hostile, made in memory: none of them is kept as a file.
 
 use std::io::{Cursor, Write as _};
 
@@ -7,13 +7,13 @@ use flate2::write::GzEncoder;
 use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, ZipWriter};
 
-/// One entry of a tar, with a name that is written as it is.
+/// One entry of a tar, whose name is written unchanged.
 pub fn entry(name: &[u8], kind: tar::EntryType, bytes: &[u8]) -> Vec<u8> {
     let mut header = tar::Header::new_gnu();
     header.set_entry_type(kind);
     header.set_size(bytes.len() as u64);
     header.set_mode(0o644);
-    // As a hostile archive has it, which the crate's own ways of setting it refuse.
+    // A hostile archive has such a name, which the crate's own setters refuse.
     header.as_old_mut().name[..name.len()].copy_from_slice(name);
     header.set_cksum();
     let mut entry = header.as_bytes().to_vec();
@@ -36,7 +36,7 @@ pub fn tar(files: &[(&str, &[u8])]) -> Vec<u8> {
     tar_of(&entries)
 }
 
-/// A tar of so many empty files, each with a name of its own.
+/// A tar of so many empty files, each with its own name.
 pub fn tar_of_many(count: usize) -> Vec<u8> {
     const DIGITS: std::ops::Range<usize> = 4..11;
     let template = entry(b"cat/0000000", tar::EntryType::Regular, b"");
@@ -74,7 +74,7 @@ pub fn zip(files: &[(&str, &[u8])]) -> Vec<u8> {
     zip.finish().unwrap().into_inner()
 }
 
-/// Replaces equal bytes everywhere, as names are in a zip twice.
+/// Replaces equal bytes everywhere, because a zip has every name twice.
 pub fn replaced(mut bytes: Vec<u8>, from: &[u8], to: &[u8]) -> Vec<u8> {
     assert_eq!(from.len(), to.len());
     for at in 0..=bytes.len() - from.len() {
@@ -85,7 +85,7 @@ pub fn replaced(mut bytes: Vec<u8>, from: &[u8], to: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// A zip whose entries' sizes in the central directory say `size`.
+/// A zip whose central directory claims `size` for every entry.
 pub fn zip_that_declares(files: &[(&str, &[u8])], size: u32) -> Vec<u8> {
     let mut bytes = zip(files);
     for at in 0..bytes.len() - 28 {
@@ -96,7 +96,7 @@ pub fn zip_that_declares(files: &[(&str, &[u8])], size: u32) -> Vec<u8> {
     bytes
 }
 
-/// A PNG that says it has `edge` × `edge` pixels, and has none.
+/// A PNG that claims to have `edge` × `edge` pixels, and has none.
 pub fn huge_png(edge: u32) -> Vec<u8> {
     let chunk = |kind: &[u8], data: &[u8]| {
         let mut crc = flate2::Crc::new();

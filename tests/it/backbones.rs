@@ -32,7 +32,7 @@ async fn a_registered_backbone_needs_its_folder_no_more(pool: PgPool) {
         app.get("/v1/backbones").await.ok(200)["items"],
         json!([backbone])
     );
-    // The same folder once more.
+    // Registering the same folder again answers with the existing backbone.
     assert_eq!(app.post("/v1/backbones", &body).await.ok(200), backbone);
 
     std::fs::remove_dir_all(&dir).unwrap();
@@ -126,7 +126,7 @@ async fn bad_folders_are_refused_without_the_servers_paths(pool: PgPool) {
         .problem(404, "backbone_not_found");
 }
 
-/// Checkpoints that timm, transformers, DINOv2 and vision_transformer wrote of the same weights
+/// Checkpoints of the same weights, written by timm, transformers, DINOv2 and vision_transformer
 /// (scripts/reference/checkpoints.py).
 #[sqlx::test(migrator = "MIGRATOR")]
 async fn a_checkpoint_of_any_library_is_the_same_backbone(pool: PgPool) {
@@ -154,7 +154,7 @@ async fn a_checkpoint_of_any_library_is_the_same_backbone(pool: PgPool) {
     });
     let given = json!({"num_heads": 2, "preprocessing": preprocessing});
 
-    // transformers' files say everything.
+    // transformers' files have all settings.
     let first = register("hf_vit", json!(null)).await;
     let first = first.ok(201);
     assert_eq!(first["config"]["num_heads"], 2);
@@ -178,7 +178,7 @@ async fn a_checkpoint_of_any_library_is_the_same_backbone(pool: PgPool) {
         "{same}"
     );
 
-    // What nobody says is asked for.
+    // A setting that no file has must be given.
     let unsaid = register("timm", json!(null))
         .await
         .problem(422, "missing_setting");
@@ -240,7 +240,7 @@ async fn an_uploaded_folder_is_the_backbone_that_its_directory_is(pool: PgPool) 
     let made = put("hf-vit", "", packed(&with_more, tar)).await;
     let backbone = made.ok(201);
     assert_eq!(made.header("location"), "/v1/backbones/hf-vit");
-    // However it is packed, and whatever its tensors are called.
+    // The backbone is the same however it is packed, and whatever its tensors are called.
     assert_eq!(put("hf-vit", "", packed(&hf, zip)).await.ok(200), backbone);
     let config = "?config=%7B%22num_heads%22%3A2%2C%22preprocessing%22%3A%7B%22size%22%3A8%2C%22filter%22%3A%22bicubic\
         %22%2C%22antialias%22%3Atrue%2C%22mean%22%3A%5B0.5%2C0.5%2C0.5%5D%2C%22std%22%3A%5B0.5%2C0.5%2C0.5%5D%7D%7D";
@@ -256,7 +256,7 @@ async fn an_uploaded_folder_is_the_backbone_that_its_directory_is(pool: PgPool) 
         .problem(422, "missing_setting");
     assert_eq!(unsaid["errors"][0]["pointer"], "/config/preprocessing");
 
-    // Nothing of these is kept, and none of them names a path of the server's.
+    // Nothing of these is kept, and no answer names a path of the server's.
     let pickle = std::fs::read(fixtures.join("pickled.pth")).unwrap();
     for (archive, status, code) in [
         (

@@ -22,7 +22,7 @@ use crate::app::{TestApp, prompt_file};
 use crate::ensembles::{Worker, furnished};
 use crate::fixtures::{FakeComposer, Script};
 
-/// A registry, and a shell in a directory of its own.
+/// A registry, and a shell in its own directory.
 struct Shell {
     app: TestApp,
     url: String,
@@ -77,14 +77,14 @@ impl Shell {
         ended(&mut self.command(args)).await
     }
 
-    /// The stdout of one that succeeds.
+    /// Runs a command that succeeds; returns its stdout.
     async fn ok(&self, args: &[&str]) -> String {
         let ended = self.run(args).await;
         assert_eq!(ended.status, 0, "{args:?}: {ended:?}");
         ended.stdout
     }
 
-    /// The stderr of one that ends with this status.
+    /// Runs a command that ends with this status; returns its stderr.
     async fn fails(&self, status: i32, args: &[&str]) -> String {
         let ended = self.run(args).await;
         assert_eq!(ended.status, status, "{args:?}: {ended:?}");
@@ -92,7 +92,7 @@ impl Shell {
         ended.stderr
     }
 
-    /// What lies in the directory.
+    /// The names of the directory's files.
     fn names(&self) -> Vec<String> {
         let entries = fs::read_dir(self.dir.path()).unwrap();
         let name = |entry: fs::DirEntry| entry.file_name().into_string().unwrap();
@@ -121,13 +121,13 @@ async fn what_is_pushed_is_listed_pulled_and_verified(pool: PgPool) {
     let (first, one) = shell.file("one.safetensors", 1);
     let (second, two) = shell.file("two.safetensors", 2);
 
-    // The prompt is made where there is none.
+    // The prompt is created if it does not exist.
     let said = shell.ok(&["push", "one.safetensors", "dtd"]).await;
     assert_eq!(said, "dtd: created the prompt\ndtd: created version 1\n");
     let again = shell.ok(&["push", "one.safetensors", "dtd"]).await;
     assert_eq!(again, "dtd: these bytes are version 1 already\n");
 
-    // An alias is made, stays, and moves.
+    // An alias is created, stays, and moves.
     let pointed = shell
         .ok(&["push", "one.safetensors", "dtd:production"])
         .await;
@@ -144,7 +144,7 @@ async fn what_is_pushed_is_listed_pulled_and_verified(pool: PgPool) {
         "dtd: created version 2\ndtd:production: moved from version 1 to version 2\n"
     );
 
-    // By every form of reference.
+    // Every form of reference works.
     let by_digest = format!("dtd@{one}");
     for (reference, expected) in [
         ("dtd", &second),
@@ -163,7 +163,7 @@ async fn what_is_pushed_is_listed_pulled_and_verified(pool: PgPool) {
         assert!(verified.contains("is version"), "{verified}");
     }
 
-    // Other bytes: both digests, and where the file's are.
+    // For other bytes, the message has both digests, and where the registry has the file's.
     let differs = shell.fails(1, &["verify", "one.safetensors", "dtd"]).await;
     for part in [
         one.to_string().as_str(),
@@ -226,7 +226,7 @@ async fn a_pull_writes_what_is_right_or_nothing(pool: PgPool) {
     let (file, digest) = shell.file("one.safetensors", 1);
     shell.ok(&["push", "one.safetensors", "dtd"]).await;
 
-    // Its own name, and the same once more.
+    // The file gets its own name, and pulling again changes nothing.
     let said = shell.ok(&["pull", "dtd"]).await;
     assert!(said.starts_with("dtd-1.safetensors is version 1 of `dtd`, sha256:"));
     let said = shell.ok(&["pull", "dtd"]).await;
@@ -235,7 +235,7 @@ async fn a_pull_writes_what_is_right_or_nothing(pool: PgPool) {
     shell.ok(&["pull", "dtd", "-o", "folder"]).await;
     assert!(shell.dir.path().join("folder/dtd-1.safetensors").is_file());
 
-    // Another file is in the way until it is said that it may go.
+    // An existing file with other content is replaced only if that is asked for.
     let out = shell.dir.path().join("out");
     fs::write(&out, "mine").unwrap();
     let refused = shell.fails(2, &["pull", "dtd", "-o", "out"]).await;
@@ -244,7 +244,7 @@ async fn a_pull_writes_what_is_right_or_nothing(pool: PgPool) {
     shell.ok(&["pull", "dtd", "-o", "out", "--force"]).await;
     assert!(read(&out) == read(&file));
 
-    // Bytes damaged in the registry are refused, and no part of them stays.
+    // Bytes that are damaged in the registry are refused, and no part of them stays.
     sqlx::query("UPDATE blob SET bytes = overlay(bytes placing '\\x00'::bytea from octet_length(bytes)) WHERE sha256 = $1")
         .bind(&digest.as_bytes()[..])
         .execute(&shell.app.state.pool)
@@ -271,7 +271,7 @@ async fn what_goes_wrong_is_said_with_a_way_out_and_a_status(pool: PgPool) {
         "error: there is no prompt `dtd` (prompt_not_found)\n"
     );
 
-    // A file that is refused makes no prompt.
+    // A refused file creates no prompt.
     fs::write(shell.dir.path().join("text"), "not a prompt").unwrap();
     let refused = shell.fails(3, &["push", "text", "dtd"]).await;
     assert!(refused.contains("(not_safetensors)"), "{refused}");
@@ -285,7 +285,7 @@ async fn what_goes_wrong_is_said_with_a_way_out_and_a_status(pool: PgPool) {
     let none = shell.fails(2, &["pull", "empty"]).await;
     assert!(none.contains("prompt `empty` has no version"), "{none}");
 
-    // A protected alias stays where it is; the version is there.
+    // A protected alias does not move, but the version is published.
     shell.ok(&["push", "one.safetensors", "dtd:fixed"]).await;
     let body = json!({"version": 1, "protected": true}).to_string();
     let protect = axum::http::Request::put("/v1/prompts/dtd/aliases/fixed")
@@ -302,7 +302,7 @@ async fn what_goes_wrong_is_said_with_a_way_out_and_a_status(pool: PgPool) {
     );
     assert!(stays.stderr.contains("(alias_protected)"), "{stays:?}");
 
-    // Keys: none, one in a file, one without the scope.
+    // No key, one in a file, and one without the scope.
     let mut without = shell.command(&["ls"]);
     let without = ended(without.env_remove("PROMPTWEAVE_API_KEY")).await;
     assert_eq!(without.status, 3);
@@ -328,7 +328,7 @@ async fn what_goes_wrong_is_said_with_a_way_out_and_a_status(pool: PgPool) {
         "to upload, nothing need be read: {writes:?}"
     );
 
-    // Nobody there, and somebody else there.
+    // Nobody listens, and then somebody else does.
     let gone = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", gone.local_addr().unwrap());
     drop(gone);
@@ -389,7 +389,7 @@ async fn an_ensemble_is_posted_watched_and_stopped(pool: PgPool) {
     let whole = shell.ok(&["ensemble", "result", id, "--json"]).await;
     let whole: Value = serde_json::from_str(&whole).unwrap();
     assert_eq!(whole["source_weights"][1]["weight"], 0.75);
-    // Computed before: the same one.
+    // The same was computed before, so it is the same ensemble.
     let again = shell.ok(&with(&["--output", "composed"])).await;
     assert_eq!(again.trim(), id);
     worker.stop().await;
@@ -415,6 +415,6 @@ async fn who_is_told_to_come_later_does(pool: PgPool) {
     for _ in 0..3 {
         shell.ok(&["ls"]).await;
     }
-    // The first at once, and each of the others a second later than it might have been.
+    // The first request was sent at once, and each of the others a second later than it could have been.
     assert!(begun.elapsed() >= Duration::from_secs(2));
 }

@@ -1,4 +1,4 @@
-//! Words that programs branch on: the code, the database and the API's document have the same ones.
+//! Words that programs branch on: code, database and API document must have the same ones.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -17,7 +17,7 @@ use sqlx::PgPool;
 use crate::contract::DOCUMENT;
 use crate::openapi::operations;
 
-/// Words in the API's code that are no codes of problems: names of fields, parameters, files and headers.
+/// Words in the API's code that are not problem codes: names of fields, parameters, files and headers.
 const OTHER_WORDS: &[&str] = &[
     "api_key",
     "backbone",
@@ -74,7 +74,7 @@ fn rust_files(dir: &Path) -> Vec<PathBuf> {
     files.collect()
 }
 
-/// The code that answers requests, without tests, comments and what is for the document.
+/// The code that answers requests, without tests, comments and the document's parts.
 fn sources() -> Vec<(PathBuf, String)> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut files = rust_files(&root.join("src/http"));
@@ -106,7 +106,7 @@ fn sources() -> Vec<(PathBuf, String)> {
     files.into_iter().map(code).collect()
 }
 
-/// A new code is put into `PROBLEM_CODES`, and one that is used no more is taken out of it.
+/// A new code must be added to `PROBLEM_CODES`, and an unused one removed.
 #[test]
 fn the_list_of_problem_codes_is_what_the_code_has() {
     assert!(PROBLEM_CODES.is_sorted_by(|a, b| a < b));
@@ -140,7 +140,7 @@ fn the_list_of_problem_codes_is_what_the_code_has() {
 
 #[test]
 fn what_the_document_says_of_refusals_are_codes() {
-    // What else is between backticks there.
+    // These are the other words between backticks.
     let others = ["config", "default", "replay", "skip_unreadable"];
     let document = &*DOCUMENT;
     for (method, path, operation) in operations(document) {
@@ -149,7 +149,7 @@ fn what_the_document_says_of_refusals_are_codes() {
             if !status.starts_with(['4', '5']) {
                 continue;
             }
-            // `POST /v1/…` is no word.
+            // `POST /v1/…` is not such a word.
             for word in words(description, '`').filter(|word| !others.contains(word)) {
                 assert!(
                     PROBLEM_CODES.contains(&word),
@@ -182,7 +182,7 @@ fn the_document_lists_the_words_of_the_code() {
     }
 }
 
-/// The words between the quotes of a constraint, as the database has it.
+/// The quoted words of a constraint, as the database has it.
 async fn constraint(pool: &PgPool, name: &str) -> BTreeSet<String> {
     let text: String = sqlx::query_scalar(
         "SELECT pg_get_constraintdef(oid) FROM pg_constraint WHERE conname = $1",

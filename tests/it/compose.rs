@@ -1,4 +1,4 @@
-//! `POST /v1/prompts/compose`: sums with weights of the user's own.
+//! `POST /v1/prompts/compose`: sums with the user's own weights.
 
 use promptweave::db::MIGRATOR;
 use promptweave_domain::digest::Digest;
@@ -70,10 +70,10 @@ async fn a_sum_is_published_with_its_lineage_and_once(pool: PgPool) {
     let sources = [sources[2], sources[0], sources[1]];
     let again = compose(&app, &sources, "abc").await;
     assert_eq!(again.ok(200)["digest"], version["digest"]);
-    // Another weighing is the next.
+    // Other weights make the next version.
     let other = compose(&app, &[("a", 0.5), ("b", 0.5)], "abc").await;
     assert_eq!(other.ok(201)["version"], 2);
-    // What was composed can be composed.
+    // A composed prompt can be a source.
     let of_composed = compose(&app, &[("abc:1", 0.5), ("a", 0.5)], "more").await;
     of_composed.ok(201);
     // A source at weight 1 is itself, bit by bit.
@@ -154,11 +154,11 @@ async fn what_cannot_be_summed_is_refused_by_place(pool: PgPool) {
         let problem = problem.problem(422, "reserved_name");
         assert_eq!(problem["errors"][0]["pointer"], "/output/name");
     }
-    // Nothing of all that was made.
+    // None of these created a prompt.
     app.get("/v1/prompts/out")
         .await
         .problem(404, "prompt_not_found");
-    // Rounded in its sixth place, a sum is still 1.
+    // Weights that are rounded in the sixth place still sum to 1.
     let thirds = [("a", 0.333_333_3), ("b", 0.666_666_6)];
     compose(&app, &thirds, "out").await.ok(201);
 }

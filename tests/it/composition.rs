@@ -1,5 +1,5 @@
-//! What an engine answers that computes nothing: numbers of the right shape that mean nothing, and a prompt file. Shared
-//! by the fake of the tests here and the one of `tests/chaos`.
+//! The answers of an engine that computes nothing: numbers of the right shape without meaning, and a prompt file. The
+//! fakes of these tests and of `tests/chaos` share them.
 
 use std::collections::BTreeMap;
 
@@ -49,7 +49,7 @@ pub fn preprocessing() -> Preprocessing {
     }
 }
 
-/// The answer with these weights.
+/// A result with these weights.
 pub fn composition(input_sources: &[(String, i32, Digest)], weights: &[f64]) -> Composition {
     let score = PromptScore {
         h_score: 1.0,
@@ -92,7 +92,7 @@ pub fn composition(input_sources: &[(String, i32, Digest)], weights: &[f64]) -> 
             pareto_path: vec![],
             local_optima: vec![],
             method: MethodReport {
-                // As if it had been chosen.
+                // It looks as if this had been chosen.
                 uniform_mix: 0.25,
                 ..MethodReport::default()
             },
@@ -146,7 +146,7 @@ fn provenance() -> Provenance {
     }
 }
 
-/// The answer of a tuning with these losses.
+/// The result of a tuning with these losses.
 pub fn tuned(options: &TuningOptions, curves: Curves) -> Tuned {
     let mut file = prompt_file(Origin::Tuned, options.seed as f32);
     file.metadata.as_mut().unwrap().training = Some(serde_json::json!(curves));
@@ -174,7 +174,7 @@ pub fn tuned(options: &TuningOptions, curves: Curves) -> Tuned {
     }
 }
 
-/// A table in which each source is better than the one before.
+/// A table in which each source scores higher than the one before.
 pub fn ranking(sources: impl IntoIterator<Item = (String, Digest)>) -> Ranking {
     let row = |(place, (prompt, digest)): (u32, _)| RankedSource {
         prompt,

@@ -1,4 +1,4 @@
-//! `…/content` and statistics as HTTP has them: copies at hand, ranges, digests both ways.
+//! `…/content` and statistics over HTTP: cached copies, ranges, and digests in both directions.
 
 use axum::body::Body;
 use axum::http::{Method, Request};
@@ -67,7 +67,7 @@ async fn a_file_comes_whole_in_part_and_as_headers_alone(pool: PgPool) {
         ("bytes=8-", 8, last),
         ("bytes=-5", size - 5, last),
         ("bytes=8-99999999999999999999", 8, last),
-        // The most that a u64 holds.
+        // This is the largest u64.
         ("bytes=8-18446744073709551615", 8, last),
         ("bytes=-99999999999999999999", 0, last),
     ] {
@@ -141,7 +141,7 @@ async fn a_body_is_what_its_digest_says(pool: PgPool) {
     );
     let answer = upload("sha-256=:AAAA:".to_owned(), 3).await;
     answer.problem(400, "invalid_content_digest");
-    // JSON too.
+    // JSON bodies are checked too.
     let request = Request::post("/v1/prompts")
         .header("content-type", "application/json")
         .header("content-digest", right);

@@ -1,4 +1,4 @@
-//! What the API answers is what its document says: every answer that a test gets is held against it.
+//! The API answers as its document says: every answer that a test gets is checked against the document.
 
 use std::collections::HashMap;
 use std::sync::{Arc, LazyLock, Mutex};
@@ -8,15 +8,15 @@ use serde_json::{Value, json};
 
 use crate::app::TestResponse;
 
-/// The document as it is served.
+/// The document that the server serves.
 pub static DOCUMENT: LazyLock<Value> =
     LazyLock::new(|| serde_json::to_value(promptweave::http::openapi::openapi()).unwrap());
 
-/// By the schema's reference; to make one takes longer than to use it.
+/// Validators by the schema's reference; making one takes longer than using it.
 static VALIDATORS: LazyLock<Mutex<HashMap<String, Arc<Validator>>>> = LazyLock::new(Mutex::default);
 
-/// Panics where the answer's status, media type or body is not in the document. Of paths that it does not have nothing is
-/// known, nor of methods.
+/// Panics if the answer's status, media type or body is not in the document. Paths and methods that the document does
+/// not have are not checked.
 #[track_caller]
 pub fn check(method: &str, path: &str, answer: &TestResponse) {
     let method = method.to_lowercase();
@@ -51,7 +51,7 @@ pub fn check(method: &str, path: &str, answer: &TestResponse) {
     assert!(errors.is_empty(), "{errors:#?} of {request}");
 }
 
-/// The operation that answers, where a path without variables goes before one with them.
+/// The operation that answers; a path without variables goes before one with them.
 fn operation(method: &str, path: &str) -> Option<&'static Value> {
     let path: Vec<_> = path.split('?').next()?.split('/').collect();
     let fits = |template: &str| {

@@ -1,4 +1,4 @@
-//! `POST /v1/datasets/{name}/versions`: archives as bodies, and what is refused of them.
+//! `POST /v1/datasets/{name}/versions`: archives as bodies, and which are refused.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -18,7 +18,7 @@ use crate::archives::{
     entry, gzip, huge_png, replaced, tar, tar_of, tar_of_many, zip, zip_that_declares,
 };
 
-/// With a scratch directory of its own, which must be empty in the end.
+/// An app with its own scratch directory, which must be empty in the end.
 fn app(pool: PgPool) -> TestApp {
     let scratch = tempfile::tempdir().unwrap().keep();
     TestApp::with_settings(pool, |settings| {
@@ -33,7 +33,7 @@ async fn upload(app: &TestApp, query: &str, body: impl Into<Body>) -> TestRespon
         .await
 }
 
-/// Nothing of any upload is left, and no dataset either.
+/// Checks that neither an upload's files nor a dataset is left.
 async fn assert_nothing_kept(app: &TestApp) {
     let scratch = &app.state.settings.scratch_dir;
     assert_eq!(fs::read_dir(scratch).unwrap().count(), 0);
@@ -98,7 +98,7 @@ async fn every_archive_is_the_version_that_its_directory_is(pool: PgPool) {
 async fn names_of_every_kind_of_tar_are_read(pool: PgPool) {
     let app = app(pool);
     let long = format!("cat/{}.png", "n".repeat(200));
-    // GNU's way, and that of pax.
+    // Long names are stored in GNU's way, and in that of pax.
     let mut gnu = tar::Builder::new(Vec::new());
     let mut header = tar::Header::new_gnu();
     header.set_size(png(1).len() as u64);
@@ -154,14 +154,14 @@ async fn a_client_that_hangs_up_leaves_nothing(pool: PgPool) {
     let given_up = tokio::time::timeout(Duration::from_millis(50), upload(&app, "", waiting));
     assert!(given_up.await.is_err());
     assert_nothing_kept(&app).await;
-    // Damaged on the way, by the client's own word.
+    // The body was damaged on the way, as its digest shows.
     let request = Request::post("/v1/datasets/food/versions")
         .header("content-digest", format!("sha-256=:{}=:", "A".repeat(43)))
         .body(Body::from(whole.clone()));
     let answer = app.send(request.unwrap()).await;
     answer.problem(400, "content_digest_mismatch");
     assert_nothing_kept(&app).await;
-    // One that ends early in the eyes of its reader alone.
+    // The archive ends early, but only in the eyes of its reader.
     upload(&app, "", whole[..700].to_vec()).await.ok(201);
     let cut = whole[..540].to_vec();
     upload(&app, "", cut).await.problem(422, "invalid_archive");
@@ -174,7 +174,7 @@ async fn what_is_too_large_or_no_archive_is_said_so(pool: PgPool) {
     upload(&app, "", random.clone())
         .await
         .problem(413, "body_too_large");
-    // Without a length it is noticed on the way.
+    // Without a length, the limit is noticed on the way.
     let pieces: Vec<_> = random
         .chunks(1000)
         .map(|c| Ok::<_, std::io::Error>(c.to_vec()))
@@ -339,7 +339,7 @@ async fn hostile_archives_are_refused_by_entry_and_rule(pool: PgPool) {
         let problem = answer.problem(422, "invalid_archive");
         let detail = problem["detail"].as_str().unwrap();
         assert!(detail.contains(name) && detail.contains(rule), "{detail}");
-        // Well below a second each; a machine that runs other tests too may take some.
+        // Each takes well below a second, but a machine that also runs other tests may need longer.
         assert!(taken < Duration::from_secs(3), "{detail} after {taken:?}");
     }
     let huge = tar(&[("cat/1.png", &huge_png(60_000))]);
@@ -351,7 +351,7 @@ async fn hostile_archives_are_refused_by_entry_and_rule(pool: PgPool) {
         detail.contains("`cat/1.png`") && detail.contains("60000×60000"),
         "{detail}"
     );
-    // Each edge may be so long, not both.
+    // Each edge alone may be this long, but not both.
     let large = tar(&[("cat/1.png", &huge_png(6_000))]);
     let problem = upload(&app, "", large).await;
     let problem = problem.problem(422, "unreadable_image");
@@ -404,7 +404,7 @@ async fn parquet_files_are_data_sets_from_a_directory_and_one_of_them_as_a_body(
 
     let dataset = upload(&app, "", bytes[0].clone()).await.ok(201);
     assert_eq!(dataset["class_counts"], json!({"train": [2, 1, 1]}));
-    // The first image's bytes are not compressed, being the first.
+    // The first image's bytes are not compressed.
     let at = bytes[0].windows(4).position(|it| it == b"\x89PNG").unwrap();
     let mut broken = bytes[0].clone();
     broken[at + 1] = b'X';

@@ -37,7 +37,7 @@ async fn a_registered_data_set_needs_its_directory_no_more(pool: PgPool) {
         (&dataset["skipped"], &dataset["skipped_images"]),
         (&json!(0), &json!([]))
     );
-    // Once more is the same version; with another image it is the next one.
+    // The same images are the same version; another image makes the next one.
     assert_eq!(app.post("/v1/datasets", &body).await.ok(200), dataset);
     dataset.as_object_mut().unwrap().remove("skipped_images");
     assert_eq!(app.get("/v1/datasets/food").await.ok(200), dataset);

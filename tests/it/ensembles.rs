@@ -1,4 +1,4 @@
-//! `/v1/ensembles` and `/v1/workers`: refusals at the door, and a job from POST to result.
+//! `/v1/ensembles` and `/v1/workers`: refused requests, and a job from POST to result.
 
 use std::fs;
 use std::sync::atomic::Ordering;
@@ -145,7 +145,7 @@ async fn an_ensemble_from_post_to_result(pool: PgPool) {
     let ensemble = accepted.ok(202);
     assert_eq!(accepted.header("location"), url(&ensemble, "self"));
     assert_eq!(accepted.header("retry-after"), "1");
-    // Everything is resolved and recorded by now.
+    // Everything was resolved and recorded when the ensemble was posted.
     let spec = &ensemble["spec"];
     assert_eq!(ensemble["state"], "queued");
     assert_eq!(spec["backbone"]["name"], "tiny");
@@ -208,7 +208,8 @@ async fn what_cannot_be_composed_is_refused_with_its_place(pool: PgPool) {
     let narrow = {
         let mut file = fitting(&app, 3);
         file.prompt_embeddings = Tensor::new([2, WIDTH / 2], vec![0.5; WIDTH]);
-        // The registry itself refuses what does not fit a backbone it knows; here and below it does not know.
+        // The registry refuses a prompt that does not fit a backbone it knows; here and below it does not know the
+        // backbone.
         file.metadata.as_mut().unwrap().backbone_digest = Some(Digest::of(b"unknown"));
         file
     };
@@ -309,7 +310,7 @@ async fn what_cannot_be_composed_is_refused_with_its_place(pool: PgPool) {
             "/objective/trade_off",
         ),
         (
-            // 3 images, 8 dimensions.
+            // There are 3 images in 8 dimensions.
             with("/objective", json!({"h_score": {"shrinkage": 0.0}})),
             "invalid_objective",
             "/objective/h_score/shrinkage",
@@ -386,7 +387,7 @@ async fn what_cannot_be_composed_is_refused_with_its_place(pool: PgPool) {
 #[sqlx::test(migrator = "MIGRATOR")]
 async fn features_that_no_memory_is_meant_to_hold_are_refused(pool: PgPool) {
     let app = furnished(pool).await;
-    // So wide that of the three images two fit.
+    // The backbone is so wide that only two of the three images fit.
     let wide = r#"UPDATE backbone SET config = jsonb_set(config, '{embed_dim}', '250000000')"#;
     sqlx::query(wide).execute(&app.state.pool).await.unwrap();
     let problem = post(&app, &request()).await.problem(422, "too_large");
@@ -440,7 +441,7 @@ async fn ensembles_are_listed_and_cancelled(pool: PgPool) {
     let worker = Worker::start(&app, &fake);
     let running = until_state(&app, &posted[2], "running").await;
     let asked = app.post_empty(&url(&running, "cancel")).await;
-    // Asked while it ran; the worker may already have heard.
+    // The ensemble was cancelled while it ran; the worker may have noticed already.
     assert!([200, 202].contains(&asked.status.as_u16()), "{asked:?}");
     until_state(&app, &running, "cancelled").await;
     worker.stop().await;

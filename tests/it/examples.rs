@@ -1,4 +1,4 @@
-//! The document's examples: what "Try it out" fills in is accepted where what it names exists.
+//! The document's examples, which "Try it out" fills in: each is accepted if what it names exists.
 
 use std::collections::BTreeSet;
 
@@ -15,14 +15,14 @@ use crate::ensembles::{Worker, until_state};
 use crate::fixtures::FakeComposer;
 use crate::openapi::operations;
 
-/// Sends the examples, and knows which were sent.
+/// Sends the examples, and records which were sent.
 struct Examples {
     app: TestApp,
     sent: BTreeSet<&'static str>,
 }
 
 impl Examples {
-    /// The example of an operation, to a path with its variables filled in.
+    /// Sends the example of an operation to a path with its variables filled in.
     async fn send(
         &mut self,
         operation_id: &'static str,
@@ -46,7 +46,7 @@ impl Examples {
         self.app.send(request.body(body).unwrap()).await
     }
 
-    /// A prompt's first version, made for the backbone.
+    /// Uploads a prompt's first version, made for the backbone.
     async fn upload(&self, name: &str, seed: u64) {
         let backbone = Backbone::open(&self.app.root("vit_s14_focus")).unwrap();
         let mut file = prompt_file(seed);
@@ -95,7 +95,7 @@ async fn every_example_is_accepted(pool: PgPool) {
         .await
         .ok(200);
     let alias = [("name", "dtd"), ("alias", "production")];
-    // A new one: there is none that it could match.
+    // This alias is new, so there is nothing that it could match.
     let request = Request::put("/v1/prompts/dtd/aliases/production")
         .header(header::CONTENT_TYPE, "application/json")
         .body(Body::from(json!({"version": 1}).to_string()));

@@ -1,4 +1,4 @@
-//! Things to test with: a tiny spec whose prompts are in the registry, and its answer.
+//! Test data: a small spec whose prompts are in the registry, and its result.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -76,7 +76,7 @@ pub async fn publish(db: &mut PgConnection, name: &str, value: f32) -> SourceSpe
     }
 }
 
-/// An ensemble of two published prompts; the target and the backbone are names alone.
+/// An ensemble of two published prompts; the target and the backbone exist only by name.
 pub async fn spec(db: &mut PgConnection) -> EnsembleSpec {
     EnsembleSpec {
         target: TargetSpec {
@@ -109,7 +109,7 @@ pub async fn spec(db: &mut PgConnection) -> EnsembleSpec {
     }
 }
 
-/// A worker that is known, and does nothing.
+/// A registered worker that does nothing.
 pub async fn worker(db: &mut PgConnection) -> Uuid {
     let id = Uuid::now_v7();
     let new = NewWorker {
@@ -151,7 +151,7 @@ pub async fn job(db: &mut PgConnection, id: Uuid) -> Job {
         .expect("the job exists")
 }
 
-/// The sources of a spec as [`composition`] takes them.
+/// The sources of a spec, as [`composition`] takes them.
 pub fn sources_of(spec: &EnsembleSpec) -> Vec<(String, i32, Digest)> {
     spec.sources
         .iter()
@@ -159,13 +159,13 @@ pub fn sources_of(spec: &EnsembleSpec) -> Vec<(String, i32, Digest)> {
         .collect()
 }
 
-/// One of them, of an engine's input.
+/// One of these sources, from an engine's input.
 fn weighed(prompt: &str, version: Option<i32>, digest: Digest) -> (String, i32, Digest) {
     let version = version.expect("from the registry");
     (prompt.to_owned(), version, digest)
 }
 
-/// What the fake engine is to do with a job.
+/// What the fake engine should do with a job.
 #[derive(Clone, Copy, Debug)]
 pub enum Script {
     Succeed,
@@ -179,25 +179,25 @@ pub enum Script {
     UntilOpened,
 }
 
-/// An engine without libtorch: plays its scripts one by one, then succeeds for ever.
+/// An engine without libtorch: it plays its scripts one by one, then always succeeds.
 #[derive(Clone, Default)]
 pub struct FakeComposer {
     pub scripts: Arc<Mutex<VecDeque<Script>>>,
     pub gate: Arc<AtomicBool>,
-    /// Compositions begun, and of those the stopped ones.
+    /// Number of compositions begun, and of those that were stopped.
     pub begun: Arc<AtomicUsize>,
     pub stopped: Arc<AtomicUsize>,
-    /// Composers made.
+    /// Number of composers made.
     pub made: Arc<AtomicUsize>,
-    /// Gradients are dealt out in so many shards, where there is somebody to share with.
+    /// Number of shards that gradients are divided into, if the work can be shared.
     pub shards: usize,
-    /// Of what was computed here.
+    /// The shards that were computed here.
     pub computed: Arc<Mutex<Vec<usize>>>,
-    /// From now on the device computes no more.
+    /// Set once the device no longer computes.
     pub broken: Arc<AtomicBool>,
-    /// Self-tests asked for.
+    /// Number of self-tests asked for.
     pub tested: Arc<AtomicUsize>,
-    /// Epochs that were computed here, of all tunings.
+    /// Epochs that were computed here, over all tunings.
     pub epochs: Arc<Mutex<Vec<usize>>>,
 }
 
@@ -244,7 +244,7 @@ impl FakeComposer {
         format!("shard {}", shard.index).into_bytes()
     }
 
-    /// Gradients by shards, as the engine does it.
+    /// Computes gradients by shards, as the engine does.
     fn share(&self, script: Script, observer: &mut dyn Observer) -> Result<(), CompositionError> {
         let shards = observer.shards().expect("a job's are given");
         let phase = Phase::Gradients;
@@ -272,7 +272,7 @@ impl FakeComposer {
         Ok(())
     }
 
-    /// The one phase in which the script makes a difference.
+    /// Plays the script in the one phase in which scripts differ.
     fn play(
         &self,
         script: Script,
@@ -307,7 +307,7 @@ impl FakeComposer {
                 while !open() {
                     done += 1;
                     self.report(observer, phase, done)?;
-                    // A batch of work, as far as the worker can tell.
+                    // To the worker, this is a batch of work.
                     std::thread::sleep(std::time::Duration::from_millis(5));
                 }
             }
@@ -323,7 +323,7 @@ impl Composer for FakeComposer {
         observer: &mut dyn Observer,
     ) -> Result<Composition, CompositionError> {
         let script = self.begin();
-        // The files are there, and are what the engine reads.
+        // The files exist, and are what the engine reads.
         assert!(input.backbone_dir.join("config.json").is_file());
         assert!(input.target_dir.join("meta.json").is_file());
         for phase in Phase::OF_COMPOSITION {
@@ -379,7 +379,7 @@ impl Composer for FakeComposer {
         Ok(self.file_of(input.shard))
     }
 
-    /// Two epochs, of which the second is played; the first is not done again where there is a checkpoint.
+    /// Runs two epochs, of which the second plays the script. With a checkpoint, the first is not repeated.
     fn tune(
         &mut self,
         input: &TuningInput,

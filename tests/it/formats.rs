@@ -1,4 +1,4 @@
-//! Prompts as other programs write them: what is accepted, and what is refused by its first bytes.
+//! Prompts in other programs' formats: which are accepted, and which are refused by their first bytes.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -98,7 +98,7 @@ async fn vpt_prompts_are_taken_as_they_are(pool: PgPool) {
 #[sqlx::test(migrator = "MIGRATOR")]
 async fn a_prompt_fits_its_backbones_blocks_and_preprocessing(pool: PgPool) {
     let app = with_prompt(pool, "vpt").await;
-    // One block: there is none after it that takes a deep prompt.
+    // The backbone has one block, so no later block could take a deep prompt.
     tiny_backbone(&app.root("tiny"), 1, 4);
     let body = json!({"name": "tiny", "directory": "tiny"});
     let backbone = app.post("/v1/backbones", &body).await.ok(201);
@@ -128,7 +128,7 @@ async fn a_prompt_fits_its_backbones_blocks_and_preprocessing(pool: PgPool) {
 
 // ---- PEFT ----------------------------------------------------------------------------------
 
-/// The folder that the real `peft` wrote, as `tar -c -C DIR .` packs it.
+/// The folder that the real `peft` wrote, packed as by `tar -c -C DIR .`.
 fn adapter(name: &str) -> Vec<u8> {
     let dir = fixtures().join("adapters").join(name);
     let mut tar = tar::Builder::new(Vec::new());
@@ -171,7 +171,7 @@ async fn an_adapter_of_peft_comes_in_and_goes_out_bit_by_bit(pool: PgPool) {
         let query = format!("name=peft.{dtype}&backbone_digest={digest}&init_seed=3&task=pets");
         let answer = import(&app, &query, adapter(name)).await;
         let version = answer.ok(201);
-        // What is stored is the file that peft wrote.
+        // The stored file is the one that peft wrote.
         let bytes = weights(name);
         let path = format!("/v1/prompts/peft.{dtype}/versions/1");
         assert_eq!(answer.header("location"), path);
@@ -185,7 +185,7 @@ async fn an_adapter_of_peft_comes_in_and_goes_out_bit_by_bit(pool: PgPool) {
         );
         let recorded = &version["training"]["adapter_config"];
         assert_eq!(recorded["num_virtual_tokens"], 3);
-        // Once more is the same version.
+        // Importing again gives the same version.
         assert_eq!(import(&app, &query, adapter(name)).await.ok(200), version);
 
         let answer = app.get(&format!("{path}/peft")).await;
@@ -282,7 +282,7 @@ async fn what_is_no_prompt_tuning_adapter_is_refused(pool: PgPool) {
         .await
         .problem(422, "reserved_name");
     assert_eq!(problem["errors"][0]["pointer"], "/name");
-    // Nothing of all that has left a prompt behind.
+    // None of these left a prompt behind.
     assert_eq!(app.get("/v1/prompts").await.ok(200)["items"], json!([]));
 }
 
@@ -310,7 +310,7 @@ async fn an_export_says_the_sizes_and_has_no_deep_prompts(pool: PgPool) {
     ] {
         assert_eq!(config[field], value, "{field}");
     }
-    // It comes back as another file with the same numbers.
+    // The import is another file with the same numbers.
     let again = import(&app, "name=again", tar.to_vec()).await.ok(201);
     assert_eq!(again["num_tokens"], 2);
 

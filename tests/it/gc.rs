@@ -1,4 +1,4 @@
-//! Garbage is collected, and nothing else is.
+//! Garbage is collected, and only garbage.
 
 use std::fs::{self, File};
 use std::path::PathBuf;
@@ -56,7 +56,7 @@ async fn old_files_without_a_reference_go_and_nothing_else(pool: PgPool) {
     sqlx::query(row).execute(&app.state.pool).await.unwrap();
     age(&app).await;
     let young = app.state.blobs.put_bytes("young").await.unwrap();
-    // A backbone, a dataset, statistics, and the two.
+    // These are the files of a backbone, a dataset and statistics, and the two garbage files.
     assert_eq!(files(&app).len(), 5);
 
     let expected = Collected {
@@ -117,7 +117,7 @@ async fn what_is_about_to_be_referred_to_stays(pool: PgPool) {
     assert_eq!(collecting.await.unwrap().unwrap(), Collected::default());
     assert!(blobs.exists(&found.digest).await.unwrap());
 
-    // Who comes second is told.
+    // The later of the two gets an error.
     let mut late = pool.begin().await.unwrap();
     let gone = references::hold(&mut late, &blobs, &Digest::of(b"gone")).await;
     let error = gone.unwrap_err();
@@ -168,14 +168,14 @@ async fn statistics_go_after_their_time_and_say_so(pool: PgPool) {
     };
     gone(app.get(&url(&ensemble, "statistics")).await);
     gone(app.post(&resolve, &json!({})).await);
-    // What would be solved from them is not queued again, to fail.
+    // A retry that would fail for want of the statistics is refused.
     let retry = format!("{}/retry", url(&again, "self"));
     gone(app.post(&retry, &json!({})).await);
     let still = app.get(&url(&again, "self")).await.ok(200);
     assert_eq!(still["state"], "cancelled");
     let after = app.get(&url(&ensemble, "self")).await.ok(200);
     assert_eq!(after["urls"]["solve"], Value::Null);
-    // The answer itself stays.
+    // The result itself stays.
     app.get(&url(&ensemble, "result")).await.ok(200);
 }
 

@@ -1,4 +1,4 @@
-//! `Idempotency-Key`: one effect and one answer, however often and by whomever a request is sent.
+//! `Idempotency-Key`: one effect and one answer, however often and by whichever client a request is sent.
 
 use std::time::Duration;
 
@@ -37,7 +37,7 @@ async fn count(app: &TestApp, table: &str) -> i64 {
         .unwrap()
 }
 
-/// Sends until nobody else is at work under the key.
+/// Sends a request again until no other one is at work under the key.
 async fn patiently(send: impl AsyncFn() -> TestResponse) -> TestResponse {
     let answered = async {
         loop {
@@ -69,7 +69,7 @@ async fn fifty_at_once_are_one_ensemble_and_one_answer(pool: PgPool) {
     let replayed = |answer: &&TestResponse| answer.header("idempotency-replayed") == "true";
     assert_eq!(answers.iter().filter(replayed).count(), 49);
     assert_eq!(count(&app, "job").await, 1);
-    // Its actions too, though they have no body.
+    // Actions are covered too, although they have no body.
     let cancel = format!("{}/cancel", answers[0].header("location"));
     let send = || app.send(keyed(&cancel, "stop", "application/json", "{}"));
     let cancelled = send().await.ok(200);
@@ -95,7 +95,7 @@ async fn a_key_is_for_one_request(pool: PgPool) {
     let answer = post(&app, elsewhere, "k", &json!({"name": "dtd"})).await;
     answer.problem(422, "idempotency_key_reused");
 
-    // A file is compared as a body too, and the query with it.
+    // A file is compared as a body, and so is the query.
     let upload = |query: &str, seed| {
         let path = format!("/v1/prompts/dtd/versions{query}");
         let kind = "application/octet-stream";
@@ -155,7 +155,7 @@ async fn the_work_ends_and_is_kept_when_its_client_has_gone(pool: PgPool) {
     let body = json!({"name": "dtd"});
     let send = || post(&app, "/v1/prompts", "k", &body);
     app.get("/v1/prompts").await.ok(200);
-    // Somebody holds the table, so that the request waits in the middle of its work.
+    // A lock on the table makes the request wait in the middle of its work.
     let mut lock = app.state.pool.begin().await.unwrap();
     sqlx::query("LOCK TABLE prompt")
         .execute(&mut *lock)
@@ -170,7 +170,7 @@ async fn the_work_ends_and_is_kept_when_its_client_has_gone(pool: PgPool) {
             }
         } => {}
     }
-    // The first one's connection is gone; it is still at work.
+    // The first request's connection is gone, but it is still at work.
     send().await.problem(409, "idempotency_key_in_flight");
     lock.rollback().await.unwrap();
     let answer = patiently(send).await;
@@ -198,7 +198,7 @@ async fn a_claim_whose_server_died_runs_out_and_an_answer_after_a_day(pool: PgPo
     send().await.problem(409, "idempotency_key_in_flight");
     sqlx::query(age).execute(&mut *conn).await.unwrap();
     send().await.ok(201);
-    // Should it wake up, it changes nothing.
+    // If it should wake up, it changes nothing.
     assert!(!dead.renew(&mut conn).await.unwrap());
     dead.release(&mut conn).await.unwrap();
     assert_eq!(send().await.header("idempotency-replayed"), "true");

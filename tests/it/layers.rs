@@ -1,9 +1,9 @@
-//! Data runs one way: a crate's manifest says what it may know, and the compiler holds it to that.
+//! Dependencies run one way: a crate's manifest says what it may know, and the compiler enforces that.
 
 use std::fs;
 use std::path::Path;
 
-/// What a crate must never depend on, whatever it may seem good for.
+/// The packages that a crate must never depend on.
 const WALLS: [(&str, &[&str]); 3] = [
     (
         "promptweave-domain",

@@ -49,7 +49,7 @@ async fn walk(app: &TestApp, name: &str, query: &str) -> Value {
     app.get(&path).await.ok(200)
 }
 
-/// `(ref, distance, effective_weight)` of every node.
+/// `(ref, distance, effective_weight)` for every node.
 fn nodes(graph: &Value) -> Vec<(&str, u64, f64)> {
     let read = |node: &'_ Value| (node["distance"].as_u64(), node["effective_weight"].as_f64());
     let nodes = graph["nodes"].as_array().unwrap().iter();
@@ -65,7 +65,7 @@ fn nodes(graph: &Value) -> Vec<(&str, u64, f64)> {
         .collect()
 }
 
-/// `(child, parent, weight)` of every edge.
+/// `(child, parent, weight)` for every edge.
 fn edges(graph: &Value) -> Vec<(&str, &str, f64)> {
     let edges = graph["edges"].as_array().unwrap().iter();
     edges
@@ -88,7 +88,7 @@ async fn a_diamond_is_walked_both_ways_and_its_paths_add_up(pool: PgPool) {
     let other = publish(&app, "other", &[]).await;
     let left = publish(&app, "left", &[(base, 1.0)]).await;
     let right = publish(&app, "right", &[(base, 0.5), (other, 0.5)]).await;
-    // Also straight from the bottom: paths of one and of two edges.
+    // It is also made straight from the bottom: there are paths of one and of two edges.
     publish(&app, "top", &[(left, 0.25), (right, 0.5), (base, 0.25)]).await;
 
     let up = walk(&app, "top", "").await;
@@ -123,7 +123,7 @@ async fn a_diamond_is_walked_both_ways_and_its_paths_add_up(pool: PgPool) {
     assert_eq!(edges(&down).len(), 5);
     assert_eq!(walk(&app, "base", "").await["edges"], json!([]));
 
-    // One edge far: paths of one edge, and a word on the rest.
+    // With a depth of one edge, only paths of one edge are followed, and the answer says so.
     let near = walk(&app, "top", "?depth=1").await;
     assert_eq!(near["truncated"], "depth");
     assert_eq!(edges(&near), expected[..3]);
@@ -147,7 +147,7 @@ async fn a_deep_chain_ends_at_the_depth_and_goes_on_from_there(pool: PgPool) {
     assert_eq!(graph["truncated"], "depth");
     let found = nodes(&graph);
     assert_eq!(*found.last().unwrap(), ("p6:1", 64, 0.5f64.powi(64)));
-    // A prompt at every distance is one node, with a path for each.
+    // A prompt that is found at every distance is one node, which sums all its paths.
     let (_, distance, weight) = found.iter().find(|node| node.0 == "other:1").unwrap();
     assert_eq!((*distance, *weight), (1, 1.0 - 0.5f64.powi(64)));
     let rest = walk(&app, "p6", "").await;
@@ -167,7 +167,7 @@ async fn more_than_fits_is_cut_off_the_newest_first(pool: PgPool) {
     let app = TestApp::new(pool);
     let base = publish(&app, "base", &[]).await;
     let child = publish(&app, "child", &[(base, 1.0)]).await;
-    // As many copies of the child as it takes, in its place.
+    // As many copies as needed replace the child.
     let copies = "INSERT INTO prompt_version (id, project_id, prompt_id, version, sha256, origin, \
                   num_tokens, embed_dim, depth, dtype) \
                   SELECT gen_random_uuid(), project_id, prompt_id, 1 + n, sha256, origin, num_tokens, \
@@ -193,7 +193,7 @@ async fn more_than_fits_is_cut_off_the_newest_first(pool: PgPool) {
     assert_eq!(graph["truncated"], "nodes");
     assert_eq!(graph["nodes"].as_array().unwrap().len(), MAX_NODES);
     assert_eq!(graph["edges"].as_array().unwrap().len(), MAX_NODES - 1);
-    // The same every time.
+    // The answer is the same every time.
     assert_eq!(walk(&app, "base", "?direction=down").await, graph);
 }
 
@@ -202,7 +202,7 @@ async fn a_circle_ends_and_another_project_sees_nothing(pool: PgPool) {
     let app = TestApp::new(pool);
     let a = publish(&app, "a", &[]).await;
     let b = publish(&app, "b", &[(a, 1.0)]).await;
-    // The API cannot make it: a parent is there before its child.
+    // The API cannot make such a circle, because a parent exists before its child.
     sqlx::query("INSERT INTO lineage VALUES ($1, $2, $3, 1, 'source')")
         .bind(DEFAULT_PROJECT)
         .bind(a)

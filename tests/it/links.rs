@@ -1,4 +1,4 @@
-//! OpenAPI links lead somewhere: by the document, and by following them.
+//! OpenAPI links lead somewhere: checked by the document, and by following them.
 
 use axum::body::Body;
 use axum::http::{Method, Request};
@@ -115,7 +115,7 @@ fn what_is_made_is_led_to() {
     }
 }
 
-/// Follows the links of an answer that only read; what they answer, by the name of the link.
+/// Follows the read-only links of an answer; returns each link's name and the status it got.
 async fn follow(app: &TestApp, from: &str, answer: &TestResponse) -> Vec<(String, u16)> {
     let document = document();
     let operations = operations(&document);

@@ -1,5 +1,5 @@
-//! A request with mistakes is told of all of them at once, each with its place, and in the words of JSON; and names alone do
-//! where there is no more to say.
+//! A request's mistakes are all reported at once, each with its place and in terms of JSON. References may be plain
+//! names if there is nothing more to say.
 
 use promptweave::db::MIGRATOR;
 use serde_json::{Value, json};
@@ -96,7 +96,7 @@ async fn mistakes_of_one_kind_keep_its_code(pool: PgPool) {
         ("unknown_prompt", "/sources/2"),
     ];
     assert_eq!(mistakes(&problem), expected);
-    // Of what cannot be read, all that is of the wrong shape.
+    // If a body cannot be read, everything of the wrong shape is reported.
     let answer = app
         .post(
             "/v1/ensembles",

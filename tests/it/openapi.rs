@@ -43,7 +43,7 @@ fn every_operation_documents_its_errors_and_has_a_tag() {
     for (path, item) in paths {
         for (method, operation) in item.as_object().unwrap() {
             let responses = operation["responses"].as_object().unwrap();
-            // It would make every status a documented one.
+            // A `default` would make every status a documented one.
             assert!(!responses.contains_key("default"), "{method} {path}");
             for (status, response) in responses {
                 let problem = &response["content"]["application/problem+json"];
@@ -66,7 +66,7 @@ pub fn operations(document: &Value) -> impl Iterator<Item = (&str, &str, &Value)
     })
 }
 
-/// Every value of the document with the JSON pointer to it, examples apart: those are not the document's own.
+/// Visits every value of the document with its JSON pointer, but not inside examples.
 fn each(value: &Value, pointer: &str, see: &mut dyn FnMut(&str, &Value)) {
     see(pointer, value);
     match value {
@@ -95,7 +95,7 @@ fn the_document_is_valid_openapi() {
         .map(|error| format!("{}: {error}", error.instance_path()))
         .collect();
     assert!(errors.is_empty(), "{errors:#?}");
-    // That one leaves schemas alone: they are JSON Schema's own.
+    // OpenAPI's own schema does not check these, because their keywords are JSON Schema's.
     for (name, schema) in document["components"]["schemas"].as_object().unwrap() {
         let valid = jsonschema::draft202012::meta::validate(schema);
         assert!(valid.is_ok(), "{name}: {valid:?}");
@@ -164,7 +164,7 @@ fn pages_name_the_schema_of_their_items() {
     assert!(count > 10, "{count}");
 }
 
-/// As generators know them: a client then has bytes, not a list of numbers.
+/// Generators know this form: a client then has bytes, not a list of numbers.
 #[test]
 fn files_are_binary_both_ways() {
     let document = &*DOCUMENT;

@@ -1,4 +1,4 @@
-//! The private cluster of `up`, for real: as root (then it runs as `postgres`) and as anybody else.
+//! The real private cluster of `up`: as root (then it runs as `postgres`) and as any other user.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -10,7 +10,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use sqlx::{Connection, PgConnection};
 use tempfile::TempDir;
 
-/// A directory everybody may enter, whatever the umask.
+/// A directory that everybody may enter, whatever the umask.
 fn reachable() -> TempDir {
     with_mode(0o755)
 }
@@ -44,7 +44,7 @@ async fn what_is_stored_is_there_after_a_stop_and_after_a_kill() {
         .unwrap();
     drop(db);
 
-    // A second one on the same directory is refused, and says by whom it is held.
+    // A second cluster in the same directory is refused, and the error names the owner.
     match PrivatePostgres::start(dir.path(), None).await {
         Err(PrivatePostgresError::Locked { pid, .. }) => assert_eq!(pid, Some(std::process::id())),
         other => panic!("{other:?}"),
@@ -53,7 +53,7 @@ async fn what_is_stored_is_there_after_a_stop_and_after_a_kill() {
 
     let second = PrivatePostgres::start(dir.path(), None).await.unwrap();
     assert_eq!(count(&second).await, 1);
-    // The machine loses power, as far as PostgreSQL can tell: the pid file stays.
+    // To PostgreSQL this looks like a power cut: the pid file stays.
     let pid = second.process_id().unwrap();
     kill_process(Pid::from_raw(pid as i32).unwrap(), Signal::KILL).unwrap();
     let mut second = second;
@@ -89,7 +89,7 @@ async fn a_start_that_is_given_up_leaves_no_process_and_no_half_made_cluster() {
             .filter(|name| name.starts_with("data.unfinished-"))
             .collect::<Vec<_>>()
     };
-    // Given up while `initdb` works.
+    // The start is given up while `initdb` works.
     tokio::select! {
         started = PrivatePostgres::start(dir.path(), None) => panic!("{started:?}"),
         () = until("initdb's folder", || !unfinished().is_empty()) => {}
@@ -97,7 +97,7 @@ async fn a_start_that_is_given_up_leaves_no_process_and_no_half_made_cluster() {
     let left = unfinished();
     assert!(!base.join("data").exists());
 
-    // Given up while the postmaster starts, which then stops in order.
+    // The start is given up while the postmaster starts, which then stops in order.
     let pid_file = base.join("data/postmaster.pid");
     tokio::select! {
         started = PrivatePostgres::start(dir.path(), None) => panic!("{started:?}"),
@@ -115,7 +115,7 @@ async fn a_postmaster_left_running_is_stopped_and_a_stranger_with_its_number_is_
     let dir = reachable();
     let up = PrivatePostgres::start(dir.path(), None).await.unwrap();
     let (data, orphan) = (up.directory().to_owned(), up.process_id().unwrap());
-    // As after `kill -9` of `up`: no destructor runs, only the lock is let go of.
+    // This is like `kill -9` of `up`: no destructor runs, and only the lock is released.
     std::mem::forget(up);
     fs::remove_file(dir.path().join("up.lock")).unwrap();
 
@@ -123,7 +123,7 @@ async fn a_postmaster_left_running_is_stopped_and_a_stranger_with_its_number_is_
     assert_ne!(next.process_id(), Some(orphan));
     next.stop().await.unwrap();
 
-    // The number in a stale lock file may belong to anybody by now: here, to this very process.
+    // The number in a stale lock file may now belong to any process: here, to this one.
     let lock = format!("{}\n", std::process::id());
     fs::write(data.join("postmaster.pid"), &lock).unwrap();
     let socket_lock = data.with_file_name("run").join(".s.PGSQL.5432.lock");
@@ -172,7 +172,7 @@ async fn a_data_directory_that_the_clusters_user_cannot_reach_still_works_for_ro
         base.display()
     );
     postgres.stop().await.unwrap();
-    // The data directory remembers it.
+    // The data directory remembers the other place.
     let again = PrivatePostgres::start(&data_dir, None).await.unwrap();
     assert_eq!(again.directory().parent(), Some(base.as_path()));
     again.stop().await.unwrap();
@@ -190,7 +190,7 @@ async fn missing_programs_are_named_with_the_way_out() {
         "{error}"
     );
     let started = Instant::now();
-    // The lock was let go of: the failure does not block the next start.
+    // The lock was released, so the failure does not block the next start.
     let postgres = PrivatePostgres::start(dir.path(), None).await.unwrap();
     assert!(started.elapsed() < Duration::from_secs(60));
     postgres.stop().await.unwrap();

@@ -1,4 +1,4 @@
-//! What every request has in common: ids, limits, problem documents, a database that comes and goes.
+//! What all requests have in common: ids, limits, problem documents, and a database that comes and goes.
 
 use std::time::Duration;
 
@@ -52,7 +52,7 @@ async fn errors_of_the_framework_are_problems_too(pool: PgPool) {
         .await;
     let problem = answer.problem(422, "invalid_body");
     assert_eq!(problem["errors"][0]["pointer"], "/nmae");
-    // An array longer than its field holds is JSON all the same.
+    // An array longer than its field is still valid JSON.
     let config = json!({"preprocessing": {"size": 98, "filter": "bicubic", "antialias": true, "mean": [0, 0, 0, 0]}});
     let body = json!({"name": "a", "directory": "vits", "config": config});
     let problem = app
@@ -87,7 +87,7 @@ async fn a_request_ends_in_time(pool: PgPool) {
     let app = TestApp::with_settings(pool, |settings| {
         settings.request_timeout = Duration::from_millis(50);
     });
-    // Somebody holds the table.
+    // A lock on the table blocks the request.
     let mut lock = app.state.pool.begin().await.unwrap();
     sqlx::query("LOCK TABLE prompt")
         .execute(&mut *lock)
@@ -122,7 +122,7 @@ async fn a_database_without_the_schema_is_not_ready(pool: PgPool) {
     app.get("/readyz").await.ok(200);
 }
 
-/// A way to Postgres that can be cut: while `open` is false, connections are closed.
+/// A proxy to Postgres that can be cut: while `open` is false, connections are closed.
 async fn proxy(host: String, port: u16, open: watch::Receiver<bool>) -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();

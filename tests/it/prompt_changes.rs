@@ -1,4 +1,4 @@
-//! What may change about a prompt: its description, tags, metadata and card; deletion; and the filters that find it.
+//! Changes of a prompt: its description, tags, metadata and card; deletion; and the filters that find it.
 
 use axum::body::Body;
 use axum::http::{Method, Request, header};
@@ -90,22 +90,22 @@ async fn a_description_changes_by_merge_patch_under_its_etag(pool: PgPool) {
     let read = app.get(DTD).await;
     assert_eq!(read.ok(200), body);
     assert_eq!(read.header("etag"), changed.header("etag"));
-    // Who knows the former state alone does not overwrite this one.
+    // A client that knows only the former state does not overwrite this one.
     patch(&app, &first, json!({"card": "x"}))
         .await
         .problem(412, "precondition_failed");
 
-    // What is so already is no change.
+    // A patch that changes nothing leaves the ETag as it is.
     let same = patch(&app, "*", json!({"tags": {"new": "1"}, "metadata": {}})).await;
     same.ok(200);
     assert_eq!(same.header("etag"), changed.header("etag"));
     let known = Request::get(DTD).header(header::IF_NONE_MATCH, same.header("etag"));
     let answer = app.send(known.body(Body::empty()).unwrap()).await;
     assert_eq!(answer.status, 304);
-    // A version is.
+    // A new version is a change.
     publish(&app, "dtd", 1).await;
     assert_ne!(app.get(DTD).await.header("etag"), same.header("etag"));
-    // Lists are short.
+    // Lists leave out the long fields.
     let listed = app.get("/v1/prompts").await.ok(200);
     assert!(
         listed["items"][0].get("card").is_none() && listed["items"][0].get("metadata").is_none()
@@ -243,7 +243,7 @@ async fn what_is_referred_to_is_not_deleted(pool: PgPool) {
             "{problem}"
         );
     };
-    // By an ensemble that waits, as a source and as what it will publish.
+    // A waiting ensemble refers to it, as a source and as its output.
     create(&app, json!({"name": "out"})).await;
     let mut body = request();
     body["output"] = json!({"name": "out"});
@@ -262,7 +262,7 @@ async fn what_is_referred_to_is_not_deleted(pool: PgPool) {
     app.post_empty(&cancel).await.ok(200);
     assert_eq!(delete(&app, "/v1/prompts/out", "*").await.status, 204);
 
-    // By a protected alias.
+    // A protected alias refers to it.
     alias(&app, &source, json!({"version": 1, "protected": true})).await;
     refused(&source, "production").await;
 }
@@ -281,7 +281,7 @@ async fn what_a_prompt_was_composed_of_outlives_it(pool: PgPool) {
     );
     assert_eq!(delete(&app, "/v1/prompts/mix", "*").await.status, 204);
     assert_eq!(delete(&app, "/v1/prompts/digits", "*").await.status, 204);
-    // Restored, it still knows what it is made of.
+    // Restored, the prompt still has its lineage.
     app.post_empty("/v1/prompts/mix/restore").await.ok(200);
     let lineage = app.get("/v1/prompts/mix/versions/1/lineage").await.ok(200);
     assert_eq!(lineage["edges"].as_array().unwrap().len(), 2);
@@ -350,7 +350,7 @@ async fn prompts_are_found_by_tag_alias_backbone_and_task(pool: PgPool) {
         .await
         .problem(422, "invalid_query");
 
-    // A deprecated version is not found by; another that is like it still is.
+    // A deprecated version does not count for a filter; another one like it still does.
     app.post_empty("/v1/prompts/p2/versions/1/deprecate")
         .await
         .ok(200);
@@ -399,7 +399,7 @@ async fn facets_are_what_their_definition_says(pool: PgPool) {
     assert_eq!(differ, 0);
 }
 
-/// A page of a filter is read from its index however many prompts there are.
+/// A page of a filter is read from its index, however many prompts there are.
 #[sqlx::test(migrator = "MIGRATOR")]
 async fn a_filter_reads_a_page_and_not_the_registry(pool: PgPool) {
     let mut conn = pool.acquire().await.unwrap();
@@ -414,7 +414,7 @@ async fn a_filter_reads_a_page_and_not_the_registry(pool: PgPool) {
     .unwrap();
     sqlx::query("ANALYZE").execute(&mut *conn).await.unwrap();
     drop(conn);
-    // What the statements of a transaction have read is known inside it.
+    // Inside a transaction, the rows that its statements have read are counted.
     let mut tx = pool.begin().await.unwrap();
     let facets = ["kind=common", "kind"].map(|tag| Facet::Tag(tag.to_owned()));
     let after = "p3".parse().unwrap();
@@ -428,7 +428,7 @@ async fn a_filter_reads_a_page_and_not_the_registry(pool: PgPool) {
     .await
     .unwrap();
     for (table, sequentially, by_index) in &read {
-        // Two facets are counted, to 1,000 each; in a sequence those stand between others.
+        // Two facets are counted, up to 1,000 each; a sequential read passes others between those.
         assert!(sequentially + by_index < 10_000, "{table}: {read:?}");
     }
     drop(tx);

@@ -1,4 +1,4 @@
-//! `/v1/prompts`: publishing, reading back, and what is refused.
+//! `/v1/prompts`: publishing, reading back, and refusals.
 
 use axum::body::Body;
 use axum::http::{Request, header};
@@ -65,7 +65,7 @@ async fn a_published_version_reads_back_to_the_byte(pool: PgPool) {
     });
     assert_eq!(version, expected);
 
-    // By number and by digest; the newest version shows at the name.
+    // The version is found by number and by digest; the newest one shows at the name.
     for reference in ["1", &digest] {
         let path = format!("/v1/prompts/dtd/versions/{reference}");
         assert_eq!(app.get(&path).await.ok(200), expected);
@@ -100,7 +100,7 @@ async fn the_same_bytes_are_the_same_version(pool: PgPool) {
         first
     );
 
-    // Under another name they are another version of their own, and share the stored bytes.
+    // Under another name, the same bytes are another version, which shares the stored bytes.
     app.post("/v1/prompts", &json!({"name": "copy"}))
         .await
         .ok(201);
@@ -119,7 +119,7 @@ async fn the_same_bytes_are_the_same_version(pool: PgPool) {
 async fn concurrent_uploads_are_numbered_without_gaps(pool: PgPool) {
     let app = with_prompt(pool, "dtd").await;
     let uploads = (0..12).map(|i| {
-        // Six different files, each sent twice.
+        // These are six different files, each sent twice.
         app.upload("/v1/prompts/dtd/versions", prompt_file(i / 2).to_bytes())
     });
     let answers = futures::future::join_all(uploads).await;
@@ -153,7 +153,7 @@ async fn a_file_without_metadata_takes_it_from_the_request(pool: PgPool) {
     assert_eq!(version["init_seed"], 7);
     assert_eq!(version["task"], "pets");
 
-    // What the file says itself must agree.
+    // The request must agree with what the file itself says.
     let bytes = prompt_file(1).to_bytes();
     let same = "/v1/prompts/vpt/versions?task=digits";
     app.upload(same, bytes).await.ok(201);
@@ -381,7 +381,7 @@ async fn a_deprecated_version_is_hidden_from_its_bare_name_alone(pool: PgPool) {
     let path = "/v1/prompts/dtd/versions/2/deprecate";
     let deprecated = app.post_empty(path).await.ok(200);
     assert_ne!(deprecated["deprecated_at"], Value::Null);
-    // A second time changes nothing.
+    // Doing it again changes nothing.
     assert_eq!(app.post_empty(path).await.ok(200), deprecated);
     assert_eq!(
         app.get("/v1/prompts/dtd").await.ok(200)["newest_version"],
@@ -413,7 +413,7 @@ async fn a_composed_version_has_its_lineage_and_one_job_publishes_once(pool: PgP
         file.metadata = Some(metadata.clone());
         let bytes = file.to_bytes();
         let name = "mix".parse().unwrap();
-        // The weights are summed up when the transaction ends.
+        // The weights are summed when the transaction ends.
         let mut db = app.state.pool.begin().await?;
         let prompt = prompts::find_or_create(&mut db, DEFAULT_PROJECT, &name, "").await?;
         let new = NewVersion {

@@ -1,5 +1,5 @@
-//! The statements of the queue against a real Postgres. Time is the database's, so a lease runs out
-//! by moving its end into the past, never by waiting.
+//! The queue's statements on a real Postgres. Time is the database's, so a lease is made to run out by moving its end
+//! into the past, never by waiting.
 
 use std::time::Duration;
 
@@ -100,8 +100,8 @@ async fn kinds(db: &mut PgConnection, job: Uuid) -> Vec<String> {
     events.into_iter().map(|e| e.kind).collect()
 }
 
-/// The claim counts events before it holds the job's row. Whoever had the job and gave it back between the two has
-/// numbered some in the meantime; here by a hand that does not hold the row, so that the claim comes in between.
+/// A claim counts a job's events before it locks the row. A worker that has the job and gives it back in between adds
+/// events. Here a statement that does not lock the row adds one, so that the claim comes in between.
 #[sqlx::test(migrator = "MIGRATOR")]
 async fn an_event_that_a_claim_did_not_see_makes_it_look_again(pool: PgPool) {
     let mut db = pool.acquire().await.unwrap();
@@ -221,7 +221,7 @@ async fn weights_that_do_not_sum_to_one_cannot_be_stored(mut db: PoolConnection<
             "{text}"
         );
     }
-    // Nothing of it is left, and the lease still holds.
+    // No part of it is stored, and the lease still holds.
     assert_eq!(job(&mut db, id).await.state, JobState::Running);
     assert_eq!(
         count(&mut db, "prompt WHERE name = 'emoji-composed'").await,
@@ -243,7 +243,7 @@ async fn a_lost_job_finishes_elsewhere_and_the_first_worker_writes_nothing(
     assert!(queue::reap(&mut db).await.unwrap().is_empty());
     run_out(&mut db, id).await;
 
-    // Not reaped yet, and already too late to finish.
+    // The lease is not reaped yet, but it is already too late to finish.
     let late = finish_with(&mut db, &stale, &spec, &[1.0, 0.0])
         .await
         .unwrap_err();
@@ -300,7 +300,7 @@ async fn a_lost_job_finishes_elsewhere_and_the_first_worker_writes_nothing(
         1
     );
     assert_eq!(outcomes(&mut db, id).await, ["lost", "succeeded"]);
-    // And once over, it stays over.
+    // A job that is over stays over.
     assert!(
         finish_with(&mut db, &second, &spec, &[0.25, 0.75])
             .await
@@ -329,7 +329,7 @@ async fn cancelling(mut db: PoolConnection<Postgres>) {
         .unwrap();
     assert_eq!(none, None);
 
-    // A waiting job is cancelled at once and never claimed.
+    // A waiting job is cancelled immediately and never claimed.
     let id = enqueue(&mut db, &spec).await;
     let mut cancel = async |id| {
         requests::cancel(&mut db, DEFAULT_PROJECT, id)
@@ -345,7 +345,7 @@ async fn cancelling(mut db: PoolConnection<Postgres>) {
     assert_eq!(kinds(&mut db, id).await, ["queued", "cancelled"]);
     nothing_to_claim(&mut db, worker).await;
 
-    // A running one is told at its next write.
+    // The worker of a running job learns of it at its next write.
     let id = enqueue(&mut db, &spec).await;
     let claimed = claim(&mut db, worker).await;
     let mut cancel = async |id| {
@@ -367,7 +367,7 @@ async fn cancelling(mut db: PoolConnection<Postgres>) {
         ["queued", "started", "cancel_requested", "cancelled"]
     );
 
-    // The worker dies first: reaping cancels instead of trying again.
+    // The worker dies first: reaping cancels the job instead of queueing it again.
     let id = enqueue(&mut db, &spec).await;
     claim(&mut db, worker).await;
     requests::cancel(&mut db, DEFAULT_PROJECT, id)
@@ -455,7 +455,7 @@ async fn workers_at_once_get_different_jobs_and_the_urgent_ones_first(pool: PgPo
     let worker = worker(&mut db).await;
     assert_eq!(claim(&mut db, worker).await.lease.job_id, urgent);
 
-    // A claim that has not committed yet hides its row from the others, who do not wait for it.
+    // A claim that has not committed yet hides its row from other claims, which do not wait for it.
     let mut other = pool.begin().await.unwrap();
     let first = queue::claim(&mut other, worker, LEASE)
         .await
@@ -473,7 +473,7 @@ async fn a_worker_is_ready_while_its_engine_answers(mut db: PoolConnection<Postg
     assert!(!workers::any_ready(&mut db).await.unwrap());
     let id = worker(&mut db).await;
     assert!(workers::any_ready(&mut db).await.unwrap());
-    // Alive, but the engine has been silent for two minutes.
+    // The worker is alive, but its engine has been silent for two minutes.
     sqlx::query("UPDATE worker SET selftest_at = now() - interval '2 minutes'")
         .execute(&mut *db)
         .await
@@ -482,7 +482,7 @@ async fn a_worker_is_ready_while_its_engine_answers(mut db: PoolConnection<Postg
         .await
         .unwrap();
     assert!(!workers::any_ready(&mut db).await.unwrap());
-    // Progress on a job is an answer too.
+    // Progress on a job is a sign of life from the engine too.
     let spec = spec(&mut db).await;
     enqueue(&mut db, &spec).await;
     claim(&mut db, id).await;

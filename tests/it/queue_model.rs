@@ -1,9 +1,9 @@
-//! The queue's statements in any order, beside a model of a few lines: what a lease may do, and that who has
-//! lost it changes nothing.
+//! The queue's statements in any order, compared with a small model: what a lease allows, and that a worker which lost
+//! it changes nothing.
 //!
-//! Each statement is a transaction that locks the job's row first, so that what runs at one time runs one after
-//! the other; any order of statements of several workers is then any interleaving. `PROPTEST_CASES=10000` runs
-//! as many; `make test` a few hundred.
+//! Each statement is a transaction that locks the job's row first, so concurrent statements run one after the other.
+//! Any order of several workers' statements is therefore any interleaving. `PROPTEST_CASES=10000` runs that many; `make
+//! test` runs a few hundred.
 
 use std::time::Duration;
 
@@ -28,13 +28,13 @@ use crate::fixtures::{composition, enqueue, job, sources_of, spec, worker};
 
 const JOBS: usize = 2;
 const CASES: u32 = 300;
-/// Longer than a case takes.
+/// The lease is longer than a case takes.
 const LEASE: Duration = Duration::from_secs(3600);
 
 #[derive(Clone, Copy, Debug)]
 enum Step {
     Claim,
-    /// Of the lease that was given out as the n-th, counted back from the last.
+    /// The lease that was given out as the n-th, counted back from the last.
     Renew(usize),
     Progress(usize),
     Finish(usize),
@@ -49,7 +49,7 @@ enum Step {
 }
 
 fn step() -> impl Strategy<Value = Step> {
-    // Old leases come back as often as the newest, which is where zombies are.
+    // Old leases are chosen as often as the newest, because zombies have old ones.
     let lease = 0..4usize;
     let job = 0..JOBS;
     prop_oneof![
@@ -67,16 +67,16 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// A job as it should be.
+/// The expected state of a job.
 #[derive(Clone, Debug, PartialEq)]
 struct Model {
     state: JobState,
     attempt: i32,
     max_attempts: i32,
     cancel_requested: bool,
-    /// Which lease holds it, and whether its time is over.
+    /// The lease that holds the job, and whether it has run out.
     held: Option<(usize, bool)>,
-    /// The lease whose result it has.
+    /// The lease whose result the job has.
     result: Option<usize>,
 }
 
@@ -101,7 +101,7 @@ impl Model {
         self.state = state;
     }
 
-    /// After an attempt that may be followed by another.
+    /// Ends an attempt that another one may follow.
     fn again(&mut self) {
         self.leave(match () {
             () if self.cancel_requested => JobState::Cancelled,
@@ -118,11 +118,11 @@ struct Run<'a> {
     worker: Uuid,
     ids: Vec<Uuid>,
     models: Vec<Model>,
-    /// All that were given out, and the job of each.
+    /// All leases that were given out, and the job of each.
     leases: Vec<(Claimed, usize)>,
 }
 
-/// The n-th lease's answer is told from every other's by its weight.
+/// The weight that distinguishes the n-th lease's answer from every other's.
 fn weight(lease: usize) -> f64 {
     (lease + 1) as f64 / 1024.0
 }
@@ -268,7 +268,7 @@ impl Run<'_> {
             statistics: self.blobs.put_bytes("statistics").await.unwrap().digest,
         };
         let answer = finish(self.db, self.blobs, claimed, finished).await;
-        // Its time is over: also before somebody reaps it.
+        // The lease has run out, even if it is not reaped yet.
         if model.held == Some((n, true)) {
             assert!(matches!(answer, Err(QueueError::LeaseLost(_))));
         } else if check(model, n, answer.map(|()| None)) {
@@ -296,7 +296,7 @@ impl Run<'_> {
         assert_eq!(answer.unwrap().unwrap(), expected);
     }
 
-    /// Every job is as its model, with the one result that it may have.
+    /// Checks that every job is as in its model, with the one result that it may have.
     async fn compare(&mut self) {
         for (id, model) in self.ids.iter().zip(&self.models) {
             let found = job(self.db, *id).await;
@@ -314,7 +314,7 @@ impl Run<'_> {
         }
     }
 
-    /// What is written down of it all: an attempt a claim, open while it runs, and events without a gap.
+    /// Checks the records: one attempt per claim, open while it runs, and events without a gap.
     async fn check_records(&mut self) {
         let records = "SELECT
                 (SELECT count(*) FROM job_attempt WHERE job_id = $1),
@@ -327,13 +327,13 @@ impl Run<'_> {
             let claims = self.leases.iter().filter(|(_, job)| *job == at).count();
             let running = i64::from(model.state == JobState::Running);
             assert_eq!((found.0, found.1, found.2), (claims as i64, running, 0));
-            // Equal bytes under one name are one version, which another case may have made.
+            // Equal bytes under one name are one version, which another case may have published.
             assert!(found.3 <= i64::from(model.result.is_some()));
         }
     }
 }
 
-/// The lease that was given out `back` before the last, with the model of its job.
+/// The lease that was given out `back` before the last, and the model of its job.
 fn lease<'a>(
     leases: &'a [(Claimed, usize)],
     models: &'a mut [Model],
@@ -344,7 +344,7 @@ fn lease<'a>(
     Some((n, claimed, &mut models[*at]))
 }
 
-/// Whether the lease held, which is what the answer must say.
+/// Checks an answer, which must say whether the lease held.
 fn check(model: &Model, lease: usize, answer: Result<Option<RenewOutcome>, QueueError>) -> bool {
     match answer {
         Ok(renewal) => {
@@ -404,7 +404,7 @@ async fn any_order_of_the_statements_is_as_the_model(pool: PgPool) {
         let ran = TestRunner::new(config).run(&steps, |steps| {
             let mut db = db.borrow_mut();
             handle.block_on(async {
-                // What the case before left, which may have failed in the middle.
+                // This removes what the previous case left, which may have failed in the middle.
                 let left = "UPDATE job SET state = 'cancelled', finished_at = now(),
                                 lease_token = NULL, lease_until = NULL
                             WHERE state IN ('queued', 'running')";

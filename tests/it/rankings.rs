@@ -1,4 +1,4 @@
-//! `/v1/rankings`: refusals at the door, and a table from POST to result.
+//! `/v1/rankings`: refused requests, and a table from POST to result.
 
 use promptweave::db::MIGRATOR;
 use serde_json::{Value, json};
@@ -38,7 +38,7 @@ async fn a_ranking_is_a_row_of_metrics_a_source_and_publishes_nothing(pool: PgPo
     for metric in promptweave_domain::ranking::RankedSource::METRICS {
         assert!(rows[0].get(metric).is_some(), "{metric}");
     }
-    // One that succeeded, whatever has come of prompts meanwhile.
+    // A ranking that succeeded is the answer, whatever happened to its prompts since.
     assert_eq!(post(&app, &request()).await.ok(200)["id"], ranking["id"]);
     let mut fewer = request();
     fewer["sources"].as_array_mut().unwrap().pop();
@@ -136,7 +136,7 @@ async fn what_cannot_be_ranked_is_refused_at_the_door(pool: PgPool) {
     }
 }
 
-/// The engine itself, on a backbone of one block.
+/// The real engine, on a backbone of one block.
 #[cfg(feature = "torch")]
 #[sqlx::test(migrator = "MIGRATOR")]
 async fn the_engine_ranks_what_was_posted(pool: PgPool) {

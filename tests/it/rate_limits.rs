@@ -1,4 +1,4 @@
-//! How often a client may ask.
+//! Rate limits of clients.
 
 use std::num::NonZeroU32;
 
@@ -12,7 +12,7 @@ use sqlx::PgPool;
 
 use crate::app::{TestApp, TestResponse};
 
-/// Three at once, and then one in a quarter of an hour: no test lives to see it.
+/// Three requests at once, then one in a quarter of an hour, which no test lives to see.
 fn limited(pool: PgPool) -> TestApp {
     TestApp::with_settings(pool, |settings| {
         settings.rate_limit = Some(RateLimit {
@@ -36,7 +36,7 @@ async fn each_key_has_its_own_limit(pool: PgPool) {
     let one = app.make_key(DEFAULT_PROJECT, &[Scope::Read]).await;
     let two = app.make_key(DEFAULT_PROJECT, &[Scope::Read]).await;
     for left in [2, 1, 0] {
-        // Whatever the answer is: this one is 403 for want of a scope, the last.
+        // Every answer counts: this last one is 403, for want of a scope.
         let path = ["/v1/api-keys", "/v1/prompts/x", "/v1/prompts"][left];
         let answer = get(&app, path, Some(&one)).await;
         assert_eq!(answer.status, [403, 404, 200][left], "{answer:?}");
@@ -53,7 +53,7 @@ async fn each_key_has_its_own_limit(pool: PgPool) {
     assert!((900..=1000).contains(&seconds), "{seconds}");
     assert!(refused.header("ratelimit").starts_with("\"default\";r=0;"));
     get(&app, "/v1/prompts", Some(&two)).await.ok(200);
-    // Probes are not counted.
+    // Health checks are not counted.
     for _ in 0..5 {
         assert_eq!(get(&app, "/livez", None).await.status, 200);
     }
@@ -72,7 +72,7 @@ async fn who_has_no_key_is_limited_by_address(pool: PgPool) {
         let answer = get(&app, "/v1/prompts", key).await;
         answer.problem(429, "rate_limited");
     }
-    // Who has one is not made to wait for them.
+    // A client with a key does not wait for those without.
     get(&app, "/v1/prompts", Some(&key)).await.ok(200);
 }
 

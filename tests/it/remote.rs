@@ -1,4 +1,4 @@
-//! Connections to others: where they may lead, what redirects and how much is taken.
+//! Outgoing connections: where they may lead, and the limits of redirects and sizes.
 
 use std::collections::VecDeque;
 use std::net::{IpAddr, SocketAddr};
@@ -19,7 +19,7 @@ use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use tokio::net::TcpListener;
 use url::Url;
 
-/// Answers each lookup with the next of these; the last stays.
+/// A resolver that answers each lookup with the next of these; the last one stays.
 pub struct Names {
     answers: Mutex<VecDeque<Vec<IpAddr>>>,
     lookups: AtomicUsize,
@@ -48,7 +48,7 @@ impl Resolve for Names {
     }
 }
 
-/// Serves until the test ends.
+/// Serves a router until the test ends.
 pub async fn serve(address: &str, router: Router) -> SocketAddr {
     let listener = TcpListener::bind(address).await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -56,7 +56,7 @@ pub async fn serve(address: &str, router: Router) -> SocketAddr {
     address
 }
 
-/// Says who answers, and closes the connection, so that the next request makes its own.
+/// A router that says who answers and closes the connection, so that each request makes a new one.
 fn greeter(words: &'static str) -> Router {
     let headers = [(header::CONNECTION, "close")];
     Router::new().route("/", get(move || async move { (headers, words) }))
@@ -92,7 +92,7 @@ async fn the_address_that_is_checked_is_the_one_connected_to() {
         &["127.0.0.2", "::1", "127.0.0.1"],
         &["10.0.0.1", "127.0.0.2", "::ffff:127.0.0.1", "fe80::1"],
     ]);
-    // 127.0.0.1 stands for a public address, 127.0.0.2 for one of the inside.
+    // 127.0.0.1 stands for a public address, 127.0.0.2 for an internal one.
     let client = Client::with_names(network(&["127.0.0.1/32"]), names.clone()).unwrap();
     let url = format!("http://rebinding.test:{}/", at.port());
 
@@ -105,7 +105,7 @@ async fn the_address_that_is_checked_is_the_one_connected_to() {
     let error = fetch(&client, &url, LIMITS).await.unwrap_err();
     assert!(matches!(error, RemoteError::NotPublic(_)), "{error:?}");
 
-    // Addresses in the URL itself are looked up by nobody.
+    // Addresses in the URL itself are not looked up.
     let lookups = names.lookups.load(Ordering::SeqCst);
     for host in [
         "127.0.0.2",
@@ -144,7 +144,7 @@ async fn an_operator_opens_one_port_of_one_host() {
             "{closed}: {error:?}"
         );
     }
-    // With the machine's own resolver.
+    // This uses the machine's own resolver.
     let client = Client::new(Network::default()).unwrap();
     let url = format!("http://localhost:{}/", at.port());
     let error = fetch(&client, &url, LIMITS).await.unwrap_err();
@@ -173,7 +173,7 @@ async fn redirects_are_followed_on_one_host_and_five_times() {
     assert_eq!(fetch("/hop/5").await.unwrap(), "here");
     let error = fetch("/hop/6").await.unwrap_err();
     assert!(matches!(error, RemoteError::Redirects(_)), "{error:?}");
-    // Another port is another server, opened or not.
+    // Another port is another server, whether opened or not.
     let error = fetch("/away").await.unwrap_err();
     assert!(matches!(error, RemoteError::Redirect { .. }), "{error:?}");
     let error = fetch("/gone").await.unwrap_err();
@@ -220,7 +220,7 @@ async fn bytes_and_time_are_bounded() {
             "{path}: {error:?}"
         );
     }
-    // What does not speak TLS is not spoken to without.
+    // A server without TLS is not spoken to in the clear.
     let url = Url::parse(&format!("https://{at}/fits")).unwrap();
     let error = client
         .get(&url, &HeaderMap::new(), LIMITS.time)

@@ -1,4 +1,4 @@
-//! The blob store over the S3 protocol, spoken with a server of its own (`s3s-fs`).
+//! The blob store over the S3 protocol, with a test server (`s3s-fs`).
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -26,7 +26,7 @@ use crate::remote::{network, serve};
 const KEY: &str = "an-access-key";
 pub const SECRET: &str = "a-secret-key";
 
-/// Serves the buckets that are the directories of `root`.
+/// Serves buckets, which are the directories of `root`.
 pub async fn server(root: &Path) -> SocketAddr {
     let files = s3s_fs::FileSystem::new(root).unwrap();
     let mut service = S3ServiceBuilder::new(files);
@@ -45,7 +45,7 @@ fn store(at: SocketAddr, secret: &str, network: Network) -> Arc<dyn ObjectStore>
         .unwrap()
 }
 
-/// What the server at `at` is reached by.
+/// A builder of clients of the server at `at`.
 pub fn builder(at: SocketAddr, secret: &str) -> AmazonS3Builder {
     AmazonS3Builder::new()
         .with_endpoint(format!("http://{at}"))
@@ -75,7 +75,7 @@ async fn blobs_are_kept_over_s3() {
     let place = format!("bucket/some/prefix/sha256/{}/{hex}", &hex[..2]);
     assert_eq!(std::fs::read(dir.path().join(place)).unwrap(), b"abc");
 
-    // In three parts of a multipart upload.
+    // This is a multipart upload in three parts.
     let source = dir.path().join("large");
     let bytes: Vec<u8> = (0..(16 << 20) + 5).map(|i: u32| (i % 251) as u8).collect();
     std::fs::write(&source, &bytes).unwrap();
@@ -98,7 +98,7 @@ async fn blobs_are_kept_over_s3() {
     let empty = blobs.put_file(&empty).await.unwrap();
     assert_eq!(blobs.get_bytes(&empty.digest).await.unwrap(), "");
 
-    // Bytes that are not what their key says.
+    // These bytes do not have their key's digest.
     let place = format!("bucket/some/prefix/sha256/{}/{hex}", &hex[..2]);
     std::fs::write(dir.path().join(place), "other").unwrap();
     let error = blobs.get_to_file(&large.digest, &copy).await.unwrap_err();

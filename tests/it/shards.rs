@@ -23,7 +23,7 @@ use crate::ensembles::{Worker, furnished, post, request, until_state, url};
 use crate::fixtures::{FakeComposer, Script, enqueue, job, spec, worker};
 use crate::worker::until;
 
-/// Of the owner and its helpers.
+/// The arithmetic of the owner and its helpers.
 const ARITHMETIC: &str = "cpu, f32";
 const LEASE: Duration = Duration::from_secs(3600);
 
@@ -39,7 +39,7 @@ fn lost<T: std::fmt::Debug>(answer: Result<T, QueueError>) -> bool {
     matches!(answer, Err(QueueError::LeaseLost(_)))
 }
 
-/// A job that somebody has, with its features in `count` shards.
+/// A job with an owner, whose features have `count` shards.
 struct Shared {
     db: PoolConnection<Postgres>,
     blobs: BlobStore,
@@ -125,7 +125,7 @@ async fn every_shard_is_somebodys_once_and_is_stored_once(db: PoolConnection<Pos
     shared.give(&second).await.unwrap();
     assert!(lost(shared.give(&second).await), "it has been given");
     shared.put(0, 3).await.unwrap();
-    // As after a commit whose answer was lost.
+    // This is what happens after a commit whose answer was lost.
     shared.put(0, 3).await.unwrap();
     assert_eq!(shared.there().await, [true, false, true]);
     assert_eq!(shared.count("shard").await, 2);
@@ -137,7 +137,7 @@ async fn every_shard_is_somebodys_once_and_is_stored_once(db: PoolConnection<Pos
         "{refused:?}"
     );
 
-    // Laid out once, whatever is asked for later; one that is not needed is nobody's any more.
+    // A phase is laid out once, whatever is asked for later. A shard that is not needed is taken from its helper.
     let again = shards::lay_out(&mut shared.db, &shared.owner, Phase::Features, 7);
     assert_eq!(again.await.unwrap(), 3);
     let end = shards::end(&mut shared.db, lease, Phase::Features);
@@ -156,7 +156,7 @@ async fn a_lost_helper_costs_its_shard_and_writes_nothing(db: PoolConnection<Pos
         let claimed = shared.helps().await.unwrap();
         assert_eq!(claimed.shard.index, 0);
         run_out(&mut shared.db, "job_shard", claimed.lease.token).await;
-        // Too late, also before anybody notices.
+        // It is too late, even before anybody notices.
         assert!(lost(shared.give(&claimed).await));
         assert_eq!(shards::reap(&mut shared.db).await.unwrap(), 1);
         assert_eq!(shards::reap(&mut shared.db).await.unwrap(), 0);
@@ -165,7 +165,7 @@ async fn a_lost_helper_costs_its_shard_and_writes_nothing(db: PoolConnection<Pos
         ));
         assert_eq!(shared.count("shard_lost").await, attempt);
     }
-    // Helpers that die of it are not asked again; who has the job is.
+    // After helpers have died of a shard, it is left to the owner.
     assert_eq!(shared.helps().await.unwrap().shard.index, 1);
     assert!(shared.helps().await.is_none());
     assert_eq!(shared.take().await, Some(0));
@@ -199,7 +199,7 @@ async fn shards_outlast_the_attempt_and_end_with_the_job(db: PoolConnection<Post
     let helper = shared.helps().await.unwrap();
     assert_eq!(helper.shard.index, 2);
 
-    // Who has the job is lost: its shard waits again, what is there stays, and the helper goes on.
+    // The owner is lost: its shard waits again, finished ones stay, and the helper continues.
     let stale = shared.claimed.lease;
     run_out(&mut shared.db, "job", stale.token).await;
     queue::reap(&mut shared.db).await.unwrap();
@@ -254,7 +254,7 @@ async fn only_equal_numbers_go_together_and_gradients_need_all_features(
     assert_eq!(shared.take().await, Some(0));
     shared.put(0, 2).await.unwrap();
 
-    // Dealt out while features are missing; nobody may begin.
+    // They are laid out while features are missing, so nobody may begin.
     let gradients = shards::lay_out(&mut shared.db, &shared.owner, Phase::Gradients, 3);
     assert_eq!(gradients.await.unwrap(), 3);
     let helping = shared.helps().await.unwrap();
@@ -263,7 +263,7 @@ async fn only_equal_numbers_go_together_and_gradients_need_all_features(
         (Phase::Features, 1)
     );
     assert!(shared.helps().await.is_none());
-    // Where they were there otherwise, who computes them by shards need not.
+    // If the features were stored whole, nobody needs to compute their shards.
     let (owner, blobs, file) = (shared.owner.clone(), shared.blobs.clone(), shared.file);
     let whole = shards::put_whole(&mut shared.db, &blobs, &owner, Phase::Features, &file);
     whole.await.unwrap();
@@ -275,14 +275,14 @@ async fn only_equal_numbers_go_together_and_gradients_need_all_features(
     );
     assert_eq!(helping.features, [file]);
 
-    // A file that is gone is computed again, by who has the job.
+    // A missing file is computed again, by the owner.
     let discard = shards::discard(&mut shared.db, &owner, Phase::Features, 0);
     discard.await.unwrap();
     assert_eq!(shared.take().await, Some(0));
-    // Whose answer to that was lost asks again, and is given the same.
+    // An owner that lost the answer asks again, and gets the same shard.
     assert_eq!(shared.take().await, Some(0));
 
-    // Another worker that computes otherwise begins anew.
+    // A worker with another arithmetic starts from the beginning.
     shared.owner.arithmetic = "cuda, bf16".to_owned();
     let anew = shards::lay_out(&mut shared.db, &shared.owner, Phase::Features, 2);
     assert_eq!(anew.await.unwrap(), 2);
@@ -297,7 +297,7 @@ async fn an_idle_worker_helps_with_the_job_of_another(pool: PgPool) {
         shards: 6,
         ..FakeComposer::playing(scripts)
     };
-    // The owner sits at its first shard until the others are there.
+    // The owner stays at its first shard until the others are finished.
     let (owner, helper) = (sharing(vec![Script::UntilOpened]), sharing(vec![]));
     let ensemble = post(&app, &request()).await.ok(202);
     let first = Worker::start(&app, &owner);
@@ -309,7 +309,7 @@ async fn an_idle_worker_helps_with_the_job_of_another(pool: PgPool) {
     .await;
     owner.gate.store(true, Ordering::SeqCst);
     until_state(&app, &ensemble, "succeeded").await;
-    // Whoever was first at each.
+    // Each shard was computed by whichever worker was first.
     let mut computed = owner.computed.lock().unwrap().clone();
     assert_eq!(computed.len(), 1);
     computed.extend(helper.computed.lock().unwrap().iter());
@@ -320,7 +320,7 @@ async fn an_idle_worker_helps_with_the_job_of_another(pool: PgPool) {
     let shards = events.iter().filter(|event| event["kind"] == "shard");
     assert_eq!(shards.count(), 6);
 
-    // And stops with it.
+    // The helper stops with the owner.
     let mut other = request();
     other["target"]["seed"] = json!(1);
     for fake in [&owner, &helper] {

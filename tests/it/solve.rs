@@ -36,7 +36,7 @@ async fn lineage(app: &TestApp, ensemble: &Value) -> Value {
 async fn a_subset_is_solved_again_published_and_told_apart(pool: PgPool) {
     let app = furnished(pool).await;
     let (ensemble, worker) = solved(&app, json!({"trade_off": 0.25})).await;
-    // Later versions are not the ensemble's.
+    // Later versions do not belong to the ensemble.
     let newer = fitting(&app, 9).to_bytes();
     app.upload("/v1/prompts/digits/versions", newer)
         .await
@@ -101,7 +101,7 @@ async fn a_subset_is_solved_again_published_and_told_apart(pool: PgPool) {
         .ok(200);
     assert_eq!(source["nodes"][0]["produced_by"], Value::Null);
 
-    // What was solved again can be solved again, from what is left.
+    // A solved ensemble can be solved again, from its remaining sources.
     let digits = json!({"sources": [{"prompt": "digits:1"}], "output": {"name": "alone"}});
     let alone = resolve(&app, &done, &digits).await.ok(202);
     assert_eq!(alone["spec"]["solved_from"]["ensemble"], done["id"]);
@@ -126,16 +126,16 @@ async fn what_is_left_out_stays_but_for_what_needs_the_backbone(pool: PgPool) {
     assert_eq!(again["spec"]["sources"], ensemble["spec"]["sources"]);
     let mut expected = ensemble["spec"]["objective"].clone();
     expected.as_object_mut().unwrap().remove("experimental");
-    // What `validation` chose, says the fake.
+    // The fake says that `validation` chose this.
     expected["trade_off"] = json!(0.5);
     assert_eq!(again["spec"]["objective"], expected);
 
-    // The same once more: it is over by then, and answered with.
+    // The same request again is answered with this ensemble, which is over by then.
     until_state(&app, &again, "succeeded").await;
     let null = resolve(&app, &ensemble, &Value::Null).await.ok(200);
     assert_eq!(null["id"], again["id"]);
 
-    // One that is given replaces all of it.
+    // A given objective replaces the whole one.
     let body = json!({"objective": {"trade_off": "knee", "head": {"shrinkage": 0.5}}});
     let other = resolve(&app, &ensemble, &body).await.ok(202);
     assert_eq!(other["spec"]["objective"]["trade_off"], "knee");
@@ -152,7 +152,7 @@ async fn a_share_of_equal_weights_that_was_chosen_stays(pool: PgPool) {
     let app = furnished(pool).await;
     let (ensemble, worker) = solved(&app, json!({"experimental": {"uniform_mix": "auto"}})).await;
     let again = app.post_empty(&url(&ensemble, "solve")).await.ok(202);
-    // What `auto` chose, says the fake.
+    // The fake says that `auto` chose this.
     assert_eq!(
         again["spec"]["objective"]["experimental"],
         json!({"uniform_mix": 0.25})
@@ -163,7 +163,7 @@ async fn a_share_of_equal_weights_that_was_chosen_stays(pool: PgPool) {
     worker.stop().await;
 }
 
-/// Without the backbone nothing can be compared again: what gave way to the single best source gives it again.
+/// Without the backbone nothing can be compared again, so a fallback to the single best source is repeated.
 #[sqlx::test(migrator = "MIGRATOR")]
 async fn what_fell_back_is_the_single_best_again(pool: PgPool) {
     let app = furnished(pool.clone()).await;
@@ -183,7 +183,7 @@ async fn what_fell_back_is_the_single_best_again(pool: PgPool) {
     let objective = &again["spec"]["objective"];
     assert_eq!(objective["method"], "single_best", "{objective}");
     assert_eq!(objective["by"], "validation");
-    // Whoever asks for the mixture gets it.
+    // A request for the mixture gets it.
     let mixture = json!({"objective": {"trade_off": 0.25}, "output": {"name": "mixture"}});
     let mixture = resolve(&app, &ensemble, &mixture).await.ok(202);
     assert_eq!(mixture["spec"]["objective"]["trade_off"], 0.25);
@@ -207,7 +207,7 @@ async fn what_cannot_be_solved_again_is_refused_with_its_place(pool: PgPool) {
 
     let (ensemble, worker) = solved(&app, json!({"head": {"shrinkage": 0.5}})).await;
     worker.stop().await;
-    // Not of this ensemble, though the registry has it.
+    // The registry has this version, but the ensemble does not.
     let newer = fitting(&app, 9).to_bytes();
     let newer = app
         .upload("/v1/prompts/digits/versions", newer)
@@ -235,7 +235,7 @@ async fn what_cannot_be_solved_again_is_refused_with_its_place(pool: PgPool) {
             "invalid_objective",
             "/objective/trade_off",
         ),
-        // Of the ensemble it is 0.5.
+        // The ensemble's own value is 0.5.
         (
             objective(json!({"trade_off": 0.5})),
             "invalid_objective",
@@ -246,7 +246,7 @@ async fn what_cannot_be_solved_again_is_refused_with_its_place(pool: PgPool) {
             "invalid_objective",
             "/objective/experimental/refine",
         ),
-        // 4 samples in 8 dimensions.
+        // There are 4 samples in 8 dimensions.
         (
             objective(json!({"head": {"shrinkage": 0.5}, "h_score": {"shrinkage": 0.0}})),
             "invalid_objective",

@@ -1,4 +1,4 @@
-//! What `up` does with a worker that dies, with stand-ins for the worker program.
+//! `up` and a worker that dies, with stand-ins for the worker program.
 
 use std::fs;
 use std::future::Future;
@@ -18,7 +18,7 @@ use uuid::Uuid;
 
 use crate::fixtures;
 
-/// A worker that notes its process and its id, and then does as the script says.
+/// A worker that notes its process and its id, and then runs the script.
 fn supervisor(pool: &PgPool, notes: &Path, script: &str) -> Supervisor {
     let script = format!("echo $$ \"$PROMPTWEAVE_WORKER_ID\" >> \"$0\"; {script}");
     let mut program = Command::new("sh");
@@ -65,7 +65,7 @@ async fn listed(pool: &PgPool) -> Vec<Worker> {
 async fn a_worker_that_ends_as_it_was_asked_to_stays_down(pool: PgPool) {
     let dir = tempfile::tempdir().unwrap();
     let notes = dir.path().join("notes");
-    // It returns: there is nothing left to supervise.
+    // It returns, because nothing is left to supervise.
     supervisor(&pool, &notes, "exit 0").run().await;
     assert_eq!(starts(&notes).len(), 1);
     assert!(listed(&pool).await.is_empty());
@@ -85,7 +85,7 @@ async fn three_failed_starts_in_a_row_make_a_worker_defunct(pool: PgPool) {
     .await;
     let starts = starts(&notes);
     assert_eq!(starts.len(), 3);
-    // All of them are one row.
+    // All starts have one row.
     assert!(starts.iter().all(|(_, id)| *id == defunct.id), "{starts:?}");
     assert_eq!(listed(&pool).await.len(), 1);
     assert_eq!(defunct.pid as u32, starts[2].0);
@@ -94,7 +94,7 @@ async fn three_failed_starts_in_a_row_make_a_worker_defunct(pool: PgPool) {
     assert!(!defunct.live);
     let reason = defunct.reason.unwrap();
     assert!(reason.contains("exit status: 3"), "{reason}");
-    // It does not wait for the next try when it is told to stop.
+    // When told to stop, it does not wait for the next try.
     shutdown.soft.cancel();
     supervised.await.unwrap();
 }
@@ -128,7 +128,7 @@ async fn a_worker_that_is_killed_at_work_is_dead_in_the_list_and_replaced(pool: 
     let process = Pid::from_raw(pid as i32).unwrap();
     kill_process(process, Signal::KILL).unwrap();
     let (_, next) = until("another start", || async { starts(&notes).get(1).copied() }).await;
-    // Another worker, as this one had worked; and it is said why the first is gone.
+    // The next start is another worker, because this one had worked; and the reason why the first is gone is stored.
     assert_ne!(next, id);
     let dead = &listed(&pool).await[0];
     assert_eq!(

@@ -1,5 +1,5 @@
-//! No string of a client becomes a path: every string that the API's document names (in paths, queries, headers and
-//! bodies) is replaced, one at a time, by what has led out of other servers' folders.
+//! No string from a client becomes a path: every string in the API's document (in paths, queries, headers and bodies)
+//! is replaced, one at a time, by text that has led out of other servers' folders.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -18,7 +18,7 @@ use crate::ensembles::furnished;
 
 const CANARY: &str = "promptweave-canary-5f1d";
 
-/// As they are sent: what is escaped here reaches the server escaped.
+/// Hostile texts, as they are sent: an escaped one reaches the server escaped.
 fn corpus(secret: &Path) -> Vec<String> {
     let secret = secret.display();
     let mut corpus: Vec<String> = [
@@ -55,7 +55,7 @@ fn corpus(secret: &Path) -> Vec<String> {
     corpus
 }
 
-/// A value that a schema allows; strings are their examples.
+/// A value that a schema allows; strings come from their examples.
 fn sample(document: &Value, schema: &Value) -> Value {
     if let Some(reference) = schema["$ref"].as_str() {
         return sample(document, document.pointer(&reference[1..]).unwrap());
@@ -94,7 +94,7 @@ fn sample(document: &Value, schema: &Value) -> Value {
     }
 }
 
-/// Places of all strings in a value; a free object gets one.
+/// Pointers to all strings in a value; a free-form object gets one.
 fn strings(value: &Value, at: String, found: &mut Vec<String>) {
     match value {
         Value::String(_) => found.push(at),
@@ -154,7 +154,7 @@ impl Probe<'_> {
             }
             None => Body::empty(),
         };
-        // Not even a path or a header to HTTP.
+        // HTTP itself refuses this as a path or a header.
         let Ok(request) = request.body(body) else {
             return;
         };
@@ -248,7 +248,7 @@ async fn no_string_of_a_client_leads_out(pool: PgPool) {
                     let name = parameter["name"].as_str().unwrap();
                     match parameter["in"].as_str().unwrap() {
                         "path" => {
-                            // As it is, with its slashes, and all of it escaped.
+                            // The text is sent unchanged, with its slashes, and fully escaped.
                             for text in [hostile.clone(), escaped(hostile)] {
                                 let values = [
                                     "00000000-0000-0000-0000-000000000000",
@@ -286,7 +286,7 @@ async fn no_string_of_a_client_leads_out(pool: PgPool) {
                 for place in places {
                     let mut json = usual.clone().unwrap();
                     *json.pointer_mut(&place).unwrap() = json!(hostile);
-                    // One of two, of which only one may be given.
+                    // Only one of these two may be given.
                     for (this, other) in [("/directory", "uri"), ("/uri", "directory")] {
                         if place == this {
                             json.as_object_mut().unwrap().remove(other);
@@ -299,7 +299,7 @@ async fn no_string_of_a_client_leads_out(pool: PgPool) {
     }
     assert!(probe.sent > 2000, "{}", probe.sent);
     assert_eq!(outside(everything(app.dir.path())), before);
-    // What is stored is called by its digest.
+    // Stored files are named by their digests.
     for path in everything(&blobs).iter().filter(|path| path.is_file()) {
         let name = path.file_name().unwrap().to_str().unwrap();
         assert!(

@@ -1,4 +1,4 @@
-//! `/v1/tunings`: refusals at the door, and a tuning from POST to a published prompt, killed in between.
+//! `/v1/tunings`: refused requests, and a tuning from POST to a published prompt, killed in between.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -47,7 +47,7 @@ async fn events(app: &TestApp, tuning: &Value) -> Vec<Value> {
     page["items"].as_array().unwrap().clone()
 }
 
-/// What `epoch` events have.
+/// The data of the `epoch` events.
 async fn epochs(app: &TestApp, tuning: &Value) -> Vec<Value> {
     let events = events(app, tuning).await.into_iter();
     let epochs = events.filter(|event| event["kind"] == "epoch");
@@ -64,7 +64,7 @@ async fn a_tuning_publishes_a_prompt_with_its_start_as_lineage_and_tells_of_ever
     let tuning = answer.ok(202);
     assert_eq!(answer.header("location"), url(&tuning, "self"));
     assert_eq!(tuning["state"], "queued");
-    // Those of the start, whatever is said.
+    // These are the start's, whatever the request says.
     assert_eq!(tuning["spec"]["options"]["num_tokens"], 2);
     assert_eq!(tuning["spec"]["start"]["prompt"], "digits");
     let unfinished = app.get(&url(&tuning, "result")).await;
@@ -103,7 +103,7 @@ async fn a_tuning_publishes_a_prompt_with_its_start_as_lineage_and_tells_of_ever
     assert_eq!(lineage["edges"], json!([edge]));
     assert_eq!(lineage["nodes"][0]["produced_by"]["tuning"], tuning["id"]);
     assert_eq!(lineage["nodes"][0]["produced_by"].get("ensemble"), None);
-    // Nobody pulls the start away from under it.
+    // The start cannot be deleted while the tuning needs it.
     let delete = Request::delete("/v1/prompts/digits").header(header::IF_MATCH, "*");
     let kept = app.send(delete.body(Body::empty()).unwrap()).await;
     let problem = kept.problem(409, "prompt_in_use");
@@ -134,7 +134,7 @@ async fn whoever_asked_is_told_of_a_tunings_end_with_its_prompt(pool: PgPool) {
 async fn an_attempt_after_a_kill_goes_on_from_the_checkpoint_on_another_worker(pool: PgPool) {
     let app = furnished(pool).await;
     let tuning = post(&app, &request()).await.ok(202);
-    // In its second epoch when its worker is not heard of any more.
+    // The worker is lost in the second epoch.
     let fake = FakeComposer::playing([Script::UntilStopped]);
     let first = Worker::start(&app, &fake);
     until("an epoch", || async {
@@ -221,12 +221,12 @@ async fn an_equal_tuning_is_the_one_that_is_there_until_its_prompt_is_deleted(po
     let mut unnamed = request();
     unnamed["output"] = json!({});
     assert_eq!(post(&app, &unnamed).await.ok(200)["id"], tuning["id"]);
-    // Gone, it is no answer any more.
+    // A deleted prompt is no answer any more.
     let delete = Request::delete("/v1/prompts/pets-tuned").header(header::IF_MATCH, "*");
     let deleted = app.send(delete.body(Body::empty()).unwrap()).await;
     assert_eq!(deleted.status.as_u16(), 204, "{deleted:?}");
     assert_ne!(post(&app, &request()).await.ok(202)["id"], tuning["id"]);
-    // Under another name it is not published.
+    // It is not published under the other name.
     let renamed = with("/output/name", json!("other"));
     assert_ne!(post(&app, &renamed).await.ok(202)["id"], tuning["id"]);
     let forced = with("/force", json!(true));
@@ -438,7 +438,7 @@ async fn what_cannot_be_tuned_is_refused_at_the_door(pool: PgPool) {
     assert_eq!(app.get("/v1/tunings").await.ok(200)["items"], json!([]));
 }
 
-/// The engine itself, on a backbone of one block.
+/// The real engine, on a backbone of one block.
 #[cfg(feature = "torch")]
 #[sqlx::test(migrator = "MIGRATOR")]
 async fn the_engine_tunes_what_was_posted_and_goes_on_from_what_it_made(pool: PgPool) {

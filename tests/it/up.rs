@@ -1,5 +1,4 @@
-//! `up` as a whole, with a stand-in for the worker program: what is started, and that all of it
-//! stops.
+//! The whole of `up`, with a stand-in for the worker program: what it starts, and that all of it stops.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -47,7 +46,7 @@ fn free_port() -> u16 {
         .port()
 }
 
-/// A worker that notes its starts and its orderly ends, and until then only lives.
+/// A worker that only notes its starts and its orderly ends.
 fn stand_in(notes: &Path) -> Command {
     let script = "echo start $$ \"$DATABASE_URL\" >> \"$0\"; cat > /dev/null; echo end >> \"$0\"";
     let mut command = Command::new("sh");
@@ -131,7 +130,7 @@ async fn everything_starts_is_kept_running_and_stops_in_order() {
     let url = words.next().unwrap();
     sqlx::PgPool::connect(url).await.unwrap().close().await;
 
-    // A worker that dies is replaced, and nobody else notices.
+    // A dead worker is replaced, and nothing else changes.
     let pid = rustix::process::Pid::from_raw(pid).unwrap();
     rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
     until("another worker", || starts() == 2).await;
@@ -158,14 +157,14 @@ async fn everything_starts_is_kept_running_and_stops_in_order() {
     assert!(std::net::TcpStream::connect(("127.0.0.1", port)).is_err());
     assert!(sqlx::PgPool::connect(&url).await.is_err());
 
-    // And again, with what was there.
+    // It starts again with the existing data.
     let up = Up::start(&dir.path().join("data"), &notes);
     until("the worker's start", || starts() == 3).await;
     assert_eq!(fs::read_to_string(&file).unwrap(), key);
     assert_eq!(up.status_with(&key, "/v1/prompts").await, 200);
     up.stop().await;
 
-    // A key that opens nothing any more is replaced: whoever owns the directory gets in.
+    // A key that opens nothing any more is replaced: the directory's owner always gets in.
     fs::write(&file, key.replace("pr_", "pr_0")).unwrap();
     let up = Up::start(&dir.path().join("data"), &notes);
     until("the worker's start", || starts() == 4).await;
@@ -193,6 +192,6 @@ async fn without_keys_only_this_machine_may_reach_it() {
             "{text}"
         );
     }
-    // Refused before anything was made.
+    // It was refused before anything was created.
     assert!(!dir.path().join("postgres").exists());
 }

@@ -180,7 +180,7 @@ async fn an_object_of_a_bucket_is_fetched(pool: PgPool) {
 async fn hub() -> [SocketAddr; 2] {
     let file = |path: &str| fs::read(fixtures().join(path)).unwrap();
     let content = async |headers: HeaderMap, UrlPath(path): UrlPath<String>| -> Response {
-        // The token is for the Hub alone.
+        // Only the Hub may get the token.
         if headers.contains_key(header::AUTHORIZATION) {
             return StatusCode::BAD_REQUEST.into_response();
         }

@@ -1,4 +1,4 @@
-//! Ensembles watched, tried again and repeated; and what need not be computed twice.
+//! Watching, retrying and replaying ensembles; and reusing what was computed before.
 
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -60,7 +60,7 @@ async fn a_stream_has_every_event_and_ends_with_the_ensemble(pool: PgPool) {
     let mut read = Vec::new();
     while let Some(frame) = body.frame().await {
         read.extend(frame.unwrap().into_data().unwrap());
-        // Not before somebody has seen it at work.
+        // The gate opens only after the stream has shown the job running.
         let text = String::from_utf8_lossy(&read);
         let at_work = text.contains("event: progress");
         fake.gate.fetch_or(at_work, Ordering::SeqCst);
@@ -123,7 +123,7 @@ async fn who_waits_is_answered_with_the_end(pool: PgPool) {
 async fn what_is_computed_is_not_computed_again(pool: PgPool) {
     let app = furnished(pool).await;
     let request = request();
-    // At once, and one after the other.
+    // The same request is posted many times at once, and then again.
     let posted = join_all((0..20).map(|_| post(&app, &request))).await;
     let ensemble = posted[0].ok(202);
     for again in &posted {
@@ -135,7 +135,7 @@ async fn what_is_computed_is_not_computed_again(pool: PgPool) {
         changed[key] = value;
         changed
     };
-    // Who names no output takes what there is; who names another wants it there.
+    // A request without an output takes the existing result; one with another output needs it published there.
     let unnamed = post(&app, &with("output", json!({}))).await.ok(202);
     assert_eq!(unnamed["id"], ensemble["id"]);
     let renamed = post(&app, &with("output", json!({"name": "other"}))).await;
@@ -146,7 +146,7 @@ async fn what_is_computed_is_not_computed_again(pool: PgPool) {
     let listed = app.get("/v1/ensembles").await.ok(200);
     assert_eq!(listed["items"].as_array().unwrap().len(), 3);
 
-    // One that is to stop is nobody's answer.
+    // An ensemble that was asked to stop is not reused.
     app.post_empty(&url(&ensemble, "cancel")).await.ok(200);
     app.post_empty(&url(&forced, "cancel")).await.ok(200);
     let anew = post(&app, &request).await.ok(202);
@@ -157,7 +157,7 @@ async fn what_is_computed_is_not_computed_again(pool: PgPool) {
     let found = post(&app, &request).await;
     assert_eq!(found.header("retry-after"), "");
     assert_eq!(found.ok(200)["id"], anew["id"]);
-    // One whose prompt is gone is none either.
+    // An ensemble whose prompt is deleted is not reused either.
     worker.stop().await;
     let prompt = Request::delete("/v1/prompts/pets-composed").header(header::IF_MATCH, "*");
     let deleted = app.send(prompt.body(Body::empty()).unwrap()).await;
@@ -222,9 +222,9 @@ async fn a_replay_says_how_much_the_weights_differ(pool: PgPool) {
     let done = until_state(&app, &again, "succeeded").await;
     assert_eq!(done["replay"]["max_weight_difference"], 0.0);
     let result = app.get(&url(&again, "result")).await.ok(200);
-    // Nobody's production prompt gets a version for it.
+    // A replay publishes under its own name, so no production prompt gets a version.
     assert_ne!(result["composed_prompt"]["prompt"], "pets-composed");
-    // Of one that was solved again too.
+    // A solved ensemble can be replayed too.
     let solved = app.post_empty(&url(&ensemble, "solve")).await.ok(202);
     let solved = until_state(&app, &solved, "succeeded").await;
     let again = app.post_empty(&url(&solved, "replay")).await.ok(202);
@@ -250,7 +250,7 @@ async fn a_full_queue_refuses_and_a_dry_run_queues_nothing(pool: PgPool) {
     let full = post(&app, &other).await;
     full.problem(429, "queue_full");
     assert_eq!(full.header("retry-after"), "10");
-    // What waits already needs no place.
+    // A request that is answered by a waiting job needs no place in the queue.
     post(&app, &request()).await.ok(202);
 
     let worker = Worker::start(&app, &FakeComposer::default());

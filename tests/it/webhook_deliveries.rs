@@ -1,5 +1,5 @@
-//! Messages on their way: signed, sent at least once, tried again, and holding up nobody. Time is the database's,
-//! so a pause ends by moving `next_at`, never by waiting.
+//! Sending messages: they are signed, sent at least once, tried again, and delay nobody. Time is the database's, so a
+//! pause is ended by moving `next_at`, never by waiting.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::net::SocketAddr;
@@ -31,13 +31,13 @@ use crate::fixtures::{FakeComposer, Script};
 use crate::remote::{Names, network, serve};
 use crate::webhooks::{below, deliveries, opened, patch, register};
 
-/// Somebody who listens on loopback.
+/// A receiver on loopback.
 #[derive(Clone, Default)]
 struct Receiver {
     got: Arc<Mutex<Vec<(HeaderMap, Bytes)>>>,
-    /// One by one, then 204; 0: no answer at all.
+    /// The statuses to answer with, one by one, then 204; 0 gives no answer at all.
     answers: Arc<Mutex<VecDeque<u16>>>,
-    /// Sent with every answer.
+    /// Location header of every answer.
     location: Option<String>,
 }
 
@@ -103,7 +103,7 @@ async fn send_test(app: &TestApp, webhook: &Value) -> Value {
     app.post_empty(&below(webhook, "/test")).await.ok(202)
 }
 
-/// A delivery once it is as it should be.
+/// Waits until a delivery is as expected.
 async fn until(app: &TestApp, delivery: &Value, is: impl Fn(&Value) -> bool) -> Value {
     let [webhook, id] = ["webhook_id", "id"].map(|name| delivery[name].as_str().unwrap());
     let path = format!("/v1/webhooks/{webhook}/deliveries/{id}");
@@ -126,7 +126,7 @@ fn delivered(delivery: &Value) -> bool {
     delivery["state"] == "delivered"
 }
 
-/// A try that was in vain, with another to come.
+/// Whether a try failed and another will come.
 fn tried(delivery: &Value) -> bool {
     delivery["state"] == "pending" && delivery["last_error"].is_string()
 }
@@ -220,7 +220,7 @@ async fn a_message_is_tried_again_until_it_is_taken(pool: PgPool) {
         let failed = until(&app, &delivery, |it| it["last_status"] == status).await;
         assert!(tried(&failed), "{failed}");
         assert_eq!(failed["attempt"], attempt);
-        // From the answer on, which came a moment after the try began.
+        // The wait counts from the answer, which came a moment after the try began.
         let waits = (at(&failed, "next_at") - at(&failed, "last_attempt_at")).as_seconds_f64();
         assert!(
             (pause.start..pause.end + 1.0).contains(&waits),
@@ -238,7 +238,7 @@ async fn a_message_is_tried_again_until_it_is_taken(pool: PgPool) {
     let id = delivery["id"].as_str().unwrap();
     assert_eq!(receiver.ids(), [id; 3]);
 
-    // Nobody there, and then somebody.
+    // First nobody listens, and then somebody does.
     let place = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = place.local_addr().unwrap();
     drop(place);
@@ -282,18 +282,18 @@ async fn a_dead_receiver_holds_up_neither_jobs_nor_others(pool: PgPool) {
     for delivery in deliveries(&app, &to_alive).await {
         until(&app, &delivery, delivered).await;
     }
-    // Less than it takes to give up on one message to the dead one.
+    // This is less than it takes to give up on one message to the dead receiver.
     assert!(
         begun.elapsed() < Duration::from_secs(12),
         "{:?}",
         begun.elapsed()
     );
     assert_eq!(alive.got().len(), 21);
-    // Its other messages wait for these.
+    // The dead receiver's other messages wait for these.
     assert_eq!(dead.got().len(), 4);
     worker.stop().await;
 
-    // What is broken off was not tried, and is anybody's.
+    // An interrupted message does not count as tried, and any process may take it.
     deliverer.stop().await;
     for delivery in deliveries(&app, &to_dead).await {
         assert_eq!(
@@ -342,7 +342,7 @@ async fn receivers_that_fail_are_served_apart_and_one_at_a_time(pool: PgPool) {
     let claimed = claim(Receivers::Failing).await;
     assert_eq!(claimed.len(), 1);
     assert!(claim(Receivers::Failing).await.is_empty());
-    // Once one gets through, so may the others.
+    // Once one message arrives, the others may be sent too.
     settle(&claimed[0], Outcome::Delivered { status: 200 }).await;
     assert!(claim(Receivers::Failing).await.is_empty());
     assert_eq!(claim(Receivers::Answering).await.len(), 2);
@@ -375,7 +375,7 @@ async fn what_a_dead_deliverer_had_is_delivered_by_another(pool: PgPool) {
     let webhook = register(&app, &format!("http://{}/", receiver.listen().await)).await;
     let delivery = send_test(&app, &webhook).await;
     let mut db = app.state.pool.acquire().await.unwrap();
-    // And then its process is gone.
+    // Then its process dies.
     let claimed = outbox::claim(&mut db, Receivers::Answering, 10)
         .await
         .unwrap();
@@ -396,7 +396,7 @@ async fn what_a_dead_deliverer_had_is_delivered_by_another(pool: PgPool) {
     .await;
     let done = until(&app, &delivery, delivered).await;
     assert_eq!(done["attempt"], 2);
-    // It was not dead after all, and too late.
+    // The process was not dead after all, but it is too late.
     let error = "the receiver answered 500".to_owned();
     let late = Outcome::Failed {
         status: Some(500),
@@ -424,7 +424,7 @@ async fn what_was_given_up_or_delivered_is_sent_once_more_when_asked(pool: PgPoo
     let webhook = register(&app, &format!("http://{}/", receiver.listen().await)).await;
     let delivery = send_test(&app, &webhook).await;
     until(&app, &delivery, tried).await;
-    // The last of its tries.
+    // This is the last of its tries.
     receiver.answers.lock().unwrap().push_back(503);
     sql(
         &app,
@@ -455,7 +455,7 @@ async fn what_was_given_up_or_delivered_is_sent_once_more_when_asked(pool: PgPoo
     let id = delivery["id"].as_str().unwrap();
     assert_eq!(receiver.ids(), [id; 4]);
 
-    // Long ago.
+    // The delivery was long ago.
     let mut db = app.state.pool.acquire().await.unwrap();
     assert_eq!(outbox::forget(&mut db).await.unwrap(), 0);
     sql(
@@ -521,7 +521,7 @@ async fn names_of_private_addresses_and_redirects_lead_nowhere(pool: PgPool) {
         ..Receiver::answering([301, 302, 303, 307, 308])
     };
     let outside_at = outside.listen().await;
-    // Loopback is not opened to this one, but for one port of one name.
+    // Loopback is not opened to this app, except for one port of one name.
     let names = Names::new(&[&["127.0.0.1", "::1", "::ffff:127.0.0.1"]]);
     let opening = format!("public.test:{}", outside_at.port());
     let client = Client::with_names(network(&[&opening]), names).unwrap();
@@ -535,7 +535,7 @@ async fn names_of_private_addresses_and_redirects_lead_nowhere(pool: PgPool) {
         "`rebinding.test` has no public address"
     );
     assert_eq!(failed["last_status"], Value::Null);
-    // An address that was opened when it was registered, and is no more.
+    // The address was opened when the webhook was registered, and no longer is.
     let literal = register(&app, &format!("http://{inside}/")).await;
     let delivery = send_test(&app, &literal).await;
     let failed = until(&app, &delivery, tried).await;

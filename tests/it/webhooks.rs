@@ -1,4 +1,5 @@
-//! `/v1/webhooks`: who is told what, and that a message is written with what it tells, or not at all.
+//! `/v1/webhooks`: which receivers are sent which events, and that a message is written together with its event, or not
+//! at all.
 
 use std::time::Duration;
 
@@ -20,7 +21,7 @@ use crate::app::{TestApp, TestResponse};
 use crate::fixtures::{enqueue, spec, worker};
 use crate::remote::network;
 
-/// Where loopback may be told.
+/// An app that may send webhooks to loopback.
 pub fn opened(pool: PgPool) -> TestApp {
     TestApp::with_settings(pool, |settings| {
         settings.network = network(&["127.0.0.0/8"]);
@@ -31,7 +32,7 @@ pub async fn register(app: &TestApp, url: &str) -> Value {
     app.post("/v1/webhooks", &json!({"url": url})).await.ok(201)
 }
 
-/// Below a webhook.
+/// A path below a webhook.
 pub fn below(webhook: &Value, rest: &str) -> String {
     format!("/v1/webhooks/{}{rest}", webhook["id"].as_str().unwrap())
 }
@@ -167,7 +168,7 @@ async fn what_can_never_be_delivered_is_refused_with_its_place(pool: PgPool) {
         app.get(&below(&good, "")).await.ok(200)["url"],
         "http://10.1.2.3:81/"
     );
-    // Opened, or a name: that is looked up when something is sent.
+    // This address is opened, or it is a name, which is looked up when a message is sent.
     register(&app, "http://hooks.test:9000/").await;
     register(&app, "http://localhost/").await;
 
@@ -253,7 +254,7 @@ async fn sql(db: &mut PgConnection, statement: &'static str) {
     sqlx::query(statement).execute(db).await.unwrap();
 }
 
-/// Types of the messages to a webhook, in order.
+/// Types of a webhook's messages, in order.
 async fn told(app: &TestApp, webhook: &Value) -> Vec<Value> {
     let mut told = deliveries(app, webhook).await;
     told.reverse();
@@ -272,7 +273,7 @@ async fn every_end_writes_one_message_and_nothing_else_does(pool: PgPool) {
     let spec = spec(&mut db).await;
     let error = || JobError::new(JobErrorCode::NotFinite, "sample 3 has NaN");
 
-    // A pause, a loss and a refusal to give up are no ends.
+    // A pause, a loss and a transient error are not ends.
     let id = enqueue(&mut db, &spec).await;
     let released = claim(&mut db).await;
     queue::release(&mut db, released.lease).await.unwrap();
@@ -289,7 +290,7 @@ async fn every_end_writes_one_message_and_nothing_else_does(pool: PgPool) {
     .await;
     queue::reap(&mut db).await.unwrap();
     assert!(told(&app, &all).await.is_empty());
-    // Who lost the job tells nobody of its end.
+    // A worker that lost the job cannot report its end.
     let late = queue::fail(&mut db, lost.lease, error(), None).await;
     assert!(matches!(late, Err(QueueError::LeaseLost(_))), "{late:?}");
     assert!(told(&app, &all).await.is_empty());
@@ -312,13 +313,13 @@ async fn every_end_writes_one_message_and_nothing_else_does(pool: PgPool) {
     assert_eq!(data["error"]["code"], "not_finite");
     assert_eq!(data["urls"]["self"], format!("/v1/ensembles/{id}"));
 
-    // Again, and that is another end.
+    // The job is retried, and ends again, which is another event.
     requests::retry(&mut db, DEFAULT_PROJECT, id).await.unwrap();
     requests::cancel(&mut db, DEFAULT_PROJECT, id)
         .await
         .unwrap();
     expected.push(json!("ensemble.cancelled"));
-    // Of a running one, by its worker; and by whoever reaps it, when its worker is gone.
+    // The end of a cancelled job is reported by its worker, or by the reaper if its worker is gone.
     for noticed in [true, false] {
         let id = enqueue(&mut db, &spec).await;
         let claimed = claim(&mut db).await;
@@ -339,7 +340,7 @@ async fn every_end_writes_one_message_and_nothing_else_does(pool: PgPool) {
             queue::reap(&mut db).await.unwrap();
         }
         expected.push(json!("ensemble.cancelled"));
-        // A second wish changes nothing.
+        // A second request to cancel changes nothing.
         requests::cancel(&mut db, DEFAULT_PROJECT, id)
             .await
             .unwrap();

@@ -1,9 +1,9 @@
-//! One public word for one thing: what was renamed does not come back, in code, API, docs or results.
+//! One public word for one thing: a renamed word must not come back in code, API, docs or results.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// A word that is gone, and the word for it now.
+/// A word that is gone, and the word that replaced it.
 const GONE: [(&str, &str); 29] = [
     ("hgprompt_paper", "hgprompt"),
     ("resolved_from", "solved_from"),
@@ -36,7 +36,7 @@ const GONE: [(&str, &str); 29] = [
     ("is_passing", "is_transient"),
 ];
 
-/// Folders and files of the repository in which people read words, and the endings that are text.
+/// Folders and files of the repository that people read, and the endings of text files.
 const PLACES: [&str; 14] = [
     "src",
     "crates",

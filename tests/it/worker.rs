@@ -1,4 +1,4 @@
-//! Workers with a fake engine, on a real queue: what becomes of a job whatever happens around it.
+//! Workers with a fake engine, on a real queue: what happens to a job whatever goes wrong around it.
 
 use std::fs;
 use std::future::Future;
@@ -27,7 +27,7 @@ use uuid::Uuid;
 
 use crate::fixtures::{self, FakeComposer, Script};
 
-/// Polls until the condition holds; far longer than anything here takes.
+/// Polls until the condition holds, for much longer than anything here takes.
 pub async fn until<F: Future<Output = bool>>(what: &str, mut condition: impl FnMut() -> F) {
     let patience = async {
         while !condition().await {
@@ -39,7 +39,7 @@ pub async fn until<F: Future<Output = bool>>(what: &str, mut condition: impl FnM
         .unwrap_or_else(|_| panic!("{what}"));
 }
 
-/// A queue with one spec whose files are all in the stores.
+/// A queue with one spec, whose files are all in the stores.
 struct Place {
     pool: PgPool,
     blobs: BlobStore,
@@ -98,7 +98,7 @@ impl Place {
         self.job(id).await
     }
 
-    /// In the phase in which the fake blocks.
+    /// Waits until the job is in the phase in which the fake blocks.
     async fn until_working(&self, id: Uuid) {
         until("progress", || async {
             self.job(id).await.progress.is_some()
@@ -180,10 +180,10 @@ async fn jobs_are_run_one_after_the_other_and_their_statistics_kept(pool: PgPool
         .await
         .unwrap();
     assert_eq!(statistics, "statistics");
-    // This one comes while the worker waits; the notification wakes it.
+    // This job is posted while the worker waits; the notification wakes it.
     let late = place.enqueue().await;
     place.until_state(late, JobState::Succeeded).await;
-    // Equal compositions under one name are one version; both jobs name it.
+    // Equal compositions under one name are one version, which both jobs name.
     assert_eq!(place.composed_prompts().await, 1);
     assert_eq!(
         place
@@ -250,7 +250,7 @@ async fn refusals_panics_and_retries_end_as_they_should(pool: PgPool) {
     let waiting = place.job(retried).await;
     assert_eq!((waiting.state, waiting.attempt), (JobState::Queued, 1));
     assert_eq!(waiting.error.unwrap().code, "libtorch");
-    // The poll finds it once its time has come.
+    // Polling finds the job once its time has come.
     sqlx::query("UPDATE job SET run_at = now() WHERE state = 'queued'")
         .execute(&place.pool)
         .await
@@ -319,7 +319,7 @@ async fn a_stopping_worker_gives_its_job_to_the_next(pool: PgPool) {
 async fn a_worker_that_vanishes_loses_the_job_to_another(pool: PgPool) {
     let place = Place::new(pool).await;
     let id = place.enqueue().await;
-    // A claim, and never a word after it: as a killed process leaves it.
+    // The job is claimed and then abandoned, as a killed process leaves it.
     let mut db = place.pool.acquire().await.unwrap();
     let ghost = fixtures::worker(&mut db).await;
     queue::claim(&mut db, ghost, Duration::from_millis(300))
@@ -339,11 +339,11 @@ async fn a_worker_whose_lease_is_taken_stops_and_writes_nothing(pool: PgPool) {
     let place = Place::new(pool).await;
     let id = place.enqueue().await;
     let slow = FakeComposer::playing([Script::UntilOpened]);
-    // The lease is short, so the renewal notices soon that it is gone.
+    // The lease is short, so the renewal soon notices that it is lost.
     let second = Duration::from_secs(1);
     let worker = place.worker_with(&slow, second, Duration::from_secs(600), place.pool.clone());
     place.until_working(id).await;
-    // Somebody else has the job from here on.
+    // From here on another worker owns the job.
     let other = Uuid::now_v7();
     let new = workers::NewWorker {
         id: other,
@@ -382,7 +382,7 @@ async fn a_lease_is_renewed_for_as_long_as_the_work_takes(pool: PgPool) {
     let lease = Duration::from_secs(1);
     let worker = place.worker_with(&fake, lease, Duration::from_secs(600), place.pool.clone());
     place.until_working(id).await;
-    // Twice the lease later, by the database's clock, it is still the first attempt.
+    // After twice the lease, by the database's clock, it is still the first attempt.
     until("two leases to pass", || async {
         sqlx::query_scalar::<_, bool>(
             "SELECT now() > started_at + interval '2 seconds' FROM job WHERE id = $1",
@@ -403,7 +403,7 @@ async fn a_stalled_engine_ends_the_worker_and_not_the_job(pool: PgPool) {
     let place = Place::new(pool).await;
     let id = place.enqueue().await;
     let fake = FakeComposer::playing([Script::UntilStopped]);
-    // No progress is ever recent enough for this one.
+    // For this worker, no progress is ever recent enough.
     let worker = place.worker_with(
         &fake,
         Duration::from_secs(30),
@@ -436,7 +436,7 @@ async fn a_job_outlives_a_restart_of_its_database() {
     kill_process(pid, Signal::QUIT).unwrap();
     postgres.exited().await.unwrap();
     drop(postgres);
-    // The work ends while the database is away.
+    // The work ends while the database is unreachable.
     fake.gate.store(true, Ordering::SeqCst);
     until("a refused connection", || async {
         pool.acquire().await.is_err()
@@ -480,7 +480,7 @@ async fn solving_again_needs_statistics_alone_and_is_a_job_like_any(pool: PgPool
         ensemble: Uuid::now_v7(),
         statistics,
     });
-    // Nobody is to ask for these.
+    // Nobody may ask for these files.
     place.spec.backbone.model_digest = Digest::of(b"never stored");
     place.spec.target.digest = Digest::of(b"nor this");
     let fake = FakeComposer::playing([Script::UntilStopped, Script::UntilStopped]);
@@ -498,7 +498,7 @@ async fn solving_again_needs_statistics_alone_and_is_a_job_like_any(pool: PgPool
     assert_eq!(place.cancel(cancelled).await, Cancellation::Requested);
     place.until_state(cancelled, JobState::Cancelled).await;
 
-    // Given back by a worker that stops, then lost by one that vanishes, then done.
+    // The job is given back by a worker that stops, then lost by one that vanishes, then done.
     let id = place.enqueue().await;
     place.until_working(id).await;
     worker.stop().await.unwrap();

@@ -1,4 +1,4 @@
-//! A worker's life as `/v1/workers` tells it: registered, tested, drained, ended, and why.
+//! A worker's life in `/v1/workers`: registered, tested, drained, ended, and why.
 
 use std::future::Future;
 use std::sync::atomic::Ordering;
@@ -24,7 +24,7 @@ use crate::fixtures::{FakeComposer, Script};
 
 type Ended = Result<(), WorkerError>;
 
-/// One that tests its device all the time, if it is told to.
+/// Starts a worker, which may test its device all the time.
 fn start(app: &TestApp, fake: &FakeComposer, seen_every: Duration) -> JoinHandle<Ended> {
     let settings = WorkerSettings {
         id: Uuid::now_v7(),
@@ -46,13 +46,13 @@ fn start(app: &TestApp, fake: &FakeComposer, seen_every: Duration) -> JoinHandle
     ))
 }
 
-/// Waits for something; far longer than anything here takes.
+/// Waits for something, for much longer than anything here takes.
 async fn within<T>(what: &str, patience: impl Future<Output = T>) -> T {
     let outcome = tokio::time::timeout(Duration::from_secs(60), patience).await;
     outcome.unwrap_or_else(|_| panic!("{what}"))
 }
 
-/// The newest worker, once it is as it should be.
+/// Waits until the newest worker is as expected.
 async fn until(app: &TestApp, what: &str, mut is: impl FnMut(&Value) -> bool) -> Value {
     let patience = async {
         loop {
@@ -127,7 +127,7 @@ async fn an_idle_worker_tests_its_device_and_ends_when_it_fails(pool: PgPool) {
     let fake = FakeComposer::default();
     let worker = start(&app, &fake, Duration::from_millis(5));
     let first = until(&app, "the worker", Value::is_object).await;
-    // Passing keeps it ready.
+    // Passing self-tests keeps it ready.
     until(&app, "a self-test", |listed| {
         listed["selftest_at"].as_str() > first["selftest_at"].as_str()
     })
@@ -167,7 +167,7 @@ async fn a_device_that_fails_in_a_job_ends_the_worker_and_not_the_job(pool: PgPo
     let reason = listed["reason"].as_str().unwrap();
     assert!(reason.contains("device has failed"), "{reason}");
 
-    // The attempt counts, and the lease is gone with it.
+    // The attempt counts, and its lease is released.
     let waiting = app.get(&url(&ensemble, "self")).await.ok(200);
     assert_eq!(
         (&waiting["state"], &waiting["attempt"]),
@@ -203,7 +203,7 @@ async fn a_worker_that_drains_finishes_its_job_and_takes_no_other(pool: PgPool) 
     for _ in 0..2 {
         assert_eq!(app.post_empty(&drain(&busy)).await.status, 202);
     }
-    // Its signs of life do not make it forget.
+    // Its signs of life do not end the draining.
     let seen = busy["last_seen"].as_str().unwrap().to_owned();
     let draining = until(&app, "a sign of life", |listed| {
         listed["last_seen"].as_str() > Some(seen.as_str())
@@ -211,7 +211,7 @@ async fn a_worker_that_drains_finishes_its_job_and_takes_no_other(pool: PgPool) 
     .await;
     assert_eq!(draining["state"], "draining");
     assert_eq!(draining["job_id"], first["id"]);
-    // What is posted now waits for another.
+    // A job that is posted now waits for another worker.
     app.get("/readyz/workers").await.problem(503, "no_worker");
 
     fake.gate.store(true, Ordering::SeqCst);
@@ -278,10 +278,10 @@ async fn a_defunct_worker_stays_so_until_one_registers_in_its_place(pool: PgPool
     };
     for (end, state, reason) in [
         (end(false, "no driver", false), "stopped", "no driver"),
-        // Its own words stay, unless it had no time for them.
+        // A reason that the worker stored itself stays, unless it had no time to store one.
         (end(false, "status 1", true), "stopped", "no driver"),
         (end(true, "signal 9", false), "defunct", "signal 9"),
-        // As one that fails once more tells of itself.
+        // These are what a worker that fails again says of itself.
         (end(false, "still none", false), "defunct", "still none"),
     ] {
         workers::ended(&mut db, &new, end).await.unwrap();

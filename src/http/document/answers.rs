@@ -1,4 +1,4 @@
-//! What operations take and answer, apart from schemas.
+//! What operations accept and answer, apart from schemas.
 
 use utoipa::openapi::path::ParameterIn;
 use utoipa::openapi::schema::SchemaType;
@@ -6,8 +6,8 @@ use utoipa::openapi::{OpenApi, RefOr, Schema, Type};
 
 use crate::http::openapi::operations;
 
-/// Describes every success that its handler says nothing of. OpenAPI wants a description of each, and the library leaves an
-/// empty one out.
+/// Describes every success whose handler has no description. OpenAPI requires one, and the library leaves empty ones
+/// out.
 pub(super) fn describe(document: &mut OpenApi) {
     for (_, _, operation) in operations(document) {
         for (status, response) in &mut operation.responses.responses {
@@ -28,14 +28,14 @@ pub(super) fn describe(document: &mut OpenApi) {
     }
 }
 
-/// Says of operations that need no key that they need none, so that nobody has to guess.
+/// Marks operations that need no key as open, explicitly.
 pub(super) fn open(document: &mut OpenApi) {
     for (_, _, operation) in operations(document) {
         operation.security.get_or_insert_default();
     }
 }
 
-/// Takes `null` from parameters: one that is optional is left out, and none can be sent as null.
+/// Removes `null` from the types of parameters: an optional parameter is left out, and cannot be sent as null.
 pub(super) fn require_values(document: &mut OpenApi) {
     for (_, _, operation) in operations(document) {
         for parameter in operation.parameters.iter_mut().flatten() {

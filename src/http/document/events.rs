@@ -1,4 +1,4 @@
-//! What happens to a job, as the document has it: a schema for every kind of event, and what a stream of them is made of.
+//! The document's schemas of job events: one for each kind, and one for streams of them.
 
 use utoipa::openapi::content::ContentBuilder;
 use utoipa::openapi::schema::{Discriminator, SchemaFormat};
@@ -34,16 +34,16 @@ const STREAM: &str = "text/event-stream";
 )))]
 struct Schemas;
 
-/// Nothing belongs to this kind of event.
+/// The data of an event kind that has none.
 #[derive(ToSchema)]
 struct NothingMore {}
 
 #[derive(ToSchema)]
 #[expect(dead_code, reason = "it exists for the API document alone")]
 struct AttemptBegun {
-    /// Counted from 1.
+    /// The attempt, counted from 1.
     attempt: i32,
-    /// Whose attempt it is.
+    /// The worker that makes this attempt.
     worker: Uuid,
 }
 
@@ -53,13 +53,13 @@ struct PhaseBegun {
     phase: Phase,
 }
 
-/// A shard of a phase, and who worked on it.
+/// A shard of a phase, and the worker that computed it.
 #[derive(ToSchema)]
 #[expect(dead_code, reason = "it exists for the API document alone")]
 struct ShardOf {
     phase: Phase,
     index: usize,
-    /// Shards of the phase.
+    /// The number of shards of the phase.
     count: usize,
     worker: Uuid,
 }
@@ -74,13 +74,13 @@ struct AttemptFailed {
 #[derive(ToSchema)]
 #[expect(dead_code, reason = "it exists for the API document alone")]
 struct AttemptEnded {
-    /// It is left out where no attempt was under way.
+    /// The attempt; left out if none was in progress.
     #[schema(nullable = false)]
     attempt: Option<i32>,
 }
 
-/// One event of the stream that `Accept: text/event-stream` asks for. `event` and `id` are lines of their own, and `data` is
-/// JSON in one line.
+/// One event of the stream that `Accept: text/event-stream` asks for. `event` and `id` are lines of their own, and
+/// `data` is JSON in one line.
 #[derive(ToSchema)]
 #[serde(untagged)]
 #[expect(dead_code, reason = "it exists for the API document alone")]
@@ -89,7 +89,7 @@ enum JobStreamEvent {
     Progress(StreamedProgress),
 }
 
-/// Something happened to the job.
+/// An event of the job.
 #[derive(ToSchema)]
 #[expect(dead_code, reason = "it exists for the API document alone")]
 struct StreamedEvent {
@@ -99,7 +99,7 @@ struct StreamedEvent {
     data: JobEvent,
 }
 
-/// How far the job is, between two events.
+/// The job's progress, sent between two events.
 #[derive(ToSchema)]
 #[expect(dead_code, reason = "it exists for the API document alone")]
 struct StreamedProgress {
@@ -107,7 +107,7 @@ struct StreamedProgress {
     data: JobProgress,
 }
 
-/// What the stream calls progress.
+/// The name of progress events in the stream.
 #[derive(ToSchema)]
 #[serde(rename_all = "snake_case")]
 #[expect(dead_code, reason = "it exists for the API document alone")]
@@ -115,7 +115,7 @@ enum ProgressEvent {
     Progress,
 }
 
-/// The schema of what belongs to a kind.
+/// The schema name of the data of an event kind.
 fn data(kind: EventKind) -> &'static str {
     match kind {
         EventKind::Queued | EventKind::RetryRequested | EventKind::CancelRequested => "NothingMore",
@@ -129,7 +129,7 @@ fn data(kind: EventKind) -> &'static str {
     }
 }
 
-/// Makes `JobEvent` one of a schema for each kind, and gives streams theirs.
+/// Makes `JobEvent` a choice of one schema for each kind, and adds the schemas of streams.
 pub(super) fn describe(document: &mut OpenApi) {
     document.merge(Schemas::openapi());
     let schemas = &mut document.components.get_or_insert_default().schemas;

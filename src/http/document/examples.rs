@@ -1,7 +1,7 @@
 //! An example for every JSON body, which "Try it out" of `/docs` fills in.
 //!
-//! Each is accepted as it is where what it names exists: backbone `vit-s14`, dataset `food` with images in `train` and
-//! `test`, prompts `dtd` and `svhn`. `tests/it/examples.rs` sends them all.
+//! Each example is accepted unchanged if the resources that it names exist: backbone `vit-s14`, dataset `food` with
+//! images in `train` and `test`, prompts `dtd` and `svhn`. `tests/it/examples.rs` sends them all.
 
 use serde_json::{Value, json};
 use utoipa::openapi::{OpenApi, RefOr};

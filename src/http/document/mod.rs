@@ -1,7 +1,7 @@
-//! The last pass over the API's document: it mends what the library leaves out or writes in a way that tools refuse.
+//! The last pass over the API's document: it adds what the library leaves out, and rewrites what tools refuse.
 //!
-//! It runs once, when the routes are made, after every other layer has said what it answers. `tests/it/openapi.rs` holds
-//! the outcome against the schema of OpenAPI 3.1, and `make fuzz-api` makes a client of it.
+//! It runs once, when the routes are built, after every other layer has added its answers. `tests/it/openapi.rs` checks
+//! the result against the schema of OpenAPI 3.1, and `make fuzz-api` generates a client from it.
 
 mod answers;
 mod events;

@@ -1,14 +1,14 @@
-//! Schemas, wherever in the document they are.
+//! Corrections to every schema of the document.
 
 use utoipa::openapi::schema::{AdditionalProperties, ArrayItems, KnownFormat, SchemaFormat};
 use utoipa::openapi::{Components, OpenApi, Ref, RefOr, Schema};
 
 use crate::http::openapi::operations;
 
-/// What pages are called: `Page_Ensemble` is a page of `Ensemble`.
+/// Prefix of the schemas of pages: `Page_Ensemble` is a page of `Ensemble`.
 const PAGE: &str = "Page_";
 
-/// Lets every page name the schema of its items. The library writes it out once more in each.
+/// Makes every page refer to the schema of its items, which the library repeats in each page.
 pub(super) fn name_items(document: &mut OpenApi) {
     let schemas = &mut document.components.get_or_insert_default().schemas;
     let names: Vec<String> = schemas.keys().cloned().collect();
@@ -24,8 +24,8 @@ pub(super) fn name_items(document: &mut OpenApi) {
     }
 }
 
-/// Gives whole numbers the formats that OpenAPI's registry has: the signed one that holds them all. It has no unsigned ones
-/// that generators know, and every such number says that its minimum is 0.
+/// Replaces the formats of integers by `int32` or `int64`, the ones of OpenAPI's registry that generators know.
+/// Unsigned integers keep their minimum of 0.
 pub(super) fn register_formats(document: &mut OpenApi) {
     each(document, &mut |schema| {
         let RefOr::T(Schema::Object(schema)) = schema else {
@@ -44,7 +44,7 @@ pub(super) fn register_formats(document: &mut OpenApi) {
     });
 }
 
-/// Shows every schema of the document, and those within it, to `change`.
+/// Passes every schema of the document, nested ones included, to `change`.
 fn each(document: &mut OpenApi, change: &mut dyn FnMut(&mut RefOr<Schema>)) {
     if let Some(Components { schemas, .. }) = &mut document.components {
         schemas

@@ -18,7 +18,7 @@ use promptweave_domain::job::EnsembleSpec;
 
 /// Cancel an ensemble
 ///
-/// One that waits is cancelled at once; one that runs stops at its next step.
+/// A waiting ensemble is cancelled immediately; a running one stops at its next step.
 #[utoipa::path(
     post,
     path = "/ensembles/{id}/cancel",
@@ -40,10 +40,9 @@ pub(super) async fn cancel_ensemble(
     jobs::actions::cancel::<EnsembleSpec>(&state, &caller, id).await
 }
 
-/// Try an ensemble again
+/// Retry an ensemble
 ///
-/// One that failed or was cancelled goes back into the queue as it was posted, with as many attempts as a
-/// new one has.
+/// A failed or cancelled ensemble is queued again as it was posted, with as many attempts as a new one.
 #[utoipa::path(
     post,
     path = "/ensembles/{id}/retry",
@@ -71,7 +70,8 @@ pub(super) async fn retry_ensemble(
     Ok(answer)
 }
 
-/// The statistics that such an ensemble is solved from, if it is solved again, for a job that is queued in the same transaction.
+/// Keeps the statistics that the ensemble is solved from, if it was made by `solve`, until the job is queued in the
+/// same transaction.
 async fn hold_statistics(
     conn: &mut PgConnection,
     state: &AppState,
@@ -87,9 +87,9 @@ async fn hold_statistics(
     Ok(())
 }
 
-/// Compute an ensemble once more, and compare the answers
+/// Compute an ensemble again, and compare the answers
 ///
-/// A new ensemble of the same specification, published under a name of its own; its `replay` has the largest
+/// This makes a new ensemble with the same specification, published under its own name. Its `replay` has the largest
 /// difference of a weight once both have succeeded.
 #[utoipa::path(
     post,

@@ -12,9 +12,9 @@ use promptweave_domain::job::EnsembleSpec;
 pub struct Ensemble {
     #[serde(flatten)]
     job: JobStatus,
-    /// What is computed, with every reference resolved when it was posted.
+    /// The specification, with every reference resolved when it was posted.
     spec: EnsembleSpec,
-    /// Of one that repeats another.
+    /// The comparison with the original; only on an ensemble made by `replay`.
     replay: Option<Replay>,
     urls: Urls,
 }
@@ -25,7 +25,7 @@ impl Resource for EnsembleSpec {
 
 #[derive(Debug, Serialize, ToSchema)]
 struct Replay {
-    /// The ensemble that it repeats.
+    /// The ensemble that this one repeats.
     original_id: Uuid,
     /// max |Δα| over the sources, once both have weights.
     max_weight_difference: Option<f64>,
@@ -50,7 +50,7 @@ impl Replay {
 struct Urls {
     #[serde(flatten)]
     job: JobUrls,
-    /// The same once more, to compare the answers.
+    /// Where to compute it again, to compare the answers.
     replay: String,
     statistics: String,
     /// The composed prompt's file, once there is one.

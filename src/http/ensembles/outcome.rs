@@ -1,4 +1,4 @@
-//! What an ensemble that succeeded left: its result, and the statistics it was computed from.
+//! The outcome of a successful ensemble: its result, and the statistics it was computed from.
 
 use axum::Json as JsonResponse;
 use axum::body::Body;
@@ -22,13 +22,13 @@ use promptweave_domain::composition::CompositionResult;
 use promptweave_domain::error_chain::chain;
 use promptweave_domain::job::EnsembleSpec;
 
-/// The ensemble once it succeeded; otherwise why it has no result.
+/// The ensemble if it succeeded; otherwise the problem says why it has no result.
 async fn succeeded(state: &AppState, caller: &Caller, id: Uuid) -> Result<Solved, Problem> {
     let job = existing(&mut *state.pool.acquire().await?, caller.project_id, id).await?;
     Solved::try_from(job).map_err(|job| no_result(&job))
 }
 
-/// One that succeeded, whose statistics are still there.
+/// The ensemble, if it succeeded and its statistics still exist.
 pub(super) async fn with_statistics(
     state: &AppState,
     caller: &Caller,
@@ -53,7 +53,7 @@ pub(super) fn check_statistics(
     Err(Problem::new(StatusCode::GONE, "statistics_deleted", detail))
 }
 
-/// Source weights, both terms, the path of trade-offs, diagnostics
+/// Get an ensemble's source weights, both terms, trade-off path and diagnostics
 #[utoipa::path(
     get,
     path = "/ensembles/{id}/result",
@@ -81,7 +81,7 @@ pub(super) async fn get_ensemble_result(
 #[expect(dead_code, reason = "it exists for the API document alone")]
 pub(super) struct StatisticsBytes(Vec<u8>);
 
-/// What the numbers were computed from, as safetensors
+/// Download the statistics that the weights were computed from, as safetensors
 #[utoipa::path(
     get,
     path = "/ensembles/{id}/statistics",
@@ -121,7 +121,7 @@ pub(super) async fn get_ensemble_statistics(
     if let Some(not_modified) = file.not_modified(&request) {
         return Ok(not_modified);
     }
-    // The status is sent by then; what is left is to break off and to say why.
+    // The status was sent already; all that is left is to break off and log why.
     let pieces = pieces.inspect_err(move |error| {
         tracing::error!(job.id = %id, error = chain(error), "statistics could not be sent whole");
     });

@@ -1,4 +1,4 @@
-//! `/v1/ensembles/{id}/solve`: the weights once more, from what an ensemble kept.
+//! `/v1/ensembles/{id}/solve`: new weights from an ensemble's stored statistics.
 
 use axum::extract::State;
 use axum::response::Response;
@@ -22,19 +22,19 @@ use promptweave_domain::job::DEFAULT_PRIORITY;
 use promptweave_domain::objective::Objective;
 use promptweave_domain::reference::ResourceName;
 
-/// Everything may be left out, and the body with it: then α is solved for as it was.
+/// Every field, and the body itself, may be left out; then α is solved for with the ensemble's own settings.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct SolveEnsemble {
-    /// Some of the ensemble's sources, each once; all of them by default. A bare name means the
-    /// version that the ensemble recorded, an alias the version it points to now.
+    /// Some of the ensemble's sources, each named once; all by default. A name alone means the version that the
+    /// ensemble used; an alias means the version that it points to now.
     #[schema(min_items = 1, max_items = 64)]
     sources: Option<Vec<Source>>,
-    /// Replaces the ensemble's own objective as a whole, so repeat what is to stay: `head`,
-    /// `align_tokens` and `alignment.gradient_normalization` are fixed by the statistics and must be what
-    /// they were; a `fallback`, what is chosen by validation, and `refine` and `scale` of `experimental` need the backbone. Left
-    /// out, it is the ensemble's own without these, at the trade-off and the `uniform_mix` that were chosen; where it fell back,
-    /// `single_best` by `validation`.
+    /// Replaces the ensemble's whole objective, so repeat what should stay. `head`, `align_tokens` and
+    /// `alignment.gradient_normalization` are fixed by the statistics and must not change; a `fallback`,
+    /// `experimental.refine` and `.scale`, and choices by validation need the backbone and are refused. If left out, the objective is the
+    /// ensemble's own without `refine`, `fallback` and `scale`, at the trade-off and `uniform_mix` that it chose; if it
+    /// fell back, it is `single_best` by `validation`.
     objective: Option<Objective>,
     #[serde(default)]
     output: Output,
@@ -42,7 +42,7 @@ pub(super) struct SolveEnsemble {
     #[serde(default = "default_priority")]
     #[schema(minimum = 0, maximum = 1000, default = 100)]
     priority: i32,
-    /// Solve for it also where an ensemble of the same `spec_digest` is under way or has a result.
+    /// Solve even if an ensemble with the same `spec_digest` waits, runs or has succeeded.
     #[serde(default)]
     force: bool,
 }
@@ -61,8 +61,8 @@ impl Default for SolveEnsemble {
 
 /// Solve an ensemble again from its statistics, for some of its sources or another objective
 ///
-/// The answer is an ensemble of its own, with a composed prompt of its own. It needs neither
-/// backbone nor images and takes seconds, and it is not evaluated: `diagnostics.composed_score` is null.
+/// This makes a new ensemble with its own composed prompt. It needs neither backbone nor images and takes seconds. It
+/// is not evaluated: `diagnostics.composed_score` is null.
 #[utoipa::path(
     post,
     path = "/ensembles/{id}/solve",
@@ -101,7 +101,7 @@ pub(super) async fn solve_ensemble(
     let solved = with_statistics(&state, &caller, id).await?;
     let job_id = state.clock.new_id();
     let mut tx = state.pool.begin().await?;
-    // They stay at least until the job that needs them is there.
+    // The statistics must stay at least until the job that needs them is queued.
     references::hold(&mut tx, &state.blobs, &solved.statistics).await?;
     if let Some(sources) = &mut request.sources {
         pin_aliases(&mut tx, caller.project_id, sources).await?;

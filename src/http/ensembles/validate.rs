@@ -1,4 +1,4 @@
-//! `/v1/ensembles/validate`: what a request would be, and cost, without its being done.
+//! `/v1/ensembles/validate`: what a request would compute and cost, without running it.
 
 use axum::Json as JsonResponse;
 use axum::extract::State;
@@ -19,14 +19,16 @@ use promptweave_domain::digest::Digest;
 use promptweave_domain::job::EnsembleSpec;
 use promptweave_domain::specification::Specification as _;
 
-/// What would be computed.
+/// What a request would compute.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct EnsemblePlan {
-    /// With every reference resolved. Where no output is named, its name changes with each request.
+    /// The specification with every reference resolved. If the request names no output, the output's name differs each
+    /// time.
     spec: EnsembleSpec,
     #[schema(value_type = String, example = "sha256:…")]
     spec_digest: Digest,
-    /// The ensemble that computes or computed the same: a POST is answered with it, unless forced.
+    /// An ensemble with the same specification that waits, runs or has succeeded; a POST is answered with it unless
+    /// forced.
     same_as: Option<Uuid>,
     cost: Cost,
 }

@@ -1,4 +1,4 @@
-//! What can be asked of a job of any kind: to stop, to be tried again.
+//! Actions on a job of any kind: cancel, retry.
 
 use axum::Json as JsonResponse;
 use axum::http::{StatusCode, header};
@@ -14,17 +14,17 @@ use crate::jobs::requests;
 use crate::jobs::requests::Cancellation;
 use promptweave_domain::job::JobState;
 
-/// How a tuning or a ranking that succeeded is computed once more.
+/// How to compute a successful tuning or ranking again.
 pub const FORCE: &str = "post it with `force`";
 
-/// One that waits is cancelled at once; one that runs stops at its next step.
+/// Cancels a job: a waiting one immediately, a running one at its next step.
 pub async fn cancel<S: Resource>(
     state: &AppState,
     caller: &Caller,
     id: Uuid,
 ) -> Result<Response, Problem> {
     let mut conn = state.pool.acquire().await?;
-    // One of another kind is none.
+    // A job of another kind is not found.
     existing::<S>(&mut conn, caller.project_id, id).await?;
     let status = match requests::cancel(&mut conn, caller.project_id, id).await? {
         None => return Err(not_found::<S>(id)),
@@ -41,8 +41,8 @@ pub async fn cancel<S: Resource>(
     Ok((status, JsonResponse(S::Response::from(job))).into_response())
 }
 
-/// One that failed or was cancelled goes back into the queue as it was posted; `repeat` says how one that succeeded is
-/// computed once more.
+/// Queues a failed or cancelled job again as it was posted. `repeat` tells the client how to compute a successful one
+/// again.
 pub async fn retry<S: Resource>(
     conn: &mut PgConnection,
     caller: &Caller,

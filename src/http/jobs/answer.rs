@@ -1,4 +1,4 @@
-//! What clients see of a job whatever its kind.
+//! The fields of an answer that every kind of job has.
 
 use serde::Serialize;
 use time::OffsetDateTime;
@@ -15,19 +15,19 @@ use promptweave_domain::specification::Specification;
 pub struct JobStatus {
     id: Uuid,
     state: JobState,
-    /// The phase in work, or the one it stopped in.
+    /// The phase in progress, or the one in which the job stopped.
     phase: Option<Phase>,
     progress: Option<JobProgress>,
     /// Attempts begun, of `max_attempts`.
     attempt: i32,
     max_attempts: i32,
-    /// Somebody asked it to stop.
+    /// Whether a client asked the job to stop.
     cancel_requested: bool,
     priority: i32,
-    /// Equal digests mean equal answers.
+    /// Digest of the specification. Jobs with equal digests have equal answers.
     #[schema(value_type = String, example = "sha256:…")]
     spec_digest: Digest,
-    /// Of a failed job, or of the last attempt of one that waits for another.
+    /// The error of a failed job, or of the last attempt if the job waits for another attempt.
     error: Option<JobError>,
     #[serde(with = "time::serde::rfc3339")]
     created_at: OffsetDateTime,
@@ -57,16 +57,17 @@ impl<S: Specification> From<&Job<S>> for JobStatus {
     }
 }
 
-/// How far the phase is.
+/// The progress of a phase.
 #[derive(Clone, Debug, PartialEq, Serialize, ToSchema)]
 pub struct JobProgress {
     phase: Phase,
-    /// In `features`, `gradients`, `verify`, `select` and `tune` an image with one prompt counts one.
+    /// Units of work done. In `features`, `gradients`, `verify`, `select` and `tune`, one unit is one image with one
+    /// prompt.
     done: u64,
     total: u64,
-    /// Of `done` since the phase began.
+    /// Units of work per second since the phase began.
     per_second: Option<f64>,
-    /// Until this phase is done, at that speed.
+    /// Estimated seconds until this phase is done.
     eta_seconds: Option<f64>,
 }
 
@@ -94,7 +95,7 @@ pub struct JobUrls {
     this: String,
     events: String,
     cancel: String,
-    /// Another try of one that failed or was cancelled.
+    /// Where to retry a failed or cancelled job.
     retry: String,
     result: String,
 }

@@ -24,7 +24,7 @@ use crate::jobs::watch::Waiting;
 use promptweave_domain::specification::Specification;
 
 const MAX_EVENTS: i64 = 200;
-/// Between two comments where nothing happens, so that nobody on the way takes the stream for dead.
+/// Interval of comments on a quiet stream, so that no proxy takes it for dead.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 const LAST_EVENT_ID: &str = "last-event-id";
 
@@ -42,11 +42,12 @@ pub struct EventQuery {
 pub struct Events {
     /// At most 200, in order.
     items: Vec<JobEvent>,
-    /// `after` of the next request.
+    /// Number of the last event: the `after` of the next request.
     last_seq: i32,
 }
 
-/// What happened to a job, in order: as a page, or with `Accept: text/event-stream` as server-sent events until it is over.
+/// Answers with a job's events, in order: as a page, or as server-sent events until the job is over, with `Accept:
+/// text/event-stream`.
 pub async fn list<S: Specification>(
     state: AppState,
     caller: &Caller,
@@ -59,7 +60,7 @@ pub async fn list<S: Specification>(
     let mut after = number(after, "/after")?;
     if let Some(last) = headers.get(LAST_EVENT_ID) {
         let last = last.to_str().ok().and_then(|it| it.parse().ok());
-        // Looked at for a page too: what the document does not allow is not passed over.
+        // This is checked for a page too: a value that the document does not allow is refused.
         let last = number(last.unwrap_or(-1), "/last-event-id")?;
         if is_stream {
             after = last;
@@ -101,33 +102,33 @@ async fn follow<S: Specification>(
         ready: VecDeque::new(),
         next: Next::Wait,
     };
-    // Here, where an error still has a status.
+    // The first look is here, where an error can still have a status.
     following.look().await?;
     if following.next == Next::End && following.ready.is_empty() {
         return Ok(StatusCode::NO_CONTENT.into_response());
     }
     let events = stream::unfold(following, Following::<S>::next);
     let events = Sse::new(events).keep_alive(KeepAlive::new().interval(KEEP_ALIVE));
-    // Proxies that collect an answer before they pass it on are asked not to.
+    // Asks proxies not to buffer the stream.
     Ok(([("x-accel-buffering", "no")], events).into_response())
 }
 
-/// Somebody who reads a job's events as they happen.
+/// The state of a client that follows a job's events.
 struct Following<S> {
     of: PhantomData<S>,
     state: AppState,
     waiting: Waiting,
     project_id: Uuid,
     id: Uuid,
-    /// Number of the last event that was read.
+    /// Number of the last event that was sent.
     after: i32,
-    /// As it was last sent.
+    /// The progress that was last sent.
     progress: Option<JobProgress>,
     ready: VecDeque<Event>,
     next: Next,
 }
 
-/// What comes after the events that are ready.
+/// The next step, once the events in hand are sent.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Next {
     Look,
@@ -146,7 +147,7 @@ impl<S: Specification> Following<S> {
                 Next::Wait if self.waiting.look_again().await => {}
                 Next::Wait | Next::End => return None,
             }
-            // The client comes back, and is told then.
+            // The client reconnects, and then gets the problem.
             if let Err(problem) = self.look().await {
                 tracing::warn!(job.id = %self.id, error = ?problem, "a stream of events breaks off");
                 return None;
@@ -156,7 +157,7 @@ impl<S: Specification> Following<S> {
 
     async fn look(&mut self) -> Result<(), Problem> {
         let mut conn = self.state.pool.acquire().await?;
-        // Before the events, so that those of a job that is over are all of them.
+        // The job is read before the events, so that a job that is over has all its events read.
         let job = existing::<S>(&mut conn, self.project_id, self.id).await?;
         let items =
             events::list(&mut conn, self.project_id, self.id, self.after, MAX_EVENTS).await?;

@@ -1,4 +1,5 @@
-//! What jobs of every kind have in common as resources; `/v1/ensembles`, `/v1/tunings` and `/v1/rankings` are made of it.
+//! What jobs of every kind have in common as resources; `/v1/ensembles`, `/v1/tunings` and `/v1/rankings` are built on
+//! it.
 
 pub(super) mod actions;
 mod answer;
@@ -40,7 +41,7 @@ pub(super) trait Resource: Specification {
     type Response: From<Job<Self>> + Serialize;
 }
 
-/// A code of the kind's own, e.g. `tuning_not_found`.
+/// A problem code that contains the kind, e.g. `tuning_not_found`.
 pub(super) fn code<S: Specification>(what: &str) -> String {
     format!("{}_{what}", S::KIND)
 }
@@ -63,7 +64,7 @@ impl From<QueueError> for Problem {
         match error {
             QueueError::Db(error) => error.into(),
             QueueError::Registry(error) => error.into(),
-            // No handler holds a lease.
+            // No handler holds a lease, so this is a bug.
             QueueError::LeaseLost(_) => Problem::internal(error),
         }
     }
@@ -92,7 +93,7 @@ pub(super) struct JobRequest<'a, S> {
     pub reuse: Option<Reuse<'a>>,
 }
 
-/// Puts the job into the queue, and answers with it, or with one that is as good.
+/// Puts the job into the queue, and answers with it or with an existing equivalent one.
 pub(super) async fn accept<S: Resource>(
     state: &AppState,
     conn: &mut PgConnection,
@@ -121,7 +122,7 @@ pub(super) async fn accept<S: Resource>(
     };
     let job = existing::<S>(conn, project_id, id).await?;
     let location = [(header::LOCATION, path::<S>(id))];
-    // A new one may be over already where a worker was quick; it was accepted all the same.
+    // A new job may be over already if a worker was quick; the answer is still 202.
     let is_over = job.state.is_terminal() && !is_new;
     let answer = JsonResponse(S::Response::from(job));
     Ok(match is_over {
@@ -133,7 +134,7 @@ pub(super) async fn accept<S: Resource>(
     })
 }
 
-// ---- Looking -------------------------------------------------------------------------------
+// ---- Reading -------------------------------------------------------------------------------
 
 pub(super) async fn list<S: Resource>(
     state: &AppState,
@@ -169,14 +170,14 @@ pub(super) fn not_found<S: Specification>(id: Uuid) -> Problem {
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(super) struct WaitQuery {
-    /// Seconds to wait for the job's end; the answer comes with it, or after them, or earlier where the
-    /// operator lets nobody wait so long (`--max-wait-s`). 0 by default.
+    /// Seconds to wait for the job's end. The answer comes when the job ends or the time is up, or earlier if the
+    /// operator allows less (`--max-wait-s`). 0 by default.
     #[serde(default)]
     #[param(minimum = 0, maximum = 60)]
     pub wait: u32,
 }
 
-/// The job as it is, or once it is over where the client waits for that.
+/// Answers with the job now, or at its end if the client waits for that.
 pub(super) async fn get<S: Resource>(
     state: &AppState,
     caller: &Caller,
@@ -201,7 +202,7 @@ pub(super) async fn get<S: Resource>(
     Ok(response)
 }
 
-/// The job when it is over, or as it is after `wait` seconds or when the server stops.
+/// The job when it is over, or its state after `wait` seconds or when the server stops.
 async fn until_over<S: Specification>(
     state: &AppState,
     project_id: Uuid,
@@ -212,7 +213,7 @@ async fn until_over<S: Specification>(
     let end = Instant::now() + longest.min(Duration::from_secs(wait.into()));
     let mut waiting = state.watch.wait_for(id);
     loop {
-        // No connection is held while it waits.
+        // The connection is returned before it waits.
         let job = existing::<S>(&mut *state.pool.acquire().await?, project_id, id).await?;
         if job.state.is_terminal() {
             return Ok(job);
@@ -224,7 +225,7 @@ async fn until_over<S: Specification>(
     }
 }
 
-/// Why a job has no result.
+/// The problem that says why a job has no result.
 pub(super) fn no_result<S: Specification>(job: &Job<S>) -> Problem {
     let (kind, id) = (S::KIND, job.id);
     match job.state {
@@ -245,7 +246,7 @@ pub(super) fn no_result<S: Specification>(job: &Job<S>) -> Problem {
     }
 }
 
-/// The answer of a job that succeeded.
+/// The result of a job that succeeded.
 pub(super) async fn result<S: Specification>(
     state: &AppState,
     caller: &Caller,

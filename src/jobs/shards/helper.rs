@@ -1,4 +1,4 @@
-//! What is done with a shard by who helps, under a lease of the shard's own.
+//! What a helper does with a shard, under the shard's own lease.
 
 use std::time::Duration;
 
@@ -19,18 +19,18 @@ use promptweave_domain::phase::Phase;
 use promptweave_domain::sharding::Shard;
 use promptweave_domain::words::EventKind;
 
-/// A shard of somebody's job, with all that it is computed from.
+/// A claimed shard of another worker's job, with everything it is computed from.
 #[derive(Clone, Debug)]
 pub struct ClaimedShard {
-    /// Of the shard, with a token of its own.
+    /// The shard's lease, with its own token.
     pub lease: Lease,
     pub spec: EnsembleSpec,
     pub shard: Shard,
-    /// For gradients: the files of the shards of features, in order.
+    /// The files of the shards of features, in order; only for gradients.
     pub features: Vec<Digest>,
 }
 
-/// Takes a shard of a running job: of the most urgent and oldest that has one of this arithmetic.
+/// Claims a shard of a running job in this arithmetic; the most urgent job first, then the oldest.
 pub async fn claim(
     conn: &mut PgConnection,
     worker_id: Uuid,
@@ -99,12 +99,12 @@ pub async fn claim(
             index: row.index as usize,
             count: row.count as usize,
         },
-        // All of them, or it would not have been claimed.
+        // All of them exist, or the shard would not have been claimed.
         features: features.into_iter().flatten().collect(),
     }))
 }
 
-/// Moves the end of a shard's lease. It holds while the job runs, or waits for somebody to have it again.
+/// Extends a shard's lease. It holds while the job runs, or waits for its next attempt.
 pub async fn renew(
     conn: &mut PgConnection,
     lease: Lease,
@@ -127,7 +127,7 @@ pub async fn renew(
     renewal(lease, cancel)
 }
 
-/// Whether a shard's lease holds and its job is to stop; changes nothing.
+/// Reads whether a shard's lease holds and whether its job should stop; changes nothing.
 pub async fn look(conn: &mut PgConnection, lease: Lease) -> Result<RenewOutcome, QueueError> {
     let cancel = sqlx::query_scalar!(
         r#"
@@ -199,14 +199,14 @@ pub async fn give(
     Ok(())
 }
 
-/// How a helper gives a shard back.
+/// Why a helper gives a shard back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GivenBack {
-    /// It stops; that does not count.
+    /// The helper stops; this does not count as a failure.
     Released,
-    /// It failed, and another helper may not.
+    /// The helper failed, and another helper may succeed.
     Failed,
-    /// No helper will do better; who has the job finds out why, and its row says so.
+    /// No helper would succeed. The owner will hit the same error and store it in the job's row.
     Refused,
 }
 
@@ -241,7 +241,7 @@ pub async fn give_back(
     Ok(())
 }
 
-/// Puts shards back whose helpers were not heard of in time; answers how many.
+/// Puts back shards whose lease ran out; returns how many.
 pub async fn reap(conn: &mut PgConnection) -> Result<usize, QueueError> {
     let lost = sqlx::query!(
         "SELECT job_id, lease_token AS \"token!\" FROM job_shard
@@ -256,7 +256,7 @@ pub async fn reap(conn: &mut PgConnection) -> Result<usize, QueueError> {
             "SELECT id FROM job WHERE id = $1 FOR UPDATE SKIP LOCKED",
             row.job_id
         );
-        // Whoever has it may be frozen; the others are not to wait for that.
+        // The process that locked the row may be frozen; the other shards must not wait for it.
         if held.fetch_optional(&mut *tx).await?.is_none() {
             continue;
         }
@@ -289,7 +289,7 @@ pub async fn reap(conn: &mut PgConnection) -> Result<usize, QueueError> {
     Ok(reaped)
 }
 
-/// As everybody who tells of a shard does first.
+/// Locks the job's row. Whoever records an event of a shard does this first.
 async fn lock_job(conn: &mut PgConnection, job_id: Uuid) -> Result<(), QueueError> {
     sqlx::query!("SELECT id FROM job WHERE id = $1 FOR UPDATE", job_id)
         .fetch_one(conn)

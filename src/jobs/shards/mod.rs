@@ -1,4 +1,4 @@
-//! Shards of a job: parts of its work that idle workers take beside the one that has the job.
+//! Shards: parts of a job's work that idle workers, the helpers, take while the job's owner works on others.
 //!
 //! ```text
 //!           take (who has the job), claim (who helps)          give
@@ -7,8 +7,8 @@
 //!     └──── lease ran out, given back, job lost ───────┘
 //! ```
 //!
-//! Shards that succeeded outlast the attempt that they were computed in: a crash costs the shard that was in work. When
-//! the job is over they are gone. Whoever changes shards of a job and tells of it holds the job's row first.
+//! Shards that succeeded outlast the attempt that computed them, so a crash loses only the shards in progress. They are
+//! deleted when the job is over. Whoever changes shards of a job and records an event of it locks the job's row first.
 
 mod helper;
 mod owner;
@@ -26,7 +26,7 @@ use promptweave_domain::phase::Phase;
 use promptweave_domain::sharding::Shard;
 use promptweave_domain::words::EventKind;
 
-/// A shard that so many helpers lost or failed at is left to who has the job, whose attempts are counted.
+/// A shard that this many helpers lost or failed at is left to the owner, whose attempts are counted.
 const MAX_HELPERS: i32 = 3;
 
 async fn record_shard(

@@ -1,4 +1,4 @@
-//! What is done with its shards by who has the job, under the job's own lease.
+//! What a job's owner does with its shards, under the job's own lease.
 
 use serde_json::json;
 use sqlx::{Connection, PgConnection, PgTransaction};
@@ -17,17 +17,17 @@ use promptweave_domain::phase::Phase;
 use promptweave_domain::sharding::{Estimate, Shard};
 use promptweave_domain::words::EventKind;
 
-/// Who has the job, as far as its shards are concerned.
+/// The worker that owns the job, for its shards.
 #[derive(Clone, Debug)]
 pub struct Owner {
     pub lease: Lease,
     pub worker_id: Uuid,
-    /// Of all its shards.
+    /// The arithmetic in which all its shards are computed.
     pub arithmetic: String,
 }
 
-/// Deals a phase out in `count` shards, if it is not yet and `count` is above 1. Returns how many there are. What an
-/// earlier attempt left in another arithmetic is let go.
+/// Divides a phase into `count` shards, unless it is divided already or `count` is 1. Returns the number of shards.
+/// Shards that an earlier attempt left in another arithmetic are deleted.
 pub async fn lay_out(
     conn: &mut PgConnection,
     owner: &Owner,
@@ -77,12 +77,12 @@ pub async fn lay_out(
     Ok(count)
 }
 
-/// What there is of a phase.
+/// The state of a phase's shards.
 #[derive(Clone, Debug, PartialEq)]
 pub struct There {
-    /// The shards' files, `None` where one is not there yet.
+    /// The shards' files; `None` for a shard that is not finished.
     pub files: Vec<Option<Digest>>,
-    /// How much of the whole phase is done, counted in shards.
+    /// How much of the whole phase is done, in shards.
     pub done: f64,
 }
 
@@ -110,8 +110,8 @@ pub async fn there(
     Ok(There { files, done })
 }
 
-/// Takes a shard that nobody has; it is held by the job's own lease. One that is held so already is in nobody's hands
-/// either, since a shard is asked for by one who has none: the answer was lost, or the attempt that took it.
+/// Takes a free shard, under the job's own lease. A shard that this lease holds already is free too: the owner asks
+/// only when it has none, so the earlier answer was lost, or the attempt that took it ended.
 pub async fn take(
     conn: &mut PgConnection,
     owner: &Owner,
@@ -151,7 +151,7 @@ pub async fn take(
     Ok(index.map(|index| index as usize))
 }
 
-/// A transaction that may name a file, under the lease.
+/// Begins a transaction that may refer to a file, under the lease.
 async fn begin_with<'a>(
     conn: &'a mut PgConnection,
     blobs: &BlobStore,
@@ -159,13 +159,13 @@ async fn begin_with<'a>(
     file: &Digest,
 ) -> Result<PgTransaction<'a>, QueueError> {
     let mut tx = conn.begin().await?;
-    // Before the job's row is held, which others wait for: a blob store may take its time.
+    // This comes before the job's row is locked, because a blob store may be slow and others wait for the row.
     references::hold(&mut tx, blobs, file).await?;
     LockedJob::lock(&mut tx, lease).await?;
     Ok(tx)
 }
 
-/// Stores the file of a shard that who has the job computed.
+/// Stores the file of a shard that the owner computed.
 pub async fn put(
     conn: &mut PgConnection,
     blobs: &BlobStore,
@@ -189,7 +189,7 @@ pub async fn put(
     )
     .execute(&mut *tx)
     .await?;
-    // Else it was there already: the same one, sent again after a commit whose answer was lost.
+    // Otherwise the same file was there already: it was sent again after a commit whose answer was lost.
     if changed.rows_affected() == 1 {
         record_shard(
             &mut tx,
@@ -206,7 +206,7 @@ pub async fn put(
     Ok(())
 }
 
-/// Stores a phase that was not computed by shards as one, in place of all that there are of it.
+/// Stores a phase that was computed without shards as one shard, in place of all its shards.
 pub async fn put_whole(
     conn: &mut PgConnection,
     blobs: &BlobStore,
@@ -239,12 +239,12 @@ pub async fn put_whole(
     .execute(&mut *tx)
     .await?;
     tx.commit().await?;
-    // Gradients that were dealt out may be helped with now.
+    // With the features stored, helpers may now take shards of gradients that were laid out before.
     tell(conn, lease.job_id, true).await;
     Ok(())
 }
 
-/// Gives up the file of a shard that cannot be read: it is computed again, by who has the job.
+/// Discards the file of a shard that cannot be read. The owner computes it again.
 pub async fn discard(
     conn: &mut PgConnection,
     owner: &Owner,
@@ -270,7 +270,7 @@ pub async fn discard(
     Ok(tx.commit().await?)
 }
 
-/// What is not there of a phase is not needed; who works on it loses it.
+/// Deletes the unfinished shards of a phase, which are not needed; a helper that works on one loses it.
 pub async fn end(conn: &mut PgConnection, lease: Lease, phase: Phase) -> Result<(), QueueError> {
     let mut tx = conn.begin().await?;
     LockedJob::lock(&mut tx, lease).await?;
@@ -284,7 +284,7 @@ pub async fn end(conn: &mut PgConnection, lease: Lease, phase: Phase) -> Result<
     Ok(tx.commit().await?)
 }
 
-/// Tells what α is by the shards that were merged.
+/// Records an event with the estimate of α from the shards merged so far.
 pub async fn estimate(
     conn: &mut PgConnection,
     lease: Lease,

@@ -1,13 +1,13 @@
-//! What to do about what was found.
+//! Advice on what was found.
 
 use crate::offline::doctor::Report;
 use promptweave_engine::device::LIBTORCH;
 
-/// The CUDA of PyPI's wheels of that version, and the first driver that runs it.
+/// The CUDA version of PyPI's wheels of `LIBTORCH`, and below it the first driver that runs it.
 const CUDA: (i32, i32) = (13, 0);
 const DRIVER: &str = "580";
 
-/// The most needful first.
+/// The advice, most needed first.
 pub fn on(report: &Report) -> Vec<String> {
     let Report {
         libtorch,
@@ -25,7 +25,7 @@ pub fn on(report: &Report) -> Vec<String> {
         ));
     }
     let has_driver = nvidia.cuda.is_some();
-    // Nobody misses a GPU who has none and asks for none.
+    // A machine without a GPU needs no advice about one, unless a GPU was asked for.
     if !has_driver && !device.asked.starts_with("cuda") && cuda_library.error.is_none() {
         return advice;
     }
@@ -68,7 +68,7 @@ pub fn on(report: &Report) -> Vec<String> {
     advice
 }
 
-/// Of "libcudnn.so.9: cannot open shared object file: …", wherever it stands in the loader's message.
+/// The library's name in "libcudnn.so.9: cannot open shared object file: …", wherever the loader's message has it.
 fn missing_library(error: &str) -> Option<&str> {
     let before = error.split(": cannot open shared object file").next()?;
     let name = before.rsplit([' ', '/']).next()?;

@@ -1,4 +1,4 @@
-//! The processor, as Linux tells it.
+//! The processor, as Linux reports it.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -6,7 +6,7 @@ use std::thread::available_parallelism;
 
 use serde::Serialize;
 
-/// Instruction sets that matrix products are fast by; names as in /proc/cpuinfo.
+/// Instruction sets that make matrix products fast, named as in /proc/cpuinfo.
 const MATTER: [&str; 9] = [
     "avx2",
     "fma",
@@ -22,7 +22,7 @@ const MATTER: [&str; 9] = [
 #[derive(Debug, Serialize)]
 pub struct Cpu {
     pub model: String,
-    /// That this process may use.
+    /// Cores that this process may use.
     pub cores: usize,
     pub instruction_sets: Vec<String>,
 }

@@ -1,5 +1,4 @@
-//! `promptweave doctor`: what the engine finds on this machine, how fast it is, and what to do where something
-//! is missing.
+//! `promptweave doctor`: what the engine finds on this machine, how fast it is, and what to do if something is missing.
 
 mod advice;
 mod cpu;
@@ -21,24 +20,24 @@ use promptweave_engine::device::nvidia::Nvidia;
 
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {
-    /// What has to work: `auto` (whichever is there), `cpu`, `cuda:<n>` or several, `cuda:0,cuda:1`.
+    /// Device that has to work: `auto` (whichever is there), `cpu`, `cuda:<n>`, or several as `cuda:0,cuda:1`.
     #[arg(long, default_value = "auto")]
     pub device: String,
-    /// Folder to take libtorch_cuda.so from: `torch/lib` of PyTorch 2.11.0 for CUDA [default: where
-    /// libtorch_cpu.so lies, if it is there].
+    /// Folder with libtorch_cuda.so: `torch/lib` of PyTorch 2.11.0 for CUDA [default: the folder of libtorch_cpu.so, if
+    /// it has one].
     #[arg(long, env = "PROMPTWEAVE_LIBTORCH_CUDA", value_name = "DIR")]
     pub libtorch_cuda: Option<PathBuf>,
-    /// CPU threads; the default is one a core.
+    /// CPU threads [default: one per core].
     #[arg(long)]
     pub threads: Option<u32>,
-    /// For machines.
+    /// Print JSON, for machines.
     #[arg(long)]
     pub json: bool,
 }
 
 #[derive(Debug, Serialize)]
 struct Report {
-    /// promptweave's own.
+    /// The version of promptweave.
     version: &'static str,
     libtorch: Libtorch,
     cpu: Cpu,
@@ -47,7 +46,7 @@ struct Report {
     rates: Vec<Rate>,
     cuda_library: CudaLibrary,
     nvidia: Nvidia,
-    /// Those libtorch computes on.
+    /// The devices that libtorch computes on.
     cuda_devices: Vec<CudaDevice>,
     device: Asked,
     advice: Vec<String>,
@@ -56,14 +55,14 @@ struct Report {
 #[derive(Debug, Serialize)]
 struct Libtorch {
     version: Option<String>,
-    /// Of its `libtorch_cpu.so`.
+    /// The path of its `libtorch_cpu.so`.
     path: Option<PathBuf>,
 }
 
-/// `libtorch_cuda.so`.
+/// The state of `libtorch_cuda.so`.
 #[derive(Debug, Default, Serialize)]
 struct CudaLibrary {
-    /// The file that was opened; null with no error where there is none.
+    /// The file that was opened; null without an error if there is none.
     opened: Option<PathBuf>,
     error: Option<String>,
 }
@@ -75,7 +74,7 @@ struct CudaDevice {
     error: Option<String>,
 }
 
-/// What was asked for, and what is used for it if it works.
+/// The device that was asked for, and the devices that it means if they work.
 #[derive(Debug, Serialize)]
 struct Asked {
     asked: String,
@@ -83,7 +82,7 @@ struct Asked {
     error: Option<String>,
 }
 
-/// Fails where the device that was asked for does not work.
+/// Prints the report, and fails if the device that was asked for does not work.
 pub fn run(args: &Args) -> anyhow::Result<()> {
     let report = examine(args)?;
     if args.json {
@@ -99,7 +98,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
 
 fn examine(args: &Args) -> anyhow::Result<Report> {
     let dir = args.libtorch_cuda.as_deref();
-    // Before anything else: kernels register themselves before the first tensor is made.
+    // This comes first: kernels register themselves before the first tensor is made.
     let cuda_library = match device::open_cuda(dir) {
         Ok(opened) => CudaLibrary {
             opened,
@@ -130,7 +129,7 @@ fn examine(args: &Args) -> anyhow::Result<Report> {
         .flatten()
         .map(|device| device::name_of(*device))
         .collect();
-    // A device that is there and fails at a product does not work either.
+    // A device that exists but fails at a product does not work either.
     let failed = cuda_devices
         .iter()
         .filter(|found| uses.contains(&found.device))

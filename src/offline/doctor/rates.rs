@@ -1,5 +1,4 @@
-//! How many floating-point operations a second matrix products reach: what the engine's time is to be compared
-//! with.
+//! The rates of matrix products in floating-point operations per second, which the engine's times are compared with.
 
 use std::time::{Duration, Instant};
 
@@ -8,25 +7,25 @@ use tch::{Cuda, Device, Kind, TchError, Tensor};
 
 use promptweave_engine::device::allow_tf32;
 
-/// An MLP's first product in a ViT-S, [tokens, d] × [d, 4d], of some images at 98 px.
+/// The shape of an MLP's first product in a ViT-S, [tokens, d] × [d, 4d], for some images at 98 px.
 const ON_CPU: [i64; 3] = [1536, 384, 1536];
-/// The same in a ViT-B for 64 images at 224 px.
+/// The shape of the same product in a ViT-B, for 64 images at 224 px.
 const ON_CUDA: [i64; 3] = [12608, 768, 3072];
-/// The best product within this time counts: others may be at work on the machine.
+/// The best product within this time counts, because other programs may use the machine.
 const MEASURED: Duration = Duration::from_millis(500);
 
 #[derive(Clone, Debug, Serialize)]
 pub struct Rate {
-    /// `f32`, `tf32` or `bf16`.
+    /// Precision: `f32`, `tf32` or `bf16`.
     pub precision: &'static str,
-    /// On the CPU.
+    /// CPU threads; none on a GPU.
     pub threads: Option<i32>,
     pub gflop_per_s: f64,
     /// [rows, inner, columns] of the product.
     pub shape: [i64; 3],
 }
 
-/// On one thread and on as many as libtorch takes.
+/// Measures the CPU on one thread and on all of libtorch's threads.
 pub fn of_cpu() -> Result<Vec<Rate>, TchError> {
     let all = tch::get_num_threads();
     let mut rates = Vec::new();
@@ -45,7 +44,7 @@ pub fn of_cpu() -> Result<Vec<Rate>, TchError> {
     Ok(rates)
 }
 
-/// In f32 with and without TF32, and in bf16.
+/// Measures a GPU in f32 with and without TF32, and in bf16.
 pub fn of_cuda(index: usize) -> Result<Vec<Rate>, TchError> {
     let device = Device::Cuda(index);
     let mut rates = Vec::new();
@@ -60,7 +59,7 @@ pub fn of_cuda(index: usize) -> Result<Vec<Rate>, TchError> {
         rates.push(Rate {
             precision,
             threads: None,
-            // Launches are not waited for one by one.
+            // Several launches are timed together, because waiting for each would take time itself.
             gflop_per_s: measure(device, kind, ON_CUDA, 20)?,
             shape: ON_CUDA,
         });
@@ -82,7 +81,7 @@ fn measure(device: Device, kind: Kind, shape: [i64; 3], products: usize) -> Resu
         finish(device);
         Ok(start.elapsed())
     };
-    // The first ones choose their kernels.
+    // The first products choose their kernels.
     once()?;
     let (start, mut best) = (Instant::now(), Duration::MAX);
     while start.elapsed() < MEASURED {
