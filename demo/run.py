@@ -189,10 +189,10 @@ def wait_for(service, job):
     return job
 
 
-def resolve(service, job, request):
+def solve(service, job, request):
     """The result of solving an ensemble again from its statistics, without the backbone, and what that took."""
     started = time.monotonic()
-    again = wait_for(service, service.call("POST", f"/v1/ensembles/{job['id']}/resolve", request))
+    again = wait_for(service, service.call("POST", f"/v1/ensembles/{job['id']}/solve", request))
     return service.call("GET", f"/v1/ensembles/{again['id']}/result"), time.monotonic() - started
 
 
@@ -252,9 +252,9 @@ def check_equal(what, expected, found):
 
 def solve_again(service, job, result):
     """With the same objective, which must find the same weights, and at the knee of the path. The knee's result."""
-    same, _ = resolve(service, job, {})
+    same, _ = solve(service, job, {})
     check_equal("the ensemble and itself, solved again from its statistics", result, same)
-    knee, seconds = resolve(service, job, {"objective": {"trade_off": "knee"}})
+    knee, seconds = solve(service, job, {"objective": {"trade_off": "knee"}})
     shown = ", ".join(f"{prompt} {weight:.3f}" for prompt, weight in weights_of(knee).items() if weight > 0)
     say(f"at the knee of the path, t = {knee['objective']['trade_off']:.2f}, in {seconds:.1f} s: {shown}")
     return knee

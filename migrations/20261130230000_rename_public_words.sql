@@ -77,8 +77,6 @@ $$;
 
 UPDATE job SET spec = pg_temp.renamed_in(spec, 'target', 'skip_bad', 'skip_unreadable')
 WHERE spec #> '{target,skip_bad}' IS NOT NULL;
-UPDATE job SET spec = jsonb_set(spec, '{target}', pg_temp.renamed_in(spec -> 'target', 'samples', 'skip_bad', 'skip_unreadable'))
-WHERE spec #> '{target,samples}' IS NOT NULL;
 
 UPDATE job
 SET spec = jsonb_set(

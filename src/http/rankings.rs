@@ -105,7 +105,7 @@ impl From<Job<RankingSpec>> for RankingJob {
             `deep_prompt_not_composable`, `width_mismatch`, `length_mismatch`, `unknown_backbone`, `backbone_required`, \
             `backbone_ambiguous`, `backbone_mismatch`, `preprocessing_mismatch`, `invalid_objective`, \
             `too_large` (features above 4 GiB), `invalid_priority`; `invalid_request` where there are several, each with its \
-            own in `errors`"),
+            own in errors"),
         (status = 429, description = "`queue_full`: as many jobs wait as the operator lets",
          headers(("retry-after" = u32))),
     )

@@ -127,7 +127,7 @@ impl From<Job<TuningSpec>> for TuningJob {
             `empty_target`, `one_class`, `empty_split`, `same_split`, `invalid_max_samples`, `too_few_images` (to hold \
             some out), `unknown_prompt`, `deep_start`, `width_mismatch`, `unknown_backbone`, `backbone_required`, \
             `backbone_ambiguous`, `backbone_mismatch`, `preprocessing_mismatch`, `invalid_priority`; `invalid_request` where there are \
-            several, each with its own in `errors`"),
+            several, each with its own in errors"),
         (status = 429, description = "`queue_full`: as many jobs wait as the operator lets",
          headers(("retry-after" = u32))),
     )

@@ -27,6 +27,7 @@ const OTHER_WORDS: &[&str] = &[
     "bytes",
     "ckpt",
     "converted",
+    "dtd",
     "f32",
     "file",
     "folder",
@@ -78,7 +79,13 @@ fn rust_files(dir: &Path) -> Vec<PathBuf> {
 fn sources() -> Vec<(PathBuf, String)> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut files = rust_files(&root.join("src/http"));
-    for plan in ["plan", "plan_ranking", "plan_tuning", "resolve"] {
+    for plan in [
+        "plan",
+        "plan_ranking",
+        "plan_solve",
+        "plan_tuning",
+        "refusals",
+    ] {
         files.push(root.join(format!("src/jobs/{plan}.rs")));
     }
     let apart = ["document", "links.rs", "problem_codes.rs"];

@@ -31,9 +31,7 @@ fn old_spec(objective: &Value) -> Value {
     json!({
         "target": {
             "dataset": "emoji", "version": 1, "digest": digest(),
-            "samples": {
-                "split": "train", "eval_split": "test", "max_samples": 2000, "seed": 0, "skip_bad": true,
-            },
+            "split": "train", "eval_split": "test", "max_samples": 2000, "seed": 0, "skip_bad": true,
         },
         "sources": [source("digits"), source("flowers")],
         "backbone": {
