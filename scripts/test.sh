@@ -51,7 +51,8 @@ part "rustfmt and clippy" cargo_components
 part "formatting" cargo fmt --all --check
 part "lints" cargo clippy --release --workspace --all-targets -- -D warnings
 part "lints without libtorch" cargo clippy --release --all-targets --no-default-features --features chaos -- -D warnings
-part "build" cargo build --release --workspace
+# The tests need dependencies with a few features more than the programs do, so that both together would be built twice:
+# building the tests makes target/release/promptweave too, and that one serves the parts below.
 if cargo nextest --version >/dev/null 2>&1; then
     part "build of the tests" cargo nextest run --release --workspace --no-run
     part "tests" scripts/with_postgres.sh cargo nextest run --release --workspace --no-fail-fast
