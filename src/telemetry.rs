@@ -22,15 +22,3 @@ pub fn init(options: &LogOptions) -> anyhow::Result<()> {
     }
     Ok(())
 }
-
-#[cfg(test)]
-mod tests {
-    #[test]
-    fn a_chain_names_every_cause_once() {
-        let error = anyhow::anyhow!("disk full")
-            .context("cannot write `x`")
-            .context("job 7 failed");
-        let text = promptweave_domain::error_chain::chain(error.as_ref());
-        assert_eq!(text, "job 7 failed: cannot write `x`: disk full");
-    }
-}

@@ -14,3 +14,15 @@ pub fn chain(error: &(dyn Error + 'static)) -> String {
     }
     text
 }
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn a_chain_names_every_cause_once() {
+        let error = anyhow::anyhow!("disk full")
+            .context("cannot write `x`")
+            .context("job 7 failed");
+        let text = super::chain(error.as_ref());
+        assert_eq!(text, "job 7 failed: cannot write `x`: disk full");
+    }
+}

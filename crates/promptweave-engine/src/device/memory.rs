@@ -17,7 +17,7 @@ impl Memory {
         let limit = fs::read_to_string("/sys/fs/cgroup/memory.max");
         Self {
             limit_bytes: limit.ok().and_then(|text| text.trim().parse().ok()),
-            ..Self::of(&fs::read_to_string("/proc/meminfo").unwrap_or_default())
+            ..Self::of(&meminfo())
         }
     }
 
@@ -27,19 +27,31 @@ impl Memory {
     }
 
     fn of(meminfo: &str) -> Self {
-        let bytes = |name: &str| -> u64 {
-            let kib = meminfo.lines().find_map(|line| {
-                let value = line.strip_prefix(name)?.strip_prefix(':')?;
-                value.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()
-            });
-            kib.unwrap_or(0) * 1024
-        };
+        let bytes = |name: &str| bytes_of(meminfo, name).unwrap_or(0);
         Self {
             total_bytes: bytes("MemTotal"),
             available_bytes: bytes("MemAvailable"),
             limit_bytes: None,
         }
     }
+}
+
+/// Bytes that are available without swapping, if the system reports them.
+pub fn available_bytes() -> Option<u64> {
+    bytes_of(&meminfo(), "MemAvailable")
+}
+
+fn meminfo() -> String {
+    fs::read_to_string("/proc/meminfo").unwrap_or_default()
+}
+
+/// The value of one line of `/proc/meminfo`.
+fn bytes_of(meminfo: &str, name: &str) -> Option<u64> {
+    let kib = meminfo.lines().find_map(|line| {
+        let value = line.strip_prefix(name)?.strip_prefix(':')?;
+        value.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()
+    });
+    kib.map(|kib| kib * 1024)
 }
 
 #[cfg(test)]

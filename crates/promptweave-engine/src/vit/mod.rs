@@ -38,6 +38,7 @@ use self::kernels::{Bf16, Element};
 use self::plain::Plain;
 use self::shared::Shared;
 pub use self::weights::Weights;
+use crate::device::memory::available_bytes;
 use crate::device::{allow_cudnn_attention, allow_tf32};
 use crate::error::EngineError;
 use crate::vit::streams::{Stream, threads_for};
@@ -113,17 +114,9 @@ impl Compute {
         if self.wide || self.plain {
             return 1;
         }
-        let fit = available_memory().map_or(usize::MAX, |bytes| bytes / (2 * CPU_BYTES));
+        let fit = available_bytes().map_or(usize::MAX, |bytes| bytes as usize / (2 * CPU_BYTES));
         self.threads.min(fit).max(1)
     }
-}
-
-/// Bytes that are available without swapping, if the system reports them.
-fn available_memory() -> Option<usize> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
-    let kib: usize = line.trim().strip_suffix(" kB")?.parse().ok()?;
-    Some(kib << 10)
 }
 
 /// The number of images and prompts that go through at once.
