@@ -20,6 +20,7 @@ use promptweave::jobs::queue;
 use promptweave::jobs::queue::Claimed;
 use promptweave::jobs::workers;
 use promptweave::jobs::workers::NewWorker;
+use promptweave_domain::clock::new_id;
 use promptweave_domain::composition::CompositionResult;
 use promptweave_domain::digest::Digest;
 use promptweave_domain::job::EnsembleSpec;
@@ -108,7 +109,7 @@ impl Bench {
     }
 
     async fn register(&self) -> Result<Uuid, Error> {
-        let id = Uuid::now_v7();
+        let id = new_id();
         let new = NewWorker {
             id,
             host: "bench",

@@ -19,8 +19,6 @@ use url::Url;
 use crate::blobs::BlobStore;
 use crate::db;
 use crate::db::PoolSettings;
-use crate::gc::Retention;
-use crate::http::rate_limit::RateLimit;
 use crate::remote::client::Client;
 use crate::remote::network::{Network, Opening};
 use crate::remote::s3::S3Url;
@@ -150,18 +148,6 @@ pub struct RetentionOptions {
     /// ever.
     #[arg(long, env = "PROMPTWEAVE_STATISTICS_DAYS")]
     pub statistics_days: Option<u32>,
-}
-
-impl RetentionOptions {
-    pub fn retention(&self) -> Retention {
-        const HOUR: u64 = 3600;
-        Retention {
-            grace: Duration::from_secs(u64::from(self.gc_grace_hours) * HOUR),
-            statistics: self
-                .statistics_days
-                .map(|days| Duration::from_secs(u64::from(days) * 24 * HOUR)),
-        }
-    }
 }
 
 impl StorageOptions {
@@ -368,13 +354,6 @@ impl HttpOptions {
             token,
             AmazonS3Builder::from_env(),
         )))
-    }
-
-    pub fn rate_limit(&self) -> Option<RateLimit> {
-        (self.rate_limit > 0.0).then_some(RateLimit {
-            per_second: self.rate_limit,
-            burst: self.rate_burst,
-        })
     }
 
     pub fn request_timeout(&self) -> Duration {

@@ -16,6 +16,7 @@ use crate::cli::GcArgs;
 use crate::config::RetentionOptions;
 use crate::jobs::retention;
 use crate::registry::{RegistryError, references};
+use promptweave_domain::clock::{Clock as _, SystemClock};
 use promptweave_domain::error_chain::chain;
 
 /// How many digests are looked up at once.
@@ -30,6 +31,17 @@ pub struct Retention {
     pub grace: Duration,
     /// How long the statistics of an ended ensemble are kept; None for ever.
     pub statistics: Option<Duration>,
+}
+
+impl From<&RetentionOptions> for Retention {
+    fn from(options: &RetentionOptions) -> Self {
+        const HOUR: u64 = 3600;
+        Self {
+            grace: Duration::from_secs(u64::from(options.gc_grace_hours) * HOUR),
+            statistics: (options.statistics_days)
+                .map(|days| Duration::from_secs(u64::from(days) * 24 * HOUR)),
+        }
+    }
 }
 
 /// Counts of what was deleted; with `dry_run`, of what would be.
@@ -57,7 +69,8 @@ pub enum GcError {
 pub async fn run(args: GcArgs) -> anyhow::Result<()> {
     let pool = args.database.pool()?;
     let blobs = args.storage.blobs()?;
-    let collected = collect(&pool, &blobs, args.retention.retention(), args.dry_run).await?;
+    let retention = Retention::from(&args.retention);
+    let collected = collect(&pool, &blobs, retention, args.dry_run).await?;
     let Collected {
         ensembles,
         files,
@@ -89,7 +102,7 @@ pub async fn run_daily(
         .is_some()
     {
         pause = EVERY;
-        match collect(&pool, &blobs, options.retention(), false).await {
+        match collect(&pool, &blobs, Retention::from(&options), false).await {
             Ok(Collected {
                 ensembles,
                 files,
@@ -107,7 +120,7 @@ pub async fn collect(
     retention: Retention,
     dry_run: bool,
 ) -> Result<Collected, GcError> {
-    let now = OffsetDateTime::now_utc();
+    let now = SystemClock.now();
     let before = now - retention.grace;
     let mut conn = pool.acquire().await.map_err(RegistryError::from)?;
     if !belong_together(&mut conn, blobs, now).await? {

@@ -11,13 +11,13 @@ use sqlx::{Connection, PgConnection};
 use uuid::Uuid;
 
 use crate::cli::{KeysArgs, KeysCommand};
-use crate::clock::{Clock, SystemClock};
 use crate::registry::DEFAULT_PROJECT;
 use crate::registry::api_keys;
 use crate::registry::api_keys::StoredKey;
 use crate::registry::projects;
 use crate::registry::projects::Project;
 use promptweave_domain::api_key::{ApiKey, KeyName, Scope, Scopes};
+use promptweave_domain::clock::{Clock, SystemClock};
 use promptweave_domain::reference::ResourceName;
 
 /// The longest list that is still useful for people.

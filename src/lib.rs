@@ -6,10 +6,14 @@
 //!                                    (the offline commands enter at engine/ directly: no HTTP, no Postgres)
 //! ```
 
+#![cfg_attr(
+    test,
+    allow(clippy::disallowed_methods, reason = "tests make ids of their own")
+)]
+
 pub mod blobs;
 pub mod cli;
 pub mod client;
-pub mod clock;
 pub mod config;
 pub mod db;
 pub mod failpoints;

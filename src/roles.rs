@@ -10,13 +10,12 @@ use std::time::Duration;
 use anyhow::Context;
 use sqlx::PgPool;
 use tokio::net::TcpListener;
-use uuid::Uuid;
 
 use crate::cli::{ServeArgs, WorkerArgs};
-use crate::clock::SystemClock;
 use crate::config::{DatabaseOptions, HttpOptions, RetentionOptions, StorageOptions};
 use crate::db::MIGRATOR;
 use crate::gc;
+use crate::http::rate_limit::RateLimit;
 use crate::http::{AppState, HttpSettings, router};
 use crate::jobs::reaper;
 use crate::jobs::watch::JobWatch;
@@ -27,6 +26,7 @@ use crate::webhooks::deliverer;
 use crate::worker;
 use crate::worker::composer_thread::NewComposer;
 use crate::worker::{SEEN_EVERY, WorkerSettings};
+use promptweave_domain::clock::{SystemClock, new_id};
 
 /// Runs `promptweave serve`.
 pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
@@ -45,7 +45,7 @@ pub async fn worker(args: WorkerArgs, new_composer: NewComposer) -> anyhow::Resu
         stop_with_stdin(shutdown.clone());
     }
     let settings = WorkerSettings {
-        id: args.id.unwrap_or_else(Uuid::now_v7),
+        id: args.id.unwrap_or_else(new_id),
         device: args.worker.device.clone(),
         seen_every: SEEN_EVERY,
         lease: args.worker.queue.lease(),
@@ -94,7 +94,10 @@ pub(crate) fn app_state(
         max_queued: http.max_queued,
         max_wait: Duration::from_secs(http.max_wait_s),
         authentication: !http.no_auth,
-        rate_limit: http.rate_limit(),
+        rate_limit: (http.rate_limit > 0.0).then_some(RateLimit {
+            per_second: http.rate_limit,
+            burst: http.rate_burst,
+        }),
         dataset_roots: AllowedRoots::new(http.dataset_root.clone()),
         backbone_roots: AllowedRoots::new(http.backbone_root.clone()),
         sources: http.sources(storage)?,

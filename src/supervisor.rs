@@ -17,6 +17,7 @@ use crate::jobs::workers;
 use crate::jobs::workers::{End, NewWorker};
 use crate::shutdown::Shutdown;
 use crate::worker::hostname;
+use promptweave_domain::clock::new_id;
 use promptweave_domain::error_chain::chain;
 
 /// The variable that tells a worker its id.
@@ -54,7 +55,7 @@ impl Supervisor {
             .stdin(Stdio::piped())
             .process_group(0)
             .kill_on_drop(true);
-        let mut id = Uuid::now_v7();
+        let mut id = new_id();
         let (mut failed_starts, mut pause) = (0, FIRST_PAUSE);
         loop {
             self.program.env(WORKER_ID, id.to_string());
@@ -85,7 +86,7 @@ impl Supervisor {
                 tracing::error!(worker.id = %id, reason = ended.reason, "the worker has ended, starting another");
             }
             if worked {
-                id = Uuid::now_v7();
+                id = new_id();
             }
             let sleep = tokio::time::sleep(pause);
             if self

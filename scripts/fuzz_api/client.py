@@ -84,8 +84,8 @@ def compose(api: Api, worker: subprocess.Popen):
     models = api.models
     body = models.CreateEnsemble(
         backbone="vit-s14",
-        target=models.TargetType1(dataset="clipart", split=models.Split.TRAIN, max_samples=IMAGES),
-        sources=["emoji", models.SourceType1(prompt="fashion")],
+        target=models.TargetObject(dataset="clipart", split=models.Split.TRAIN, max_samples=IMAGES),
+        sources=["emoji", models.SourceObject(prompt="fashion")],
         output=models.Output(name="clipart-composed"),
     )
     plan = api.call("ensembles.validate_ensemble", "EnsemblePlan", body=body)

@@ -16,11 +16,14 @@ use crate::http::error::Problem;
 use crate::http::extract::Json;
 use crate::http::prompt_files;
 use crate::http::prompt_versions::PublishedVersion;
-use crate::jobs::plan;
+use crate::jobs::plan::sources::{NamedPrompt, sources as plan_sources};
 use crate::registry::lineage::Role;
 use crate::registry::prompt_versions;
-use crate::registry::prompt_versions::{NewVersion, Parent, PromptVersion};
+use crate::registry::prompt_versions::{NewVersion, Parent};
 use crate::registry::prompts;
+use promptweave_domain::compatibility::{
+    Blamed, Incompatible, common_backbone, common_preprocessing,
+};
 use promptweave_domain::method::common_seed;
 use promptweave_domain::mixture::mix;
 use promptweave_domain::prompt_file::{FORMAT, Origin, PromptFile, PromptMetadata};
@@ -97,7 +100,7 @@ async fn compose_prompt(
     let alpha: Vec<_> = body.sources.iter().map(|source| source.weight).collect();
 
     let mut transaction = state.pool.begin().await?;
-    let sources = plan::sources(&mut transaction, project_id, &references).await?;
+    let sources = plan_sources(&mut transaction, project_id, &references).await?;
     let metadata = common_metadata(&sources)?;
     let prompts = read(&mut transaction, &sources).await?;
     let composed = move || {
@@ -126,9 +129,9 @@ async fn compose_prompt(
     let parents: Vec<_> = sources
         .iter()
         .zip(&body.sources)
-        .map(|(version, source)| Parent {
+        .map(|(named, source)| Parent {
             role: Role::Source,
-            version_id: version.id,
+            version_id: named.version.id,
             weight: source.weight,
         })
         .collect();
@@ -166,14 +169,21 @@ fn check_weights(sources: &[WeighedSource]) -> Result<(), Problem> {
 }
 
 /// The sum's metadata: what all sources agree on. A source without metadata is trusted to fit, as in an ensemble.
-fn common_metadata(sources: &[PromptVersion]) -> Result<PromptMetadata, Problem> {
-    let backbone_digest = agreed(sources, "backbone", |it| it.backbone_digest.as_ref())?;
-    let preprocessing_id = agreed(sources, "preprocessing", |it| it.preprocessing_id.as_ref())?;
+fn common_metadata(sources: &[NamedPrompt]) -> Result<PromptMetadata, Problem> {
+    let facts: Vec<_> = sources
+        .iter()
+        .map(|source| source.version.facts())
+        .collect();
+    let unlike = |(index, Incompatible { code, detail }): Blamed| {
+        Problem::field(code.name(), &sources[index].pointer, detail)
+    };
     Ok(PromptMetadata {
         format: FORMAT,
-        backbone_digest,
-        preprocessing_id,
-        init_seed: common_seed(sources.iter().map(|source| source.init_seed)),
+        backbone_digest: common_backbone(&facts).map_err(unlike)?,
+        preprocessing_id: common_preprocessing(&facts)
+            .map_err(unlike)?
+            .map(str::to_owned),
+        init_seed: common_seed(sources.iter().map(|source| source.version.init_seed)),
         task: None,
         classes: None,
         origin: Origin::Composed,
@@ -181,40 +191,14 @@ fn common_metadata(sources: &[PromptVersion]) -> Result<PromptMetadata, Problem>
     })
 }
 
-fn agreed<T: Clone + PartialEq + std::fmt::Display>(
-    sources: &[PromptVersion],
-    what: &str,
-    value: impl Fn(&PromptVersion) -> Option<&T>,
-) -> Result<Option<T>, Problem> {
-    let mut said = sources
-        .iter()
-        .enumerate()
-        .filter_map(|(index, source)| Some((index, source, value(source)?)));
-    let Some((_, first, common)) = said.next() else {
-        return Ok(None);
-    };
-    if let Some((index, other, found)) = said.find(|(_, _, found)| *found != common) {
-        let detail = format!(
-            "`{}:{}` was made with {what} {found}, and `{}:{}` with {common}; such prompts do not mix",
-            other.prompt, other.version, first.prompt, first.version
-        );
-        let code = match what {
-            "backbone" => "backbone_mismatch",
-            _ => "preprocessing_mismatch",
-        };
-        return Err(Problem::field(code, plan::source_pointer(index), detail));
-    }
-    Ok(Some(common.clone()))
-}
-
 /// Reads the sources' numbers, with one file in memory at a time.
 async fn read(
     conn: &mut PgConnection,
-    sources: &[PromptVersion],
+    sources: &[NamedPrompt],
 ) -> Result<Vec<Tensor<f32>>, Problem> {
     let numbers: usize = sources
         .iter()
-        .map(|it| it.num_tokens as usize * it.embed_dim as usize)
+        .map(|it| it.version.num_tokens as usize * it.version.embed_dim as usize)
         .sum();
     if numbers * size_of::<f32>() > MAX_BYTES {
         let detail = format!(
@@ -225,7 +209,7 @@ async fn read(
     }
     let mut prompts = Vec::with_capacity(sources.len());
     for source in sources {
-        let bytes = prompt_versions::content(conn, &source.digest).await?;
+        let bytes = prompt_versions::content(conn, &source.version.digest).await?;
         let bytes = bytes.ok_or(DbError::RowCount(0))?;
         let (_, file) = prompt_files::read(bytes).await?;
         prompts.push(file.prompt_embeddings);

@@ -43,6 +43,7 @@ mod webhook_deliveries;
 pub mod webhooks;
 pub mod workers;
 
+use promptweave_domain::clock::Clock;
 use promptweave_domain::error_chain::chain;
 use std::any::Any;
 use std::error::Error;
@@ -62,7 +63,6 @@ use tower_http::timeout::TimeoutLayer;
 use utoipa_swagger_ui::SwaggerUi;
 
 use crate::blobs::BlobStore;
-use crate::clock::Clock;
 use crate::jobs::watch::JobWatch;
 use crate::registry::roots::AllowedRoots;
 use crate::remote::network::Network;
@@ -202,8 +202,8 @@ mod tests {
     use tower::ServiceExt;
 
     use super::*;
-    use crate::clock::MockClock;
     use crate::db;
+    use promptweave_domain::clock::MockClock;
 
     async fn panics() {
         panic!("the secret of the panic");

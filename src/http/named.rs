@@ -7,7 +7,7 @@ use serde::de::value::MapAccessDeserializer;
 use serde::de::{Error, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use utoipa::openapi::schema::{ObjectBuilder, OneOfBuilder, Type};
-use utoipa::openapi::{RefOr, Schema};
+use utoipa::openapi::{Ref, RefOr, Schema};
 use utoipa::{PartialSchema, ToSchema};
 
 use promptweave_domain::composition::TargetSamples;
@@ -129,39 +129,46 @@ impl<'de> Deserialize<'de> for Source {
     }
 }
 
-fn either(name: &str, example: &str, object: RefOr<Schema>, about: &str) -> RefOr<Schema> {
+/// The schema of both forms. The object is a component, so that generated clients have a name for it.
+fn either<Object: ToSchema>(name: &str, example: &str, about: &str) -> RefOr<Schema> {
     let name = ObjectBuilder::new()
         .schema_type(Type::String)
         .description(Some(name))
         .examples([example]);
+    let object = Ref::from_schema_name(Object::name());
     let forms = OneOfBuilder::new().item(name).item(object);
     forms.description(Some(about)).into()
+}
+
+fn add<Object: ToSchema>(schemas: &mut Vec<(String, RefOr<Schema>)>) {
+    schemas.push((Object::name().into_owned(), Object::schema()));
+    Object::schemas(schemas);
 }
 
 impl PartialSchema for Target {
     fn schema() -> RefOr<Schema> {
         let name = "The dataset alone, as `dataset` of the object, with its split `train`.";
         let about = "Whose images are learned from.";
-        either(name, "food:1", TargetObject::schema(), about)
+        either::<TargetObject>(name, "food:1", about)
     }
 }
 
 impl ToSchema for Target {
     fn schemas(schemas: &mut Vec<(String, RefOr<Schema>)>) {
-        TargetObject::schemas(schemas);
+        add::<TargetObject>(schemas);
     }
 }
 
 impl PartialSchema for Source {
     fn schema() -> RefOr<Schema> {
         let name = "The prompt alone: `name`, `name:2`, `name:production` or `name@sha256:…`.";
-        either(name, "dtd", SourceObject::schema(), "A prompt.")
+        either::<SourceObject>(name, "dtd", "A prompt.")
     }
 }
 
 impl ToSchema for Source {
     fn schemas(schemas: &mut Vec<(String, RefOr<Schema>)>) {
-        SourceObject::schemas(schemas);
+        add::<SourceObject>(schemas);
     }
 }
 

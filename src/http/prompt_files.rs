@@ -14,9 +14,12 @@ use crate::http::error::Problem;
 use crate::http::extract::escape;
 use crate::http::prompt_versions::PublishedVersion;
 use crate::registry::backbones;
+use crate::registry::backbones::RegisteredBackbone;
 use crate::registry::prompt_versions::PromptVersion;
+use promptweave_domain::compatibility::{Incompatible, PromptFacts, check_fits};
 use promptweave_domain::digest::Digest;
 use promptweave_domain::prompt_file::{PromptFile, PromptFileError, PromptMetadata};
+use promptweave_domain::words::JobErrorCode;
 
 /// What a file without promptweave's own metadata (PEFT, VPT) does not record. A field that the file does record must
 /// agree.
@@ -151,48 +154,37 @@ pub(super) async fn check_backbone(
     let Some(backbone) = known.first() else {
         return Ok(());
     };
-    let (name, embed_dim) = (&backbone.name, backbone.embed_dim as usize);
-    if file.embed_dim() != embed_dim {
-        let detail = format!(
-            "`prompt_embeddings` is {} wide, and backbone `{name}` is {embed_dim} wide",
-            file.embed_dim(),
-        );
-        return Err(Problem::field(
-            "width_mismatch",
-            "/prompt_embeddings",
-            detail,
-        ));
+    let facts = PromptFacts {
+        backbone_digest: Some(*digest),
+        preprocessing_id: metadata.preprocessing_id.as_deref(),
+        ..file.facts("prompt_embeddings".to_owned(), Digest::of(&[]))
+    };
+    let fits = |backbone: &RegisteredBackbone| check_fits(&facts, &backbone.facts());
+    // Backbones with these weights differ in their preprocessing, and one of them must fit.
+    if let (Err(Incompatible { code, detail }), false) = (
+        fits(backbone),
+        known.iter().any(|other| fits(other).is_ok()),
+    ) {
+        let pointer = match code {
+            JobErrorCode::PreprocessingMismatch => "/preprocessing_id",
+            _ => "/prompt_embeddings",
+        };
+        return Err(Problem::field(code.name(), pointer, detail));
     }
     let blocks = backbone.config.depth;
     if let Some(deep) = &file.deep_prompt_embeddings
         && deep.shape[0] + 1 != blocks
     {
         let detail = format!(
-            "`deep_prompt_embeddings` has prompts for {} blocks, and backbone `{name}` has {blocks} \
+            "`deep_prompt_embeddings` has prompts for {} blocks, and backbone `{}` has {blocks} \
              blocks, of which all but the first take one: expected {}",
             deep.shape[0],
+            backbone.name,
             blocks - 1,
         );
         return Err(Problem::field(
             "depth_mismatch",
             "/deep_prompt_embeddings",
-            detail,
-        ));
-    }
-    if let Some(id) = &metadata.preprocessing_id
-        && known.iter().all(|b| b.preprocessing_id != *id)
-    {
-        let ids: Vec<_> = known
-            .iter()
-            .map(|b| format!("`{}` of `{}`", b.preprocessing_id, b.name))
-            .collect();
-        let detail = format!(
-            "the prompt was made with preprocessing `{id}`, and these weights are registered with {}",
-            ids.join(", ")
-        );
-        return Err(Problem::field(
-            "preprocessing_mismatch",
-            "/preprocessing_id",
             detail,
         ));
     }

@@ -23,7 +23,7 @@ use crate::http::jobs::{
 use crate::http::named::{Source, Target};
 use crate::http::page::{Page, PageQuery};
 use crate::jobs::Job;
-use crate::jobs::plan_ranking::{RankingRequest, plan};
+use crate::jobs::plan::ranking::{RankingRequest, plan};
 use crate::jobs::requests::Reuse;
 use promptweave_domain::ranking::{Ranking, RankingObjective};
 use promptweave_domain::reference::ResourceName;

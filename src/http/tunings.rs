@@ -24,7 +24,7 @@ use crate::http::jobs::{
 use crate::http::named::{Source, Target};
 use crate::http::page::{Page, PageQuery};
 use crate::jobs::Job;
-use crate::jobs::plan_tuning::{TuningRequest, plan};
+use crate::jobs::plan::tuning::{TuningRequest, plan};
 use crate::jobs::requests::Reuse;
 use promptweave_domain::reference::ResourceName;
 use promptweave_domain::specification::TuningSpec;

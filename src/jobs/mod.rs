@@ -4,7 +4,7 @@
 //! - [`requests`]: its statements for clients
 //! - [`shards`]: how several workers share one job
 //! - `transition`: the statement by which a job leaves `running`
-//! - [`plan`], [`plan_tuning`], [`plan_ranking`], [`plan_solve`]: from a request to a specification
+//! - [`plan`]: from a request to a specification
 //! - [`checkpoints`]: the state of an unfinished tuning
 //! - [`finish`]: the one transaction that stores a result
 //! - [`events`] and [`watch`]: what happened to a job, and waiting for it
@@ -17,9 +17,6 @@ pub mod events;
 pub mod finish;
 pub mod listener;
 pub mod plan;
-pub mod plan_ranking;
-pub mod plan_solve;
-pub mod plan_tuning;
 pub mod queue;
 pub mod reaper;
 mod refusals;

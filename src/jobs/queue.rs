@@ -17,6 +17,7 @@ use crate::failpoints;
 use crate::jobs::events::{record, tell};
 use crate::jobs::transition::{LockedJob, Transition};
 use crate::registry::RegistryError;
+use promptweave_domain::clock::{jitter, new_token};
 use promptweave_domain::job::{AttemptOutcome, JobError, JobState, Progress};
 use promptweave_domain::specification::JobSpec;
 use promptweave_domain::words::{EventKind, JobErrorCode};
@@ -78,7 +79,7 @@ pub async fn claim(
     worker_id: Uuid,
     lease: Duration,
 ) -> Result<Option<Claimed>, QueueError> {
-    let token = Uuid::new_v4();
+    let token = new_token();
     let row = loop {
         // This is one statement, and so one transaction that no process can leave half done.
         let claimed = sqlx::query!(
@@ -379,7 +380,7 @@ pub async fn reap(conn: &mut PgConnection) -> Result<Vec<Reaped>, QueueError> {
 pub fn backoff(attempt: i32) -> Duration {
     let exponent = attempt.clamp(1, 9) as u32;
     let seconds = f64::from(2u32.pow(exponent)).min(300.0);
-    Duration::from_secs_f64(seconds * rand::random_range(0.5..1.5))
+    Duration::from_secs_f64(seconds * jitter(0.5..1.5))
 }
 
 #[cfg(test)]

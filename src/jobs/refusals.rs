@@ -1,6 +1,7 @@
 //! The reasons why a request cannot become a job, all of them together, each with its place in the request.
 
 use crate::registry::RegistryError;
+use promptweave_domain::compatibility::Incompatible;
 use promptweave_domain::objective::InvalidObjective;
 
 #[derive(Debug, thiserror::Error)]
@@ -33,6 +34,14 @@ pub(super) fn refuse<T>(
         pointer,
         detail,
     })
+}
+
+/// A check of what goes together, with the place in the request.
+pub(super) fn compatible<T>(
+    pointer: impl Into<String>,
+    checked: Result<T, Incompatible>,
+) -> Result<T, Refusal> {
+    checked.or_else(|Incompatible { code, detail }| refuse(code.name(), pointer, detail))
 }
 
 /// The mistakes of one request so far. Checks that do not depend on them still run.

@@ -20,7 +20,7 @@ use promptweave_domain::tuning::{
     TuningOptions,
 };
 use promptweave_domain::tuning_method::TuningMethod;
-use promptweave_engine::compose::sources::check_sources;
+use promptweave_engine::compose::sources::{check_sources, check_start_of};
 use promptweave_engine::error::EngineError;
 use promptweave_engine::samples::{Samples, Selection};
 use promptweave_engine::tune::{Images, Outcome, Trained, Tuning, TuningProgress, TuningRun};
@@ -185,12 +185,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let mut engine = args.engine.engine()?;
     let (backbone, vit) = engine.backbone(&args.engine.backbone)?;
     if let Some(start) = &start {
-        let mut start = start.clone();
-        // Only a method that makes deep prompts can start from one.
-        if args.method == TuningMethod::VptDeep {
-            start.file.deep_prompt_embeddings = None;
-        }
-        check_sources(&[start], backbone)?;
+        check_start_of(args.method, start, backbone)?;
     }
     for teacher in &teachers {
         check_sources(std::slice::from_ref(teacher), backbone)?;

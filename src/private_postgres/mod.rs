@@ -21,6 +21,7 @@ use sqlx::{ConnectOptions, Connection};
 use tokio::process::Child;
 
 use programs::{Owner, Programs};
+use promptweave_domain::clock::new_id;
 use promptweave_domain::digest::Digest;
 
 /// User and database of the cluster.
@@ -275,7 +276,7 @@ impl Layout {
         private_dir(&run, owner)?;
         Ok(Self {
             data: base.join("data"),
-            unfinished: base.join(format!("{UNFINISHED}{}", uuid::Uuid::now_v7())),
+            unfinished: base.join(format!("{UNFINISHED}{}", new_id())),
             run,
             log: base.join("server.log"),
         })
@@ -293,7 +294,7 @@ impl Layout {
         }
         let parent = Path::new("/var/lib").join(NAME);
         fs::create_dir_all(&parent).map_err(at(&parent))?;
-        let base = parent.join(format!("cluster-{}", uuid::Uuid::now_v7()));
+        let base = parent.join(format!("cluster-{}", new_id()));
         fs::write(&note, format!("{}\n", base.display())).map_err(at(&note))?;
         tracing::info!(
             data_dir = %data_dir.display(), cluster = %base.display(),

@@ -13,6 +13,8 @@ use crate::blobs::{BlobError, BlobStore, StoredBlob};
 use crate::db::DbError;
 use crate::registry::{RegistryError, read_digest, read_name};
 use promptweave_domain::backbone::BackboneConfig;
+use promptweave_domain::clock::new_id;
+use promptweave_domain::compatibility::BackboneFacts;
 use promptweave_domain::digest::Digest;
 use promptweave_domain::reference::ResourceName;
 use promptweave_formats::backbone::{Backbone, CONFIG_FILE, MODEL_FILE};
@@ -41,6 +43,18 @@ pub struct RegisteredBackbone {
     pub created_at: OffsetDateTime,
 }
 
+impl RegisteredBackbone {
+    /// The facts that decide which prompts fit.
+    pub fn facts(&self) -> BackboneFacts<'_> {
+        BackboneFacts {
+            name: Some(self.name.as_str()),
+            digest: self.digest,
+            embed_dim: self.embed_dim as usize,
+            preprocessing_id: self.preprocessing_id.clone(),
+        }
+    }
+}
+
 /// Registers a backbone whose model file is in the blob store. If the same backbone has this name already, it is
 /// returned, with `false` for "created".
 pub async fn insert(
@@ -60,7 +74,7 @@ pub async fn insert(
         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
         ON CONFLICT DO NOTHING
         "#,
-        Uuid::now_v7(),
+        new_id(),
         project_id,
         name.as_str(),
         backbone.digest.as_bytes(),

@@ -13,6 +13,7 @@ use crate::blobs::StoredBlob;
 use crate::db::DbError;
 pub use crate::registry::pack::{PackError, Packed, pack, pack_files, pack_parquet, unpack};
 use crate::registry::{RegistryError, read_digest, read_name};
+use promptweave_domain::clock::new_id;
 use promptweave_domain::digest::Digest;
 use promptweave_domain::reference::{Reference, ResourceName, VersionSelector};
 use promptweave_domain::split::Split;
@@ -68,7 +69,7 @@ pub async fn insert_version(
         VALUES ($1, $2, $3)
         ON CONFLICT ON CONSTRAINT dataset_name_key DO NOTHING
         "#,
-        Uuid::now_v7(),
+        new_id(),
         project_id,
         name.as_str(),
     )
@@ -98,7 +99,7 @@ pub async fn insert_version(
         FROM dataset_version
         WHERE project_id = $2 AND dataset_id = $3
         "#,
-        Uuid::now_v7(),
+        new_id(),
         project_id,
         dataset_id,
         new.pack.digest.as_bytes(),

@@ -10,6 +10,7 @@ use uuid::Uuid;
 
 use crate::db::DbError;
 use crate::registry::{RegistryError, read_digest};
+use promptweave_domain::clock::new_token;
 use promptweave_domain::digest::Digest;
 
 /// How long a claim holds without being renewed.
@@ -61,7 +62,7 @@ pub async fn claim(
     project_id: Uuid,
     key: &str,
 ) -> Result<Claimed, RegistryError> {
-    let token = Uuid::new_v4();
+    let token = new_token();
     loop {
         let first = sqlx::query_scalar!(
             r#"

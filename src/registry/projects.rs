@@ -8,6 +8,7 @@ use uuid::Uuid;
 
 use crate::db::OnConstraint;
 use crate::registry::{RegistryError, read_name};
+use promptweave_domain::clock::new_id;
 use promptweave_domain::reference::ResourceName;
 
 #[derive(Clone, Debug, Serialize, ToSchema)]
@@ -24,7 +25,7 @@ pub async fn create(
     conn: &mut PgConnection,
     name: &ResourceName,
 ) -> Result<Project, RegistryError> {
-    let id = Uuid::now_v7();
+    let id = new_id();
     let created_at = sqlx::query_scalar!(
         "INSERT INTO project (id, name) VALUES ($1, $2) RETURNING created_at",
         id,

@@ -13,6 +13,8 @@ use uuid::Uuid;
 use crate::db::{DbError, OnConstraint};
 use crate::registry::lineage::Role;
 use crate::registry::{RegistryError, prompts, read_digest, read_name};
+use promptweave_domain::clock::new_id;
+use promptweave_domain::compatibility::PromptFacts;
 use promptweave_domain::digest::Digest;
 use promptweave_domain::prompt_file::{Origin, PromptFile, PromptMetadata};
 use promptweave_domain::reference::{AliasName, Reference, ResourceName, VersionSelector};
@@ -59,6 +61,21 @@ pub struct PromptVersion {
     /// When the version was deprecated: a bare name no longer means it.
     #[serde(with = "time::serde::rfc3339::option")]
     pub deprecated_at: Option<OffsetDateTime>,
+}
+
+impl PromptVersion {
+    /// The facts that decide what the prompt goes together with.
+    pub fn facts(&self) -> PromptFacts<'_> {
+        PromptFacts {
+            name: format!("{}:{}", self.prompt, self.version),
+            digest: self.digest,
+            num_tokens: self.num_tokens as usize,
+            embed_dim: self.embed_dim as usize,
+            deep: self.depth == Depth::Deep,
+            backbone_digest: self.backbone_digest,
+            preprocessing_id: self.preprocessing_id.as_deref(),
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
@@ -204,7 +221,7 @@ pub async fn publish(
         )
         SELECT version FROM made
         "#,
-        Uuid::now_v7(),
+        new_id(),
         project_id,
         new.prompt_id,
         digest.as_bytes(),

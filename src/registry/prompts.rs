@@ -12,6 +12,7 @@ use uuid::Uuid;
 
 use crate::db::expect_one_row;
 use crate::registry::{RegistryError, read_name};
+use promptweave_domain::clock::new_id;
 use promptweave_domain::digest::Digest;
 use promptweave_domain::prompt_description::PromptDescription;
 use promptweave_domain::reference::{AliasName, ResourceName};
@@ -105,7 +106,7 @@ pub async fn find_restore_or_create(
         UNION ALL
         SELECT id FROM made
         "#,
-        Uuid::now_v7(),
+        new_id(),
         project_id,
         name.as_str(),
         description,
@@ -133,7 +134,7 @@ async fn insert(
         VALUES ($1, $2, $3, $4, $5, $6, $7)
         ON CONFLICT ON CONSTRAINT prompt_name_key DO NOTHING
         "#,
-        Uuid::now_v7(),
+        new_id(),
         project_id,
         name.as_str(),
         description.description,

@@ -10,8 +10,8 @@ use sqlx::types::Json;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use crate::clock::{Clock as _, SystemClock};
 use crate::db::DbError;
+use promptweave_domain::clock::{Clock as _, SystemClock, new_token};
 use promptweave_domain::job::{JobError, JobState};
 use promptweave_domain::specification::{Specification as _, TuningSpec};
 use promptweave_domain::webhook::{TEST_EVENT, pause};
@@ -221,7 +221,7 @@ pub async fn claim(
     limit: usize,
 ) -> Result<Vec<Claimed>, DbError> {
     let failing = receivers == Receivers::Failing;
-    let token = Uuid::new_v4();
+    let token = new_token();
     let claimed = sqlx::query_as!(
         Claimed,
         r#"

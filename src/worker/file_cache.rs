@@ -8,10 +8,10 @@ use std::fs::{self, File, TryLockError};
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
 
 use tempfile::TempDir;
 
+use promptweave_domain::clock::file_time;
 use promptweave_domain::error_chain::chain;
 
 const UNFINISHED: &str = ".unfinished-";
@@ -162,7 +162,7 @@ fn take(dir: &Path) -> io::Result<Option<InUse>> {
         return Ok(None);
     }
     // The time records the use, for eviction; if it cannot be set, the entry counts as old.
-    let _ = lock.set_modified(SystemTime::now());
+    let _ = lock.set_modified(file_time());
     Ok(Some(InUse {
         dir: dir.to_owned(),
         _lock: lock,
@@ -220,7 +220,7 @@ fn size(dir: &Path) -> io::Result<u64> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use std::time::{Duration, SystemTime};
 
     use super::*;
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use promptweave::failpoints;
 use promptweave::worker::composer_thread::NewComposer;
+use promptweave_domain::clock::jitter;
 use promptweave_domain::composer::{Composer, Composition, CompositionError, Observer, Platform};
 use promptweave_domain::composition::{CompositionInput, SolveInput};
 use promptweave_domain::digest::Digest;
@@ -109,10 +110,7 @@ fn file_of(shard: Shard) -> Vec<u8> {
 type Source = (String, i32, Digest);
 
 fn answer(sources: &[Source]) -> Composition {
-    let drawn: Vec<f64> = sources
-        .iter()
-        .map(|_| rand::random_range(0.1..1.0))
-        .collect();
+    let drawn: Vec<f64> = sources.iter().map(|_| jitter(0.1..1.0)).collect();
     let total: f64 = drawn.iter().sum();
     let weights: Vec<f64> = drawn.iter().map(|weight| weight / total).collect();
     Composition {
@@ -181,7 +179,7 @@ impl Composer for Pretending {
         }
         while curves.cross_entropy.len() < input.options.epochs {
             self.work(Phase::Tune, self.step, observer)?;
-            curves.cross_entropy.push(rand::random());
+            curves.cross_entropy.push(jitter(0.0..1.0));
             let epoch = curves.last().expect("one is over");
             let bytes = serde_json::to_vec(&curves).expect("plain data");
             checkpoints.keep(&epoch, &bytes);

@@ -118,7 +118,7 @@ async fn a_prompt_fits_its_backbones_blocks_and_preprocessing(pool: PgPool) {
     assert_eq!(problem["errors"][0]["pointer"], "/preprocessing_id");
     let detail = problem["detail"].as_str().unwrap();
     assert!(
-        detail.contains("`4-bicubic-imagenet` of `tiny`"),
+        detail.contains("backbone `tiny` has `4-bicubic-imagenet`"),
         "{detail}"
     );
     app.upload(&right, read("shallow.safetensors"))

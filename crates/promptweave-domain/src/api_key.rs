@@ -8,14 +8,15 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::str::FromStr;
 
-use rand::TryRng;
-use rand::rngs::{SysError, SysRng};
+use rand::rngs::SysError;
 use secrecy::SecretString;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use subtle::ConstantTimeEq;
 use utoipa::ToSchema;
 use uuid::Uuid;
+
+use crate::clock::secret_bytes;
 
 /// What a key may be used for. No scope includes another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
@@ -118,8 +119,7 @@ const CHECKSUM_LEN: usize = 8;
 impl ApiKey {
     /// Makes a key with a fresh secret from the operating system's generator.
     pub fn generate(id: Uuid) -> Result<Self, SysError> {
-        let mut secret = [0; 32];
-        SysRng.try_fill_bytes(&mut secret)?;
+        let secret = secret_bytes()?;
         Ok(Self { id, secret })
     }
 

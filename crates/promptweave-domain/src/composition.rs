@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::compatibility::PromptFacts;
 use crate::digest::Digest;
 use crate::early_stopping::{EarlyStop, EarlyStopping};
 use crate::method::Method;
@@ -43,6 +44,17 @@ pub struct Source {
     /// The digest of the prompt file's bytes.
     pub digest: Digest,
     pub file: PromptFile,
+}
+
+impl Source {
+    /// The facts that decide what the prompt goes together with.
+    pub fn facts(&self) -> PromptFacts<'_> {
+        let name = match self.version {
+            Some(version) => format!("{}:{version}", self.prompt),
+            None => self.prompt.clone(),
+        };
+        self.file.facts(name, self.digest)
+    }
 }
 
 /// The complete input of a composition: files at hand, nothing to look up.

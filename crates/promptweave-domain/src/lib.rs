@@ -3,9 +3,16 @@
 //! Nothing here knows files, images, SQL, HTTP, an async runtime or libtorch. Every other crate
 //! depends on this one.
 
+#![cfg_attr(
+    test,
+    allow(clippy::disallowed_methods, reason = "tests make ids of their own")
+)]
+
 pub mod api_key;
 pub mod backbone;
 pub mod cache;
+pub mod clock;
+pub mod compatibility;
 pub mod composer;
 pub mod composition;
 pub mod digest;

@@ -9,13 +9,14 @@ use std::time::Duration;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use hmac::{Hmac, KeyInit as _, Mac as _};
-use rand::TryRng as _;
-use rand::rngs::{SysError, SysRng};
+use rand::rngs::SysError;
 use secrecy::SecretString;
 use serde::{Deserialize, Serialize};
 use sha2::Sha256;
 use url::Url;
 use utoipa::ToSchema;
+
+use crate::clock::{jitter, secret_bytes};
 
 /// An event that a webhook may be sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
@@ -196,9 +197,8 @@ pub struct InvalidSecret;
 impl WebhookSecret {
     /// Makes a secret with the operating system's generator.
     pub fn generate() -> Result<Self, SysError> {
-        let mut bytes = vec![0; 32];
-        SysRng.try_fill_bytes(&mut bytes)?;
-        Ok(Self(bytes))
+        let bytes: [u8; 32] = secret_bytes()?;
+        Ok(Self(bytes.to_vec()))
     }
 
     pub fn text(&self) -> SecretString {
@@ -274,7 +274,7 @@ const PAUSES: [u64; 16] = {
 pub fn pause(attempt: i32) -> Option<Duration> {
     let index = usize::try_from(attempt).ok()?.checked_sub(1)?;
     let seconds = *PAUSES.get(index)?;
-    Some(Duration::from_secs(seconds).mul_f64(rand::random_range(0.8..1.2)))
+    Some(Duration::from_secs(seconds).mul_f64(jitter(0.8..1.2)))
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use promptweave_domain::compatibility::Incompatible;
 use promptweave_domain::composer::{CompositionError, blames_the_device};
 use promptweave_domain::error_chain::chain;
 use promptweave_domain::objective::InvalidObjective;
@@ -55,22 +56,12 @@ pub enum EngineError {
     OneBlock,
     #[error("no source prompts were given")]
     NoSources,
-    #[error("sources `{first}` and `{second}` are the same prompt ({digest})")]
-    SameSource {
-        first: String,
-        second: String,
-        digest: String,
-    },
     #[error("source `{prompt}` is not in the statistics; they are of {known}")]
     UnknownSource { prompt: String, known: String },
     #[error("the statistics cannot be used")]
     Statistics(#[from] StatisticsError),
-    #[error("source `{prompt}` is {what}, but {expected}")]
-    Incompatible {
-        prompt: String,
-        what: String,
-        expected: String,
-    },
+    #[error(transparent)]
+    Incompatible(#[from] Incompatible),
     #[error(transparent)]
     Objective(#[from] InvalidObjective),
     #[error("{0} are not finite")]
@@ -101,10 +92,9 @@ impl EngineError {
             Self::MakesNoPrompt(_) => JobErrorCode::MakesNoPrompt,
             Self::OneBlock => JobErrorCode::OneBlock,
             Self::NoSources => JobErrorCode::NoSources,
-            Self::SameSource { .. } => JobErrorCode::SameSource,
             Self::UnknownSource { .. } => JobErrorCode::UnknownSource,
             Self::Statistics(_) => JobErrorCode::StatisticsUnusable,
-            Self::Incompatible { .. } => JobErrorCode::IncompatibleSource,
+            Self::Incompatible(refused) => refused.code,
             Self::Objective(_) => JobErrorCode::InvalidObjective,
             Self::NotFinite(_) => JobErrorCode::NotFinite,
             Self::Cache(_) => JobErrorCode::CacheUnreadable,

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use crate::tensor_file::{TensorFile, TensorFileError};
 use promptweave_domain::backbone::BackboneConfig;
+use promptweave_domain::compatibility::BackboneFacts;
 use promptweave_domain::digest::{Digest, DigestBuilder};
 use promptweave_domain::tensor::Element;
 
@@ -85,6 +86,16 @@ impl Backbone {
                 .sum(),
             config,
         })
+    }
+
+    /// The facts that decide which prompts fit.
+    pub fn facts(&self) -> BackboneFacts<'_> {
+        BackboneFacts {
+            name: None,
+            digest: self.digest,
+            embed_dim: self.config.embed_dim,
+            preprocessing_id: self.config.preprocessing.id(),
+        }
     }
 
     pub fn model_path(&self) -> PathBuf {

@@ -17,7 +17,7 @@ use crate::http::error::Problem;
 use crate::http::extract::Path;
 use crate::http::jobs;
 use crate::http::jobs::{existing, no_result};
-use crate::jobs::plan_solve::Solved;
+use crate::jobs::plan::solve::Solved;
 use promptweave_domain::composition::CompositionResult;
 use promptweave_domain::error_chain::chain;
 use promptweave_domain::job::EnsembleSpec;

@@ -15,7 +15,7 @@ use crate::http::error::Problem;
 use crate::http::extract::{Draft, Path};
 use crate::http::jobs::{JobRequest, accept, check_priority, default_priority};
 use crate::http::named::Source;
-use crate::jobs::plan_solve::{SolveRequest, pin_aliases, plan};
+use crate::jobs::plan::solve::{SolveRequest, pin_aliases, plan};
 use crate::jobs::requests::Reuse;
 use crate::registry::references;
 use promptweave_domain::job::DEFAULT_PRIORITY;

@@ -13,6 +13,7 @@ use crate::jobs::queue::{Lease, QueueError, RenewOutcome, renewal};
 use crate::jobs::shards::owner::there;
 use crate::jobs::shards::{MAX_HELPERS, phase, record_shard};
 use crate::registry::references;
+use promptweave_domain::clock::new_token;
 use promptweave_domain::digest::Digest;
 use promptweave_domain::job::EnsembleSpec;
 use promptweave_domain::phase::Phase;
@@ -37,7 +38,7 @@ pub async fn claim(
     arithmetic: &str,
     length: Duration,
 ) -> Result<Option<ClaimedShard>, QueueError> {
-    let token = Uuid::new_v4();
+    let token = new_token();
     let mut tx = conn.begin().await?;
     let row = sqlx::query!(
         r#"

@@ -22,6 +22,8 @@ use std::collections::HashMap;
 
 use safetensors::serialize;
 
+use crate::compatibility::PromptFacts;
+use crate::digest::Digest;
 use crate::tensor::{Stored, Tensor};
 pub use error::PromptFileError;
 pub use metadata::{FORMAT, MAX_METADATA_BYTES, METADATA_KEY, Origin, PromptMetadata};
@@ -93,5 +95,19 @@ impl PromptFile {
     /// d, the prompt's width; equals the backbone's.
     pub fn embed_dim(&self) -> usize {
         self.prompt_embeddings.shape[1]
+    }
+
+    /// The facts that decide what the prompt goes together with. `digest` is the sha256 of the file.
+    pub fn facts(&self, name: String, digest: Digest) -> PromptFacts<'_> {
+        let metadata = self.metadata.as_ref();
+        PromptFacts {
+            name,
+            digest,
+            num_tokens: self.num_tokens(),
+            embed_dim: self.embed_dim(),
+            deep: self.deep_prompt_embeddings.is_some(),
+            backbone_digest: metadata.and_then(|it| it.backbone_digest),
+            preprocessing_id: metadata.and_then(|it| it.preprocessing_id.as_deref()),
+        }
     }
 }

@@ -9,7 +9,6 @@ use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::SystemTime;
 
 use bytes::Bytes;
 use futures::{StreamExt as _, TryStreamExt as _};
@@ -21,6 +20,7 @@ use object_store::{
 use tokio::runtime::{Builder, Runtime};
 
 use promptweave_domain::cache::Cache;
+use promptweave_domain::clock::file_time;
 use promptweave_domain::digest::{Digest, DigestBuilder};
 use promptweave_domain::error_chain::chain;
 
@@ -111,7 +111,7 @@ impl BlobCache {
             GetResultPayload::File(file, _) => {
                 // The file's time is set to now, for the order of eviction. If that is not allowed,
                 // it keeps its age.
-                let _ = file.set_modified(SystemTime::now());
+                let _ = file.set_modified(file_time());
                 file
             }
             GetResultPayload::Stream(mut chunks) => {
@@ -239,6 +239,7 @@ fn read_through(file: &File, mut of_chunk: impl FnMut(&[u8])) -> io::Result<()> 
 #[cfg(test)]
 mod tests {
     use std::thread;
+    use std::time::SystemTime;
 
     use super::*;
 

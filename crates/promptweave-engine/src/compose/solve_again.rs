@@ -8,6 +8,7 @@ use crate::compose::steps::Steps;
 use crate::error::EngineError;
 use crate::solve::weigh_features;
 use crate::statistics::{Metadata, Statistics};
+use promptweave_domain::compatibility::same_source;
 use promptweave_domain::composer::{Composition, Observer};
 use promptweave_domain::composition::{SolveInput, SourceRef};
 use promptweave_domain::digest::Digest;
@@ -81,11 +82,8 @@ fn rows_of(sources: &[SourceRef], recorded: &Metadata) -> Result<Vec<usize>, Eng
             known: recorded.source_names(),
         })?;
         if let Some(earlier) = rows.iter().position(|other| *other == row) {
-            return Err(EngineError::SameSource {
-                first: sources[earlier].prompt.clone(),
-                second: source.prompt.clone(),
-                digest: source.digest.to_string(),
-            });
+            let (first, second) = (&sources[earlier].prompt, &source.prompt);
+            same_source::<()>(first, second, &source.digest)?;
         }
         rows.push(row);
     }

@@ -1,74 +1,41 @@
 //! Source prompts: checks that they can be combined, and their weighted sum.
 
-use std::collections::HashMap;
-
 use crate::error::EngineError;
 use crate::statistics::Metadata;
+use promptweave_domain::compatibility::{PromptFacts, check_composable, check_fits, check_start};
 use promptweave_domain::composition::Source;
-use promptweave_domain::digest::Digest;
 use promptweave_domain::method::common_seed;
 use promptweave_domain::mixture::mix;
 use promptweave_domain::prompt_file::{FORMAT, Origin, PromptFile, PromptMetadata};
 use promptweave_domain::tensor::Tensor;
+use promptweave_domain::tuning_method::TuningMethod;
 use promptweave_formats::backbone::Backbone;
 
-/// Refuses sources that cannot be summed, or that are the same, by name.
+/// Refuses sources that cannot be summed, or do not fit the backbone, by name.
 pub fn check_sources(sources: &[Source], backbone: &Backbone) -> Result<(), EngineError> {
-    let first = sources.first().ok_or(EngineError::NoSources)?;
-    let mut seen: HashMap<Digest, &str> = HashMap::new();
-    let num_tokens = first.file.num_tokens();
-    for source in sources {
-        if let Some(earlier) = seen.insert(source.digest, &source.prompt) {
-            return Err(EngineError::SameSource {
-                first: earlier.to_owned(),
-                second: source.prompt.clone(),
-                digest: source.digest.to_string(),
-            });
-        }
-        let refuse = |what: String, expected: String| {
-            Err(EngineError::Incompatible {
-                prompt: source.prompt.clone(),
-                what,
-                expected,
-            })
-        };
-        let file = &source.file;
-        if file.embed_dim() != backbone.config.embed_dim {
-            return refuse(
-                format!("{} wide", file.embed_dim()),
-                format!("the backbone is {} wide", backbone.config.embed_dim),
-            );
-        }
-        if file.num_tokens() != num_tokens {
-            return refuse(
-                format!("{} tokens long", file.num_tokens()),
-                format!("`{}` has {num_tokens}", first.prompt),
-            );
-        }
-        if file.deep_prompt_embeddings.is_some() {
-            return refuse(
-                "a deep prompt".into(),
-                "only shallow prompts can be composed".into(),
-            );
-        }
-        let Some(metadata) = &file.metadata else {
-            continue;
-        };
-        if let Some(digest) = metadata.backbone_digest.filter(|d| *d != backbone.digest) {
-            return refuse(
-                format!("made for backbone {digest}"),
-                format!("this one is {}", backbone.digest),
-            );
-        }
-        let here = backbone.config.preprocessing.id();
-        if let Some(id) = metadata.preprocessing_id.as_ref().filter(|id| **id != here) {
-            return refuse(
-                format!("made with preprocessing `{id}`"),
-                format!("the backbone's is `{here}`"),
-            );
-        }
+    if sources.is_empty() {
+        return Err(EngineError::NoSources);
+    }
+    let facts: Vec<PromptFacts> = sources.iter().map(Source::facts).collect();
+    check_composable(&facts).map_err(|(_, refused)| refused)?;
+    for source in &facts {
+        check_fits(source, &backbone.facts())?;
     }
     Ok(())
+}
+
+/// Refuses a prompt that a tuning cannot start from, or that does not fit the backbone. Only a method that makes deep
+/// prompts can start from one.
+pub fn check_start_of(
+    method: TuningMethod,
+    start: &Source,
+    backbone: &Backbone,
+) -> Result<(), EngineError> {
+    let facts = start.facts();
+    if method != TuningMethod::VptDeep {
+        check_start(&facts)?;
+    }
+    Ok(check_fits(&facts, &backbone.facts())?)
 }
 
 /// The init seed that all sources state, if it is one and the same.

@@ -132,16 +132,13 @@ fn input_that_cannot_be_composed_is_refused_by_name() {
     same.sources[1].prompt = "copy".into();
     let (code, detail) = refusal(&same);
     assert_eq!(code, "same_source");
-    assert!(detail.contains("`p0` and `copy`"), "{detail}");
+    assert!(detail.contains("as `p0"), "{detail}");
 
     let mut narrow = good.clone();
     narrow.sources[1].file = promptweave_domain::testing::prompt_file(3, 8, 1);
     let (code, detail) = refusal(&narrow);
-    assert_eq!(code, "incompatible_source");
-    assert!(
-        detail.contains("`p1` is 8 wide, but the backbone is 32 wide"),
-        "{detail}"
-    );
+    assert_eq!(code, "width_mismatch");
+    assert!(detail.contains("is 8 wide and"), "{detail}");
 
     let mut one_class = good.clone();
     one_class.target_dir = dir.path().join("one-class");

@@ -205,8 +205,6 @@ fn a_start_of_another_width_is_refused_by_its_name() {
     let refused =
         Engine::new(Device::Cpu).tune(&input, &mut NoCheckpoints, &mut Recorder::default());
     let error = refused.unwrap_err();
-    assert!(
-        matches!(&error, CompositionError::Refused { code, .. } if *code == "incompatible_source")
-    );
-    assert!(error.to_string().contains("`wide`"), "{error}");
+    assert!(matches!(&error, CompositionError::Refused { code, .. } if *code == "width_mismatch"));
+    assert!(error.to_string().contains("`wide:1`"), "{error}");
 }

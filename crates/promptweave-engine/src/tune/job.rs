@@ -4,7 +4,7 @@
 use std::cell::RefCell;
 use std::ops::ControlFlow;
 
-use crate::compose::sources::check_sources;
+use crate::compose::sources::check_start_of;
 use crate::compose::steps::{Steps, stop_on};
 use crate::device;
 use crate::device::LIBTORCH;
@@ -35,7 +35,7 @@ pub fn tune(
     // Both the training and the evaluation after it report to these steps.
     let steps = RefCell::new(Steps::new(observer));
     if let Some(start) = &input.start {
-        check_sources(std::slice::from_ref(start), backbone)?;
+        check_start_of(input.options.method, start, backbone)?;
     }
     let dataset = LabelledImages::read(&input.target_dir)?;
     let selection = Selection::of_target(&input.target);

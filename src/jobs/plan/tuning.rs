@@ -3,15 +3,18 @@
 use sqlx::PgConnection;
 use uuid::Uuid;
 
+use crate::jobs::plan::backbone::{backbone, check_fits};
+use crate::jobs::plan::sources::{NamedPrompt, existing};
+use crate::jobs::plan::target::target;
 use crate::jobs::plan::{
-    PlanError, backbone, backbone_spec, check_fits, check_output, output_name, source_spec, target,
-    target_spec,
+    PlanError, backbone_spec, check_output, output_name, source_spec, target_spec,
 };
-use crate::jobs::refusals::{Refusal, Refusals, refuse};
+use crate::jobs::refusals::{Refusal, Refusals, compatible, refuse};
 use crate::registry::datasets::DatasetVersion;
 use crate::registry::prompt_versions;
-use crate::registry::prompt_versions::{Depth, PromptVersion};
+use crate::registry::prompt_versions::PromptVersion;
 use promptweave_domain::backbone::BackboneConfig;
+use promptweave_domain::compatibility::check_start;
 use promptweave_domain::composition::TargetSamples;
 use promptweave_domain::reference::{Reference, ResourceName};
 use promptweave_domain::specification::TuningSpec;
@@ -73,27 +76,24 @@ pub async fn plan(
     let name = request.backbone.as_ref();
     // The backbone that the start was made for is known only if the start was found.
     let backbone = match name.is_some() || start.is_some() || request.start.is_none() {
-        true => {
-            let of: Vec<&PromptVersion> = start.iter().collect();
-            backbone(conn, project_id, name, &of, &mut refusals).await?
-        }
+        true => backbone(conn, project_id, name, start.as_slice(), &mut refusals).await?,
         false => None,
     };
     let mut options = request.options.clone();
-    if let Some(start) = &start {
+    if let Some(NamedPrompt { version: start, .. }) = &start {
         // The length and seed of the prompt that it starts from cannot change.
         options.num_tokens = start.num_tokens as usize;
         options.init_seed = start.init_seed.unwrap_or_default();
     }
     if let Some(backbone) = &backbone {
         if let Some(start) = &start {
-            refusals.note(check_fits(start, backbone, START));
+            refusals.note(check_fits(start, backbone));
         }
         refusals.note(check_deep(&options, &backbone.config));
     }
     let (target, backbone) = refusals.finish(target.zip(backbone))?;
     Ok(TuningSpec {
-        start: start.as_ref().map(source_spec),
+        start: start.as_ref().map(|start| source_spec(&start.version)),
         backbone: backbone_spec(backbone),
         options,
         grid: request.grid.clone(),
@@ -143,15 +143,10 @@ fn check_deep(options: &TuningOptions, config: &BackboneConfig) -> Result<(), Re
     Ok(())
 }
 
-fn start(reference: &Reference, version: Option<PromptVersion>) -> Result<PromptVersion, Refusal> {
-    let Some(start) = version else {
-        let detail = format!("there is no prompt version `{reference}`");
-        return refuse("unknown_prompt", START, detail);
-    };
-    if start.depth == Depth::Deep {
-        let detail = format!("`{reference}` is a deep prompt; a tuning begins with a shallow one");
-        return refuse("deep_start", START, detail);
-    }
+/// The prompt to start from, if it exists and a tuning can start from it.
+fn start(reference: &Reference, version: Option<PromptVersion>) -> Result<NamedPrompt, Refusal> {
+    let start = existing(reference, version, START.to_owned())?;
+    compatible(START, check_start(&start.version.facts()))?;
     Ok(start)
 }
 

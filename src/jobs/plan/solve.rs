@@ -6,7 +6,8 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use crate::jobs::Job;
-use crate::jobs::plan::{PlanError, check_output, default_output, no_sources, source_pointer};
+use crate::jobs::plan::sources::{no_sources, source_pointer};
+use crate::jobs::plan::{PlanError, check_output, default_output};
 use crate::jobs::refusals::{Refusal, Refusals, refuse};
 use crate::registry::prompt_versions;
 use promptweave_domain::composition::{CompositionResult, TargetSamples};

@@ -1,13 +1,49 @@
-//! The only source of the current time and of new ids, so that tests can replace it.
+//! The only source of the current time, of new ids and of random numbers: `clippy.toml` forbids all others. Durations
+//! are measured with `Instant`, which is not meant.
 //!
-//! The queue does not use it: leases and retries follow the database's clock.
+//! Leases and retries of the queue follow the database's clock.
+
+#![expect(
+    clippy::disallowed_methods,
+    reason = "the one place that may call them"
+)]
 
 use std::fmt::Debug;
+use std::ops::Range;
 use std::sync::Mutex;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
+use rand::TryRng as _;
+use rand::rngs::{SysError, SysRng};
 use time::OffsetDateTime;
 use uuid::Uuid;
+
+/// A UUID version 7, which sorts by creation time.
+pub fn new_id() -> Uuid {
+    SystemClock.new_id()
+}
+
+/// A UUID version 4, for a lease: nobody can guess it.
+pub fn new_token() -> Uuid {
+    Uuid::new_v4()
+}
+
+/// Random bytes of the operating system's generator, for a secret.
+pub fn secret_bytes<const N: usize>() -> Result<[u8; N], SysError> {
+    let mut bytes = [0; N];
+    SysRng.try_fill_bytes(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// A uniformly random number of the range, to spread what would happen at once.
+pub fn jitter(range: Range<f64>) -> f64 {
+    rand::random_range(range)
+}
+
+/// The current time, as files have it.
+pub fn file_time() -> SystemTime {
+    SystemTime::now()
+}
 
 pub trait Clock: Debug + Send + Sync {
     fn now(&self) -> OffsetDateTime;

@@ -54,7 +54,10 @@ pub async fn plan(
         backbone,
     } = refusals.finish(resolved)?;
     Ok(RankingSpec {
-        sources: sources.iter().map(source_spec).collect(),
+        sources: sources
+            .iter()
+            .map(|source| source_spec(&source.version))
+            .collect(),
         backbone: backbone_spec(backbone),
         objective: request.objective.clone(),
         target: target_spec(&target, &request.samples),
