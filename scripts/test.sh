@@ -35,6 +35,10 @@ demo_on_a_handful() {
     python3 demo/run.py --limit 48 --compare-offline --out "$(mktemp -d)"
 }
 
+documentation_links() {
+    RUSTDOCFLAGS="-D warnings" cargo doc --release --workspace --no-deps --document-private-items
+}
+
 workers_that_share() {
     scripts/with_postgres.sh python3 benches/bench_workers.py --short "${CARGO_TARGET_DIR:-target}/release/promptweave"
 }
@@ -51,6 +55,7 @@ part "rustfmt and clippy" cargo_components
 part "formatting" cargo fmt --all --check
 part "lints" cargo clippy --release --workspace --all-targets -- -D warnings
 part "lints without libtorch" cargo clippy --release --all-targets --no-default-features --features chaos -- -D warnings
+part "links of the code's documentation" documentation_links
 # The tests need dependencies with a few features more than the programs do, so that both together would be built twice:
 # building the tests makes target/release/promptweave too, and that one serves the parts below.
 if cargo nextest --version >/dev/null 2>&1; then

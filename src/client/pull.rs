@@ -20,7 +20,7 @@ pub struct Args {
     /// `dtd`, `dtd:3`, `dtd:production` or `dtd@sha256:…`.
     #[arg(value_name = "REF")]
     reference: Reference,
-    /// File to write, or an existing directory to write into [default: `<name>-<version>.safetensors` here].
+    /// File to write, or an existing directory to write into (default: `<name>-<version>.safetensors` here).
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
     /// Replace an existing file that has other content.

@@ -1,6 +1,5 @@
 //! `PUT /v1/backbones/{name}`: a backbone's folder in an archive, sent as the body.
 
-use promptweave_domain::error_chain::chain;
 use std::fs::File;
 use std::path::Path as FilePath;
 
@@ -22,6 +21,7 @@ use crate::http::extract::{Path, Query};
 use crate::http::prompt_files::unsupported_format;
 use crate::http::spool::spool;
 use crate::registry::backbones::RegisteredBackbone;
+use promptweave_domain::error_chain::chain;
 use promptweave_domain::reference::ResourceName;
 use promptweave_formats::archive::Archive;
 use promptweave_formats::backbone::{Backbone, CONFIG_FILE, MODEL_FILE};

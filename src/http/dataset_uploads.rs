@@ -1,6 +1,5 @@
 //! `POST /v1/datasets/{name}/versions`: labelled images in an archive, sent as the body.
 
-use promptweave_domain::error_chain::chain;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt as _;
@@ -22,6 +21,7 @@ use crate::http::extract::{Path, Query, escape, media_type, unsupported_media_ty
 use crate::http::prompt_files::unsupported_format;
 use crate::http::spool::spool;
 use crate::registry::datasets::{PackError, Packed, pack_files, pack_parquet};
+use promptweave_domain::error_chain::chain;
 use promptweave_domain::reference::ResourceName;
 use promptweave_domain::split::Split;
 use promptweave_formats::archive::Archive;

@@ -3,7 +3,6 @@
 //! A handler returns a [`Problem`]; the [boundary](crate::http::boundary) adds the request's id and path,
 //! logs the chain of causes once, and writes the body.
 
-use promptweave_domain::error_chain::chain;
 use std::borrow::Cow;
 use std::error::Error;
 use std::sync::Arc;
@@ -17,6 +16,7 @@ use crate::blobs::BlobError;
 use crate::db::DbError;
 use crate::http::problem_codes::ProblemCode;
 use crate::registry::RegistryError;
+use promptweave_domain::error_chain::chain;
 
 /// An error, as `application/problem+json`.
 #[derive(Clone, Debug, Serialize, ToSchema)]

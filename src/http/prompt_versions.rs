@@ -90,9 +90,9 @@ pub(super) struct PromptFileBytes(Vec<u8>);
 
 /// Publish a version: the body is a prompt file
 ///
-/// The file is safetensors with `prompt_embeddings` [m, d] in f32, f16 or bf16. It may also have
-/// `deep_prompt_embeddings` [L-1, m, d], `head.weight` [K, d] with `head.bias` [K], and `sketch.features` [n, d] with
-/// `sketch.labels` [n]. Uploading the same bytes again answers 200 with the existing version.
+/// The file is safetensors with `prompt_embeddings` `[m, d]` in f32, f16 or bf16. It may also have
+/// `deep_prompt_embeddings` `[L-1, m, d]`, `head.weight` `[K, d]` with `head.bias` `[K]`, and `sketch.features`
+/// `[n, d]` with `sketch.labels` `[n]`. Uploading the same bytes again answers 200 with the existing version.
 #[utoipa::path(
     post,
     path = "/prompts/{name}/versions",

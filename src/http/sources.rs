@@ -1,6 +1,5 @@
 //! The source of a registration: one of the operator's directories, or a URI that the operator allows.
 
-use promptweave_domain::error_chain::chain;
 use std::fs::File;
 
 use axum::http::StatusCode;
@@ -12,6 +11,7 @@ use crate::remote::client::{Limits, RemoteError};
 use crate::remote::hub::HubError;
 use crate::remote::sources::{FetchError, Sources};
 use crate::remote::uri::SourceUri;
+use promptweave_domain::error_chain::chain;
 
 pub(super) enum Named {
     Directory(String),

@@ -1,6 +1,6 @@
 //! Aliases: movable names of a prompt's versions, and the history of who moved them.
 //!
-//! Whoever changes an alias locks its prompt's row ([`prompts::lock`](crate::registry::prompts::lock)), so what was
+//! Whoever changes an alias locks its prompt's row ([`prompts::lock`]), so what was
 //! read before the change is still true when it is made.
 
 use serde::Serialize;

@@ -4,6 +4,9 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use tch::TchError;
+
+use crate::statistics::StatisticsError;
 use promptweave_domain::compatibility::Incompatible;
 use promptweave_domain::composer::{CompositionError, blames_the_device};
 use promptweave_domain::error_chain::chain;
@@ -14,9 +17,6 @@ use promptweave_domain::tuning_method::TuningMethod;
 use promptweave_domain::words::JobErrorCode;
 use promptweave_formats::backbone::BackboneError;
 use promptweave_formats::dataset::DatasetError;
-use tch::TchError;
-
-use crate::statistics::StatisticsError;
 
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {

@@ -3,18 +3,18 @@
 //!
 //! | tensor | shape | dtype | |
 //! |---|---|---|---|
-//! | `features` | [M, N, d] | f32 | f_{Pᵢ}(xₙ) |
-//! | `prompts` | [M, m, d] | f32 | Pᵢ, rows in the order they are summed in |
-//! | `labels` | [N] | i64 | |
-//! | `sample_indices` | [N] | i64 | positions in the list file, in row order |
-//! | `folds` | [N] | i64 | cross-fit fold of the head; all 0 without |
-//! | `head_temperature`, `head_loss`, `head_saturation` | [M] | f64 | |
-//! | `gradient_gram` | [T, T] | f64 | Γ, T = M(M+1)/2, packed i ≤ j row by row |
-//! | `gradient_variance_gram` | [M, M] | f64 | VᵀV |
-//! | `gradient_gram_leave_out` | [J, T, T] | f64 | Γ without each of J sample folds |
-//! | `gradient_variance_gram_leave_out` | [J, M, M] | f64 | VᵀV likewise |
-//! | `gradient_mean_cosine` | [M, M] | f64 | of the prompts' mean gradients |
-//! | `gradient_rms` | [M] | f64 | before any `gradient_normalization` |
+//! | `features` | `[M, N, d]` | f32 | f_{Pᵢ}(xₙ) |
+//! | `prompts` | `[M, m, d]` | f32 | Pᵢ, rows in the order they are summed in |
+//! | `labels` | `[N]` | i64 | |
+//! | `sample_indices` | `[N]` | i64 | positions in the list file, in row order |
+//! | `folds` | `[N]` | i64 | cross-fit fold of the head; all 0 without |
+//! | `head_temperature`, `head_loss`, `head_saturation` | `[M]` | f64 | |
+//! | `gradient_gram` | `[T, T]` | f64 | Γ, T = M(M+1)/2, packed i ≤ j row by row |
+//! | `gradient_variance_gram` | `[M, M]` | f64 | VᵀV |
+//! | `gradient_gram_leave_out` | `[J, T, T]` | f64 | Γ without each of J sample folds |
+//! | `gradient_variance_gram_leave_out` | `[J, M, M]` | f64 | VᵀV likewise |
+//! | `gradient_mean_cosine` | `[M, M]` | f64 | of the prompts' mean gradients |
+//! | `gradient_rms` | `[M]` | f64 | before any `gradient_normalization` |
 //!
 //! The `gradient_…` tensors are there where the method takes gradients.
 //!

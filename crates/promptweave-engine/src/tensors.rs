@@ -1,10 +1,10 @@
 //! Conversions between plain numbers and tensors.
 
-use promptweave_domain::tensor::Tensor as PlainTensor;
 use tch::{Device, Kind, Tensor};
 
 use crate::error::EngineError;
 use crate::vit::Vit;
+use promptweave_domain::tensor::Tensor as PlainTensor;
 
 /// The Cholesky factor L of a positive definite matrix [d, d] = L Lᵀ. `what` names the matrix in
 /// the error if it is not positive definite.

@@ -2,10 +2,10 @@
 //!
 //! | tensor | shape | dtype |
 //! |---|---|---|
-//! | `prompt_embeddings` | [m, d]; a leading axis of 1 is dropped | f32, f16, bf16 |
-//! | `deep_prompt_embeddings` (optional) | [L-1, m, d] | f32, f16, bf16 |
-//! | `head.weight`, `head.bias` (optional, together) | [K, d], [K] | f32, f16, bf16 |
-//! | `sketch.features`, `sketch.labels` (optional, together) | [n, d], [n] | float, i64 |
+//! | `prompt_embeddings` | `[m, d]`; a leading axis of 1 is dropped | f32, f16, bf16 |
+//! | `deep_prompt_embeddings` (optional) | `[L-1, m, d]` | f32, f16, bf16 |
+//! | `head.weight`, `head.bias` (optional, together) | `[K, d]`, `[K]` | f32, f16, bf16 |
+//! | `sketch.features`, `sketch.labels` (optional, together) | `[n, d]`, `[n]` | float, i64 |
 //!
 //! Any other tensor is refused by name. There is exactly one metadata key, `promptweave`, with JSON
 //! in sorted keys; safetensors writes several metadata keys in random order, and the same content
@@ -34,7 +34,7 @@ pub use read::{MAX_EMBED_DIM, MAX_TOKENS};
 pub struct Head {
     /// The weights W, [K, d].
     pub weight: Tensor<f32>,
-    /// The biases b, [K].
+    /// The biases b, `[K]`.
     pub bias: Tensor<f32>,
 }
 
@@ -43,7 +43,7 @@ pub struct Head {
 pub struct Sketch {
     /// The features, [n, d].
     pub features: Tensor<f32>,
-    /// The labels, [n].
+    /// The labels, `[n]`.
     pub labels: Tensor<i64>,
 }
 

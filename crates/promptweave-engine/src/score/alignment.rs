@@ -1,10 +1,10 @@
 //! Gradient alignment L_align(α) in its three variants, from compressed statistics alone.
 //!
 //! Let g̃ᵢₙ be the gradient of sample n's loss by prompt i, minus its mean over the prompts, and
-//! S_ij[p] = 1/(N-1) Σ_n g̃ᵢₙ[p] g̃ⱼₙ[p]. The variance of prompt i's gradients about the mixed gradient
+//! S_ij\[p] = 1/(N-1) Σ_n g̃ᵢₙ\[p] g̃ⱼₙ\[p]. The variance of prompt i's gradients about the mixed gradient
 //! Σ_k α_k g_k is vᵢ = uᵢ + αᵀSα on Σα = 1, where uᵢ = S_ii - 2(Sα)ᵢ. So
 //!
-//! L_align(α) = (1/M) Σ_i ‖vᵢ - v̄‖² = (1/M) Σ_i Σ_p rᵢ[p]²
+//! L_align(α) = (1/M) Σ_i ‖vᵢ - v̄‖² = (1/M) Σ_i Σ_p rᵢ\[p]²
 //!
 //! | variant | vᵢ about | v̄ | rᵢ |
 //! |---|---|---|---|

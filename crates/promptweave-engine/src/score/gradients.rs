@@ -99,9 +99,9 @@ impl GradientSummary {
 /// of g̃₁ … g̃_M alone. It is one if ḡ is added. So the products of the normalised gradients are a
 /// linear map of these.
 pub struct GradientStatistics {
-    /// [J, T', P]: Σ_n a_n[p] b_n[p] over pairs of those vectors, packed; T' = (M+1)(M+2)/2, P = m·d.
+    /// `[J, T', P]`: Σ_n a_n\[p] b_n\[p] over pairs of those vectors, packed; T' = (M+1)(M+2)/2, P = m·d.
     pub(crate) products: Tensor,
-    /// [J, M, P]: Σ_n gᵢₙ[p] and Σ_n gᵢₙ[p]², of the gradients without centring.
+    /// `[J, M, P]`: Σ_n gᵢₙ\[p] and Σ_n gᵢₙ\[p]², of the gradients without centring.
     pub(crate) sums: Tensor,
     pub(crate) squares: Tensor,
     /// Number of samples in each fold.

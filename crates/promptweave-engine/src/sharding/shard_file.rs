@@ -3,10 +3,10 @@
 //!
 //! | tensor | shape | dtype | |
 //! |---|---|---|---|
-//! | `features` | [M, n, d] | f32 or f64 | of the shard's n samples, in order |
-//! | `products` | [J, T', P] | f64 | sums fold by fold, as [`GradientStatistics`] has them |
-//! | `sums`, `squares` | [J, M, P] | f64 | |
-//! | `counts` | [J] | i64 | samples in each fold |
+//! | `features` | `[M, n, d]` | f32 or f64 | of the shard's n samples, in order |
+//! | `products` | `[J, T', P]` | f64 | sums fold by fold, as [`GradientStatistics`] has them |
+//! | `sums`, `squares` | `[J, M, P]` | f64 | |
+//! | `counts` | `[J]` | i64 | samples in each fold |
 
 use safetensors::{Dtype, SafeTensors};
 use tch::{Device, Kind, Tensor};

@@ -49,7 +49,7 @@ impl<'a> Attention<'a> {
         })
     }
 
-    /// Trains, and returns the mean attention over the training samples to each source, [M]. What
+    /// Trains, and returns the mean attention over the training samples to each source, `[M]`. What
     /// is missing to 1 goes to the new prompt.
     pub fn learn(
         &self,

@@ -122,7 +122,7 @@ impl<'a> FullModel<'a> {
         Ok(added)
     }
 
-    /// The network with these parameters in it, and the head's weight [K, d] and bias [K].
+    /// The network with these parameters in it, and the head's weight `[K, d]` and bias `[K]`.
     fn network(&self, parameters: &[Tensor]) -> (Network, [Tensor; 2]) {
         let of_network = parameters.len() - 2;
         let named = self.names[..of_network].iter().zip(parameters);

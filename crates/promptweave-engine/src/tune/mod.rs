@@ -239,7 +239,7 @@ impl<'a> Tuning<'a> {
         }
     }
 
-    /// The initial head: weight [K, d] and bias [K].
+    /// The initial head: weight `[K, d]` and bias `[K]`.
     fn initial_head(&self) -> [Parameter; 2] {
         let (d, k) = (self.vit.config.embed_dim, self.classes.len());
         // A head of as many classes may still belong to other classes.

@@ -17,10 +17,10 @@ pub struct Network {
     pub weights: Weights,
     /// | name | shape |
     /// |---|---|
-    /// | `prompt_embeddings` | [m, d] |
-    /// | `deep_prompt_embeddings` | [L-1, m, d] |
-    /// | `adapters.{l}.down.weight`, `.down.bias`, `.up.weight`, `.up.bias` | [d/r, d], [d/r], [d, d/r], [d] |
-    /// | `side.conv.{i}.weight`, `.bias`, `side.project.weight`, `side.mix` | [o, i, k, k], [o], [d, o], [] |
+    /// | `prompt_embeddings` | `[m, d]` |
+    /// | `deep_prompt_embeddings` | `[L-1, m, d]` |
+    /// | `adapters.{l}.down.weight`, `.down.bias`, `.up.weight`, `.up.bias` | `[d/r, d]`, `[d/r]`, `[d, d/r]`, `[d]` |
+    /// | `side.conv.{i}.weight`, `.bias`, `side.project.weight`, `side.mix` | `[o, i, k, k]`, `[o]`, `[d, o]`, [] |
     pub added: HashMap<String, Tensor>,
 }
 

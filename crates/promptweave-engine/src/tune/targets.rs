@@ -15,7 +15,7 @@ use promptweave_domain::composition::Source;
 use promptweave_domain::objective::HeadOptions;
 
 pub struct Targets {
-    /// The labels, [N].
+    /// The labels, `[N]`.
     labels: Tensor,
     teachers: Option<Teachers>,
 }

@@ -129,7 +129,7 @@ impl Heads {
     }
 }
 
-/// out[h] = a[h] · b[h].
+/// out\[h] = a\[h] · b\[h].
 fn product(a: &Tensor, b: &Tensor, out: &Tensor) {
     let _ = a.bmm_out(out, b);
 }

@@ -219,7 +219,7 @@ fn sum<R: Real>(length: usize, f: impl Fn(usize) -> R) -> R {
 
 /// Residual and LayerNorm, without its affine part, which the next matrix contains. If there is a
 /// `y`, every row of `x` [R, d] becomes x + y + bias. Then `normed` = (x - μ)/√(σ² + ε), and
-/// `inverse` [R] = 1/√(σ² + ε).
+/// `inverse` `[R]` = 1/√(σ² + ε).
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+fma", "x86_64+avx2+fma"))]
 pub fn add_and_normalise<E: Element>(
     x: &mut [E::Real],
@@ -284,7 +284,7 @@ pub fn add_normalise_backward<E: Element>(
     }
 }
 
-/// GELU with erf. Let h be `hidden` [R, w] + bias [w]. `out` = h Φ(h), and `hidden` becomes the
+/// GELU with erf. Let h be `hidden` `[R, w]` + bias `[w]`. `out` = h Φ(h), and `hidden` becomes the
 /// derivative Φ(h) + h φ(h).
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+fma", "x86_64+avx2+fma"))]
 pub fn gelu_with_slope<E: Element>(hidden: &mut [E], bias: &[E::Real], out: &mut [E]) {
@@ -307,7 +307,7 @@ pub fn multiply<E: Element>(values: &mut [E], factors: &[E]) {
     }
 }
 
-/// Adds `row` [w] to the first w entries of every `stride` ones.
+/// Adds `row` `[w]` to the first w entries of every `stride` ones.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+fma", "x86_64+avx2+fma"))]
 pub fn add_to_rows<E: Element>(values: &mut [E], stride: usize, row: &[E::Real]) {
     let w = row.len();

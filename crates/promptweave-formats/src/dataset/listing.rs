@@ -16,7 +16,7 @@ pub const MAX_CLASSES: usize = 100_000;
 pub struct LabelledImage {
     /// Path relative to the dataset's folder, with `/` between parts. It never leaves the folder.
     pub path: String,
-    /// Index into [`LabelledImages::classes`].
+    /// Index into the dataset's `classes`.
     pub label: usize,
 }
 

@@ -2,12 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use promptweave_domain::split::Split;
 use serde::Deserialize;
 
 use crate::dataset::error::{DatasetError, read_error};
 use crate::dataset::listing::{LabelledImage, Listing, MAX_CLASSES};
 use crate::files::{Files, stays_inside};
+use promptweave_domain::split::Split;
 
 /// The possible list files of a split; the first that exists is read.
 fn list_files(split: Split) -> [&'static str; 2] {

@@ -5,7 +5,7 @@
 //!   come from `meta.json` (`{"classes": [...]}`); without it a class is named by its number.
 //! * **Image folder**: `train/<class>/<image>`, `val/…`, `test/…`; without those sub-folders,
 //!   `<class>/<image>` is all `train`.
-//! * **WebDataset**: [`webdataset`](crate::dataset::webdataset).
+//! * **WebDataset**: [`webdataset`].
 //!
 //! Parquet files are no listing of files: see [`parquet`](crate::parquet).
 

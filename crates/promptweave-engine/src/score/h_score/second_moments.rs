@@ -40,7 +40,7 @@ struct Triangle {
     size: i64,
     /// [s(s+1)/2]: the position of each entry in the matrix.
     positions: Tensor,
-    /// [s²]: the position in the triangle of each entry of the matrix, or of its mirror image.
+    /// `[s²]`: the position in the triangle of each entry of the matrix, or of its mirror image.
     /// Gathering by it takes a twentieth of the time of scattering by `positions`.
     origins: Tensor,
     /// 2 off the diagonal, 1 on it.

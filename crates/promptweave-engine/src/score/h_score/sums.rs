@@ -83,7 +83,7 @@ fn blocks(features: &Tensor) -> impl Iterator<Item = Tensor> + '_ {
 
 /// Sums over centred x [M, N, d], by class and in all.
 pub struct Sums {
-    /// Number of samples of each class present, [K].
+    /// Number of samples of each class present, `[K]`.
     pub counts: Vec<usize>,
     /// Σ x over each class's samples, [K, M, d].
     pub by_class: Tensor,
@@ -132,7 +132,7 @@ impl Sums {
         self.counts.len() as f64
     }
 
-    /// √n_c, [K].
+    /// √n_c, `[K]`.
     pub fn rooted_counts(&self) -> Tensor {
         let roots: Vec<f64> = (self.counts.iter())
             .map(|count| (*count as f64).sqrt())
@@ -140,7 +140,7 @@ impl Sums {
         Tensor::from_slice(&roots)
     }
 
-    /// w_c/n_c² = 1/(n_c (N-1)), [K], since `by_class` has n_c times the class means.
+    /// w_c/n_c² = 1/(n_c (N-1)), `[K]`, since `by_class` has n_c times the class means.
     pub fn class_weights(&self) -> Tensor {
         let weights = (self.counts.iter()).map(|count| 1.0 / (*count as f64 * self.degrees()));
         Tensor::from_slice(&weights.collect::<Vec<_>>())

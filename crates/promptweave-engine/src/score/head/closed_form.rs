@@ -26,7 +26,7 @@ use promptweave_domain::tensor::Tensor as PlainTensor;
 /// scaled.
 const ABSENT: f64 = -1e30;
 
-/// A head with W [K, d] and b [K], in f64 on the CPU. K counts all classes of the dataset.
+/// A head with W `[K, d]` and b `[K]`, in f64 on the CPU. K counts all classes of the dataset.
 pub struct ClosedFormHead {
     weight: Tensor,
     bias: Tensor,
@@ -111,7 +111,7 @@ impl ClosedFormHead {
         Ok(head)
     }
 
-    /// A head of given weights [K, d] and bias [K], stored or from other code.
+    /// A head of given weights `[K, d]` and bias `[K]`, stored or from other code.
     pub fn given(weight: &Tensor, bias: &Tensor) -> Result<Self, EngineError> {
         let bias = bias.to_kind(Kind::Double);
         let logits = Vec::<f64>::try_from(&bias)?;
