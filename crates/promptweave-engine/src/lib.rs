@@ -15,6 +15,7 @@ pub mod cache;
 pub mod compose;
 pub mod device;
 pub mod error;
+pub mod pool;
 pub mod samples;
 pub mod score;
 pub mod sharding;

@@ -2,7 +2,7 @@
 
 use std::ops::ControlFlow;
 
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 
 use crate::device::threads::OneThread;
 use crate::error::EngineError;
@@ -115,25 +115,66 @@ pub fn cross_fitted(
     num_classes: usize,
     head: &HeadOptions,
 ) -> Result<OnUnseen, EngineError> {
-    let _alone = OneThread::begin();
-    let folds = sample_folds(labels);
-    let select = |of_fold: &dyn Fn(usize) -> bool| -> (Tensor, Vec<usize>) {
-        let rows: Vec<usize> = (0..labels.len()).filter(|n| of_fold(folds[*n])).collect();
-        let of_rows = rows.iter().map(|row| labels[*row]).collect();
-        (features.index_select(0, &row_tensor(&rows)), of_rows)
-    };
-    let (mut correct, mut with_loss) = (0, Vec::new());
-    for fold in 0..=folds.iter().copied().max().unwrap_or(0) {
-        let (fitted_on, of_fitted) = select(&|other| other != fold);
-        if of_fitted.is_empty() {
-            continue;
-        }
-        let fitted = ClosedFormHead::fit(&fitted_on, &of_fitted, num_classes, head)?;
-        let (scored, of_scored) = select(&|other| other == fold);
-        correct += fitted.count_correct(&scored, &of_scored)?;
-        with_loss.extend(known_logits(&fitted, &scored, &of_scored)?);
-    }
+    let unseen = UnseenLogits::new(features, labels, num_classes, head)?;
+    let predicted = Vec::<i64>::try_from(unseen.logits.argmax(-1, false))?;
+    let correct = (predicted.iter().zip(labels)).filter(|(p, l)| **p == **l as i64);
+    let correct = correct.count();
+    let with_loss = unseen.with_loss(labels)?;
     Ok(OnUnseen::of(correct, labels.len(), &with_loss, num_classes))
+}
+
+/// Logits of every sample by a closed-form head that was not fitted on it, over ten folds.
+pub struct UnseenLogits {
+    /// `[N, K]`, in f64 on the CPU.
+    pub logits: Tensor,
+    /// Whether the sample's head knows the sample's class.
+    pub known: Vec<bool>,
+}
+
+impl UnseenLogits {
+    /// `features` is `[N, d]`; `labels` has N entries below `num_classes`.
+    pub fn new(
+        features: &Tensor,
+        labels: &[usize],
+        num_classes: usize,
+        head: &HeadOptions,
+    ) -> Result<Self, EngineError> {
+        let _alone = OneThread::begin();
+        let folds = sample_folds(labels);
+        let (n, k) = (labels.len() as i64, num_classes as i64);
+        let mut unseen = Self {
+            logits: Tensor::zeros([n, k], (Kind::Double, Device::Cpu)),
+            known: vec![false; labels.len()],
+        };
+        for fold in 0..=folds.iter().copied().max().unwrap_or(0) {
+            let (own, others): (Vec<usize>, Vec<usize>) =
+                (0..labels.len()).partition(|row| folds[*row] == fold);
+            let of_others: Vec<usize> = others.iter().map(|row| labels[*row]).collect();
+            let others = features.index_select(0, &row_tensor(&others));
+            let fitted = ClosedFormHead::fit(&others, &of_others, num_classes, head)?;
+            let rows = row_tensor(&own);
+            let logits = fitted.logits(&features.index_select(0, &rows));
+            unseen.logits = (unseen.logits).index_copy(0, &rows, &logits.to_device(Device::Cpu));
+            for row in own {
+                unseen.known[row] = fitted.knows(labels[row]);
+            }
+        }
+        Ok(unseen)
+    }
+
+    /// Logits and label of the samples that have a loss.
+    pub fn with_loss(&self, labels: &[usize]) -> Result<Vec<(Vec<f64>, usize)>, EngineError> {
+        let num_classes = self.logits.size2()?.1 as usize;
+        let logits = Vec::<f64>::try_from(self.logits.flatten(0, -1))?;
+        let of_samples = logits
+            .chunks_exact(num_classes)
+            .zip(labels)
+            .zip(&self.known);
+        let known = of_samples.filter(|(_, known)| **known);
+        Ok(known
+            .map(|((logits, label), _)| (logits.to_vec(), *label))
+            .collect())
+    }
 }
 
 /// Scores the head in a prompt file on samples that it was not fitted on.

@@ -60,11 +60,16 @@ pub fn standard_errors(
         };
         without.push(descender.from(solved.alpha, &mut *tick)?.alpha);
     }
+    Ok(Some(errors_of(&without)))
+}
+
+/// SEᵢ from the weights without each fold: one standard error for each source.
+pub fn errors_of(without: &[Vec<f64>]) -> Vec<f64> {
     let folds = without.len() as f64;
-    let errors = (0..solved.alpha.len()).map(|i| {
+    let of_source = |i: usize| {
         let mean = without.iter().map(|alpha| alpha[i]).sum::<f64>() / folds;
         let squares: f64 = without.iter().map(|alpha| (alpha[i] - mean).powi(2)).sum();
         ((folds - 1.0) / folds * squares).sqrt()
-    });
-    Ok(Some(errors.collect()))
+    };
+    (0..without[0].len()).map(of_source).collect()
 }

@@ -266,7 +266,7 @@ pub fn calibrated_loss(logits: &[(Vec<f64>, usize)]) -> f64 {
 
 /// The T in [1e-3, 1e3] with the least mean loss. The loss is convex in β = 1/T with derivative
 /// E_p\[z] - z_y, so its root is bisected, on a logarithmic scale.
-fn fit_temperature(logits: &[(Vec<f64>, usize)]) -> f64 {
+pub fn fit_temperature(logits: &[(Vec<f64>, usize)]) -> f64 {
     let slope = |beta: f64| -> f64 {
         logits
             .iter()
