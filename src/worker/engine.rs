@@ -13,7 +13,7 @@ use promptweave_engine::vit::Compute;
 /// Returns what makes the engine on the configured device. Everything that can fail does so when it is called, where
 /// the worker can still write to the database why it does not start.
 pub fn factory(options: &WorkerOptions, storage: &StorageOptions) -> NewComposer {
-    let (options, blob_dir) = (options.clone(), storage.blob_dir());
+    let (options, data_dir) = (options.clone(), storage.data_dir());
     Box::new(move || {
         let unusable = |error: DeviceError| CompositionError::device_failed(chain(&error));
         let devices = device::all_named(&options.device, options.libtorch_cuda.as_deref())
@@ -28,7 +28,7 @@ pub fn factory(options: &WorkerOptions, storage: &StorageOptions) -> NewComposer
         let engine = Engine::with(compute).with_backbone_bytes(backbone_bytes);
         let cache = options
             .cache
-            .cache(&blob_dir)
+            .cache(&data_dir)
             .map_err(|error| CompositionError::Retry {
                 code: JobErrorCode::CacheUnusable,
                 detail: chain(error.as_ref()),

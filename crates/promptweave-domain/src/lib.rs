@@ -5,7 +5,6 @@
 
 pub mod api_key;
 pub mod backbone;
-pub mod cache;
 pub mod composer;
 pub mod composition;
 pub mod digest;

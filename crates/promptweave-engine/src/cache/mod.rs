@@ -5,7 +5,7 @@
 //! cache gives the same as one without, to the last bit on the CPU. The cut into micro-batches (by
 //! a limit on them, or by shards) is not in the key: it changes features by rounding only.
 
-pub mod disk;
+pub mod result_files;
 pub(crate) mod row_file;
 
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -13,13 +13,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use serde::Serialize;
 use tch::{Device, Tensor};
 
+use crate::cache::result_files::ResultFiles;
 use crate::cache::row_file::{Layout, RowFile};
 use crate::device::LIBTORCH;
 use crate::error::EngineError;
 use crate::samples::Samples;
 use crate::vit::Vit;
 use promptweave_domain::backbone::BackboneConfig;
-use promptweave_domain::cache::Cache;
 use promptweave_domain::digest::{Digest, DigestBuilder};
 use promptweave_domain::objective::{HeadKind, HeadOptions};
 use promptweave_domain::precision::Precision;
@@ -32,14 +32,14 @@ const FORMAT: u32 = 1;
 
 /// The results that an engine keeps.
 pub struct ResultCache {
-    files: Box<dyn Cache>,
+    files: ResultFiles,
     /// Whether gradients are kept. They are m times as large as features.
     gradients: bool,
 }
 
 impl ResultCache {
     /// A cache over these files. With `gradients` false it keeps features alone.
-    pub fn new(files: Box<dyn Cache>, gradients: bool) -> Self {
+    pub fn new(files: ResultFiles, gradients: bool) -> Self {
         Self { files, gradients }
     }
 }
