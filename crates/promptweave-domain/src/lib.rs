@@ -30,6 +30,7 @@ pub mod stratified;
 pub mod tensor;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+pub mod training_record;
 pub mod tuning;
 pub mod tuning_method;
 pub mod webhook;

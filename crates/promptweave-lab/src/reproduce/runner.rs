@@ -25,6 +25,7 @@ use promptweave_domain::prompt_file::{FORMAT, Origin, PromptFile, PromptMetadata
 use promptweave_domain::split::Split;
 use promptweave_domain::stratified::stratified_subset;
 use promptweave_domain::tensor::Tensor;
+use promptweave_domain::training_record::TrainingRecord;
 use promptweave_domain::tuning::{NoCheckpoints, TuningOptions};
 use promptweave_engine::Engine;
 use promptweave_engine::samples::{Samples, Selection};
@@ -349,14 +350,8 @@ fn is_tuned_so(path: &Path, options: &TuningOptions) -> bool {
     let Ok((_, file)) = read_prompt(path) else {
         return false;
     };
-    let training = file.metadata.and_then(|metadata| metadata.training);
-    let (Some(training), Ok(Value::Object(asked))) = (training, serde_json::to_value(options))
-    else {
-        return false;
-    };
-    asked
-        .iter()
-        .all(|(name, value)| training.get(name) == Some(value))
+    (file.metadata.as_ref().and_then(TrainingRecord::of))
+        .is_some_and(|record| record.options == *options)
 }
 
 fn initial_file(backbone: &Backbone, options: &TuningOptions) -> PromptFile {
