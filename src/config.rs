@@ -3,8 +3,6 @@
 
 use std::net::SocketAddr;
 use std::num::NonZeroU32;
-#[cfg(feature = "torch")]
-use std::path::Path;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -25,10 +23,6 @@ use crate::remote::s3::S3Url;
 use crate::remote::sources::Sources;
 use crate::remote::uri::{AllowedUris, SourceUri};
 use promptweave_domain::precision::Precision;
-#[cfg(feature = "torch")]
-use promptweave_engine::cache::ResultCache;
-#[cfg(feature = "torch")]
-use promptweave_engine::cache::disk::BlobCache;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
@@ -114,9 +108,9 @@ impl PoolOptions {
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Storage")]
 pub struct StorageOptions {
-    /// Directory for files: the blob store (`blobs/`, unless `--blob-store` is given), a worker's cache (`cache/`) and,
-    /// for `up`, the private database (`postgres/`) and a key to its API (`api-key`). Server and workers share the blob
-    /// store. Default: `/var/lib/promptweave` as root, else `$XDG_DATA_HOME/promptweave`.
+    /// Directory for files: the blob store (`blobs/`, unless `--blob-store` is given), a worker's caches (`cache/` of
+    /// inputs, `results/`) and, for `up`, the private database (`postgres/`) and a key to its API (`api-key`). Server
+    /// and workers share the blob store. Default: `/var/lib/promptweave` as root, else `$XDG_DATA_HOME/promptweave`.
     #[arg(long, env = "PROMPTWEAVE_DATA_DIR", value_name = "DIR")]
     pub data_dir: Option<PathBuf>,
     /// Keep the blob store in S3, as `s3://bucket/prefix`, so that server and workers need no shared directory.
@@ -185,7 +179,7 @@ impl StorageOptions {
             .join("promptweave")
     }
 
-    /// The blob store's directory (unless it is in S3), which also holds results kept between compositions.
+    /// The blob store's directory (unless it is in S3).
     pub fn blob_dir(&self) -> PathBuf {
         self.data_dir().join("blobs")
     }
@@ -409,8 +403,8 @@ impl QueueOptions {
 #[derive(Clone, Copy, Debug, Args)]
 #[command(next_help_heading = "Cache")]
 pub struct CacheOptions {
-    /// GiB of single prompts' features and gradients to keep between compositions; the least recently used go first,
-    /// and 0 keeps none. Too low: an ensemble with one more source computes all of them again (the gradients of a
+    /// GiB of single prompts' features and gradients to keep between compositions (`results/` in the data directory);
+    /// the least recently used go first, and 0 keeps none. Too low: an ensemble with one more source computes all of them again (the gradients of a
     /// prompt of 50 tokens on 2,000 samples take 0.3 GiB). Too high: the disk fills up.
     #[arg(long, env = "PROMPTWEAVE_CACHE_GIB", default_value_t = 20)]
     pub cache_gib: u32,
@@ -427,17 +421,8 @@ pub struct CacheOptions {
 }
 
 impl CacheOptions {
-    /// The cache in this directory's blob store, if one is wanted.
-    #[cfg(feature = "torch")]
-    pub fn cache(&self, dir: &Path) -> anyhow::Result<Option<ResultCache>> {
-        if self.cache_gib == 0 {
-            return Ok(None);
-        }
-        let files = BlobCache::directory(dir, u64::from(self.cache_gib) << 30)?;
-        Ok(Some(ResultCache::new(
-            Box::new(files),
-            self.cache_gradients,
-        )))
+    pub fn max_bytes(&self) -> u64 {
+        u64::from(self.cache_gib) << 30
     }
 }
 

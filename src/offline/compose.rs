@@ -9,6 +9,7 @@ use crate::offline::{EngineOptions, parse_split, read_prompt, write_composition}
 use promptweave_domain::composer::Composer as _;
 use promptweave_domain::composition::{CompositionInput, Source, TargetSamples};
 use promptweave_domain::split::Split;
+use promptweave_engine::cache::ResultCache;
 
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {
@@ -89,8 +90,12 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         early_stopping: None,
     };
     let mut engine = args.engine.engine()?;
+    let CacheOptions {
+        cache_gradients, ..
+    } = args.cache_options;
     if let Some(dir) = &args.cache
-        && let Some(cache) = args.cache_options.cache(dir)?
+        && let Some(cache) =
+            ResultCache::open(dir, args.cache_options.max_bytes(), cache_gradients)?
     {
         engine = engine.with_cache(cache);
     }

@@ -10,7 +10,6 @@ use crate::registry::datasets;
 use crate::registry::datasets::PackError;
 use crate::registry::{RegistryError, prompt_versions};
 use crate::worker::composer_thread::Task;
-use crate::worker::file_cache::{Entry, FileCache, InUse, NewEntry};
 use promptweave_domain::composition::{CompositionInput, SolveInput, Source, SourceRef};
 use promptweave_domain::digest::Digest;
 use promptweave_domain::early_stopping::EarlyStopping;
@@ -21,6 +20,7 @@ use promptweave_domain::sharding::ShardInput;
 use promptweave_domain::specification::{JobSpec, TuningSpec};
 use promptweave_domain::tuning::TuningInput;
 use promptweave_formats::backbone::{CONFIG_FILE, MODEL_FILE};
+use promptweave_formats::directory_cache::{DirectoryCache, Entry, InUse, NewEntry};
 
 #[derive(Debug, thiserror::Error)]
 pub enum InputError {
@@ -84,7 +84,7 @@ pub struct Inputs {
     pub pool: PgPool,
     pub blobs: BlobStore,
     /// The cache of backbones and images, by digest.
-    pub files: FileCache,
+    pub files: DirectoryCache,
 }
 
 impl Inputs {

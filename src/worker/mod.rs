@@ -3,7 +3,6 @@
 pub mod composer_thread;
 #[cfg(feature = "torch")]
 pub mod engine;
-mod file_cache;
 mod inputs;
 mod job_checkpoints;
 mod job_shards;
@@ -30,10 +29,10 @@ use crate::jobs::workers;
 use crate::jobs::workers::{End, NewWorker, WorkerState};
 use crate::shutdown::Shutdown;
 use composer_thread::{ComposerThread, NewComposer};
-use file_cache::FileCache;
 use inputs::Inputs;
 use promptweave_domain::composer::CompositionError;
 use promptweave_domain::error_chain::chain;
+use promptweave_formats::directory_cache::DirectoryCache;
 use runner::{EngineStuck, Runner};
 
 /// The default time between two signs of life; a worker counts as live for a minute after one.
@@ -126,7 +125,7 @@ pub async fn run(
     let inputs = Inputs {
         pool: pool.clone(),
         blobs,
-        files: FileCache::new(settings.cache_dir, settings.cache_bytes),
+        files: DirectoryCache::new(settings.cache_dir, settings.cache_bytes),
     };
     let worker = Arc::new(Worker {
         id: settings.id,

@@ -24,7 +24,10 @@ const WALLS: [(&str, &[&str]); 3] = [
         "promptweave-formats",
         &["sqlx", "axum", "tokio", "tch", "promptweave-engine"],
     ),
-    ("promptweave-engine", &["sqlx", "axum", "reqwest"]),
+    (
+        "promptweave-engine",
+        &["sqlx", "axum", "reqwest", "tokio", "object_store"],
+    ),
 ];
 
 #[test]

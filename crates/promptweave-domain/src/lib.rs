@@ -10,7 +10,6 @@
 
 pub mod api_key;
 pub mod backbone;
-pub mod cache;
 pub mod clock;
 pub mod compatibility;
 pub mod composer;
@@ -38,6 +37,7 @@ pub mod stratified;
 pub mod tensor;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+pub mod training_record;
 pub mod tuning;
 pub mod tuning_method;
 pub mod webhook;

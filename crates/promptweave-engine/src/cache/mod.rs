@@ -5,21 +5,22 @@
 //! cache gives the same as one without, to the last bit on the CPU. The cut into micro-batches (by
 //! a limit on them, or by shards) is not in the key: it changes features by rounding only.
 
-pub mod disk;
+pub mod result_files;
 pub(crate) mod row_file;
 
+use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use serde::Serialize;
 use tch::{Device, Tensor};
 
+use crate::cache::result_files::{ResultFiles, UnusableDirectory};
 use crate::cache::row_file::{Layout, RowFile};
 use crate::device::LIBTORCH;
 use crate::error::EngineError;
 use crate::samples::Samples;
 use crate::vit::Vit;
 use promptweave_domain::backbone::BackboneConfig;
-use promptweave_domain::cache::Cache;
 use promptweave_domain::digest::{Digest, DigestBuilder};
 use promptweave_domain::objective::{HeadKind, HeadOptions};
 use promptweave_domain::precision::Precision;
@@ -32,14 +33,28 @@ const FORMAT: u32 = 1;
 
 /// The results that an engine keeps.
 pub struct ResultCache {
-    files: Box<dyn Cache>,
+    files: ResultFiles,
     /// Whether gradients are kept. They are m times as large as features.
     gradients: bool,
 }
 
 impl ResultCache {
+    /// A cache of at most `max_bytes` in the folder `results` of a directory; `None` for 0. The folder is the cache's own,
+    /// since the cache evicts whatever lies in it.
+    pub fn open(
+        dir: &Path,
+        max_bytes: u64,
+        gradients: bool,
+    ) -> Result<Option<Self>, UnusableDirectory> {
+        if max_bytes == 0 {
+            return Ok(None);
+        }
+        let files = ResultFiles::new(&dir.join("results"), max_bytes)?;
+        Ok(Some(Self::new(files, gradients)))
+    }
+
     /// A cache over these files. With `gradients` false it keeps features alone.
-    pub fn new(files: Box<dyn Cache>, gradients: bool) -> Self {
+    pub fn new(files: ResultFiles, gradients: bool) -> Self {
         Self { files, gradients }
     }
 }

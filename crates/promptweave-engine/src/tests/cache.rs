@@ -8,7 +8,7 @@ use tch::Device;
 
 use crate::Engine;
 use crate::cache::ResultCache;
-use crate::cache::disk::BlobCache;
+use crate::cache::result_files::ResultFiles;
 use crate::testing::{Recorder, input};
 use promptweave_domain::composer::{Composer as _, Composition, Observer};
 use promptweave_domain::composition::CompositionInput;
@@ -20,8 +20,8 @@ const SAMPLES: u64 = 60;
 
 /// A new engine on the cache that earlier ones left in this directory.
 fn engine(dir: &Path, gradients: bool) -> Engine {
-    let files = BlobCache::directory(dir, 1 << 30).unwrap();
-    Engine::new(Device::Cpu).with_cache(ResultCache::new(Box::new(files), gradients))
+    let files = ResultFiles::new(&dir.join("results"), 1 << 30).unwrap();
+    Engine::new(Device::Cpu).with_cache(ResultCache::new(files, gradients))
 }
 
 /// Everything in an answer that must not depend on a cache.
@@ -65,15 +65,16 @@ fn with(input: &CompositionInput, objective: &str) -> CompositionInput {
     }
 }
 
+/// The files of the cache.
 fn entries(dir: &Path) -> Vec<PathBuf> {
-    let list = |dir: &Path| {
-        fs::read_dir(dir)
-            .unwrap()
+    let mut paths = vec![dir.join("results")];
+    for _ in ["group", "key", "file"] {
+        paths = (paths.iter())
+            .flat_map(|dir| fs::read_dir(dir).unwrap())
             .map(|entry| entry.unwrap().path())
-    };
-    list(&dir.join("cache"))
-        .flat_map(|dir| list(&dir).collect::<Vec<_>>())
-        .collect()
+            .collect();
+    }
+    paths
 }
 
 #[test]

@@ -8,13 +8,14 @@ use std::rc::Rc;
 use tch::Device;
 
 use crate::Engine;
-use crate::testing::{Recorder, assert_close, write_backbone, write_dataset};
+use crate::testing::{Recorder, write_backbone, write_dataset};
 use promptweave_domain::composer::{Composer as _, CompositionError};
 use promptweave_domain::composition::{Source, TargetSamples};
 use promptweave_domain::digest::Digest;
 use promptweave_domain::phase::Phase;
 use promptweave_domain::prompt_file::PromptFile;
 use promptweave_domain::split::Split;
+use promptweave_domain::training_record::TrainingRecord;
 use promptweave_domain::tuning::{
     CheckpointUnavailable, Checkpoints, Epoch, Grid, NoCheckpoints, Tuned, TuningInput,
     TuningOptions,
@@ -161,12 +162,9 @@ fn the_result_says_what_the_file_does_and_what_it_was_chosen_by() {
     assert_eq!(result.options.prompt_learning_rate, 5e-2);
     assert_eq!(result.curves.cross_entropy.len(), 3);
     let file = PromptFile::parse(&tuned.file).unwrap();
-    let training = file.metadata.as_ref().unwrap().training.clone().unwrap();
-    assert_close(
-        result.distance_from_init.unwrap(),
-        training["distance_from_init"].as_f64().unwrap(),
-        1e-12,
-    );
+    let record = TrainingRecord::of(file.metadata.as_ref().unwrap()).unwrap();
+    assert_eq!(result.distance_from_init, record.distance_from_init);
+    assert!(record.distance_from_init.is_some());
     let evaluation = result.evaluation.unwrap();
     assert!(evaluation.accuracy > 0.5, "{evaluation:?}");
 

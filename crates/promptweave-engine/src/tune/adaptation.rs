@@ -12,6 +12,7 @@ use crate::tune::{Trained, stored};
 use promptweave_domain::digest::Digest;
 use promptweave_domain::prompt_file::METADATA_KEY;
 use promptweave_domain::tensor::Stored;
+use promptweave_domain::training_record::TrainingRecord;
 
 const FORMAT: u32 = 1;
 
@@ -22,7 +23,7 @@ struct Metadata<'a> {
     preprocessing_id: String,
     task: &'a str,
     classes: &'a [String],
-    training: serde_json::Value,
+    training: TrainingRecord,
 }
 
 impl Trained<'_> {

@@ -92,22 +92,19 @@ pub fn tune(
                 steps.begin(Phase::Verify)?;
                 score = Some(evaluated(trained, samples, &mut steps)?);
             }
-            Ok((file, trained.curves.clone(), score))
+            Ok((file, trained.record()?, score))
         },
     )?;
-    let (file, curves, evaluation) = outcome.made;
+    let (file, record, evaluation) = outcome.made;
     let num_held_out = match course.holds_out() {
         true => images.held_out.len(),
         false => 0,
     };
-    let record = (file.metadata.as_ref())
-        .and_then(|metadata| metadata.training.clone())
-        .expect("a tuned prompt has one");
     let bytes = file.to_bytes();
     let result = TuningResult {
-        num_samples: record["num_samples"].as_u64().expect("a number") as usize,
-        distance_from_init: record["distance_from_init"].as_f64(),
-        curves,
+        num_samples: record.num_samples,
+        distance_from_init: record.distance_from_init,
+        curves: record.curves,
         options: outcome.options,
         candidates: outcome.candidates,
         evaluation,

@@ -27,7 +27,6 @@ use std::ops::ControlFlow;
 
 use rand_chacha::ChaCha20Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
-use serde::Serialize;
 use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::compose::steps::stop_on;
@@ -40,6 +39,7 @@ use promptweave_domain::digest::Digest;
 use promptweave_domain::prompt_file::{FORMAT, Head, Origin, PromptFile, PromptMetadata, Sketch};
 use promptweave_domain::stratified::stratified_subset;
 use promptweave_domain::tensor::Tensor as PlainTensor;
+use promptweave_domain::training_record::TrainingRecord;
 use promptweave_domain::tuning::{Checkpoints, Curves, HeldOut, TuningOptions};
 use promptweave_domain::tuning_method::TuningMethod;
 use promptweave_formats::backbone::Backbone;
@@ -52,27 +52,6 @@ use self::shallow::Shallow;
 pub use self::train::TuningProgress;
 use self::train::{Alive, Model, Parameter, Training};
 pub use self::tuning_run::{Outcome, TuningRun};
-
-/// The training record. It has no times, so that the same content gives the same bytes.
-#[derive(Serialize)]
-struct TrainingRecord<'a> {
-    method: TuningMethod,
-    num_samples: usize,
-    #[serde(flatten)]
-    options: &'a TuningOptions,
-    /// Digest of the prompt file that the tuning began with, if any.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    start: Option<Digest>,
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    teachers: Vec<Digest>,
-    /// The losses of each epoch.
-    #[serde(flatten)]
-    curves: &'a Curves,
-    /// ‖θ - θ₀‖ / ‖θ₀‖ of everything that is trained beside the head: how far the prompt moved from
-    /// its initial values.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    distance_from_init: Option<f64>,
-}
 
 /// P₀ [m, d]: uniform(-v, v) with v = √(6/(3·patch² + d)), VPT's initialisation.
 pub fn initial_prompt(num_tokens: usize, embed_dim: usize, patch: usize, seed: u64) -> Vec<f32> {
@@ -334,7 +313,7 @@ impl Trained<'_> {
         place.map(|at| stored(&self.parameters[at])).transpose()
     }
 
-    fn record(&self) -> Result<serde_json::Value, EngineError> {
+    pub fn record(&self) -> Result<TrainingRecord, EngineError> {
         let flat = |of: &dyn Fn(usize) -> Tensor| -> Option<Tensor> {
             let beside_head = (0..self.initial.len()).filter(|at| !self.initial[*at].of_head);
             let all: Vec<Tensor> = beside_head.map(|at| of(at).flatten(0, -1)).collect();
@@ -348,17 +327,14 @@ impl Trained<'_> {
             }
             None => None,
         };
-        let options = self.tuning.options;
-        let record = TrainingRecord {
-            method: options.method,
+        Ok(TrainingRecord {
             num_samples: self.tuning.train.len(),
-            options,
+            options: self.tuning.options.clone(),
             start: self.tuning.start.map(digest),
             teachers: self.tuning.digests_of_teachers(),
-            curves: &self.curves,
+            curves: self.curves.clone(),
             distance_from_init: distance.filter(|distance| distance.is_finite()),
-        };
-        Ok(serde_json::to_value(record).expect("plain data"))
+        })
     }
 
     /// The prompt file of a method that makes a prompt.
@@ -391,7 +367,7 @@ impl Trained<'_> {
                 task: Some(task.to_owned()),
                 classes: Some(classes.to_vec()),
                 origin: Origin::Tuned,
-                training: Some(self.record()?),
+                training: Some(self.record()?.to_json()),
             }),
             sketch: self.sketch(alive)?,
             prompt_embeddings: prompt,

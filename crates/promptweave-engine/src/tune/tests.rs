@@ -90,11 +90,13 @@ fn run(tuning: &Tuning<'_>) -> PromptFile {
     tuning.run(&mut NoCheckpoints, go_on).unwrap()
 }
 
+fn record(file: &PromptFile) -> TrainingRecord {
+    TrainingRecord::of(file.metadata.as_ref().unwrap()).unwrap()
+}
+
 fn curves(file: &PromptFile) -> (Vec<f64>, usize) {
-    let training = file.metadata.as_ref().unwrap().training.clone().unwrap();
-    let of = |name: &str| serde_json::from_value::<Vec<f64>>(training[name].clone()).unwrap();
-    let held_out = training["held_out"].as_array().map_or(0, Vec::len);
-    (of("cross_entropy"), held_out)
+    let curves = record(file).curves;
+    (curves.cross_entropy, curves.held_out.len())
 }
 
 /// A checkpoint in memory.
@@ -215,10 +217,8 @@ fn a_start_is_gone_on_from_with_its_head() {
     let again = run(&tuning);
     assert_eq!(again.prompt_embeddings, first.prompt_embeddings);
     assert_eq!(again.head, first.head);
-    let metadata = again.metadata.as_ref().unwrap();
-    let recorded = metadata.training.as_ref().unwrap()["start"].clone();
-    assert_eq!(recorded, start.digest.to_string());
-    assert_eq!(metadata.init_seed, Some(0));
+    assert_eq!(record(&again).start, Some(start.digest));
+    assert_eq!(again.metadata.as_ref().unwrap().init_seed, Some(0));
     let headless = run(&Tuning {
         takes_head: false,
         ..tuning
@@ -260,8 +260,7 @@ fn patience_ends_a_tuning_and_takes_its_best_epoch() {
     let file = run(&tuning);
     let (losses, held_out) = curves(&file);
     assert!(losses.len() < 40 && held_out == losses.len(), "{losses:?}");
-    let training = file.metadata.as_ref().unwrap().training.clone().unwrap();
-    let of_epochs: Vec<HeldOut> = serde_json::from_value(training["held_out"].clone()).unwrap();
+    let of_epochs = record(&file).curves.held_out;
     let lowest = of_epochs
         .iter()
         .map(|score| score.cross_entropy)

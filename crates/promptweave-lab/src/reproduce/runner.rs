@@ -13,7 +13,6 @@ use crate::reproduce::cells::{Cell, NONE, method};
 use crate::reproduce::results::Row;
 use crate::reproduce::suite::Suite;
 use crate::reproduce::{Args, Settings};
-use promptweave::config::CacheOptions;
 use promptweave::offline::{read_prompt, write_whole};
 use promptweave_domain::composer::{Composer as _, Unwatched};
 use promptweave_domain::composition::{
@@ -25,8 +24,10 @@ use promptweave_domain::prompt_file::{FORMAT, Origin, PromptFile, PromptMetadata
 use promptweave_domain::split::Split;
 use promptweave_domain::stratified::stratified_subset;
 use promptweave_domain::tensor::Tensor;
+use promptweave_domain::training_record::TrainingRecord;
 use promptweave_domain::tuning::{NoCheckpoints, TuningOptions};
 use promptweave_engine::Engine;
+use promptweave_engine::cache::ResultCache;
 use promptweave_engine::samples::{Samples, Selection};
 use promptweave_engine::score::evaluate::{OnUnseen, carried_head};
 use promptweave_engine::score::transferability::matrix;
@@ -71,12 +72,9 @@ const HELD_OUT: usize = 2;
 
 impl<'a> Runner<'a> {
     pub fn new(args: &'a Args, suite: &'a Suite, settings: &'a Settings) -> anyhow::Result<Self> {
-        let options = CacheOptions {
-            cache_gib: args.cache_gib,
-            cache_gradients: true,
-        };
         let mut engine = args.engine.engine()?;
-        if let Some(cache) = options.cache(&args.out.join("cache"))? {
+        let cache_bytes = u64::from(args.cache_gib) << 30;
+        if let Some(cache) = ResultCache::open(&args.out.join("cache"), cache_bytes, true)? {
             engine = engine.with_cache(cache);
         }
         Ok(Self {
@@ -349,14 +347,8 @@ fn is_tuned_so(path: &Path, options: &TuningOptions) -> bool {
     let Ok((_, file)) = read_prompt(path) else {
         return false;
     };
-    let training = file.metadata.and_then(|metadata| metadata.training);
-    let (Some(training), Ok(Value::Object(asked))) = (training, serde_json::to_value(options))
-    else {
-        return false;
-    };
-    asked
-        .iter()
-        .all(|(name, value)| training.get(name) == Some(value))
+    (file.metadata.as_ref().and_then(TrainingRecord::of))
+        .is_some_and(|record| record.options == *options)
 }
 
 fn initial_file(backbone: &Backbone, options: &TuningOptions) -> PromptFile {
