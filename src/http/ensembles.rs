@@ -6,43 +6,31 @@ mod outcome;
 mod solve;
 mod validate;
 
-use axum::Json as JsonResponse;
 use axum::extract::State;
-use axum::http::HeaderMap;
 use axum::response::Response;
 use serde::Deserialize;
 use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
-use uuid::Uuid;
 
 use crate::http::AppState;
 use crate::http::access::Caller;
 use crate::http::error::Problem;
-use crate::http::extract::{Draft, Path, Query};
-use crate::http::jobs;
-use crate::http::jobs::events::{EventQuery, Events};
-use crate::http::jobs::{JobRequest, WaitQuery, accept, check_priority, default_priority};
+use crate::http::extract::Draft;
+use crate::http::jobs::{JobRequest, accept, check_priority, default_priority};
 use crate::http::named::{Source, Target};
-use crate::http::page::{Page, PageQuery};
 use crate::jobs::plan::{EnsembleRequest, plan};
 use crate::jobs::requests::Reuse;
 use answer::Ensemble;
 use promptweave_domain::early_stopping::EarlyStopping;
-use promptweave_domain::job::EnsembleSpec;
 use promptweave_domain::objective::Objective;
 use promptweave_domain::reference::ResourceName;
 
 pub fn router() -> OpenApiRouter<AppState> {
-    OpenApiRouter::new()
-        .routes(routes!(create_ensemble, list_ensembles))
+    operations::router()
+        .routes(routes!(create_ensemble))
         .routes(routes!(validate::validate_ensemble))
-        .routes(routes!(get_ensemble))
-        .routes(routes!(outcome::get_ensemble_result))
         .routes(routes!(outcome::get_ensemble_statistics))
-        .routes(routes!(list_ensemble_events))
-        .routes(routes!(actions::cancel_ensemble))
-        .routes(routes!(actions::retry_ensemble))
         .routes(routes!(actions::replay_ensemble))
         .routes(routes!(solve::solve_ensemble))
 }
@@ -153,76 +141,19 @@ impl EnsembleRequest {
     }
 }
 
-/// List ensembles, the newest first
-#[utoipa::path(
-    get,
-    path = "/ensembles",
-    tag = "ensembles",
-    security(("api_key" = ["read"])),
-    params(PageQuery),
-    responses((status = 200, body = Page<Ensemble>))
-)]
-async fn list_ensembles(
-    State(state): State<AppState>,
-    caller: Caller,
-    Query(query): Query<PageQuery>,
-) -> Result<JsonResponse<Page<Ensemble>>, Problem> {
-    jobs::list::<EnsembleSpec>(&state, &caller, &query).await
-}
+mod operations {
+    use super::answer::Ensemble;
+    use crate::http::jobs::operations::job_operations;
+    use promptweave_domain::composition::CompositionResult;
+    use promptweave_domain::job::EnsembleSpec;
 
-/// Get an ensemble's state and progress
-///
-/// `Retry-After` is sent until the ensemble is over: poll again after so many seconds, or use `wait` instead of
-/// polling.
-#[utoipa::path(
-    get,
-    path = "/ensembles/{id}",
-    tag = "ensembles",
-    security(("api_key" = ["read"])),
-    params(("id" = Uuid, Path), WaitQuery),
-    responses(
-        (status = 200, body = Ensemble),
-        (status = 404, description = "`ensemble_not_found`"),
-    )
-)]
-async fn get_ensemble(
-    State(state): State<AppState>,
-    caller: Caller,
-    Path(id): Path<Uuid>,
-    Query(wait): Query<WaitQuery>,
-) -> Result<Response, Problem> {
-    jobs::get::<EnsembleSpec>(&state, &caller, id, wait).await
-}
-
-/// List an ensemble's events, in order
-///
-/// With `Accept: text/event-stream`, the answer is a stream of server-sent events that ends with the ensemble. Each
-/// event has its number as `id` and its kind as `event`. `progress` events without an `id` come between them, with the
-/// ensemble's `progress` as data. A client that reconnects with `Last-Event-ID` misses no event.
-#[utoipa::path(
-    get,
-    path = "/ensembles/{id}/events",
-    tag = "ensembles",
-    security(("api_key" = ["read"])),
-    params(
-        ("id" = Uuid, Path),
-        EventQuery,
-        ("last-event-id" = Option<i32>, Header, minimum = 0,
-         description = "The last event that came, of a stream; goes before `after`"),
-    ),
-    responses(
-        (status = 200, content((Events = "application/json"), (String = "text/event-stream"))),
-        (status = 204, description = "Of a stream: it is over, and there is nothing after \
-            `Last-Event-ID`; a client need not come back"),
-        (status = 404, description = "`ensemble_not_found`"),
-    )
-)]
-async fn list_ensemble_events(
-    State(state): State<AppState>,
-    caller: Caller,
-    Path(id): Path<Uuid>,
-    Query(query): Query<EventQuery>,
-    headers: HeaderMap,
-) -> Result<Response, Problem> {
-    jobs::events::list::<EnsembleSpec>(state, &caller, id, query, &headers).await
+    job_operations! {
+        EnsembleSpec => Ensemble, CompositionResult;
+        one: "ensemble", a: "an ensemble",
+        result: "Get an ensemble's source weights, both terms, trade-off path and diagnostics",
+        events: "",
+        retry: "A failed or cancelled ensemble is queued again as it was posted, with as many attempts as a new one. To \
+                compute one again that has succeeded, `replay` it.",
+        gone: "`statistics_deleted`: those that it is solved again from",
+    }
 }

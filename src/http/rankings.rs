@@ -1,42 +1,29 @@
 //! `/v1/rankings`: jobs that score prompts for a target, and make none.
 
-use axum::Json as JsonResponse;
 use axum::extract::State;
-use axum::http::HeaderMap;
 use axum::response::Response;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
-use uuid::Uuid;
 
 use crate::http::AppState;
 use crate::http::access::Caller;
 use crate::http::error::Problem;
-use crate::http::extract::{Draft, Path, Query};
-use crate::http::jobs;
-use crate::http::jobs::actions::FORCE;
-use crate::http::jobs::events::{EventQuery, Events};
+use crate::http::extract::Draft;
 use crate::http::jobs::{
-    JobRequest, JobStatus, JobUrls, Resource, WaitQuery, accept, check_priority, default_priority,
+    JobRequest, JobStatus, JobUrls, Resource, accept, check_priority, default_priority,
 };
 use crate::http::named::{Source, Target};
-use crate::http::page::{Page, PageQuery};
 use crate::jobs::Job;
 use crate::jobs::plan::ranking::{RankingRequest, plan};
 use crate::jobs::requests::Reuse;
-use promptweave_domain::ranking::{Ranking, RankingObjective};
+use promptweave_domain::ranking::RankingObjective;
 use promptweave_domain::reference::ResourceName;
 use promptweave_domain::specification::RankingSpec;
 
 pub fn router() -> OpenApiRouter<AppState> {
-    OpenApiRouter::new()
-        .routes(routes!(create_ranking, list_rankings))
-        .routes(routes!(get_ranking))
-        .routes(routes!(get_ranking_result))
-        .routes(routes!(list_ranking_events))
-        .routes(routes!(cancel_ranking))
-        .routes(routes!(retry_ranking))
+    operations::router().routes(routes!(create_ranking))
 }
 
 #[derive(Debug, Deserialize, ToSchema)]
@@ -136,142 +123,17 @@ async fn create_ranking(
     accept(&state, &mut conn, caller.project_id, order).await
 }
 
-/// List rankings, the newest first
-#[utoipa::path(
-    get,
-    path = "/rankings",
-    tag = "rankings",
-    security(("api_key" = ["read"])),
-    params(PageQuery),
-    responses((status = 200, body = Page<RankingJob>))
-)]
-async fn list_rankings(
-    State(state): State<AppState>,
-    caller: Caller,
-    Query(query): Query<PageQuery>,
-) -> Result<JsonResponse<Page<RankingJob>>, Problem> {
-    jobs::list::<RankingSpec>(&state, &caller, &query).await
-}
+mod operations {
+    use super::RankingJob;
+    use crate::http::jobs::operations::job_operations;
+    use promptweave_domain::ranking::Ranking;
+    use promptweave_domain::specification::RankingSpec;
 
-/// Get a ranking's state and progress
-///
-/// `Retry-After` is sent until the ranking is over: poll again after so many seconds, or use `wait` instead of polling.
-#[utoipa::path(
-    get,
-    path = "/rankings/{id}",
-    tag = "rankings",
-    security(("api_key" = ["read"])),
-    params(("id" = Uuid, Path), WaitQuery),
-    responses(
-        (status = 200, body = RankingJob),
-        (status = 404, description = "`ranking_not_found`"),
-    )
-)]
-async fn get_ranking(
-    State(state): State<AppState>,
-    caller: Caller,
-    Path(id): Path<Uuid>,
-    Query(wait): Query<WaitQuery>,
-) -> Result<Response, Problem> {
-    jobs::get::<RankingSpec>(&state, &caller, id, wait).await
-}
-
-/// Get the table: one row per source, in the order of the request
-#[utoipa::path(
-    get,
-    path = "/rankings/{id}/result",
-    tag = "rankings",
-    security(("api_key" = ["read"])),
-    params(("id" = Uuid, Path)),
-    responses(
-        (status = 200, body = Ranking),
-        (status = 404, description = "`ranking_not_found`"),
-        (status = 409, description = "`ranking_not_finished`, `ranking_failed`, `ranking_cancelled`"),
-    )
-)]
-async fn get_ranking_result(
-    State(state): State<AppState>,
-    caller: Caller,
-    Path(id): Path<Uuid>,
-) -> Result<JsonResponse<Ranking>, Problem> {
-    jobs::result::<RankingSpec>(&state, &caller, id).await
-}
-
-/// List a ranking's events, in order
-///
-/// The answer is a page or a stream of server-sent events, as for ensembles.
-#[utoipa::path(
-    get,
-    path = "/rankings/{id}/events",
-    tag = "rankings",
-    security(("api_key" = ["read"])),
-    params(
-        ("id" = Uuid, Path),
-        EventQuery,
-        ("last-event-id" = Option<i32>, Header, minimum = 0,
-         description = "The last event that came, of a stream; goes before `after`"),
-    ),
-    responses(
-        (status = 200, content((Events = "application/json"), (String = "text/event-stream"))),
-        (status = 204, description = "Of a stream: it is over, and there is nothing after \
-            `Last-Event-ID`; a client need not come back"),
-        (status = 404, description = "`ranking_not_found`"),
-    )
-)]
-async fn list_ranking_events(
-    State(state): State<AppState>,
-    caller: Caller,
-    Path(id): Path<Uuid>,
-    Query(query): Query<EventQuery>,
-    headers: HeaderMap,
-) -> Result<Response, Problem> {
-    jobs::events::list::<RankingSpec>(state, &caller, id, query, &headers).await
-}
-
-/// Cancel a ranking
-///
-/// A waiting ranking is cancelled immediately; a running one stops at its next step.
-#[utoipa::path(
-    post,
-    path = "/rankings/{id}/cancel",
-    tag = "rankings",
-    security(("api_key" = ["run"])),
-    params(("id" = Uuid, Path)),
-    responses(
-        (status = 200, description = "It is cancelled", body = RankingJob),
-        (status = 202, description = "It was asked to stop", body = RankingJob),
-        (status = 404, description = "`ranking_not_found`"),
-        (status = 409, description = "`ranking_over`: it has succeeded or failed"),
-    )
-)]
-async fn cancel_ranking(
-    State(state): State<AppState>,
-    caller: Caller,
-    Path(id): Path<Uuid>,
-) -> Result<Response, Problem> {
-    jobs::actions::cancel::<RankingSpec>(&state, &caller, id).await
-}
-
-/// Retry a ranking
-///
-/// A failed or cancelled ranking is queued again as it was posted.
-#[utoipa::path(
-    post,
-    path = "/rankings/{id}/retry",
-    tag = "rankings",
-    security(("api_key" = ["run"])),
-    params(("id" = Uuid, Path)),
-    responses(
-        (status = 202, body = RankingJob, headers(("retry-after" = u32))),
-        (status = 404, description = "`ranking_not_found`"),
-        (status = 409, description = "`ranking_not_over` (it waits or runs), `ranking_over` (it has succeeded)"),
-    )
-)]
-async fn retry_ranking(
-    State(state): State<AppState>,
-    caller: Caller,
-    Path(id): Path<Uuid>,
-) -> Result<Response, Problem> {
-    let mut conn = state.pool.acquire().await?;
-    jobs::actions::retry::<RankingSpec>(&mut conn, &caller, id, FORCE).await
+    job_operations! {
+        RankingSpec => RankingJob, Ranking;
+        one: "ranking", a: "a ranking",
+        result: "Get the table: one row per source, in the order of the request",
+        events: "",
+        retry: "A failed or cancelled ranking is queued again as it was posted.",
+    }
 }

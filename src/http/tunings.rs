@@ -1,43 +1,30 @@
 //! `/v1/tunings`: jobs that train a prompt and its head for a target, and publish them.
 
-use axum::Json as JsonResponse;
 use axum::extract::State;
-use axum::http::HeaderMap;
 use axum::response::Response;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
-use uuid::Uuid;
 
 use crate::http::AppState;
 use crate::http::access::Caller;
 use crate::http::ensembles::Output;
 use crate::http::error::Problem;
-use crate::http::extract::{Draft, Path, Query};
-use crate::http::jobs;
-use crate::http::jobs::actions::FORCE;
-use crate::http::jobs::events::{EventQuery, Events};
+use crate::http::extract::Draft;
 use crate::http::jobs::{
-    JobRequest, JobStatus, JobUrls, Resource, WaitQuery, accept, check_priority, default_priority,
+    JobRequest, JobStatus, JobUrls, Resource, accept, check_priority, default_priority,
 };
 use crate::http::named::{Source, Target};
-use crate::http::page::{Page, PageQuery};
 use crate::jobs::Job;
 use crate::jobs::plan::tuning::{TuningRequest, plan};
 use crate::jobs::requests::Reuse;
 use promptweave_domain::reference::ResourceName;
 use promptweave_domain::specification::TuningSpec;
-use promptweave_domain::tuning::{Grid, TuningOptions, TuningResult};
+use promptweave_domain::tuning::{Grid, TuningOptions};
 
 pub fn router() -> OpenApiRouter<AppState> {
-    OpenApiRouter::new()
-        .routes(routes!(create_tuning, list_tunings))
-        .routes(routes!(get_tuning))
-        .routes(routes!(get_tuning_result))
-        .routes(routes!(list_tuning_events))
-        .routes(routes!(cancel_tuning))
-        .routes(routes!(retry_tuning))
+    operations::router().routes(routes!(create_tuning))
 }
 
 #[derive(Debug, Deserialize, ToSchema)]
@@ -162,143 +149,18 @@ async fn create_tuning(
     accept(&state, &mut conn, caller.project_id, order).await
 }
 
-/// List tunings, the newest first
-#[utoipa::path(
-    get,
-    path = "/tunings",
-    tag = "tunings",
-    security(("api_key" = ["read"])),
-    params(PageQuery),
-    responses((status = 200, body = Page<TuningJob>))
-)]
-async fn list_tunings(
-    State(state): State<AppState>,
-    caller: Caller,
-    Query(query): Query<PageQuery>,
-) -> Result<JsonResponse<Page<TuningJob>>, Problem> {
-    jobs::list::<TuningSpec>(&state, &caller, &query).await
-}
+mod operations {
+    use super::TuningJob;
+    use crate::http::jobs::operations::job_operations;
+    use promptweave_domain::specification::TuningSpec;
+    use promptweave_domain::tuning::TuningResult;
 
-/// Get a tuning's state and progress
-///
-/// `Retry-After` is sent until the tuning is over: poll again after so many seconds, or use `wait` instead of polling.
-#[utoipa::path(
-    get,
-    path = "/tunings/{id}",
-    tag = "tunings",
-    security(("api_key" = ["read"])),
-    params(("id" = Uuid, Path), WaitQuery),
-    responses(
-        (status = 200, body = TuningJob),
-        (status = 404, description = "`tuning_not_found`"),
-    )
-)]
-async fn get_tuning(
-    State(state): State<AppState>,
-    caller: Caller,
-    Path(id): Path<Uuid>,
-    Query(wait): Query<WaitQuery>,
-) -> Result<Response, Problem> {
-    jobs::get::<TuningSpec>(&state, &caller, id, wait).await
-}
-
-/// Get the losses of every epoch, the choices made, and the scores on `eval_split`
-#[utoipa::path(
-    get,
-    path = "/tunings/{id}/result",
-    tag = "tunings",
-    security(("api_key" = ["read"])),
-    params(("id" = Uuid, Path)),
-    responses(
-        (status = 200, body = TuningResult),
-        (status = 404, description = "`tuning_not_found`"),
-        (status = 409, description = "`tuning_not_finished`, `tuning_failed`, `tuning_cancelled`"),
-    )
-)]
-async fn get_tuning_result(
-    State(state): State<AppState>,
-    caller: Caller,
-    Path(id): Path<Uuid>,
-) -> Result<JsonResponse<TuningResult>, Problem> {
-    jobs::result::<TuningSpec>(&state, &caller, id).await
-}
-
-/// List a tuning's events, in order
-///
-/// The answer is a page or a stream of server-sent events, as for ensembles. `epoch` events have the losses of an
-/// epoch. Each epoch is reported once, unless its checkpoint could not be stored and another attempt repeats it.
-#[utoipa::path(
-    get,
-    path = "/tunings/{id}/events",
-    tag = "tunings",
-    security(("api_key" = ["read"])),
-    params(
-        ("id" = Uuid, Path),
-        EventQuery,
-        ("last-event-id" = Option<i32>, Header, minimum = 0,
-         description = "The last event that came, of a stream; goes before `after`"),
-    ),
-    responses(
-        (status = 200, content((Events = "application/json"), (String = "text/event-stream"))),
-        (status = 204, description = "Of a stream: it is over, and there is nothing after \
-            `Last-Event-ID`; a client need not come back"),
-        (status = 404, description = "`tuning_not_found`"),
-    )
-)]
-async fn list_tuning_events(
-    State(state): State<AppState>,
-    caller: Caller,
-    Path(id): Path<Uuid>,
-    Query(query): Query<EventQuery>,
-    headers: HeaderMap,
-) -> Result<Response, Problem> {
-    jobs::events::list::<TuningSpec>(state, &caller, id, query, &headers).await
-}
-
-/// Cancel a tuning
-///
-/// A waiting tuning is cancelled immediately; a running one stops at its next step.
-#[utoipa::path(
-    post,
-    path = "/tunings/{id}/cancel",
-    tag = "tunings",
-    security(("api_key" = ["run"])),
-    params(("id" = Uuid, Path)),
-    responses(
-        (status = 200, description = "It is cancelled", body = TuningJob),
-        (status = 202, description = "It was asked to stop", body = TuningJob),
-        (status = 404, description = "`tuning_not_found`"),
-        (status = 409, description = "`tuning_over`: it has succeeded or failed"),
-    )
-)]
-async fn cancel_tuning(
-    State(state): State<AppState>,
-    caller: Caller,
-    Path(id): Path<Uuid>,
-) -> Result<Response, Problem> {
-    jobs::actions::cancel::<TuningSpec>(&state, &caller, id).await
-}
-
-/// Retry a tuning
-///
-/// A failed or cancelled tuning is queued again as it was posted, and starts from the beginning.
-#[utoipa::path(
-    post,
-    path = "/tunings/{id}/retry",
-    tag = "tunings",
-    security(("api_key" = ["run"])),
-    params(("id" = Uuid, Path)),
-    responses(
-        (status = 202, body = TuningJob, headers(("retry-after" = u32))),
-        (status = 404, description = "`tuning_not_found`"),
-        (status = 409, description = "`tuning_not_over` (it waits or runs), `tuning_over` (it has succeeded)"),
-    )
-)]
-async fn retry_tuning(
-    State(state): State<AppState>,
-    caller: Caller,
-    Path(id): Path<Uuid>,
-) -> Result<Response, Problem> {
-    let mut conn = state.pool.acquire().await?;
-    jobs::actions::retry::<TuningSpec>(&mut conn, &caller, id, FORCE).await
+    job_operations! {
+        TuningSpec => TuningJob, TuningResult;
+        one: "tuning", a: "a tuning",
+        result: "Get the losses of every epoch, the choices made, and the scores on `eval_split`",
+        events: " `epoch` events have the losses of an epoch. Each epoch is reported once, unless its checkpoint could \
+                 not be stored and another attempt repeats it.",
+        retry: "A failed or cancelled tuning is queued again as it was posted, and starts from the beginning.",
+    }
 }

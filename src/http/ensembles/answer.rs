@@ -1,9 +1,13 @@
 //! An ensemble as clients see it.
 
 use serde::Serialize;
+use sqlx::PgConnection;
 use utoipa::ToSchema;
 use uuid::Uuid;
 
+use crate::http::AppState;
+use crate::http::ensembles::actions::hold_statistics;
+use crate::http::error::Problem;
 use crate::http::jobs::{JobStatus, JobUrls, Resource, path};
 use crate::jobs::Job;
 use promptweave_domain::job::EnsembleSpec;
@@ -21,6 +25,17 @@ pub struct Ensemble {
 
 impl Resource for EnsembleSpec {
     type Response = Ensemble;
+
+    const REPEAT: &'static str = "replay it";
+
+    async fn hold(
+        &self,
+        conn: &mut PgConnection,
+        state: &AppState,
+        project_id: Uuid,
+    ) -> Result<(), Problem> {
+        hold_statistics(conn, state, project_id, self).await
+    }
 }
 
 #[derive(Debug, Serialize, ToSchema)]

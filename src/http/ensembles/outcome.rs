@@ -1,6 +1,5 @@
 //! The outcome of a successful ensemble: its result, and the statistics it was computed from.
 
-use axum::Json as JsonResponse;
 use axum::body::Body;
 use axum::extract::State;
 use axum::http::{HeaderMap, Method, StatusCode};
@@ -15,12 +14,9 @@ use crate::http::access::Caller;
 use crate::http::content::File;
 use crate::http::error::Problem;
 use crate::http::extract::Path;
-use crate::http::jobs;
 use crate::http::jobs::{existing, no_result};
 use crate::jobs::plan::solve::Solved;
-use promptweave_domain::composition::CompositionResult;
 use promptweave_domain::error_chain::chain;
-use promptweave_domain::job::EnsembleSpec;
 
 /// The ensemble if it succeeded; otherwise the problem says why it has no result.
 async fn succeeded(state: &AppState, caller: &Caller, id: Uuid) -> Result<Solved, Problem> {
@@ -51,28 +47,6 @@ pub(super) fn check_statistics(
          operator says (--statistics-days); post the ensemble again"
     );
     Err(Problem::new(StatusCode::GONE, "statistics_deleted", detail))
-}
-
-/// Get an ensemble's source weights, both terms, trade-off path and diagnostics
-#[utoipa::path(
-    get,
-    path = "/ensembles/{id}/result",
-    tag = "ensembles",
-    security(("api_key" = ["read"])),
-    params(("id" = Uuid, Path)),
-    responses(
-        (status = 200, body = CompositionResult),
-        (status = 404, description = "`ensemble_not_found`"),
-        (status = 409, description = "`ensemble_not_finished`, `ensemble_failed`, \
-            `ensemble_cancelled`"),
-    )
-)]
-pub(super) async fn get_ensemble_result(
-    State(state): State<AppState>,
-    caller: Caller,
-    Path(id): Path<Uuid>,
-) -> Result<JsonResponse<CompositionResult>, Problem> {
-    jobs::result::<EnsembleSpec>(&state, &caller, id).await
 }
 
 /// A safetensors file.

@@ -3,7 +3,6 @@
 use axum::Json as JsonResponse;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use sqlx::PgConnection;
 use uuid::Uuid;
 
 use crate::http::AppState;
@@ -13,9 +12,6 @@ use crate::http::jobs::{LOOK_AGAIN_AFTER, Resource, code, existing, not_found};
 use crate::jobs::requests;
 use crate::jobs::requests::Cancellation;
 use promptweave_domain::job::JobState;
-
-/// How to compute a successful tuning or ranking again.
-pub const FORCE: &str = "post it with `force`";
 
 /// Cancels a job: a waiting one immediately, a running one at its next step.
 pub async fn cancel<S: Resource>(
@@ -41,21 +37,23 @@ pub async fn cancel<S: Resource>(
     Ok((status, JsonResponse(S::Response::from(job))).into_response())
 }
 
-/// Queues a failed or cancelled job again as it was posted. `repeat` tells the client how to compute a successful one
-/// again.
+/// Queues a failed or cancelled job again as it was posted.
 pub async fn retry<S: Resource>(
-    conn: &mut PgConnection,
+    state: &AppState,
     caller: &Caller,
     id: Uuid,
-    repeat: &str,
 ) -> Result<Response, Problem> {
-    existing::<S>(conn, caller.project_id, id).await?;
+    let mut tx = state.pool.begin().await?;
+    existing::<S>(&mut tx, caller.project_id, id).await?;
     let kind = S::KIND;
-    match requests::retry(conn, caller.project_id, id).await? {
+    match requests::retry(&mut tx, caller.project_id, id).await? {
         None => return Err(not_found::<S>(id)),
         Some(Ok(())) => {}
         Some(Err(JobState::Succeeded)) => {
-            let detail = format!("{kind} `{id}` has succeeded; to compute it again, {repeat}");
+            let detail = format!(
+                "{kind} `{id}` has succeeded; to compute it again, {}",
+                S::REPEAT
+            );
             return Err(Problem::conflict(code::<S>("over"), detail));
         }
         Some(Err(state)) => {
@@ -63,8 +61,10 @@ pub async fn retry<S: Resource>(
             return Err(Problem::conflict(code::<S>("not_over"), detail));
         }
     }
+    let job = existing::<S>(&mut tx, caller.project_id, id).await?;
+    job.spec.hold(&mut tx, state, caller.project_id).await?;
+    tx.commit().await?;
     let again = [(header::RETRY_AFTER, LOOK_AGAIN_AFTER.to_string())];
-    let job = existing::<S>(conn, caller.project_id, id).await?;
     let answer = JsonResponse(S::Response::from(job));
     Ok((StatusCode::ACCEPTED, again, answer).into_response())
 }

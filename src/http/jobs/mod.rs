@@ -4,6 +4,9 @@
 pub(super) mod actions;
 mod answer;
 pub(super) mod events;
+pub(super) mod operations;
+
+use std::future::{Future, ready};
 
 use axum::Json as JsonResponse;
 use axum::http::{StatusCode, header};
@@ -39,6 +42,19 @@ const MAX_WAIT: u32 = 60;
 /// A kind of job that clients see.
 pub(super) trait Resource: Specification {
     type Response: From<Job<Self>> + Serialize;
+
+    /// How a client computes a successful job again.
+    const REPEAT: &'static str = "post it with `force`";
+
+    /// Keeps what a job refers to, until it is queued again in the same transaction.
+    fn hold(
+        &self,
+        _conn: &mut PgConnection,
+        _state: &AppState,
+        _project_id: Uuid,
+    ) -> impl Future<Output = Result<(), Problem>> + Send {
+        ready(Ok(()))
+    }
 }
 
 /// A problem code that contains the kind, e.g. `tuning_not_found`.
