@@ -49,13 +49,13 @@ pub fn plot(result: &Path, out: &Path) -> Result<Vec<PathBuf>> {
     Ok(written)
 }
 
-/// Draws one bar per source: its weight αᵢ, and beside it the H-score of that source alone.
+/// Draws one bar per source: its weight αᵢ with its standard error, and beside it the H-score of that source alone.
 fn weights_svg(result: &CompositionResult) -> Result<String> {
     const ROW: i32 = 30;
     const TOP: i32 = 56;
     const LEFT: i32 = 180;
     const FULL: i32 = 360;
-    const RIGHT: i32 = 690;
+    const RIGHT: i32 = 760;
     let rows = result.source_weights.len() as i32;
     let mut svg = String::new();
     {
@@ -65,8 +65,16 @@ fn weights_svg(result: &CompositionResult) -> Result<String> {
         let write = |text: &str, x, y, size, color: &RGBColor, side| {
             area.draw_text(text, &style(size, color, side), (x, y))
         };
-        write("weight of each source", LEFT, 18, 17, &INK, HPos::Left)?;
-        write("H alone", RIGHT, 40, 12, &GREY, HPos::Right)?;
+        let errors = result
+            .source_weights
+            .iter()
+            .any(|it| it.standard_error.is_some());
+        let title = match errors {
+            true => "weight of each source ± its standard error",
+            false => "weight of each source",
+        };
+        write(title, LEFT, 18, 17, &INK, HPos::Left)?;
+        write("H-score alone", RIGHT, 40, 13, &INK, HPos::Right)?;
         for (row, source) in result.source_weights.iter().enumerate() {
             let y = TOP + row as i32 * ROW + ROW / 2;
             let end = LEFT + (source.weight * f64::from(FULL)).round() as i32;
@@ -75,11 +83,29 @@ fn weights_svg(result: &CompositionResult) -> Result<String> {
             area.draw(&Rectangle::new(bar, color(row).filled()))?;
             let name = shortened(&source.prompt, 24);
             write(&name, LEFT - 10, y, 14, &INK, HPos::Right)?;
-            let weight = format!("{:.3}", source.weight);
-            write(&weight, end + 8, y, 14, &INK, HPos::Left)?;
+            let mut weight = format!("{:.3}", source.weight);
+            let mut label_at = end;
+            if let Some(error) = source.standard_error {
+                weight += &format!(" ± {error:.3}");
+                let at =
+                    |weight: f64| LEFT + (weight.clamp(0.0, 1.0) * f64::from(FULL)).round() as i32;
+                let (low, high) = (at(source.weight - error), at(source.weight + error));
+                area.draw(&PathElement::new(
+                    [(low, y), (high, y)],
+                    INK.stroke_width(1),
+                ))?;
+                for x in [low, high] {
+                    area.draw(&PathElement::new(
+                        [(x, y - 4), (x, y + 4)],
+                        INK.stroke_width(1),
+                    ))?;
+                }
+                label_at = label_at.max(high);
+            }
+            write(&weight, label_at + 8, y, 14, &INK, HPos::Left)?;
             if let Some(alone) = result.diagnostics.per_source.get(row) {
                 let h = format!("{:.3}", alone.h_score);
-                write(&h, RIGHT, y, 13, &GREY, HPos::Right)?;
+                write(&h, RIGHT, y, 14, &INK, HPos::Right)?;
             }
         }
         area.present()?;
@@ -308,7 +334,8 @@ mod tests {
         };
         json!({
             "source_weights": [
-                {"prompt": "emoji", "version": 1, "digest": digest, "weight": 0.7},
+                {"prompt": "emoji", "version": 1, "digest": digest, "weight": 0.7,
+                 "standard_error": 0.125},
                 {"prompt": "a-source-with-a-very-long-name", "version": 1, "digest": digest, "weight": 0.3},
             ],
             "objective": {"h_score": 2.5, "gradient_alignment": 1.5e-5, "alignment_weight": 2.0,
@@ -341,7 +368,7 @@ mod tests {
         let weights = read(weights);
         for text in [
             "emoji",
-            "0.700",
+            "0.700 ± 0.125",
             "a-source-with-a-very-lo…",
             "0.300",
             "2.25",
