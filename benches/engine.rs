@@ -13,6 +13,9 @@ use criterion::{Criterion, criterion_group, criterion_main};
 use promptweave_domain::objective::{
     AlignmentVariant, GradientNormalization, HScoreMode, HScoreOptions,
 };
+use promptweave_engine::pool;
+use promptweave_engine::pool::PoolOptions;
+use promptweave_engine::pool::solver::Predictions;
 use promptweave_engine::score::alignment::GradientAlignment;
 use promptweave_engine::score::gradients::{GradientStatistics, sample_folds};
 use promptweave_engine::score::h_score::HScore;
@@ -150,9 +153,45 @@ fn engine(criterion: &mut Criterion) {
     }
 }
 
+/// (M, N, K) of a pool of predictions.
+const POOLS: [(i64, i64, i64); 4] = [
+    (10, 400, 16),
+    (16, 2000, 100),
+    (64, 2000, 100),
+    (16, 2000, 1000),
+];
+
+/// The weights of a pool, without its standard errors and with them. Every source knows something of its own.
+fn pools(criterion: &mut Criterion) {
+    for (m, n, k) in POOLS {
+        tch::manual_seed(2);
+        let on_cpu = (Kind::Float, Device::Cpu);
+        let labels: Vec<i64> = (0..n).map(|i| i % k).collect();
+        let right = Tensor::from_slice(&labels).one_hot(k).to_kind(Kind::Float);
+        let strengths = Tensor::linspace(0.0, 3.0, m, on_cpu).view([m, 1, 1]);
+        let logits = Tensor::randn([m, n, k], on_cpu) + strengths * right;
+        let predictions = logits.log_softmax(-1, Kind::Float);
+        let labels: Vec<usize> = labels.into_iter().map(|label| label as usize).collect();
+        let predictions = Predictions::new(predictions, &labels);
+        let name = |what: &str| format!("pool, {what} M={m} N={n} K={k}");
+        measure(criterion, &name("solve"), || {
+            pool::solve(&predictions, 10.0, &mut || Ok(())).expect("it solves")
+        });
+        measure(criterion, &name("solve and standard errors"), || {
+            pool::fit(
+                &predictions,
+                &labels,
+                PoolOptions::default(),
+                &mut || Ok(()),
+            )
+            .expect("it solves")
+        });
+    }
+}
+
 criterion_group! {
     name = benches;
     config = Criterion::default().sample_size(10).without_plots();
-    targets = engine
+    targets = pools, engine
 }
 criterion_main!(benches);

@@ -233,8 +233,19 @@ def show(result, num_test):
         error = math.sqrt(accuracy * (1 - accuracy) / num_test)
         say(f"{name:{width}s}  {score['h_score']:7.3f}  {accuracy:9.1%} ± {error:.1%}")
     say(f"(closed-form heads fitted on {diagnostics['num_samples']} images, tried on {num_test} others; ± is one standard error)")
+    show_pool(result["pool"], width)
     for warning in result["warnings"]:
         say(f"warning: {warning['code']}: {warning['detail']}")
+
+
+def show_pool(pool, width):
+    """The weights of the sources' own predictions, with the losses of each alone and of all together."""
+    say(f"\n{'pool of predictions':{width}s}  {'weight ± se':>15s}  {'cross-fitted loss':>17s}")
+    for source in pool["weights"]:
+        weight = f"{source['weight']:7.3f} ± {source['standard_error']:.3f}"
+        say(f"{source['prompt']:{width}s}  {weight:>15s}  {source['validation_loss']:12.4f} nats")
+    for name, loss in (("equal weights", pool["uniform_validation_loss"]), ("this pool", pool["validation_loss"])):
+        say(f"{name:{width}s}  {'':15s}  {loss:12.4f} nats")
 
 
 def weights_of(result):

@@ -125,6 +125,18 @@ fn write_composition(out: &Path, composition: &Composition) -> anyhow::Result<()
     if let Some(composed) = &result.diagnostics.composed_score {
         println!("{:24} H = {:.4} composed", "", composed.h_score);
     }
+    if let Some(pool) = &result.pool {
+        let weights = pool.weights.iter();
+        let weights: Vec<String> = weights
+            .map(|it| format!("{} {:.3} ± {:.3}", it.prompt, it.weight, it.standard_error))
+            .collect();
+        println!(
+            "{:24} {:.4} nats cross-fitted: {}",
+            "pool of predictions",
+            pool.validation_loss,
+            weights.join(", ")
+        );
+    }
     for warning in &result.warnings {
         eprintln!("warning: {} ({})", warning.detail, warning.code);
     }

@@ -89,6 +89,7 @@ pub fn composition(input_sources: &[(String, i32, Digest)], weights: &[f64]) -> 
                 trade_off_rule: None,
                 total: Some(-0.9),
             },
+            pool: None,
             pareto_path: vec![],
             local_optima: vec![],
             method: MethodReport {

@@ -113,6 +113,9 @@ pub struct CompositionResult {
     pub local_optima: Vec<Optimum>,
     /// The solver's report; null if the method does not solve for α.
     pub solver: Option<SolverReport>,
+    /// The pool of the sources' own predictions, beside the composed prompt; null with one source.
+    #[serde(default)]
+    pub pool: Option<PoolReport>,
     pub diagnostics: Diagnostics,
     pub composed_prompt: ComposedPrompt,
     /// Present if `early_stopping` ended the job before all gradients were taken.
@@ -211,6 +214,38 @@ pub struct SourceWeight {
     /// `fallback` has all weight.
     #[serde(default)]
     pub standard_error: Option<f64>,
+}
+
+/// A log-linear pool: p(y|x) ∝ Πᵢ pᵢ(y|x)^(s αᵢ), where pᵢ is source i's own prediction by a closed-form head. It says how
+/// much each source knows about the target, whatever the method is. Nothing is mixed in prompt space, and nothing is
+/// published: predicting with it takes a forward pass for each source.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct PoolReport {
+    /// The weights α in the order of `source_weights`.
+    pub weights: Vec<PoolWeight>,
+    /// The sharpness s > 0: about 1 if the sources know the same, more if they know different things.
+    pub sharpness: f64,
+    /// Cross-entropy in nats on the target samples. No head is used on samples that it was fitted on; the M weights were
+    /// fitted on them, so it is a little low.
+    pub validation_loss: f64,
+    /// Accuracy on the same samples.
+    pub validation_accuracy: f64,
+    /// The loss of a pool with equal weights at its best sharpness.
+    pub uniform_validation_loss: f64,
+    /// Whether the solver found the one optimum to rounding; if not, the weights are where it stopped.
+    pub converged: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct PoolWeight {
+    pub prompt: String,
+    #[schema(minimum = 0, maximum = 1)]
+    pub weight: f64,
+    /// The jackknife standard error, from leaving out one of ten folds of the samples at a time while heads and
+    /// temperatures are held.
+    pub standard_error: f64,
+    /// Cross-entropy in nats of this source alone, on the same samples.
+    pub validation_loss: f64,
 }
 
 /// The objective L(α) = -H(α) + λ L_align(α) and its parts at the returned α.

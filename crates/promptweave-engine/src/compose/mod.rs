@@ -28,6 +28,7 @@ use crate::compose::steps::{Steps, stop_on};
 use crate::compose::token_alignment::align;
 use crate::device;
 use crate::error::EngineError;
+use crate::pool;
 use crate::samples::{Samples, Selection};
 use crate::score::evaluate::{Evaluation, OnUnseen, cross_fitted};
 use crate::score::transferability::SourceScores;
@@ -73,6 +74,19 @@ pub fn compose(
     steps.begin(Phase::Solve)?;
     let (solved, mut method) = work.weigh(statistics.ground(), target_prompt, &mut steps)?;
 
+    let names: Vec<&str> = sources
+        .iter()
+        .map(|source| source.prompt.as_str())
+        .collect();
+    let tick = &mut || stop_on(steps.tick(Phase::Solve));
+    let pool = pool::report(
+        statistics.ground(),
+        &names,
+        dataset.classes.len(),
+        &objective.head,
+        tick,
+    )?;
+
     steps.begin(Phase::Verify)?;
     let (alpha, refinement) = work.refine(&solved, &mut steps)?;
     (method.uniform_mix, method.uniform_mix_candidates) = work.uniform_mix(&alpha, &mut steps)?;
@@ -111,6 +125,7 @@ pub fn compose(
         composed,
         verified: Some(verified),
         refinement,
+        pool,
         early_stop,
         fallback_dropped: false,
     };

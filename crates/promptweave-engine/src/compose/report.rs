@@ -15,7 +15,7 @@ use crate::statistics::{Metadata, RecordedSource, Statistics};
 use promptweave_domain::composer::Composition;
 use promptweave_domain::composition::{
     ComposedPrompt, CompositionResult, Diagnostics, FallbackReport, MethodReport, ObjectiveValue,
-    Optimum, Provenance, Refinement, SourceDiagnostics, SourceWeight, Warning,
+    Optimum, PoolReport, Provenance, Refinement, SourceDiagnostics, SourceWeight, Warning,
 };
 use promptweave_domain::digest::Digest;
 use promptweave_domain::early_stopping::EarlyStop;
@@ -44,6 +44,7 @@ pub struct Findings<'a> {
     /// The results of forward passes; `None` without a backbone.
     pub verified: Option<Verified>,
     pub refinement: Option<Refinement>,
+    pub pool: Option<PoolReport>,
     pub early_stop: Option<EarlyStop>,
     /// Whether a composition with a backbone would have had a fallback that this one lacks.
     pub fallback_dropped: bool,
@@ -74,6 +75,7 @@ impl Findings<'_> {
             },
             local_optima: self.solved.solution.optima,
             solver: self.solved.solution.report,
+            pool: self.pool,
             diagnostics,
             warnings,
             timings: steps.finish(),

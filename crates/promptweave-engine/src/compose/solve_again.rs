@@ -4,8 +4,9 @@
 use crate::baselines::towards_uniform;
 use crate::compose::report::Findings;
 use crate::compose::sources::{anchored, composed_prompt};
-use crate::compose::steps::Steps;
+use crate::compose::steps::{Steps, stop_on};
 use crate::error::EngineError;
+use crate::pool;
 use crate::solve::weigh_features;
 use crate::statistics::{Metadata, Statistics};
 use promptweave_domain::compatibility::same_source;
@@ -45,6 +46,16 @@ pub fn solve_again(
         &mut steps,
         &mut |_, _| unreachable!("`validation` was refused"),
     )?;
+    let names: Vec<&str> = (metadata.sources.iter())
+        .map(|source| source.prompt.as_str())
+        .collect();
+    let pool = pool::report(
+        statistics.ground(),
+        &names,
+        metadata.classes.len(),
+        &objective.head,
+        &mut || stop_on(steps.tick(Phase::Solve)),
+    )?;
     method.uniform_mix = objective.experimental.uniform_mix.known();
     let alpha = towards_uniform(&solved.solution.alpha, method.uniform_mix);
     // Without the backbone there are no features of the composed prompt to fit a head on.
@@ -61,6 +72,7 @@ pub fn solve_again(
         composed,
         verified: None,
         refinement: None,
+        pool,
         early_stop: None,
         fallback_dropped: recorded.objective.falls_back()
             && recorded.objective.method() == input.objective.method(),

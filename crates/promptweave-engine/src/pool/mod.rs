@@ -14,7 +14,7 @@ mod tests;
 
 use tch::{Kind, Tensor};
 
-use crate::baselines::most_similar;
+use crate::baselines::{most_similar, uniform};
 use crate::device::threads::OneThread;
 use crate::error::EngineError;
 use crate::pool::solver::{Optimum, Predictions, Pull};
@@ -22,6 +22,8 @@ use crate::score::evaluate::UnseenLogits;
 use crate::score::gradients::sample_folds;
 use crate::score::head::fit_temperature;
 use crate::solve::jackknife::errors_of;
+use crate::statistics::SolveInputs;
+use promptweave_domain::composition::{PoolReport, PoolWeight};
 use promptweave_domain::objective::HeadOptions;
 
 /// ε: the share of equal probabilities in every source's prediction, so that one wrong certainty does not decide.
@@ -44,10 +46,12 @@ pub struct Pool {
     pub standard_errors: Vec<f64>,
     /// Mean loss in nats of this pool, at its weights. It is fitted on these samples by M numbers, so it is a little low.
     pub loss: f64,
-    /// The same of the uniform pool at its best sharpness.
+    /// Share of the samples that this pool classifies correctly.
+    pub accuracy: f64,
+    /// The loss of the uniform pool at its best sharpness.
     pub uniform_loss: f64,
     pub uniform_sharpness: f64,
-    /// The same of every source alone, at its own temperature.
+    /// The loss of every source alone, at its own temperature.
     pub source_losses: Vec<f64>,
     pub iterations: usize,
     pub converged: bool,
@@ -62,19 +66,65 @@ pub struct PoolOptions {
     pub top_k: Option<usize>,
 }
 
-/// log pᵢ(k|xₙ) `[N, K]` of one source with features `[N, d]`, and the temperature of its head: (1-ε) softmax(z/T) + ε/K
-/// with z by a head that was not fitted on the sample.
+impl Default for PoolOptions {
+    /// β = 10 samples, and all sources.
+    fn default() -> Self {
+        Self {
+            beta: 10.0,
+            top_k: None,
+        }
+    }
+}
+
+/// log pᵢ(k|xₙ) `[N, K]` of one source with features `[N, d]`: (1-ε) softmax(z/T) + ε/K, with z by a head that was not
+/// fitted on the sample, and one temperature T of least loss.
 pub fn log_predictions(
     features: &Tensor,
     labels: &[usize],
     num_classes: usize,
     head: &HeadOptions,
-) -> Result<(Tensor, f64), EngineError> {
+) -> Result<Tensor, EngineError> {
     let unseen = UnseenLogits::new(features, labels, num_classes, head)?;
     let temperature = fit_temperature(&unseen.with_loss(labels)?);
     let p = (unseen.logits / temperature).softmax(-1, Kind::Double);
     let log_p = (p * (1.0 - EPSILON) + EPSILON / num_classes as f64).log();
-    Ok((log_p.to_kind(Kind::Float), temperature))
+    Ok(log_p.to_kind(Kind::Float))
+}
+
+/// The pool of these sources, as a result has it; `None` with one source. `names` has one for each.
+pub fn report(
+    ground: SolveInputs<'_>,
+    names: &[&str],
+    num_classes: usize,
+    head: &HeadOptions,
+    tick: &mut dyn FnMut() -> Result<(), EngineError>,
+) -> Result<Option<PoolReport>, EngineError> {
+    if names.len() == 1 {
+        return Ok(None);
+    }
+    let labels = ground.labels;
+    let mut log_p = Vec::with_capacity(names.len());
+    for i in 0..names.len() {
+        tick()?;
+        let features = ground.features.get(i as i64);
+        log_p.push(log_predictions(&features, labels, num_classes, head)?);
+    }
+    let predictions = Predictions::new(Tensor::stack(&log_p, 0), labels);
+    let pool = fit(&predictions, labels, PoolOptions::default(), tick)?;
+    let weights = names.iter().enumerate().map(|(i, name)| PoolWeight {
+        prompt: (*name).to_owned(),
+        weight: pool.alpha[i],
+        standard_error: pool.standard_errors[i],
+        validation_loss: pool.source_losses[i],
+    });
+    Ok(Some(PoolReport {
+        weights: weights.collect(),
+        sharpness: pool.sharpness,
+        validation_loss: pool.loss,
+        validation_accuracy: pool.accuracy,
+        uniform_validation_loss: pool.uniform_loss,
+        converged: pool.converged,
+    }))
 }
 
 /// Fits a pool. `tick` is called before every step; its error ends the work.
@@ -88,11 +138,11 @@ pub fn fit(
     let m = predictions.num_sources();
     let all: Vec<usize> = (0..m).collect();
     let mut kept = all.clone();
-    let mut fitted = Fitted::of(predictions, options.beta, None, tick)?;
+    let mut found = solve(predictions, options.beta, tick)?;
     if let Some(top_k) = options.top_k.filter(|top_k| *top_k < m) {
-        kept = most_similar(&fitted.optimum.weights, Some(top_k));
+        kept = most_similar(&found.weights, Some(top_k));
         kept.sort_unstable();
-        fitted = Fitted::of(&predictions.of_sources(&kept), options.beta, None, tick)?;
+        found = solve(&predictions.of_sources(&kept), options.beta, tick)?;
     }
     let spread = |of_kept: &[f64]| {
         let mut of_all = vec![0.0; m];
@@ -102,22 +152,23 @@ pub fn fit(
         of_all
     };
     let among = predictions.of_sources(&kept);
-    let errors = jackknife(&among, labels, options.beta, &fitted, tick)?;
-    let uniform = predictions.mean();
+    let errors = jackknife(&among, labels, options.beta, &found.weights, tick)?;
+    let equal = predictions.mean();
     let uniform_sharpness = m as f64 * uniform_weight(predictions, tick)?;
     let source_losses = all
         .iter()
         .map(|i| predictions.of_sources(&[*i]).loss(&[1.0]));
     Ok(Pool {
-        alpha: spread(&fitted.alpha()),
-        sharpness: fitted.optimum.weights.iter().sum(),
+        alpha: spread(&shares(&found.weights)),
+        sharpness: found.weights.iter().sum(),
         standard_errors: spread(&errors),
-        loss: among.loss(&fitted.optimum.weights),
-        uniform_loss: uniform.loss(&[uniform_sharpness]),
+        loss: among.loss(&found.weights),
+        accuracy: among.accuracy(&found.weights),
+        uniform_loss: equal.loss(&[uniform_sharpness]),
         uniform_sharpness,
         source_losses: source_losses.collect(),
-        iterations: fitted.optimum.iterations,
-        converged: fitted.optimum.converged,
+        iterations: found.iterations,
+        converged: found.converged,
     })
 }
 
@@ -134,60 +185,48 @@ fn uniform_weight(
     Ok((sharpness / predictions.num_sources() as f64).clamp(LEAST, MOST))
 }
 
-struct Fitted {
-    optimum: Optimum,
+/// The weights of a pool with this β, from the uniform pool on.
+pub fn solve(
+    predictions: &Predictions,
+    beta: f64,
+    tick: &mut dyn FnMut() -> Result<(), EngineError>,
+) -> Result<Optimum, EngineError> {
+    let _alone = OneThread::begin();
+    let centre = uniform_weight(predictions, tick)?;
+    let start = vec![centre; predictions.num_sources()];
+    predictions.minimise(Pull { beta, centre }, &start, tick)
 }
 
-impl Fitted {
-    /// Fits from the uniform pool, or from weights that are near.
-    fn of(
-        predictions: &Predictions,
-        beta: f64,
-        near: Option<&[f64]>,
-        tick: &mut dyn FnMut() -> Result<(), EngineError>,
-    ) -> Result<Self, EngineError> {
-        let pull = Pull {
-            beta,
-            centre: uniform_weight(predictions, tick)?,
-        };
-        let start = match near {
-            Some(weights) => weights.to_vec(),
-            None => vec![pull.centre; predictions.num_sources()],
-        };
-        let optimum = predictions.minimise(pull, &start, tick)?;
-        Ok(Self { optimum })
-    }
-
-    fn alpha(&self) -> Vec<f64> {
-        let sum: f64 = self.optimum.weights.iter().sum();
-        let share = |w: &f64| match sum > 0.0 {
-            true => w / sum,
-            // No weight at all predicts best: no source is preferred.
-            false => 1.0 / self.optimum.weights.len() as f64,
-        };
-        self.optimum.weights.iter().map(share).collect()
+/// α = w/Σw. If no weight at all predicts best, no source is preferred.
+fn shares(weights: &[f64]) -> Vec<f64> {
+    let sum: f64 = weights.iter().sum();
+    match sum > 0.0 {
+        true => weights.iter().map(|w| w / sum).collect(),
+        false => uniform(weights.len()),
     }
 }
 
-/// The standard errors of α, from fits without one of the folds each.
+/// The standard errors of α, from fits without one of the folds each, which begin at the weights of all samples.
 fn jackknife(
     predictions: &Predictions,
     labels: &[usize],
     beta: f64,
-    whole: &Fitted,
+    weights: &[f64],
     tick: &mut dyn FnMut() -> Result<(), EngineError>,
 ) -> Result<Vec<f64>, EngineError> {
     let folds = sample_folds(labels);
     let count = folds.iter().max().map_or(0, |last| last + 1);
-    let mut without: Vec<Vec<f64>> = Vec::with_capacity(count);
-    for fold in 0..count {
+    // A weight that is 0 at β = 0 may be more without a fold.
+    let least = 1e-6 * weights.iter().sum::<f64>().max(LEAST);
+    let start: Vec<f64> = weights.iter().map(|w| w.max(least)).collect();
+    let without = (0..count).map(|fold| {
         let rows: Vec<usize> = (0..folds.len()).filter(|n| folds[*n] != fold).collect();
         let rest = predictions.of_samples(&rows);
-        // At β = 0 a weight of 0 may grow again, but a start of 0 is kept out of the way.
-        let near: Vec<f64> = (whole.optimum.weights.iter())
-            .map(|w| w.max(1e-6 * whole.optimum.weights.iter().sum::<f64>().max(1e-9)))
-            .collect();
-        without.push(Fitted::of(&rest, beta, Some(&near), tick)?.alpha());
-    }
-    Ok(errors_of(&without))
+        let centre = uniform_weight(&rest, tick)?;
+        let found = rest.minimise(Pull { beta, centre }, &start, tick)?;
+        Ok(shares(&found.weights))
+    });
+    Ok(errors_of(
+        &without.collect::<Result<Vec<_>, EngineError>>()?,
+    ))
 }

@@ -137,6 +137,18 @@ impl Predictions {
         -own.mean(Kind::Double).double_value(&[])
     }
 
+    /// Share of the samples whose label a pool with these weights finds most probable.
+    pub fn accuracy(&self, weights: &[f64]) -> f64 {
+        let correct = self
+            .pooled(weights)
+            .argmax(1, false)
+            .eq_tensor(&self.labels);
+        correct
+            .to_kind(Kind::Double)
+            .mean(Kind::Double)
+            .double_value(&[])
+    }
+
     fn sizes(&self) -> (i64, i64, i64) {
         self.log_p.size3().expect("three axes")
     }

@@ -316,7 +316,39 @@ fn solving_again_takes_every_option_that_needs_no_backbone() {
             "{objective}"
         );
         assert_eq!(again.result.objective, composed.result.objective);
+        assert_eq!(again.result.pool, composed.result.pool);
     }
+}
+
+#[test]
+fn a_result_has_the_pool_of_its_sources_whatever_the_method_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let input = input(dir.path(), 3);
+    let pool_of = |sources: &[usize], method: &str| {
+        let mut some = input.clone();
+        some.sources = sources.iter().map(|i| input.sources[*i].clone()).collect();
+        some.objective = serde_json::from_str(&format!(r#"{{"method": "{method}"}}"#)).unwrap();
+        compose(&some).unwrap().result.pool
+    };
+    let pool = pool_of(&[0, 1, 2], "average").unwrap();
+    assert_eq!(pool_of(&[0, 1, 2], "hgprompt").unwrap(), pool);
+    let names: Vec<_> = pool.weights.iter().map(|it| it.prompt.as_str()).collect();
+    assert_eq!(names, ["p0", "p1", "p2"]);
+    assert_close(pool.weights.iter().map(|it| it.weight).sum(), 1.0, 1e-12);
+    assert!(
+        pool.converged && pool.sharpness > 0.0 && (0.0..=1.0).contains(&pool.validation_accuracy)
+    );
+    let turned = pool_of(&[2, 0, 1], "average").unwrap();
+    for (i, j) in [(0, 2), (1, 0), (2, 1)] {
+        assert_eq!(turned.weights[i].prompt, pool.weights[j].prompt);
+        assert_close(turned.weights[i].weight, pool.weights[j].weight, 1e-6);
+        assert_close(
+            turned.weights[i].validation_loss,
+            pool.weights[j].validation_loss,
+            1e-9,
+        );
+    }
+    assert_eq!(pool_of(&[1], "average"), None);
 }
 
 #[test]
