@@ -1,9 +1,9 @@
 //! `/v1/ensembles`: jobs that learn source weights for a target and compose the prompt.
 
-mod actions;
 mod answer;
-mod outcome;
+mod replay;
 mod solve;
+mod statistics;
 mod validate;
 
 use axum::extract::State;
@@ -30,8 +30,8 @@ pub fn router() -> OpenApiRouter<AppState> {
     operations::router()
         .routes(routes!(create_ensemble))
         .routes(routes!(validate::validate_ensemble))
-        .routes(routes!(outcome::get_ensemble_statistics))
-        .routes(routes!(actions::replay_ensemble))
+        .routes(routes!(statistics::get_ensemble_statistics))
+        .routes(routes!(replay::replay_ensemble))
         .routes(routes!(solve::solve_ensemble))
 }
 

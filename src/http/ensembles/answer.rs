@@ -6,7 +6,7 @@ use utoipa::ToSchema;
 use uuid::Uuid;
 
 use crate::http::AppState;
-use crate::http::ensembles::actions::hold_statistics;
+use crate::http::ensembles::replay::hold_statistics;
 use crate::http::error::Problem;
 use crate::http::jobs::{JobStatus, JobUrls, Resource, path};
 use crate::jobs::Job;

@@ -10,7 +10,7 @@ use crate::http::AppState;
 use crate::http::access::Caller;
 use crate::http::ensembles::Output;
 use crate::http::ensembles::answer::Ensemble;
-use crate::http::ensembles::outcome::with_statistics;
+use crate::http::ensembles::statistics::with_statistics;
 use crate::http::error::Problem;
 use crate::http::extract::{Draft, Path};
 use crate::http::jobs::{JobRequest, accept, check_priority, default_priority};

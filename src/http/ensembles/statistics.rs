@@ -1,4 +1,4 @@
-//! The outcome of a successful ensemble: its result, and the statistics it was computed from.
+//! The statistics that a successful ensemble was computed from, while they are kept.
 
 use axum::body::Body;
 use axum::extract::State;
