@@ -64,7 +64,7 @@ pub async fn finish(
     let held = LockedJob::lock(&mut tx, claimed.lease).await?;
     // A lease that has run out belongs to nobody, even before it is reaped.
     if held.ran_out {
-        return Err(QueueError::LeaseLost(claimed.lease.job_id));
+        return Err(claimed.lease.lost());
     }
     let leaving = match finished {
         Finished::Ensemble {

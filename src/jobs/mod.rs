@@ -2,6 +2,7 @@
 //!
 //! - [`queue`]: the state machine's statements for workers ([`promptweave_domain::job`] draws it)
 //! - [`requests`]: its statements for clients
+//! - [`lease`]: a worker's right to a job or a shard
 //! - [`shards`]: how several workers share one job
 //! - `transition`: the statement by which a job leaves `running`
 //! - [`plan`]: from a request to a specification
@@ -15,6 +16,7 @@ pub mod checkpoints;
 pub mod cost;
 pub mod events;
 pub mod finish;
+pub mod lease;
 pub mod listener;
 pub mod plan;
 pub mod queue;

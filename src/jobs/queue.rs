@@ -1,26 +1,24 @@
 //! The state machine's statements for workers; [`requests`](crate::jobs::requests) has those for clients. Long work
-//! holds a lease, never a transaction. Everything that a worker writes names the token of its attempt, so a worker that
-//! lost the job changes nothing.
+//! holds a [`lease`](crate::jobs::lease), never a transaction.
 //!
 //! Time is always the database's `now()`. Each function that moves a job is one transaction, often of one statement,
 //! and locks the job's row before anything else.
 
 use std::time::Duration;
 
-use serde_json::json;
-use sqlx::types::Json;
 use sqlx::{Connection, PgConnection};
 use uuid::Uuid;
 
 use crate::db::{DbError, violates};
 use crate::failpoints;
-use crate::jobs::events::{record, tell};
+use crate::jobs::events::tell;
+use crate::jobs::lease::{Lease, LeaseKind};
 use crate::jobs::transition::{LockedJob, Transition};
 use crate::registry::RegistryError;
 use promptweave_domain::clock::{jitter, new_token};
-use promptweave_domain::job::{AttemptOutcome, JobError, JobState, Progress};
+use promptweave_domain::job::{AttemptOutcome, JobError, JobState};
 use promptweave_domain::specification::JobSpec;
-use promptweave_domain::words::{EventKind, JobErrorCode};
+use promptweave_domain::words::JobErrorCode;
 
 /// The channel that tells workers there may be work. A hint, never the only way.
 pub const WORK_CHANNEL: &str = "promptweave_work";
@@ -55,13 +53,6 @@ impl From<sqlx::Error> for QueueError {
     fn from(error: sqlx::Error) -> Self {
         Self::Db(error.into())
     }
-}
-
-/// The right of one attempt to work on a job.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Lease {
-    pub job_id: Uuid,
-    pub token: Uuid,
 }
 
 /// A claimed job.
@@ -147,6 +138,7 @@ pub async fn claim(
     tell(conn, row.id, false).await;
     Ok(Some(Claimed {
         lease: Lease {
+            kind: LeaseKind::Job,
             job_id: row.id,
             token,
         },
@@ -155,104 +147,6 @@ pub async fn claim(
         spec: JobSpec::read(&row.kind, row.spec)
             .map_err(|error| DbError::unreadable("job", "spec", &error))?,
     }))
-}
-
-/// What a worker learns from each write.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RenewOutcome {
-    Renewed,
-    /// A client wants the job to stop; the lease still holds.
-    CancelRequested,
-}
-
-/// Extends the lease. A lease that has run out but was not reaped yet is revived.
-pub async fn renew(
-    conn: &mut PgConnection,
-    lease: Lease,
-    length: Duration,
-) -> Result<RenewOutcome, QueueError> {
-    let cancel = sqlx::query_scalar!(
-        r#"
-        UPDATE job
-        SET lease_until = now() + make_interval(secs => $3)
-        WHERE id = $1 AND lease_token = $2 AND state = 'running'
-        RETURNING cancel_requested_at IS NOT NULL AS "cancel!"
-        "#,
-        lease.job_id,
-        lease.token,
-        length.as_secs_f64(),
-    )
-    .fetch_optional(conn)
-    .await?;
-    renewal(lease, cancel)
-}
-
-/// Reads whether the lease holds and whether the job should stop; changes nothing.
-pub async fn look(conn: &mut PgConnection, lease: Lease) -> Result<RenewOutcome, QueueError> {
-    let cancel = sqlx::query_scalar!(
-        r#"
-        SELECT cancel_requested_at IS NOT NULL AS "cancel!"
-        FROM job WHERE id = $1 AND lease_token = $2 AND state = 'running'
-        "#,
-        lease.job_id,
-        lease.token,
-    )
-    .fetch_optional(conn)
-    .await?;
-    renewal(lease, cancel)
-}
-
-/// Stores progress; a new phase records an event.
-pub async fn progress(
-    conn: &mut PgConnection,
-    lease: Lease,
-    progress: Progress,
-) -> Result<RenewOutcome, QueueError> {
-    let mut tx = conn.begin().await?;
-    let row = sqlx::query!(
-        r#"
-        UPDATE job
-        SET phase = $3, progress = $4, progress_at = now(),
-            phase_started_at = CASE WHEN before.phase IS DISTINCT FROM $3 THEN now()
-                                    ELSE phase_started_at END
-        FROM (SELECT id, phase FROM job WHERE id = $1 FOR UPDATE) before
-        WHERE job.id = before.id AND lease_token = $2 AND state = 'running'
-        RETURNING
-            before.phase IS DISTINCT FROM job.phase AS "new_phase!",
-            job.cancel_requested_at IS NOT NULL AS "cancel!"
-        "#,
-        lease.job_id,
-        lease.token,
-        progress.phase.name(),
-        Json(progress) as _,
-    )
-    .fetch_optional(&mut *tx)
-    .await?;
-    if let Some(row) = &row
-        && row.new_phase
-    {
-        record(
-            &mut tx,
-            lease.job_id,
-            EventKind::Phase,
-            json!({"phase": progress.phase}),
-        )
-        .await?;
-    }
-    failpoints::reach("progressing", lease.job_id);
-    tx.commit().await?;
-    if row.as_ref().is_some_and(|row| row.new_phase) {
-        tell(conn, lease.job_id, false).await;
-    }
-    renewal(lease, row.map(|row| row.cancel))
-}
-
-pub(super) fn renewal(lease: Lease, cancel: Option<bool>) -> Result<RenewOutcome, QueueError> {
-    match cancel {
-        None => Err(QueueError::LeaseLost(lease.job_id)),
-        Some(true) => Ok(RenewOutcome::CancelRequested),
-        Some(false) => Ok(RenewOutcome::Renewed),
-    }
 }
 
 /// Ends the attempt with an error. `backoff` means that another attempt may help after that time; after the last

@@ -9,7 +9,8 @@ use sqlx::types::Json;
 use uuid::Uuid;
 
 use crate::db::DbError;
-use crate::jobs::queue::{Lease, QueueError};
+use crate::jobs::lease::Lease;
+use crate::jobs::queue::QueueError;
 use crate::webhooks::outbox;
 use promptweave_domain::digest::Digest;
 use promptweave_domain::job::{AttemptOutcome, JobError, JobState};
@@ -101,7 +102,7 @@ impl LockedJob {
         )
         .fetch_optional(&mut **tx)
         .await?
-        .ok_or(QueueError::LeaseLost(lease.job_id))
+        .ok_or_else(|| lease.lost())
     }
 
     pub(super) fn is_last(&self) -> bool {

@@ -6,7 +6,8 @@ use tokio::runtime::Handle;
 
 use crate::blobs::BlobStore;
 use crate::jobs::checkpoints;
-use crate::jobs::queue::{Lease, QueueError};
+use crate::jobs::lease::Lease;
+use crate::jobs::queue::QueueError;
 use crate::registry::RegistryError;
 use crate::worker::composer_thread::{Stop, StopReason};
 use crate::worker::inputs::InputError;

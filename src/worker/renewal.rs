@@ -10,21 +10,13 @@ use sqlx::{ConnectOptions, PgConnection};
 use tokio_util::sync::CancellationToken;
 
 use crate::failpoints;
-use crate::jobs::queue;
-use crate::jobs::queue::{Lease, QueueError, RenewOutcome};
-use crate::jobs::shards;
+use crate::jobs::lease::{Lease, RenewOutcome};
+use crate::jobs::queue::QueueError;
 use crate::worker::composer_thread::{Stop, StopReason};
 use promptweave_domain::error_chain::chain;
 
 /// The part of the lease after which a worker that could not renew gives up.
 const GIVE_UP_AT: f64 = 0.8;
-
-/// What the lease is for.
-#[derive(Clone, Copy, Debug)]
-pub enum LeaseKind {
-    Job,
-    Shard,
-}
 
 /// Renews until dropped.
 #[derive(Debug)]
@@ -38,7 +30,6 @@ impl Renewal {
     pub fn start(
         options: PgConnectOptions,
         lease: Lease,
-        of: LeaseKind,
         length: Duration,
         claimed_at: Instant,
         stop: Stop,
@@ -51,7 +42,6 @@ impl Renewal {
         let keeper = Keeper {
             options,
             lease,
-            of,
             length,
             renewed_at: claimed_at,
             stop,
@@ -91,7 +81,6 @@ impl Drop for Renewal {
 struct Keeper {
     options: PgConnectOptions,
     lease: Lease,
-    of: LeaseKind,
     length: Duration,
     renewed_at: Instant,
     stop: Stop,
@@ -148,10 +137,7 @@ impl Keeper {
             none => none.insert(self.options.connect().await?),
         };
         failpoints::reach("renewing", self.lease.job_id);
-        let renewed = match self.of {
-            LeaseKind::Job => queue::renew(connection, self.lease, self.length).await,
-            LeaseKind::Shard => shards::renew(connection, self.lease, self.length).await,
-        };
+        let renewed = self.lease.renew(connection, self.length).await;
         failpoints::reach("renewed", self.lease.job_id);
         renewed
     }

@@ -12,8 +12,9 @@ use crate::blobs::BlobError;
 use crate::db::DbError;
 use crate::failpoints;
 use crate::jobs::finish::{Finished, NewPrompt, finish};
+use crate::jobs::lease::{Lease, RenewOutcome};
 use crate::jobs::queue;
-use crate::jobs::queue::{Claimed, Lease, QueueError, RenewOutcome};
+use crate::jobs::queue::{Claimed, QueueError};
 use crate::jobs::shards;
 use crate::jobs::shards::{ClaimedShard, GivenBack, Owner};
 use crate::registry::RegistryError;
@@ -24,7 +25,7 @@ use crate::worker::composer_thread::{
 use crate::worker::inputs::{InputError, Inputs};
 use crate::worker::job_checkpoints::JobCheckpoints;
 use crate::worker::job_shards::JobShards;
-use crate::worker::renewal::{LeaseKind, Renewal};
+use crate::worker::renewal::Renewal;
 use promptweave_domain::composer::CompositionError;
 use promptweave_domain::digest::Digest;
 use promptweave_domain::error_chain::chain;
@@ -68,6 +69,12 @@ enum AttemptError {
 }
 
 impl AttemptError {
+    /// Whether the worker lost its lease, and so may write nothing more.
+    fn is_lost_lease(&self, stop: &Stop) -> bool {
+        stop.reason() == Some(StopReason::LeaseLost)
+            || matches!(self, Self::Queue(QueueError::LeaseLost(_)))
+    }
+
     /// The error for the job's row, and whether another attempt may help.
     fn verdict(&self) -> (JobError, bool) {
         let (code, transient) = match self {
@@ -112,7 +119,7 @@ impl Runner {
         shutdown: &Shutdown,
     ) -> Result<(), EngineStuck> {
         let stop = Stop::default();
-        let renewal = self.renewal(claimed.lease, LeaseKind::Job, claimed_at, &stop);
+        let renewal = self.renewal(claimed.lease, claimed_at, &stop);
         let attempt = self.attempt(claimed, &stop, &renewal);
         let outcome = until_shutdown(attempt, &stop, shutdown).await;
         if let Err(error) = &outcome {
@@ -129,7 +136,7 @@ impl Runner {
         shutdown: &Shutdown,
     ) -> Result<(), EngineStuck> {
         let stop = Stop::default();
-        let renewal = self.renewal(claimed.lease, LeaseKind::Shard, claimed_at, &stop);
+        let renewal = self.renewal(claimed.lease, claimed_at, &stop);
         let helping = self.shard(claimed, &stop, &renewal);
         let outcome = until_shutdown(helping, &stop, shutdown).await;
         drop(renewal);
@@ -147,9 +154,9 @@ impl Runner {
         &self.inputs.pool
     }
 
-    fn renewal(&self, lease: Lease, of: LeaseKind, claimed_at: Instant, stop: &Stop) -> Renewal {
+    fn renewal(&self, lease: Lease, claimed_at: Instant, stop: &Stop) -> Renewal {
         let options = (*self.pool().connect_options()).clone();
-        Renewal::start(options, lease, of, self.lease, claimed_at, stop.clone())
+        Renewal::start(options, lease, self.lease, claimed_at, stop.clone())
     }
 
     async fn attempt(
@@ -191,8 +198,7 @@ impl Runner {
                 untold: Vec::new(),
             })),
         };
-        let lease = (LeaseKind::Job, claimed.lease);
-        let done = self.drive(work, lease, attempt_state, stop).await?;
+        let done = self.drive(work, claimed.lease, attempt_state, stop).await?;
         self.store(claimed, renewal, &done).await
     }
 
@@ -208,9 +214,8 @@ impl Runner {
             // The job's owner waits for this shard.
             () = tokio::time::sleep(self.stall) => return Err(AttemptError::Stalled(self.stall)),
         };
-        let lease = (LeaseKind::Shard, claimed.lease);
         match self
-            .drive(work, lease, AttemptState::default(), stop)
+            .drive(work, claimed.lease, AttemptState::default(), stop)
             .await?
         {
             Output::Shard(file) => {
@@ -227,7 +232,7 @@ impl Runner {
     async fn drive(
         &self,
         work: Task,
-        lease: (LeaseKind, Lease),
+        lease: Lease,
         attempt_state: AttemptState,
         stop: &Stop,
     ) -> Result<Output, AttemptError> {
@@ -257,19 +262,12 @@ impl Runner {
     }
 
     /// Stores progress, if there is any, and reads whether the work should continue.
-    async fn report(&self, (of, lease): (LeaseKind, Lease), moved: Option<Progress>, stop: &Stop) {
+    async fn report(&self, lease: Lease, moved: Option<Progress>, stop: &Stop) {
         let write = async {
             let mut conn = self.pool().acquire().await?;
-            match (of, moved) {
-                (LeaseKind::Job, Some(progress)) => {
-                    queue::progress(&mut conn, lease, progress).await
-                }
-                (LeaseKind::Job, None) => queue::look(&mut conn, lease).await,
-                (LeaseKind::Shard, Some(progress)) => {
-                    let done = progress.done as f64 / progress.total.max(1) as f64;
-                    shards::progress(&mut conn, lease, done).await
-                }
-                (LeaseKind::Shard, None) => shards::look(&mut conn, lease).await,
+            match moved {
+                Some(progress) => lease.progress(&mut conn, progress).await,
+                None => lease.look(&mut conn).await,
             }
         };
         match write.await {
@@ -340,10 +338,10 @@ impl Runner {
         error: &AttemptError,
     ) {
         let job_id = claimed.lease.job_id;
-        let lost = matches!(error, AttemptError::Queue(QueueError::LeaseLost(_)));
+        if error.is_lost_lease(stop) {
+            return;
+        }
         let outcome = match (error, stop.reason()) {
-            (_, Some(StopReason::LeaseLost)) => return,
-            _ if lost => return,
             (AttemptError::Stopped, Some(StopReason::Cancelled)) => {
                 tracing::info!(job.id = %job_id, "cancelled");
                 Outcome::Cancelled(claimed.lease)
@@ -373,8 +371,7 @@ impl Runner {
     /// the shard failed.
     async fn give_back(&self, claimed: &ClaimedShard, stop: &Stop, error: &AttemptError) -> bool {
         let job_id = claimed.lease.job_id;
-        let lost = matches!(error, AttemptError::Queue(QueueError::LeaseLost(_)));
-        if lost || stop.reason() == Some(StopReason::LeaseLost) {
+        if error.is_lost_lease(stop) {
             return false;
         }
         let why = match error {

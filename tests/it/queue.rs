@@ -7,8 +7,9 @@ use promptweave::blobs::BlobStore;
 use promptweave::db::MIGRATOR;
 use promptweave::jobs::events;
 use promptweave::jobs::finish::{Finished, NewPrompt, finish};
+use promptweave::jobs::lease::RenewOutcome;
 use promptweave::jobs::queue;
-use promptweave::jobs::queue::{Claimed, QueueError, RenewOutcome};
+use promptweave::jobs::queue::{Claimed, QueueError};
 use promptweave::jobs::requests;
 use promptweave::jobs::requests::Cancellation;
 use promptweave::jobs::workers;
@@ -158,9 +159,7 @@ async fn a_job_goes_through_its_phases_and_its_result_is_published(
             done,
             total: 2,
         };
-        let renewal = queue::progress(&mut db, claimed.lease, progress)
-            .await
-            .unwrap();
+        let renewal = claimed.lease.progress(&mut db, progress).await.unwrap();
         assert_eq!(renewal, RenewOutcome::Renewed);
         assert_eq!(job(&mut db, id).await.progress, Some(progress));
     }
@@ -263,10 +262,8 @@ async fn a_lost_job_finishes_elsewhere_and_the_first_worker_writes_nothing(
         total: 1,
     };
     for refusal in [
-        queue::renew(&mut db, stale.lease, LEASE).await.map(drop),
-        queue::progress(&mut db, stale.lease, progress)
-            .await
-            .map(drop),
+        stale.lease.renew(&mut db, LEASE).await.map(drop),
+        stale.lease.progress(&mut db, progress).await.map(drop),
         queue::fail(
             &mut db,
             stale.lease,
@@ -315,7 +312,7 @@ async fn a_renewed_lease_is_not_reaped(mut db: PoolConnection<Postgres>) {
     let worker = worker(&mut db).await;
     let claimed = claim(&mut db, worker).await;
     run_out(&mut db, id).await;
-    let renewal = queue::renew(&mut db, claimed.lease, LEASE).await.unwrap();
+    let renewal = claimed.lease.renew(&mut db, LEASE).await.unwrap();
     assert_eq!(renewal, RenewOutcome::Renewed);
     assert!(queue::reap(&mut db).await.unwrap().is_empty());
 }
@@ -356,7 +353,7 @@ async fn cancelling(mut db: PoolConnection<Postgres>) {
     };
     assert_eq!(cancel(id).await, Cancellation::Requested);
     assert_eq!(cancel(id).await, Cancellation::Requested);
-    let renewal = queue::renew(&mut db, claimed.lease, LEASE).await.unwrap();
+    let renewal = claimed.lease.renew(&mut db, LEASE).await.unwrap();
     assert_eq!(renewal, RenewOutcome::CancelRequested);
     queue::finish_cancelled(&mut db, claimed.lease)
         .await

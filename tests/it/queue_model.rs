@@ -10,8 +10,9 @@ use std::time::Duration;
 use promptweave::blobs::BlobStore;
 use promptweave::db::MIGRATOR;
 use promptweave::jobs::finish::{Finished, NewPrompt, finish};
+use promptweave::jobs::lease::RenewOutcome;
 use promptweave::jobs::queue;
-use promptweave::jobs::queue::{Claimed, QueueError, RenewOutcome};
+use promptweave::jobs::queue::{Claimed, QueueError};
 use promptweave::jobs::requests;
 use promptweave::jobs::requests::Cancellation;
 use promptweave::registry::DEFAULT_PROJECT;
@@ -133,7 +134,7 @@ impl Run<'_> {
             Step::Claim => self.claim().await,
             Step::Renew(back) => {
                 if let Some((n, claimed, model)) = lease(&self.leases, &mut self.models, back) {
-                    let answer = queue::renew(self.db, claimed.lease, LEASE).await;
+                    let answer = claimed.lease.renew(self.db, LEASE).await;
                     check(model, n, answer.map(Some));
                     if model.holds(n) {
                         model.held = Some((n, false));
@@ -147,7 +148,7 @@ impl Run<'_> {
                         done: 1,
                         total: 2,
                     };
-                    let answer = queue::progress(self.db, claimed.lease, progress).await;
+                    let answer = claimed.lease.progress(self.db, progress).await;
                     check(model, n, answer.map(Some));
                 }
             }

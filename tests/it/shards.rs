@@ -5,12 +5,13 @@ use std::time::Duration;
 
 use promptweave::blobs::BlobStore;
 use promptweave::db::MIGRATOR;
+use promptweave::jobs::lease::RenewOutcome;
 use promptweave::jobs::queue;
-use promptweave::jobs::queue::{Claimed, QueueError, RenewOutcome};
+use promptweave::jobs::queue::{Claimed, QueueError};
 use promptweave::jobs::shards;
 use promptweave::jobs::shards::{ClaimedShard, GivenBack, Owner};
 use promptweave_domain::digest::Digest;
-use promptweave_domain::job::JobState;
+use promptweave_domain::job::{JobState, Progress};
 use promptweave_domain::phase::Phase;
 use promptweave_domain::sharding::{Estimate, Shard};
 use serde_json::json;
@@ -143,15 +144,18 @@ async fn every_shard_is_somebodys_once_and_is_stored_once(db: PoolConnection<Pos
     let end = shards::end(&mut shared.db, lease, Phase::Features);
     end.await.unwrap();
     assert!(lost(shared.give(&first).await));
-    assert!(lost(
-        shards::renew(&mut shared.db, first.lease, LEASE).await
-    ));
+    assert!(lost(first.lease.renew(&mut shared.db, LEASE).await));
     assert_eq!(shared.there().await, [true, true]);
 }
 
 #[sqlx::test(migrator = "MIGRATOR")]
 async fn a_lost_helper_costs_its_shard_and_writes_nothing(db: PoolConnection<Postgres>) {
     let mut shared = Shared::new(db, 2).await;
+    let half = Progress {
+        phase: Phase::Features,
+        done: 1,
+        total: 2,
+    };
     for attempt in 1..=3 {
         let claimed = shared.helps().await.unwrap();
         assert_eq!(claimed.shard.index, 0);
@@ -160,9 +164,7 @@ async fn a_lost_helper_costs_its_shard_and_writes_nothing(db: PoolConnection<Pos
         assert!(lost(shared.give(&claimed).await));
         assert_eq!(shards::reap(&mut shared.db).await.unwrap(), 1);
         assert_eq!(shards::reap(&mut shared.db).await.unwrap(), 0);
-        assert!(lost(
-            shards::progress(&mut shared.db, claimed.lease, 0.5).await
-        ));
+        assert!(lost(claimed.lease.progress(&mut shared.db, half).await));
         assert_eq!(shared.count("shard_lost").await, attempt);
     }
     // After helpers have died of a shard, it is left to the owner.
@@ -216,7 +218,7 @@ async fn shards_outlast_the_attempt_and_end_with_the_job(db: PoolConnection<Post
         shards::estimate(&mut shared.db, stale, &estimate).await
     ));
     assert!(shared.helps().await.is_none(), "nobody merges just now");
-    let renewed = shards::renew(&mut shared.db, helper.lease, LEASE).await;
+    let renewed = helper.lease.renew(&mut shared.db, LEASE).await;
     assert_eq!(renewed.unwrap(), RenewOutcome::Renewed);
     shared.give(&helper).await.unwrap();
 

@@ -9,7 +9,8 @@ use uuid::Uuid;
 use crate::blobs::BlobStore;
 use crate::failpoints;
 use crate::jobs::events::tell;
-use crate::jobs::queue::{Lease, QueueError, RenewOutcome, renewal};
+use crate::jobs::lease::{Lease, LeaseKind};
+use crate::jobs::queue::QueueError;
 use crate::jobs::shards::owner::there;
 use crate::jobs::shards::{MAX_HELPERS, phase, record_shard};
 use crate::registry::references;
@@ -91,6 +92,7 @@ pub async fn claim(
     failpoints::reach("shard_claimed", row.job_id);
     Ok(Some(ClaimedShard {
         lease: Lease {
+            kind: LeaseKind::Shard,
             job_id: row.job_id,
             token,
         },
@@ -105,68 +107,6 @@ pub async fn claim(
     }))
 }
 
-/// Extends a shard's lease. It holds while the job runs, or waits for its next attempt.
-pub async fn renew(
-    conn: &mut PgConnection,
-    lease: Lease,
-    length: Duration,
-) -> Result<RenewOutcome, QueueError> {
-    let cancel = sqlx::query_scalar!(
-        r#"
-        UPDATE job_shard s
-        SET lease_until = now() + make_interval(secs => $3)
-        FROM job j
-        WHERE s.job_id = $1 AND s.lease_token = $2 AND s.state = 'running' AND j.id = s.job_id
-        RETURNING j.cancel_requested_at IS NOT NULL AS "cancel!"
-        "#,
-        lease.job_id,
-        lease.token,
-        length.as_secs_f64(),
-    )
-    .fetch_optional(conn)
-    .await?;
-    renewal(lease, cancel)
-}
-
-/// Reads whether a shard's lease holds and whether its job should stop; changes nothing.
-pub async fn look(conn: &mut PgConnection, lease: Lease) -> Result<RenewOutcome, QueueError> {
-    let cancel = sqlx::query_scalar!(
-        r#"
-        SELECT j.cancel_requested_at IS NOT NULL AS "cancel!"
-        FROM job_shard s JOIN job j ON j.id = s.job_id
-        WHERE s.job_id = $1 AND s.lease_token = $2 AND s.state = 'running'
-        "#,
-        lease.job_id,
-        lease.token,
-    )
-    .fetch_optional(conn)
-    .await?;
-    renewal(lease, cancel)
-}
-
-/// Stores how much of a shard is done, from 0 to 1.
-pub async fn progress(
-    conn: &mut PgConnection,
-    lease: Lease,
-    done: f64,
-) -> Result<RenewOutcome, QueueError> {
-    let cancel = sqlx::query_scalar!(
-        r#"
-        UPDATE job_shard s
-        SET done = $3, progress_at = now()
-        FROM job j
-        WHERE s.job_id = $1 AND s.lease_token = $2 AND s.state = 'running' AND j.id = s.job_id
-        RETURNING j.cancel_requested_at IS NOT NULL AS "cancel!"
-        "#,
-        lease.job_id,
-        lease.token,
-        done.clamp(0.0, 1.0),
-    )
-    .fetch_optional(conn)
-    .await?;
-    renewal(lease, cancel)
-}
-
 /// Stores the file of a shard that a helper computed, unless its lease is lost or has run out.
 pub async fn give(
     conn: &mut PgConnection,
@@ -174,7 +114,7 @@ pub async fn give(
     claimed: &ClaimedShard,
     file: &Digest,
 ) -> Result<(), QueueError> {
-    let Lease { job_id, token } = claimed.lease;
+    let Lease { job_id, token, .. } = claimed.lease;
     let mut tx = conn.begin().await?;
     references::hold(&mut tx, blobs, file).await?;
     lock_job(&mut tx, job_id).await?;
@@ -192,7 +132,7 @@ pub async fn give(
     )
     .fetch_optional(&mut *tx)
     .await?;
-    let worker_id = worker_id.ok_or(QueueError::LeaseLost(job_id))?;
+    let worker_id = worker_id.ok_or_else(|| claimed.lease.lost())?;
     record_shard(&mut tx, job_id, EventKind::Shard, claimed.shard, worker_id).await?;
     failpoints::reach("shard_giving", job_id);
     tx.commit().await?;
@@ -236,7 +176,7 @@ pub async fn give_back(
     .execute(&mut *conn)
     .await?;
     if changed.rows_affected() == 0 {
-        return Err(QueueError::LeaseLost(lease.job_id));
+        return Err(lease.lost());
     }
     tell(conn, lease.job_id, true).await;
     Ok(())

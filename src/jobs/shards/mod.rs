@@ -17,7 +17,7 @@ use serde_json::json;
 use sqlx::PgConnection;
 use uuid::Uuid;
 
-pub use helper::{ClaimedShard, GivenBack, claim, give, give_back, look, progress, reap, renew};
+pub use helper::{ClaimedShard, GivenBack, claim, give, give_back, reap};
 pub use owner::{Owner, There, discard, end, estimate, lay_out, put, put_whole, take, there};
 
 use crate::db::DbError;
