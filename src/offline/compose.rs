@@ -90,12 +90,9 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         early_stopping: None,
     };
     let mut engine = args.engine.engine()?;
-    let CacheOptions {
-        cache_gradients, ..
-    } = args.cache_options;
+    let kept = args.cache_options;
     if let Some(dir) = &args.cache
-        && let Some(cache) =
-            ResultCache::open(dir, args.cache_options.max_bytes(), cache_gradients)?
+        && let Some(cache) = ResultCache::open(dir, kept.max_bytes(), kept.cache_gradients)?
     {
         engine = engine.with_cache(cache);
     }

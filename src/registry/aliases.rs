@@ -1,7 +1,7 @@
 //! Aliases: movable names of a prompt's versions, and the history of who moved them.
 //!
-//! Whoever changes an alias locks its prompt's row ([`prompts::lock`]), so what was
-//! read before the change is still true when it is made.
+//! A change of an alias locks its prompt's row first ([`prompts::lock`]), so that what was read before the change is
+//! still true when it is made.
 
 use serde::Serialize;
 use sqlx::PgConnection;

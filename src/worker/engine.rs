@@ -1,6 +1,6 @@
 //! The worker's real composer: the engine, made on the thread that will own it.
 
-use crate::config::{CacheOptions, StorageOptions, WorkerOptions};
+use crate::config::{StorageOptions, WorkerOptions};
 use crate::worker::composer_thread::NewComposer;
 use promptweave_domain::composer::CompositionError;
 use promptweave_domain::error_chain::chain;
@@ -27,14 +27,13 @@ pub fn factory(options: &WorkerOptions, storage: &StorageOptions) -> NewComposer
         tch::set_num_threads(compute.threads as i32);
         let backbone_bytes = u64::from(options.backbone_cache_gib) << 30;
         let engine = Engine::with(compute).with_backbone_bytes(backbone_bytes);
-        let CacheOptions {
-            cache_gradients, ..
-        } = options.cache;
-        let cache = ResultCache::open(&data_dir, options.cache.max_bytes(), cache_gradients)
-            .map_err(|error| CompositionError::Retry {
+        let kept = options.cache;
+        let cache = ResultCache::open(&data_dir, kept.max_bytes(), kept.cache_gradients).map_err(
+            |error| CompositionError::Retry {
                 code: JobErrorCode::CacheUnusable,
                 detail: chain(&error),
-            })?;
+            },
+        )?;
         Ok(Box::new(match cache {
             Some(cache) => engine.with_cache(cache),
             None => engine,

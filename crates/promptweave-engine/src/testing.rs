@@ -1,6 +1,7 @@
 //! Fixtures and references of the engine's tests, beside the tiny task of [`tiny`].
 
-use std::path::Path;
+use std::fs;
+use std::path::{Path, PathBuf};
 
 use tch::{Device, Kind, Tensor};
 
@@ -42,6 +43,18 @@ pub fn alignment_statistics(gradients: &Tensor) -> AlignmentStatistics {
         gram: own_gram(&Tensor::stack(&rows, 0)),
         variance_gram: own_gram(&variances),
     }
+}
+
+/// The files of a result cache in this directory.
+pub fn cache_files(dir: &Path) -> Vec<PathBuf> {
+    let mut paths = vec![dir.to_owned()];
+    for _ in ["group", "key", "file"] {
+        paths = (paths.iter())
+            .flat_map(|dir| fs::read_dir(dir).unwrap())
+            .map(|entry| entry.unwrap().path())
+            .collect();
+    }
+    paths
 }
 
 pub fn write_backbone(dir: &Path) -> Backbone {

@@ -32,7 +32,7 @@ use promptweave_domain::reference::{Reference, ResourceName};
 /// need a few times that.
 pub const MAX_FEATURE_BYTES: usize = 4 << 30;
 
-/// What was asked for, in names.
+/// A request, with names that are not looked up yet.
 #[derive(Clone, Debug)]
 pub struct EnsembleRequest {
     pub dataset: Reference,
@@ -97,20 +97,16 @@ pub async fn plan(
         sources: &request.sources,
         backbone: request.backbone.as_ref(),
     };
-    let resolved = named
-        .resolve(conn, project_id, &request.objective, &mut refusals)
-        .await?;
     let ResolvedInputs {
         target,
         sources,
         backbone,
-    } = refusals.finish(resolved)?;
+    } = named
+        .resolve(conn, project_id, &request.objective, refusals)
+        .await?;
     Ok(EnsembleSpec {
-        sources: sources
-            .iter()
-            .map(|source| source_spec(&source.version))
-            .collect(),
-        backbone: backbone_spec(backbone),
+        sources,
+        backbone,
         objective: request.objective.settled(request.early_stopping.is_none()),
         output: output_name(request.output.as_ref(), &target, job_id),
         target: target_spec(&target, &request.samples),
@@ -130,14 +126,28 @@ pub(super) struct NamedInputs<'a> {
 /// What the names stand for now.
 pub(super) struct ResolvedInputs {
     pub target: DatasetVersion,
-    pub sources: Vec<NamedPrompt>,
-    pub backbone: RegisteredBackbone,
+    pub sources: Vec<SourceSpec>,
+    pub backbone: BackboneSpec,
 }
 
 impl NamedInputs<'_> {
-    /// Finds the inputs, and checks that they fit each other and the objective. `None` if something is wrong, which is
-    /// noted.
+    /// Finds the inputs, and checks that they fit each other and the objective. The error has all mistakes, with those
+    /// that were noted before.
     pub(super) async fn resolve(
+        &self,
+        conn: &mut PgConnection,
+        project_id: Uuid,
+        objective: &Objective,
+        mut refusals: Refusals,
+    ) -> Result<ResolvedInputs, PlanError> {
+        let found = self
+            .find(conn, project_id, objective, &mut refusals)
+            .await?;
+        refusals.finish(found)
+    }
+
+    /// The inputs, or `None` if something is wrong, which is noted.
+    async fn find(
         &self,
         conn: &mut PgConnection,
         project_id: Uuid,
@@ -175,8 +185,8 @@ impl NamedInputs<'_> {
         );
         Ok(Some(ResolvedInputs {
             target,
-            sources,
-            backbone,
+            sources: sources.iter().map(|it| source_spec(&it.version)).collect(),
+            backbone: backbone_spec(backbone),
         }))
     }
 }

@@ -3,16 +3,14 @@
 use sqlx::PgConnection;
 use uuid::Uuid;
 
-use crate::jobs::plan::{
-    NamedInputs, PlanError, ResolvedInputs, backbone_spec, source_spec, target_spec,
-};
+use crate::jobs::plan::{NamedInputs, PlanError, ResolvedInputs, target_spec};
 use crate::jobs::refusals::{Refusals, refuse};
 use promptweave_domain::composition::TargetSamples;
 use promptweave_domain::ranking::RankingObjective;
 use promptweave_domain::reference::{Reference, ResourceName};
 use promptweave_domain::specification::RankingSpec;
 
-/// What was asked for, in names.
+/// A request, with names that are not looked up yet.
 #[derive(Clone, Debug)]
 pub struct RankingRequest {
     pub dataset: Reference,
@@ -45,20 +43,16 @@ pub async fn plan(
         sources: &request.sources,
         backbone: request.backbone.as_ref(),
     };
-    let resolved = named
-        .resolve(conn, project_id, &objective, &mut refusals)
-        .await?;
     let ResolvedInputs {
         target,
         sources,
         backbone,
-    } = refusals.finish(resolved)?;
+    } = named
+        .resolve(conn, project_id, &objective, refusals)
+        .await?;
     Ok(RankingSpec {
-        sources: sources
-            .iter()
-            .map(|source| source_spec(&source.version))
-            .collect(),
-        backbone: backbone_spec(backbone),
+        sources,
+        backbone,
         objective: request.objective.clone(),
         target: target_spec(&target, &request.samples),
     })

@@ -58,7 +58,7 @@ impl TryFrom<Job> for Solved {
     }
 }
 
-/// What was asked for, in names; what is left out stays as it was.
+/// A request to solve again, with names that are not looked up yet. What it leaves out stays as it was.
 #[derive(Clone, Debug, Default)]
 pub struct SolveRequest {
     pub sources: Option<Vec<Reference>>,

@@ -26,7 +26,7 @@ const START: &str = "/start/prompt";
 /// The largest prompt that a tuning may make: the default limit of an uploaded file.
 const MAX_PROMPT_BYTES: u64 = 64 << 20;
 
-/// What was asked for, in names.
+/// A request, with names that are not looked up yet.
 #[derive(Clone, Debug)]
 pub struct TuningRequest {
     pub dataset: Reference,

@@ -40,7 +40,7 @@ pub struct ResultCache {
 
 impl ResultCache {
     /// A cache of at most `max_bytes` in the folder `results` of a directory; `None` for 0. The folder is the cache's own,
-    /// since the cache evicts whatever lies in it.
+    /// since the cache evicts whatever lies in it. With `gradients` false it keeps features alone.
     pub fn open(
         dir: &Path,
         max_bytes: u64,
@@ -50,12 +50,7 @@ impl ResultCache {
             return Ok(None);
         }
         let files = ResultFiles::new(&dir.join("results"), max_bytes)?;
-        Ok(Some(Self::new(files, gradients)))
-    }
-
-    /// A cache over these files. With `gradients` false it keeps features alone.
-    pub fn new(files: ResultFiles, gradients: bool) -> Self {
-        Self { files, gradients }
+        Ok(Some(Self { files, gradients }))
     }
 }
 

@@ -164,6 +164,7 @@ mod tests {
     use std::time::{Duration, SystemTime};
 
     use super::*;
+    use crate::testing::cache_files as files;
 
     fn key(name: &str) -> Digest {
         Digest::of(name.as_bytes())
@@ -180,18 +181,6 @@ mod tests {
         let mut bytes = vec![0; file.metadata().unwrap().len() as usize];
         file.read_exact_at(&mut bytes, 0).unwrap();
         Some(bytes)
-    }
-
-    /// The files of a cache in this directory.
-    fn files(dir: &Path) -> Vec<PathBuf> {
-        let mut paths = vec![dir.to_owned()];
-        for _ in ["group", "key", "file"] {
-            paths = (paths.iter())
-                .flat_map(|dir| fs::read_dir(dir).unwrap())
-                .map(|entry| entry.unwrap().path())
-                .collect();
-        }
-        paths
     }
 
     /// Sets an entry's time of last use to so many seconds after 1970.

@@ -74,18 +74,9 @@ pub fn compose(
     steps.begin(Phase::Solve)?;
     let (solved, mut method) = work.weigh(statistics.ground(), target_prompt, &mut steps)?;
 
-    let names: Vec<&str> = sources
-        .iter()
-        .map(|source| source.prompt.as_str())
-        .collect();
+    let classes = dataset.classes.len();
     let tick = &mut || stop_on(steps.tick(Phase::Solve));
-    let pool = pool::report(
-        statistics.ground(),
-        &names,
-        dataset.classes.len(),
-        &objective.head,
-        tick,
-    )?;
+    let pool = pool::of_sources(statistics.ground(), classes, &objective.head, tick)?;
 
     steps.begin(Phase::Verify)?;
     let (alpha, refinement) = work.refine(&solved, &mut steps)?;

@@ -6,6 +6,7 @@ use crate::compose::Verified;
 use crate::compose::steps::Steps;
 use crate::device::LIBTORCH;
 use crate::error::EngineError;
+use crate::pool::Pool;
 use crate::samples::classes::present;
 use crate::score::gradients::GradientSummary;
 use crate::score::head::num_heads;
@@ -15,7 +16,8 @@ use crate::statistics::{Metadata, RecordedSource, Statistics};
 use promptweave_domain::composer::Composition;
 use promptweave_domain::composition::{
     ComposedPrompt, CompositionResult, Diagnostics, FallbackReport, MethodReport, ObjectiveValue,
-    Optimum, PoolReport, Provenance, Refinement, SourceDiagnostics, SourceWeight, Warning,
+    Optimum, PoolReport, PoolWeight, Provenance, Refinement, SourceDiagnostics, SourceWeight,
+    Warning,
 };
 use promptweave_domain::digest::Digest;
 use promptweave_domain::early_stopping::EarlyStop;
@@ -44,7 +46,7 @@ pub struct Findings<'a> {
     /// The results of forward passes; `None` without a backbone.
     pub verified: Option<Verified>,
     pub refinement: Option<Refinement>,
-    pub pool: Option<PoolReport>,
+    pub pool: Option<Pool>,
     pub early_stop: Option<EarlyStop>,
     /// Whether a composition with a backbone would have had a fallback that this one lacks.
     pub fallback_dropped: bool,
@@ -53,6 +55,7 @@ pub struct Findings<'a> {
 impl Findings<'_> {
     pub fn composition(self, steps: Steps<'_>) -> Result<Composition, EngineError> {
         let composed = self.composed.to_bytes();
+        let pool = self.pool.as_ref().map(|pool| self.pool_report(pool));
         let objective = self.objective_value()?;
         let diagnostics = self.diagnostics(objective.h_score)?;
         let warnings = self.warnings(&diagnostics, objective.h_score);
@@ -75,7 +78,7 @@ impl Findings<'_> {
             },
             local_optima: self.solved.solution.optima,
             solver: self.solved.solution.report,
-            pool: self.pool,
+            pool,
             diagnostics,
             warnings,
             timings: steps.finish(),
@@ -136,6 +139,24 @@ impl Findings<'_> {
                 standard_error: errors.map(|errors| (1.0 - self.method.uniform_mix) * errors[i]),
             })
             .collect()
+    }
+
+    fn pool_report(&self, pool: &Pool) -> PoolReport {
+        let sources = self.metadata.sources.iter().enumerate();
+        let weights = sources.map(|(i, source)| PoolWeight {
+            prompt: source.prompt.clone(),
+            weight: pool.alpha[i],
+            standard_error: pool.standard_errors[i],
+            validation_loss: pool.source_losses[i],
+        });
+        PoolReport {
+            weights: weights.collect(),
+            sharpness: pool.sharpness,
+            validation_loss: pool.loss,
+            validation_accuracy: pool.accuracy,
+            uniform_validation_loss: pool.uniform_loss,
+            converged: pool.converged,
+        }
     }
 
     fn provenance(&self) -> Provenance {

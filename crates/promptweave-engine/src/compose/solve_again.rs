@@ -46,16 +46,9 @@ pub fn solve_again(
         &mut steps,
         &mut |_, _| unreachable!("`validation` was refused"),
     )?;
-    let names: Vec<&str> = (metadata.sources.iter())
-        .map(|source| source.prompt.as_str())
-        .collect();
-    let pool = pool::report(
-        statistics.ground(),
-        &names,
-        metadata.classes.len(),
-        &objective.head,
-        &mut || stop_on(steps.tick(Phase::Solve)),
-    )?;
+    let classes = metadata.classes.len();
+    let tick = &mut || stop_on(steps.tick(Phase::Solve));
+    let pool = pool::of_sources(statistics.ground(), classes, &objective.head, tick)?;
     method.uniform_mix = objective.experimental.uniform_mix.known();
     let alpha = towards_uniform(&solved.solution.alpha, method.uniform_mix);
     // Without the backbone there are no features of the composed prompt to fit a head on.

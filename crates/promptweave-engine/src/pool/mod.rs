@@ -23,7 +23,6 @@ use crate::score::gradients::sample_folds;
 use crate::score::head::fit_temperature;
 use crate::solve::jackknife::errors_of;
 use crate::statistics::SolveInputs;
-use promptweave_domain::composition::{PoolReport, PoolWeight};
 use promptweave_domain::objective::HeadOptions;
 
 /// ε: the share of equal probabilities in every source's prediction, so that one wrong certainty does not decide.
@@ -53,7 +52,7 @@ pub struct Pool {
     pub uniform_sharpness: f64,
     /// The loss of every source alone, at its own temperature.
     pub source_losses: Vec<f64>,
-    pub iterations: usize,
+    /// Whether the solver came to rest.
     pub converged: bool,
 }
 
@@ -91,40 +90,24 @@ pub fn log_predictions(
     Ok(log_p.to_kind(Kind::Float))
 }
 
-/// The pool of these sources, as a result has it; `None` with one source. `names` has one for each.
-pub fn report(
+/// The pool of these sources; `None` with one source.
+pub fn of_sources(
     ground: SolveInputs<'_>,
-    names: &[&str],
     num_classes: usize,
     head: &HeadOptions,
     tick: &mut dyn FnMut() -> Result<(), EngineError>,
-) -> Result<Option<PoolReport>, EngineError> {
-    if names.len() == 1 {
+) -> Result<Option<Pool>, EngineError> {
+    let (m, labels) = (ground.features.size()[0], ground.labels);
+    if m == 1 {
         return Ok(None);
     }
-    let labels = ground.labels;
-    let mut log_p = Vec::with_capacity(names.len());
-    for i in 0..names.len() {
+    let log_p = (0..m).map(|i| {
         tick()?;
-        let features = ground.features.get(i as i64);
-        log_p.push(log_predictions(&features, labels, num_classes, head)?);
-    }
-    let predictions = Predictions::new(Tensor::stack(&log_p, 0), labels);
-    let pool = fit(&predictions, labels, PoolOptions::default(), tick)?;
-    let weights = names.iter().enumerate().map(|(i, name)| PoolWeight {
-        prompt: (*name).to_owned(),
-        weight: pool.alpha[i],
-        standard_error: pool.standard_errors[i],
-        validation_loss: pool.source_losses[i],
+        log_predictions(&ground.features.get(i), labels, num_classes, head)
     });
-    Ok(Some(PoolReport {
-        weights: weights.collect(),
-        sharpness: pool.sharpness,
-        validation_loss: pool.loss,
-        validation_accuracy: pool.accuracy,
-        uniform_validation_loss: pool.uniform_loss,
-        converged: pool.converged,
-    }))
+    let log_p = log_p.collect::<Result<Vec<_>, EngineError>>()?;
+    let predictions = Predictions::new(Tensor::stack(&log_p, 0), labels);
+    fit(&predictions, labels, PoolOptions::default(), tick).map(Some)
 }
 
 /// Fits a pool. `tick` is called before every step; its error ends the work.
@@ -136,14 +119,15 @@ pub fn fit(
 ) -> Result<Pool, EngineError> {
     let _alone = OneThread::begin();
     let m = predictions.num_sources();
-    let all: Vec<usize> = (0..m).collect();
-    let mut kept = all.clone();
-    let mut found = solve(predictions, options.beta, tick)?;
+    let (mut found, uniform_weight) = solve(predictions, options.beta, tick)?;
+    let (mut kept, mut top) = ((0..m).collect(), None);
     if let Some(top_k) = options.top_k.filter(|top_k| *top_k < m) {
         kept = most_similar(&found.weights, Some(top_k));
         kept.sort_unstable();
-        found = solve(&predictions.of_sources(&kept), options.beta, tick)?;
+        let of_kept = top.insert(predictions.of_sources(&kept));
+        (found, _) = solve(of_kept, options.beta, tick)?;
     }
+    let among = top.as_ref().unwrap_or(predictions);
     let spread = |of_kept: &[f64]| {
         let mut of_all = vec![0.0; m];
         kept.iter()
@@ -151,23 +135,18 @@ pub fn fit(
             .for_each(|(i, value)| of_all[*i] = *value);
         of_all
     };
-    let among = predictions.of_sources(&kept);
-    let errors = jackknife(&among, labels, options.beta, &found.weights, tick)?;
-    let equal = predictions.mean();
-    let uniform_sharpness = m as f64 * uniform_weight(predictions, tick)?;
-    let source_losses = all
-        .iter()
-        .map(|i| predictions.of_sources(&[*i]).loss(&[1.0]));
+    let errors = jackknife(among, labels, options.beta, &found.weights, tick)?;
+    let source_losses = (0..m).map(|i| predictions.of_sources(&[i]).loss(&[1.0]));
+    let uniform_sharpness = m as f64 * uniform_weight;
     Ok(Pool {
         alpha: spread(&shares(&found.weights)),
         sharpness: found.weights.iter().sum(),
         standard_errors: spread(&errors),
         loss: among.loss(&found.weights),
         accuracy: among.accuracy(&found.weights),
-        uniform_loss: equal.loss(&[uniform_sharpness]),
+        uniform_loss: predictions.mean().loss(&[uniform_sharpness]),
         uniform_sharpness,
         source_losses: source_losses.collect(),
-        iterations: found.iterations,
         converged: found.converged,
     })
 }
@@ -185,16 +164,17 @@ fn uniform_weight(
     Ok((sharpness / predictions.num_sources() as f64).clamp(LEAST, MOST))
 }
 
-/// The weights of a pool with this β, from the uniform pool on.
+/// The weights of a pool with this β, and the weight u that they are pulled towards.
 pub fn solve(
     predictions: &Predictions,
     beta: f64,
     tick: &mut dyn FnMut() -> Result<(), EngineError>,
-) -> Result<Optimum, EngineError> {
+) -> Result<(Optimum, f64), EngineError> {
     let _alone = OneThread::begin();
     let centre = uniform_weight(predictions, tick)?;
     let start = vec![centre; predictions.num_sources()];
-    predictions.minimise(Pull { beta, centre }, &start, tick)
+    let found = predictions.minimise(Pull { beta, centre }, &start, tick)?;
+    Ok((found, centre))
 }
 
 /// α = w/Σw. If no weight at all predicts best, no source is preferred.

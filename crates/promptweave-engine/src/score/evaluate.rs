@@ -164,16 +164,7 @@ impl UnseenLogits {
 
     /// Logits and label of the samples that have a loss.
     pub fn with_loss(&self, labels: &[usize]) -> Result<Vec<(Vec<f64>, usize)>, EngineError> {
-        let num_classes = self.logits.size2()?.1 as usize;
-        let logits = Vec::<f64>::try_from(self.logits.flatten(0, -1))?;
-        let of_samples = logits
-            .chunks_exact(num_classes)
-            .zip(labels)
-            .zip(&self.known);
-        let known = of_samples.filter(|(_, known)| **known);
-        Ok(known
-            .map(|((logits, label), _)| (logits.to_vec(), *label))
-            .collect())
+        known_logits(&self.logits, labels, |row| self.known[row])
     }
 }
 
@@ -194,7 +185,9 @@ pub fn carried_head(
     let features = extract(vit, &vit.pairs(samples, &prompts), progress)?.get(0);
     let labels = &samples.labels;
     let correct = head.count_correct(&features, labels)?;
-    let with_loss = known_logits(&head, &features, labels)?;
+    let with_loss = known_logits(&head.logits(&features), labels, |row| {
+        head.knows(labels[row])
+    })?;
     let num_classes = stored.bias.shape[0];
     Ok(OnUnseen::of(correct, labels.len(), &with_loss, num_classes))
 }
@@ -217,18 +210,17 @@ impl OnUnseen {
     }
 }
 
-/// Logits and label of the samples whose class the head knows.
+/// Rows of `logits` [N, K] with their labels, where the head knows the label of the row.
 fn known_logits(
-    head: &ClosedFormHead,
-    features: &Tensor,
+    logits: &Tensor,
     labels: &[usize],
+    knows: impl Fn(usize) -> bool,
 ) -> Result<Vec<(Vec<f64>, usize)>, EngineError> {
-    let logits = head.logits(features);
     let num_classes = logits.size2()?.1 as usize;
     let logits = Vec::<f64>::try_from(logits.flatten(0, -1))?;
-    let of_samples = logits.chunks_exact(num_classes).zip(labels);
-    let known = of_samples.filter(|(_, label)| head.knows(**label));
+    let rows = logits.chunks_exact(num_classes).zip(labels).enumerate();
+    let known = rows.filter(|(row, _)| knows(*row));
     Ok(known
-        .map(|(logits, label)| (logits.to_vec(), *label))
+        .map(|(_, (logits, label))| (logits.to_vec(), *label))
         .collect())
 }

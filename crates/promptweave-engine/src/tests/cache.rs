@@ -8,8 +8,7 @@ use tch::Device;
 
 use crate::Engine;
 use crate::cache::ResultCache;
-use crate::cache::result_files::ResultFiles;
-use crate::testing::{Recorder, input};
+use crate::testing::{Recorder, cache_files, input};
 use promptweave_domain::composer::{Composer as _, Composition, Observer};
 use promptweave_domain::composition::CompositionInput;
 use promptweave_domain::phase::Phase;
@@ -20,8 +19,8 @@ const SAMPLES: u64 = 60;
 
 /// A new engine on the cache that earlier ones left in this directory.
 fn engine(dir: &Path, gradients: bool) -> Engine {
-    let files = ResultFiles::new(&dir.join("results"), 1 << 30).unwrap();
-    Engine::new(Device::Cpu).with_cache(ResultCache::new(files, gradients))
+    let cache = ResultCache::open(dir, 1 << 30, gradients).unwrap();
+    Engine::new(Device::Cpu).with_cache(cache.unwrap())
 }
 
 /// Everything in an answer that must not depend on a cache.
@@ -67,14 +66,7 @@ fn with(input: &CompositionInput, objective: &str) -> CompositionInput {
 
 /// The files of the cache.
 fn entries(dir: &Path) -> Vec<PathBuf> {
-    let mut paths = vec![dir.join("results")];
-    for _ in ["group", "key", "file"] {
-        paths = (paths.iter())
-            .flat_map(|dir| fs::read_dir(dir).unwrap())
-            .map(|entry| entry.unwrap().path())
-            .collect();
-    }
-    paths
+    cache_files(&dir.join("results"))
 }
 
 #[test]
