@@ -11,10 +11,9 @@ use std::time::{Duration, Instant};
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use promptweave_domain::objective::{
-    AlignmentVariant, GradientNormalization, HScoreMode, HScoreOptions,
+    AlignmentVariant, GradientNormalization, HScoreMode, HScoreOptions, Pool,
 };
 use promptweave_engine::pool;
-use promptweave_engine::pool::PoolOptions;
 use promptweave_engine::pool::solver::Predictions;
 use promptweave_engine::score::alignment::GradientAlignment;
 use promptweave_engine::score::gradients::{GradientStatistics, sample_folds};
@@ -178,13 +177,8 @@ fn pools(criterion: &mut Criterion) {
             pool::solve(&predictions, 10.0, &mut || Ok(())).expect("it solves")
         });
         measure(criterion, &name("solve and standard errors"), || {
-            pool::fit(
-                &predictions,
-                &labels,
-                PoolOptions::default(),
-                &mut || Ok(()),
-            )
-            .expect("it solves")
+            let options = Pool::default();
+            pool::fit(&predictions, &labels, &options, &mut || Ok(())).expect("it solves")
         });
     }
 }

@@ -168,6 +168,7 @@ fn composed(claimed: &Claimed, num_tokens: usize) -> Vec<u8> {
         classes: None,
         origin: Origin::Composed,
         training: None,
+        sources: Vec::new(),
     };
     let file = PromptFile {
         metadata: Some(metadata),

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Recomputes the two terms of a result from its statistics, by code that shares nothing with promptweave.
+"""Recomputes a result's two terms and its pool from its statistics, by code that shares nothing with promptweave.
 
     python3 scripts/verify_statistics.py demo/out/result.json demo/out/statistics.safetensors
 
@@ -7,9 +7,12 @@ At the result's weights α it computes, with Python's standard library alone, wh
 
 * the H-score of the mixed features F = Σ αᵢ f_{Pᵢ}, in the mode and with the standardisation that the statistics name
   and the ρ that the result says was used;
-* the gradient alignment L_align = (1/M) Σᵢ Σ_p (vᵢ[p] - v̄[p])², in the variant that the statistics name,
+* the gradient alignment L_align = (1/M) Σᵢ Σ_p (vᵢ[p] - v̄[p])², in the variant that the statistics name; it is left out
+  where the method takes no gradients,
 
-and compares them with `objective` in the result. Exits with 1 where they differ by more than 1e-6 relative.
+and compares them with `objective` in the result. From the predictions that the statistics keep it computes the weights
+of the pool (docs/method.md, 1.11), and compares them with `pool`. Exits with 1 where something differs by more than 1e-6:
+relative to its size, or absolute for a weight.
 """
 
 import argparse
@@ -177,6 +180,124 @@ def gradient_alignment(tensors, alpha, variant):
     return sum(dot(r, [dot(gram[t * count : (t + 1) * count], r) for t in range(count)]) for r in differences) / sources
 
 
+# ---- The pool -----------------------------------------------------------------------------------------
+
+
+def solve(matrix, right):
+    """x with matrix x = right, for a positive definite matrix."""
+    lower = cholesky(matrix)
+    y = []
+    for row, value in zip(lower, right):
+        y.append((value - dot(row, y)) / row[-1])
+    x = [0.0] * len(y)
+    for i in reversed(range(len(y))):
+        x[i] = (y[i] - sum(lower[k][i] * x[k] for k in range(i + 1, len(y)))) / lower[i][i]
+    return x
+
+
+class Pool:
+    """F(w) = 1/N Σ -log p_w(yₙ|xₙ) + β/N Σ (wᵢ log(wᵢ/u) - wᵢ + u), from the members' log-probabilities, one flat list of
+    N × K numbers each."""
+
+    def __init__(self, log_p, labels, classes):
+        self.log_p, self.labels, self.classes = log_p, labels, classes
+
+    def __call__(self, w, beta, u, derivatives=False):
+        """F, and with `derivatives` its gradient and Hessian."""
+        k, samples = self.classes, len(self.labels)
+        z = [0.0] * (samples * k)
+        for weight, values in zip(w, self.log_p):
+            z = [a + weight * b for a, b in zip(z, values)]
+        value, q = 0.0, []
+        for n, label in enumerate(self.labels):
+            row = z[n * k : (n + 1) * k]
+            largest = max(row)
+            terms = [math.exp(v - largest) for v in row]
+            total = math.fsum(terms)
+            value += math.log(total) + largest - row[label]
+            q += [term / total for term in terms]
+        value += beta * sum(wi * math.log(wi / u) - wi + u for wi in w if wi > 0) if beta else 0.0
+        if not derivatives:
+            return value / samples
+        weighted = [[a * b for a, b in zip(values, q)] for values in self.log_p]
+        means = [[math.fsum(row[n * k : (n + 1) * k]) for n in range(samples)] for row in weighted]
+        gradient, hessian = [], []
+        for i, values in enumerate(self.log_p):
+            own = math.fsum(values[n * k + label] for n, label in enumerate(self.labels))
+            pull = beta * math.log(w[i] / u) if beta else 0.0
+            gradient.append((math.fsum(means[i]) - own + pull) / samples)
+            row = [dot(weighted[i], self.log_p[j]) - dot(means[i], means[j]) for j in range(i + 1)]
+            row[i] += beta / w[i] if beta else 1e-12
+            hessian.append([entry / samples for entry in row])
+        return value / samples, gradient, hessian
+
+    def minimise(self, w, beta, u):
+        """The w of least F, by Newton steps that stay above 0 and are halved until F falls."""
+        for _ in range(200):
+            value, gradient, hessian = self(w, beta, u, derivatives=True)
+            step = solve(hessian, gradient)
+            length = min([1.0] + [0.9 * wi / si for wi, si in zip(w, step) if si > 0])
+            while length > 1e-9:
+                moved = [wi - length * si for wi, si in zip(w, step)]
+                if self(moved, beta, u) <= value:
+                    break
+                length /= 2
+            else:
+                return w
+            change, w = max(abs(a - b) for a, b in zip(w, moved)), moved
+            if change < 1e-11 * max(w):
+                return w
+        return w
+
+    def of(self, members):
+        return Pool([self.log_p[i] for i in members], self.labels, self.classes)
+
+
+def uniform_weight(pool):
+    mean = [math.fsum(values) / len(pool.log_p) for values in zip(*pool.log_p)]
+    sharpness = Pool([mean], pool.labels, pool.classes).minimise([1.0], 0.0, 1.0)[0]
+    return min(max(sharpness / len(pool.log_p), 1e-3), 1.0)
+
+
+def pool_weights(tensors, labels, options):
+    """α of the pool: the members that know something, then those of them with a weight that counts, fitted again."""
+    (members, samples, classes), flat = tensors["log_predictions"]
+    size = samples * classes
+    pool = Pool([flat[i * size : (i + 1) * size] for i in range(members)], labels, classes)
+    shares = [labels.count(label) / samples for label in set(labels)]
+    chance = -sum(p * math.log(p) for p in shares) - 1 / samples
+    kept = [i for i in range(members) if pool.of([i])([1.0], 0.0, 1.0) < chance] or [members - 1]
+
+    def fitted(kept):
+        among = pool.of(kept)
+        u = uniform_weight(among)
+        return among.minimise([u] * len(kept), options.get("beta", 10.0), u)
+
+    w = fitted(kept)
+    order = sorted(range(len(kept)), key=lambda i: -w[i])[: options.get("top_k", members)]
+    counting = sorted(i for i in order if w[i] >= 0.2 * sum(w) / len(w))
+    if len(counting) < len(kept):
+        kept = [kept[i] for i in counting]
+        w = fitted(kept)
+    alpha = dict(zip(kept, (wi / sum(w) for wi in w)))
+    return [alpha.get(i, 0.0) for i in range(members)]
+
+
+def check_pool(result, tensors, labels, objective):
+    """Whether the reported weights are those of the optimum."""
+    if objective.get("beta", 10.0) == 0.0:
+        print("pool                not recomputed: at β = 0 the optimum may lie on the border, which this code does not handle")
+        return True
+    reported = [source["weight"] for source in result["pool"]["weights"]]
+    reported.append(result["pool"]["no_transfer"]["weight"])
+    recomputed = pool_weights(tensors, labels, objective if objective["method"] == "pool" else {})
+    difference = max(abs(a - b) for a, b in zip(reported, recomputed))
+    verdict = "equal" if difference <= TOLERANCE else "DIFFERENT"
+    shown = ", ".join(f"{weight:.6f}" for weight in recomputed)
+    print(f"pool                recomputed {shown}  largest difference {difference:.1e}  {verdict}")
+    return difference <= TOLERANCE
+
+
 # -------------------------------------------------------------------------------------------------------
 
 
@@ -188,7 +309,8 @@ def main():
 
     with open(arguments.result) as file:
         result = json.load(file)
-    alpha = [source["weight"] for source in result["source_weights"]]
+    # With the method `pool` the composed prompt has weights of its own.
+    alpha = result["composed_prompt"]["weights"]
     tensors, metadata = read_tensors(arguments.statistics)
     if [s["digest"] for s in metadata["sources"]] != [s["digest"] for s in result["source_weights"]]:
         sys.exit("error: the result and the statistics are of different sources")
@@ -206,7 +328,9 @@ def main():
     else:
         rho = result["diagnostics"]["h_score_shrinkage"]
         h_score = regression(columns, labels, rho, options["mode"] == "cross_validated")
-    recomputed = {"h_score": h_score, "gradient_alignment": gradient_alignment(tensors, alpha, variant)}
+    recomputed = {"h_score": h_score}
+    if result["objective"]["gradient_alignment"] is not None:
+        recomputed["gradient_alignment"] = gradient_alignment(tensors, alpha, variant)
     print(f"H-score {options['mode']}, standardise {options['standardise']}; gradient alignment {variant}")
     agree = True
     for name, value in recomputed.items():
@@ -215,6 +339,7 @@ def main():
         agree &= difference <= TOLERANCE
         verdict = "equal" if difference <= TOLERANCE else "DIFFERENT"
         print(f"{name:19s} reported {reported:.12g}  recomputed {value:.12g}  relative difference {difference:.1e}  {verdict}")
+    agree &= check_pool(result, tensors, labels, metadata["objective"])
     sys.exit(0 if agree else 1)
 
 

@@ -55,9 +55,12 @@ pub enum Command {
     /// Print every transferability metric of some prompts for a target task, in one table.
     #[cfg(feature = "torch")]
     Rank(crate::offline::rank::Args),
-    /// Measure the accuracy of a prompt on a labelled image set with its closed-form head.
+    /// Measure the accuracy of a prompt on a labelled image set with its closed-form head, or of an ensemble.
     #[cfg(feature = "torch")]
     Evaluate(crate::offline::evaluate::Args),
+    /// Predict the classes of images with a prompt or an ensemble.
+    #[cfg(feature = "torch")]
+    Predict(crate::offline::predict::Args),
     /// Report what the engine finds here (libtorch, CUDA, driver, devices, memory, matrix rates), and what to do if
     /// something is missing.
     #[cfg(feature = "torch")]
@@ -203,8 +206,8 @@ mod tests {
         command.clone().debug_assert();
         // People type the options of these commands; the options of the others are configured by variables.
         let typed = [
-            "tune", "compose", "solve", "evaluate", "rank", "doctor", "plot", "push", "pull", "ls",
-            "verify", "ensemble",
+            "tune", "compose", "solve", "evaluate", "predict", "rank", "doctor", "plot", "push",
+            "pull", "ls", "verify", "ensemble",
         ];
         let serving = |c: &&clap::Command| !typed.contains(&c.get_name());
         for sub in command.get_subcommands().filter(serving) {

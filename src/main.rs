@@ -59,6 +59,8 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
         #[cfg(feature = "torch")]
         Command::Evaluate(args) => offline::evaluate::run(&args),
         #[cfg(feature = "torch")]
+        Command::Predict(args) => offline::predict::run(&args),
+        #[cfg(feature = "torch")]
         Command::Doctor(args) => offline::doctor::run(&args),
         Command::Healthcheck(args) => healthcheck::check(args.address, &args.path),
         Command::Plot(args) => {

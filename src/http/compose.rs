@@ -26,7 +26,7 @@ use promptweave_domain::compatibility::{
 };
 use promptweave_domain::method::common_seed;
 use promptweave_domain::mixture::mix;
-use promptweave_domain::prompt_file::{FORMAT, Origin, PromptFile, PromptMetadata};
+use promptweave_domain::prompt_file::{FORMAT, Origin, PromptFile, PromptMetadata, WeighedPrompt};
 use promptweave_domain::reference::{Reference, ResourceName};
 use promptweave_domain::tensor::Tensor;
 
@@ -101,7 +101,19 @@ async fn compose_prompt(
 
     let mut transaction = state.pool.begin().await?;
     let sources = plan_sources(&mut transaction, project_id, &references).await?;
-    let metadata = common_metadata(&sources)?;
+    let made_of = sources
+        .iter()
+        .zip(&alpha)
+        .map(|(source, weight)| WeighedPrompt {
+            prompt: Some(source.version.prompt.to_string()),
+            version: Some(source.version.version),
+            digest: Some(source.version.digest),
+            weight: *weight,
+        });
+    let metadata = PromptMetadata {
+        sources: WeighedPrompt::with_weight(made_of),
+        ..common_metadata(&sources)?
+    };
     let prompts = read(&mut transaction, &sources).await?;
     let composed = move || {
         let file = PromptFile {
@@ -188,6 +200,7 @@ fn common_metadata(sources: &[NamedPrompt]) -> Result<PromptMetadata, Problem> {
         classes: None,
         origin: Origin::Composed,
         training: None,
+        sources: Vec::new(),
     })
 }
 

@@ -77,6 +77,10 @@ pub async fn finish(
             let mut result = result.clone();
             result.composed_prompt.prompt = Some(published.prompt.to_string());
             result.composed_prompt.version = Some(published.version);
+            // The ensemble file is not stored; `solve` makes it from the statistics.
+            if let Some(pool) = &mut result.pool {
+                pool.ensemble_digest = None;
+            }
             Transition::with_result(&result, Some(statistics))
         }
         Finished::Tuning {
@@ -115,10 +119,10 @@ async fn publish_composed(
     if let Some(from) = &spec.solved_from {
         description += &format!(" from the statistics of ensemble {}", from.ensemble);
     }
-    let parents: Vec<Parent> = (spec.sources.iter().zip(&result.source_weights))
-        .map(|(source, weighed)| Parent {
+    let parents: Vec<Parent> = (spec.sources.iter().zip(&result.composed_prompt.weights))
+        .map(|(source, weight)| Parent {
             version_id: source.id,
-            weight: weighed.weight,
+            weight: *weight,
             role: Role::Source,
         })
         .collect();

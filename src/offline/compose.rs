@@ -21,7 +21,7 @@ pub struct Args {
     /// A source prompt; repeat for each.
     #[arg(long = "source", value_name = "NAME=FILE", value_parser = parse_source, required = true)]
     pub sources: Vec<(String, PathBuf)>,
-    /// Folder for result.json, composed.safetensors and statistics.safetensors.
+    /// Folder for result.json, composed.safetensors, ensemble.safetensors and statistics.safetensors.
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
     /// Split to take the target samples from.
@@ -114,14 +114,7 @@ mod tests {
             let args: Args = parsed(files.iter().chain(&source).chain(asked));
             args.solve.objective(&args.backbone_options)
         };
-        let spot = [
-            "--method",
-            "spot",
-            "--spot-top-k",
-            "3",
-            "--target-epochs",
-            "2",
-        ];
+        let spot = ["--method", "spot", "--top-k", "3", "--target-epochs", "2"];
         let MethodOptions::Spot(spot) = objective(&spot).unwrap().options else {
             panic!("another method");
         };
@@ -130,10 +123,10 @@ mod tests {
         assert_eq!(paper.experimental.refine, 5);
         let average = objective(&["--method", "average", "--refine", "5"]).unwrap();
         assert_eq!(average.check().unwrap_err().field, "experimental.refine");
-        let refused = objective(&["--method", "panda", "--spot-top-k", "3"]).unwrap_err();
+        let refused = objective(&["--method", "panda", "--top-k", "3"]).unwrap_err();
         let refused = refused.to_string();
         assert!(
-            refused.starts_with("--spot-top-k: ") && refused.ends_with("is of `spot`"),
+            refused.starts_with("--top-k: ") && refused.ends_with("is of `pool`, `spot`"),
             "{refused}"
         );
     }

@@ -4,6 +4,7 @@ pub mod compose;
 pub mod doctor;
 pub mod evaluate;
 pub mod objective;
+pub mod predict;
 pub mod progress;
 pub mod rank;
 pub mod solve;
@@ -100,12 +101,15 @@ pub fn write_whole(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
     write().with_context(|| format!("cannot write `{}`", path.display()))
 }
 
-/// Writes the three files of a composition and prints what is in them.
+/// Writes the files of a composition and prints what is in them.
 fn write_composition(out: &Path, composition: &Composition) -> anyhow::Result<()> {
     let result = &composition.result;
     let json = serde_json::to_vec_pretty(result).context("result.json")?;
     write_whole(&out.join("statistics.safetensors"), &composition.statistics)?;
     write_whole(&out.join("composed.safetensors"), &composition.composed)?;
+    if let Some(ensemble) = &composition.ensemble {
+        write_whole(&out.join("ensemble.safetensors"), ensemble)?;
+    }
     write_whole(&out.join("result.json"), &json)?;
 
     for (source, own) in result
@@ -127,14 +131,28 @@ fn write_composition(out: &Path, composition: &Composition) -> anyhow::Result<()
     }
     if let Some(pool) = &result.pool {
         let weights = pool.weights.iter();
+        let none = pool.no_transfer.iter();
+        let none = none.map(|it| ("no prompt", it.weight, it.standard_error));
+        let weights = weights.map(|it| (it.prompt.as_str(), it.weight, it.standard_error));
         let weights: Vec<String> = weights
-            .map(|it| format!("{} {:.3} ± {:.3}", it.prompt, it.weight, it.standard_error))
+            .chain(none)
+            .map(|(name, weight, error)| format!("{name} {weight:.3} ± {error:.3}"))
             .collect();
         println!(
             "{:24} {:.4} nats cross-fitted: {}",
             "pool of predictions",
             pool.validation_loss,
             weights.join(", ")
+        );
+    }
+    for row in &result.comparison {
+        let [low, high] = row.accuracy_interval.map(|it| 100.0 * it);
+        println!(
+            "{:24} accuracy {:.1} % ({low:.1} to {high:.1}), {:.4} nats, {} forward passes an image",
+            row.prediction.words(),
+            100.0 * row.accuracy,
+            row.loss,
+            row.forward_passes,
         );
     }
     for warning in &result.warnings {

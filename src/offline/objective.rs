@@ -18,13 +18,18 @@ use promptweave_domain::objective::{
 /// Options that the statistics do not fix. What is not given stays unchanged.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub struct SolveOptions {
-    /// How α is found: `hgprompt_cv`, `hgprompt`, `h_only`, `alignment_only`, `average`, `single_best`,
-    /// `spot`, `panda` or `attempt` [default: hgprompt_cv].
+    /// How α is found: `hgprompt_cv`, `hgprompt`, `h_only`, `alignment_only`, `pool`, `average`, `single_best`, `spot`, `panda` or `attempt` [default: hgprompt_cv].
     #[arg(long)]
     pub method: Option<Method>,
     /// What `single_best` chooses by: `h_score`, `logme` or `validation` [default: h_score].
     #[arg(long, value_name = "CRITERION")]
     pub single_best_by: Option<Criterion>,
+    /// For `pool`: β, how strongly weights are pulled towards equal ones, in samples [default: 10].
+    #[arg(long)]
+    pub beta: Option<f64>,
+    /// For `pool` and `spot`: use only this many sources, those with the largest weights or similarities [default: all].
+    #[arg(long, value_name = "K")]
+    pub top_k: Option<usize>,
     /// t in 0..=1: 0 weighs transferability alone, 1 gradient alignment alone; or `knee`, or (with a
     /// backbone) `validation` [default: 0.5].
     #[arg(long, value_name = "T")]
@@ -73,9 +78,6 @@ pub struct BackboneOptions {
     /// For `spot`: similarity of two prompts, `all_pairs` or `token_mean` [default: all_pairs].
     #[arg(long, value_name = "SIMILARITY")]
     pub spot_similarity: Option<Similarity>,
-    /// For `spot`: use only this many sources, the most similar ones [default: all].
-    #[arg(long, value_name = "K")]
-    pub spot_top_k: Option<usize>,
     /// For `spot`: how sources are combined, `weighted_average` or `best_of` [default: weighted_average].
     #[arg(long, value_name = "CHOICE")]
     pub spot_choice: Option<SpotChoice>,
@@ -83,7 +85,7 @@ pub struct BackboneOptions {
     #[arg(long, value_name = "EPOCHS")]
     pub target_epochs: Option<u32>,
     /// `none`, or `single_best`: the source with the lowest cross-fitted loss on the target samples gets all weight where that is
-    /// lower than the composed prompt's [default: single_best with `hgprompt_cv`, otherwise none].
+    /// lower than the composed prompt's [default: single_best with `hgprompt_cv` and `pool`, otherwise none].
     #[arg(long)]
     pub fallback: Option<Fallback>,
     /// Experimental: β in P₀ + β Σ αᵢ (Pᵢ - P₀), or `auto` [default: 1].
@@ -101,12 +103,14 @@ pub struct BackboneOptions {
 type Given = (&'static str, &'static str, Option<Value>);
 
 impl SolveOptions {
-    fn given(&self) -> [Given; 9] {
+    fn given(&self) -> [Given; 11] {
         let raw = self
             .alignment_weight
             .map(|weight| json!({"alignment_weight": weight}));
         [
             ("single-best-by", "/by", value(&self.single_best_by)),
+            ("beta", "/beta", value(&self.beta)),
+            ("top-k", "/top_k", value(&self.top_k)),
             ("trade-off", "/trade_off", value(&self.trade_off)),
             ("alignment-weight", "/trade_off", raw),
             (
@@ -156,7 +160,7 @@ impl SolveOptions {
 }
 
 impl BackboneOptions {
-    fn given(&self) -> [Given; 12] {
+    fn given(&self) -> [Given; 11] {
         [
             (
                 "gradient-normalization",
@@ -175,7 +179,6 @@ impl BackboneOptions {
                 "/similarity",
                 value(&self.spot_similarity),
             ),
-            ("spot-top-k", "/top_k", value(&self.spot_top_k)),
             ("spot-choice", "/choice", value(&self.spot_choice)),
             (
                 "target-epochs",
@@ -246,10 +249,10 @@ mod tests {
         let asked = SolveOptions {
             method: Some(Method::Panda),
             trade_off: Some(TradeOff::Value(0.5)),
+            top_k: Some(3),
             ..SolveOptions::default()
         };
         let backbone = BackboneOptions {
-            spot_top_k: Some(3),
             target_epochs: Some(2),
             ..BackboneOptions::default()
         };
@@ -258,8 +261,8 @@ mod tests {
             "2 options cannot be:",
             "--trade-off: unknown field `trade_off`: the method `panda` has `target_epochs`,",
             "`trade_off` is of `hgprompt_cv`, `hgprompt`",
-            "--spot-top-k: unknown field `top_k`",
-            "`top_k` is of `spot`",
+            "--top-k: unknown field `top_k`",
+            "`top_k` is of `pool`, `spot`",
         ] {
             assert!(refused.contains(part), "{refused}");
         }

@@ -229,6 +229,7 @@ pub fn prompt_file(seed: u64) -> PromptFile {
             classes: Some(vec!["zero".into(), "one".into()]),
             origin: Origin::Tuned,
             training: Some(serde_json::json!({"epochs": 3})),
+            sources: Vec::new(),
         }),
         prompt_embeddings: Tensor::new([2, WIDTH], values.collect()),
         deep_prompt_embeddings: None,

@@ -30,6 +30,7 @@ pub fn prompt_file(origin: Origin, value: f32) -> PromptFile {
             classes: None,
             origin,
             training: None,
+            sources: Vec::new(),
         }),
         prompt_embeddings: Tensor::new([2, EMBED_DIM], vec![value; 2 * EMBED_DIM]),
         deep_prompt_embeddings: None,
@@ -89,6 +90,7 @@ pub fn composition(input_sources: &[(String, i32, Digest)], weights: &[f64]) -> 
                 trade_off_rule: None,
                 total: Some(-0.9),
             },
+            comparison: vec![],
             pool: None,
             pareto_path: vec![],
             local_optima: vec![],
@@ -121,6 +123,7 @@ pub fn composition(input_sources: &[(String, i32, Digest)], weights: &[f64]) -> 
                 prompt: None,
                 version: None,
                 digest: Digest::of(&composed),
+                weights: weights.to_vec(),
             },
             early_stop: None,
             provenance: provenance(),
@@ -128,6 +131,7 @@ pub fn composition(input_sources: &[(String, i32, Digest)], weights: &[f64]) -> 
             timings: BTreeMap::new(),
         },
         composed,
+        ensemble: None,
         statistics: b"statistics".to_vec(),
     }
 }

@@ -98,6 +98,8 @@ pub struct Composition {
     pub result: CompositionResult,
     /// The composed prompt, as the bytes of a prompt file.
     pub composed: Vec<u8>,
+    /// The pool of the sources' predictions, as the bytes of an ensemble file; `None` without the predictions.
+    pub ensemble: Option<Vec<u8>>,
     /// The bytes of `statistics.safetensors`; for a [`SolveInput`], the part of its statistics that
     /// was used.
     pub statistics: Vec<u8>,

@@ -97,7 +97,8 @@ pub struct SourceRef {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct CompositionResult {
-    /// The weights α in the order of the request. Every weight is ≥ 0, and their sum is 1.
+    /// The weights α in the order of the request. Every weight is ≥ 0. Their sum is 1; with the method `pool` it is 1 minus
+    /// the weight of no prompt (`pool.no_transfer`).
     pub source_weights: Vec<SourceWeight>,
     #[serde(default)]
     pub method: MethodReport,
@@ -113,7 +114,12 @@ pub struct CompositionResult {
     pub local_optima: Vec<Optimum>,
     /// The solver's report; null if the method does not solve for α.
     pub solver: Option<SolverReport>,
-    /// The pool of the sources' own predictions, beside the composed prompt; null with one source.
+    /// The answer and what it could have been, on `eval_split`: the pool first. Empty unless the method is `pool` and
+    /// `eval_split` was given.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub comparison: Vec<Compared>,
+    /// The pool of the sources' own predictions, beside the composed prompt; null in a solve from statistics
+    /// that do not keep the predictions.
     #[serde(default)]
     pub pool: Option<PoolReport>,
     pub diagnostics: Diagnostics,
@@ -217,12 +223,15 @@ pub struct SourceWeight {
 }
 
 /// A log-linear pool: p(y|x) ∝ Πᵢ pᵢ(y|x)^(s αᵢ), where pᵢ is source i's own prediction by a closed-form head. It says how
-/// much each source knows about the target, whatever the method is. Nothing is mixed in prompt space, and nothing is
-/// published: predicting with it takes a forward pass for each source.
+/// much each source knows about the target, whatever the method is. The backbone without a prompt (no transfer) is one
+/// more source. Nothing is mixed in prompt space; predicting with a pool takes a forward pass for each source.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct PoolReport {
-    /// The weights α in the order of `source_weights`.
+    /// The weights α in the order of `source_weights`. With the weight of `no_transfer`, their sum is 1.
     pub weights: Vec<PoolWeight>,
+    /// The backbone without a prompt; null in results without it.
+    #[serde(default)]
+    pub no_transfer: Option<NoTransfer>,
     /// The sharpness s > 0: about 1 if the sources know the same, more if they know different things.
     pub sharpness: f64,
     /// Cross-entropy in nats on the target samples. No head is used on samples that it was fitted on; the M weights were
@@ -230,6 +239,10 @@ pub struct PoolReport {
     pub validation_loss: f64,
     /// Accuracy on the same samples.
     pub validation_accuracy: f64,
+    /// sha256 of the ensemble file; null in the service, which does not store the file.
+    #[serde(default)]
+    #[schema(value_type = Option<String>, example = "sha256:…")]
+    pub ensemble_digest: Option<Digest>,
     /// The loss of a pool with equal weights at its best sharpness.
     pub uniform_validation_loss: f64,
     /// Whether the solver found the one optimum to rounding; if not, the weights are where it stopped.
@@ -246,6 +259,67 @@ pub struct PoolWeight {
     pub standard_error: f64,
     /// Cross-entropy in nats of this source alone, on the same samples.
     pub validation_loss: f64,
+}
+
+/// What the backbone predicts without a prompt, in a pool.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct NoTransfer {
+    #[schema(minimum = 0, maximum = 1)]
+    pub weight: f64,
+    /// The jackknife standard error, as for the sources.
+    pub standard_error: f64,
+    /// Cross-entropy in nats of this prediction alone, on the same samples.
+    pub validation_loss: f64,
+    /// How much lower the pool's cross-entropy is, in nats: the mean over the samples, and its standard error.
+    pub gain: f64,
+    pub gain_standard_error: f64,
+}
+
+/// One way to predict the target, on the images of `eval_split`. No label of theirs was used before.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Compared {
+    pub prediction: Prediction,
+    /// Forward passes of the backbone that it takes for each image.
+    pub forward_passes: usize,
+    pub accuracy: f64,
+    /// The 95 % interval of the accuracy (Wilson 1927), from its least to its greatest value.
+    pub accuracy_interval: [f64; 2],
+    /// Cross-entropy in nats.
+    pub loss: f64,
+    /// The pool's accuracy minus this one.
+    pub pool_gain: f64,
+    /// The 95 % interval of `pool_gain`, paired by image (Agresti & Min 2005).
+    pub pool_gain_interval: [f64; 2],
+    /// The two-sided p-value of equal accuracies, paired by image (McNemar's test, exact).
+    pub p_value: f64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Prediction {
+    /// The pool at its weights.
+    Pool,
+    /// The pool of all sources and the backbone without a prompt, at equal weights.
+    UniformPool,
+    /// The composed prompt.
+    ComposedPrompt,
+    /// The source with the lowest cross-fitted loss on the target samples.
+    SingleBest,
+    /// The backbone without a prompt.
+    NoTransfer,
+}
+
+impl Prediction {
+    /// The name as people read it.
+    pub fn words(self) -> &'static str {
+        match self {
+            Self::Pool => "pool",
+            Self::UniformPool => "uniform pool",
+            Self::ComposedPrompt => "composed prompt",
+            Self::SingleBest => "single best",
+            Self::NoTransfer => "no transfer",
+        }
+    }
 }
 
 /// The objective L(α) = -H(α) + λ L_align(α) and its parts at the returned α.
@@ -451,6 +525,10 @@ pub struct ComposedPrompt {
     pub version: Option<i32>,
     #[schema(value_type = String, example = "sha256:…")]
     pub digest: Digest,
+    /// The weights that the sources' prompts are summed with, in the order of `source_weights`. They differ from
+    /// `source_weights` with the method `pool` alone. Empty in older results.
+    #[serde(default)]
+    pub weights: Vec<f64>,
 }
 
 /// The inputs and the platform that the numbers depend on.

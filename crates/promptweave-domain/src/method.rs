@@ -39,6 +39,9 @@ pub enum Method {
     HOnly,
     /// Gradient alignment alone.
     AlignmentOnly,
+    /// The weights of a log-linear pool of the sources' own predictions (`pool`). It takes no gradients, and mixes nothing
+    /// in prompt space.
+    Pool,
     /// Equal weights, 1/M each.
     Average,
     /// All weight on one source, the best `by` a criterion.
@@ -56,11 +59,12 @@ pub enum Method {
 }
 
 impl Method {
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::HgpromptCv,
         Self::Hgprompt,
         Self::HOnly,
         Self::AlignmentOnly,
+        Self::Pool,
         Self::Average,
         Self::SingleBest,
         Self::Spot,

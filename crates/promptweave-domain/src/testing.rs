@@ -17,6 +17,7 @@ pub fn prompt_file(m: usize, d: usize, seed: u64) -> PromptFile {
             classes: Some(vec!["zero".into(), "one".into()]),
             origin: Origin::Tuned,
             training: None,
+            sources: Vec::new(),
         }),
         prompt_embeddings: Tensor::new([m, d], values.collect()),
         deep_prompt_embeddings: None,

@@ -116,6 +116,7 @@ words! {
         NoFallback = "no_fallback",
         WeightAtBound = "weight_at_bound",
         InitSeedsDiffer = "init_seeds_differ",
+        NothingHelps = "nothing_helps",
     }
 }
 

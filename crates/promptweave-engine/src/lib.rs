@@ -16,6 +16,7 @@ pub mod compose;
 pub mod device;
 pub mod error;
 pub mod pool;
+pub mod predict;
 pub mod samples;
 pub mod score;
 pub mod sharding;

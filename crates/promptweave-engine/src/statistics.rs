@@ -9,6 +9,9 @@
 //! | `sample_indices` | `[N]` | i64 | positions in the list file, in row order |
 //! | `folds` | `[N]` | i64 | cross-fit fold of the head; all 0 without |
 //! | `head_temperature`, `head_loss`, `head_saturation` | `[M]` | f64 | |
+//! | `log_predictions` | `[M+1, N, K]` | f32 | log pᵢ(k\|xₙ) by heads that did not see xₙ; the last without a prompt |
+//! | `prediction_temperature` | `[M+1]` | f64 | of those heads |
+//! | `features_without_prompt` | `[N, d]` | f32 | |
 //! | `gradient_gram` | `[T, T]` | f64 | Γ, T = M(M+1)/2, packed i ≤ j row by row |
 //! | `gradient_variance_gram` | `[M, M]` | f64 | VᵀV |
 //! | `gradient_gram_leave_out` | `[J, T, T]` | f64 | Γ without each of J sample folds |
@@ -29,6 +32,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use crate::error::EngineError;
+use crate::pool::unseen::UnseenPredictions;
 use crate::score::alignment::{AlignmentStatistics, num_pairs};
 use crate::score::gradients::GradientSummary;
 use crate::score::transferability::SourceScores;
@@ -78,6 +82,8 @@ pub struct Statistics {
     pub sample_indices: Vec<usize>,
     pub folds: Vec<usize>,
     pub heads: HeadStatistics,
+    /// The predictions that a pool is fitted on; `None` if the file was written before they were kept.
+    pub predictions: Option<UnseenPredictions>,
     /// Summary of the gradients; `None` if the method takes none.
     pub gradients: Option<GradientSummary>,
 }
@@ -211,7 +217,7 @@ impl Statistics {
         let prompts = self.prompts.iter().flat_map(|prompt| &prompt.values);
         let prompts = PlainTensor::new(shape, prompts.copied().collect());
         let mut tensors = vec![
-            ("features", Entry::features(&self.features)),
+            ("features", Entry::floats(&self.features)),
             ("prompts", Entry::Small(Stored::from(&prompts))),
             ("labels", whole(&self.labels)),
             ("sample_indices", whole(&self.sample_indices)),
@@ -226,6 +232,20 @@ impl Statistics {
                 numbers(&[m], self.heads.saturation.clone()),
             ),
         ];
+        if let Some(unseen) = &self.predictions {
+            let temperatures = unseen.temperatures.clone();
+            tensors.extend([
+                ("log_predictions", Entry::floats(&unseen.log_p)),
+                (
+                    "prediction_temperature",
+                    numbers(&[temperatures.len()], temperatures),
+                ),
+                (
+                    "features_without_prompt",
+                    Entry::floats(&unseen.without_prompt),
+                ),
+            ]);
+        }
         if let Some(GradientSummary {
             whole: all,
             leave_out,
@@ -298,6 +318,7 @@ impl Statistics {
                 loss: file.numbers("head_loss", &[m])?,
                 saturation: file.numbers("head_saturation", &[m])?,
             },
+            predictions: file.predictions([m, n, d], metadata.classes.len())?,
             gradients: file.gradients(m)?,
         };
         Ok((statistics, metadata))
@@ -319,6 +340,7 @@ impl Statistics {
                 loss: of(&self.heads.loss),
                 saturation: of(&self.heads.saturation),
             },
+            predictions: (self.predictions.as_ref()).map(|all| all.of_sources(keep)),
             gradients: self.gradients.as_ref().map(|all| all.of_sources(keep)),
         }
     }
@@ -327,15 +349,15 @@ impl Statistics {
 /// A tensor to be written to the file.
 enum Entry<'a> {
     Small(Stored),
-    /// Features on the CPU, with their shape, written in f32. Their bytes are made only when they
-    /// are written, since they are the largest part.
-    Features(&'a Tensor, Vec<usize>),
+    /// A tensor on the CPU, with its shape, written in f32. Its bytes are made only when they are written, since such
+    /// tensors are the largest part.
+    Floats(&'a Tensor, Vec<usize>),
 }
 
 impl<'a> Entry<'a> {
-    fn features(features: &'a Tensor) -> Self {
-        let shape = features.size().iter().map(|size| *size as usize).collect();
-        Self::Features(features, shape)
+    fn floats(tensor: &'a Tensor) -> Self {
+        let shape = tensor.size().iter().map(|size| *size as usize).collect();
+        Self::Floats(tensor, shape)
     }
 }
 
@@ -343,22 +365,22 @@ impl View for Entry<'_> {
     fn dtype(&self) -> Dtype {
         match self {
             Self::Small(stored) => stored.dtype(),
-            Self::Features(..) => Dtype::F32,
+            Self::Floats(..) => Dtype::F32,
         }
     }
     fn shape(&self) -> &[usize] {
         match self {
             Self::Small(stored) => stored.shape(),
-            Self::Features(_, shape) => shape,
+            Self::Floats(_, shape) => shape,
         }
     }
     fn data(&self) -> Cow<'_, [u8]> {
         match self {
             Self::Small(stored) => stored.data(),
-            Self::Features(features, _) => {
+            Self::Floats(tensor, _) => {
                 let mut bytes = vec![0; self.data_len()];
-                let features = features.to_kind(Kind::Float).contiguous();
-                features.copy_data_u8(&mut bytes, features.numel());
+                let tensor = tensor.to_kind(Kind::Float).contiguous();
+                tensor.copy_data_u8(&mut bytes, tensor.numel());
                 Cow::Owned(bytes)
             }
         }
@@ -366,7 +388,7 @@ impl View for Entry<'_> {
     fn data_len(&self) -> usize {
         match self {
             Self::Small(stored) => stored.data_len(),
-            Self::Features(features, _) => 4 * features.numel(),
+            Self::Floats(tensor, _) => 4 * tensor.numel(),
         }
     }
 }
@@ -379,6 +401,29 @@ impl File<'_> {
         self.0
             .tensor(name)
             .map_err(|_| StatisticsError::MissingTensor(name))
+    }
+
+    /// Reads the predictions of m sources and of the backbone without a prompt, for n samples and k classes, if there are
+    /// any.
+    fn predictions(
+        &self,
+        [m, n, d]: [usize; 3],
+        k: usize,
+    ) -> Result<Option<UnseenPredictions>, StatisticsError> {
+        if !self.0.names().contains(&"log_predictions") {
+            return Ok(None);
+        }
+        let tensor = |values: &[f32], shape: &[usize]| {
+            let shape: Vec<i64> = shape.iter().map(|size| *size as i64).collect();
+            Tensor::from_slice(values).view(shape.as_slice())
+        };
+        let (log_p, shape) = self.floats("log_predictions", [Some(m + 1), Some(n), Some(k)])?;
+        let (without, of_samples) = self.floats("features_without_prompt", [Some(n), Some(d)])?;
+        Ok(Some(UnseenPredictions {
+            log_p: tensor(&log_p, &shape),
+            temperatures: self.numbers("prediction_temperature", &[m + 1])?,
+            without_prompt: tensor(&without, &of_samples),
+        }))
     }
 
     /// Reads the gradients of m sources, if there are any.
@@ -447,20 +492,21 @@ impl File<'_> {
     }
 
     /// Reads values and shape. `None` in `expected` stands for any length but 0.
-    pub fn floats(
+    pub fn floats<const AXES: usize>(
         &self,
         name: &'static str,
-        expected: [Option<usize>; 3],
-    ) -> Result<(Vec<f32>, [usize; 3]), StatisticsError> {
+        expected: [Option<usize>; AXES],
+    ) -> Result<(Vec<f32>, [usize; AXES]), StatisticsError> {
         let view = self.view(name)?;
-        let shape = <[usize; 3]>::try_from(view.shape()).ok();
+        let shape = <[usize; AXES]>::try_from(view.shape()).ok();
         let shape = shape.filter(|shape| {
             let mut lengths = shape.iter().zip(expected);
             lengths.all(|(length, expected)| expected.map_or(*length > 0, |e| e == *length))
         });
         let (Some(shape), Some(values)) = (shape, read_f32(&view)) else {
-            let [a, b, c] = expected.map(|e| e.map_or("any".into(), |e| e.to_string()));
-            return Err(misshapen(name, &view, format!("f32 [{a}, {b}, {c}]")));
+            let lengths = expected.map(|e| e.map_or("any".into(), |e| e.to_string()));
+            let expected = format!("f32 [{}]", lengths.join(", "));
+            return Err(misshapen(name, &view, expected));
         };
         if values.iter().all(|value| value.is_finite()) {
             Ok((values, shape))

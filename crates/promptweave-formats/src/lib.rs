@@ -8,6 +8,8 @@
 //!            ▲
 //!         parquet                  peft             directory_cache
 //! ```
+//!
+//! One module only writes: `prediction_table`.
 
 pub mod archive;
 pub mod backbone;
@@ -19,4 +21,5 @@ pub mod files;
 pub mod image;
 pub mod parquet;
 pub mod peft;
+pub mod prediction_table;
 pub mod tensor_file;

@@ -108,6 +108,7 @@ impl Objective {
             self.h_score.shrinkage().check("h_score.shrinkage"),
             check_shrinkage("head.shrinkage", self.head.shrinkage),
             self.check_weighing(),
+            self.check_beta(),
             self.check_top_k(),
             self.target_epochs().map_or(Ok(()), check_target_epochs),
             self.check_entropy(),
@@ -131,11 +132,22 @@ impl Objective {
         }
     }
 
+    fn check_beta(&self) -> Result<(), InvalidObjective> {
+        let beta = self.pool().beta;
+        if beta.is_finite() && beta >= 0.0 {
+            return Ok(());
+        }
+        refuse("beta", format!("is {beta}; it must be finite and ≥ 0"))
+    }
+
     fn check_top_k(&self) -> Result<(), InvalidObjective> {
-        match &self.options {
-            MethodOptions::Spot(spot) if spot.top_k == Some(0) => {
-                refuse("top_k", "is 0; it must be at least 1")
-            }
+        let top_k = match &self.options {
+            MethodOptions::Spot(spot) => spot.top_k,
+            MethodOptions::Pool(pool) => pool.top_k,
+            _ => None,
+        };
+        match top_k {
+            Some(0) => refuse("top_k", "is 0; it must be at least 1"),
             _ => Ok(()),
         }
     }
@@ -216,7 +228,7 @@ impl Objective {
         });
         h_score.shrinkage = Some(h_score.shrinkage());
         let by_default = match self.method() {
-            Method::HgpromptCv if can_fall_back && self.experimental.refine == 0 => {
+            Method::HgpromptCv | Method::Pool if can_fall_back && self.experimental.refine == 0 => {
                 Fallback::SingleBest
             }
             _ => Fallback::None,

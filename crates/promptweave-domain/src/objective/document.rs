@@ -11,7 +11,7 @@ use crate::json;
 use crate::json::Mistake;
 use crate::method::Method;
 use crate::objective::options::{
-    AlignmentTerm, BothTerms, Guarded, MethodOptions, SingleBest, Spot, TargetTuned,
+    AlignmentTerm, BothTerms, Guarded, MethodOptions, Pool, SingleBest, Spot, TargetTuned,
 };
 use crate::objective::{
     AlignTokens, Experimental, HScoreMode, HScoreOptions, HeadOptions, Objective,
@@ -36,6 +36,7 @@ impl Method {
         match self {
             Self::HgpromptCv | Self::Hgprompt => &["trade_off", "alignment", "fallback"],
             Self::AlignmentOnly => &["alignment", "fallback"],
+            Self::Pool => &["beta", "top_k", "fallback"],
             Self::HOnly | Self::Average => &["fallback"],
             Self::SingleBest => &["by"],
             Self::Spot => &["similarity", "top_k", "choice", "target_epochs", "fallback"],
@@ -124,6 +125,7 @@ impl MethodOptions {
             Method::Hgprompt => of(Self::Hgprompt, fields),
             Method::HOnly => of(Self::HOnly, fields),
             Method::AlignmentOnly => of(Self::AlignmentOnly, fields),
+            Method::Pool => of(Self::Pool, fields),
             Method::Average => of(Self::Average, fields),
             Method::SingleBest => of(Self::SingleBest, fields),
             Method::Spot => of(Self::Spot, fields),
@@ -169,6 +171,7 @@ impl ToSchema for Objective {
     fn schemas(schemas: &mut Vec<(String, RefOr<Schema>)>) {
         Common::schemas(schemas);
         BothTerms::schemas(schemas);
+        Pool::schemas(schemas);
         SingleBest::schemas(schemas);
         Spot::schemas(schemas);
     }
@@ -188,6 +191,10 @@ fn of_method(method: Method) -> Schema {
         ),
         Method::HOnly => (Guarded::schema(), "The H-score alone; takes no gradients."),
         Method::AlignmentOnly => (AlignmentTerm::schema(), "Gradient alignment alone."),
+        Method::Pool => (
+            Pool::schema(),
+            "A log-linear pool of the sources' own predictions; takes no gradients.",
+        ),
         Method::Average => (Guarded::schema(), "Equal weights."),
         Method::SingleBest => (SingleBest::schema(), "All weight on one source."),
         Method::Spot => (Spot::schema(), "As SPoT weighs, by similarity of prompts."),
@@ -279,7 +286,7 @@ mod tests {
             ),
             (
                 "/top_k",
-                format!("unknown field `top_k`: {has}; `top_k` is of `spot`"),
+                format!("unknown field `top_k`: {has}; `top_k` is of `pool`, `spot`"),
             ),
             (
                 "/trade_off",

@@ -13,7 +13,8 @@ use utoipa::ToSchema;
 
 pub use self::checks::{InvalidObjective, check_shrinkage};
 pub use self::options::{
-    AlignmentTerm, BothTerms, Guarded, MethodOptions, SingleBest, Spot, TARGET_EPOCHS, TargetTuned,
+    AlignmentTerm, BothTerms, Guarded, MethodOptions, Pool, SingleBest, Spot, TARGET_EPOCHS,
+    TargetTuned,
 };
 use crate::method::{Criterion, Fallback, Method, Scale, Similarity, SpotChoice, UniformMix};
 

@@ -15,6 +15,7 @@ pub enum MethodOptions {
     Hgprompt(BothTerms),
     HOnly(Guarded),
     AlignmentOnly(AlignmentTerm),
+    Pool(Pool),
     Average(Guarded),
     SingleBest(SingleBest),
     Spot(Spot),
@@ -47,6 +48,24 @@ pub struct AlignmentTerm {
     pub alignment: AlignmentOptions,
     /// What to do if the composed prompt does worse than a single source, as with `hgprompt_cv`.
     /// Default `none`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fallback: Option<Fallback>,
+}
+
+/// The options of the log-linear pool of predictions.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(default)]
+pub struct Pool {
+    /// β ≥ 0: how strongly the weights are pulled towards equal ones, in samples.
+    #[schema(minimum = 0)]
+    pub beta: f64,
+    /// The number of sources to keep, those with the largest weights; "no prompt" counts as one. The weights are then
+    /// fitted again [default: all].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1)]
+    pub top_k: Option<usize>,
+    /// What to do if the composed prompt does worse than a single source, as with `hgprompt_cv`. It decides about the
+    /// composed prompt alone, never about the pool's weights. Default `single_best`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fallback: Option<Fallback>,
 }
@@ -105,6 +124,16 @@ pub struct TargetTuned {
 /// Default number of epochs of the short tuning on the target.
 pub const TARGET_EPOCHS: u32 = 5;
 
+impl Default for Pool {
+    fn default() -> Self {
+        Self {
+            beta: 10.0,
+            top_k: None,
+            fallback: None,
+        }
+    }
+}
+
 impl Default for Spot {
     fn default() -> Self {
         Self {
@@ -139,6 +168,7 @@ impl MethodOptions {
             Self::Hgprompt(_) => Method::Hgprompt,
             Self::HOnly(_) => Method::HOnly,
             Self::AlignmentOnly(_) => Method::AlignmentOnly,
+            Self::Pool(_) => Method::Pool,
             Self::Average(_) => Method::Average,
             Self::SingleBest(_) => Method::SingleBest,
             Self::Spot(_) => Method::Spot,
@@ -161,6 +191,7 @@ impl MethodOptions {
             Self::HgpromptCv(both) | Self::Hgprompt(both) => Some(&mut both.fallback),
             Self::HOnly(guarded) | Self::Average(guarded) => Some(&mut guarded.fallback),
             Self::AlignmentOnly(term) => Some(&mut term.fallback),
+            Self::Pool(pool) => Some(&mut pool.fallback),
             Self::SingleBest(_) => None,
             Self::Spot(spot) => Some(&mut spot.fallback),
             Self::Panda(tuned) | Self::Attempt(tuned) => Some(&mut tuned.fallback),
@@ -192,12 +223,21 @@ impl Objective {
         }
     }
 
+    /// The options of the pool that every result reports: the method's own, or the defaults.
+    pub fn pool(&self) -> Pool {
+        match &self.options {
+            MethodOptions::Pool(pool) => pool.clone(),
+            _ => Pool::default(),
+        }
+    }
+
     /// Whether a `fallback` is requested.
     pub fn falls_back(&self) -> bool {
         let asked = match &self.options {
             MethodOptions::HgpromptCv(both) | MethodOptions::Hgprompt(both) => both.fallback,
             MethodOptions::HOnly(guarded) | MethodOptions::Average(guarded) => guarded.fallback,
             MethodOptions::AlignmentOnly(term) => term.fallback,
+            MethodOptions::Pool(pool) => pool.fallback,
             MethodOptions::SingleBest(_) => None,
             MethodOptions::Spot(spot) => spot.fallback,
             MethodOptions::Panda(tuned) | MethodOptions::Attempt(tuned) => tuned.fallback,

@@ -18,7 +18,7 @@ pub enum PromptFileError {
     #[error("tensor `{tensor}` is not part of a prompt file{}", hint(.tensor))]
     UnknownTensor { tensor: String },
     #[error("tensor `{0}` is missing")]
-    MissingTensor(&'static str),
+    MissingTensor(String),
     #[error("tensor `{tensor}` has dtype {dtype}, expected {expected}")]
     Dtype {
         tensor: String,
@@ -63,7 +63,8 @@ impl PromptFileError {
             | Self::Dtype { tensor, .. }
             | Self::Shape { tensor, .. }
             | Self::NotFinite { tensor, .. } => Some(tensor),
-            Self::MissingTensor(tensor) | Self::Label { tensor, .. } => Some(tensor),
+            Self::MissingTensor(tensor) => Some(tensor),
+            Self::Label { tensor, .. } => Some(tensor),
             Self::Metadata(_) | Self::MetadataTooLong(_) | Self::Format(_) => Some(METADATA_KEY),
             Self::Foreign(_) | Self::NotSafetensors(_) | Self::HeaderTooLong => None,
         }

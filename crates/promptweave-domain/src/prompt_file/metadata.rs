@@ -25,6 +25,31 @@ pub enum Origin {
     Composed,
 }
 
+/// A prompt and its weight in what was made of it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct WeighedPrompt {
+    /// The prompt's name; null for the backbone without a prompt.
+    pub prompt: Option<String>,
+    /// The prompt's version; null without a registry.
+    pub version: Option<i32>,
+    /// sha256 of the prompt's file.
+    #[schema(value_type = Option<String>, example = "sha256:…")]
+    pub digest: Option<Digest>,
+    pub weight: f64,
+}
+
+impl WeighedPrompt {
+    /// The prompts that a file names as its sources: those with a weight, by digest, since a sum does not depend on their
+    /// order.
+    pub fn with_weight(all: impl IntoIterator<Item = Self>) -> Vec<Self> {
+        let counting = all.into_iter().filter(|source| source.weight > 0.0);
+        let mut sources: Vec<Self> = counting.collect();
+        sources.sort_by_key(|source| source.digest);
+        sources
+    }
+}
+
 /// A prompt file's statements about itself. It has no time and no job id, so that the same content
 /// gives the same bytes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -50,6 +75,9 @@ pub struct PromptMetadata {
     /// The training record; free-form.
     #[serde(default)]
     pub training: Option<Value>,
+    /// The prompts that a composed prompt is the sum of.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub sources: Vec<WeighedPrompt>,
 }
 
 impl PromptMetadata {
@@ -64,17 +92,28 @@ impl PromptMetadata {
             classes: None,
             origin: Origin::Uploaded,
             training: None,
+            sources: Vec::new(),
         }
     }
 
     pub(super) fn read(json: &str) -> Result<Self, PromptFileError> {
-        if json.len() > MAX_METADATA_BYTES {
-            return Err(PromptFileError::MetadataTooLong(json.len()));
-        }
+        check_length(json)?;
         let read: Self = serde_json::from_str(json).map_err(PromptFileError::Metadata)?;
-        if read.format != FORMAT {
-            return Err(PromptFileError::Format(read.format));
-        }
+        check_format(read.format)?;
         Ok(read)
+    }
+}
+
+pub fn check_length(json: &str) -> Result<(), PromptFileError> {
+    match json.len() {
+        ..=MAX_METADATA_BYTES => Ok(()),
+        length => Err(PromptFileError::MetadataTooLong(length)),
+    }
+}
+
+pub fn check_format(format: u32) -> Result<(), PromptFileError> {
+    match format {
+        FORMAT => Ok(()),
+        format => Err(PromptFileError::Format(format)),
     }
 }

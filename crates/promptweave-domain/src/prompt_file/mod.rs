@@ -13,8 +13,8 @@
 //! then `None` and the missing fields come from the request.
 
 mod error;
-mod metadata;
-mod read;
+pub(crate) mod metadata;
+pub(crate) mod read;
 #[cfg(test)]
 mod tests;
 
@@ -26,7 +26,9 @@ use crate::compatibility::PromptFacts;
 use crate::digest::Digest;
 use crate::tensor::{Stored, Tensor};
 pub use error::PromptFileError;
-pub use metadata::{FORMAT, MAX_METADATA_BYTES, METADATA_KEY, Origin, PromptMetadata};
+pub use metadata::{
+    FORMAT, MAX_METADATA_BYTES, METADATA_KEY, Origin, PromptMetadata, WeighedPrompt,
+};
 pub use read::{MAX_EMBED_DIM, MAX_TOKENS};
 
 /// A linear head on the feature: logits = W f + b.

@@ -14,6 +14,16 @@ pub const MAX_TOKENS: usize = 4096;
 /// The widest prompt accepted (the largest public ViT, with 22 B parameters, has 6144).
 pub const MAX_EMBED_DIM: usize = 16_384;
 
+const PROMPT: &str = "prompt_embeddings";
+const NAMES: [&str; 6] = [
+    PROMPT,
+    "deep_prompt_embeddings",
+    "head.weight",
+    "head.bias",
+    "sketch.features",
+    "sketch.labels",
+];
+
 impl PromptFile {
     /// Reads and checks a prompt file: format, names, dtypes, shapes, finite values.
     pub fn parse(bytes: &[u8]) -> Result<Self, PromptFileError> {
@@ -32,34 +42,19 @@ impl PromptFile {
         let metadata = metadata
             .map(|json| PromptMetadata::read(json))
             .transpose()?;
-        let tensors = Tensors::check_names(&file)?;
+        check_names(&file, |name| NAMES.contains(&name))?;
+        let tensors = Tensors {
+            file: &file,
+            prefix: "",
+        };
 
-        let dtype = match file.tensor("prompt_embeddings").map(|t| t.dtype()) {
+        let dtype = match file.tensor(PROMPT).map(|t| t.dtype()) {
             Ok(Dtype::F16) => PromptDtype::F16,
             Ok(Dtype::BF16) => PromptDtype::Bf16,
             _ => PromptDtype::F32,
         };
-        let mut prompt_embeddings = tensors
-            .float("prompt_embeddings")?
-            .ok_or(PromptFileError::MissingTensor("prompt_embeddings"))?;
-        if prompt_embeddings.shape.len() == 3 && prompt_embeddings.shape[0] == 1 {
-            prompt_embeddings.shape.remove(0);
-        }
-        let &[m, d] = prompt_embeddings.shape.as_slice() else {
-            return Err(shape(
-                "prompt_embeddings",
-                &prompt_embeddings.shape,
-                "[m, d]",
-            ));
-        };
-        if !(1..=MAX_TOKENS).contains(&m) || !(1..=MAX_EMBED_DIM).contains(&d) {
-            let expected = format!("[m, d] with m in 1..={MAX_TOKENS}, d in 1..={MAX_EMBED_DIM}");
-            return Err(shape(
-                "prompt_embeddings",
-                &prompt_embeddings.shape,
-                &expected,
-            ));
-        }
+        let prompt_embeddings = tensors.prompt()?.ok_or_else(|| tensors.missing(PROMPT))?;
+        let [m, d] = [prompt_embeddings.shape[0], prompt_embeddings.shape[1]];
         let deep_prompt_embeddings = tensors.float("deep_prompt_embeddings")?;
         if let Some(deep) = &deep_prompt_embeddings
             && (deep.shape.len() != 3 || deep.shape[0] == 0 || deep.shape[1..] != [m, d])
@@ -85,7 +80,7 @@ impl PromptFile {
     }
 }
 
-fn shape(tensor: &str, shape: &[usize], expected: &str) -> PromptFileError {
+pub(crate) fn shape(tensor: &str, shape: &[usize], expected: &str) -> PromptFileError {
     PromptFileError::Shape {
         tensor: tensor.to_owned(),
         shape: shape.to_vec(),
@@ -124,46 +119,73 @@ fn check_classes(
     }
 }
 
-/// The tensors of a file whose names are all known.
-struct Tensors<'a>(&'a SafeTensors<'a>);
+/// Refuses a tensor whose name is not known.
+pub(crate) fn check_names(
+    file: &SafeTensors<'_>,
+    known: impl Fn(&str) -> bool,
+) -> Result<(), PromptFileError> {
+    let names = file.names().into_iter();
+    match names.filter(|name| !known(name)).min() {
+        Some(name) => Err(PromptFileError::UnknownTensor {
+            tensor: name.to_owned(),
+        }),
+        None => Ok(()),
+    }
+}
 
-impl<'a> Tensors<'a> {
-    const NAMES: [&'static str; 6] = [
-        "prompt_embeddings",
-        "deep_prompt_embeddings",
-        "head.weight",
-        "head.bias",
-        "sketch.features",
-        "sketch.labels",
-    ];
+/// The tensors of one prompt in a file. Their names begin with `prefix`.
+pub(crate) struct Tensors<'a> {
+    pub file: &'a SafeTensors<'a>,
+    pub prefix: &'a str,
+}
 
-    fn check_names(file: &'a SafeTensors<'a>) -> Result<Self, PromptFileError> {
-        let mut unknown: Vec<_> = file
-            .names()
-            .into_iter()
-            .filter(|n| !Self::NAMES.contains(n))
-            .collect();
-        unknown.sort_unstable();
-        match unknown.first() {
-            Some(name) => Err(PromptFileError::UnknownTensor {
-                tensor: (*name).to_owned(),
-            }),
-            None => Ok(Self(file)),
+impl Tensors<'_> {
+    fn named(&self, name: &str) -> String {
+        format!("{}{name}", self.prefix)
+    }
+
+    pub fn missing(&self, name: &str) -> PromptFileError {
+        PromptFileError::MissingTensor(self.named(name))
+    }
+
+    fn shape(&self, name: &str, found: &[usize], expected: &str) -> PromptFileError {
+        shape(&self.named(name), found, expected)
+    }
+
+    /// The prompt at the first block's input, [m, d].
+    pub fn prompt(&self) -> Result<Option<Tensor<f32>>, PromptFileError> {
+        let Some(mut prompt) = self.float(PROMPT)? else {
+            return Ok(None);
+        };
+        if prompt.shape.len() == 3 && prompt.shape[0] == 1 {
+            prompt.shape.remove(0);
+        }
+        match prompt.shape.as_slice() {
+            [m, d] if (1..=MAX_TOKENS).contains(m) && (1..=MAX_EMBED_DIM).contains(d) => {
+                Ok(Some(prompt))
+            }
+            [_, _] => {
+                let expected =
+                    format!("[m, d] with m in 1..={MAX_TOKENS}, d in 1..={MAX_EMBED_DIM}");
+                Err(self.shape(PROMPT, &prompt.shape, &expected))
+            }
+            other => Err(self.shape(PROMPT, other, "[m, d]")),
         }
     }
 
     fn float(&self, name: &str) -> Result<Option<Tensor<f32>>, PromptFileError> {
-        let Ok(view) = self.0.tensor(name) else {
+        let name = self.named(name);
+        let Ok(view) = self.file.tensor(&name) else {
             return Ok(None);
         };
         let values = read_f32(&view).ok_or_else(|| PromptFileError::Dtype {
-            tensor: name.to_owned(),
+            tensor: name.clone(),
             dtype: format!("{:?}", view.dtype()).to_lowercase(),
             expected: "f32, f16 or bf16",
         })?;
         match values.iter().position(|v| !v.is_finite()) {
             Some(index) => Err(PromptFileError::NotFinite {
-                tensor: name.to_owned(),
+                tensor: name,
                 index,
                 value: values[index],
             }),
@@ -171,28 +193,24 @@ impl<'a> Tensors<'a> {
         }
     }
 
-    fn head(&self, d: usize) -> Result<Option<Head>, PromptFileError> {
+    pub fn head(&self, d: usize) -> Result<Option<Head>, PromptFileError> {
         let (weight, bias) = match (self.float("head.weight")?, self.float("head.bias")?) {
             (None, None) => return Ok(None),
-            (Some(_), None) => return Err(PromptFileError::MissingTensor("head.bias")),
-            (None, Some(_)) => return Err(PromptFileError::MissingTensor("head.weight")),
+            (Some(_), None) => return Err(self.missing("head.bias")),
+            (None, Some(_)) => return Err(self.missing("head.weight")),
             (Some(weight), Some(bias)) => (weight, bias),
         };
         if weight.shape.len() != 2 || weight.shape[0] == 0 || weight.shape[1] != d {
-            return Err(shape("head.weight", &weight.shape, &format!("[K, {d}]")));
+            return Err(self.shape("head.weight", &weight.shape, &format!("[K, {d}]")));
         }
         if bias.shape != weight.shape[..1] {
-            return Err(shape(
-                "head.bias",
-                &bias.shape,
-                &format!("[{}]", weight.shape[0]),
-            ));
+            return Err(self.shape("head.bias", &bias.shape, &format!("[{}]", weight.shape[0])));
         }
         Ok(Some(Head { weight, bias }))
     }
 
     fn sketch(&self, d: usize) -> Result<Option<Sketch>, PromptFileError> {
-        let labels = match self.0.tensor("sketch.labels") {
+        let labels = match self.file.tensor("sketch.labels") {
             Err(_) => None,
             Ok(view) => Some(Tensor::new(
                 view.shape(),
@@ -205,20 +223,16 @@ impl<'a> Tensors<'a> {
         };
         let (features, labels) = match (self.float("sketch.features")?, labels) {
             (None, None) => return Ok(None),
-            (Some(_), None) => return Err(PromptFileError::MissingTensor("sketch.labels")),
-            (None, Some(_)) => return Err(PromptFileError::MissingTensor("sketch.features")),
+            (Some(_), None) => return Err(self.missing("sketch.labels")),
+            (None, Some(_)) => return Err(self.missing("sketch.features")),
             (Some(features), Some(labels)) => (features, labels),
         };
         if features.shape.len() != 2 || features.shape[1] != d {
-            return Err(shape(
-                "sketch.features",
-                &features.shape,
-                &format!("[n, {d}]"),
-            ));
+            return Err(self.shape("sketch.features", &features.shape, &format!("[n, {d}]")));
         }
         if labels.shape != features.shape[..1] {
             let expected = format!("[{}]", features.shape[0]);
-            return Err(shape("sketch.labels", &labels.shape, &expected));
+            return Err(self.shape("sketch.labels", &labels.shape, &expected));
         }
         Ok(Some(Sketch { features, labels }))
     }

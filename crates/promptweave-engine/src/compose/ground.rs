@@ -9,6 +9,7 @@ use crate::cache::{CachedGradients, CachedSources};
 use crate::compose::Workspace;
 use crate::compose::steps::{Steps, stop_on};
 use crate::error::EngineError;
+use crate::pool::unseen::UnseenPredictions;
 use crate::samples::Samples;
 use crate::score::gradients;
 use crate::score::gradients::{GradientStatistics, GradientSummary, accumulate, sample_folds};
@@ -32,6 +33,7 @@ impl Workspace<'_> {
     pub(super) fn statistics(
         &self,
         mut cached: CachedSources<'_>,
+        without_prompt: Tensor,
         steps: &mut Steps<'_>,
     ) -> Result<(Statistics, Option<EarlyStop>), EngineError> {
         let Self { vit, samples, .. } = self;
@@ -40,11 +42,19 @@ impl Workspace<'_> {
 
         steps.begin(Phase::Heads)?;
         let folds = folds(labels, vit.config.embed_dim);
-        let mut count = steps.counter(self.tensors.len() as u64);
+        let mut count = steps.counter(2 * self.tensors.len() as u64 + 1);
         let heads = fit_heads(
             &features,
             labels,
             &folds,
+            self.classes.len(),
+            &self.objective.head,
+            &mut || stop_on(count(1)),
+        )?;
+        let predictions = UnseenPredictions::new(
+            &features,
+            without_prompt,
+            labels,
             self.classes.len(),
             &self.objective.head,
             &mut || stop_on(count(1)),
@@ -71,9 +81,23 @@ impl Workspace<'_> {
                 loss: of_heads(|head| head.loss),
                 saturation: of_heads(|head| head.saturation),
             },
+            predictions: Some(predictions),
             gradients,
         };
         Ok((statistics, early_stop))
+    }
+
+    /// Features [N, d] of the backbone without a prompt.
+    pub(super) fn without_prompt(
+        &self,
+        mut cached: CachedSources<'_>,
+        steps: &mut Steps<'_>,
+    ) -> Result<Tensor, EngineError> {
+        let features = cached.features(&[self.no_prompt()], |unknown| {
+            let pairs = self.vit.pairs(self.samples, unknown);
+            extract(self.vit, &pairs, |_| steps.tick(Phase::Features))
+        })?;
+        Ok(features.get(0))
     }
 
     /// Features [M, N, d], and whether they were computed by shards.

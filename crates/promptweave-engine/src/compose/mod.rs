@@ -1,5 +1,6 @@
 //! A whole composition, step by step.
 
+pub(crate) mod ensemble;
 pub(crate) mod refine;
 pub(crate) mod report;
 pub mod self_test;
@@ -21,6 +22,7 @@ use tch::Tensor;
 
 use crate::baselines::{towards_uniform, uniform};
 use crate::cache::{CachedSources, ResultCache};
+use crate::compose::ensemble::Pooled;
 use crate::compose::refine::Refiner;
 use crate::compose::report::Findings;
 use crate::compose::sources::{anchored, check_sources, common_init_seed, composed_prompt};
@@ -28,7 +30,6 @@ use crate::compose::steps::{Steps, stop_on};
 use crate::compose::token_alignment::align;
 use crate::device;
 use crate::error::EngineError;
-use crate::pool;
 use crate::samples::{Samples, Selection};
 use crate::score::evaluate::{Evaluation, OnUnseen, cross_fitted};
 use crate::score::transferability::SourceScores;
@@ -42,7 +43,7 @@ use promptweave_domain::composition::{
     Baselines, CompositionInput, PathPoint, PromptScore, Refinement, Source, TokenAlignment,
 };
 use promptweave_domain::early_stopping::EarlyStopping;
-use promptweave_domain::method::{NO_ANCHOR, Scale};
+use promptweave_domain::method::{Method, NO_ANCHOR, Scale};
 use promptweave_domain::objective::{HScoreOptions, InvalidObjective, Objective, Shrinkage};
 use promptweave_domain::phase::Phase;
 use promptweave_domain::prompt_file::PromptFile;
@@ -53,7 +54,7 @@ use promptweave_formats::dataset::LabelledImages;
 pub fn compose(
     backbone: &Backbone,
     vit: &Vit,
-    cache: Option<&mut ResultCache>,
+    mut cache: Option<&mut ResultCache>,
     target_prompt: &mut Option<TargetPrompt>,
     input: &CompositionInput,
     observer: &mut dyn Observer,
@@ -68,25 +69,13 @@ pub fn compose(
     let Inputs {
         samples, dataset, ..
     } = &inputs;
+    let nothing = PlainTensor::new([0, vit.config.embed_dim], Vec::new());
+    let of_nothing = std::slice::from_ref(&nothing);
+    let cached = cache.as_deref_mut();
+    let cached = CachedSources::new(cached, backbone, vit, samples, of_nothing);
+    let without_prompt = work.without_prompt(cached, &mut steps)?;
     let cached = CachedSources::new(cache, backbone, vit, samples, work.prompts);
-    let (statistics, early_stop) = work.statistics(cached, &mut steps)?;
-
-    steps.begin(Phase::Solve)?;
-    let (solved, mut method) = work.weigh(statistics.ground(), target_prompt, &mut steps)?;
-
-    let classes = dataset.classes.len();
-    let tick = &mut || stop_on(steps.tick(Phase::Solve));
-    let pool = pool::of_sources(statistics.ground(), classes, &objective.head, tick)?;
-
-    steps.begin(Phase::Verify)?;
-    let (alpha, refinement) = work.refine(&solved, &mut steps)?;
-    (method.uniform_mix, method.uniform_mix_candidates) = work.uniform_mix(&alpha, &mut steps)?;
-    let alpha = towards_uniform(&alpha, method.uniform_mix);
-    let (alpha, fallback) = work.fallback(alpha, statistics.ground(), &mut steps)?;
-    method.fallback = fallback;
-    (method.scale, method.scale_candidates) = work.scale(&alpha, &mut steps)?;
-    let anchor = (objective.experimental.anchor_seed).or(inputs.init_seed);
-    method.anchor_seed = anchor.filter(|_| method.scale != 1.0);
+    let (statistics, early_stop) = work.statistics(cached, without_prompt, &mut steps)?;
     let metadata = Metadata {
         format: Metadata::FORMAT,
         sources: work.recorded(&statistics, &mut steps)?,
@@ -102,11 +91,36 @@ pub fn compose(
         seed: target.seed,
         skipped_images: samples.skipped,
     };
-    let mut composed = composed_prompt(&metadata, work.composed(&alpha, method.scale));
-    let verified = work.verify(&mut composed, &solved, &statistics.features, &mut steps)?;
+
+    steps.begin(Phase::Solve)?;
+    let tick = &mut || stop_on(steps.tick(Phase::Solve));
+    let pooled = Pooled::of(&statistics, &metadata, tick)?;
+    let pool = pooled.as_ref().map(|pooled| &pooled.pool);
+    let (solved, mut method) = work.weigh(statistics.ground(), pool, target_prompt, &mut steps)?;
+
+    steps.begin(Phase::Verify)?;
+    let (alpha, refinement) = work.refine(&solved, &mut steps)?;
+    (method.uniform_mix, method.uniform_mix_candidates) = work.uniform_mix(&alpha, &mut steps)?;
+    let alpha = towards_uniform(&alpha, method.uniform_mix);
+    let (alpha, fallback) = work.fallback(alpha, statistics.ground(), &mut steps)?;
+    method.fallback = fallback;
+    (method.scale, method.scale_candidates) = work.scale(&alpha, &mut steps)?;
+    let anchor = (objective.experimental.anchor_seed).or(inputs.init_seed);
+    method.anchor_seed = anchor.filter(|_| method.scale != 1.0);
+    let versions: Vec<Option<i32>> = sources.iter().map(|source| source.version).collect();
+    let embeddings = work.composed(&alpha, method.scale);
+    let mut composed = composed_prompt(&metadata, &versions, &alpha, embeddings);
+    let (verified, logits) =
+        work.verify(&mut composed, &solved, &statistics.features, &mut steps)?;
+    let comparison = match (&pooled, logits, &inputs.eval) {
+        (Some(pooled), Some(logits), Some(eval)) if objective.method() == Method::Pool => {
+            work.compare(pooled, &logits, eval, &mut steps)?
+        }
+        _ => Vec::new(),
+    };
     let evidence = Findings {
         metadata,
-        versions: sources.iter().map(|source| source.version).collect(),
+        versions,
         device: device::name_of(vit.device),
         solved_from: None,
         statistics: &statistics,
@@ -116,7 +130,8 @@ pub fn compose(
         composed,
         verified: Some(verified),
         refinement,
-        pool,
+        pooled,
+        comparison,
         early_stop,
         fallback_dropped: false,
     };
@@ -331,14 +346,15 @@ impl Workspace<'_> {
     }
 
     /// Scores the composed prompt and gives it its head. If there are images to compare on, it also
-    /// scores the uniform average and the source with the highest H of its own.
+    /// scores the uniform average and the source with the highest H of its own. The second value are the composed prompt's
+    /// logits of these images.
     fn verify(
         &self,
         composed: &mut PromptFile,
         solved: &Solved,
         features: &Tensor,
         steps: &mut Steps<'_>,
-    ) -> Result<Verified, EngineError> {
+    ) -> Result<(Verified, Option<Tensor>), EngineError> {
         let options = self.h_score_as_used(solved);
         let evaluation = self.evaluation(&options);
         let compares = self.eval.is_some() && self.objective.method().weighs();
@@ -371,10 +387,17 @@ impl Workspace<'_> {
                 best_single_prompt: self.sources[best].prompt.clone(),
             });
         }
-        Ok(Verified {
+        let verified = Verified {
             score: evaluated.score,
             baselines,
-        })
+        };
+        Ok((verified, evaluated.eval_logits))
+    }
+
+    /// A prompt without tokens, [0, d].
+    fn no_prompt(&self) -> Tensor {
+        let shape = [0, self.vit.embed_dim()];
+        Tensor::zeros(shape, (self.vit.kind, self.vit.device))
     }
 
     fn evaluation<'b>(&'b self, h_score: &'b HScoreOptions) -> Evaluation<'b> {

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::compose::Verified;
+use crate::compose::ensemble::Pooled;
 use crate::compose::steps::Steps;
 use crate::device::LIBTORCH;
 use crate::error::EngineError;
@@ -15,12 +16,13 @@ use crate::solve::solver::{Solution, towards_vertex};
 use crate::statistics::{Metadata, RecordedSource, Statistics};
 use promptweave_domain::composer::Composition;
 use promptweave_domain::composition::{
-    ComposedPrompt, CompositionResult, Diagnostics, FallbackReport, MethodReport, ObjectiveValue,
-    Optimum, PoolReport, PoolWeight, Provenance, Refinement, SourceDiagnostics, SourceWeight,
-    Warning,
+    Compared, ComposedPrompt, CompositionResult, Diagnostics, FallbackReport, MethodReport,
+    NoTransfer, ObjectiveValue, Optimum, PoolReport, PoolWeight, Provenance, Refinement,
+    SourceDiagnostics, SourceWeight, Warning,
 };
 use promptweave_domain::digest::Digest;
 use promptweave_domain::early_stopping::EarlyStop;
+use promptweave_domain::method::Method;
 use promptweave_domain::objective::HScoreMode;
 use promptweave_domain::prompt_file::PromptFile;
 use promptweave_domain::words::WarningCode;
@@ -39,14 +41,15 @@ pub struct Findings<'a> {
     pub statistics: &'a Statistics,
     pub solved: Solved,
     pub method: MethodReport,
-    /// The final weights: the solver's α, changed by refinement or a share of equal weights if
+    /// The weights of the composed prompt: the solver's α, changed by refinement or a share of equal weights if
     /// requested.
     pub alpha: Vec<f64>,
     pub composed: PromptFile,
     /// The results of forward passes; `None` without a backbone.
     pub verified: Option<Verified>,
     pub refinement: Option<Refinement>,
-    pub pool: Option<Pool>,
+    pub pooled: Option<Pooled>,
+    pub comparison: Vec<Compared>,
     pub early_stop: Option<EarlyStop>,
     /// Whether a composition with a backbone would have had a fallback that this one lacks.
     pub fallback_dropped: bool,
@@ -55,7 +58,14 @@ pub struct Findings<'a> {
 impl Findings<'_> {
     pub fn composition(self, steps: Steps<'_>) -> Result<Composition, EngineError> {
         let composed = self.composed.to_bytes();
-        let pool = self.pool.as_ref().map(|pool| self.pool_report(pool));
+        let versions = &self.versions;
+        let file = |pooled: &Pooled| pooled.file(self.statistics, &self.metadata, versions);
+        let ensemble = self.pooled.as_ref().map(file).transpose()?;
+        let ensemble = ensemble.map(|ensemble| ensemble.to_bytes());
+        let pool = self.pooled.as_ref().map(|pooled| PoolReport {
+            ensemble_digest: ensemble.as_ref().map(|bytes| Digest::of(bytes)),
+            ..self.pool_report(&pooled.pool)
+        });
         let objective = self.objective_value()?;
         let diagnostics = self.diagnostics(objective.h_score)?;
         let warnings = self.warnings(&diagnostics, objective.h_score);
@@ -67,6 +77,7 @@ impl Findings<'_> {
                 prompt: None,
                 version: None,
                 digest: Digest::of(&composed),
+                weights: self.alpha.clone(),
             },
             provenance: self.provenance(),
             early_stop: self.early_stop,
@@ -78,6 +89,7 @@ impl Findings<'_> {
             },
             local_optima: self.solved.solution.optima,
             solver: self.solved.solution.report,
+            comparison: self.comparison,
             pool,
             diagnostics,
             warnings,
@@ -86,6 +98,7 @@ impl Findings<'_> {
         Ok(Composition {
             result,
             composed,
+            ensemble,
             statistics: self.statistics.to_bytes(&self.metadata)?,
         })
     }
@@ -127,15 +140,20 @@ impl Findings<'_> {
     }
 
     fn source_weights(&self) -> Vec<SourceWeight> {
+        // With `pool`, the answer is the pool, and the composed prompt is beside it.
+        let pool = (self.pooled.as_ref()).filter(|_| self.method.name == Method::Pool);
+        let pool = pool.map(|pooled| &pooled.pool);
+        let alpha = pool.map_or(&self.alpha, |pool| &pool.alpha);
         // The standard errors belong to the weights that were solved for.
-        let errors = (self.solved.standard_errors.as_ref()).filter(|_| self.fell_back().is_none());
+        let solved = (self.solved.standard_errors.as_ref()).filter(|_| self.fell_back().is_none());
+        let errors = pool.map(|pool| &pool.standard_errors).or(solved);
         let sources = self.metadata.sources.iter().enumerate();
         sources
             .map(|(i, source)| SourceWeight {
                 prompt: source.prompt.clone(),
                 version: self.versions[i],
                 digest: source.digest,
-                weight: self.alpha[i],
+                weight: alpha[i],
                 standard_error: errors.map(|errors| (1.0 - self.method.uniform_mix) * errors[i]),
             })
             .collect()
@@ -149,8 +167,17 @@ impl Findings<'_> {
             standard_error: pool.standard_errors[i],
             validation_loss: pool.source_losses[i],
         });
+        let last = self.metadata.sources.len();
         PoolReport {
             weights: weights.collect(),
+            no_transfer: Some(NoTransfer {
+                weight: pool.alpha[last],
+                standard_error: pool.standard_errors[last],
+                validation_loss: pool.source_losses[last],
+                gain: pool.gain.0,
+                gain_standard_error: pool.gain.1,
+            }),
+            ensemble_digest: None,
             sharpness: pool.sharpness,
             validation_loss: pool.loss,
             validation_accuracy: pool.accuracy,
@@ -324,6 +351,27 @@ impl Findings<'_> {
         }
     }
 
+    /// With `pool`, warns if the sources are not known to help.
+    fn warn_of_pool(&self, warnings: &mut Warnings) {
+        let pooled = (self.pooled.as_ref()).filter(|_| self.method.name == Method::Pool);
+        let Some(Pool {
+            gain: (mean, error),
+            ..
+        }) = pooled.map(|pooled| &pooled.pool)
+        else {
+            return;
+        };
+        if *mean <= KNOWN * error {
+            warnings.add(
+                WarningCode::NothingHelps,
+                format!(
+                    "none of these sources is known to help: the pool's cross-fitted loss is {mean:.4} ± {error:.4} nats \
+                     below that of the backbone without a prompt; give more samples, or other sources"
+                ),
+            );
+        }
+    }
+
     fn warn_of_sources(&self, diagnostics: &Diagnostics, warnings: &mut Warnings) {
         for source in &diagnostics.per_source {
             if source.head_saturation > MANY_SATURATED {
@@ -338,6 +386,7 @@ impl Findings<'_> {
                 );
             }
         }
+        self.warn_of_pool(warnings);
         let sources = &self.metadata.sources;
         if sources.len() == 1 {
             return;
@@ -353,7 +402,7 @@ impl Findings<'_> {
                 WarningCode::FellBack,
                 format!(
                     "source `{prompt}` alone has a lower cross-fitted loss ({validation_loss:.4} nats) than the prompt \
-                     that the method composed ({composed_validation_loss:.4}), and gets all weight"
+                     that the method composed ({composed_validation_loss:.4}), and takes its place"
                 ),
             );
         }
@@ -385,6 +434,9 @@ impl Findings<'_> {
         }
     }
 }
+
+/// The number of standard errors that a gain must exceed to be known.
+const KNOWN: f64 = 2.0;
 
 #[derive(Default)]
 struct Warnings(Vec<Warning>);

@@ -2,11 +2,11 @@
 //! mode, or with fewer sources. It needs no backbone and no images.
 
 use crate::baselines::towards_uniform;
+use crate::compose::ensemble::Pooled;
 use crate::compose::report::Findings;
 use crate::compose::sources::{anchored, composed_prompt};
 use crate::compose::steps::{Steps, stop_on};
 use crate::error::EngineError;
-use crate::pool;
 use crate::solve::weigh_features;
 use crate::statistics::{Metadata, Statistics};
 use promptweave_domain::compatibility::same_source;
@@ -39,23 +39,25 @@ pub fn solve_again(
         objective: objective.clone(),
         ..recorded.of_sources(&rows)
     };
+    let tick = &mut || stop_on(steps.tick(Phase::Solve));
+    let pooled = Pooled::of(&statistics, &metadata, tick)?;
     let (solved, mut method) = weigh_features(
         statistics.ground(),
+        pooled.as_ref().map(|pooled| &pooled.pool),
         &objective,
         metadata.classes.len(),
         &mut steps,
         &mut |_, _| unreachable!("`validation` was refused"),
     )?;
-    let classes = metadata.classes.len();
-    let tick = &mut || stop_on(steps.tick(Phase::Solve));
-    let pool = pool::of_sources(statistics.ground(), classes, &objective.head, tick)?;
     method.uniform_mix = objective.experimental.uniform_mix.known();
     let alpha = towards_uniform(&solved.solution.alpha, method.uniform_mix);
     // Without the backbone there are no features of the composed prompt to fit a head on.
-    let composed = composed_prompt(&metadata, anchored(&statistics.prompts, &alpha, None, 1.0));
+    let versions: Vec<Option<i32>> = input.sources.iter().map(|source| source.version).collect();
+    let embeddings = anchored(&statistics.prompts, &alpha, None, 1.0);
+    let composed = composed_prompt(&metadata, &versions, &alpha, embeddings);
     let evidence = Findings {
         metadata,
-        versions: input.sources.iter().map(|source| source.version).collect(),
+        versions,
         device,
         solved_from: Some(Digest::of(&input.statistics)),
         statistics: &statistics,
@@ -65,7 +67,8 @@ pub fn solve_again(
         composed,
         verified: None,
         refinement: None,
-        pool,
+        pooled,
+        comparison: Vec::new(),
         early_stop: None,
         fallback_dropped: recorded.objective.falls_back()
             && recorded.objective.method() == input.objective.method(),

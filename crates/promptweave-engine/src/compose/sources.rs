@@ -6,7 +6,7 @@ use promptweave_domain::compatibility::{PromptFacts, check_composable, check_fit
 use promptweave_domain::composition::Source;
 use promptweave_domain::method::common_seed;
 use promptweave_domain::mixture::mix;
-use promptweave_domain::prompt_file::{FORMAT, Origin, PromptFile, PromptMetadata};
+use promptweave_domain::prompt_file::{FORMAT, Origin, PromptFile, PromptMetadata, WeighedPrompt};
 use promptweave_domain::tensor::Tensor;
 use promptweave_domain::tuning_method::TuningMethod;
 use promptweave_formats::backbone::Backbone;
@@ -59,8 +59,20 @@ pub fn anchored(
     mix(&all, &scaled.chain([1.0 - scale]).collect::<Vec<_>>())
 }
 
-/// The composed prompt's file, still without a head.
-pub fn composed_prompt(metadata: &Metadata, prompt_embeddings: Tensor<f32>) -> PromptFile {
+/// The composed prompt's file, still without a head. It names the sources with a weight.
+pub fn composed_prompt(
+    metadata: &Metadata,
+    versions: &[Option<i32>],
+    alpha: &[f64],
+    prompt_embeddings: Tensor<f32>,
+) -> PromptFile {
+    let sources = metadata.sources.iter().zip(versions).zip(alpha);
+    let sources = sources.map(|((source, version), weight)| WeighedPrompt {
+        prompt: Some(source.prompt.clone()),
+        version: *version,
+        digest: Some(source.digest),
+        weight: *weight,
+    });
     PromptFile {
         metadata: Some(PromptMetadata {
             format: FORMAT,
@@ -71,6 +83,7 @@ pub fn composed_prompt(metadata: &Metadata, prompt_embeddings: Tensor<f32>) -> P
             classes: Some(metadata.classes.clone()),
             origin: Origin::Composed,
             training: None,
+            sources: WeighedPrompt::with_weight(sources),
         }),
         prompt_embeddings,
         deep_prompt_embeddings: None,

@@ -123,6 +123,7 @@ pub fn prompt(backbone: &Backbone, seed: u64) -> PromptFile {
             classes: None,
             origin: Origin::Tuned,
             training: None,
+            sources: Vec::new(),
         }),
         prompt_embeddings: Tensor::new([TOKENS, D], values),
         deep_prompt_embeddings: None,

@@ -11,8 +11,9 @@ use crate::baselines::{
 use crate::compose::Workspace;
 use crate::compose::steps::{Steps, stop_on};
 use crate::error::EngineError;
+use crate::pool::Pool;
 use crate::score::evaluate::OnUnseen;
-use crate::solve::{Solved, weigh_features};
+use crate::solve::{Solved, Validate, weigh_features};
 use crate::statistics::SolveInputs;
 use crate::tensors::prompt_tensor;
 use crate::tune::{Attention, Tuning};
@@ -38,6 +39,7 @@ impl Workspace<'_> {
     pub(super) fn weigh(
         &self,
         ground: SolveInputs<'_>,
+        pool: Option<&Pool>,
         last: &mut Option<TargetPrompt>,
         steps: &mut Steps<'_>,
     ) -> Result<(Solved, MethodReport), EngineError> {
@@ -58,9 +60,8 @@ impl Workspace<'_> {
             }
             _ => {
                 let classes = self.classes.len();
-                return weigh_features(ground, objective, classes, steps, &mut |path, steps| {
-                    self.validate(path, steps)
-                });
+                let validate: Validate<'_> = &mut |path, steps| self.validate(path, steps);
+                return weigh_features(ground, pool, objective, classes, steps, validate);
             }
         };
         let report = MethodReport {
@@ -175,13 +176,12 @@ impl Workspace<'_> {
         target: &PlainTensor<f32>,
         steps: &mut Steps<'_>,
     ) -> Result<(Vec<f64>, Vec<f64>), EngineError> {
-        let none = Tensor::zeros([0, self.vit.embed_dim()], (self.vit.kind, self.vit.device));
         let mut features_of = |prompt: Tensor| -> Result<Tensor, EngineError> {
             let prompts = [prompt];
             let pairs = self.vit.pairs(self.samples, &prompts);
             Ok(extract(self.vit, &pairs, |_| steps.tick(Phase::Solve))?.get(0))
         };
-        let without = features_of(none)?;
+        let without = features_of(self.no_prompt())?;
         let with = features_of(prompt_tensor(target, self.vit))?;
         let similarities = effects(&features.to_kind(Kind::Double), &without, &with);
         Ok((proportional(&similarities, None), similarities))

@@ -11,19 +11,17 @@
 pub mod solver;
 #[cfg(test)]
 mod tests;
+pub mod unseen;
 
-use tch::{Kind, Tensor};
+use tch::Kind;
 
 use crate::baselines::{most_similar, uniform};
 use crate::device::threads::OneThread;
 use crate::error::EngineError;
 use crate::pool::solver::{Optimum, Predictions, Pull};
-use crate::score::evaluate::UnseenLogits;
 use crate::score::gradients::sample_folds;
-use crate::score::head::fit_temperature;
 use crate::solve::jackknife::errors_of;
-use crate::statistics::SolveInputs;
-use promptweave_domain::objective::HeadOptions;
+use promptweave_domain::objective;
 
 /// ε: the share of equal probabilities in every source's prediction, so that one wrong certainty does not decide.
 pub const EPSILON: f64 = 0.01;
@@ -33,10 +31,13 @@ const LEAST: f64 = 1e-3;
 /// a larger one would come from samples that happen to be separated.
 const MOST: f64 = 1.0;
 
+/// A source with less than this share of an equal weight is left out of the pool, since it costs a forward pass.
+const NEGLIGIBLE: f64 = 0.2;
+
 /// The weights of a pool, and how well it and its parts predict samples that no head was fitted on.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Pool {
-    /// α, on the simplex.
+    /// α, on the simplex. A source that is left out has 0.
     pub alpha: Vec<f64>,
     /// s = Σw > 0.
     pub sharpness: f64,
@@ -52,82 +53,35 @@ pub struct Pool {
     pub uniform_sharpness: f64,
     /// The loss of every source alone, at its own temperature.
     pub source_losses: Vec<f64>,
+    /// How much lower the pool's loss is than the last source's: the mean over the samples, and its standard error.
+    pub gain: (f64, f64),
     /// Whether the solver came to rest.
     pub converged: bool,
 }
 
-/// How the weights are chosen.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct PoolOptions {
-    /// β ≥ 0: how strongly weights are pulled towards equal ones, in samples.
-    pub beta: f64,
-    /// Only so many of the largest weights are kept and fitted again.
-    pub top_k: Option<usize>,
-}
-
-impl Default for PoolOptions {
-    /// β = 10 samples, and all sources.
-    fn default() -> Self {
-        Self {
-            beta: 10.0,
-            top_k: None,
-        }
-    }
-}
-
-/// log pᵢ(k|xₙ) `[N, K]` of one source with features `[N, d]`: (1-ε) softmax(z/T) + ε/K, with z by a head that was not
-/// fitted on the sample, and one temperature T of least loss.
-pub fn log_predictions(
-    features: &Tensor,
-    labels: &[usize],
-    num_classes: usize,
-    head: &HeadOptions,
-) -> Result<Tensor, EngineError> {
-    let unseen = UnseenLogits::new(features, labels, num_classes, head)?;
-    let temperature = fit_temperature(&unseen.with_loss(labels)?);
-    let p = (unseen.logits / temperature).softmax(-1, Kind::Double);
-    let log_p = (p * (1.0 - EPSILON) + EPSILON / num_classes as f64).log();
-    Ok(log_p.to_kind(Kind::Float))
-}
-
-/// The pool of these sources; `None` with one source.
-pub fn of_sources(
-    ground: SolveInputs<'_>,
-    num_classes: usize,
-    head: &HeadOptions,
-    tick: &mut dyn FnMut() -> Result<(), EngineError>,
-) -> Result<Option<Pool>, EngineError> {
-    let (m, labels) = (ground.features.size()[0], ground.labels);
-    if m == 1 {
-        return Ok(None);
-    }
-    let log_p = (0..m).map(|i| {
-        tick()?;
-        log_predictions(&ground.features.get(i), labels, num_classes, head)
-    });
-    let log_p = log_p.collect::<Result<Vec<_>, EngineError>>()?;
-    let predictions = Predictions::new(Tensor::stack(&log_p, 0), labels);
-    fit(&predictions, labels, PoolOptions::default(), tick).map(Some)
-}
-
-/// Fits a pool. `tick` is called before every step; its error ends the work.
+/// Fits a pool of the sources that count. A source is left out if it predicts no better than the classes' shares do, if
+/// its weight is negligible, or beyond `top_k`; the weights of the others are then fitted again. If no source knows
+/// anything, the last has all weight. `tick` is called before every step; its error ends the work.
 pub fn fit(
     predictions: &Predictions,
     labels: &[usize],
-    options: PoolOptions,
+    options: &objective::Pool,
     tick: &mut dyn FnMut() -> Result<(), EngineError>,
 ) -> Result<Pool, EngineError> {
     let _alone = OneThread::begin();
     let m = predictions.num_sources();
-    let (mut found, uniform_weight) = solve(predictions, options.beta, tick)?;
-    let (mut kept, mut top) = ((0..m).collect(), None);
-    if let Some(top_k) = options.top_k.filter(|top_k| *top_k < m) {
-        kept = most_similar(&found.weights, Some(top_k));
-        kept.sort_unstable();
-        let of_kept = top.insert(predictions.of_sources(&kept));
-        (found, _) = solve(of_kept, options.beta, tick)?;
-    }
-    let among = top.as_ref().unwrap_or(predictions);
+    let source_losses = (0..m).map(|i| predictions.of_sources(&[i]).loss(&[1.0]));
+    let source_losses: Vec<f64> = source_losses.collect();
+    let informed = informed(&source_losses, labels);
+    let (of_informed, _) = solve(&predictions.of_sources(&informed), options.beta, tick)?;
+    let kept = kept(&of_informed.weights, options.top_k);
+    let kept: Vec<usize> = kept.iter().map(|i| informed[*i]).collect();
+    let among = &predictions.of_sources(&kept);
+    let found = match kept == informed {
+        true => of_informed,
+        false => solve(among, options.beta, tick)?.0,
+    };
+    let uniform_weight = uniform_weight(predictions, tick)?;
     let spread = |of_kept: &[f64]| {
         let mut of_all = vec![0.0; m];
         kept.iter()
@@ -136,7 +90,8 @@ pub fn fit(
         of_all
     };
     let errors = jackknife(among, labels, options.beta, &found.weights, tick)?;
-    let source_losses = (0..m).map(|i| predictions.of_sources(&[i]).loss(&[1.0]));
+    let last = predictions.of_sources(&[m - 1]).losses(&[1.0]);
+    let gains = last - among.losses(&found.weights);
     let uniform_sharpness = m as f64 * uniform_weight;
     Ok(Pool {
         alpha: spread(&shares(&found.weights)),
@@ -146,9 +101,46 @@ pub fn fit(
         accuracy: among.accuracy(&found.weights),
         uniform_loss: predictions.mean().loss(&[uniform_sharpness]),
         uniform_sharpness,
-        source_losses: source_losses.collect(),
+        source_losses,
+        gain: mean_with_error(&gains),
         converged: found.converged,
     })
+}
+
+/// The sources whose loss is below the entropy of the classes' shares by more than a fitted temperature gains by chance,
+/// 1/N (Akaike 1974). If there is none, the last.
+fn informed(source_losses: &[f64], labels: &[usize]) -> Vec<usize> {
+    let n = labels.len() as f64;
+    let mut counts = vec![0.0; labels.iter().max().map_or(0, |most| most + 1)];
+    labels.iter().for_each(|label| counts[*label] += 1.0);
+    let shares = counts.iter().map(|count| count / n);
+    let entropy: f64 = shares.filter(|p| *p > 0.0).map(|p: f64| -p * p.ln()).sum();
+    let knows = |i: &usize| source_losses[*i] < entropy - 1.0 / n;
+    let informed: Vec<usize> = (0..source_losses.len()).filter(knows).collect();
+    match informed.is_empty() {
+        true => vec![source_losses.len() - 1],
+        false => informed,
+    }
+}
+
+/// The sources to keep, in order: those with the largest weights, at most `top_k`, and none whose weight is negligible.
+fn kept(weights: &[f64], top_k: Option<usize>) -> Vec<usize> {
+    let equal = weights.iter().sum::<f64>() / weights.len() as f64;
+    let mut kept = most_similar(weights, top_k);
+    kept.retain(|i| weights[*i] >= NEGLIGIBLE * equal);
+    kept.sort_unstable();
+    kept
+}
+
+/// The mean of some numbers, and its standard error.
+fn mean_with_error(numbers: &tch::Tensor) -> (f64, f64) {
+    let n = numbers.numel() as f64;
+    let mean = numbers.mean(Kind::Double).double_value(&[]);
+    let squares = (numbers - mean)
+        .square()
+        .sum(Kind::Double)
+        .double_value(&[]);
+    (mean, (squares / (n - 1.0).max(1.0) / n).sqrt())
 }
 
 /// u, the weight of every source in the uniform pool of least loss.
@@ -162,6 +154,21 @@ fn uniform_weight(
     };
     let sharpness = predictions.mean().minimise(free, &[1.0], tick)?.weights[0];
     Ok((sharpness / predictions.num_sources() as f64).clamp(LEAST, MOST))
+}
+
+impl Pool {
+    /// The weights of the sources' prompts alone, on the simplex, where the last source is the backbone without one.
+    /// Without any weight on a prompt they are equal.
+    pub fn over_prompts(&self) -> Vec<f64> {
+        shares(&self.alpha[..self.alpha.len() - 1])
+    }
+
+    /// The sources that are not left out.
+    pub fn members(&self) -> Vec<usize> {
+        (0..self.alpha.len())
+            .filter(|i| self.alpha[*i] > 0.0)
+            .collect()
+    }
 }
 
 /// The weights of a pool with this β, and the weight u that they are pulled towards.

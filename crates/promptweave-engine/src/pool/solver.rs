@@ -86,11 +86,15 @@ impl Predictions {
         self.log_p.size()[1] as usize
     }
 
-    /// The predictions of some of the sources.
+    /// The predictions of some of the sources. Those of all are not copied.
     pub fn of_sources(&self, keep: &[usize]) -> Self {
         let rows: Vec<i64> = keep.iter().map(|i| *i as i64).collect();
+        let all = keep.iter().copied().eq(0..self.num_sources());
         Self {
-            log_p: self.log_p.index_select(0, &Tensor::from_slice(&rows)),
+            log_p: match all {
+                true => self.log_p.shallow_clone(),
+                false => self.log_p.index_select(0, &Tensor::from_slice(&rows)),
+            },
             labels: self.labels.shallow_clone(),
             chunk_bytes: self.chunk_bytes,
         }
@@ -129,12 +133,17 @@ impl Predictions {
         Tensor::cat(&pooled, 0).view([n, k])
     }
 
-    /// Mean loss of a pool with these weights in nats: the first term of F.
-    pub fn loss(&self, weights: &[f64]) -> f64 {
+    /// The loss of every sample by a pool with these weights in nats, `[N]`.
+    pub fn losses(&self, weights: &[f64]) -> Tensor {
         let own = self
             .pooled(weights)
             .gather(1, &self.labels.unsqueeze(1), false);
-        -own.mean(Kind::Double).double_value(&[])
+        -own.squeeze_dim(1)
+    }
+
+    /// Mean loss of a pool with these weights in nats: the first term of F.
+    pub fn loss(&self, weights: &[f64]) -> f64 {
+        self.losses(weights).mean(Kind::Double).double_value(&[])
     }
 
     /// Share of the samples whose label a pool with these weights finds most probable.

@@ -2,8 +2,10 @@ use serde::Deserialize;
 use tch::{Kind, Tensor};
 
 use crate::pool::solver::{Predictions, Pull};
-use crate::pool::{EPSILON, Pool, PoolOptions, fit, log_predictions};
+use crate::pool::unseen::UnseenPredictions;
+use crate::pool::{EPSILON, Pool, fit};
 use crate::testing::{assert_close, features, labels, noise, noise_tensor};
+use promptweave_domain::objective;
 use promptweave_domain::objective::HeadOptions;
 
 /// What `scripts/reference/pool.py` wrote.
@@ -55,8 +57,16 @@ fn random(strengths: &[f64], labels: &[usize], classes: i64, seed: u64) -> Tenso
     (noise_tensor(&[m, n, classes], seed) + strengths * right).log_softmax(-1, Kind::Double)
 }
 
+fn options(beta: f64, top_k: Option<usize>) -> objective::Pool {
+    objective::Pool {
+        beta,
+        top_k,
+        fallback: None,
+    }
+}
+
 fn fit_all(predictions: &Predictions, labels: &[usize], beta: f64, top_k: Option<usize>) -> Pool {
-    fit(predictions, labels, PoolOptions { beta, top_k }, &mut go_on).unwrap()
+    fit(predictions, labels, &options(beta, top_k), &mut go_on).unwrap()
 }
 
 #[test]
@@ -197,7 +207,7 @@ fn weights_follow_their_sources_and_duplicates_share_theirs() {
 #[test]
 fn a_strong_pull_gives_the_uniform_pool_and_none_gives_a_perfect_source_all() {
     let labels = labels(90, 3);
-    let log_p = random(&[2.0, 0.5, 0.0], &labels, 3, 5);
+    let log_p = random(&[2.5, 2.0, 1.5], &labels, 3, 5);
     let pulled = fit_all(
         &Predictions::new(log_p.shallow_clone(), &labels),
         &labels,
@@ -274,8 +284,11 @@ fn useless_and_single_sources_have_an_answer() {
         (Kind::Double, tch::Device::Cpu),
     );
     let pool = fit_all(&Predictions::new(equal, &labels), &labels, 10.0, None);
-    assert_eq!(pool.alpha, [0.5, 0.5]);
+    // None of them knows anything: all weight is on the last, the backbone without a prompt.
+    assert_eq!(pool.alpha, [0.0, 1.0]);
+    assert_eq!(pool.over_prompts(), [1.0]);
     assert_close(pool.loss, 3f64.ln(), 1e-12);
+    assert_eq!(pool.gain, (0.0, 0.0));
     // Sources that are wrong get next to no sharpness.
     let wrong = fit_all(
         &Predictions::new(random(&[-3.0, -3.0], &labels, 3, 7), &labels),
@@ -296,26 +309,74 @@ fn useless_and_single_sources_have_an_answer() {
     assert_eq!((one.alpha[0], one.standard_errors[0]), (1.0, 0.0));
 }
 
+/// What one source of these features, and the backbone without a prompt, predict.
+fn unseen(all: &Tensor, labels: &[usize], classes: usize) -> UnseenPredictions {
+    let without = noise_tensor(&[labels.len() as i64, 6], 3);
+    let head = HeadOptions::default();
+    UnseenPredictions::new(all, without, labels, classes, &head, &mut go_on).unwrap()
+}
+
 #[test]
 fn predictions_are_by_heads_that_did_not_see_the_sample() {
-    let (d, classes) = (6, 3);
-    let mut of_samples = labels(45, classes);
-    let all = features(&[2.0], &of_samples, d, 9);
-    let options = HeadOptions::default();
-    let log_p = log_predictions(&all.get(0), &of_samples, classes, &options).unwrap();
-    assert!(
-        (log_p.exp().sum_dim_intlist(1, false, Kind::Double) - 1.0)
-            .abs()
-            .max()
-            .double_value(&[])
-            < 1e-5
+    let mut of_samples = labels(45, 3);
+    let all = features(&[2.0], &of_samples, 6, 9);
+    let found = unseen(&all, &of_samples, 3);
+    assert_eq!(found.log_p.size(), [2, 45, 3]);
+    let sums = found.log_p.exp().sum_dim_intlist(2, false, Kind::Double);
+    assert!((sums - 1.0).abs().max().double_value(&[]) < 1e-5);
+    assert!(found.log_p.min().double_value(&[]) >= (EPSILON / 3.0).ln() - 1e-5);
+    // The source knows the classes, and noise does not.
+    let pool = fit(
+        &found.labelled(&of_samples),
+        &of_samples,
+        &options(10.0, None),
+        &mut go_on,
     );
-    assert!(log_p.min().double_value(&[]) >= (EPSILON / 3.0).ln() - 1e-5);
+    let pool = pool.unwrap();
+    let (gain, error) = pool.gain;
+    assert!(pool.alpha[0] > 0.8 && gain > 3.0 * error, "{pool:?}");
+    assert_close(gain, pool.source_losses[1] - pool.loss, 1e-12);
+    assert_eq!(pool.over_prompts(), [1.0]);
     // A class with one sample is unknown to the head that predicts it, and has the probability that all classes have.
     of_samples[0] = 3;
-    let log_p = log_predictions(&all.get(0), &of_samples, 4, &options).unwrap();
-    assert_close(log_p.double_value(&[0, 3]), (EPSILON / 4.0).ln(), 1e-5);
-    assert!(bool::try_from(log_p.isfinite().all()).unwrap());
+    let found = unseen(&all, &of_samples, 4);
+    let least = found.log_p.double_value(&[0, 0, 3]);
+    assert_close(least, (EPSILON / 4.0).ln(), 1e-5);
+    assert!(bool::try_from(found.log_p.isfinite().all()).unwrap());
+}
+
+#[test]
+fn heads_for_other_images_are_as_sure_as_they_are_right() {
+    let of_samples = labels(300, 3);
+    // The first 150 are samples, the others are new.
+    let all = features(&[0.7], &of_samples, 6, 11);
+    let (seen, new) = (all.narrow(1, 0, 150), all.get(0).narrow(0, 150, 150));
+    let found = unseen(&seen, &of_samples[..150], 3);
+    let heads = found.heads(&seen, &of_samples[..150], &HeadOptions::default());
+    let logits = heads.unwrap()[0].logits(&new);
+    let p = logits.softmax(-1, Kind::Double).max_dim(1, false).0;
+    let right = crate::score::evaluate::correct(&logits, &of_samples[150..]).unwrap();
+    let accuracy = right.iter().filter(|right| **right).count() as f64 / 150.0;
+    let sure = p.mean(Kind::Double).double_value(&[]);
+    assert!((sure - accuracy).abs() < 0.1, "{sure} {accuracy}");
+}
+
+#[test]
+fn a_source_that_knows_nothing_or_adds_nothing_is_left_out() {
+    let labels = labels(300, 3);
+    let log_p = random(&[2.5, 2.0, 0.0, 0.0, 0.0, 0.0], &labels, 3, 21);
+    let predictions = Predictions::new(log_p, &labels);
+    let pool = fit_all(&predictions, &labels, 10.0, None);
+    let members = pool.members();
+    assert!(
+        members.len() < 6 && members.starts_with(&[0, 1]),
+        "{pool:?}"
+    );
+    let of_members = fit_all(&predictions.of_sources(&members), &labels, 10.0, None);
+    assert_close(pool.alpha[0], of_members.alpha[0], 1e-9);
+    // Equal sources are all kept, however many they are.
+    let equal = predictions.of_sources(&[0; 64]);
+    assert_eq!(fit_all(&equal, &labels, 10.0, None).members().len(), 64);
 }
 
 #[test]
@@ -323,12 +384,8 @@ fn fitting_stops_when_told_to() {
     let labels = labels(30, 3);
     let predictions = Predictions::new(random(&[1.0, 0.0], &labels, 3, 10), &labels);
     let mut stop = || Err(crate::error::EngineError::Stopped);
-    let options = PoolOptions {
-        beta: 10.0,
-        top_k: None,
-    };
     assert!(matches!(
-        fit(&predictions, &labels, options, &mut stop),
+        fit(&predictions, &labels, &options(10.0, None), &mut stop),
         Err(crate::error::EngineError::Stopped)
     ));
 }

@@ -20,7 +20,7 @@ use promptweave_domain::stratified::stratified_subset;
 use promptweave_formats::dataset::LabelledImages;
 use promptweave_formats::image::{decode, resize};
 
-/// Labelled images, at least one, that are decoded in the background to pixels at the backbone's
+/// Images, at least one, with their labels if they have any, that are decoded in the background to pixels at the backbone's
 /// input size. Every image is decoded once. Its pixels take 29 KB on disk at 98 px and 150 KB at
 /// 224 px, and no memory.
 pub struct Samples {
@@ -28,7 +28,7 @@ pub struct Samples {
     pixels: Arc<PixelFile>,
     /// Position of each row's image in the pixel file.
     images: Vec<usize>,
-    /// Each row's label, as an index into the dataset's classes.
+    /// Each row's label, as an index into the dataset's classes; empty for images without labels.
     pub labels: Vec<usize>,
     /// Each row's position in the list file.
     pub indices: Vec<usize>,
@@ -131,6 +131,23 @@ impl Samples {
         })
     }
 
+    /// Images of these files, at least one, without labels. Starts to decode, and returns at once.
+    pub fn unlabelled(
+        paths: Vec<PathBuf>,
+        preprocessing: &Preprocessing,
+    ) -> Result<Self, EngineError> {
+        let all: Vec<usize> = (0..paths.len()).collect();
+        Ok(Self {
+            preprocessing: preprocessing.clone(),
+            pixels: Arc::new(decoding(paths, false, preprocessing)?),
+            images: all.clone(),
+            labels: Vec::new(),
+            indices: all,
+            skipped: 0,
+            digest: DigestBuilder::default().finish(),
+        })
+    }
+
     /// Waits until every image is decoded. The first unreadable one is refused here, with their
     /// number, unless it was skipped.
     pub fn wait(&self) -> Result<(), EngineError> {
@@ -139,7 +156,7 @@ impl Samples {
 
     #[expect(clippy::len_without_is_empty, reason = "it never is")]
     pub fn len(&self) -> usize {
-        self.labels.len()
+        self.images.len()
     }
 
     /// These rows alone, with the same pixel file.

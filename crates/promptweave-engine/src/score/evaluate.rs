@@ -9,7 +9,7 @@ use crate::error::EngineError;
 use crate::samples::Samples;
 use crate::score::gradients::sample_folds;
 use crate::score::h_score::HScore;
-use crate::score::head::{ClosedFormHead, calibrated_loss, row_tensor};
+use crate::score::head::{ClosedFormHead, fit_temperature, mean_loss, row_tensor};
 use crate::score::transferability::matrix;
 use crate::tensors::prompt_tensor;
 use crate::vit::Vit;
@@ -20,8 +20,11 @@ use promptweave_domain::prompt_file::PromptFile;
 
 /// A prompt's head on the target samples, and the scores of both.
 pub struct Evaluated {
+    /// Fitted on all training samples, with the temperature of least cross-fitted loss: its logits are calibrated.
     pub head: ClosedFormHead,
     pub score: PromptScore,
+    /// The head's logits of the evaluation samples, `[N, K]`; `None` without them.
+    pub eval_logits: Option<Tensor>,
 }
 
 /// The samples and options of an evaluation.
@@ -62,26 +65,27 @@ impl Evaluation<'_> {
         };
         let labels = &self.train.labels;
         let h_score = HScore::new(&train_features.unsqueeze(0), labels, self.h_score)?;
-        let head = ClosedFormHead::fit(&train_features, labels, self.num_classes, self.head)?;
-        let accuracy = |features: &Tensor, labels: &[usize]| -> Result<f64, EngineError> {
-            Ok(head.count_correct(features, labels)? as f64 / labels.len().max(1) as f64)
-        };
-        let train_accuracy = accuracy(&train_features, labels)?;
         let validation = cross_fitted(&train_features, labels, self.num_classes, self.head)?;
-        let eval_accuracy = match self.eval {
+        let head = ClosedFormHead::fit(&train_features, labels, self.num_classes, self.head)?
+            .calibrated(validation.temperature);
+        let eval_logits = match self.eval {
             None => None,
-            Some(eval) => Some(accuracy(&features_of(eval)?, &eval.labels)?),
+            Some(eval) => Some(head.logits(&features_of(eval)?)),
         };
+        let eval_accuracy = (self.eval.zip(eval_logits.as_ref()))
+            .map(|(eval, logits)| accuracy(logits, &eval.labels))
+            .transpose()?;
         Ok(Evaluated {
             score: PromptScore {
                 h_score: h_score.value(&[1.0])?,
                 h_score_adjusted: h_score.adjusted(&[1.0])?,
-                train_accuracy,
+                train_accuracy: accuracy(&head.logits(&train_features), labels)?,
                 validation_accuracy: Some(validation.accuracy),
                 validation_loss: Some(validation.loss),
                 eval_accuracy,
             },
             head,
+            eval_logits,
         })
     }
 
@@ -105,6 +109,8 @@ pub struct OnUnseen {
     /// Mean cross-entropy of softmax(logits/T) in nats, at the T of least loss, over the samples
     /// whose class the head knows.
     pub loss: f64,
+    /// That T.
+    pub temperature: f64,
 }
 
 /// Scores features [N, d] of the samples over ten folds. It needs no split but the target samples,
@@ -116,11 +122,12 @@ pub fn cross_fitted(
     head: &HeadOptions,
 ) -> Result<OnUnseen, EngineError> {
     let unseen = UnseenLogits::new(features, labels, num_classes, head)?;
-    let predicted = Vec::<i64>::try_from(unseen.logits.argmax(-1, false))?;
-    let correct = (predicted.iter().zip(labels)).filter(|(p, l)| **p == **l as i64);
-    let correct = correct.count();
-    let with_loss = unseen.with_loss(labels)?;
-    Ok(OnUnseen::of(correct, labels.len(), &with_loss, num_classes))
+    let accuracy = accuracy(&unseen.logits, labels)?;
+    Ok(OnUnseen::of(
+        accuracy,
+        &unseen.with_loss(labels)?,
+        num_classes,
+    ))
 }
 
 /// Logits of every sample by a closed-form head that was not fitted on it, over ten folds.
@@ -184,30 +191,51 @@ pub fn carried_head(
     let progress = |_| ControlFlow::Continue(());
     let features = extract(vit, &vit.pairs(samples, &prompts), progress)?.get(0);
     let labels = &samples.labels;
-    let correct = head.count_correct(&features, labels)?;
-    let with_loss = known_logits(&head.logits(&features), labels, |row| {
-        head.knows(labels[row])
-    })?;
+    let logits = head.logits(&features);
+    let with_loss = known_logits(&logits, labels, |row| head.knows(labels[row]))?;
     let num_classes = stored.bias.shape[0];
-    Ok(OnUnseen::of(correct, labels.len(), &with_loss, num_classes))
+    Ok(OnUnseen::of(
+        accuracy(&logits, labels)?,
+        &with_loss,
+        num_classes,
+    ))
 }
 
 impl OnUnseen {
-    fn of(
-        correct: usize,
-        num_samples: usize,
-        with_loss: &[(Vec<f64>, usize)],
-        num_classes: usize,
-    ) -> Self {
+    fn of(accuracy: f64, with_loss: &[(Vec<f64>, usize)], num_classes: usize) -> Self {
+        let temperature = fit_temperature(with_loss);
         Self {
-            accuracy: correct as f64 / num_samples.max(1) as f64,
+            accuracy,
+            // With no known class the loss is that of guessing.
             loss: match with_loss {
-                // With no known class the loss is that of guessing.
                 [] => (num_classes as f64).ln(),
-                known => calibrated_loss(known),
+                known => mean_loss(known, temperature),
             },
+            temperature,
         }
     }
+}
+
+/// Whether the largest of each row of `logits` `[N, K]` is its label's.
+pub fn correct(logits: &Tensor, labels: &[usize]) -> Result<Vec<bool>, EngineError> {
+    let predicted = Vec::<i64>::try_from(logits.argmax(-1, false))?;
+    let pairs = predicted.iter().zip(labels);
+    Ok(pairs
+        .map(|(found, label)| *found == *label as i64)
+        .collect())
+}
+
+/// Mean cross-entropy of softmax(z) in nats, of logits z `[N, K]`.
+pub fn cross_entropy(logits: &Tensor, labels: &[usize]) -> f64 {
+    let own = row_tensor(labels).unsqueeze(1);
+    let log_p = logits.log_softmax(-1, Kind::Double).gather(1, &own, false);
+    -log_p.mean(Kind::Double).double_value(&[])
+}
+
+fn accuracy(logits: &Tensor, labels: &[usize]) -> Result<f64, EngineError> {
+    let correct = correct(logits, labels)?;
+    let count = correct.iter().filter(|correct| **correct).count();
+    Ok(count as f64 / labels.len().max(1) as f64)
 }
 
 /// Rows of `logits` [N, K] with their labels, where the head knows the label of the row.

@@ -12,6 +12,7 @@ use crate::baselines::{scores, single_best, uniform};
 use crate::compose::steps::{Steps, stop_on};
 use crate::device::threads::OneThread;
 use crate::error::EngineError;
+use crate::pool::Pool;
 use crate::score::alignment::{AlignmentStatistics, GradientAlignment};
 use crate::score::evaluate::OnUnseen;
 use crate::score::gradients::num_folds;
@@ -21,9 +22,13 @@ use crate::solve::solver::{Solution, Solver, Terms};
 use crate::statistics::SolveInputs;
 use promptweave_domain::composition::{MethodReport, PathPoint};
 use promptweave_domain::objective::{
-    AlignmentOptions, MethodOptions, Objective, TradeOffRule, Weighing,
+    AlignmentOptions, InvalidObjective, MethodOptions, Objective, TradeOffRule, Weighing,
 };
 use promptweave_domain::phase::Phase;
+
+/// Why statistics without predictions are refused.
+const NO_PREDICTIONS: &str = "`pool` needs the sources' predictions, which the statistics do not keep: they were made by an \
+                              earlier version; run the whole composition";
 
 /// α with everything that is known about it without a forward pass.
 pub struct Solved {
@@ -119,9 +124,10 @@ pub fn solve(
 }
 
 /// α by any method that needs no forward pass of its own. `num_classes` is the dataset's number of
-/// classes.
+/// classes; `pool` is there unless it cannot be fitted.
 pub fn weigh_features(
     ground: SolveInputs<'_>,
+    pool: Option<&Pool>,
     objective: &Objective,
     num_classes: usize,
     steps: &mut Steps<'_>,
@@ -144,6 +150,12 @@ pub fn weigh_features(
             report.scores = Some(scores);
             alpha
         }
+        MethodOptions::Pool(_) => pool
+            .ok_or_else(|| InvalidObjective {
+                field: "method",
+                problem: NO_PREDICTIONS.into(),
+            })?
+            .over_prompts(),
         _ => uniform(m),
     };
     Ok((Solved::given(ground, objective, alpha)?, report))

@@ -334,7 +334,9 @@ fn a_result_has_the_pool_of_its_sources_whatever_the_method_is() {
     assert_eq!(pool_of(&[0, 1, 2], "hgprompt").unwrap(), pool);
     let names: Vec<_> = pool.weights.iter().map(|it| it.prompt.as_str()).collect();
     assert_eq!(names, ["p0", "p1", "p2"]);
-    assert_close(pool.weights.iter().map(|it| it.weight).sum(), 1.0, 1e-12);
+    let none = pool.no_transfer.unwrap();
+    let of_prompts: f64 = pool.weights.iter().map(|it| it.weight).sum();
+    assert_close(of_prompts + none.weight, 1.0, 1e-12);
     assert!(
         pool.converged && pool.sharpness > 0.0 && (0.0..=1.0).contains(&pool.validation_accuracy)
     );
@@ -348,7 +350,14 @@ fn a_result_has_the_pool_of_its_sources_whatever_the_method_is() {
             1e-9,
         );
     }
-    assert_eq!(pool_of(&[1], "average"), None);
+    // One source is compared with the backbone without a prompt.
+    let one = pool_of(&[1], "average").unwrap();
+    assert_eq!(one.weights.len(), 1);
+    assert_close(
+        one.no_transfer.unwrap().validation_loss,
+        none.validation_loss,
+        1e-12,
+    );
 }
 
 #[test]

@@ -1,20 +1,30 @@
 //! Every transfer method on the tiny task: the same request, the method's definition, and the same
 //! form of answer.
 
+use std::ops::ControlFlow;
 use std::path::Path;
 
 use serde_json::json;
-use tch::Device;
+use tch::{Device, Kind, Tensor};
 
 use crate::Engine;
 use crate::compose::self_test;
+use crate::predict::Predictor;
+use crate::samples::{Samples, Selection};
+use crate::score::evaluate::correct;
+use crate::score::head::row_tensor;
 use crate::testing::{Recorder, assert_close};
+use crate::vit::Vit;
 use promptweave_domain::composer::{Composer as _, Composition, CompositionError};
-use promptweave_domain::composition::{CompositionInput, SolveInput, SourceRef};
+use promptweave_domain::composition::{CompositionInput, Prediction, SolveInput, SourceRef};
+use promptweave_domain::digest::Digest;
+use promptweave_domain::ensemble_file::EnsembleFile;
 use promptweave_domain::method::{Method, Scale, UniformMix};
 use promptweave_domain::mixture::mix;
 use promptweave_domain::phase::Phase;
 use promptweave_domain::prompt_file::PromptFile;
+use promptweave_domain::split::Split;
+use promptweave_formats::dataset::LabelledImages;
 
 fn job(dir: &Path, objective: serde_json::Value) -> CompositionInput {
     CompositionInput {
@@ -395,5 +405,128 @@ fn a_ranking_has_the_numbers_that_compositions_have() {
             (source.panda, source.spot_all_pairs),
             (score(&panda), score(&spot))
         );
+    }
+}
+
+/// A composition by the pool, evaluated on the test images.
+fn pooled(dir: &Path, objective: serde_json::Value) -> (CompositionInput, Composition) {
+    let mut input = job(dir, objective);
+    input.target.eval_split = Some(Split::Test);
+    let composition = compose(&input).0;
+    (input, composition)
+}
+
+#[test]
+fn the_pool_weighs_predictions_and_its_file_predicts_what_the_answer_says() {
+    let dir = tempfile::tempdir().unwrap();
+    let (input, composition) = pooled(dir.path(), json!({"method": "pool"}));
+    let result = &composition.result;
+    let pool = result.pool.as_ref().unwrap();
+    let none = pool.no_transfer.unwrap().weight;
+    assert_close(weights(&composition).iter().sum::<f64>() + none, 1.0, 1e-12);
+    for (source, of_pool) in result.source_weights.iter().zip(&pool.weights) {
+        assert_eq!(source.weight, of_pool.weight);
+        assert_eq!(source.standard_error, Some(of_pool.standard_error));
+    }
+    // It takes no gradients, and the composed prompt is a mixture or the best source.
+    assert_eq!(result.objective.gradient_alignment, None);
+    let fallback = result.method.fallback.as_ref().unwrap();
+    let summed = &result.composed_prompt.weights;
+    assert_close(summed.iter().sum(), 1.0, 1e-12);
+    assert_eq!(fallback.taken, summed.contains(&1.0));
+    let file = PromptFile::parse(&composition.composed).unwrap();
+    let named = file.metadata.unwrap().sources;
+    assert_eq!(named.len(), summed.iter().filter(|w| **w > 0.0).count());
+    for source in named {
+        let at = input
+            .sources
+            .iter()
+            .position(|it| Some(it.digest) == source.digest);
+        assert_eq!(source.weight, summed[at.unwrap()]);
+    }
+
+    // The ensemble file predicts the evaluation images as the comparison says.
+    let bytes = composition.ensemble.as_ref().unwrap();
+    assert_eq!(pool.ensemble_digest, Some(Digest::of(bytes)));
+    let ensemble = EnsembleFile::parse(bytes).unwrap();
+    let mut engine = Engine::new(Device::Cpu);
+    let (backbone, vit) = engine.backbone(&input.backbone_dir).unwrap();
+    let dataset = LabelledImages::read(&input.target_dir).unwrap();
+    let selection = Selection::of_target(&input.target).whole(Split::Test);
+    let preprocessing = &backbone.config.preprocessing;
+    let test = Samples::load(&dataset, &selection, preprocessing).unwrap();
+    let of_ensemble = Predictor::of_ensemble(&ensemble, vit).unwrap();
+    let of_prompt = Predictor::of_prompt(&PromptFile::parse(&composition.composed).unwrap(), vit);
+    let rows = &result.comparison;
+    let names: Vec<Prediction> = rows.iter().map(|row| row.prediction).collect();
+    assert_eq!(
+        names[..3],
+        [
+            Prediction::Pool,
+            Prediction::UniformPool,
+            Prediction::ComposedPrompt
+        ]
+    );
+    for (row, predictor) in [
+        (&rows[0], of_ensemble),
+        (&rows[2], of_prompt.unwrap().unwrap()),
+    ] {
+        assert_eq!(row.forward_passes, predictor.num_members());
+        let log_p = log_probabilities_of(&predictor, vit, &test);
+        let right = correct(&log_p, &test.labels).unwrap();
+        let accuracy = right.iter().filter(|it| **it).count() as f64 / right.len() as f64;
+        assert_eq!(row.accuracy, accuracy, "{row:?}");
+        let own = log_p.gather(1, &row_tensor(&test.labels).unsqueeze(1), false);
+        assert_close(row.loss, -own.mean(Kind::Double).double_value(&[]), 1e-5);
+        assert!(row.accuracy_interval[0] <= accuracy && accuracy <= row.accuracy_interval[1]);
+        // Images without labels are the same images.
+        let paths = dataset.split(Split::Test).unwrap().iter();
+        let paths = paths.map(|image| dataset.image_path(image)).collect();
+        let images = Samples::unlabelled(paths, preprocessing).unwrap();
+        assert_eq!(log_probabilities_of(&predictor, vit, &images), log_p);
+    }
+    assert_eq!((rows[0].pool_gain, rows[0].p_value), (0.0, 1.0));
+}
+
+fn log_probabilities_of(predictor: &Predictor, vit: &Vit, images: &Samples) -> Tensor {
+    let go_on = |_| ControlFlow::Continue(());
+    predictor.log_probabilities(vit, images, go_on).unwrap()
+}
+
+#[test]
+fn a_pool_is_solved_for_again_with_other_options_and_fewer_sources() {
+    let dir = tempfile::tempdir().unwrap();
+    let (input, composition) = pooled(dir.path(), json!({"method": "pool"}));
+    for (sources, objective) in [
+        (vec![0, 1, 2], json!({"method": "pool"})),
+        (vec![2, 0], json!({"method": "pool", "beta": 1.0})),
+        (vec![0, 1, 2], json!({"method": "pool", "top_k": 1})),
+    ] {
+        let some = CompositionInput {
+            sources: sources.iter().map(|i| input.sources[*i].clone()).collect(),
+            objective: serde_json::from_value(objective.clone()).unwrap(),
+            ..input.clone()
+        };
+        let refs = some.sources.iter().map(|source| SourceRef {
+            prompt: source.prompt.clone(),
+            version: None,
+            digest: source.digest,
+        });
+        let again = SolveInput {
+            statistics: composition.statistics.clone(),
+            sources: refs.collect(),
+            objective: some.objective.clone(),
+        };
+        let again = Engine::new(Device::Cpu).solve(&again, &mut Recorder::default());
+        let (again, whole) = (again.unwrap(), compose(&some).0);
+        for (a, b) in weights(&again).iter().zip(weights(&whole)) {
+            assert_close(*a, b, 1e-6);
+        }
+        let [a, b] = [&again, &whole].map(|it| it.ensemble.clone().unwrap());
+        let [a, b] = [a, b].map(|bytes| EnsembleFile::parse(&bytes).unwrap());
+        assert_eq!(a.metadata.members.len(), b.metadata.members.len());
+        if objective["top_k"] == 1 {
+            assert_eq!(a.members.len(), 1);
+        }
     }
 }

@@ -368,6 +368,7 @@ impl Trained<'_> {
                 classes: Some(classes.to_vec()),
                 origin: Origin::Tuned,
                 training: Some(self.record()?.to_json()),
+                sources: Vec::new(),
             }),
             sketch: self.sketch(alive)?,
             prompt_embeddings: prompt,

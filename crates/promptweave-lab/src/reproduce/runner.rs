@@ -363,6 +363,7 @@ fn initial_file(backbone: &Backbone, options: &TuningOptions) -> PromptFile {
             classes: None,
             origin: Origin::Uploaded,
             training: None,
+            sources: Vec::new(),
         }),
         prompt_embeddings: Tensor::new(
             [m, d],

@@ -123,6 +123,21 @@ impl ClosedFormHead {
         })
     }
 
+    /// This head with its logits divided by T > 0. A class that it does not know keeps its logit.
+    pub fn calibrated(&self, temperature: f64) -> Self {
+        let known: Vec<f64> = self
+            .present
+            .iter()
+            .map(|known| if *known { temperature } else { 1.0 })
+            .collect();
+        let known = Tensor::from_slice(&known);
+        Self {
+            weight: &self.weight / known.unsqueeze(1),
+            bias: &self.bias / known,
+            present: self.present.clone(),
+        }
+    }
+
     /// Whether the head was fitted on a sample of this class.
     pub fn knows(&self, class: usize) -> bool {
         self.present[class]
@@ -135,16 +150,6 @@ impl ClosedFormHead {
             &self.weight.to_device(features.device()),
             Some(&self.bias.to_device(features.device())),
         )
-    }
-
-    /// Number of samples whose largest logit is their label's.
-    pub fn count_correct(&self, features: &Tensor, labels: &[usize]) -> Result<usize, EngineError> {
-        let predicted: Vec<i64> = Vec::try_from(self.logits(features).argmax(-1, false))?;
-        Ok(predicted
-            .iter()
-            .zip(labels)
-            .filter(|(p, l)| **p == **l as i64)
-            .count())
     }
 
     /// The head as a prompt file stores it.
@@ -171,6 +176,7 @@ fn shrunken_factor(covariance: Tensor, shrinkage: f64) -> Result<Tensor, EngineE
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::score::evaluate::correct;
     use crate::testing::noise_tensor;
 
     const KINDS: [HeadKind; 2] = [HeadKind::Lda, HeadKind::Ridge];
@@ -194,7 +200,8 @@ mod tests {
         let ((x, labels), (unseen, of_unseen)) = (task(90, 1), task(60, 2));
         for kind in KINDS {
             let here = ClosedFormHead::fit(&x, &labels, 3, &options(kind)).unwrap();
-            let correct = here.count_correct(&unseen, &of_unseen).unwrap();
+            let right = correct(&here.logits(&unseen), &of_unseen).unwrap();
+            let correct = right.iter().filter(|right| **right).count();
             assert!(
                 correct > 35,
                 "{kind:?}: {correct} of 60, where chance is 20"
@@ -272,11 +279,34 @@ mod tests {
     }
 
     #[test]
+    fn a_calibrated_head_divides_logits_and_still_never_predicts_an_absent_class() {
+        let (x, labels) = task(30, 7);
+        let head = ClosedFormHead::fit(&x, &labels, 4, &options(HeadKind::Lda)).unwrap();
+        let warm = head.calibrated(8.0);
+        let of = |head: &ClosedFormHead| head.logits(&x).narrow(1, 0, 3);
+        let difference = of(&warm) * 8.0 - of(&head);
+        assert!(f64::try_from(difference.abs().max()).unwrap() < 1e-9);
+        let stored = warm.to_prompt_head().unwrap();
+        let tensor = |t: &PlainTensor<f32>| crate::score::transferability::matrix(t);
+        let read = ClosedFormHead::given(&tensor(&stored.weight), &tensor(&stored.bias)).unwrap();
+        assert!(read.knows(2) && !read.knows(3));
+        assert_eq!(
+            warm.logits(&x)
+                .softmax(-1, Kind::Double)
+                .max_dim(0, false)
+                .0
+                .double_value(&[3]),
+            0.0
+        );
+    }
+
+    #[test]
     fn singletons_and_no_samples_at_all_give_finite_heads() {
         let x = noise_tensor(&[3, 5], 5);
         for kind in KINDS {
             let head = ClosedFormHead::fit(&x, &[0, 1, 2], 3, &options(kind)).unwrap();
-            assert_eq!(head.count_correct(&x, &[0, 1, 2]).unwrap(), 3, "{kind:?}");
+            let right = correct(&head.logits(&x), &[0, 1, 2]).unwrap();
+            assert_eq!(right, [true; 3], "{kind:?}");
             let none = ClosedFormHead::fit(&x.narrow(0, 0, 0), &[], 3, &options(kind)).unwrap();
             assert!((0..3).all(|class| !none.knows(class)));
             assert!(bool::try_from(none.logits(&x).isfinite().all()).unwrap());

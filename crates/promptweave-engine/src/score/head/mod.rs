@@ -257,9 +257,9 @@ fn largest_probability(z: &[f64], beta: f64) -> f64 {
     1.0 / z.iter().map(|v| (beta * (v - largest)).exp()).sum::<f64>()
 }
 
-/// The mean cross-entropy of softmax(z/T), in nats, at the T where it is least.
-pub fn calibrated_loss(logits: &[(Vec<f64>, usize)]) -> f64 {
-    let beta = 1.0 / fit_temperature(logits);
+/// The mean cross-entropy of softmax(z/T), in nats.
+pub fn mean_loss(logits: &[(Vec<f64>, usize)], temperature: f64) -> f64 {
+    let beta = 1.0 / temperature;
     let total: f64 = logits.iter().map(|(z, y)| loss(z, *y, beta)).sum();
     total / logits.len().max(1) as f64
 }

@@ -1,0 +1,234 @@
+//! `promptweave predict`: classes and probabilities of images, by a prompt or an ensemble with the heads in its file.
+
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::{fs, io};
+
+use anyhow::{Context as _, bail};
+use tch::Tensor;
+
+use crate::offline::progress::bar;
+use crate::offline::{EngineOptions, write_whole};
+use promptweave_domain::compatibility::{PromptFacts, check_fits};
+use promptweave_domain::digest::Digest;
+use promptweave_domain::ensemble_file::EnsembleFile;
+use promptweave_domain::prompt_file::PromptFile;
+use promptweave_engine::predict::Predictor;
+use promptweave_engine::samples::Samples;
+use promptweave_engine::vit::Vit;
+use promptweave_formats::backbone::Backbone;
+use promptweave_formats::prediction_table::{PredictionRow, PredictionTable, TableFormat};
+
+#[derive(Clone, Debug, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    pub engine: EngineOptions,
+    #[command(flatten)]
+    pub by: ModelFile,
+    /// Images (PNG, JPEG, BMP, GIF, WebP), or folders of images, which are searched with their sub-folders.
+    #[arg(required = true, value_name = "IMAGES")]
+    pub images: Vec<PathBuf>,
+    /// The number of classes to print for each image, the most probable ones.
+    #[arg(long, value_name = "K", default_value = "1", value_parser = clap::value_parser!(u32).range(1..))]
+    pub top_k: u32,
+    /// File for the predictions; its extension tells the format [default: stdout].
+    #[arg(long, value_name = "FILE")]
+    pub out: Option<PathBuf>,
+    /// Format: `csv`, `jsonl` or `parquet` [default: that of --out, otherwise csv].
+    #[arg(long)]
+    pub format: Option<TableFormat>,
+}
+
+/// A file that can predict.
+#[derive(Clone, Debug, clap::Args)]
+#[group(required = true, multiple = false)]
+pub struct ModelFile {
+    /// A prompt file with a head, for example a composed or tuned one.
+    #[arg(long, value_name = "FILE")]
+    pub prompt: Option<PathBuf>,
+    /// An ensemble file, as `compose` writes it.
+    #[arg(long, value_name = "FILE")]
+    pub ensemble: Option<PathBuf>,
+}
+
+/// What predicts, and the names of its classes.
+pub(super) struct Model {
+    pub predictor: Predictor,
+    pub classes: Vec<String>,
+}
+
+impl ModelFile {
+    /// Reads the file, and checks that it fits the backbone.
+    pub(super) fn read(&self, backbone: &Backbone, vit: &Vit) -> anyhow::Result<Model> {
+        match (&self.prompt, &self.ensemble) {
+            (Some(path), _) => of_prompt(path, backbone, vit),
+            (None, Some(path)) => of_ensemble(path, backbone, vit),
+            (None, None) => unreachable!("one of them is required"),
+        }
+    }
+}
+
+fn of_prompt(path: &Path, backbone: &Backbone, vit: &Vit) -> anyhow::Result<Model> {
+    let (digest, file) = read_prompt_alone(path)?;
+    check_fits(
+        &file.facts(path.display().to_string(), digest),
+        &backbone.facts(),
+    )?;
+    if file.deep_prompt_embeddings.is_some() {
+        bail!(
+            "`{}` is a deep prompt; only shallow prompts predict here",
+            path.display()
+        );
+    }
+    let Some(predictor) = Predictor::of_prompt(&file, vit)? else {
+        bail!(
+            "`{}` has no head, so it names no classes; `promptweave compose` and `promptweave tune` write one",
+            path.display()
+        );
+    };
+    let count = file.head.as_ref().map_or(0, |head| head.bias.shape[0]);
+    let named = file.metadata.and_then(|metadata| metadata.classes);
+    Ok(Model {
+        predictor,
+        classes: named.unwrap_or_else(|| (0..count).map(|class| class.to_string()).collect()),
+    })
+}
+
+/// Reads a prompt file; an ensemble file is refused with the option that takes it.
+fn read_prompt_alone(path: &Path) -> anyhow::Result<(Digest, PromptFile)> {
+    let bytes = fs::read(path).with_context(|| format!("cannot read `{}`", path.display()))?;
+    if EnsembleFile::is_one(&bytes) {
+        bail!(
+            "`{}` is an ensemble file; give it as --ensemble",
+            path.display()
+        );
+    }
+    let file = PromptFile::parse(&bytes)
+        .with_context(|| format!("`{}` is not a prompt file", path.display()))?;
+    Ok((Digest::of(&bytes), file))
+}
+
+fn of_ensemble(path: &Path, backbone: &Backbone, vit: &Vit) -> anyhow::Result<Model> {
+    let bytes = fs::read(path).with_context(|| format!("cannot read `{}`", path.display()))?;
+    let file = EnsembleFile::parse(&bytes)
+        .with_context(|| format!("`{}` is not an ensemble file", path.display()))?;
+    let facts = PromptFacts {
+        name: path.display().to_string(),
+        digest: Digest::of(&bytes),
+        num_tokens: 0,
+        embed_dim: file.embed_dim(),
+        deep: false,
+        backbone_digest: Some(file.metadata.backbone_digest),
+        preprocessing_id: Some(&file.metadata.preprocessing_id),
+    };
+    check_fits(&facts, &backbone.facts())?;
+    Ok(Model {
+        predictor: Predictor::of_ensemble(&file, vit)?,
+        classes: file.metadata.classes,
+    })
+}
+
+impl Model {
+    /// log p(y|x) of all images, `[N, K]`.
+    pub(super) fn log_probabilities(&self, vit: &Vit, images: &Samples) -> anyhow::Result<Tensor> {
+        let members = self.predictor.num_members();
+        let bar = bar("predict", (members * images.len()) as u64);
+        let found = self.predictor.log_probabilities(vit, images, |done| {
+            bar.inc(done);
+            ControlFlow::Continue(())
+        })?;
+        bar.finish();
+        Ok(found)
+    }
+}
+
+pub fn run(args: &Args) -> anyhow::Result<()> {
+    let format = format(args)?;
+    let mut paths = Vec::new();
+    for path in &args.images {
+        collect(path, &mut paths)?;
+    }
+    let mut engine = args.engine.engine()?;
+    let (backbone, vit) = engine.backbone(&args.engine.backbone)?;
+    let model = args.by.read(backbone, vit)?;
+    let images = Samples::unlabelled(paths.clone(), &backbone.config.preprocessing)?;
+    let log_p = model.log_probabilities(vit, &images)?;
+    let table = table(&paths, &log_p, &model.classes, args.top_k as usize)?;
+    match &args.out {
+        Some(path) => {
+            let mut bytes = Vec::new();
+            table.write(format, &mut bytes)?;
+            write_whole(path, &bytes)?;
+            eprintln!("wrote {} predictions to {}", paths.len(), path.display());
+        }
+        None => table.write(format, io::stdout())?,
+    }
+    Ok(())
+}
+
+fn format(args: &Args) -> anyhow::Result<TableFormat> {
+    let extension = args.out.as_ref().and_then(|path| path.extension());
+    match (args.format, extension) {
+        (Some(format), _) => Ok(format),
+        (None, Some(extension)) => {
+            let of_file = extension.to_string_lossy().parse();
+            of_file.map_err(|error| anyhow::anyhow!("--out: {error}; or give --format"))
+        }
+        (None, None) => Ok(TableFormat::Csv),
+    }
+}
+
+/// Adds an image, or all files of a folder in the order of their names. A file that begins with a dot is left out, as
+/// programs keep their own notes in such files.
+fn collect(path: &Path, images: &mut Vec<PathBuf>) -> anyhow::Result<()> {
+    let unreadable = || format!("cannot read `{}`", path.display());
+    if !fs::metadata(path).with_context(unreadable)?.is_dir() {
+        images.push(path.to_owned());
+        return Ok(());
+    }
+    let entries = fs::read_dir(path).with_context(unreadable)?;
+    let entries = entries.map(|entry| entry.map(|entry| entry.path()));
+    let mut entries = entries
+        .collect::<io::Result<Vec<_>>>()
+        .with_context(unreadable)?;
+    entries.retain(|entry| {
+        let name = entry.file_name().unwrap_or_default();
+        !name.as_encoded_bytes().starts_with(b".")
+    });
+    if entries.is_empty() {
+        bail!("folder `{}` has no images", path.display());
+    }
+    entries.sort();
+    entries.iter().try_for_each(|entry| collect(entry, images))
+}
+
+fn table(
+    paths: &[PathBuf],
+    log_p: &Tensor,
+    classes: &[String],
+    top_k: usize,
+) -> anyhow::Result<PredictionTable> {
+    let k = top_k.min(classes.len()) as i64;
+    let (values, indices) = log_p.exp().topk(k, -1, true, true);
+    let values = Vec::<f64>::try_from(values.flatten(0, -1))?;
+    let indices = Vec::<i64>::try_from(indices.flatten(0, -1))?;
+    let of_images = values
+        .chunks_exact(k as usize)
+        .zip(indices.chunks_exact(k as usize));
+    let rows = paths
+        .iter()
+        .zip(of_images)
+        .map(|(path, (values, indices))| {
+            let top = indices.iter().zip(values);
+            PredictionRow {
+                image: path.display().to_string(),
+                label: None,
+                top: top
+                    .map(|(class, p)| (classes[*class as usize].clone(), *p))
+                    .collect(),
+            }
+        });
+    Ok(PredictionTable {
+        rows: rows.collect(),
+    })
+}
