@@ -262,8 +262,13 @@ def uniform_weight(pool):
 def pool_weights(tensors, labels, options):
     """α of the pool: the members that know something, then those of them with a weight that counts, fitted again."""
     (members, samples, classes), flat = tensors["log_predictions"]
-    size = samples * classes
-    pool = Pool([flat[i * size : (i + 1) * size] for i in range(members)], labels, classes)
+    # No head knows the class of its only sample.
+    known = [n for n, label in enumerate(labels) if labels.count(label) > 1] or range(samples)
+    log_p = [
+        [flat[(i * samples + n) * classes + k] for n in known for k in range(classes)] for i in range(members)
+    ]
+    labels, samples = [labels[n] for n in known], len(known)
+    pool = Pool(log_p, labels, classes)
     shares = [labels.count(label) / samples for label in set(labels)]
     chance = -sum(p * math.log(p) for p in shares) - 1 / samples
     kept = [i for i in range(members) if pool.of([i])([1.0], 0.0, 1.0) < chance] or [members - 1]

@@ -12,6 +12,7 @@ use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 use promptweave_domain::composition::{CompositionResult, PathPoint};
+use promptweave_domain::method::Method;
 
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
@@ -49,14 +50,53 @@ pub fn plot(result: &Path, out: &Path) -> Result<Vec<PathBuf>> {
     Ok(written)
 }
 
-/// Draws one bar per source: its weight αᵢ with its standard error, and beside it the H-score of that source alone.
+/// One bar of the picture of weights.
+struct Bar<'a> {
+    name: &'a str,
+    weight: f64,
+    standard_error: Option<f64>,
+    /// The score of the source alone.
+    alone: Option<f64>,
+}
+
+/// The bars, and what `alone` is: the H-score, or with the method `pool` the cross-fitted loss. A pool has one more bar,
+/// for the backbone without a prompt.
+fn bars(result: &CompositionResult) -> (Vec<Bar<'_>>, &'static str) {
+    let pool = (result.pool.as_ref()).filter(|_| result.method.name == Method::Pool);
+    let mut bars: Vec<Bar<'_>> = (result.source_weights.iter().enumerate())
+        .map(|(row, source)| Bar {
+            name: &source.prompt,
+            weight: source.weight,
+            standard_error: source.standard_error,
+            alone: match pool {
+                Some(pool) => pool.weights.get(row).map(|it| it.validation_loss),
+                None => (result.diagnostics.per_source.get(row)).map(|it| it.h_score),
+            },
+        })
+        .collect();
+    let none = pool.and_then(|pool| pool.no_transfer);
+    bars.extend(none.map(|none| Bar {
+        name: "no prompt",
+        weight: none.weight,
+        standard_error: Some(none.standard_error),
+        alone: Some(none.validation_loss),
+    }));
+    let alone = match pool {
+        Some(_) => "loss alone, in nats",
+        None => "H-score alone",
+    };
+    (bars, alone)
+}
+
+/// Draws one bar per source: its weight αᵢ with its standard error, and beside it the score of that source alone.
 fn weights_svg(result: &CompositionResult) -> Result<String> {
     const ROW: i32 = 30;
     const TOP: i32 = 56;
     const LEFT: i32 = 180;
     const FULL: i32 = 360;
     const RIGHT: i32 = 760;
-    let rows = result.source_weights.len() as i32;
+    let (bars, alone) = bars(result);
+    let rows = bars.len() as i32;
     let mut svg = String::new();
     {
         let size = (RIGHT as u32 + 10, (TOP + rows * ROW + 14) as u32);
@@ -65,23 +105,20 @@ fn weights_svg(result: &CompositionResult) -> Result<String> {
         let write = |text: &str, x, y, size, color: &RGBColor, side| {
             area.draw_text(text, &style(size, color, side), (x, y))
         };
-        let errors = result
-            .source_weights
-            .iter()
-            .any(|it| it.standard_error.is_some());
+        let errors = bars.iter().any(|it| it.standard_error.is_some());
         let title = match errors {
             true => "weight of each source ± its standard error",
             false => "weight of each source",
         };
         write(title, LEFT, 18, 17, &INK, HPos::Left)?;
-        write("H-score alone", RIGHT, 40, 13, &INK, HPos::Right)?;
-        for (row, source) in result.source_weights.iter().enumerate() {
+        write(alone, RIGHT, 40, 13, &INK, HPos::Right)?;
+        for (row, source) in bars.iter().enumerate() {
             let y = TOP + row as i32 * ROW + ROW / 2;
             let end = LEFT + (source.weight * f64::from(FULL)).round() as i32;
             // A bar of weight 0 is drawn as a line, so that it is visible.
             let bar = [(LEFT, y - 9), (end.max(LEFT + 1), y + 9)];
             area.draw(&Rectangle::new(bar, color(row).filled()))?;
-            let name = shortened(&source.prompt, 24);
+            let name = shortened(source.name, 24);
             write(&name, LEFT - 10, y, 14, &INK, HPos::Right)?;
             let mut weight = format!("{:.3}", source.weight);
             let mut label_at = end;
@@ -103,9 +140,8 @@ fn weights_svg(result: &CompositionResult) -> Result<String> {
                 label_at = label_at.max(high);
             }
             write(&weight, label_at + 8, y, 14, &INK, HPos::Left)?;
-            if let Some(alone) = result.diagnostics.per_source.get(row) {
-                let h = format!("{:.3}", alone.h_score);
-                write(&h, RIGHT, y, 14, &INK, HPos::Right)?;
+            if let Some(alone) = source.alone {
+                write(&format!("{alone:.3}"), RIGHT, y, 14, &INK, HPos::Right)?;
             }
         }
         area.present()?;
@@ -355,6 +391,23 @@ mod tests {
             "warnings": [],
             "timings": {},
         })
+    }
+
+    #[test]
+    fn a_pool_has_a_bar_for_the_backbone_without_a_prompt() {
+        let mut pooled = result(None);
+        let weight = |name: &str, loss: f64| json!({"prompt": name, "weight": 0.25, "standard_error": 0.1, "validation_loss": loss});
+        pooled["method"] = json!({"name": "pool"});
+        pooled["pool"] = json!({
+            "weights": [weight("emoji", 1.5), weight("other", 1.75)], "sharpness": 1.0, "converged": true,
+            "no_transfer": {"weight": 0.625, "standard_error": 0.05, "validation_loss": 2.125, "gain": 0.1,
+                            "gain_standard_error": 0.05},
+            "validation_loss": 1.25, "validation_accuracy": 0.5, "uniform_validation_loss": 1.375,
+        });
+        let svg = weights_svg(&serde_json::from_value(pooled).unwrap()).unwrap();
+        for text in ["no prompt", "0.625 ± 0.050", "2.125", "1.500", "loss alone"] {
+            assert!(svg.contains(text), "{text} in {svg}");
+        }
     }
 
     #[test]

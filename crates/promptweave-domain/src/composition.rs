@@ -234,7 +234,7 @@ pub struct PoolReport {
     pub no_transfer: Option<NoTransfer>,
     /// The sharpness s > 0: about 1 if the sources know the same, more if they know different things.
     pub sharpness: f64,
-    /// Cross-entropy in nats on the target samples. No head is used on samples that it was fitted on; the M weights were
+    /// Cross-entropy in nats on the target samples but the only ones of their class. No head is used on samples that it was fitted on; the M weights were
     /// fitted on them, so it is a little low.
     pub validation_loss: f64,
     /// Accuracy on the same samples.

@@ -38,7 +38,8 @@ impl Pooled {
             return Ok(None);
         };
         let objective = &metadata.objective;
-        let pool = crate::pool::fit(&unseen.labelled(labels), labels, &objective.pool(), tick)?;
+        let (predictions, of_known) = unseen.labelled(labels);
+        let pool = crate::pool::fit(&predictions, &of_known, &objective.pool(), tick)?;
         let heads = unseen.heads(features, labels, &objective.head)?;
         Ok(Some(Self { pool, heads }))
     }

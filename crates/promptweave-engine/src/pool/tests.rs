@@ -326,13 +326,9 @@ fn predictions_are_by_heads_that_did_not_see_the_sample() {
     assert!((sums - 1.0).abs().max().double_value(&[]) < 1e-5);
     assert!(found.log_p.min().double_value(&[]) >= (EPSILON / 3.0).ln() - 1e-5);
     // The source knows the classes, and noise does not.
-    let pool = fit(
-        &found.labelled(&of_samples),
-        &of_samples,
-        &options(10.0, None),
-        &mut go_on,
-    );
-    let pool = pool.unwrap();
+    let (predictions, known) = found.labelled(&of_samples);
+    assert_eq!(known, of_samples);
+    let pool = fit_all(&predictions, &known, 10.0, None);
     let (gain, error) = pool.gain;
     assert!(pool.alpha[0] > 0.8 && gain > 3.0 * error, "{pool:?}");
     assert_close(gain, pool.source_losses[1] - pool.loss, 1e-12);
@@ -343,6 +339,19 @@ fn predictions_are_by_heads_that_did_not_see_the_sample() {
     let least = found.log_p.double_value(&[0, 0, 3]);
     assert_close(least, (EPSILON / 4.0).ln(), 1e-5);
     assert!(bool::try_from(found.log_p.isfinite().all()).unwrap());
+    // So it is left out of the pool, which the other samples decide.
+    let (predictions, known) = found.labelled(&of_samples);
+    assert_eq!(
+        (predictions.num_samples(), known.as_slice()),
+        (44, &of_samples[1..])
+    );
+    assert!(fit_all(&predictions, &known, 10.0, None).alpha[0] > 0.8);
+    // With such samples alone, nothing is known.
+    let of_samples: Vec<usize> = (0..8).collect();
+    let found = unseen(&all.narrow(1, 0, 8), &of_samples, 8);
+    let (predictions, known) = found.labelled(&of_samples);
+    assert_eq!(known.len(), 8);
+    assert_eq!(fit_all(&predictions, &known, 10.0, None).alpha, [0.0, 1.0]);
 }
 
 #[test]

@@ -61,9 +61,23 @@ impl UnseenPredictions {
         }
     }
 
-    /// The predictions as a pool's input.
-    pub fn labelled(&self, labels: &[usize]) -> Predictions {
-        Predictions::new(self.log_p.shallow_clone(), labels)
+    /// The predictions as a pool's input, with their labels. The only sample of a class is left out, since its head knows
+    /// nothing of the class; if there are no others, all are kept.
+    pub fn labelled(&self, labels: &[usize]) -> (Predictions, Vec<usize>) {
+        let alone = |row: &usize| {
+            labels
+                .iter()
+                .filter(|label| **label == labels[*row])
+                .count()
+                == 1
+        };
+        let known: Vec<usize> = (0..labels.len()).filter(|row| !alone(row)).collect();
+        let all = Predictions::new(self.log_p.shallow_clone(), labels);
+        if known.is_empty() || known.len() == labels.len() {
+            return (all, labels.to_vec());
+        }
+        let of_known = known.iter().map(|row| labels[*row]).collect();
+        (all.of_samples(&known), of_known)
     }
 
     /// Every member's head for images that are not among the samples: fitted on all of them, with calibrated logits.
