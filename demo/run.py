@@ -149,9 +149,9 @@ def limited_target(folder, limit):
 def upload(service, prompt_files):
     backbone = service.call("POST", "/v1/backbones", {"name": "vit-s14", "directory": BACKBONE})
     say(f"registered backbone vit-s14, {backbone['digest'][:19]}…")
-    dataset = service.call("POST", "/v1/datasets", {"name": "clipart", "directory": TARGET})
+    dataset = service.call("POST", "/v1/datasets", {"name": "location", "directory": TARGET})
     counts = ", ".join(f"{count} {split}" for split, count in dataset["split_counts"].items())
-    say(f"registered dataset clipart: {len(dataset['classes'])} classes, {counts} images")
+    say(f"registered dataset location: {len(dataset['classes'])} classes, {counts} images")
     for file in prompt_files:
         service.call("POST", "/v1/prompts", {"name": file.stem})
         version = service.call(
@@ -160,19 +160,23 @@ def upload(service, prompt_files):
         say(f"uploaded prompt {file.stem}:{version['version']}, {version['num_tokens']} tokens")
 
 
-def run_ensemble(service, sources, output):
+def run_ensemble(service, sources, output, objective=None):
+    started = time.monotonic()
     job = service.call(
         "POST",
         "/v1/ensembles",
         {
             "backbone": "vit-s14",
-            "target": {"dataset": "clipart", "split": "train", "eval_split": "test"},
+            "target": {"dataset": "location", "split": "train", "eval_split": "test"},
             "sources": [{"prompt": name} for name in sources],
             "output": {"name": output},
-        },
+        }
+        | ({"objective": objective} if objective else {}),
     )
     say(f"ensemble {job['id']} of {len(sources)} sources is {job['state']}")
-    return wait_for(service, job)
+    job = wait_for(service, job)
+    say(f"it took {time.monotonic() - started:.1f} s")
+    return job
 
 
 def wait_for(service, job):
@@ -233,19 +237,58 @@ def show(result, num_test):
         error = math.sqrt(accuracy * (1 - accuracy) / num_test)
         say(f"{name:{width}s}  {score['h_score']:7.3f}  {accuracy:9.1%} ± {error:.1%}")
     say(f"(closed-form heads fitted on {diagnostics['num_samples']} images, tried on {num_test} others; ± is one standard error)")
-    show_pool(result["pool"], width)
+    show_warnings(result)
+
+
+def show_warnings(result):
     for warning in result["warnings"]:
         say(f"warning: {warning['code']}: {warning['detail']}")
 
 
-def show_pool(pool, width):
-    """The weights of the sources' own predictions, with the losses of each alone and of all together."""
+def show_pool(result):
+    """The weights of the sources' own predictions, with the losses of each alone and of all together; then what the pool
+    and what else could be used reach on the held-out images."""
+    pool = result["pool"]
+    width = max(len(source["prompt"]) for source in pool["weights"] + [{"prompt": "pool of predictions"}])
     say(f"\n{'pool of predictions':{width}s}  {'weight ± se':>15s}  {'cross-fitted loss':>17s}")
-    for source in pool["weights"]:
+    for source in [*pool["weights"], pool["no_transfer"] | {"prompt": "no prompt"}]:
         weight = f"{source['weight']:7.3f} ± {source['standard_error']:.3f}"
         say(f"{source['prompt']:{width}s}  {weight:>15s}  {source['validation_loss']:12.4f} nats")
     for name, loss in (("equal weights", pool["uniform_validation_loss"]), ("this pool", pool["validation_loss"])):
         say(f"{name:{width}s}  {'':15s}  {loss:12.4f} nats")
+    say(f"\n{'on held-out images':{width}s}  {'passes':>6s}  {'accuracy (95 %)':>22s}  {'the pool less this (95 %)':>28s}")
+    for row in result["comparison"]:
+        low, high = row["accuracy_interval"]
+        least, most = row["pool_gain_interval"]
+        gain = f"{row['pool_gain']:+6.1%} ({least:+.1%} to {most:+.1%})" if row["prediction"] != "pool" else ""
+        name = row["prediction"].replace("_", " ")
+        accuracy = f"{row['accuracy']:.1%} ({low:.1%} to {high:.1%})"
+        say(f"{name:{width}s}  {row['forward_passes']:6d}  {accuracy:>22s}  {gain:>28s}")
+    show_warnings(result)
+
+
+def quietly(command):
+    """What a command prints. What it says beside that is shown only if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise DemoError(f"`{' '.join(map(str, command[:2]))}` ended with status {done.returncode}: {done.stderr}")
+    return done.stdout
+
+
+def predict(binary, statistics, target, out):
+    """The pool as a file, made from its statistics, and what it says about a few of the held-out images."""
+    solved = out / "pool"
+    quietly([binary, "solve", "--statistics", statistics, "--method", "pool", "--out", solved])
+    listed = [line.rsplit(" ", 1) for line in (target / "test.txt").read_text().splitlines()]
+    classes = json.loads((target / "meta.json").read_text())["classes"]
+    few = listed[:: max(1, len(listed) // 5)][:5]
+    command = [binary, "predict", "--backbone", ROOT / ".assets" / BACKBONE]
+    command += ["--ensemble", solved / "ensemble.safetensors", "--format", "jsonl", *(target / name for name, _ in few)]
+    for (name, label), line in zip(few, quietly(command).splitlines()):
+        found = json.loads(line)
+        say(f"  {name}: {found['class']} ({found['probability']:.0%}); it is {classes[int(label)]}")
+    shutil.copy(solved / "ensemble.safetensors", out / "ensemble.safetensors")
+    shutil.rmtree(solved)
 
 
 def weights_of(result):
@@ -271,12 +314,14 @@ def solve_again(service, job, result):
     return knee
 
 
-def compare_offline(binary, prompt_files, target, result, knee, out):
+def compare_offline(binary, prompt_files, target, answer, result, knee, out):
     """`promptweave compose` and `solve` on the same files must find the same weights."""
-    say("\ncomposing the same files offline, and solving again at the knee")
+    say("\ncomposing the same files offline, by both methods, and solving again at the knee")
     command = [binary, "compose", "--backbone", ROOT / ".assets" / BACKBONE, "--target", target, "--eval-split", "test"]
     for file in prompt_files:
         command += ["--source", f"{file.stem}={file}"]
+    subprocess.run([*command, "--method", "pool", "--out", out / "pool"], check=True)
+    check_equal("service and `promptweave compose --method pool`", answer, json.loads((out / "pool" / "result.json").read_text()))
     subprocess.run([*command, "--out", out], check=True)
     check_equal("service and `promptweave compose`", result, json.loads((out / "result.json").read_text()))
     command = [binary, "solve", "--statistics", out / "statistics.safetensors", "--trade-off", "knee"]
@@ -316,10 +361,19 @@ def main():
         )
         say(f"it listens on {service.url}; its log is {out / 'service.log'}")
         upload(service, prompt_files)
-        started = time.monotonic()
-        job = run_ensemble(service, [file.stem for file in prompt_files], "clipart-composed")
-        say(f"the ensemble took {time.monotonic() - started:.1f} s")
+        names = [file.stem for file in prompt_files]
+        say("\nhow much of each source's prediction (method `pool`)")
+        pooled = run_ensemble(service, names, "location-pool", {"method": "pool"})
+        answer = service.call("GET", f"/v1/ensembles/{pooled['id']}/result")
+        show_pool(answer)
+        of_pool = service.call("GET", f"/v1/ensembles/{pooled['id']}/statistics")
+        for name, content in (("pool.json", json.dumps(answer, indent=2).encode()), ("pool.safetensors", of_pool)):
+            (out / name).write_bytes(content)
+        say("\na few held-out images, predicted by the pool")
+        predict(binary, out / "pool.safetensors", dataset_root / TARGET, out)
 
+        say("\nhow much of each source's prompt in one composed prompt (the default method)")
+        job = run_ensemble(service, names, "location-composed")
         result = service.call("GET", f"/v1/ensembles/{job['id']}/result")
         (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
         composed = result["composed_prompt"]
@@ -331,17 +385,21 @@ def main():
         say("\nsolving again from the statistics, without the backbone")
         knee = solve_again(service, job, result)
         if arguments.compare_offline:
-            compare_offline(binary, prompt_files, dataset_root / TARGET, result, knee, folder / "offline")
+            compare_offline(binary, prompt_files, dataset_root / TARGET, answer, result, knee, folder / "offline")
         say("\nstopping promptweave")
 
     peak_mb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     say(f"its largest process used {peak_mb:.0f} MB of memory at most")
-    say("\nrecomputing both terms from the statistics, by code of its own (scripts/verify_statistics.py)")
+    say("\nrecomputing terms and weights from the statistics, by code of its own (scripts/verify_statistics.py)")
     verify = ROOT / "scripts" / "verify_statistics.py"
     subprocess.run([sys.executable, verify, out / "result.json", out / "statistics.safetensors"], check=True)
-    subprocess.run([binary, "plot", out / "result.json", "--out", out], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, verify, out / "pool.json", out / "pool.safetensors"], check=True)
+    for answered, pictures in (("result.json", out), ("pool.json", out / "pool")):
+        subprocess.run([binary, "plot", out / answered, "--out", pictures], check=True, stdout=subprocess.DEVNULL)
     say(f"\nin {out}:")
-    for name in ("result.json", "composed.safetensors", "statistics.safetensors", "weights.svg", "pareto_path.svg"):
+    pictures = ("pool/weights.svg", "weights.svg", "pareto_path.svg")
+    files = ("pool.json", "ensemble.safetensors", "result.json", "composed.safetensors", "statistics.safetensors")
+    for name in (*files, *pictures):
         say(f"  {name}, {(out / name).stat().st_size:,} bytes")
 
 
