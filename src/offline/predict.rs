@@ -151,7 +151,16 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let mut engine = args.engine.engine()?;
     let (backbone, vit) = engine.backbone(&args.engine.backbone)?;
     let model = args.by.read(backbone, vit)?;
-    let images = Samples::unlabelled(paths.clone(), &backbone.config.preprocessing)?;
+    let skip = args.engine.skip_unreadable;
+    let images = Samples::unlabelled(paths.clone(), skip, &backbone.config.preprocessing)?;
+    if images.skipped > 0 {
+        eprintln!("{} unreadable images were left out", images.skipped);
+    }
+    let paths: Vec<&Path> = images
+        .indices
+        .iter()
+        .map(|at| paths[*at].as_path())
+        .collect();
     let log_p = model.log_probabilities(vit, &images)?;
     let table = table(&paths, &log_p, &model.classes, args.top_k as usize)?;
     match &args.out {
@@ -203,7 +212,7 @@ fn collect(path: &Path, images: &mut Vec<PathBuf>) -> anyhow::Result<()> {
 }
 
 fn table(
-    paths: &[PathBuf],
+    paths: &[&Path],
     log_p: &Tensor,
     classes: &[String],
     top_k: usize,
@@ -231,4 +240,71 @@ fn table(
     Ok(PredictionTable {
         rows: rows.collect(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::offline::parsed;
+
+    fn args(more: &[&str]) -> Args {
+        let given = ["predict", "--backbone", "b", "--prompt", "p"];
+        parsed(given.iter().chain(more))
+    }
+
+    #[test]
+    fn the_format_is_that_of_the_file_unless_it_is_given() {
+        let of = |more: &[&str]| format(&args(more)).map_err(|error| error.to_string());
+        assert_eq!(of(&["x.png"]), Ok(TableFormat::Csv));
+        assert_eq!(
+            of(&["x.png", "--out", "a.parquet"]),
+            Ok(TableFormat::Parquet)
+        );
+        assert_eq!(
+            of(&["x.png", "--out", "a.txt", "--format", "jsonl"]),
+            Ok(TableFormat::Jsonl)
+        );
+        let refused = of(&["x.png", "--out", "a.xlsx"]).unwrap_err();
+        assert!(
+            refused.starts_with("--out: `xlsx` is not a format"),
+            "{refused}"
+        );
+    }
+
+    #[test]
+    fn folders_are_searched_in_order_and_an_empty_one_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        for name in ["b/2.png", "b/1.png", "a.png", ".notes", "b/.DS_Store"] {
+            fs::create_dir_all(at(name).parent().unwrap()).unwrap();
+            fs::write(at(name), "").unwrap();
+        }
+        let mut images = Vec::new();
+        collect(dir.path(), &mut images).unwrap();
+        assert_eq!(images, ["a.png", "b/1.png", "b/2.png"].map(at));
+        // A file that is named is taken whatever its name is.
+        collect(&at(".notes"), &mut images).unwrap();
+        assert_eq!(images.last(), Some(&at(".notes")));
+        fs::create_dir(at("empty")).unwrap();
+        for (missing, said) in [("empty", "has no images"), ("nothing", "cannot read")] {
+            let refused = collect(&at(missing), &mut Vec::new()).unwrap_err();
+            assert!(refused.to_string().contains(said), "{refused:#}");
+        }
+    }
+
+    #[test]
+    fn rows_have_the_most_probable_classes_in_order() {
+        let log_p = Tensor::from_slice(&[0.125f64, 0.625, 0.25, 0.5, 0.0, 0.5]).log();
+        let classes = ["a", "b", "c"].map(str::to_owned);
+        let paths = ["x.png", "y.png"].map(Path::new);
+        let found = table(&paths, &log_p.view([2, 3]), &classes, 9).unwrap();
+        let [x, y] = found.rows.as_slice() else {
+            panic!("{found:?}");
+        };
+        assert_eq!(x.image, "x.png");
+        let names: Vec<&str> = x.top.iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(names, ["b", "c", "a"]);
+        assert!((x.top[0].1 - 0.625).abs() < 1e-12);
+        assert_eq!(y.top[2], ("b".to_owned(), 0.0));
+    }
 }

@@ -74,7 +74,7 @@ pub struct EnsembleFile {
 pub enum EnsembleFileError {
     #[error(transparent)]
     File(#[from] PromptFileError),
-    #[error("it is not an ensemble file: it has no metadata of kind `ensemble`")]
+    #[error("it has no metadata of kind `ensemble`")]
     NotAnEnsemble,
     #[error("metadata key `promptweave`: {0}")]
     Metadata(String),
@@ -287,7 +287,7 @@ mod tests {
         let prompt = crate::testing::prompt_file(2, 4, 1).to_bytes();
         assert!(!EnsembleFile::is_one(&prompt));
         let refused = EnsembleFile::parse(&prompt).unwrap_err().to_string();
-        assert!(refused.contains("not an ensemble file"), "{refused}");
+        assert!(refused.contains("kind `ensemble`"), "{refused}");
         assert!(crate::prompt_file::PromptFile::parse(&ensemble().to_bytes()).is_err());
         assert!(!EnsembleFile::is_one(b"other bytes"));
     }

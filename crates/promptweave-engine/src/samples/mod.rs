@@ -131,19 +131,32 @@ impl Samples {
         })
     }
 
-    /// Images of these files, at least one, without labels. Starts to decode, and returns at once.
+    /// Images of these files without labels; `indices` are their positions in the list. Starts to decode, and returns at
+    /// once. Only with `skip_unreadable` it waits for the last image.
     pub fn unlabelled(
         paths: Vec<PathBuf>,
+        skip_unreadable: bool,
         preprocessing: &Preprocessing,
     ) -> Result<Self, EngineError> {
-        let all: Vec<usize> = (0..paths.len()).collect();
+        let (listed, first) = (paths.len(), paths.first().cloned());
+        let pixels = decoding(paths, skip_unreadable, preprocessing)?;
+        let images: Vec<usize> = match skip_unreadable {
+            true => pixels.wait()?,
+            false => (0..listed).collect(),
+        };
+        if images.is_empty() {
+            return Err(EngineError::UnreadableImages {
+                first: first.unwrap_or_default(),
+                count: listed,
+            });
+        }
         Ok(Self {
             preprocessing: preprocessing.clone(),
-            pixels: Arc::new(decoding(paths, false, preprocessing)?),
-            images: all.clone(),
+            pixels: Arc::new(pixels),
+            skipped: listed - images.len(),
+            indices: images.clone(),
+            images,
             labels: Vec::new(),
-            indices: all,
-            skipped: 0,
             digest: DigestBuilder::default().finish(),
         })
     }

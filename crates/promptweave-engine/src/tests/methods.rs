@@ -482,7 +482,7 @@ fn the_pool_weighs_predictions_and_its_file_predicts_what_the_answer_says() {
         // Images without labels are the same images.
         let paths = dataset.split(Split::Test).unwrap().iter();
         let paths = paths.map(|image| dataset.image_path(image)).collect();
-        let images = Samples::unlabelled(paths, preprocessing).unwrap();
+        let images = Samples::unlabelled(paths, false, preprocessing).unwrap();
         assert_eq!(log_probabilities_of(&predictor, vit, &images), log_p);
     }
     assert_eq!((rows[0].pool_gain, rows[0].p_value), (0.0, 1.0));
