@@ -163,11 +163,8 @@ async fn a_share_of_equal_weights_that_was_chosen_stays(pool: PgPool) {
     worker.stop().await;
 }
 
-/// Without the backbone nothing can be compared again, so a fallback to the single best source is repeated.
-#[sqlx::test(migrator = "MIGRATOR")]
-async fn what_fell_back_is_the_single_best_again(pool: PgPool) {
-    let app = furnished(pool.clone()).await;
-    let (ensemble, worker) = solved(&app, json!({"trade_off": 0.25})).await;
+/// Notes in every result that the composed prompt fell back to a source.
+async fn note_fallback(pool: &PgPool) {
     let fallback = json!({
         "prompt": "flowers",
         "validation_loss": 1.0,
@@ -176,9 +173,17 @@ async fn what_fell_back_is_the_single_best_again(pool: PgPool) {
     });
     sqlx::query("UPDATE job SET result = jsonb_set(result, '{method,fallback}', $1)")
         .bind(fallback)
-        .execute(&pool)
+        .execute(pool)
         .await
         .unwrap();
+}
+
+/// Without the backbone nothing can be compared again, so a fallback to the single best source is repeated.
+#[sqlx::test(migrator = "MIGRATOR")]
+async fn what_fell_back_is_the_single_best_again(pool: PgPool) {
+    let app = furnished(pool.clone()).await;
+    let (ensemble, worker) = solved(&app, json!({"trade_off": 0.25})).await;
+    note_fallback(&pool).await;
     let again = app.post_empty(&url(&ensemble, "solve")).await.ok(202);
     let objective = &again["spec"]["objective"];
     assert_eq!(objective["method"], "single_best", "{objective}");
@@ -187,6 +192,23 @@ async fn what_fell_back_is_the_single_best_again(pool: PgPool) {
     let mixture = json!({"objective": {"trade_off": 0.25}, "output": {"name": "mixture"}});
     let mixture = resolve(&app, &ensemble, &mixture).await.ok(202);
     assert_eq!(mixture["spec"]["objective"]["trade_off"], 0.25);
+    worker.stop().await;
+}
+
+/// The fallback of a pool is about its composed prompt, and the pool is solved again.
+#[sqlx::test(migrator = "MIGRATOR")]
+async fn a_pool_whose_prompt_fell_back_is_a_pool_again(pool: PgPool) {
+    let app = furnished(pool.clone()).await;
+    let (ensemble, worker) = solved(&app, json!({"method": "pool", "beta": 3})).await;
+    assert_eq!(ensemble["spec"]["objective"]["fallback"], "single_best");
+    note_fallback(&pool).await;
+    let again = app.post_empty(&url(&ensemble, "solve")).await.ok(202);
+    let objective = &again["spec"]["objective"];
+    assert_eq!(objective["method"], "pool", "{objective}");
+    assert_eq!(
+        (&objective["beta"], &objective["fallback"]),
+        (&json!(3.0), &json!("none"))
+    );
     worker.stop().await;
 }
 

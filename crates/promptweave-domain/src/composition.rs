@@ -284,7 +284,7 @@ pub struct Compared {
     pub accuracy: f64,
     /// The 95 % interval of the accuracy (Wilson 1927), from its least to its greatest value.
     pub accuracy_interval: [f64; 2],
-    /// Cross-entropy in nats.
+    /// Cross-entropy in nats. Every prediction has the same share of equal probabilities, ε = 0.01.
     pub loss: f64,
     /// The pool's accuracy minus this one.
     pub pool_gain: f64,

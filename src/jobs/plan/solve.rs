@@ -13,7 +13,7 @@ use crate::registry::prompt_versions;
 use promptweave_domain::composition::{CompositionResult, TargetSamples};
 use promptweave_domain::digest::Digest;
 use promptweave_domain::job::{EnsembleSpec, JobState, SolvedFrom, SourceSpec, TargetSpec};
-use promptweave_domain::method::{Criterion, UniformMix};
+use promptweave_domain::method::{Criterion, Method, UniformMix};
 use promptweave_domain::objective::{
     Experimental, GradientNormalization, MethodOptions, Objective, SingleBest, TradeOff,
     TradeOffRule,
@@ -140,7 +140,9 @@ pub fn plan(
 fn without_backbone(solved: &Solved) -> Objective {
     let mut objective = solved.spec.objective.without_forward_passes();
     let fallback = solved.result.method.fallback.as_ref();
-    if fallback.is_some_and(|fallback| fallback.taken) {
+    // The fallback of a pool is about the composed prompt alone, and its weights stay.
+    let is_pool = objective.method() == Method::Pool;
+    if !is_pool && fallback.is_some_and(|fallback| fallback.taken) {
         return Objective {
             options: MethodOptions::SingleBest(SingleBest {
                 by: Criterion::Validation,

@@ -132,7 +132,11 @@ impl Workspace<'_> {
         let all = [
             (Prediction::Pool, members, sum),
             (Prediction::UniformPool, last + 1, even),
-            (Prediction::ComposedPrompt, 1, composed.shallow_clone()),
+            (
+                Prediction::ComposedPrompt,
+                1,
+                log_probabilities(composed, EPSILON),
+            ),
             (Prediction::SingleBest, 1, single.expect("a source")),
             (Prediction::NoTransfer, 1, none.expect("the last")),
         ];

@@ -76,6 +76,7 @@ pub fn compose(
     let without_prompt = work.without_prompt(cached, &mut steps)?;
     let cached = CachedSources::new(cache, backbone, vit, samples, work.prompts);
     let (statistics, early_stop) = work.statistics(cached, without_prompt, &mut steps)?;
+    steps.begin(Phase::Solve)?;
     let metadata = Metadata {
         format: Metadata::FORMAT,
         sources: work.recorded(&statistics, &mut steps)?,
@@ -91,8 +92,6 @@ pub fn compose(
         seed: target.seed,
         skipped_images: samples.skipped,
     };
-
-    steps.begin(Phase::Solve)?;
     let tick = &mut || stop_on(steps.tick(Phase::Solve));
     let pooled = Pooled::of(&statistics, &metadata, tick)?;
     let pool = pooled.as_ref().map(|pooled| &pooled.pool);
@@ -284,7 +283,7 @@ impl Workspace<'_> {
         let sources = self.sources.iter().enumerate();
         sources
             .map(|(i, source)| {
-                stop_on(steps.tick(Phase::Verify))?;
+                stop_on(steps.tick(Phase::Solve))?;
                 let metadata = source.file.metadata.as_ref();
                 Ok(RecordedSource {
                     prompt: source.prompt.clone(),
