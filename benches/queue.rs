@@ -140,6 +140,7 @@ impl Bench {
                 file: &file,
                 output: &spec.output.parse()?,
             },
+            ensemble: None,
             statistics: self.statistics,
         };
         let mut conn = self.pool.acquire().await?;

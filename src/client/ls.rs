@@ -40,9 +40,10 @@ struct Version {
     digest: String,
     size: u64,
     origin: String,
-    num_tokens: i32,
+    num_tokens: Option<i32>,
     embed_dim: i32,
-    depth: String,
+    depth: Option<String>,
+    num_members: Option<i32>,
     created_at: String,
     deprecated_at: Option<String>,
 }
@@ -104,11 +105,8 @@ async fn versions(
         [
             version.version.to_string(),
             joined(aliases.map(|(name, _)| name.clone())),
-            version.origin,
-            format!(
-                "{} × {} {}",
-                version.num_tokens, version.embed_dim, version.depth
-            ),
+            version.origin.clone(),
+            shape(&version),
             HumanBytes(version.size).to_string(),
             version.digest,
             minute(&version.created_at),
@@ -116,9 +114,19 @@ async fn versions(
         ]
     });
     let head = [
-        "VERSION", "ALIASES", "ORIGIN", "PROMPT", "SIZE", "DIGEST", "CREATED", "",
+        "VERSION", "ALIASES", "ORIGIN", "SHAPE", "SIZE", "DIGEST", "CREATED", "",
     ];
     Ok(table(head, rows))
+}
+
+/// `10 × 384 shallow` for a prompt, `ensemble of 5 × 384` for an ensemble.
+fn shape(version: &Version) -> String {
+    let width = version.embed_dim;
+    match (version.num_tokens, &version.depth, version.num_members) {
+        (Some(tokens), Some(depth), _) => format!("{tokens} × {width} {depth}"),
+        (_, _, Some(members)) => format!("ensemble of {members} × {width}"),
+        _ => format!("× {width}"),
+    }
 }
 
 fn joined(words: impl Iterator<Item = String>) -> String {

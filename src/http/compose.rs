@@ -19,7 +19,7 @@ use crate::http::prompt_versions::PublishedVersion;
 use crate::jobs::plan::sources::{NamedPrompt, sources as plan_sources};
 use crate::registry::lineage::Role;
 use crate::registry::prompt_versions;
-use crate::registry::prompt_versions::{NewVersion, Parent};
+use crate::registry::prompt_versions::{NewVersion, Parent, VersionFile};
 use crate::registry::prompts;
 use promptweave_domain::compatibility::{
     Blamed, Incompatible, common_backbone, common_preprocessing,
@@ -82,7 +82,7 @@ struct ComposedOutput {
         (status = 200, description = "The sum is a version already", body = PublishedVersion),
         (status = 409, description = "`prompt_deleted`: of the output"),
         (status = 422, description = "`invalid_body`, `invalid_weights`, `reserved_name`, \
-            `no_sources`, `too_many_sources`, `unknown_prompt`, `deep_prompt_not_composable`, \
+            `no_sources`, `too_many_sources`, `unknown_prompt`, `not_a_prompt`, `deep_prompt_not_composable`, \
             `same_source`, `width_mismatch`, `length_mismatch`, `backbone_mismatch`, \
             `preprocessing_mismatch`, `too_large`, `not_finite`"),
     )
@@ -135,7 +135,11 @@ async fn compose_prompt(
         .metadata
         .clone()
         .unwrap_or_else(PromptMetadata::unknown);
-    prompt_files::check_backbone(&mut transaction, project_id, &file, &metadata).await?;
+    let version_file = VersionFile::Prompt {
+        file: &file,
+        metadata: &metadata,
+    };
+    prompt_files::check_backbone(&mut transaction, project_id, version_file).await?;
     let output =
         prompts::find_or_create(&mut transaction, project_id, &body.output.name, "").await?;
     let parents: Vec<_> = sources
@@ -150,8 +154,7 @@ async fn compose_prompt(
     let new = NewVersion {
         prompt_id: output.id,
         bytes: &bytes,
-        file: &file,
-        metadata: &metadata,
+        file: version_file,
         produced_by_job: None,
         parents: &parents,
     };
@@ -211,7 +214,8 @@ async fn read(
 ) -> Result<Vec<Tensor<f32>>, Problem> {
     let numbers: usize = sources
         .iter()
-        .map(|it| it.version.num_tokens as usize * it.version.embed_dim as usize)
+        .map(|it| it.version.facts())
+        .map(|facts| facts.num_tokens * facts.embed_dim)
         .sum();
     if numbers * size_of::<f32>() > MAX_BYTES {
         let detail = format!(

@@ -211,6 +211,28 @@ const LINKS: &[Links] = &[
         to: &["get_ranking"],
         with: &[("id", "/items/0/id")],
     },
+    Links {
+        from: &[
+            "create_prediction",
+            "retry_prediction",
+            "get_prediction",
+            "cancel_prediction",
+        ],
+        to: &[
+            "get_prediction",
+            "get_prediction_result",
+            "get_prediction_file",
+            "list_prediction_events",
+            "cancel_prediction",
+            "retry_prediction",
+        ],
+        with: &[("id", "/id")],
+    },
+    Links {
+        from: &["list_predictions"],
+        to: &["get_prediction"],
+        with: &[("id", "/items/0/id")],
+    },
 ];
 
 /// Adds the links to the answers of status 2xx. A link is named after the operation that it leads to.

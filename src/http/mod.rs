@@ -27,6 +27,7 @@ mod named;
 pub mod openapi;
 pub mod page;
 mod peft;
+mod predictions;
 pub mod problem_codes;
 pub mod projects;
 mod prompt_changes;

@@ -14,8 +14,8 @@ use crate::http::idempotency;
 use crate::http::idempotency::KeyedOperations;
 use crate::http::{
     AppState, HttpSettings, aliases, api_keys, backbone_uploads, backbones, compose,
-    content_digest, datasets, document, ensembles, health, lineage, links, peft, projects,
-    prompt_changes, prompt_content, prompt_versions, prompts, rankings, tunings,
+    content_digest, datasets, document, ensembles, health, lineage, links, peft, predictions,
+    projects, prompt_changes, prompt_content, prompt_versions, prompts, rankings, tunings,
     webhook_deliveries, webhooks, workers,
 };
 use promptweave_domain::reference::{ResourceName, VersionSelector};
@@ -32,10 +32,11 @@ use promptweave_domain::reference::{ResourceName, VersionSelector};
     tags(
         (name = "prompts", description = "Prompt assets and their immutable versions"),
         (name = "backbones", description = "Frozen vision transformers that prompts are made for"),
-        (name = "datasets", description = "Labelled images, the targets of ensembles, tunings and rankings"),
+        (name = "datasets", description = "Labelled images: the targets of ensembles, tunings and rankings, and what predictions are made for"),
         (name = "ensembles", description = "Jobs that weigh prompts for a target and compose them"),
         (name = "tunings", description = "Jobs that train a prompt and a head for a target"),
         (name = "rankings", description = "Jobs that score prompts for a target"),
+        (name = "predictions", description = "Jobs that predict the images of a dataset"),
         (name = "webhooks", description = "Who is told when a job ends"),
         (name = "workers", description = "The processes that run jobs"),
         (name = "projects", description = "Each has its own resources, which keys of others do not see"),
@@ -69,6 +70,7 @@ pub(super) fn routes(settings: &HttpSettings) -> Routes {
         .merge(ensembles::router())
         .merge(tunings::router())
         .merge(rankings::router())
+        .merge(predictions::router())
         .merge(webhooks::router())
         .merge(webhook_deliveries::router())
         .merge(workers::router())

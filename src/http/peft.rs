@@ -17,7 +17,7 @@ use crate::http::prompt_files::MissingMetadata;
 use crate::http::prompt_versions::{PublishedVersion, VersionPath};
 use crate::http::{AppState, HttpSettings};
 use crate::registry::prompt_versions;
-use crate::registry::prompt_versions::NewVersion;
+use crate::registry::prompt_versions::{NewVersion, VersionFile, VersionKind};
 use crate::registry::{backbones, prompts};
 use promptweave_domain::digest::Digest;
 use promptweave_domain::reference::ResourceName;
@@ -113,15 +113,18 @@ async fn import_peft(
     let mut metadata = missing.complete(file.metadata.as_ref())?;
     metadata.training.get_or_insert_with(|| config.record());
 
+    let version_file = VersionFile::Prompt {
+        file: &file,
+        metadata: &metadata,
+    };
     let mut transaction = state.pool.begin().await?;
-    prompt_files::check_backbone(&mut transaction, caller.project_id, &file, &metadata).await?;
+    prompt_files::check_backbone(&mut transaction, caller.project_id, version_file).await?;
     let prompt =
         prompts::find_or_create(&mut transaction, caller.project_id, &query.name, "").await?;
     let new = NewVersion {
         prompt_id: prompt.id,
         bytes: &bytes,
-        file: &file,
-        metadata: &metadata,
+        file: version_file,
         produced_by_job: None,
         parents: &[],
     };
@@ -170,7 +173,7 @@ fn refuse_adapter(error: PeftError) -> Problem {
         (status = 200, description = "A tar of `adapter_config.json` and `adapter_model.safetensors`",
          content_type = "application/x-tar", body = TarBytes),
         (status = 404, description = "`prompt_not_found`, `version_not_found`"),
-        (status = 422, description = "`deep_prompt_not_exportable`"),
+        (status = 422, description = "`deep_prompt_not_exportable`, `not_a_prompt` (an ensemble)"),
     )
 )]
 async fn export_peft(
@@ -180,6 +183,13 @@ async fn export_peft(
 ) -> Result<impl IntoResponse, Problem> {
     let mut conn = state.pool.acquire().await?;
     let version = path.resolve(&mut conn, caller.project_id).await?;
+    if version.kind == VersionKind::Ensemble {
+        let detail = format!(
+            "`{}:{}` is an ensemble, and a PEFT adapter holds one prompt; download the file itself from `content`",
+            version.prompt, version.version
+        );
+        return Err(Problem::unprocessable("not_a_prompt", detail));
+    }
     let bytes = prompt_versions::content(&mut conn, &version.digest)
         .await?
         .ok_or(DbError::RowCount(0))?;

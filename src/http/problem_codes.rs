@@ -4,7 +4,7 @@
 use utoipa::openapi::{ObjectBuilder, RefOr, Schema, Type};
 use utoipa::{PartialSchema, ToSchema};
 
-/// The codes, sorted. Those that begin with `ensemble_`, `tuning_` and `ranking_` are made by
+/// The codes, sorted. Those that begin with `ensemble_`, `tuning_`, `ranking_` and `prediction_` are made by
 /// [`crate::http::jobs::code`].
 pub const PROBLEM_CODES: &[&str] = &[
     "address_not_public",
@@ -28,6 +28,7 @@ pub const PROBLEM_CODES: &[&str] = &[
     "dataset_not_found",
     "deep_prompt_not_composable",
     "deep_prompt_not_exportable",
+    "deep_prompt_not_predictable",
     "deep_start",
     "delivery_not_found",
     "depth_mismatch",
@@ -66,6 +67,7 @@ pub const PROBLEM_CODES: &[&str] = &[
     "invalid_query",
     "invalid_reference",
     "invalid_request",
+    "invalid_top_k",
     "invalid_uri",
     "invalid_weights",
     "label_out_of_range",
@@ -76,8 +78,10 @@ pub const PROBLEM_CODES: &[&str] = &[
     "missing_setting",
     "missing_tensor",
     "name_taken",
+    "no_head",
     "no_sources",
     "no_worker",
+    "not_a_prompt",
     "not_finite",
     "not_migrated",
     "not_safetensors",
@@ -85,8 +89,15 @@ pub const PROBLEM_CODES: &[&str] = &[
     "nothing_to_evaluate",
     "nul_character",
     "one_class",
+    "output_too_long",
     "precondition_failed",
     "precondition_required",
+    "prediction_cancelled",
+    "prediction_failed",
+    "prediction_not_finished",
+    "prediction_not_found",
+    "prediction_not_over",
+    "prediction_over",
     "preprocessing_mismatch",
     "project_not_found",
     "prompt_deleted",

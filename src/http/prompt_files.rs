@@ -15,9 +15,11 @@ use crate::http::extract::escape;
 use crate::http::prompt_versions::PublishedVersion;
 use crate::registry::backbones;
 use crate::registry::backbones::RegisteredBackbone;
-use crate::registry::prompt_versions::PromptVersion;
+use crate::registry::prompt_versions::{PromptVersion, VersionFile};
 use promptweave_domain::compatibility::{Incompatible, PromptFacts, check_fits};
 use promptweave_domain::digest::Digest;
+use promptweave_domain::ensemble_file::{EnsembleFile, EnsembleFileError};
+use promptweave_domain::prediction::Model;
 use promptweave_domain::prompt_file::{PromptFile, PromptFileError, PromptMetadata};
 use promptweave_domain::words::JobErrorCode;
 
@@ -57,6 +59,34 @@ impl MissingMetadata {
             ..file
         })
     }
+
+    /// Checks that a request agrees with an ensemble file, which lacks nothing.
+    pub(super) fn agree_with(self, file: &EnsembleFile) -> Result<(), Problem> {
+        let metadata = &file.metadata;
+        let preprocessing_id = Some(metadata.preprocessing_id.clone());
+        agree(
+            "backbone_digest",
+            Some(metadata.backbone_digest),
+            self.backbone_digest,
+        )?;
+        agree("preprocessing_id", preprocessing_id, self.preprocessing_id)?;
+        let is_given = [
+            ("init_seed", self.init_seed.is_some()),
+            ("task", self.task.is_some()),
+        ];
+        match is_given.iter().find(|(_, given)| *given) {
+            Some((field, _)) => {
+                let detail =
+                    format!("the file is an ensemble, which has no `{field}`; leave it out");
+                Err(Problem::field(
+                    "metadata_conflict",
+                    format!("/{field}"),
+                    detail,
+                ))
+            }
+            None => Ok(()),
+        }
+    }
 }
 
 fn agree<T: PartialEq + std::fmt::Display>(
@@ -81,6 +111,22 @@ pub(super) async fn read<B: AsRef<[u8]> + Send + 'static>(
     let reading = tokio::task::spawn_blocking(move || (PromptFile::parse(bytes.as_ref()), bytes));
     let (file, bytes) = reading.await.map_err(Problem::internal)?;
     Ok((bytes, file.map_err(refuse)?))
+}
+
+/// Reads and checks a prompt file or an ensemble file, off the runtime's threads, and returns `bytes` with it.
+pub(super) async fn read_any<B: AsRef<[u8]> + Send + 'static>(
+    bytes: B,
+) -> Result<(B, Model), Problem> {
+    let reading = tokio::task::spawn_blocking(move || (Model::parse(bytes.as_ref()), bytes));
+    let (file, bytes) = reading.await.map_err(Problem::internal)?;
+    Ok((bytes, file.map_err(refuse_any)?))
+}
+
+fn refuse_any(error: EnsembleFileError) -> Problem {
+    match error {
+        EnsembleFileError::File(error) => refuse(error),
+        error => Problem::unprocessable("invalid_metadata", with_cause(&error)),
+    }
 }
 
 fn refuse(error: PromptFileError) -> Problem {
@@ -139,25 +185,33 @@ pub(super) fn unsupported_format(detail: String) -> Problem {
     )
 }
 
-/// Checks that a prompt fits its backbone, if that one is registered: its width, its blocks, and the preprocessing of
-/// one of the backbones with these weights.
+/// Checks that a file fits its backbone, if that one is registered: its width, its blocks, and the preprocessing of one
+/// of the backbones with these weights.
 pub(super) async fn check_backbone(
     conn: &mut PgConnection,
     project_id: Uuid,
-    file: &PromptFile,
-    metadata: &PromptMetadata,
+    file: VersionFile<'_>,
 ) -> Result<(), Problem> {
-    let Some(digest) = &metadata.backbone_digest else {
+    let (facts, deep) = match file {
+        VersionFile::Prompt { file, metadata } => {
+            let facts = PromptFacts {
+                backbone_digest: metadata.backbone_digest,
+                preprocessing_id: metadata.preprocessing_id.as_deref(),
+                ..file.facts("prompt_embeddings".to_owned(), Digest::of(&[]))
+            };
+            (facts, file.deep_prompt_embeddings.as_ref())
+        }
+        VersionFile::Ensemble(file) => (
+            file.facts("0.head.weight".to_owned(), Digest::of(&[])),
+            None,
+        ),
+    };
+    let Some(digest) = &facts.backbone_digest else {
         return Ok(());
     };
     let known = backbones::find_by_digest(conn, project_id, digest).await?;
     let Some(backbone) = known.first() else {
         return Ok(());
-    };
-    let facts = PromptFacts {
-        backbone_digest: Some(*digest),
-        preprocessing_id: metadata.preprocessing_id.as_deref(),
-        ..file.facts("prompt_embeddings".to_owned(), Digest::of(&[]))
     };
     let fits = |backbone: &RegisteredBackbone| check_fits(&facts, &backbone.facts());
     // Backbones with these weights differ in their preprocessing, and one of them must fit.
@@ -166,13 +220,13 @@ pub(super) async fn check_backbone(
         known.iter().any(|other| fits(other).is_ok()),
     ) {
         let pointer = match code {
-            JobErrorCode::PreprocessingMismatch => "/preprocessing_id",
-            _ => "/prompt_embeddings",
+            JobErrorCode::PreprocessingMismatch => "/preprocessing_id".to_owned(),
+            _ => format!("/{}", escape(&facts.name)),
         };
         return Err(Problem::field(code.name(), pointer, detail));
     }
     let blocks = backbone.config.depth;
-    if let Some(deep) = &file.deep_prompt_embeddings
+    if let Some(deep) = deep
         && deep.shape[0] + 1 != blocks
     {
         let detail = format!(

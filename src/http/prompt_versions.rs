@@ -21,8 +21,9 @@ use crate::http::prompt_files::MissingMetadata;
 use crate::http::prompts::{existing, locked, not_found};
 use crate::http::{AppState, HttpSettings};
 use crate::registry::prompt_versions;
-use crate::registry::prompt_versions::{NewVersion, PromptVersion};
+use crate::registry::prompt_versions::{NewVersion, PromptVersion, VersionFile};
 use crate::registry::prompts;
+use promptweave_domain::prediction::Model;
 use promptweave_domain::reference::{Reference, ResourceName, VersionSelector};
 
 pub(super) const PROMPT_FILE: &str = "application/vnd.prompt+safetensors";
@@ -54,7 +55,7 @@ struct VersionUrls {
     content: String,
     /// What the version was made of, if it was composed; with `?direction=down`, what was made with it.
     lineage: String,
-    /// The version as a PEFT adapter, unless it is deep.
+    /// The version as a PEFT adapter, unless it is deep or an ensemble.
     peft: String,
 }
 
@@ -88,11 +89,13 @@ impl PublishedVersion {
 #[expect(dead_code, reason = "it exists for the API document alone")]
 pub(super) struct PromptFileBytes(Vec<u8>);
 
-/// Publish a version: the body is a prompt file
+/// Publish a version: the body is a prompt file or an ensemble file
 ///
-/// The file is safetensors with `prompt_embeddings` `[m, d]` in f32, f16 or bf16. It may also have
+/// A prompt file is safetensors with `prompt_embeddings` `[m, d]` in f32, f16 or bf16. It may also have
 /// `deep_prompt_embeddings` `[L-1, m, d]`, `head.weight` `[K, d]` with `head.bias` `[K]`, and `sketch.features`
-/// `[n, d]` with `sketch.labels` `[n]`. Uploading the same bytes again answers 200 with the existing version.
+/// `[n, d]` with `sketch.labels` `[n]`. An ensemble file is safetensors as `promptweave compose` writes it: for member i
+/// it has `i.prompt_embeddings`, `i.head.weight` and `i.head.bias`. Uploading the same bytes again answers 200 with the
+/// existing version.
 #[utoipa::path(
     post,
     path = "/prompts/{name}/versions",
@@ -136,19 +139,31 @@ async fn publish_version(
             &format!("`{PROMPT_FILE}`"),
         ));
     }
-    let (bytes, file) = prompt_files::read(bytes).await?;
-    let metadata = missing.complete(file.metadata.as_ref())?;
+    let (bytes, model) = prompt_files::read_any(bytes).await?;
+    let metadata;
+    let file = match &model {
+        Model::Prompt(file) => {
+            metadata = missing.complete(file.metadata.as_ref())?;
+            VersionFile::Prompt {
+                file,
+                metadata: &metadata,
+            }
+        }
+        Model::Ensemble(file) => {
+            missing.agree_with(file)?;
+            VersionFile::Ensemble(file)
+        }
+    };
 
     let mut transaction = state.pool.begin().await?;
     let prompt_id = prompts::find_id(&mut transaction, caller.project_id, &name)
         .await?
         .ok_or_else(|| not_found(&name))?;
-    prompt_files::check_backbone(&mut transaction, caller.project_id, &file, &metadata).await?;
+    prompt_files::check_backbone(&mut transaction, caller.project_id, file).await?;
     let new = NewVersion {
         prompt_id,
         bytes: &bytes,
-        file: &file,
-        metadata: &metadata,
+        file,
         produced_by_job: None,
         parents: &[],
     };

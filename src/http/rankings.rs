@@ -88,7 +88,7 @@ impl From<Job<RankingSpec>> for RankingJob {
          headers(("location" = String))),
         (status = 202, body = RankingJob, headers(("location" = String), ("retry-after" = u32))),
         (status = 422, description = "`unknown_dataset`, `unknown_split`, `empty_target`, `one_class`, \
-            `nothing_to_evaluate`, `invalid_max_samples`, `no_sources`, `too_many_sources`, `unknown_prompt`, `same_source`, \
+            `nothing_to_evaluate`, `invalid_max_samples`, `no_sources`, `too_many_sources`, `unknown_prompt`, `not_a_prompt`, `same_source`, \
             `deep_prompt_not_composable`, `width_mismatch`, `length_mismatch`, `unknown_backbone`, `backbone_required`, \
             `backbone_ambiguous`, `backbone_mismatch`, `preprocessing_mismatch`, `invalid_objective`, \
             `too_large` (features above 4 GiB), `invalid_priority`; `invalid_request` where there are several, each with its \

@@ -112,7 +112,7 @@ impl From<Job<TuningSpec>> for TuningJob {
         (status = 202, body = TuningJob, headers(("location" = String), ("retry-after" = u32))),
         (status = 422, description = "`invalid_options`, `reserved_name`, `unknown_dataset`, `unknown_split`, \
             `empty_target`, `one_class`, `empty_split`, `same_split`, `invalid_max_samples`, `too_few_images` (to hold \
-            some out), `unknown_prompt`, `deep_start`, `width_mismatch`, `unknown_backbone`, `backbone_required`, \
+            some out), `unknown_prompt`, `not_a_prompt`, `deep_start`, `width_mismatch`, `unknown_backbone`, `backbone_required`, \
             `backbone_ambiguous`, `backbone_mismatch`, `preprocessing_mismatch`, `invalid_priority`; `invalid_request` where there are \
             several, each with its own in errors"),
         (status = 429, description = "`queue_full`: as many jobs wait as the operator lets",

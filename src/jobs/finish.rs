@@ -11,11 +11,13 @@ use crate::jobs::queue::{Claimed, QueueError};
 use crate::jobs::transition::{LockedJob, Transition};
 use crate::registry::lineage::Role;
 use crate::registry::prompt_versions;
-use crate::registry::prompt_versions::{NewVersion, Parent, Published};
+use crate::registry::prompt_versions::{NewVersion, Parent, Published, VersionFile};
 use crate::registry::{prompts, references};
-use promptweave_domain::composition::CompositionResult;
+use promptweave_domain::composition::{CompositionResult, PoolReport, PooledEnsemble};
 use promptweave_domain::digest::Digest;
+use promptweave_domain::ensemble_file::EnsembleFile;
 use promptweave_domain::job::EnsembleSpec;
+use promptweave_domain::prediction::PredictionResult;
 use promptweave_domain::prompt_file::{PromptFile, PromptMetadata};
 use promptweave_domain::ranking::Ranking;
 use promptweave_domain::reference::ResourceName;
@@ -29,6 +31,8 @@ pub enum Finished<'a> {
         spec: &'a EnsembleSpec,
         result: &'a CompositionResult,
         composed: NewPrompt<'a>,
+        /// The pool's ensemble, with the method `pool`.
+        ensemble: Option<NewEnsemble<'a>>,
         /// The digest of the statistics, which are in the blob store already.
         statistics: Digest,
     },
@@ -38,6 +42,19 @@ pub enum Finished<'a> {
         tuned: NewPrompt<'a>,
     },
     Ranking(&'a Ranking),
+    /// Its file is in the blob store already.
+    Prediction(&'a PredictionResult),
+}
+
+impl Finished<'_> {
+    /// The file that the job leaves in the blob store.
+    fn file(&self) -> Option<Digest> {
+        match self {
+            Self::Ensemble { statistics, .. } => Some(*statistics),
+            Self::Prediction(result) => Some(result.file.digest),
+            Self::Tuning { .. } | Self::Ranking(_) => None,
+        }
+    }
 }
 
 /// A prompt that a job made: the bytes of its file, the parsed file, and its metadata.
@@ -49,6 +66,14 @@ pub struct NewPrompt<'a> {
     pub output: &'a ResourceName,
 }
 
+/// An ensemble that a job made: the bytes of its file, and the parsed file.
+#[derive(Clone, Copy, Debug)]
+pub struct NewEnsemble<'a> {
+    pub bytes: &'a [u8],
+    pub file: &'a EnsembleFile,
+    pub output: &'a ResourceName,
+}
+
 /// Ends the job as succeeded and publishes its prompt.
 pub async fn finish(
     conn: &mut PgConnection,
@@ -57,9 +82,10 @@ pub async fn finish(
     finished: Finished<'_>,
 ) -> Result<(), QueueError> {
     let mut tx = conn.begin().await?;
-    if let Finished::Ensemble { statistics, .. } = &finished {
+    let file = finished.file();
+    if let Some(file) = &file {
         // This comes before the job's row is locked, because a blob store may be slow and others wait for the row.
-        references::hold(&mut tx, blobs, statistics).await?;
+        references::hold(&mut tx, blobs, file).await?;
     }
     let held = LockedJob::lock(&mut tx, claimed.lease).await?;
     // A lease that has run out belongs to nobody, even before it is reaped.
@@ -71,17 +97,27 @@ pub async fn finish(
             spec,
             result,
             composed,
-            statistics,
+            ensemble,
+            ..
         } => {
             let published = publish_composed(&mut tx, claimed, spec, result, composed).await?;
             let mut result = result.clone();
             result.composed_prompt.prompt = Some(published.prompt.to_string());
             result.composed_prompt.version = Some(published.version);
-            // The ensemble file is not stored; `solve` makes it from the statistics.
             if let Some(pool) = &mut result.pool {
-                pool.ensemble_digest = None;
+                pool.ensemble = match pool.ensemble.take().zip(ensemble) {
+                    Some((reported, new)) => {
+                        let published = publish_ensemble(&mut tx, claimed, spec, pool, new).await?;
+                        Some(PooledEnsemble {
+                            prompt: Some(published.prompt.to_string()),
+                            version: Some(published.version),
+                            ..reported
+                        })
+                    }
+                    None => None,
+                };
             }
-            Transition::with_result(&result, Some(statistics))
+            Transition::with_result(&result, file)
         }
         Finished::Tuning {
             spec,
@@ -95,6 +131,7 @@ pub async fn finish(
             Transition::with_result(&result, None)
         }
         Finished::Ranking(ranking) => Transition::with_result(ranking, None),
+        Finished::Prediction(result) => Transition::with_result(result, file),
     };
     held.leave(&mut tx, leaving).await?;
     failpoints::reach("finishing", claimed.lease.job_id);
@@ -111,22 +148,62 @@ async fn publish_composed(
     result: &CompositionResult,
     composed: NewPrompt<'_>,
 ) -> Result<Published, QueueError> {
-    let target = &spec.target;
-    let mut description = format!(
-        "composed for {}:{} by ensemble {}",
-        target.dataset, target.version, claimed.lease.job_id
+    let file = VersionFile::Prompt {
+        file: composed.file,
+        metadata: composed.metadata,
+    };
+    let made = Made {
+        bytes: composed.bytes,
+        file,
+        output: composed.output,
+        description: made_for("composed", spec, claimed),
+        parents: parents(spec, result.composed_prompt.weights.iter().copied()),
+    };
+    publish(tx, claimed, made).await
+}
+
+async fn publish_ensemble(
+    tx: &mut PgTransaction<'_>,
+    claimed: &Claimed,
+    spec: &EnsembleSpec,
+    pool: &PoolReport,
+    ensemble: NewEnsemble<'_>,
+) -> Result<Published, QueueError> {
+    let mut parents = parents(spec, pool.weights.iter().map(|it| it.weight));
+    // Sources that were left out are no members.
+    parents.retain(|parent| parent.weight > 0.0);
+    let made = Made {
+        bytes: ensemble.bytes,
+        file: VersionFile::Ensemble(ensemble.file),
+        output: ensemble.output,
+        description: made_for("pooled", spec, claimed),
+        parents,
+    };
+    publish(tx, claimed, made).await
+}
+
+/// The description of a version that was made for an ensemble's target.
+fn made_for(made: &str, spec: &EnsembleSpec, claimed: &Claimed) -> String {
+    let (target, job) = (&spec.target, claimed.lease.job_id);
+    let by = format!(
+        "{made} for {}:{} by ensemble {job}",
+        target.dataset, target.version
     );
-    if let Some(from) = &spec.solved_from {
-        description += &format!(" from the statistics of ensemble {}", from.ensemble);
+    match &spec.solved_from {
+        Some(from) => format!("{by} from the statistics of ensemble {}", from.ensemble),
+        None => by,
     }
-    let parents: Vec<Parent> = (spec.sources.iter().zip(&result.composed_prompt.weights))
+}
+
+fn parents(spec: &EnsembleSpec, weights: impl Iterator<Item = f64>) -> Vec<Parent> {
+    let sources = spec.sources.iter().zip(weights);
+    sources
         .map(|(source, weight)| Parent {
             version_id: source.id,
-            weight: *weight,
+            weight,
             role: Role::Source,
         })
-        .collect();
-    publish(tx, claimed, composed, &description, &parents).await
+        .collect()
 }
 
 async fn publish_tuned(
@@ -148,26 +225,42 @@ async fn publish_tuned(
         weight: 1.0,
         role: Role::Start,
     });
-    publish(tx, claimed, tuned, &description, start.as_slice()).await
+    let made = Made {
+        bytes: tuned.bytes,
+        file: VersionFile::Prompt {
+            file: tuned.file,
+            metadata: tuned.metadata,
+        },
+        output: tuned.output,
+        description,
+        parents: Vec::from_iter(start),
+    };
+    publish(tx, claimed, made).await
+}
+
+/// A version to publish under a name, which is created if it does not exist.
+struct Made<'a> {
+    bytes: &'a [u8],
+    file: VersionFile<'a>,
+    output: &'a ResourceName,
+    description: String,
+    parents: Vec<Parent>,
 }
 
 async fn publish(
     tx: &mut PgTransaction<'_>,
     claimed: &Claimed,
-    prompt: NewPrompt<'_>,
-    description: &str,
-    parents: &[Parent],
+    made: Made<'_>,
 ) -> Result<Published, QueueError> {
     let project_id = claimed.project_id;
     let prompt_id =
-        prompts::find_restore_or_create(tx, project_id, prompt.output, description).await?;
+        prompts::find_restore_or_create(tx, project_id, made.output, &made.description).await?;
     let new = NewVersion {
         prompt_id,
-        bytes: prompt.bytes,
-        file: prompt.file,
-        metadata: prompt.metadata,
+        bytes: made.bytes,
+        file: made.file,
         produced_by_job: Some(claimed.lease.job_id),
-        parents,
+        parents: &made.parents,
     };
     // Repeating the same computation under the same name yields the existing version.
     Ok(prompt_versions::publish(tx, project_id, new).await?)

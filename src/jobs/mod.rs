@@ -62,9 +62,10 @@ pub struct Job<S: Specification = EnsembleSpec> {
     pub original_weights: Option<Vec<SourceWeight>>,
     /// The result of a job that succeeded.
     pub result: Option<S::Result>,
-    pub statistics_digest: Option<Digest>,
-    /// When the statistics were deleted.
-    pub statistics_deleted_at: Option<OffsetDateTime>,
+    /// The file that the job left: an ensemble's statistics, a prediction's table.
+    pub file_digest: Option<Digest>,
+    /// When the file was deleted.
+    pub file_deleted_at: Option<OffsetDateTime>,
     /// The error of a failed job, or of the last attempt if the job waits for another attempt.
     pub error: Option<JobError>,
     /// The earliest time at which a queued job may be claimed.
@@ -117,7 +118,7 @@ async fn select<S: Specification>(
             spec,
             spec_digest,
             result,
-            statistics_digest, statistics_deleted_at,
+            file_digest, file_deleted_at,
             error AS "error: Json<JobError>"
         FROM job
         WHERE project_id = $1
@@ -155,11 +156,11 @@ async fn select<S: Specification>(
                 spec: read("spec", row.spec)?,
                 spec_digest: read_digest("spec_digest", &row.spec_digest)?,
                 result: row.result.map(|json| read("result", json)).transpose()?,
-                statistics_digest: row
-                    .statistics_digest
-                    .map(|bytes| read_digest("statistics_digest", &bytes))
+                file_digest: row
+                    .file_digest
+                    .map(|bytes| read_digest("file_digest", &bytes))
                     .transpose()?,
-                statistics_deleted_at: row.statistics_deleted_at,
+                file_deleted_at: row.file_deleted_at,
                 error: row.error.map(|json| json.0),
                 run_at: row.run_at,
                 created_at: row.created_at,

@@ -14,9 +14,10 @@ pub async fn let_statistics_go(
     let let_go = sqlx::query!(
         r#"
         UPDATE job
-        SET statistics_deleted_at = now()
-        WHERE statistics_digest IS NOT NULL
-          AND statistics_deleted_at IS NULL
+        SET file_deleted_at = now()
+        WHERE kind = 'ensemble'
+          AND file_digest IS NOT NULL
+          AND file_deleted_at IS NULL
           AND finished_at < $1
         "#,
         finished_before,

@@ -36,7 +36,7 @@ pub(super) struct Transition {
     delay: Duration,
     /// Whether the attempt does not count.
     uncount: bool,
-    /// The answer of a job that succeeded, and the digest of its statistics if it has some.
+    /// The answer of a job that succeeded, and the digest of the file that it left, if it left one.
     result: Option<(Value, Option<Digest>)>,
 }
 
@@ -73,9 +73,9 @@ impl Transition {
         }
     }
 
-    pub(super) fn with_result(result: &impl Serialize, statistics: Option<Digest>) -> Self {
+    pub(super) fn with_result(result: &impl Serialize, file: Option<Digest>) -> Self {
         Self {
-            result: Some((json!(result), statistics)),
+            result: Some((json!(result), file)),
             ..Self::to(JobState::Succeeded, AttemptOutcome::Succeeded)
         }
     }
@@ -135,8 +135,8 @@ impl LockedJob {
         if let Some(error) = &error {
             data["error"] = json!(error);
         }
-        let (result, statistics) = result.unzip();
-        let statistics = statistics.flatten();
+        let (result, file) = result.unzip();
+        let file = file.flatten();
         let heard = sqlx::query_scalar!(
             r#"
             WITH left_job AS (
@@ -150,7 +150,7 @@ impl LockedJob {
                     finished_at       = CASE $3 WHEN 'queued' THEN NULL ELSE now() END,
                     error             = $6,
                     result            = $7,
-                    statistics_digest = $8
+                    file_digest = $8
                 WHERE id = $1 AND lease_token = $2 AND state = 'running'
                 RETURNING project_id
             ), ended_attempt AS (
@@ -180,7 +180,7 @@ impl LockedJob {
             delay.as_secs_f64(),
             error.map(Json) as _,
             result,
-            statistics.as_ref().map(|digest| digest.as_bytes() as &[u8]),
+            file.as_ref().map(|digest| digest.as_bytes() as &[u8]),
             outcome.name(),
             event(state, outcome).name(),
             data,

@@ -9,15 +9,12 @@ use tch::Tensor;
 
 use crate::offline::progress::bar;
 use crate::offline::{EngineOptions, write_whole};
-use promptweave_domain::compatibility::{PromptFacts, check_fits};
 use promptweave_domain::digest::Digest;
-use promptweave_domain::ensemble_file::EnsembleFile;
-use promptweave_domain::prompt_file::PromptFile;
-use promptweave_engine::predict::Predictor;
+use promptweave_domain::prediction::{Model, TableFormat};
+use promptweave_engine::predict::{Predictor, table};
 use promptweave_engine::samples::Samples;
 use promptweave_engine::vit::Vit;
 use promptweave_formats::backbone::Backbone;
-use promptweave_formats::prediction_table::{PredictionRow, PredictionTable, TableFormat};
 
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {
@@ -52,83 +49,40 @@ pub struct ModelFile {
 }
 
 /// What predicts, and the names of its classes.
-pub(super) struct Model {
+pub(super) struct Predicting {
     pub predictor: Predictor,
     pub classes: Vec<String>,
 }
 
 impl ModelFile {
     /// Reads the file, and checks that it fits the backbone.
-    pub(super) fn read(&self, backbone: &Backbone, vit: &Vit) -> anyhow::Result<Model> {
-        match (&self.prompt, &self.ensemble) {
-            (Some(path), _) => of_prompt(path, backbone, vit),
-            (None, Some(path)) => of_ensemble(path, backbone, vit),
+    pub(super) fn read(&self, backbone: &Backbone, vit: &Vit) -> anyhow::Result<Predicting> {
+        let (path, is_ensemble) = match (&self.prompt, &self.ensemble) {
+            (Some(path), _) => (path, false),
+            (None, Some(path)) => (path, true),
             (None, None) => unreachable!("one of them is required"),
+        };
+        let name = path.display().to_string();
+        let bytes = fs::read(path).with_context(|| format!("cannot read `{name}`"))?;
+        let kind = match is_ensemble {
+            true => "an ensemble file",
+            false => "a prompt file",
+        };
+        let model = Model::parse(&bytes).with_context(|| format!("`{name}` is not {kind}"))?;
+        match (&model, is_ensemble) {
+            (Model::Ensemble(_), false) => {
+                bail!("`{name}` is an ensemble file; give it as --ensemble")
+            }
+            (Model::Prompt(_), true) => bail!("`{name}` is a prompt file; give it as --prompt"),
+            _ => {}
         }
+        let classes = model.check(&name, Digest::of(&bytes), &backbone.facts())?;
+        let predictor = Predictor::of(&model, vit)?.expect("a model that was checked has a head");
+        Ok(Predicting { predictor, classes })
     }
 }
 
-fn of_prompt(path: &Path, backbone: &Backbone, vit: &Vit) -> anyhow::Result<Model> {
-    let (digest, file) = read_prompt_alone(path)?;
-    check_fits(
-        &file.facts(path.display().to_string(), digest),
-        &backbone.facts(),
-    )?;
-    if file.deep_prompt_embeddings.is_some() {
-        bail!(
-            "`{}` is a deep prompt; only shallow prompts predict here",
-            path.display()
-        );
-    }
-    let Some(predictor) = Predictor::of_prompt(&file, vit)? else {
-        bail!(
-            "`{}` has no head, so it names no classes; `promptweave compose` and `promptweave tune` write one",
-            path.display()
-        );
-    };
-    let count = file.head.as_ref().map_or(0, |head| head.bias.shape[0]);
-    let named = file.metadata.and_then(|metadata| metadata.classes);
-    Ok(Model {
-        predictor,
-        classes: named.unwrap_or_else(|| (0..count).map(|class| class.to_string()).collect()),
-    })
-}
-
-/// Reads a prompt file; an ensemble file is refused with the option that takes it.
-fn read_prompt_alone(path: &Path) -> anyhow::Result<(Digest, PromptFile)> {
-    let bytes = fs::read(path).with_context(|| format!("cannot read `{}`", path.display()))?;
-    if EnsembleFile::is_one(&bytes) {
-        bail!(
-            "`{}` is an ensemble file; give it as --ensemble",
-            path.display()
-        );
-    }
-    let file = PromptFile::parse(&bytes)
-        .with_context(|| format!("`{}` is not a prompt file", path.display()))?;
-    Ok((Digest::of(&bytes), file))
-}
-
-fn of_ensemble(path: &Path, backbone: &Backbone, vit: &Vit) -> anyhow::Result<Model> {
-    let bytes = fs::read(path).with_context(|| format!("cannot read `{}`", path.display()))?;
-    let file = EnsembleFile::parse(&bytes)
-        .with_context(|| format!("`{}` is not an ensemble file", path.display()))?;
-    let facts = PromptFacts {
-        name: path.display().to_string(),
-        digest: Digest::of(&bytes),
-        num_tokens: 0,
-        embed_dim: file.embed_dim(),
-        deep: false,
-        backbone_digest: Some(file.metadata.backbone_digest),
-        preprocessing_id: Some(&file.metadata.preprocessing_id),
-    };
-    check_fits(&facts, &backbone.facts())?;
-    Ok(Model {
-        predictor: Predictor::of_ensemble(&file, vit)?,
-        classes: file.metadata.classes,
-    })
-}
-
-impl Model {
+impl Predicting {
     /// log p(y|x) of all images, `[N, K]`.
     pub(super) fn log_probabilities(&self, vit: &Vit, images: &Samples) -> anyhow::Result<Tensor> {
         let members = self.predictor.num_members();
@@ -162,7 +116,8 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         .map(|at| paths[*at].as_path())
         .collect();
     let log_p = model.log_probabilities(vit, &images)?;
-    let table = table(&paths, &log_p, &model.classes, args.top_k as usize)?;
+    let named = paths.iter().map(|path| (path.display().to_string(), None));
+    let table = table(named, &log_p, &model.classes, args.top_k as usize)?;
     match &args.out {
         Some(path) => {
             let mut bytes = Vec::new();
@@ -209,37 +164,6 @@ fn collect(path: &Path, images: &mut Vec<PathBuf>) -> anyhow::Result<()> {
     }
     entries.sort();
     entries.iter().try_for_each(|entry| collect(entry, images))
-}
-
-fn table(
-    paths: &[&Path],
-    log_p: &Tensor,
-    classes: &[String],
-    top_k: usize,
-) -> anyhow::Result<PredictionTable> {
-    let k = top_k.min(classes.len()) as i64;
-    let (values, indices) = log_p.exp().topk(k, -1, true, true);
-    let values = Vec::<f64>::try_from(values.flatten(0, -1))?;
-    let indices = Vec::<i64>::try_from(indices.flatten(0, -1))?;
-    let of_images = values
-        .chunks_exact(k as usize)
-        .zip(indices.chunks_exact(k as usize));
-    let rows = paths
-        .iter()
-        .zip(of_images)
-        .map(|(path, (values, indices))| {
-            let top = indices.iter().zip(values);
-            PredictionRow {
-                image: path.display().to_string(),
-                label: None,
-                top: top
-                    .map(|(class, p)| (classes[*class as usize].clone(), *p))
-                    .collect(),
-            }
-        });
-    Ok(PredictionTable {
-        rows: rows.collect(),
-    })
 }
 
 #[cfg(test)]
@@ -290,21 +214,5 @@ mod tests {
             let refused = collect(&at(missing), &mut Vec::new()).unwrap_err();
             assert!(refused.to_string().contains(said), "{refused:#}");
         }
-    }
-
-    #[test]
-    fn rows_have_the_most_probable_classes_in_order() {
-        let log_p = Tensor::from_slice(&[0.125f64, 0.625, 0.25, 0.5, 0.0, 0.5]).log();
-        let classes = ["a", "b", "c"].map(str::to_owned);
-        let paths = ["x.png", "y.png"].map(Path::new);
-        let found = table(&paths, &log_p.view([2, 3]), &classes, 9).unwrap();
-        let [x, y] = found.rows.as_slice() else {
-            panic!("{found:?}");
-        };
-        assert_eq!(x.image, "x.png");
-        let names: Vec<&str> = x.top.iter().map(|(name, _)| name.as_str()).collect();
-        assert_eq!(names, ["b", "c", "a"]);
-        assert!((x.top[0].1 - 0.625).abs() < 1e-12);
-        assert_eq!(y.top[2], ("b".to_owned(), 0.0));
     }
 }

@@ -16,11 +16,12 @@ use crate::registry::{RegistryError, prompts, read_digest, read_name};
 use promptweave_domain::clock::new_id;
 use promptweave_domain::compatibility::PromptFacts;
 use promptweave_domain::digest::Digest;
+use promptweave_domain::ensemble_file::EnsembleFile;
 use promptweave_domain::prompt_file::{Origin, PromptFile, PromptMetadata};
 use promptweave_domain::reference::{AliasName, Reference, ResourceName, VersionSelector};
 use promptweave_domain::words::PromptDtype;
 
-/// An immutable visual prompt: the facts about a file. The file is [`content`].
+/// An immutable visual prompt or ensemble of prompts: the facts about a file. The file is [`content`].
 #[derive(Clone, Debug, Serialize, ToSchema)]
 pub struct PromptVersion {
     #[serde(skip)]
@@ -35,14 +36,19 @@ pub struct PromptVersion {
     /// Size of the file in bytes.
     pub size: i64,
     pub origin: Origin,
-    /// m, the prompt's length.
-    pub num_tokens: i32,
-    /// d, the prompt's width.
+    pub kind: VersionKind,
+    /// m, the prompt's length; null for an ensemble.
+    pub num_tokens: Option<i32>,
+    /// d, the width of the prompt, or of all an ensemble's prompts.
     pub embed_dim: i32,
-    pub depth: Depth,
-    /// Data type of the stored tensor.
-    #[schema(value_type = PromptDtype)]
-    pub dtype: String,
+    /// Null for an ensemble.
+    pub depth: Option<Depth>,
+    /// Data type of the stored tensor; null for an ensemble.
+    #[schema(value_type = Option<PromptDtype>)]
+    pub dtype: Option<String>,
+    /// Forward passes of the backbone that an ensemble takes for each image; null for a prompt.
+    #[schema(minimum = 1)]
+    pub num_members: Option<i32>,
     #[schema(value_type = Option<String>, example = "sha256:…")]
     pub backbone_digest: Option<Digest>,
     #[schema(example = "98-bicubic-imagenet")]
@@ -64,18 +70,27 @@ pub struct PromptVersion {
 }
 
 impl PromptVersion {
-    /// The facts that decide what the prompt goes together with.
+    /// The facts that decide what the prompt goes together with. An ensemble has no tokens of its own.
     pub fn facts(&self) -> PromptFacts<'_> {
         PromptFacts {
             name: format!("{}:{}", self.prompt, self.version),
             digest: self.digest,
-            num_tokens: self.num_tokens as usize,
+            num_tokens: self.num_tokens.unwrap_or(0) as usize,
             embed_dim: self.embed_dim as usize,
-            deep: self.depth == Depth::Deep,
+            deep: self.depth == Some(Depth::Deep),
             backbone_digest: self.backbone_digest,
             preprocessing_id: self.preprocessing_id.as_deref(),
         }
     }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum VersionKind {
+    /// One prompt, which may have a head.
+    Prompt,
+    /// Several prompts with heads, which predict together.
+    Ensemble,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
@@ -93,12 +108,20 @@ pub struct NewVersion<'a> {
     pub prompt_id: Uuid,
     pub bytes: &'a [u8],
     /// The parsed `bytes`.
-    pub file: &'a PromptFile,
-    /// The file's own metadata, or the request's if the file has none.
-    pub metadata: &'a PromptMetadata,
+    pub file: VersionFile<'a>,
     pub produced_by_job: Option<Uuid>,
     /// The versions that this one was made of.
     pub parents: &'a [Parent],
+}
+
+#[derive(Clone, Copy, Debug)]
+pub enum VersionFile<'a> {
+    Prompt {
+        file: &'a PromptFile,
+        /// The file's own metadata, or the request's if the file has none.
+        metadata: &'a PromptMetadata,
+    },
+    Ensemble(&'a EnsembleFile),
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -190,10 +213,7 @@ pub async fn publish(
             created: false,
         });
     }
-    let depth = match new.file.deep_prompt_embeddings {
-        None => Depth::Shallow,
-        Some(_) => Depth::Deep,
-    };
+    let columns = new.file.columns();
     let parents: Vec<Uuid> = new.parents.iter().map(|it| it.version_id).collect();
     let weights: Vec<f64> = new.parents.iter().map(|it| it.weight).collect();
     let roles: Vec<String> = (new.parents.iter())
@@ -205,11 +225,11 @@ pub async fn publish(
             INSERT INTO prompt_version (
                 id, project_id, prompt_id, version, sha256, origin, num_tokens, embed_dim, depth,
                 dtype, backbone_digest, preprocessing_id, init_seed, task, classes, training,
-                produced_by_job
+                produced_by_job, kind, num_members
             )
             SELECT $1, $2, $3, coalesce(max(version), 0) + 1, $4, $5, $6, $7, $8,
                    $9, $10, $11, $12::text::numeric, $13, $14, $15,
-                   $16
+                   $16, $20, $21
             FROM prompt_version
             WHERE project_id = $2 AND prompt_id = $3
             ON CONFLICT ON CONSTRAINT prompt_version_sha256_key DO NOTHING
@@ -225,24 +245,23 @@ pub async fn publish(
         project_id,
         new.prompt_id,
         digest.as_bytes(),
-        origin_name(new.metadata.origin),
-        new.file.num_tokens() as i32,
-        new.file.embed_dim() as i32,
-        depth.name(),
-        new.file.dtype,
-        new.metadata
-            .backbone_digest
-            .as_ref()
-            .map(|d| d.as_bytes() as &[u8]),
-        new.metadata.preprocessing_id.as_deref(),
-        new.metadata.init_seed.map(|seed| seed.to_string()),
-        new.metadata.task.as_deref(),
-        new.metadata.classes.as_ref().map(Json) as _,
-        new.metadata.training.as_ref(),
+        origin_name(columns.origin),
+        columns.num_tokens,
+        columns.embed_dim,
+        columns.depth.map(Depth::name),
+        columns.dtype,
+        columns.backbone_digest.map(|d| d.as_bytes() as &[u8]),
+        columns.preprocessing_id,
+        columns.init_seed.map(|seed| seed.to_string()),
+        columns.task,
+        columns.classes.map(Json) as _,
+        columns.training,
         new.produced_by_job,
         &parents,
         &weights,
         &roles,
+        columns.kind.name(),
+        columns.num_members,
     )
     .fetch_optional(&mut *conn)
     .await
@@ -263,6 +282,63 @@ pub async fn publish(
         version: version.ok_or(DbError::RowCount(0))?,
         created: false,
     })
+}
+
+/// What a file says for the columns of its version.
+struct Columns<'a> {
+    kind: VersionKind,
+    origin: Origin,
+    num_tokens: Option<i32>,
+    embed_dim: i32,
+    depth: Option<Depth>,
+    dtype: Option<&'static str>,
+    num_members: Option<i32>,
+    backbone_digest: Option<&'a Digest>,
+    preprocessing_id: Option<&'a str>,
+    init_seed: Option<u64>,
+    task: Option<&'a str>,
+    classes: Option<&'a Vec<String>>,
+    training: Option<&'a Value>,
+}
+
+impl<'a> VersionFile<'a> {
+    fn columns(self) -> Columns<'a> {
+        match self {
+            Self::Prompt { file, metadata } => Columns {
+                kind: VersionKind::Prompt,
+                origin: metadata.origin,
+                num_tokens: Some(file.num_tokens() as i32),
+                embed_dim: file.embed_dim() as i32,
+                depth: Some(match file.deep_prompt_embeddings {
+                    None => Depth::Shallow,
+                    Some(_) => Depth::Deep,
+                }),
+                dtype: Some(file.dtype),
+                num_members: None,
+                backbone_digest: metadata.backbone_digest.as_ref(),
+                preprocessing_id: metadata.preprocessing_id.as_deref(),
+                init_seed: metadata.init_seed,
+                task: metadata.task.as_deref(),
+                classes: metadata.classes.as_ref(),
+                training: metadata.training.as_ref(),
+            },
+            Self::Ensemble(file) => Columns {
+                kind: VersionKind::Ensemble,
+                origin: Origin::Composed,
+                num_tokens: None,
+                embed_dim: file.embed_dim() as i32,
+                depth: None,
+                dtype: None,
+                num_members: Some(file.members.len() as i32),
+                backbone_digest: Some(&file.metadata.backbone_digest),
+                preprocessing_id: Some(&file.metadata.preprocessing_id),
+                init_seed: None,
+                task: None,
+                classes: Some(&file.metadata.classes),
+                training: None,
+            },
+        }
+    }
 }
 
 /// The version that a reference means.
@@ -412,6 +488,8 @@ async fn select(
             v.embed_dim,
             v.depth,
             v.dtype,
+            v.kind,
+            v.num_members,
             v.backbone_digest,
             v.preprocessing_id,
             v.init_seed::text AS init_seed,
@@ -453,10 +531,12 @@ struct VersionRow {
     sha256: Vec<u8>,
     size: i64,
     origin: String,
-    num_tokens: i32,
+    num_tokens: Option<i32>,
     embed_dim: i32,
-    depth: String,
-    dtype: String,
+    depth: Option<String>,
+    dtype: Option<String>,
+    kind: String,
+    num_members: Option<i32>,
     backbone_digest: Option<Vec<u8>>,
     preprocessing_id: Option<String>,
     init_seed: Option<String>,
@@ -485,14 +565,21 @@ impl TryFrom<VersionRow> for PromptVersion {
                 "composed" => Origin::Composed,
                 other => return Err(DbError::unreadable(TABLE, "origin", other)),
             },
+            kind: match row.kind.as_str() {
+                "prompt" => VersionKind::Prompt,
+                "ensemble" => VersionKind::Ensemble,
+                other => return Err(DbError::unreadable(TABLE, "kind", other)),
+            },
             num_tokens: row.num_tokens,
             embed_dim: row.embed_dim,
-            depth: match row.depth.as_str() {
-                "shallow" => Depth::Shallow,
-                "deep" => Depth::Deep,
-                other => return Err(DbError::unreadable(TABLE, "depth", other)),
+            depth: match row.depth.as_deref() {
+                None => None,
+                Some("shallow") => Some(Depth::Shallow),
+                Some("deep") => Some(Depth::Deep),
+                Some(other) => return Err(DbError::unreadable(TABLE, "depth", other)),
             },
             dtype: row.dtype,
+            num_members: row.num_members,
             backbone_digest: row
                 .backbone_digest
                 .map(|bytes| read_digest(TABLE, "backbone_digest", &bytes))
@@ -512,6 +599,15 @@ impl TryFrom<VersionRow> for PromptVersion {
             created_at: row.created_at,
             deprecated_at: row.deprecated_at,
         })
+    }
+}
+
+impl VersionKind {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Prompt => "prompt",
+            Self::Ensemble => "ensemble",
+        }
     }
 }
 

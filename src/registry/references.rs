@@ -65,7 +65,7 @@ pub async fn unreferenced(
             OR EXISTS (SELECT FROM job_checkpoint c WHERE c.digest = asked.digest)
             OR EXISTS (
                 SELECT FROM job j
-                WHERE j.statistics_digest = asked.digest AND j.statistics_deleted_at IS NULL
+                WHERE j.file_digest = asked.digest AND j.file_deleted_at IS NULL
             )
             -- To be solved again from, by a job that was posted while they were there.
             OR EXISTS (

@@ -16,7 +16,7 @@ pub struct Delivery {
     /// The message's id, which the receiver sees as `webhook-id`, the same in every try.
     pub id: Uuid,
     pub webhook_id: Uuid,
-    /// The ensemble, tuning or ranking that ended; null for a test.
+    /// The ensemble, tuning, ranking or prediction that ended; null for a test.
     pub job: Option<Uuid>,
     /// An event type, or `webhook.test`.
     #[schema(example = "ensemble.succeeded")]

@@ -19,6 +19,7 @@ use promptweave_domain::composer::{
 use promptweave_domain::composition::{CompositionInput, SolveInput};
 use promptweave_domain::job::Progress;
 use promptweave_domain::phase::Phase;
+use promptweave_domain::prediction::{Predicted, PredictionInput};
 use promptweave_domain::ranking::Ranking;
 use promptweave_domain::sharding::{ShardInput, Shards};
 use promptweave_domain::tuning::{Checkpoints, NoCheckpoints, Tuned, TuningInput};
@@ -106,6 +107,7 @@ pub enum Task {
     Shard(ShardInput),
     Tune(Box<TuningInput>),
     Rank(CompositionInput),
+    Predict(Box<PredictionInput>),
 }
 
 /// The result of work.
@@ -116,6 +118,7 @@ pub enum Output {
     Shard(Vec<u8>),
     Tuned(Box<Tuned>),
     Ranking(Ranking),
+    Predicted(Box<Predicted>),
 }
 
 impl From<Composition> for Output {
@@ -145,6 +148,10 @@ impl Task {
                 Ok(Output::Tuned(Box::new(tuned)))
             }
             Self::Rank(input) => composer.rank(input, observer).map(Output::Ranking),
+            Self::Predict(input) => {
+                let predicted = composer.predict(input, observer)?;
+                Ok(Output::Predicted(Box::new(predicted)))
+            }
         }
     }
 }

@@ -13,11 +13,13 @@ use crate::worker::composer_thread::Task;
 use promptweave_domain::composition::{CompositionInput, SolveInput, Source, SourceRef};
 use promptweave_domain::digest::Digest;
 use promptweave_domain::early_stopping::EarlyStopping;
+use promptweave_domain::ensemble_file::EnsembleFileError;
 use promptweave_domain::job::{BackboneSpec, EnsembleSpec, SourceSpec, TargetSpec};
 use promptweave_domain::objective::Objective;
+use promptweave_domain::prediction::{Model, PredictionInput};
 use promptweave_domain::prompt_file::{PromptFile, PromptFileError};
 use promptweave_domain::sharding::ShardInput;
-use promptweave_domain::specification::{JobSpec, TuningSpec};
+use promptweave_domain::specification::{JobSpec, PredictionSpec, TuningSpec};
 use promptweave_domain::tuning::TuningInput;
 use promptweave_formats::backbone::{CONFIG_FILE, MODEL_FILE};
 use promptweave_formats::directory_cache::{DirectoryCache, Entry, InUse, NewEntry};
@@ -39,6 +41,11 @@ pub enum InputError {
         prompt: String,
         source: PromptFileError,
     },
+    #[error("model `{prompt}` cannot be read")]
+    Model {
+        prompt: String,
+        source: EnsembleFileError,
+    },
 }
 
 impl InputError {
@@ -52,7 +59,7 @@ impl InputError {
             Self::Registry(error) => {
                 matches!(error, RegistryError::Db(DbError::Unavailable(_)))
             }
-            Self::MissingPrompt { .. } | Self::Prompt { .. } => false,
+            Self::MissingPrompt { .. } | Self::Prompt { .. } | Self::Model { .. } => false,
         }
     }
 }
@@ -104,6 +111,7 @@ impl Inputs {
                 let (input, in_use) = self.composition(needed).await?;
                 Ok((Task::Rank(input), in_use))
             }
+            JobSpec::Prediction(spec) => self.prediction(spec).await,
         }
     }
 
@@ -127,7 +135,9 @@ impl Inputs {
             None => None,
         };
         let backbone = self.backbone(&spec.backbone).await?;
-        let images = self.images(&spec.target).await?;
+        let images = self
+            .images(&spec.target.dataset, &spec.target.digest)
+            .await?;
         let input = TuningInput {
             backbone_dir: backbone.dir.clone(),
             target_dir: images.dir.clone(),
@@ -138,6 +148,29 @@ impl Inputs {
             grid: spec.grid.clone(),
         };
         Ok((Task::Tune(Box::new(input)), vec![backbone, images]))
+    }
+
+    async fn prediction(&self, spec: &PredictionSpec) -> Result<(Task, Vec<InUse>), InputError> {
+        let (model, images) = (&spec.model, &spec.images);
+        let bytes = self.content(model).await?;
+        let file = Model::parse(&bytes).map_err(|error| InputError::Model {
+            prompt: model.prompt.clone(),
+            source: error,
+        })?;
+        let backbone = self.backbone(&spec.backbone).await?;
+        let unpacked = self.images(&images.dataset, &images.digest).await?;
+        let input = PredictionInput {
+            backbone_dir: backbone.dir.clone(),
+            dataset_dir: unpacked.dir.clone(),
+            split: images.split,
+            skip_unreadable: images.skip_unreadable,
+            name: format!("{}:{}", model.prompt, model.version),
+            digest: model.digest,
+            model: file,
+            top_k: spec.top_k,
+            format: spec.format,
+        };
+        Ok((Task::Predict(Box::new(input)), vec![backbone, unpacked]))
     }
 
     /// The work of a shard of another worker's job, with all its files.
@@ -168,7 +201,9 @@ impl Inputs {
             sources.push(self.source(source).await?);
         }
         let backbone = self.backbone(spec.backbone).await?;
-        let images = self.images(spec.target).await?;
+        let images = self
+            .images(&spec.target.dataset, &spec.target.digest)
+            .await?;
         let input = CompositionInput {
             backbone_dir: backbone.dir.clone(),
             target_dir: images.dir.clone(),
@@ -181,13 +216,7 @@ impl Inputs {
     }
 
     async fn source(&self, source: &SourceSpec) -> Result<Source, InputError> {
-        let mut connection = self.pool.acquire().await.map_err(RegistryError::from)?;
-        let bytes = prompt_versions::content(&mut connection, &source.digest)
-            .await?
-            .ok_or_else(|| InputError::MissingPrompt {
-                prompt: source.prompt.clone(),
-                version: source.version,
-            })?;
+        let bytes = self.content(source).await?;
         let file = PromptFile::parse(&bytes).map_err(|error| InputError::Prompt {
             prompt: source.prompt.clone(),
             source: error,
@@ -198,6 +227,17 @@ impl Inputs {
             digest: source.digest,
             file,
         })
+    }
+
+    /// The bytes of a version's file.
+    async fn content(&self, version: &SourceSpec) -> Result<Vec<u8>, InputError> {
+        let mut connection = self.pool.acquire().await.map_err(RegistryError::from)?;
+        prompt_versions::content(&mut connection, &version.digest)
+            .await?
+            .ok_or_else(|| InputError::MissingPrompt {
+                prompt: version.prompt.clone(),
+                version: version.version,
+            })
     }
 
     async fn backbone(&self, backbone: &BackboneSpec) -> Result<InUse, InputError> {
@@ -223,19 +263,19 @@ impl Inputs {
         keep(entry).await
     }
 
-    async fn images(&self, target: &TargetSpec) -> Result<InUse, InputError> {
-        let entry = match self.entry("datasets", &target.digest.hex())? {
+    async fn images(&self, dataset: &str, digest: &Digest) -> Result<InUse, InputError> {
+        let entry = match self.entry("datasets", &digest.hex())? {
             Entry::There(in_use) => return Ok(in_use),
             Entry::Missing(entry) => entry,
         };
         let pack = entry.aside.path().join("pack.tar");
-        self.blobs.get_to_file(&target.digest, &pack).await?;
+        self.blobs.get_to_file(digest, &pack).await?;
         let dir = entry.unfinished.clone();
         tokio::task::spawn_blocking(move || datasets::unpack(&pack, &dir))
             .await
             .expect("unpacking does not panic")
             .map_err(|source| InputError::Unpack {
-                dataset: target.dataset.clone(),
+                dataset: dataset.to_owned(),
                 source,
             })?;
         keep(entry).await

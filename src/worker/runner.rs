@@ -11,7 +11,7 @@ use uuid::Uuid;
 use crate::blobs::BlobError;
 use crate::db::DbError;
 use crate::failpoints;
-use crate::jobs::finish::{Finished, NewPrompt, finish};
+use crate::jobs::finish::{Finished, NewEnsemble, NewPrompt, finish};
 use crate::jobs::lease::{Lease, RenewOutcome};
 use crate::jobs::queue;
 use crate::jobs::queue::{Claimed, QueueError};
@@ -26,10 +26,11 @@ use crate::worker::inputs::{InputError, Inputs};
 use crate::worker::job_checkpoints::JobCheckpoints;
 use crate::worker::job_shards::JobShards;
 use crate::worker::renewal::Renewal;
-use promptweave_domain::composer::CompositionError;
+use promptweave_domain::composer::{Composition, CompositionError};
 use promptweave_domain::digest::Digest;
+use promptweave_domain::ensemble_file::EnsembleFile;
 use promptweave_domain::error_chain::chain;
-use promptweave_domain::job::{JobError, Progress};
+use promptweave_domain::job::{EnsembleSpec, JobError, Progress};
 use promptweave_domain::phase::Phase;
 use promptweave_domain::prompt_file::PromptFile;
 use promptweave_domain::reference::ResourceName;
@@ -62,7 +63,7 @@ enum AttemptError {
     Composition(CompositionError),
     #[error("the blob store failed")]
     Statistics(#[source] BlobError),
-    #[error("the new prompt cannot be stored: {0}")]
+    #[error("the new version cannot be stored: {0}")]
     Unusable(String),
     #[error(transparent)]
     Queue(#[from] QueueError),
@@ -292,6 +293,7 @@ impl Runner {
         match (&claimed.spec, done) {
             (JobSpec::Ensemble(spec), Output::Composition(composition)) => {
                 let composed = MadePrompt::read(&composition.composed, &spec.output)?;
+                let ensemble = MadeEnsemble::of(composition, spec)?;
                 failpoints::reach("storing", job_id);
                 // Statistics come first: they are addressed by content, so without the row they are only garbage.
                 let statistics = composition.statistics.clone();
@@ -302,6 +304,7 @@ impl Runner {
                     spec,
                     result: &composition.result,
                     composed: composed.new_prompt()?,
+                    ensemble: ensemble.as_ref().map(MadeEnsemble::new_ensemble),
                     statistics: statistics.digest,
                 };
                 self.write(renewal, &Outcome::Finished(claimed, finished))
@@ -314,6 +317,13 @@ impl Runner {
                     result: &done.result,
                     tuned: tuned.new_prompt()?,
                 };
+                self.write(renewal, &Outcome::Finished(claimed, finished))
+                    .await?;
+            }
+            (JobSpec::Prediction(_), Output::Predicted(predicted)) => {
+                let file = self.inputs.blobs.put_bytes(predicted.file.clone()).await;
+                file.map_err(AttemptError::Statistics)?;
+                let finished = Finished::Prediction(&predicted.result);
                 self.write(renewal, &Outcome::Finished(claimed, finished))
                     .await?;
             }
@@ -450,9 +460,7 @@ impl<'a> MadePrompt<'a> {
             bytes,
             file: PromptFile::parse(bytes)
                 .map_err(|error| AttemptError::Unusable(chain(&error)))?,
-            output: output
-                .parse()
-                .map_err(|error| AttemptError::Unusable(chain(&error)))?,
+            output: output_name(output)?,
         })
     }
 
@@ -465,6 +473,43 @@ impl<'a> MadePrompt<'a> {
                 .ok_or_else(|| AttemptError::Unusable("it has no metadata".to_owned()))?,
             output: &self.output,
         })
+    }
+}
+
+fn output_name(output: &str) -> Result<ResourceName, AttemptError> {
+    output
+        .parse()
+        .map_err(|error| AttemptError::Unusable(chain(&error)))
+}
+
+/// An ensemble that the engine made, parsed as its users will parse it.
+struct MadeEnsemble<'a> {
+    bytes: &'a [u8],
+    file: EnsembleFile,
+    output: ResourceName,
+}
+
+impl<'a> MadeEnsemble<'a> {
+    /// The ensemble of a composition by the method `pool`; other methods publish none.
+    fn of(composition: &'a Composition, spec: &EnsembleSpec) -> Result<Option<Self>, AttemptError> {
+        let Some((bytes, output)) = composition.ensemble.as_deref().zip(spec.ensemble_output())
+        else {
+            return Ok(None);
+        };
+        Ok(Some(Self {
+            bytes,
+            file: EnsembleFile::parse(bytes)
+                .map_err(|error| AttemptError::Unusable(chain(&error)))?,
+            output: output_name(&output)?,
+        }))
+    }
+
+    fn new_ensemble(&self) -> NewEnsemble<'_> {
+        NewEnsemble {
+            bytes: self.bytes,
+            file: &self.file,
+            output: &self.output,
+        }
     }
 }
 

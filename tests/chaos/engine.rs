@@ -11,12 +11,13 @@ use promptweave_domain::composer::{Composer, Composition, CompositionError, Obse
 use promptweave_domain::composition::{CompositionInput, SolveInput};
 use promptweave_domain::digest::Digest;
 use promptweave_domain::phase::Phase;
+use promptweave_domain::prediction::{Predicted, PredictionInput};
 use promptweave_domain::ranking::Ranking;
 use promptweave_domain::sharding::{Next, Shard, ShardInput, ShardingError};
 use promptweave_domain::tuning::{Checkpoints, Curves, Tuned, TuningInput};
 use promptweave_domain::words::JobErrorCode;
 
-use crate::composition::{composition, ranking, tuned};
+use crate::composition::{composition, predicted, ranking, tuned};
 
 /// Steps of each phase.
 const STEPS: u64 = 10;
@@ -195,6 +196,15 @@ impl Composer for Pretending {
         self.work(Phase::Features, self.step, observer)?;
         let sources = input.sources.iter();
         Ok(ranking(sources.map(|it| (it.prompt.clone(), it.digest))))
+    }
+
+    fn predict(
+        &mut self,
+        input: &PredictionInput,
+        observer: &mut dyn Observer,
+    ) -> Result<Predicted, CompositionError> {
+        self.work(Phase::Features, self.step, observer)?;
+        Ok(predicted(input))
     }
 
     fn self_test(&mut self) -> Result<(), CompositionError> {

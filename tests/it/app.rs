@@ -19,7 +19,7 @@ use promptweave_domain::api_key::{ApiKey, Scope};
 use promptweave_domain::backbone::{BackboneConfig, Filter, Preprocessing};
 use promptweave_domain::clock::MockClock;
 use promptweave_domain::digest::Digest;
-use promptweave_domain::prompt_file::{FORMAT, Origin, PromptFile, PromptMetadata};
+use promptweave_domain::prompt_file::{FORMAT, Head, Origin, PromptFile, PromptMetadata};
 use promptweave_domain::tensor::{Stored, Tensor};
 use promptweave_formats::backbone::{CONFIG_FILE, MODEL_FILE, expected_tensors};
 use secrecy::ExposeSecret;
@@ -215,6 +215,15 @@ pub fn http_client() -> reqwest::Client {
 }
 
 // ---- Files ---------------------------------------------------------------------------------
+
+/// A head for two classes; its numbers depend on `seed`.
+pub fn head(seed: u64) -> Head {
+    let weight = (0..2 * WIDTH).map(|i| (i as f32 * 0.37 + seed as f32).sin());
+    Head {
+        weight: Tensor::new([2, WIDTH], weight.collect()),
+        bias: Tensor::new([2], vec![0.25, -0.25]),
+    }
+}
 
 /// A prompt of 2 tokens, [`WIDTH`] wide; its numbers depend on `seed`.
 pub fn prompt_file(seed: u64) -> PromptFile {

@@ -7,8 +7,7 @@ use std::path::{Path, PathBuf};
 use promptweave::db::MIGRATOR;
 use promptweave::http::problem_codes::PROBLEM_CODES;
 use promptweave_domain::compatibility;
-use promptweave_domain::job::EnsembleSpec;
-use promptweave_domain::specification::{RankingSpec, Specification, TuningSpec};
+use promptweave_domain::specification::KINDS;
 use promptweave_domain::words::{
     AliasEventKind, DeliveryState, EventKind, JobErrorCode, PromptDtype, WarningCode, WorkerState,
 };
@@ -112,17 +111,16 @@ fn sources() -> Vec<(PathBuf, String)> {
 #[test]
 fn the_list_of_problem_codes_is_what_the_code_has() {
     assert!(PROBLEM_CODES.is_sorted_by(|a, b| a < b));
-    let kinds = [EnsembleSpec::KIND, TuningSpec::KIND, RankingSpec::KIND];
     let mut found = BTreeSet::from(compatibility::CODES.map(|code| code.name().to_owned()));
     let mut unknown = Vec::new();
     for (path, text) in sources() {
         for word in words(&text, '"') {
             let of_jobs = text.contains(&format!("code::<S>(\"{word}\")"));
             if of_jobs {
-                found.extend(kinds.map(|kind| format!("{kind}_{word}")));
+                found.extend(KINDS.iter().map(|kind| format!("{kind}_{word}")));
             } else if PROBLEM_CODES.contains(&word) {
                 found.insert(word.to_owned());
-            } else if !OTHER_WORDS.contains(&word) && !kinds.contains(&word) {
+            } else if !OTHER_WORDS.contains(&word) && !KINDS.contains(&word) {
                 unknown.push(format!("{word} in {}", path.display()));
             }
         }

@@ -11,6 +11,7 @@ use promptweave_domain::composition::{
 };
 use promptweave_domain::digest::Digest;
 use promptweave_domain::precision::Precision;
+use promptweave_domain::prediction::{Predicted, PredictionInput, PredictionResult, TableFile};
 use promptweave_domain::prompt_file::{FORMAT, Origin, PromptFile, PromptMetadata};
 use promptweave_domain::ranking::{RankedSource, Ranking};
 use promptweave_domain::tensor::Tensor;
@@ -176,6 +177,32 @@ pub fn tuned(options: &TuningOptions, curves: Curves) -> Tuned {
             timings: BTreeMap::new(),
         },
         file,
+    }
+}
+
+/// One right prediction, in a file of one row.
+pub fn predicted(input: &PredictionInput) -> Predicted {
+    let file = format!(
+        "image,label,class,probability\n{}.png,cat,cat,0.75\n",
+        input.name
+    );
+    Predicted {
+        result: PredictionResult {
+            file: TableFile {
+                digest: Digest::of(file.as_bytes()),
+                size: file.len() as u64,
+                format: input.format,
+            },
+            num_images: 1,
+            skipped: 0,
+            forward_passes: 1,
+            classes: vec!["cat".to_owned()],
+            score: None,
+            no_score: Some("the fake computes none".to_owned()),
+            device: "fake".to_owned(),
+            seconds: 0.25,
+        },
+        file: file.into_bytes(),
     }
 }
 

@@ -9,7 +9,7 @@ use promptweave_formats::backbone::Backbone;
 use serde_json::{Value, json};
 use sqlx::PgPool;
 
-use crate::app::{TestApp, TestResponse, png, prompt_file, tiny_backbone, write_files};
+use crate::app::{TestApp, TestResponse, head, png, prompt_file, tiny_backbone, write_files};
 use crate::contract::DOCUMENT;
 use crate::ensembles::{Worker, until_state};
 use crate::fixtures::FakeComposer;
@@ -50,6 +50,7 @@ impl Examples {
     async fn upload(&self, name: &str, seed: u64) {
         let backbone = Backbone::open(&self.app.root("vit_s14_focus")).unwrap();
         let mut file = prompt_file(seed);
+        file.head = Some(head(seed));
         let metadata = file.metadata.as_mut().unwrap();
         metadata.backbone_digest = Some(backbone.digest);
         metadata.preprocessing_id = Some(backbone.config.preprocessing.id());
@@ -107,6 +108,7 @@ async fn every_example_is_accepted(pool: PgPool) {
     let ensemble = examples.send("create_ensemble", &[]).await.ok(202);
     examples.send("create_tuning", &[]).await.ok(202);
     examples.send("create_ranking", &[]).await.ok(202);
+    examples.send("create_prediction", &[]).await.ok(202);
     let worker = Worker::start(&examples.app, &FakeComposer::default());
     until_state(&examples.app, &ensemble, "succeeded").await;
     let of_it = [("id", id(&ensemble))];

@@ -12,7 +12,7 @@ use promptweave::jobs::workers;
 use promptweave::jobs::workers::NewWorker;
 use promptweave::registry::DEFAULT_PROJECT;
 use promptweave::registry::prompt_versions;
-use promptweave::registry::prompt_versions::NewVersion;
+use promptweave::registry::prompt_versions::{NewVersion, VersionFile};
 use promptweave::registry::prompts;
 use promptweave::worker::composer_thread::NewComposer;
 use promptweave_domain::backbone::BackboneConfig;
@@ -24,6 +24,7 @@ use promptweave_domain::job::{
 };
 use promptweave_domain::objective::Objective;
 use promptweave_domain::phase::Phase;
+use promptweave_domain::prediction::{Predicted, PredictionInput};
 use promptweave_domain::prompt_file::Origin;
 use promptweave_domain::ranking::Ranking;
 use promptweave_domain::sharding::{Next, Shard, ShardInput};
@@ -34,7 +35,7 @@ use sqlx::PgConnection;
 use uuid::Uuid;
 
 pub use crate::composition::{EMBED_DIM, composition, preprocessing, prompt_file};
-use crate::composition::{ranking, tuned};
+use crate::composition::{predicted, ranking, tuned};
 
 pub fn backbone_config() -> BackboneConfig {
     BackboneConfig {
@@ -60,8 +61,10 @@ pub async fn publish(db: &mut PgConnection, name: &str, value: f32) -> SourceSpe
     let new = NewVersion {
         prompt_id: prompt.id,
         bytes: &bytes,
-        file: &file,
-        metadata: file.metadata.as_ref().unwrap(),
+        file: VersionFile::Prompt {
+            file: &file,
+            metadata: file.metadata.as_ref().unwrap(),
+        },
         produced_by_job: None,
         parents: &[],
     };
@@ -417,6 +420,17 @@ impl Composer for FakeComposer {
         self.play(script, Phase::Features, observer)?;
         let sources = input.sources.iter();
         Ok(ranking(sources.map(|it| (it.prompt.clone(), it.digest))))
+    }
+
+    fn predict(
+        &mut self,
+        input: &PredictionInput,
+        observer: &mut dyn Observer,
+    ) -> Result<Predicted, CompositionError> {
+        let script = self.begin();
+        self.report(observer, Phase::Features, 0)?;
+        self.play(script, Phase::Features, observer)?;
+        Ok(predicted(input))
     }
 
     fn self_test(&mut self) -> Result<(), CompositionError> {

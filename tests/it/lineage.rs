@@ -3,7 +3,7 @@
 use promptweave::db::MIGRATOR;
 use promptweave::registry::lineage::{MAX_NODES, Role};
 use promptweave::registry::prompt_versions;
-use promptweave::registry::prompt_versions::{NewVersion, Parent};
+use promptweave::registry::prompt_versions::{NewVersion, Parent, VersionFile};
 use promptweave::registry::{DEFAULT_PROJECT, projects, prompts};
 use promptweave_domain::api_key::Scope;
 use promptweave_domain::prompt_file::Origin;
@@ -32,8 +32,10 @@ pub async fn publish(app: &TestApp, name: &str, parents: &[(Uuid, f64)]) -> Uuid
     let new = NewVersion {
         prompt_id,
         bytes: &file.to_bytes(),
-        file: &file,
-        metadata: file.metadata.as_ref().unwrap(),
+        file: VersionFile::Prompt {
+            file: &file,
+            metadata: file.metadata.as_ref().unwrap(),
+        },
         produced_by_job: None,
         parents: &parents,
     };
@@ -169,9 +171,9 @@ async fn more_than_fits_is_cut_off_the_newest_first(pool: PgPool) {
     let child = publish(&app, "child", &[(base, 1.0)]).await;
     // As many copies as needed replace the child.
     let copies = "INSERT INTO prompt_version (id, project_id, prompt_id, version, sha256, origin, \
-                  num_tokens, embed_dim, depth, dtype) \
+                  num_tokens, embed_dim, depth, dtype, kind) \
                   SELECT gen_random_uuid(), project_id, prompt_id, 1 + n, sha256, origin, num_tokens, \
-                  embed_dim, depth, dtype FROM prompt_version, generate_series(1, $2) n WHERE id = $1";
+                  embed_dim, depth, dtype, kind FROM prompt_version, generate_series(1, $2) n WHERE id = $1";
     sqlx::query("ALTER TABLE prompt_version DROP CONSTRAINT prompt_version_sha256_key")
         .execute(&app.state.pool)
         .await

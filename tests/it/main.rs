@@ -28,6 +28,7 @@ mod links;
 mod migrations;
 mod mistakes;
 mod openapi;
+mod predictions;
 mod private_postgres;
 mod problems;
 mod prompt_changes;

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use promptweave::db::MIGRATOR;
+use promptweave_domain::specification::KINDS;
 use serde_json::{Value, json};
 use sqlx::PgPool;
 
@@ -226,5 +227,5 @@ fn streams_have_a_schema_of_their_own() {
             streams += 1;
         }
     }
-    assert_eq!(streams, 3);
+    assert_eq!(streams, KINDS.len());
 }

@@ -5,7 +5,7 @@ use axum::http::{Request, header};
 use promptweave::db::MIGRATOR;
 use promptweave::registry::lineage::Role;
 use promptweave::registry::prompt_versions;
-use promptweave::registry::prompt_versions::{NewVersion, Parent};
+use promptweave::registry::prompt_versions::{NewVersion, Parent, VersionFile};
 use promptweave::registry::{DEFAULT_PROJECT, RegistryError, prompts};
 use promptweave_domain::digest::Digest;
 use promptweave_domain::prompt_file::Origin;
@@ -51,7 +51,7 @@ async fn a_published_version_reads_back_to_the_byte(pool: PgPool) {
     assert_eq!(answer.header("etag"), format!("\"{digest}\""));
     let expected = json!({
         "prompt": "dtd", "version": 1, "digest": digest, "size": bytes.len(), "origin": "tuned",
-        "num_tokens": 2, "embed_dim": WIDTH, "depth": "shallow", "dtype": "f32",
+        "kind": "prompt", "num_members": null, "num_tokens": 2, "embed_dim": WIDTH, "depth": "shallow", "dtype": "f32",
         "backbone_digest": Digest::of(b"some backbone"), "preprocessing_id": "4-bicubic-imagenet",
         "init_seed": u64::MAX, "task": "digits", "classes": ["zero", "one"],
         "training": {"epochs": 3}, "produced_by_job": null, "deprecated_at": null,
@@ -419,8 +419,10 @@ async fn a_composed_version_has_its_lineage_and_one_job_publishes_once(pool: PgP
         let new = NewVersion {
             prompt_id: prompt.id,
             bytes: &bytes,
-            file: &file,
-            metadata: &metadata,
+            file: VersionFile::Prompt {
+                file: &file,
+                metadata: &metadata,
+            },
             produced_by_job: Some(job),
             parents: &parents,
         };

@@ -67,6 +67,7 @@ async fn finish_with(
             file: &file,
             output: &spec.output.parse().unwrap(),
         },
+        ensemble: None,
         statistics: Digest::of(&composed.statistics),
     };
     let dir = tempfile::tempdir().unwrap();

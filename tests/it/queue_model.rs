@@ -266,6 +266,7 @@ impl Run<'_> {
                 file: &file,
                 output: &self.spec.output.parse().unwrap(),
             },
+            ensemble: None,
             statistics: self.blobs.put_bytes("statistics").await.unwrap().digest,
         };
         let answer = finish(self.db, self.blobs, claimed, finished).await;

@@ -176,7 +176,7 @@ async fn jobs_are_run_one_after_the_other_and_their_statistics_kept(pool: PgPool
     let done = place.until_state(early, JobState::Succeeded).await;
     let statistics = place
         .blobs
-        .get_bytes(&done.statistics_digest.unwrap())
+        .get_bytes(&done.file_digest.unwrap())
         .await
         .unwrap();
     assert_eq!(statistics, "statistics");

@@ -9,8 +9,10 @@ use crate::digest::Digest;
 use crate::words::JobErrorCode;
 
 /// The codes of every [`Incompatible`].
-pub const CODES: [JobErrorCode; 7] = [
+pub const CODES: [JobErrorCode; 9] = [
     JobErrorCode::DeepPromptNotComposable,
+    JobErrorCode::DeepPromptNotPredictable,
+    JobErrorCode::NoHead,
     JobErrorCode::DeepStart,
     JobErrorCode::SameSource,
     JobErrorCode::WidthMismatch,

@@ -3,6 +3,7 @@
 
 use crate::composition::{CompositionInput, CompositionResult, SolveInput};
 use crate::phase::Phase;
+use crate::prediction::{Predicted, PredictionInput};
 use crate::ranking::Ranking;
 use crate::sharding::{ShardInput, Shards};
 use crate::tuning::{CheckpointUnavailable, Checkpoints, Tuned, TuningInput};
@@ -66,6 +67,13 @@ pub trait Composer: Send {
         input: &CompositionInput,
         observer: &mut dyn Observer,
     ) -> Result<Ranking, CompositionError>;
+
+    /// Predicts the images of a dataset. The only phase is `features`.
+    fn predict(
+        &mut self,
+        input: &PredictionInput,
+        observer: &mut dyn Observer,
+    ) -> Result<Predicted, CompositionError>;
 
     /// Composes a known tiny job and compares its α with the known one. It tells whether the device
     /// computes at all, and correctly. It takes well below a second.

@@ -234,19 +234,31 @@ pub struct PoolReport {
     pub no_transfer: Option<NoTransfer>,
     /// The sharpness s > 0: about 1 if the sources know the same, more if they know different things.
     pub sharpness: f64,
-    /// Cross-entropy in nats on the target samples but the only ones of their class. No head is used on samples that it was fitted on; the M weights were
-    /// fitted on them, so it is a little low.
+    /// Cross-entropy in nats on the target samples, without those that are the only one of their class. No head is used
+    /// on samples that it was fitted on. The M weights were fitted on them, so the loss is a little low.
     pub validation_loss: f64,
     /// Accuracy on the same samples.
     pub validation_accuracy: f64,
-    /// sha256 of the ensemble file; null in the service, which does not store the file.
+    /// The pool as a file that predicts. In the service, the method `pool` publishes it; with any other method, it is
+    /// null there.
     #[serde(default)]
-    #[schema(value_type = Option<String>, example = "sha256:…")]
-    pub ensemble_digest: Option<Digest>,
+    pub ensemble: Option<PooledEnsemble>,
     /// The loss of a pool with equal weights at its best sharpness.
     pub uniform_validation_loss: f64,
     /// Whether the solver found the one optimum to rounding; if not, the weights are where it stopped.
     pub converged: bool,
+}
+
+/// The ensemble file of a pool.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct PooledEnsemble {
+    /// Name that the ensemble is published under; null offline.
+    pub prompt: Option<String>,
+    pub version: Option<i32>,
+    #[schema(value_type = String, example = "sha256:…")]
+    pub digest: Digest,
+    /// Forward passes of the backbone for each image.
+    pub num_members: usize,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]

@@ -18,6 +18,7 @@ use safetensors::{SafeTensors, serialize};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::compatibility::PromptFacts;
 use crate::digest::Digest;
 use crate::prompt_file::metadata::{check_format, check_length};
 use crate::prompt_file::read::{Tensors, check_names, shape};
@@ -146,6 +147,19 @@ impl EnsembleFile {
     /// d, the members' width.
     pub fn embed_dim(&self) -> usize {
         self.members[0].head.weight.shape[1]
+    }
+
+    /// The facts that decide which backbone the ensemble fits. `digest` is the sha256 of the file.
+    pub fn facts(&self, name: String, digest: Digest) -> PromptFacts<'_> {
+        PromptFacts {
+            name,
+            digest,
+            num_tokens: 0,
+            embed_dim: self.embed_dim(),
+            deep: false,
+            backbone_digest: Some(self.metadata.backbone_digest),
+            preprocessing_id: Some(&self.metadata.preprocessing_id),
+        }
     }
 }
 

@@ -24,6 +24,7 @@ use crate::backbone::BackboneConfig;
 use crate::composition::TargetSamples;
 use crate::digest::Digest;
 use crate::early_stopping::EarlyStopping;
+use crate::method::Method;
 use crate::objective::Objective;
 use crate::phase::Phase;
 use crate::words::JobErrorCode;
@@ -147,7 +148,8 @@ pub struct EnsembleSpec {
     pub sources: Vec<SourceSpec>,
     pub backbone: BackboneSpec,
     pub objective: Objective,
-    /// Name of the prompt under which the result is published.
+    /// Name of the prompt under which the result is published. The method `pool` publishes its ensemble too, under
+    /// `<output>-ensemble`.
     pub output: String,
     /// When to stop before all gradients are taken; absent if all are taken.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -156,6 +158,17 @@ pub struct EnsembleSpec {
     /// images. Then `sources` are some of that ensemble's sources.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub solved_from: Option<SolvedFrom>,
+}
+
+/// The end of the name that a pool's ensemble is published under.
+pub const ENSEMBLE_SUFFIX: &str = "-ensemble";
+
+impl EnsembleSpec {
+    /// The name that the pool's ensemble is published under: `<output>-ensemble`. `None` if the method is another.
+    pub fn ensemble_output(&self) -> Option<String> {
+        (self.objective.method() == Method::Pool)
+            .then(|| format!("{}{ENSEMBLE_SUFFIX}", self.output))
+    }
 }
 
 /// The ensemble whose statistics replace backbone and images.

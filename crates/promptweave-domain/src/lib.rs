@@ -27,6 +27,7 @@ pub mod mixture;
 pub mod objective;
 pub mod phase;
 pub mod precision;
+pub mod prediction;
 pub mod prompt_description;
 pub mod prompt_file;
 pub mod proportions;

@@ -3,8 +3,8 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-/// The phases of a job. A composition has the first five, in this order; a ranking has `features`
-/// and `solve`.
+/// The phases of a job. A composition has the first five, in this order; a ranking has `features` and `solve`, a
+/// prediction `features` alone.
 #[derive(
     Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema,
 )]

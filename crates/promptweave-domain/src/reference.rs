@@ -14,6 +14,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::digest::Digest;
 
+/// The most characters of a name.
+pub const MAX_NAME_LENGTH: usize = 128;
+
 /// The name of a prompt, backbone or dataset: `[a-z0-9][a-z0-9._-]{0,127}`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
@@ -88,7 +91,7 @@ impl FromStr for ResourceName {
 
     fn from_str(text: &str) -> Result<Self, InvalidReference> {
         let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
-        let valid = text.len() <= 128
+        let valid = text.len() <= MAX_NAME_LENGTH
             && text.starts_with(plain)
             && text.chars().all(|c| plain(c) || "._-".contains(c));
         if valid {

@@ -1,4 +1,4 @@
-//! What a job is to do, by kind: compose (see [`crate::job`]), tune or rank. Everything in a
+//! What a job is to do, by kind: compose (see [`crate::job`]), tune, rank or predict. Everything in a
 //! specification is resolved.
 
 use std::fmt::Debug;
@@ -11,7 +11,9 @@ use utoipa::ToSchema;
 use crate::composition::CompositionResult;
 use crate::digest::Digest;
 use crate::job::{BackboneSpec, EnsembleSpec, SourceSpec, TargetSpec};
+use crate::prediction::{PredictionResult, TableFormat};
 use crate::ranking::{Ranking, RankingObjective};
+use crate::split::Split;
 use crate::tuning::{Grid, TuningOptions, TuningResult};
 
 /// The specification of one kind of job, with the type of its result.
@@ -28,12 +30,21 @@ pub trait Specification:
     fn digest(&self) -> Digest;
 }
 
+/// The names of all kinds.
+pub const KINDS: &[&str] = &[
+    EnsembleSpec::KIND,
+    TuningSpec::KIND,
+    RankingSpec::KIND,
+    PredictionSpec::KIND,
+];
+
 /// A specification of any kind, as a worker claims it.
 #[derive(Clone, Debug, PartialEq)]
 pub enum JobSpec {
     Ensemble(EnsembleSpec),
     Tuning(TuningSpec),
     Ranking(RankingSpec),
+    Prediction(PredictionSpec),
 }
 
 impl JobSpec {
@@ -43,10 +54,8 @@ impl JobSpec {
             EnsembleSpec::KIND => serde_json::from_value(spec).map(Self::Ensemble),
             TuningSpec::KIND => serde_json::from_value(spec).map(Self::Tuning),
             RankingSpec::KIND => serde_json::from_value(spec).map(Self::Ranking),
-            unknown => {
-                let known = &[EnsembleSpec::KIND, TuningSpec::KIND, RankingSpec::KIND];
-                Err(serde_json::Error::unknown_variant(unknown, known))
-            }
+            PredictionSpec::KIND => serde_json::from_value(spec).map(Self::Prediction),
+            unknown => Err(serde_json::Error::unknown_variant(unknown, KINDS)),
         }
     }
 }
@@ -148,10 +157,93 @@ impl Specification for RankingSpec {
     }
 }
 
+/// What predicts, and for which images.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct PredictionSpec {
+    pub images: ImagesSpec,
+    /// The prompt with a head, or the ensemble.
+    pub model: SourceSpec,
+    pub backbone: BackboneSpec,
+    /// How many of the most probable classes the table has for each image.
+    pub top_k: usize,
+    pub format: TableFormat,
+}
+
+/// All images of a split.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct ImagesSpec {
+    pub dataset: String,
+    pub version: i32,
+    /// Digest of the packed images in the blob store.
+    #[schema(value_type = String, example = "sha256:…")]
+    pub digest: Digest,
+    pub split: Split,
+    /// Leave out unreadable images and count them, instead of failing.
+    pub skip_unreadable: bool,
+}
+
+impl Specification for PredictionSpec {
+    type Result = PredictionResult;
+    const KIND: &'static str = "prediction";
+
+    fn digest(&self) -> Digest {
+        let computed = json!({
+            "images": self.images.digest,
+            "split": self.images.split,
+            "skip_unreadable": self.images.skip_unreadable,
+            "model": self.model.digest,
+            "backbone": self.backbone.digest,
+            "preprocessing_id": self.backbone.preprocessing_id,
+            "top_k": self.top_k,
+            "format": self.format,
+            "promptweave": env!("CARGO_PKG_VERSION"),
+        });
+        Digest::of(computed.to_string().as_bytes())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::job::tests::spec;
+
+    fn prediction() -> PredictionSpec {
+        let TuningSpec {
+            target, backbone, ..
+        } = tuning();
+        PredictionSpec {
+            images: ImagesSpec {
+                dataset: target.dataset,
+                version: target.version,
+                digest: target.digest,
+                split: Split::Test,
+                skip_unreadable: false,
+            },
+            model: spec().sources[0].clone(),
+            backbone,
+            top_k: 3,
+            format: TableFormat::Csv,
+        }
+    }
+
+    #[test]
+    fn a_prediction_is_the_same_whatever_its_dataset_is_called() {
+        let mut renamed = prediction();
+        renamed.images.dataset = "other".into();
+        renamed.model.prompt = "other".into();
+        assert_eq!(renamed.digest(), prediction().digest());
+        let changes: [fn(&mut PredictionSpec); 4] = [
+            |it| it.images.split = Split::Val,
+            |it| it.top_k = 2,
+            |it| it.format = TableFormat::Parquet,
+            |it| it.model.digest = Digest::of(b"another model"),
+        ];
+        for change in changes {
+            let mut other = prediction();
+            change(&mut other);
+            assert_ne!(other.digest(), prediction().digest());
+        }
+    }
 
     fn tuning() -> TuningSpec {
         let ensemble = spec();
@@ -182,6 +274,8 @@ mod tests {
         assert_eq!(read("tuning", json!(tuning())), JobSpec::Tuning(tuning()));
         let ranked = JobSpec::Ranking(ranking());
         assert_eq!(read("ranking", json!(ranking())), ranked);
+        let predicted = JobSpec::Prediction(prediction());
+        assert_eq!(read("prediction", json!(prediction())), predicted);
         let error = JobSpec::read("other", json!({})).unwrap_err();
         assert!(error.to_string().contains("`other`"), "{error}");
     }

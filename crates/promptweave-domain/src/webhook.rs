@@ -39,6 +39,12 @@ pub enum EventType {
     RankingFailed,
     #[serde(rename = "ranking.cancelled")]
     RankingCancelled,
+    #[serde(rename = "prediction.succeeded")]
+    PredictionSucceeded,
+    #[serde(rename = "prediction.failed")]
+    PredictionFailed,
+    #[serde(rename = "prediction.cancelled")]
+    PredictionCancelled,
 }
 
 /// The event that is sent when a webhook's owner asks for it, whatever events the webhook has
@@ -46,7 +52,7 @@ pub enum EventType {
 pub const TEST_EVENT: &str = "webhook.test";
 
 impl EventType {
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 12] = [
         Self::EnsembleSucceeded,
         Self::EnsembleFailed,
         Self::EnsembleCancelled,
@@ -56,6 +62,9 @@ impl EventType {
         Self::RankingSucceeded,
         Self::RankingFailed,
         Self::RankingCancelled,
+        Self::PredictionSucceeded,
+        Self::PredictionFailed,
+        Self::PredictionCancelled,
     ];
 
     pub fn name(self) -> &'static str {
@@ -69,6 +78,9 @@ impl EventType {
             Self::RankingSucceeded => "ranking.succeeded",
             Self::RankingFailed => "ranking.failed",
             Self::RankingCancelled => "ranking.cancelled",
+            Self::PredictionSucceeded => "prediction.succeeded",
+            Self::PredictionFailed => "prediction.failed",
+            Self::PredictionCancelled => "prediction.cancelled",
         }
     }
 

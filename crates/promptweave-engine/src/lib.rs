@@ -35,6 +35,7 @@ use std::path::Path;
 use promptweave_domain::composer::{Composer, Composition, CompositionError, Observer, Platform};
 use promptweave_domain::composition::{CompositionInput, SolveInput};
 use promptweave_domain::precision::Precision;
+use promptweave_domain::prediction::{Predicted, PredictionInput};
 use promptweave_domain::ranking::Ranking;
 use promptweave_domain::sharding::ShardInput;
 use promptweave_domain::tuning::{Checkpoints, Tuned, TuningInput};
@@ -168,6 +169,16 @@ impl Composer for Engine {
         observer: &mut dyn Observer,
     ) -> Result<Ranking, CompositionError> {
         Ok(Engine::rank(self, input, observer)?)
+    }
+
+    fn predict(
+        &mut self,
+        input: &PredictionInput,
+        observer: &mut dyn Observer,
+    ) -> Result<Predicted, CompositionError> {
+        let device = device::names_of(&self.backbones.compute.devices);
+        let (backbone, vit) = self.backbones.open(&input.backbone_dir)?;
+        Ok(predict::predict(backbone, vit, device, input, observer)?)
     }
 
     fn self_test(&mut self) -> Result<(), CompositionError> {

@@ -9,7 +9,6 @@
 
 use std::io;
 use std::io::Write;
-use std::str::FromStr;
 use std::sync::Arc;
 
 use parquet::data_type::{ByteArray, ByteArrayType, DoubleType};
@@ -17,39 +16,9 @@ use parquet::errors::ParquetError;
 use parquet::file::properties::WriterProperties;
 use parquet::file::writer::SerializedFileWriter;
 use parquet::schema::parser::parse_message_type;
-use serde::Serialize;
 use serde_json::{Map, json};
 
-/// The form of the table.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum TableFormat {
-    Csv,
-    Jsonl,
-    Parquet,
-}
-
-impl TableFormat {
-    pub const ALL: [Self; 3] = [Self::Csv, Self::Jsonl, Self::Parquet];
-
-    /// The name, which is also the extension of files of this format.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Csv => "csv",
-            Self::Jsonl => "jsonl",
-            Self::Parquet => "parquet",
-        }
-    }
-}
-
-impl FromStr for TableFormat {
-    type Err = String;
-
-    fn from_str(name: &str) -> Result<Self, String> {
-        let known = Self::ALL.into_iter().find(|format| format.name() == name);
-        known.ok_or_else(|| format!("`{name}` is not a format; use csv, jsonl or parquet"))
-    }
-}
+use promptweave_domain::prediction::TableFormat;
 
 /// The predictions for some images.
 #[derive(Clone, Debug, PartialEq)]
@@ -248,13 +217,5 @@ mod tests {
             assert_eq!(lines[1]["class_2"], "a\nhorse");
             assert_eq!(lines[0].get("label").is_some(), labels);
         }
-    }
-
-    #[test]
-    fn a_format_is_known_by_its_name() {
-        for format in TableFormat::ALL {
-            assert_eq!(format.name().parse(), Ok(format));
-        }
-        assert!("xlsx".parse::<TableFormat>().unwrap_err().contains("jsonl"));
     }
 }

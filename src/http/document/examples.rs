@@ -65,6 +65,13 @@ fn example(operation: &str) -> Option<Value> {
             "target": {"dataset": "food", "split": "train"},
             "sources": sources,
         }),
+        "create_prediction" => json!({
+            "model": "dtd",
+            "dataset": "food",
+            "split": "test",
+            "top_k": 3,
+            "format": "csv",
+        }),
         "create_webhook" => json!({
             "url": "https://receiver.example/promptweave",
             "event_types": ["ensemble.succeeded", "ensemble.failed"],

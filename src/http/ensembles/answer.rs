@@ -70,6 +70,8 @@ struct Urls {
     statistics: String,
     /// The composed prompt's file, once there is one.
     composed_prompt: Option<String>,
+    /// The pool's ensemble file, once there is one; always null with another method than `pool`.
+    ensemble: Option<String>,
     /// Where to solve again from its statistics, once there are some.
     solve: Option<String>,
 }
@@ -77,12 +79,14 @@ struct Urls {
 impl From<Job> for Ensemble {
     fn from(job: Job) -> Self {
         let this = path::<EnsembleSpec>(job.id);
-        let composed_prompt = job.result.as_ref().and_then(|result| {
-            let (prompt, version) = (
-                result.composed_prompt.prompt.as_ref()?,
-                result.composed_prompt.version?,
-            );
-            Some(format!("/v1/prompts/{prompt}/versions/{version}/content"))
+        let result = job.result.as_ref();
+        let composed_prompt = result.and_then(|result| {
+            let composed = &result.composed_prompt;
+            Some(content(composed.prompt.as_ref()?, composed.version?))
+        });
+        let ensemble = result.and_then(|result| {
+            let ensemble = result.pool.as_ref()?.ensemble.as_ref()?;
+            Some(content(ensemble.prompt.as_ref()?, ensemble.version?))
         });
         Self {
             job: JobStatus::from(&job),
@@ -92,10 +96,16 @@ impl From<Job> for Ensemble {
                 job: JobUrls::of::<EnsembleSpec>(job.id),
                 replay: format!("{this}/replay"),
                 statistics: format!("{this}/statistics"),
-                solve: (job.statistics_digest.is_some() && job.statistics_deleted_at.is_none())
+                solve: (job.file_digest.is_some() && job.file_deleted_at.is_none())
                     .then(|| format!("{this}/solve")),
                 composed_prompt,
+                ensemble,
             },
         }
     }
+}
+
+/// The URL of a version's file.
+fn content(prompt: &str, version: i32) -> String {
+    format!("/v1/prompts/{prompt}/versions/{version}/content")
 }

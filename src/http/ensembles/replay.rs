@@ -27,7 +27,7 @@ pub(super) async fn hold_statistics(
         return Ok(());
     };
     let origin = existing::<EnsembleSpec>(conn, project_id, from.ensemble).await?;
-    crate::http::ensembles::statistics::check_statistics(origin.id, origin.statistics_deleted_at)?;
+    crate::http::ensembles::statistics::check_statistics(origin.id, origin.file_deleted_at)?;
     references::hold(conn, &state.blobs, &from.statistics).await?;
     Ok(())
 }

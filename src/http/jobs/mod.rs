@@ -1,5 +1,5 @@
-//! What jobs of every kind have in common as resources; `/v1/ensembles`, `/v1/tunings` and `/v1/rankings` are built on
-//! it.
+//! What jobs of every kind have in common as resources; `/v1/ensembles`, `/v1/tunings`, `/v1/rankings` and
+//! `/v1/predictions` are built on it.
 
 pub(super) mod actions;
 mod answer;

@@ -2,6 +2,7 @@
 //! cannot be composed refused before it is queued, with the place in the request.
 
 pub mod backbone;
+pub mod prediction;
 pub mod ranking;
 pub mod solve;
 pub mod sources;
@@ -23,10 +24,12 @@ use crate::registry::prompt_versions::PromptVersion;
 use crate::registry::prompts;
 use promptweave_domain::composition::TargetSamples;
 use promptweave_domain::early_stopping::EarlyStopping;
-use promptweave_domain::job::{BackboneSpec, EnsembleSpec, SourceSpec, TargetSpec};
-use promptweave_domain::method::{NO_ANCHOR, Scale, UniformMix, common_seed};
+use promptweave_domain::job::{
+    BackboneSpec, ENSEMBLE_SUFFIX, EnsembleSpec, SourceSpec, TargetSpec,
+};
+use promptweave_domain::method::{Method, NO_ANCHOR, Scale, UniformMix, common_seed};
 use promptweave_domain::objective::{Objective, TradeOffRule, Weighing};
-use promptweave_domain::reference::{Reference, ResourceName};
+use promptweave_domain::reference::{MAX_NAME_LENGTH, Reference, ResourceName};
 
 /// Features of all sources and samples, as they are held in memory and stored; gradients and solver
 /// need a few times that.
@@ -90,7 +93,7 @@ pub async fn plan(
         request.early_stopping,
         &request.objective,
     ));
-    refusals.note(check_output(request.output.as_ref()));
+    refusals.note(check_outputs(request.output.as_ref(), &request.objective));
     let named = NamedInputs {
         dataset: &request.dataset,
         samples: &request.samples,
@@ -239,11 +242,34 @@ pub(super) fn check_output(name: Option<&ResourceName>) -> Result<(), Refusal> {
     }
 }
 
+/// Refuses a name that the results of an ensemble could not be published under later.
+pub(super) fn check_outputs(
+    name: Option<&ResourceName>,
+    objective: &Objective,
+) -> Result<(), Refusal> {
+    check_output(name)?;
+    let longest = MAX_NAME_LENGTH - ENSEMBLE_SUFFIX.len();
+    match name {
+        Some(name) if objective.method() == Method::Pool && name.as_str().len() > longest => {
+            let detail = format!(
+                "has {} characters; with the method `pool` it may have {longest}, because the ensemble is published \
+                 under `<name>{ENSEMBLE_SUFFIX}`",
+                name.as_str().len()
+            );
+            refuse("output_too_long", "/output/name", detail)
+        }
+        Some(_) | None => Ok(()),
+    }
+}
+
 /// `<dataset>-<short id>`: the end of the id, since its beginning is the time.
 pub fn default_output(dataset: &str, job_id: Uuid) -> String {
     let id = job_id.simple().to_string();
-    let dataset: String = dataset.chars().take(128 - 9).collect();
-    format!("{dataset}-{}", &id[id.len() - 8..])
+    let end = format!("-{}", &id[id.len() - 8..]);
+    // There is room for the name of a pool's ensemble too.
+    let room = MAX_NAME_LENGTH - end.len() - ENSEMBLE_SUFFIX.len();
+    let dataset: String = dataset.chars().take(room).collect();
+    dataset + &end
 }
 
 /// Refuses features of M sources and N samples in d dimensions that are too large for memory.
@@ -285,7 +311,8 @@ mod tests {
         let id = Uuid::now_v7();
         for dataset in ["food", &"d".repeat(128)] {
             let name = default_output(dataset, id);
-            assert!(name.parse::<ResourceName>().is_ok(), "{name}");
+            let ensemble = format!("{name}{ENSEMBLE_SUFFIX}");
+            assert!(ensemble.parse::<ResourceName>().is_ok(), "{name}");
             assert!(name.ends_with(&id.simple().to_string()[24..]));
         }
     }

@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use crate::jobs::Job;
 use crate::jobs::plan::sources::{no_sources, source_pointer};
-use crate::jobs::plan::{PlanError, check_output, default_output};
+use crate::jobs::plan::{PlanError, check_outputs, default_output};
 use crate::jobs::refusals::{Refusal, Refusals, refuse};
 use crate::registry::prompt_versions;
 use promptweave_domain::composition::{CompositionResult, TargetSamples};
@@ -43,8 +43,8 @@ impl TryFrom<Job> for Solved {
                 state: JobState::Succeeded,
                 spec,
                 result: Some(result),
-                statistics_digest: Some(statistics),
-                statistics_deleted_at,
+                file_digest: Some(statistics),
+                file_deleted_at: statistics_deleted_at,
                 ..
             } => Ok(Self {
                 id,
@@ -91,7 +91,6 @@ pub fn plan(
     request: &SolveRequest,
 ) -> Result<EnsembleSpec, PlanError> {
     let mut refusals = Refusals::default();
-    refusals.note(check_output(request.output.as_ref()));
     let recorded = &solved.spec;
     let sources = match &request.sources {
         None => recorded.sources.clone(),
@@ -101,6 +100,7 @@ pub fn plan(
         None => without_backbone(solved),
         Some(objective) => objective.clone(),
     };
+    refusals.note(check_outputs(request.output.as_ref(), &objective));
     refusals.of_objective(objective.mistakes());
     refusals.of_objective(objective.needs_backbone());
     let gradients = gradients(solved, &objective);

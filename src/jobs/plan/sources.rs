@@ -7,7 +7,7 @@ use crate::jobs::plan::PlanError;
 use crate::jobs::refusals::{Refusal, Refusals, compatible, refuse};
 use crate::registry::RegistryError;
 use crate::registry::prompt_versions;
-use crate::registry::prompt_versions::PromptVersion;
+use crate::registry::prompt_versions::{PromptVersion, VersionKind};
 use promptweave_domain::compatibility::check_joins;
 use promptweave_domain::reference::Reference;
 
@@ -77,13 +77,20 @@ pub(super) async fn find_sources(
     Ok((found, all))
 }
 
-/// The version that a reference means, if there is one.
+/// The prompt that a reference means, if there is one.
 pub(super) fn existing(
     reference: &Reference,
     version: Option<PromptVersion>,
     pointer: String,
 ) -> Result<NamedPrompt, Refusal> {
     match version {
+        Some(version) if version.kind == VersionKind::Ensemble => {
+            let detail = format!(
+                "`{}:{}` is an ensemble, which holds several prompts; name a prompt",
+                version.prompt, version.version
+            );
+            refuse("not_a_prompt", pointer, detail)
+        }
         Some(version) => Ok(NamedPrompt { version, pointer }),
         None => {
             let detail = format!("there is no prompt version `{reference}`");

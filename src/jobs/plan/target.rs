@@ -85,7 +85,7 @@ fn check_eval_split(dataset: &DatasetVersion, samples: &TargetSamples) -> Result
 }
 
 /// The classes that a split has images of.
-fn classes_in<'a>(
+pub(super) fn classes_in<'a>(
     dataset: &'a DatasetVersion,
     split: Split,
     pointer: &str,

@@ -82,7 +82,7 @@ pub async fn plan(
     let mut options = request.options.clone();
     if let Some(NamedPrompt { version: start, .. }) = &start {
         // The length and seed of the prompt that it starts from cannot change.
-        options.num_tokens = start.num_tokens as usize;
+        options.num_tokens = start.facts().num_tokens;
         options.init_seed = start.init_seed.unwrap_or_default();
     }
     if let Some(backbone) = &backbone {

@@ -21,7 +21,7 @@ pub enum Origin {
     Uploaded,
     /// Trained by `promptweave tune`.
     Tuned,
-    /// The sum Σ αᵢ Pᵢ, made by an ensemble.
+    /// Made of other prompts: their sum Σ αᵢ Pᵢ, or an ensemble of them.
     Composed,
 }
 

@@ -17,11 +17,12 @@ use crate::statistics::{Metadata, RecordedSource, Statistics};
 use promptweave_domain::composer::Composition;
 use promptweave_domain::composition::{
     Compared, ComposedPrompt, CompositionResult, Diagnostics, FallbackReport, MethodReport,
-    NoTransfer, ObjectiveValue, Optimum, PoolReport, PoolWeight, Provenance, Refinement,
-    SourceDiagnostics, SourceWeight, Warning,
+    NoTransfer, ObjectiveValue, Optimum, PoolReport, PoolWeight, PooledEnsemble, Provenance,
+    Refinement, SourceDiagnostics, SourceWeight, Warning,
 };
 use promptweave_domain::digest::Digest;
 use promptweave_domain::early_stopping::EarlyStop;
+use promptweave_domain::ensemble_file::EnsembleFile;
 use promptweave_domain::method::Method;
 use promptweave_domain::objective::HScoreMode;
 use promptweave_domain::prompt_file::PromptFile;
@@ -60,10 +61,17 @@ impl Findings<'_> {
         let composed = self.composed.to_bytes();
         let versions = &self.versions;
         let file = |pooled: &Pooled| pooled.file(self.statistics, &self.metadata, versions);
-        let ensemble = self.pooled.as_ref().map(file).transpose()?;
-        let ensemble = ensemble.map(|ensemble| ensemble.to_bytes());
+        let file = self.pooled.as_ref().map(file).transpose()?;
+        let ensemble = file.as_ref().map(EnsembleFile::to_bytes);
         let pool = self.pooled.as_ref().map(|pooled| PoolReport {
-            ensemble_digest: ensemble.as_ref().map(|bytes| Digest::of(bytes)),
+            ensemble: file
+                .zip(ensemble.as_ref())
+                .map(|(file, bytes)| PooledEnsemble {
+                    prompt: None,
+                    version: None,
+                    digest: Digest::of(bytes),
+                    num_members: file.members.len(),
+                }),
             ..self.pool_report(&pooled.pool)
         });
         let objective = self.objective_value()?;
@@ -177,7 +185,7 @@ impl Findings<'_> {
                 gain: pool.gain.0,
                 gain_standard_error: pool.gain.1,
             }),
-            ensemble_digest: None,
+            ensemble: None,
             sharpness: pool.sharpness,
             validation_loss: pool.loss,
             validation_accuracy: pool.accuracy,

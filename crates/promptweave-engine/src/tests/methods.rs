@@ -447,8 +447,10 @@ fn the_pool_weighs_predictions_and_its_file_predicts_what_the_answer_says() {
 
     // The ensemble file predicts the evaluation images as the comparison says.
     let bytes = composition.ensemble.as_ref().unwrap();
-    assert_eq!(pool.ensemble_digest, Some(Digest::of(bytes)));
     let ensemble = EnsembleFile::parse(bytes).unwrap();
+    let reported = pool.ensemble.as_ref().unwrap();
+    assert_eq!(reported.digest, Digest::of(bytes));
+    assert_eq!(reported.num_members, ensemble.members.len());
     let mut engine = Engine::new(Device::Cpu);
     let (backbone, vit) = engine.backbone(&input.backbone_dir).unwrap();
     let dataset = LabelledImages::read(&input.target_dir).unwrap();
