@@ -1,6 +1,6 @@
 # `make demo` and `make test` need nothing before them: they set up what is missing.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test fmt clippy openapi sqlx test-peft fuzz-api fuzz bench-api bench-upload bench-hostile bench-engine bench-tuning bench-demo bench-growth bench-workers chaos chaos-short bench-queue mini-vtab reproduce
+.PHONY: help setup demo up test fmt clippy openapi sqlx test-peft test-inference fuzz-api fuzz bench-api bench-upload bench-hostile bench-engine bench-tuning bench-demo bench-growth bench-workers chaos chaos-short bench-queue mini-vtab reproduce
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -35,6 +35,10 @@ sqlx: ## write .sqlx anew after a change of a query or a migration
 test-peft: setup ## prompts from and to the real peft package, through a running server; fetches PyTorch and peft once
 	cargo build --release
 	scripts/with_postgres.sh $$(scripts/peft_python.sh) scripts/test_peft.py target/release/promptweave
+
+test-inference: setup ## the snippets for timm and Hugging Face of docs/guide/inference.md beside `predict`; fetches both packages once
+	cargo build --release
+	$$(scripts/inference_python.sh) scripts/test_inference.py $${CARGO_TARGET_DIR:-target}/release/promptweave
 
 fuzz-api: setup ## a generated client and schemathesis against a running service, with a key and without; fetches both once
 	cargo build --release

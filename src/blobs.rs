@@ -5,6 +5,7 @@
 //! completely or not at all.
 
 use std::io::{self, Write};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -13,7 +14,9 @@ use futures::stream::BoxStream;
 use futures::{Stream, StreamExt, TryStreamExt};
 use object_store::local::LocalFileSystem;
 use object_store::path::Path as Key;
-use object_store::{ObjectStore, ObjectStoreExt, PutPayload, WriteMultipart};
+use object_store::{
+    GetOptions, GetRange, GetResult, ObjectStore, ObjectStoreExt, PutPayload, WriteMultipart,
+};
 use time::OffsetDateTime;
 
 use promptweave_domain::digest::{Digest, DigestBuilder, digest_of_file};
@@ -122,7 +125,7 @@ impl BlobStore {
             path: path.to_owned(),
             source,
         };
-        let mut chunks = self.open(digest).await?.into_stream();
+        let mut chunks = self.open(digest, None).await?.into_stream();
         let dir = path.parent().unwrap_or(Path::new("."));
         let mut file = tempfile::NamedTempFile::new_in(dir).map_err(failed)?;
         let mut found = DigestBuilder::default();
@@ -142,7 +145,7 @@ impl BlobStore {
         &self,
         digest: &Digest,
     ) -> Result<(u64, impl Stream<Item = Result<Bytes, BlobError>> + use<>), BlobError> {
-        let opened = self.open(digest).await?;
+        let opened = self.open(digest, None).await?;
         let size = opened.meta.size;
         let checked = Checked {
             chunks: opened.into_stream(),
@@ -159,13 +162,32 @@ impl BlobStore {
         Ok((size, pieces))
     }
 
+    /// These bytes of a blob, in pieces. The digest of a part cannot be checked; whoever joins the parts checks the whole.
+    pub async fn stream_range(
+        &self,
+        digest: &Digest,
+        range: Range<u64>,
+    ) -> Result<impl Stream<Item = Result<Bytes, BlobError>> + use<>, BlobError> {
+        let opened = self.open(digest, Some(range)).await?;
+        Ok(opened.into_stream().map_err(BlobError::from))
+    }
+
     /// A whole blob in memory.
     pub async fn get_bytes(&self, digest: &Digest) -> Result<Bytes, BlobError> {
-        let bytes = self.open(digest).await?.bytes().await?;
+        let bytes = self.open(digest, None).await?.bytes().await?;
         let mut found = DigestBuilder::default();
         found.update(&bytes);
         check(digest, found)?;
         Ok(bytes)
+    }
+
+    /// The size of a blob in bytes.
+    pub async fn size(&self, digest: &Digest) -> Result<u64, BlobError> {
+        match self.store.head(&key(digest)).await {
+            Ok(meta) => Ok(meta.size),
+            Err(object_store::Error::NotFound { .. }) => Err(BlobError::Missing(*digest)),
+            Err(error) => Err(error.into()),
+        }
     }
 
     pub async fn exists(&self, digest: &Digest) -> Result<bool, BlobError> {
@@ -207,8 +229,16 @@ impl BlobStore {
         }
     }
 
-    async fn open(&self, digest: &Digest) -> Result<object_store::GetResult, BlobError> {
-        match self.store.get(&key(digest)).await {
+    async fn open(
+        &self,
+        digest: &Digest,
+        range: Option<Range<u64>>,
+    ) -> Result<GetResult, BlobError> {
+        let options = GetOptions {
+            range: range.map(GetRange::from),
+            ..GetOptions::default()
+        };
+        match self.store.get_opts(&key(digest), options).await {
             Err(object_store::Error::NotFound { .. }) => Err(BlobError::Missing(*digest)),
             other => Ok(other?),
         }

@@ -8,9 +8,11 @@ use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
+use sqlx::PgConnection;
 use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
+use uuid::Uuid;
 
 use crate::http::AppState;
 use crate::http::access::Caller;
@@ -247,8 +249,18 @@ async fn get_backbone(
     Path(name): Path<ResourceName>,
 ) -> Result<JsonResponse<RegisteredBackbone>, Problem> {
     let mut conn = state.pool.acquire().await?;
-    let found = backbones::find(&mut conn, caller.project_id, &name).await?;
-    found.map(JsonResponse).ok_or_else(|| {
+    let found = existing(&mut conn, caller.project_id, &name).await?;
+    Ok(JsonResponse(found))
+}
+
+/// The backbone of this name, or the problem that there is none.
+pub(super) async fn existing(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    name: &ResourceName,
+) -> Result<RegisteredBackbone, Problem> {
+    let found = backbones::find(conn, project_id, name).await?;
+    found.ok_or_else(|| {
         let detail = format!("there is no backbone `{name}`");
         Problem::not_found("backbone_not_found", detail)
     })

@@ -6,12 +6,15 @@ use axum::body::Body;
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
+use futures::TryStreamExt;
 
+use crate::blobs::{BlobError, BlobStore};
 use crate::http::conditional::Preconditions;
 use crate::http::content_digest;
 use crate::http::content_digest::{CONTENT_DIGEST, REPR_DIGEST};
 use crate::http::error::Problem;
 use promptweave_domain::digest::Digest;
+use promptweave_domain::error_chain::chain;
 
 /// A file's description, known before the file is read.
 #[derive(Clone, Debug)]
@@ -91,19 +94,57 @@ impl File {
         response
     }
 
-    /// A part of the file, with 206.
+    /// A part of the file, which is at hand, with 206.
     pub fn part(&self, range: Range<u64>, bytes: &Bytes) -> Response {
         let part = bytes.slice(range.start as usize..range.end as usize);
+        let digest = content_digest::value(&Digest::of(&part));
+        let mut response = self.partial(&range, part.into());
+        response.headers_mut().insert(CONTENT_DIGEST, digest);
+        response
+    }
+
+    fn partial(&self, range: &Range<u64>, body: Body) -> Response {
         let place = format!("bytes {}-{}/{}", range.start, range.end - 1, self.size);
-        let headers = [
-            (
-                header::CONTENT_RANGE,
-                HeaderValue::try_from(place).expect("plain characters"),
-            ),
-            (CONTENT_DIGEST, content_digest::value(&Digest::of(&part))),
-        ];
+        let place = HeaderValue::try_from(place).expect("plain characters");
+        let headers = [(header::CONTENT_RANGE, place)];
         let status = StatusCode::PARTIAL_CONTENT;
-        (status, self.caching(), self.description(), headers, part).into_response()
+        (status, self.caching(), self.description(), headers, body).into_response()
+    }
+
+    /// The answer to a request for a file in the blob store: 304, a range, or the whole file. A range has no
+    /// `Content-Digest`, because its bytes are sent while they are read.
+    pub async fn from_store(
+        self,
+        blobs: &BlobStore,
+        method: &Method,
+        request: &HeaderMap,
+    ) -> Result<Response, Problem> {
+        if let Some(not_modified) = self.not_modified(request) {
+            return Ok(not_modified);
+        }
+        if *method == Method::HEAD {
+            return Ok(self.whole(method, Body::empty()));
+        }
+        // The status is sent before the bytes are read; after that, all that is left is to break off and log why.
+        let log = |error: &BlobError| {
+            tracing::error!(error = chain(error), "a file could not be sent whole")
+        };
+        match self.range(method, request)? {
+            None => {
+                let (_, pieces) = blobs.stream(&self.digest).await?;
+                Ok(self.whole(method, Body::from_stream(pieces.inspect_err(log))))
+            }
+            Some(range) => {
+                let pieces = blobs.stream_range(&self.digest, range.clone()).await?;
+                let body = Body::from_stream(pieces.inspect_err(log));
+                let mut response = self.partial(&range, body);
+                let length = range.end - range.start;
+                response
+                    .headers_mut()
+                    .insert(header::CONTENT_LENGTH, length.into());
+                Ok(response)
+            }
+        }
     }
 
     fn caching(&self) -> HeaderMap {

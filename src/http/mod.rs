@@ -4,6 +4,7 @@
 pub mod access;
 mod aliases;
 pub mod api_keys;
+mod backbone_content;
 mod backbone_uploads;
 pub mod backbones;
 pub mod boundary;

@@ -13,10 +13,10 @@ use crate::http::error::ProblemDocument;
 use crate::http::idempotency;
 use crate::http::idempotency::KeyedOperations;
 use crate::http::{
-    AppState, HttpSettings, aliases, api_keys, backbone_uploads, backbones, compose,
-    content_digest, datasets, document, ensembles, health, lineage, links, peft, predictions,
-    projects, prompt_changes, prompt_content, prompt_versions, prompts, rankings, tunings,
-    webhook_deliveries, webhooks, workers,
+    AppState, HttpSettings, aliases, api_keys, backbone_content, backbone_uploads, backbones,
+    compose, content_digest, datasets, document, ensembles, health, lineage, links, peft,
+    predictions, projects, prompt_changes, prompt_content, prompt_versions, prompts, rankings,
+    tunings, webhook_deliveries, webhooks, workers,
 };
 use promptweave_domain::reference::{ResourceName, VersionSelector};
 
@@ -65,6 +65,7 @@ pub(super) fn routes(settings: &HttpSettings) -> Routes {
         .merge(peft::router(settings))
         .merge(aliases::router())
         .merge(backbones::router())
+        .merge(backbone_content::router())
         .merge(backbone_uploads::router())
         .merge(datasets::router())
         .merge(ensembles::router())

@@ -1,10 +1,8 @@
 //! `/v1/predictions`: jobs that predict the images of a dataset, by a prompt with a head or by an ensemble.
 
-use axum::body::Body;
 use axum::extract::State;
 use axum::http::{HeaderMap, Method};
 use axum::response::Response;
-use futures::TryStreamExt;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
@@ -23,7 +21,6 @@ use crate::http::jobs::{
 use crate::jobs::Job;
 use crate::jobs::plan::prediction::{PredictionRequest, plan};
 use crate::jobs::requests::Reuse;
-use promptweave_domain::error_chain::chain;
 use promptweave_domain::prediction::TableFormat;
 use promptweave_domain::reference::{Reference, ResourceName};
 use promptweave_domain::specification::PredictionSpec;
@@ -184,6 +181,10 @@ struct PredictionFile(Vec<u8>);
     params(
         ("id" = Uuid, Path),
         ("if-none-match" = Option<String>, Header, description = "ETag of a copy at hand"),
+        ("range" = Option<String>, Header, description = "One range of bytes, e.g. `bytes=1000-`; \
+            several at once are answered with the whole file"),
+        ("if-range" = Option<String>, Header, description = "ETag that the file must have for \
+            `range` to count"),
     ),
     responses(
         (status = 200, description = "The file, of the type that `format` says",
@@ -193,9 +194,18 @@ struct PredictionFile(Vec<u8>);
             (PredictionFile = "application/vnd.apache.parquet"),
          ),
          headers(("etag" = String), ("content-digest" = String), ("repr-digest" = String))),
+        (status = 206, description = "The range",
+         content(
+            (PredictionFile = "text/csv"),
+            (PredictionFile = "application/jsonl"),
+            (PredictionFile = "application/vnd.apache.parquet"),
+         ),
+         headers(("etag" = String), ("content-range" = String), ("repr-digest" = String))),
         (status = 304, description = "The copy at hand is this one", headers(("etag" = String))),
         (status = 404, description = "`prediction_not_found`"),
         (status = 409, description = "`prediction_not_finished`, `prediction_failed`, `prediction_cancelled`"),
+        (status = 416, description = "`range_not_satisfiable`: the file ends before it",
+         headers(("content-range" = String))),
     )
 )]
 async fn get_prediction_file(
@@ -208,27 +218,19 @@ async fn get_prediction_file(
     let mut conn = state.pool.acquire().await?;
     let job = existing::<PredictionSpec>(&mut conn, caller.project_id, id).await?;
     drop(conn);
-    let Some(digest) = job.file_digest else {
+    let (Some(digest), Some(result)) = (job.file_digest, &job.result) else {
         return Err(no_result(&job));
     };
-    let (size, pieces) = state.blobs.stream(&digest).await?;
-    let format = job.spec.format;
+    let format = result.file.format;
     let file = File {
         digest,
-        size,
+        size: result.file.size,
         kind: format.media_type(),
         name: format!("{id}.{}", format.name()),
         immutable: true,
-        ranges: false,
+        ranges: true,
     };
-    if let Some(not_modified) = file.not_modified(&request) {
-        return Ok(not_modified);
-    }
-    // The status was sent already; all that is left is to break off and log why.
-    let pieces = pieces.inspect_err(move |error| {
-        tracing::error!(job.id = %id, error = chain(error), "predictions could not be sent whole");
-    });
-    Ok(file.whole(&method, Body::from_stream(pieces)))
+    file.from_store(&state.blobs, &method, &request).await
 }
 
 mod operations {

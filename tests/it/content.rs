@@ -152,21 +152,56 @@ async fn a_body_is_what_its_digest_says(pool: PgPool) {
     assert_eq!(versions["items"].as_array().unwrap().len(), 2);
 }
 
+/// Checks a file of the blob store at `path`: whole, as headers, and in parts that join to the whole.
+async fn comes_in_parts(app: &TestApp, path: &str, bytes: &[u8]) {
+    let size = bytes.len();
+    let whole = app.get(path).await;
+    assert_eq!(&whole.body[..], bytes);
+    assert_eq!(whole.header("content-digest"), sha_256(bytes));
+    assert_eq!(whole.header("accept-ranges"), "bytes");
+    let head = ask(app, Method::HEAD, path, &[]).await;
+    assert_eq!((head.status.as_u16(), head.body.len()), (200, 0));
+    assert_eq!(head.header("content-length"), size.to_string());
+    let etag = whole.header("etag");
+    assert_eq!(etag, format!("\"{}\"", Digest::of(bytes)));
+    let again = ask(app, Method::GET, path, &[("if-none-match", etag)]).await;
+    assert_eq!((again.status.as_u16(), again.body.len()), (304, 0));
+    let mut joined = Vec::new();
+    for (range, from, to) in [
+        ("bytes=0-3".to_owned(), 0, 4),
+        (format!("bytes=4-{}", size - 3), 4, size - 2),
+        ("bytes=-2".to_owned(), size - 2, size),
+    ] {
+        let headers = [("range", range.as_str()), ("if-range", etag)];
+        let part = ask(app, Method::GET, path, &headers).await;
+        assert_eq!(part.status, 206, "{range}");
+        let place = format!("bytes {from}-{}/{size}", to - 1);
+        assert_eq!(part.header("content-range"), place);
+        assert_eq!(part.header("content-length"), (to - from).to_string());
+        assert_eq!(part.header("repr-digest"), sha_256(bytes));
+        // Its digest is not known when the headers are sent.
+        assert_eq!(part.header("content-digest"), "");
+        joined.extend_from_slice(&part.body);
+    }
+    assert_eq!(joined, bytes);
+    let beyond = format!("bytes={size}-");
+    let refused = ask(app, Method::GET, path, &[("range", &beyond)]).await;
+    refused.problem(416, "range_not_satisfiable");
+    let stale = [("range", "bytes=0-3"), ("if-range", "\"other\"")];
+    assert_eq!(ask(app, Method::GET, path, &stale).await.status, 200);
+}
+
 #[sqlx::test(migrator = "MIGRATOR")]
-async fn statistics_have_their_digest_and_are_not_sent_again(pool: PgPool) {
+async fn files_of_the_blob_store_come_in_parts_too(pool: PgPool) {
     let app = furnished(pool).await;
+    let weights = std::fs::read(app.root("tiny").join("model.safetensors")).unwrap();
+    comes_in_parts(&app, "/v1/backbones/tiny/content", &weights).await;
+    let unknown = app.get("/v1/backbones/none/content").await;
+    unknown.problem(404, "backbone_not_found");
+
     let ensemble = post(&app, &request()).await.ok(202);
     let worker = Worker::start(&app, &FakeComposer::default());
     let done = until_state(&app, &ensemble, "succeeded").await;
-    let path = url(&done, "statistics");
-    let whole = app.get(&path).await;
-    assert_eq!(whole.body, b"statistics".as_slice());
-    assert_eq!(whole.header("content-digest"), sha_256(b"statistics"));
-    let etag = whole.header("etag");
-    let again = ask(&app, Method::GET, &path, &[("if-none-match", etag)]).await;
-    assert_eq!((again.status.as_u16(), again.body.len()), (304, 0));
-    let head = ask(&app, Method::HEAD, &path, &[]).await;
-    assert_eq!(head.header("content-length"), "10");
-    assert_eq!((head.status.as_u16(), head.body.len()), (200, 0));
     worker.stop().await;
+    comes_in_parts(&app, &url(&done, "statistics"), b"statistics").await;
 }

@@ -1,10 +1,8 @@
 //! The statistics that a successful ensemble was computed from, while they are kept.
 
-use axum::body::Body;
 use axum::extract::State;
 use axum::http::{HeaderMap, Method, StatusCode};
 use axum::response::Response;
-use futures::TryStreamExt;
 use time::OffsetDateTime;
 use utoipa::ToSchema;
 use uuid::Uuid;
@@ -16,7 +14,6 @@ use crate::http::error::Problem;
 use crate::http::extract::Path;
 use crate::http::jobs::{existing, no_result};
 use crate::jobs::plan::solve::Solved;
-use promptweave_domain::error_chain::chain;
 
 /// The ensemble if it succeeded; otherwise the problem says why it has no result.
 async fn succeeded(state: &AppState, caller: &Caller, id: Uuid) -> Result<Solved, Problem> {
@@ -55,7 +52,7 @@ pub(super) fn check_statistics(
 #[expect(dead_code, reason = "it exists for the API document alone")]
 pub(super) struct StatisticsBytes(Vec<u8>);
 
-/// Download the statistics that the weights were computed from, as safetensors
+/// Download the statistics that the weights were computed from, as safetensors, whole or a range of the bytes
 #[utoipa::path(
     get,
     path = "/ensembles/{id}/statistics",
@@ -64,15 +61,23 @@ pub(super) struct StatisticsBytes(Vec<u8>);
     params(
         ("id" = Uuid, Path),
         ("if-none-match" = Option<String>, Header, description = "ETag of a copy at hand"),
+        ("range" = Option<String>, Header, description = "One range of bytes, e.g. `bytes=1000-`; \
+            several at once are answered with the whole file"),
+        ("if-range" = Option<String>, Header, description = "ETag that the file must have for \
+            `range` to count"),
     ),
     responses(
         (status = 200, content_type = "application/octet-stream", body = StatisticsBytes,
          headers(("etag" = String), ("content-digest" = String), ("repr-digest" = String))),
+        (status = 206, description = "The range", content_type = "application/octet-stream", body = StatisticsBytes,
+         headers(("etag" = String), ("content-range" = String), ("repr-digest" = String))),
         (status = 304, description = "The copy at hand is this one", headers(("etag" = String))),
         (status = 404, description = "`ensemble_not_found`"),
         (status = 409, description = "`ensemble_not_finished`, `ensemble_failed`, \
             `ensemble_cancelled`"),
         (status = 410, description = "`statistics_deleted`: their time is over"),
+        (status = 416, description = "`range_not_satisfiable`: the file ends before it",
+         headers(("content-range" = String))),
     )
 )]
 pub(super) async fn get_ensemble_statistics(
@@ -83,21 +88,13 @@ pub(super) async fn get_ensemble_statistics(
     request: HeaderMap,
 ) -> Result<Response, Problem> {
     let digest = with_statistics(&state, &caller, id).await?.statistics;
-    let (size, pieces) = state.blobs.stream(&digest).await?;
     let file = File {
         digest,
-        size,
+        size: state.blobs.size(&digest).await?,
         kind: "application/octet-stream",
         name: format!("{id}-statistics.safetensors"),
         immutable: true,
-        ranges: false,
+        ranges: true,
     };
-    if let Some(not_modified) = file.not_modified(&request) {
-        return Ok(not_modified);
-    }
-    // The status was sent already; all that is left is to break off and log why.
-    let pieces = pieces.inspect_err(move |error| {
-        tracing::error!(job.id = %id, error = chain(error), "statistics could not be sent whole");
-    });
-    Ok(file.whole(&method, Body::from_stream(pieces)))
+    file.from_store(&state.blobs, &method, &request).await
 }

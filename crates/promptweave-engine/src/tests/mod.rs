@@ -4,6 +4,7 @@
 mod cache;
 mod composition;
 mod cuda;
+mod inference;
 mod methods;
 mod sharding;
 mod solver;
