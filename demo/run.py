@@ -184,12 +184,12 @@ def wait_for(service, job):
     shown = None
     while job["state"] not in FINISHED:
         time.sleep(0.5)
-        job = service.call("GET", f"/v1/ensembles/{job['id']}")
+        job = service.call("GET", job["urls"]["self"])
         shown = show_progress(job, shown)
     if sys.stdout.isatty():
         print("\r\033[K", end="")
     if job["state"] != "succeeded":
-        raise DemoError(f"the ensemble {job['state']}: {json.dumps(job.get('error'))}")
+        raise DemoError(f"the job {job['state']}: {json.dumps(job.get('error'))}")
     return job
 
 
@@ -267,28 +267,25 @@ def show_pool(result):
     show_warnings(result)
 
 
-def quietly(command):
-    """What a command prints. What it says beside that is shown only if it fails."""
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise DemoError(f"`{' '.join(map(str, command[:2]))}` ended with status {done.returncode}: {done.stderr}")
-    return done.stdout
-
-
-def predict(binary, statistics, target, out):
-    """The pool as a file, made from its statistics, and what it says about a few of the held-out images."""
-    solved = out / "pool"
-    quietly([binary, "solve", "--statistics", statistics, "--method", "pool", "--out", solved])
-    listed = [line.rsplit(" ", 1) for line in (target / "test.txt").read_text().splitlines()]
-    classes = json.loads((target / "meta.json").read_text())["classes"]
-    few = listed[:: max(1, len(listed) // 5)][:5]
-    command = [binary, "predict", "--backbone", ROOT / ".assets" / BACKBONE]
-    command += ["--ensemble", solved / "ensemble.safetensors", "--format", "jsonl", *(target / name for name, _ in few)]
-    for (name, label), line in zip(few, quietly(command).splitlines()):
-        found = json.loads(line)
-        say(f"  {name}: {found['class']} ({found['probability']:.0%}); it is {classes[int(label)]}")
-    shutil.copy(solved / "ensemble.safetensors", out / "ensemble.safetensors")
-    shutil.rmtree(solved)
+def predict(service, pooled, answer, out):
+    """Keeps the pool's ensemble, predicts the held-out images by it, and shows a few of the predictions."""
+    (out / "ensemble.safetensors").write_bytes(service.call("GET", pooled["urls"]["ensemble"]))
+    ensemble = answer["pool"]["ensemble"]
+    request = {
+        "model": f"{ensemble['prompt']}:{ensemble['version']}", "dataset": "location", "split": "test", "format": "jsonl",
+    }
+    job = wait_for(service, service.call("POST", "/v1/predictions", request))
+    rows = service.call("GET", job["urls"]["file"])
+    (out / "predictions.jsonl").write_bytes(rows)
+    rows = [json.loads(line) for line in rows.decode().splitlines()]
+    for row in rows[:: max(1, len(rows) // 5)][:5]:
+        say(f"  {row['image']}: {row['class']} ({row['probability']:.0%}); it is {row['label']}")
+    accuracy = service.call("GET", f"/v1/predictions/{job['id']}/result")["score"]["accuracy"]
+    say(f"  {accuracy:.1%} of {len(rows)} are right")
+    of_pool = next(row for row in answer["comparison"] if row["prediction"] == "pool")
+    # The file keeps the heads in f32, so one image may be a tie.
+    if abs(accuracy - of_pool["accuracy"]) * len(rows) > 1.5:
+        raise DemoError(f"the ensemble's accuracy is {accuracy}, and its job reported {of_pool['accuracy']}")
 
 
 def weights_of(result):
@@ -370,7 +367,7 @@ def main():
         for name, content in (("pool.json", json.dumps(answer, indent=2).encode()), ("pool.safetensors", of_pool)):
             (out / name).write_bytes(content)
         say("\na few held-out images, predicted by the pool")
-        predict(binary, out / "pool.safetensors", dataset_root / TARGET, out)
+        predict(service, pooled, answer, out)
 
         say("\nhow much of each source's prompt in one composed prompt (the default method)")
         job = run_ensemble(service, names, "location-composed")
@@ -398,7 +395,7 @@ def main():
         subprocess.run([binary, "plot", out / answered, "--out", pictures], check=True, stdout=subprocess.DEVNULL)
     say(f"\nin {out}:")
     pictures = ("pool/weights.svg", "weights.svg", "pareto_path.svg")
-    files = ("pool.json", "ensemble.safetensors", "result.json", "composed.safetensors", "statistics.safetensors")
+    files = ("pool.json", "ensemble.safetensors", "predictions.jsonl", "result.json", "composed.safetensors", "statistics.safetensors")
     for name in (*files, *pictures):
         say(f"  {name}, {(out / name).stat().st_size:,} bytes")
 

@@ -18,7 +18,8 @@ use tch::{Device, Kind, Tensor};
 use crate::error::EngineError;
 use crate::tensors::cholesky;
 
-const CHUNK_BYTES: i64 = 64 << 20;
+/// Small enough that what is computed of a chunk stays in a core's cache, and that libtorch gets no new pages for it.
+const CHUNK_BYTES: i64 = 2 << 20;
 const MAX_ITERATIONS: usize = 100;
 /// The solver stops when no weight moves by more than this share of the largest weight.
 const TOLERANCE: f64 = 1e-10;
@@ -198,13 +199,15 @@ impl Predictions {
             value += log_sums.double_value(&[])
                 - w.dot(&own.sum_dim_intlist(1, false, Kind::Double))
                     .double_value(&[]);
-            // √q in both factors of the second moment, so that one product with q serves it and the mean.
-            let root = q.sqrt().view([1, rows, k]);
-            let weighted = (chunk * &root).view([m, rows, k]);
-            let means = (&weighted * &root).sum_dim_intlist(2, false, Kind::Double);
-            gradient += (&means - own).sum_dim_intlist(1, false, Kind::Double);
-            let weighted = weighted.view([m, rows * k]);
-            hessian += weighted.matmul(&weighted.tr()) - means.matmul(&means.tr());
+            let q = q.view([1, rows, k]);
+            let means = (chunk * &q).sum_dim_intlist(2, true, Kind::Double);
+            gradient += (means.view([m, rows]) - own).sum_dim_intlist(1, false, Kind::Double);
+            // Centred, with √q in both factors, the product has no negative direction. A difference of second moments
+            // has one by rounding, where the pool is nearly certain of every sample.
+            let mut centred = chunk - means;
+            let _ = centred.g_mul_(&q.sqrt());
+            let centred = centred.view([m, rows * k]);
+            hessian += centred.matmul(&centred.tr());
         });
         let share = 1.0 / n as f64;
         let strength = pull.beta * share;

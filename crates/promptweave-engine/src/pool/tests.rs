@@ -388,6 +388,31 @@ fn a_source_that_knows_nothing_or_adds_nothing_is_left_out() {
     assert_eq!(fit_all(&equal, &labels, 10.0, None).members().len(), 64);
 }
 
+/// Many weak sources are never wrong together, so that no sharpness is the largest. Their second derivatives vanish, and
+/// must not become negative by rounding.
+#[test]
+fn sources_that_are_never_wrong_together_have_a_pool() {
+    for (m, n, k, strength) in [(64, 300, 20, 3.0), (24, 500, 10, 8.0), (8, 200, 5, 40.0)] {
+        for seed in 0..4 {
+            let labels: Vec<usize> = (0..n).map(|i| i % k).collect();
+            let strengths: Vec<f64> = (0..m).map(|i| strength * i as f64 / m as f64).collect();
+            let log_p = random(&strengths, &labels, k as i64, seed).to_kind(Kind::Float);
+            let predictions = Predictions::new(log_p, &labels);
+            assert_eq!(predictions.mean().accuracy(&[1.0]), 1.0);
+            for beta in [0.0, 10.0] {
+                let pool = fit_all(&predictions, &labels, beta, None);
+                let sum: f64 = pool.alpha.iter().sum();
+                assert!(
+                    (sum - 1.0).abs() < 1e-9 && pool.sharpness.is_finite(),
+                    "{pool:?}"
+                );
+                assert!(pool.loss < 0.05 && pool.accuracy == 1.0, "{pool:?}");
+                assert!(pool.standard_errors.iter().all(|error| error.is_finite()));
+            }
+        }
+    }
+}
+
 #[test]
 fn fitting_stops_when_told_to() {
     let labels = labels(30, 3);
