@@ -72,5 +72,5 @@ async fn get_backbone_content(
         immutable: true,
         ranges: true,
     };
-    file.from_store(&state.blobs, &method, &request).await
+    file.serve(&state.blobs, &method, &request).await
 }

@@ -113,7 +113,7 @@ impl File {
 
     /// The answer to a request for a file in the blob store: 304, a range, or the whole file. A range has no
     /// `Content-Digest`, because its bytes are sent while they are read.
-    pub async fn from_store(
+    pub async fn serve(
         self,
         blobs: &BlobStore,
         method: &Method,

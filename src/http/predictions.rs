@@ -130,7 +130,8 @@ impl From<Job<PredictionSpec>> for PredictionJob {
         (status = 202, body = PredictionJob, headers(("location" = String), ("retry-after" = u32))),
         (status = 422, description = "`unknown_prompt`, `no_head`, `deep_prompt_not_predictable`, `width_mismatch`, \
             `unknown_dataset`, `unknown_split`, `empty_split`, `unknown_backbone`, `backbone_required`, \
-            `backbone_ambiguous`, `backbone_mismatch`, `preprocessing_mismatch`, `invalid_top_k`, `invalid_priority`; \
+            `backbone_ambiguous`, `backbone_mismatch`, `preprocessing_mismatch`, `invalid_top_k`, `too_large` (more than 4 GiB in \
+            memory), `invalid_priority`; \
             `invalid_request` where there are several, each with its own in errors"),
         (status = 429, description = "`queue_full`: as many jobs wait as the operator lets",
          headers(("retry-after" = u32))),
@@ -230,7 +231,7 @@ async fn get_prediction_file(
         immutable: true,
         ranges: true,
     };
-    file.from_store(&state.blobs, &method, &request).await
+    file.serve(&state.blobs, &method, &request).await
 }
 
 mod operations {

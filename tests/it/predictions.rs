@@ -5,7 +5,7 @@ use promptweave_domain::prompt_file::PromptFile;
 use serde_json::{Value, json};
 use sqlx::PgPool;
 
-use crate::app::{TestApp, TestResponse, head, png, write_files};
+use crate::app::{TestApp, TestResponse, head};
 use crate::ensembles::{Worker, fitting, furnished, until_state, upload, url};
 use crate::fixtures::{FakeComposer, Script};
 
@@ -93,6 +93,7 @@ mod by_the_engine {
     use promptweave_engine::Engine;
 
     use super::*;
+    use crate::app::{png, write_files};
 
     fn engine(app: &TestApp) -> Worker {
         let new = Box::new(|| Ok(Box::new(Engine::new(tch::Device::Cpu)) as _));

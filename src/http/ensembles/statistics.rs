@@ -96,5 +96,5 @@ pub(super) async fn get_ensemble_statistics(
         immutable: true,
         ranges: true,
     };
-    file.from_store(&state.blobs, &method, &request).await
+    file.serve(&state.blobs, &method, &request).await
 }

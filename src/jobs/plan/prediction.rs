@@ -3,11 +3,12 @@
 use sqlx::PgConnection;
 use uuid::Uuid;
 
+use crate::db::DbError;
 use crate::jobs::plan::backbone::backbone;
 use crate::jobs::plan::sources::NamedPrompt;
 use crate::jobs::plan::target::classes_in;
-use crate::jobs::plan::{PlanError, backbone_spec, source_spec};
-use crate::jobs::refusals::{Refusals, compatible, refuse};
+use crate::jobs::plan::{MAX_FEATURE_BYTES, PlanError, backbone_spec, source_spec};
+use crate::jobs::refusals::{Refusal, Refusals, compatible, refuse};
 use crate::registry::RegistryError;
 use crate::registry::backbones::RegisteredBackbone;
 use crate::registry::datasets;
@@ -49,7 +50,11 @@ pub async fn plan(
     }
     let dataset = images(conn, project_id, request, &mut refusals).await?;
     let found = model(conn, project_id, request, &mut refusals).await?;
-    let ((model, backbone), dataset) = refusals.finish(found.zip(dataset))?;
+    if let (Some((_, backbone, num_classes)), Some(dataset)) = (&found, &dataset) {
+        let images = dataset.class_counts[&request.split].iter().sum();
+        refusals.note(check_size(images, *num_classes, backbone.config.embed_dim));
+    }
+    let ((model, backbone, _), dataset) = refusals.finish(found.zip(dataset))?;
     Ok(PredictionSpec {
         images: ImagesSpec {
             dataset: dataset.name.to_string(),
@@ -88,13 +93,27 @@ async fn images(
     Ok(refusals.note(has_images).map(|()| dataset))
 }
 
-/// The model and its backbone, if the two can predict.
+/// Refuses predictions that are too large for memory: of N images, K probabilities in f64 and d features in f32.
+fn check_size(images: u64, num_classes: usize, embed_dim: usize) -> Result<(), Refusal> {
+    let bytes_an_image = size_of::<f64>() * num_classes + size_of::<f32>() * embed_dim;
+    let most = MAX_FEATURE_BYTES / bytes_an_image;
+    if images <= most as u64 {
+        return Ok(());
+    }
+    let detail = format!(
+        "the split has {images} images; of {num_classes} classes and {embed_dim} dimensions, {most} are the most that one \
+         prediction holds in memory: split the dataset"
+    );
+    refuse("too_large", "/split", detail)
+}
+
+/// The model, its backbone and its number of classes, if model and backbone can predict.
 async fn model(
     conn: &mut PgConnection,
     project_id: Uuid,
     request: &PredictionRequest,
     refusals: &mut Refusals,
-) -> Result<Option<(NamedPrompt, RegisteredBackbone)>, RegistryError> {
+) -> Result<Option<(NamedPrompt, RegisteredBackbone, usize)>, RegistryError> {
     let found = prompt_versions::resolve(conn, project_id, &request.model).await?;
     let Some(version) = found else {
         let detail = format!("there is no prompt version `{}`", request.model);
@@ -112,16 +131,38 @@ async fn model(
     };
     let digest = model.version.digest;
     let content = prompt_versions::content(conn, &digest).await?;
-    // Stored files were checked when they were published.
-    let parsed = content.map(|bytes| Model::parse(&bytes));
-    let checked = match parsed {
-        Some(Ok(parsed)) => {
+    let bytes = content.ok_or(DbError::RowCount(0))?;
+    // An ensemble may be large, so it is parsed off the runtime's threads. Stored files were checked when they were
+    // published.
+    let parsing = tokio::task::spawn_blocking(move || Model::parse(&bytes));
+    let checked = match parsing.await.expect("parsing does not panic") {
+        Ok(parsed) => {
             let named = model.version.facts().name;
-            let checked = parsed.check(&named, digest, &backbone.facts());
-            compatible(MODEL, checked.map(drop))
+            compatible(MODEL, parsed.check(&named, digest, &backbone.facts()))
         }
-        Some(Err(error)) => refuse("unknown_prompt", MODEL, chain(&error)),
-        None => refuse("unknown_prompt", MODEL, "its file is gone"),
+        Err(error) => refuse("unknown_prompt", MODEL, chain(&error)),
     };
-    Ok(refusals.note(checked).map(|()| (model, backbone)))
+    let classes = refusals.note(checked);
+    Ok(classes.map(|classes| (model, backbone, classes.len())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_most_images_that_fit_are_named() {
+        let most = (MAX_FEATURE_BYTES / (8 * 1000 + 4 * 768)) as u64;
+        assert_eq!(check_size(most, 1000, 768), Ok(()));
+        let refusal = check_size(most + 1, 1000, 768).unwrap_err();
+        assert_eq!(
+            (refusal.code, refusal.pointer.as_str()),
+            ("too_large", "/split")
+        );
+        assert!(
+            refusal.detail.contains(&format!("{most} are the most")),
+            "{}",
+            refusal.detail
+        );
+    }
 }
