@@ -105,8 +105,9 @@ class Promptweave:
             FROM generate_series({self.filled // PER_PROMPT}, {versions // PER_PROMPT - 1}) AS p;
             INSERT INTO blob (sha256, bytes) SELECT sha256(bytes), bytes FROM new;
             INSERT INTO prompt_version
-                (id, project_id, prompt_id, version, sha256, origin, num_tokens, embed_dim, depth, dtype)
-            SELECT gen_random_uuid(), p.project_id, p.id, i % {PER_PROMPT} + 1, sha256(bytes), 'uploaded', 1, 8, 'shallow', 'f32'
+                (id, project_id, prompt_id, version, sha256, origin, num_tokens, embed_dim, depth, dtype, kind)
+            SELECT gen_random_uuid(), p.project_id, p.id, i % {PER_PROMPT} + 1, sha256(bytes), 'uploaded', 1, 8, 'shallow', 'f32',
+                   'prompt'
             FROM new JOIN prompt p ON p.name = 'fill-' || lpad((i / {PER_PROMPT})::text, 6, '0');
             ANALYZE;
             """,
