@@ -89,7 +89,7 @@ pub(super) struct Output {
         (status = 202, body = Ensemble, headers(("location" = String), ("retry-after" = u32))),
         (status = 422, description = "`unknown_dataset`, `unknown_split`, `empty_target`, \
             `one_class`, `empty_split`, `same_split`, `invalid_max_samples`, `no_sources`, \
-            `too_many_sources`, `unknown_prompt`, `not_a_prompt`, `output_too_long`, `same_source`, `deep_prompt_not_composable`, \
+            `too_many_sources`, `unknown_prompt`, `not_a_prompt`, `output_too_long`, `name_taken` (of the ensemble), `same_source`, `deep_prompt_not_composable`, \
             `width_mismatch`, `length_mismatch`, `unknown_backbone`, `backbone_required`, \
             `backbone_ambiguous`, `backbone_mismatch`, `preprocessing_mismatch`, \
             `invalid_objective`, `invalid_early_stopping`, `too_large` (features above 4 GiB), `invalid_priority`; \

@@ -27,6 +27,7 @@ use crate::worker::job_checkpoints::JobCheckpoints;
 use crate::worker::job_shards::JobShards;
 use crate::worker::renewal::Renewal;
 use promptweave_domain::composer::{Composition, CompositionError};
+use promptweave_domain::composition::Warning;
 use promptweave_domain::digest::Digest;
 use promptweave_domain::ensemble_file::EnsembleFile;
 use promptweave_domain::error_chain::chain;
@@ -35,12 +36,15 @@ use promptweave_domain::phase::Phase;
 use promptweave_domain::prompt_file::PromptFile;
 use promptweave_domain::reference::ResourceName;
 use promptweave_domain::specification::JobSpec;
-use promptweave_domain::words::JobErrorCode;
+use promptweave_domain::words::{JobErrorCode, WarningCode};
 
 /// How often progress is stored, and a request to cancel is read.
 const PROGRESS_EVERY: Duration = Duration::from_millis(500);
 /// The time between two tries to write an outcome while the database is unreachable.
 const WRITE_AGAIN_AFTER: Duration = Duration::from_millis(500);
+
+/// The largest ensemble that is published. It is one value in the database.
+const MAX_ENSEMBLE_BYTES: usize = 256 << 20;
 
 /// How long a worker that failed at a shard waits before it helps again.
 const AFTER_A_FAILED_SHARD: Duration = Duration::from_secs(5);
@@ -293,7 +297,14 @@ impl Runner {
         match (&claimed.spec, done) {
             (JobSpec::Ensemble(spec), Output::Composition(composition)) => {
                 let composed = MadePrompt::read(&composition.composed, &spec.output)?;
-                let ensemble = MadeEnsemble::of(composition, spec)?;
+                let mut result = composition.result.clone();
+                let ensemble = MadeEnsemble::of(composition, spec).unwrap_or_else(|reason| {
+                    result.warnings.push(Warning {
+                        code: WarningCode::EnsembleNotPublished.name().to_owned(),
+                        detail: format!("the ensemble was not published: {reason}"),
+                    });
+                    None
+                });
                 failpoints::reach("storing", job_id);
                 // Statistics come first: they are addressed by content, so without the row they are only garbage.
                 let statistics = composition.statistics.clone();
@@ -302,7 +313,7 @@ impl Runner {
                 failpoints::reach("stored", job_id);
                 let finished = Finished::Ensemble {
                     spec,
-                    result: &composition.result,
+                    result: &result,
                     composed: composed.new_prompt()?,
                     ensemble: ensemble.as_ref().map(MadeEnsemble::new_ensemble),
                     statistics: statistics.digest,
@@ -460,7 +471,9 @@ impl<'a> MadePrompt<'a> {
             bytes,
             file: PromptFile::parse(bytes)
                 .map_err(|error| AttemptError::Unusable(chain(&error)))?,
-            output: output_name(output)?,
+            output: output
+                .parse()
+                .map_err(|error| AttemptError::Unusable(chain(&error)))?,
         })
     }
 
@@ -476,12 +489,6 @@ impl<'a> MadePrompt<'a> {
     }
 }
 
-fn output_name(output: &str) -> Result<ResourceName, AttemptError> {
-    output
-        .parse()
-        .map_err(|error| AttemptError::Unusable(chain(&error)))
-}
-
 /// An ensemble that the engine made, parsed as its users will parse it.
 struct MadeEnsemble<'a> {
     bytes: &'a [u8],
@@ -490,17 +497,24 @@ struct MadeEnsemble<'a> {
 }
 
 impl<'a> MadeEnsemble<'a> {
-    /// The ensemble of a composition by the method `pool`; other methods publish none.
-    fn of(composition: &'a Composition, spec: &EnsembleSpec) -> Result<Option<Self>, AttemptError> {
+    /// The ensemble of a composition by the method `pool`; other methods publish none. The error says why it cannot be
+    /// published, which is no reason to lose the weights and the composed prompt.
+    fn of(composition: &'a Composition, spec: &EnsembleSpec) -> Result<Option<Self>, String> {
         let Some((bytes, output)) = composition.ensemble.as_deref().zip(spec.ensemble_output())
         else {
             return Ok(None);
         };
+        if bytes.len() > MAX_ENSEMBLE_BYTES {
+            return Err(format!(
+                "its file has {} MiB, and {} MiB are the most; solve again with a smaller `top_k`",
+                bytes.len() >> 20,
+                MAX_ENSEMBLE_BYTES >> 20
+            ));
+        }
         Ok(Some(Self {
             bytes,
-            file: EnsembleFile::parse(bytes)
-                .map_err(|error| AttemptError::Unusable(chain(&error)))?,
-            output: output_name(&output)?,
+            file: EnsembleFile::parse(bytes).map_err(|error| chain(&error))?,
+            output: output.parse().map_err(|error| chain(&error))?,
         }))
     }
 

@@ -85,6 +85,37 @@ async fn what_cannot_be_predicted_is_refused_at_the_door(pool: PgPool) {
     assert_eq!(problem["errors"].as_array().unwrap().len(), 3, "{problem}");
 }
 
+#[sqlx::test(migrator = "MIGRATOR")]
+async fn an_ensemble_does_not_take_over_the_name_of_a_prompt(pool: PgPool) {
+    let app = furnished(pool).await;
+    upload(&app, "pets-ensemble", &with_head(&app, 3)).await;
+    let mut request = json!({
+        "target": {"dataset": "pets"},
+        "sources": ["digits", "flowers"],
+        "objective": {"method": "pool"},
+        "output": {"name": "pets"},
+    });
+    let problem = app.post("/v1/ensembles", &request).await;
+    let problem = problem.problem(422, "name_taken");
+    assert_eq!(problem["errors"][0]["pointer"], "/output/name", "{problem}");
+    assert!(
+        problem["detail"]
+            .as_str()
+            .unwrap()
+            .contains("`pets-ensemble`"),
+        "{problem}"
+    );
+    request["output"] = json!({"name": "p".repeat(120)});
+    let problem = app.post("/v1/ensembles", &request).await;
+    problem.problem(422, "output_too_long");
+    // Another method publishes no ensemble, and a name of its own is free.
+    request["output"] = json!({"name": "other"});
+    app.post("/v1/ensembles", &request).await.ok(202);
+    request["output"] = json!({"name": "pets"});
+    request["objective"] = json!({"method": "average"});
+    app.post("/v1/ensembles", &request).await.ok(202);
+}
+
 /// The real engine, on a backbone of one block.
 #[cfg(feature = "torch")]
 mod by_the_engine {

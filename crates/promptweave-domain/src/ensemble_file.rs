@@ -28,6 +28,9 @@ use crate::tensor::{Stored, Tensor};
 /// The most members accepted: an ensemble takes a forward pass for each.
 pub const MAX_MEMBERS: usize = 1024;
 
+/// The largest sharpness accepted. Calibrated members that know different things have one of at most their number.
+pub const MAX_SHARPNESS: f64 = 1e6;
+
 /// The word in the metadata that tells an ensemble file from a prompt file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
@@ -48,7 +51,7 @@ pub struct EnsembleMetadata {
     pub classes: Vec<String>,
     /// The members in the order of the tensors. Their weights α sum to 1.
     pub members: Vec<WeighedPrompt>,
-    /// The sharpness s > 0.
+    /// The sharpness s, above 0 and at most 1e6.
     pub sharpness: f64,
     /// ε in [0, 1): the share of equal probabilities in every member's prediction.
     pub epsilon: f64,
@@ -221,9 +224,9 @@ impl EnsembleMetadata {
         if (sum - 1.0).abs() > 1e-6 {
             return refuse(format!("the members' weights sum to {sum}, not to 1"));
         }
-        if !(read.sharpness.is_finite() && read.sharpness > 0.0) {
+        if !(read.sharpness > 0.0 && read.sharpness <= MAX_SHARPNESS) {
             return refuse(format!(
-                "`sharpness` is {}; it must be finite and above 0",
+                "`sharpness` is {}; it must be above 0 and at most {MAX_SHARPNESS}",
                 read.sharpness
             ));
         }
@@ -308,9 +311,10 @@ mod tests {
 
     #[test]
     fn every_broken_rule_is_told_by_name() {
-        let broken: [(&str, Break); 8] = [
+        let broken: [(&str, Break); 9] = [
             ("sum to 0.875", |it| it.metadata.members[2].weight = 0.0),
             ("`sharpness` is 0", |it| it.metadata.sharpness = 0.0),
+            ("at most 1000000", |it| it.metadata.sharpness = 1e308),
             ("`epsilon` is 1", |it| it.metadata.epsilon = 1.0),
             ("K = 2, the number of `classes`", |it| {
                 it.metadata.classes.pop();

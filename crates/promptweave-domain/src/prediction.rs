@@ -97,7 +97,7 @@ impl Model {
                     return Err(Incompatible {
                         code: JobErrorCode::NoHead,
                         detail: format!(
-                            "`{name}` has no head, so it names no classes; an ensemble or a tuning makes a prompt with one"
+                            "`{name}` has no head, so it names no classes; a tuning or an ensemble with its backbone makes a prompt with one"
                         ),
                     });
                 };
@@ -133,6 +133,9 @@ pub struct Predicted {
     pub result: PredictionResult,
     pub file: Vec<u8>,
 }
+
+/// The most classes of a confusion matrix.
+pub const MAX_CONFUSION_CLASSES: usize = 200;
 
 /// What was predicted, and how good it is where the labels are known.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -173,7 +176,8 @@ pub struct PredictionScore {
     pub accuracy_interval: [f64; 2],
     /// Cross-entropy in nats.
     pub loss: f64,
-    /// K × K counts: row i has the images of class i, column j those that were predicted as class j.
+    /// K × K counts: row i has the images of class i, column j those that were predicted as class j. Empty for more than
+    /// 200 classes.
     pub confusion: Vec<Vec<u64>>,
 }
 

@@ -117,6 +117,7 @@ words! {
         WeightAtBound = "weight_at_bound",
         InitSeedsDiffer = "init_seeds_differ",
         NothingHelps = "nothing_helps",
+        EnsembleNotPublished = "ensemble_not_published",
     }
 }
 

@@ -19,7 +19,8 @@ use promptweave_domain::digest::Digest;
 use promptweave_domain::ensemble_file::EnsembleFile;
 use promptweave_domain::phase::Phase;
 use promptweave_domain::prediction::{
-    Model, Predicted, PredictionInput, PredictionResult, PredictionScore, TableFile,
+    MAX_CONFUSION_CLASSES, Model, Predicted, PredictionInput, PredictionResult, PredictionScore,
+    TableFile,
 };
 use promptweave_domain::prompt_file::{Head, PromptFile};
 use promptweave_domain::proportions::wilson;
@@ -138,6 +139,9 @@ pub fn predict(
         done += pairs;
         observer.progress(Phase::Features, done, total)
     })?;
+    if !all_finite(&log_p) {
+        return Err(EngineError::NotFinite("the predictions"));
+    }
     let (score, no_score) = match known_labels(&images, &dataset.classes, &classes) {
         Ok(labels) => (Some(score(&log_p, &labels, classes.len())?), None),
         Err(why) => (None, Some(why)),
@@ -174,6 +178,10 @@ pub fn predict(
     Ok(Predicted { result, file })
 }
 
+fn all_finite(log_p: &Tensor) -> bool {
+    log_p.isfinite().all().int64_value(&[]) == 1
+}
+
 /// The images' labels as indices of the model's classes; otherwise the reason why they are not known.
 fn known_labels(
     images: &Samples,
@@ -197,14 +205,24 @@ fn score(
     num_classes: usize,
 ) -> Result<PredictionScore, EngineError> {
     let predicted = Vec::<i64>::try_from(log_p.argmax(-1, false))?;
-    let mut confusion = vec![vec![0; num_classes]; num_classes];
-    for (label, predicted) in labels.iter().zip(predicted) {
-        confusion[*label][predicted as usize] += 1;
+    let pairs = || {
+        labels
+            .iter()
+            .copied()
+            .zip(predicted.iter().map(|class| *class as usize))
+    };
+    let right = pairs()
+        .filter(|(label, predicted)| label == predicted)
+        .count();
+    // The matrix grows with the square of the classes.
+    let mut confusion = Vec::new();
+    if num_classes <= MAX_CONFUSION_CLASSES {
+        confusion = vec![vec![0; num_classes]; num_classes];
+        pairs().for_each(|(label, predicted)| confusion[label][predicted] += 1);
     }
-    let right: u64 = (0..num_classes).map(|class| confusion[class][class]).sum();
     Ok(PredictionScore {
         accuracy: right as f64 / labels.len() as f64,
-        accuracy_interval: wilson(right as usize, labels.len()),
+        accuracy_interval: wilson(right, labels.len()),
         loss: cross_entropy(log_p, labels),
         confusion,
     })

@@ -15,6 +15,7 @@ use crate::http::error::Problem;
 use crate::http::extract::{Draft, Path};
 use crate::http::jobs::{JobRequest, accept, check_priority, default_priority};
 use crate::http::named::Source;
+use crate::jobs::plan::check_ensemble_name;
 use crate::jobs::plan::solve::{SolveRequest, pin_aliases, plan};
 use crate::jobs::requests::Reuse;
 use crate::registry::references;
@@ -79,7 +80,7 @@ impl Default for SolveEnsemble {
             `ensemble_cancelled`"),
         (status = 410, description = "`statistics_deleted`: their time is over"),
         (status = 422, description = "`no_sources`, `unknown_source`, `ambiguous_source`, \
-            `same_source`, `invalid_objective`, `invalid_priority`; `invalid_request` where there are several"),
+            `same_source`, `invalid_objective`, `reserved_name`, `output_too_long`, `name_taken`, `invalid_priority`; `invalid_request` where there are several"),
         (status = 429, description = "`queue_full`", headers(("retry-after" = u32))),
     )
 )]
@@ -107,6 +108,7 @@ pub(super) async fn solve_ensemble(
         pin_aliases(&mut tx, caller.project_id, sources).await?;
     }
     let spec = mistakes.finish(plan(job_id, &solved, &request))?;
+    check_ensemble_name(&mut tx, caller.project_id, &spec).await?;
     let output = request.output.as_ref().map(ResourceName::as_str);
     let order = JobRequest {
         id: job_id,

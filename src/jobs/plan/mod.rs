@@ -20,7 +20,8 @@ use crate::jobs::refusals::{Refusal, Refusals, refuse};
 use crate::registry::RegistryError;
 use crate::registry::backbones::RegisteredBackbone;
 use crate::registry::datasets::DatasetVersion;
-use crate::registry::prompt_versions::PromptVersion;
+use crate::registry::prompt_versions;
+use crate::registry::prompt_versions::{PromptVersion, VersionKind};
 use crate::registry::prompts;
 use promptweave_domain::composition::TargetSamples;
 use promptweave_domain::early_stopping::EarlyStopping;
@@ -29,7 +30,7 @@ use promptweave_domain::job::{
 };
 use promptweave_domain::method::{Method, NO_ANCHOR, Scale, UniformMix, common_seed};
 use promptweave_domain::objective::{Objective, TradeOffRule, Weighing};
-use promptweave_domain::reference::{MAX_NAME_LENGTH, Reference, ResourceName};
+use promptweave_domain::reference::{MAX_NAME_LENGTH, Reference, ResourceName, VersionSelector};
 
 /// Features of all sources and samples, as they are held in memory and stored; gradients and solver
 /// need a few times that.
@@ -107,7 +108,7 @@ pub async fn plan(
     } = named
         .resolve(conn, project_id, &request.objective, refusals)
         .await?;
-    Ok(EnsembleSpec {
+    let spec = EnsembleSpec {
         sources,
         backbone,
         objective: request.objective.settled(request.early_stopping.is_none()),
@@ -115,7 +116,38 @@ pub async fn plan(
         target: target_spec(&target, &request.samples),
         early_stopping: request.early_stopping,
         solved_from: None,
-    })
+    };
+    check_ensemble_name(conn, project_id, &spec).await?;
+    Ok(spec)
+}
+
+/// Refuses an output whose ensemble would become the newest version of a prompt, so that its bare name meant no prompt
+/// any more.
+pub async fn check_ensemble_name(
+    conn: &mut PgConnection,
+    project_id: Uuid,
+    spec: &EnsembleSpec,
+) -> Result<(), PlanError> {
+    let name = spec.ensemble_output().map(|name| name.parse());
+    let Some(Ok(name)) = name else {
+        return Ok(());
+    };
+    let newest = Reference {
+        name,
+        version: VersionSelector::Newest,
+    };
+    let taken = prompt_versions::resolve(conn, project_id, &newest).await?;
+    match taken.filter(|version| version.kind == VersionKind::Prompt) {
+        None => Ok(()),
+        Some(prompt) => {
+            let detail = format!(
+                "the method `pool` publishes its ensemble under `{}`, which is a prompt; choose another output",
+                prompt.prompt
+            );
+            let refused = refuse::<()>("name_taken", "/output/name", detail);
+            Err(PlanError::Refused(refused.err().into_iter().collect()))
+        }
+    }
 }
 
 /// What a request says, in names, of all that features are computed of.

@@ -21,6 +21,9 @@ use promptweave_domain::specification::{ImagesSpec, PredictionSpec};
 use promptweave_domain::split::Split;
 
 const MODEL: &str = "/model";
+/// Memory for the path and the label of an image, and for each class in its row, in a few copies.
+const BYTES_A_ROW: usize = 500;
+const BYTES_A_CLASS: usize = 200;
 /// The most classes that a table may have for each image.
 pub const MAX_TOP_K: usize = 1000;
 
@@ -52,7 +55,8 @@ pub async fn plan(
     let found = model(conn, project_id, request, &mut refusals).await?;
     if let (Some((_, backbone, num_classes)), Some(dataset)) = (&found, &dataset) {
         let images = dataset.class_counts[&request.split].iter().sum();
-        refusals.note(check_size(images, *num_classes, backbone.config.embed_dim));
+        let d = backbone.config.embed_dim;
+        refusals.note(check_size(images, *num_classes, d, request.top_k));
     }
     let ((model, backbone, _), dataset) = refusals.finish(found.zip(dataset))?;
     Ok(PredictionSpec {
@@ -93,16 +97,23 @@ async fn images(
     Ok(refusals.note(has_images).map(|()| dataset))
 }
 
-/// Refuses predictions that are too large for memory: of N images, K probabilities in f64 and d features in f32.
-fn check_size(images: u64, num_classes: usize, embed_dim: usize) -> Result<(), Refusal> {
-    let bytes_an_image = size_of::<f64>() * num_classes + size_of::<f32>() * embed_dim;
+/// Refuses predictions that are too large for memory: K probabilities in f64, d features in f32, and a row of the table
+/// for each image.
+fn check_size(
+    images: u64,
+    num_classes: usize,
+    embed_dim: usize,
+    top_k: usize,
+) -> Result<(), Refusal> {
+    let row = BYTES_A_ROW + BYTES_A_CLASS * top_k.min(num_classes);
+    let bytes_an_image = size_of::<f64>() * num_classes + size_of::<f32>() * embed_dim + row;
     let most = MAX_FEATURE_BYTES / bytes_an_image;
     if images <= most as u64 {
         return Ok(());
     }
     let detail = format!(
-        "the split has {images} images; of {num_classes} classes and {embed_dim} dimensions, {most} are the most that one \
-         prediction holds in memory: split the dataset"
+        "the split has {images} images; with {num_classes} classes, {embed_dim} dimensions and this `top_k`, {most} are the \
+         most that one prediction holds in memory: lower `top_k`, or split the dataset"
     );
     refuse("too_large", "/split", detail)
 }
@@ -152,9 +163,10 @@ mod tests {
 
     #[test]
     fn the_most_images_that_fit_are_named() {
-        let most = (MAX_FEATURE_BYTES / (8 * 1000 + 4 * 768)) as u64;
-        assert_eq!(check_size(most, 1000, 768), Ok(()));
-        let refusal = check_size(most + 1, 1000, 768).unwrap_err();
+        let most = (MAX_FEATURE_BYTES / (8 * 1000 + 4 * 768 + 700)) as u64;
+        assert_eq!(check_size(most, 1000, 768, 1), Ok(()));
+        let refusal = check_size(most + 1, 1000, 768, 1).unwrap_err();
+        assert!(check_size(most, 1000, 768, 1000).is_err());
         assert_eq!(
             (refusal.code, refusal.pointer.as_str()),
             ("too_large", "/split")
