@@ -191,10 +191,10 @@ impl BlobStore {
     }
 
     pub async fn exists(&self, digest: &Digest) -> Result<bool, BlobError> {
-        match self.store.head(&key(digest)).await {
+        match self.size(digest).await {
             Ok(_) => Ok(true),
-            Err(object_store::Error::NotFound { .. }) => Ok(false),
-            Err(error) => Err(error.into()),
+            Err(BlobError::Missing(_)) => Ok(false),
+            Err(error) => Err(error),
         }
     }
 

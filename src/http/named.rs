@@ -54,7 +54,7 @@ struct SourceObject {
     prompt: Reference,
 }
 
-fn default_split() -> Split {
+pub(super) fn default_split() -> Split {
     Split::Train
 }
 

@@ -18,6 +18,7 @@ use crate::http::jobs::{
     JobRequest, JobStatus, JobUrls, Resource, accept, check_priority, default_priority, existing,
     no_result, path,
 };
+use crate::http::named::default_split;
 use crate::jobs::Job;
 use crate::jobs::plan::prediction::{PredictionRequest, plan};
 use crate::jobs::requests::Reuse;
@@ -66,10 +67,6 @@ struct CreatePrediction {
     /// Predict even if a prediction with the same `spec_digest` waits, runs or has succeeded.
     #[serde(default)]
     force: bool,
-}
-
-fn default_split() -> Split {
-    Split::Train
 }
 
 fn default_top_k() -> usize {

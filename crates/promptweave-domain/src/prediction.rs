@@ -137,7 +137,7 @@ pub struct Predicted {
 /// The most classes of a confusion matrix.
 pub const MAX_CONFUSION_CLASSES: usize = 200;
 
-/// What was predicted, and how good it is where the labels are known.
+/// The result of a prediction. It has a score if the labels are known.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct PredictionResult {
     /// The file with a row for each image.
